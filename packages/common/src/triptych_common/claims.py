@@ -1,0 +1,93 @@
+"""The ledger of the thesis's figures and tables, `claims.toml`, and the page generated from it."""
+
+import sys
+import tomllib
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from triptych_common.run import write_text
+
+Verdict = Literal["not run", "confirmed", "refuted", "undecided", "not applicable"]
+Kind = Literal["ordering", "number", "gallery", "diagram", "setting"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One figure or table: what it claims, and what we found."""
+
+    id: str
+    chapter: int
+    item: str
+    title: str
+    kind: Kind
+    claim: str
+    published: str
+    verdict: Verdict
+    size: str
+    interval: str
+    command: str
+
+    def __post_init__(self) -> None:
+        if self.verdict not in get_args(Verdict):
+            raise ValueError(
+                f"claim {self.id}: verdict {self.verdict!r}, expected one of {', '.join(get_args(Verdict))}"
+            )
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"claim {self.id}: kind {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
+        if self.verdict in ("confirmed", "refuted", "undecided") and not (self.size and self.command):
+            raise ValueError(f"claim {self.id}: verdict {self.verdict!r} without size and command")
+
+
+def load_claims(path: Path) -> dict[str, Claim]:
+    """Rows of the ledger by id.
+
+    Raises ValueError for a row that lacks a key, has one too many, or repeats an id.
+    """
+    names = {field.name for field in fields(Claim)}
+    claims: dict[str, Claim] = {}
+    for row in tomllib.loads(Path(path).read_text())["claim"]:
+        if row.keys() != names:
+            raise ValueError(f"{path}: claim {row.get('id')!r}: keys differ by {sorted(row.keys() ^ names)}")
+        if row["id"] in claims:
+            raise ValueError(f"{path}: claim {row['id']!r} stands twice")
+        claims[row["id"]] = Claim(**row)
+    return claims
+
+
+def claims_page(claims: dict[str, Claim]) -> str:
+    """The ledger as Markdown."""
+    counts = Counter(claim.verdict for claim in claims.values())
+    lines = [
+        "# Claims of the thesis and what became of them",
+        "",
+        "Generated from `claims.toml` by `make docs`; edit that file, not this one.",
+        "",
+        ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) + ".",
+    ]
+    chapter = None
+    for claim in claims.values():
+        if claim.chapter != chapter:
+            chapter = claim.chapter
+            lines += [
+                "",
+                f"## Chapter {chapter}",
+                "",
+                "| id | item | claim | published | verdict | measured |",
+                "|---|---|---|---|---|---|",
+            ]
+        verdict = f"{claim.verdict} ({claim.size})" if claim.size else claim.verdict
+        measured = " ".join(part for part in (claim.interval, f"`{claim.command}`" if claim.command else "") if part)
+        cells = (f"`{claim.id}`", f"{claim.item}: {claim.title}", claim.claim, claim.published, verdict, measured)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(ledger: Path, page: Path) -> None:
+    write_text(page, claims_page(load_claims(ledger)))
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))

@@ -1,0 +1,170 @@
+"""Command lines out of dataclasses: presets, --dry-run, --json, and one line for every error.
+
+A package lists its commands and calls `main`. Each command is a frozen dataclass derived from `CommonOptions` and a
+function of it that returns a JSON-able result.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from triptych_common.errors import Diverged, Interrupted
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Options every command takes."""
+
+    out: Path = Path("runs/out")
+    """where to write"""
+    seed: int = 0
+    """seed of everything random"""
+    device: str = "auto"
+    """torch device; auto: the GPU if there is one"""
+    json: bool = False
+    """print the results as one JSON object, the last line of stdout"""
+    dry_run: bool = False
+    """print what would be run, and stop"""
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints."""
+        raise ValueError(f"--dry-run is not for {type(self).__name__}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its config class, the function that runs it, and named presets of the config."""
+
+    config: type[CommonOptions]
+    run: Callable[[Any], dict[str, Any]]
+    presets: Mapping[str, CommonOptions]
+    default: str | None = None
+
+
+_to_stderr = False
+
+
+def say(text: str) -> None:
+    """Tell a person something: stdout, or stderr where --json keeps stdout for the result."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr if _to_stderr else sys.stdout, flush=True)
+
+
+Commands = Mapping[str, tuple[str, Callable[[], Command]]]
+
+
+def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status. Each command is a summary and a thunk: only what runs is imported.
+
+    Errors a user can act on (ValueError, OSError, a diverged run) become one line on stderr and status 1, mistyped
+    options status 2; TRIPTYCH_DEBUG=1 shows the traceback instead.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview(prog, commands))
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(commands)}", 2)
+    try:
+        command = commands[argv[0]][1]()
+        config = parse(f"{prog} {argv[0]}", command, argv[1:])
+        return _run(command, config)
+    except Interrupted as stop:
+        return _fail(str(stop), stop.exit_code, prefix="")
+    except KeyboardInterrupt:
+        return _fail("interrupted; repeat the command to go on", 130, prefix="")
+    except (ValueError, OSError, Diverged) as error:
+        if os.environ.get("TRIPTYCH_DEBUG"):
+            raise
+        return _fail(_one_line(error), 1)
+
+
+def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
+    """Options to a config: `--preset NAME` picks the row that other flags override.
+
+    Exits with status 2 and one line for options that do not parse.
+    """
+    import tyro
+
+    argv, preset = _take_preset(list(argv), command)
+    default = command.presets[preset] if preset else command.config()
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(command.config, prog=prog, args=argv, default=default)
+    except SystemExit as stop:
+        if stop.code:
+            _fail(f"{_unboxed(errors.getvalue())} (see {prog} --help)", 2)
+        elif command.presets:
+            print(f"--preset NAME picks a row to start from: {', '.join(command.presets)}")
+        raise
+
+
+def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | None]:
+    rest, preset = [], command.default
+    while argv:
+        word = argv.pop(0)
+        if word == "--preset" or word.startswith("--preset="):
+            preset = word.partition("=")[2] if "=" in word else argv.pop(0) if argv else ""
+            if preset not in command.presets:
+                raise ValueError(f"preset {preset!r}: expected one of {', '.join(command.presets) or 'none'}")
+        else:
+            rest.append(word)
+    return rest, preset
+
+
+def _run(command: Command, config: CommonOptions) -> int:
+    global _to_stderr
+    _to_stderr = config.json
+    if config.dry_run:
+        result = config.resolved()
+        if not config.json:
+            say(json.dumps(result, indent=2, default=str))
+    else:
+        result = command.run(config)
+    if config.json and int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result, default=str), flush=True)
+    return 0
+
+
+def _overview(prog: str, commands: Commands) -> str:
+    rows = [f"  {name:<12}{summary}" for name, (summary, _) in commands.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND [--preset NAME] [OPTIONS]",
+            "",
+            *rows,
+            "",
+            f"{prog} COMMAND --help lists a command's options.",
+        ]
+    )
+
+
+def _unboxed(text: str) -> str:
+    """The first message of tyro's boxed errors, on one line."""
+    lines = []
+    for line in text.splitlines():
+        inner = line.strip("│ ")
+        if line.startswith("│") and not inner.startswith("──"):
+            lines.append(inner)
+        elif lines:
+            break
+    return " ".join(lines) or text.strip()
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
+        return f"{error.filename}: {text}"
+    return text
+
+
+def _fail(message: str, status: int, prefix: str = "error: ") -> int:
+    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,86 @@
+"""Files of the named data sets: found on disk or downloaded, and always checked by SHA-256."""
+
+import gzip
+import hashlib
+import os
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+# SHA-256 of the unpacked files: the same for every re-packed copy.
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+def read_mnist(
+    folder: Path, part: str, url: str = MNIST_URL
+) -> tuple[UInt8[np.ndarray, "items 28 28"], UInt8[np.ndarray, " items"]]:
+    """Images and labels of MNIST's "train" or "t10k" part from `folder`, downloading what it lacks.
+
+    Raises FileNotFoundError when a file is absent and cannot be fetched, ValueError when its checksum differs.
+    """
+    images = _mnist_file(folder, f"{part}-images-idx3-ubyte", url)
+    labels = _mnist_file(folder, f"{part}-labels-idx1-ubyte", url)
+    return (
+        np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28).copy(),
+        np.frombuffer(labels, np.uint8, offset=8).copy(),
+    )
+
+
+def _mnist_file(folder: Path, name: str, url: str) -> bytes:
+    plain, packed = folder / name, folder / f"{name}.gz"
+    if not plain.exists() and not packed.exists():
+        try:
+            download(f"{url}{name}.gz", packed)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"data set mnist: {packed} is absent and {url} cannot be reached ({_reason(error)}); point TRIPTYCH_DATA "
+                f"at a folder that has mnist/{name}.gz, or use mnist5k, which needs no download"
+            ) from error
+    path = plain if plain.exists() else packed
+    try:
+        content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+        intact = hashlib.sha256(content).hexdigest() == MNIST_SHA256[name]
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path}: content is not MNIST's (SHA-256 differs); delete the file and repeat the command")
+    return content
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch `url` into `path`, going on where an earlier attempt stopped; `path` appears only when complete.
+
+    Raises OSError (urllib.error.URLError among them) when the transfer fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            resumed = response.status == 206
+            expected = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
+            with partial.open("ab" if resumed else "wb") as file:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to fetch
+            raise
+        expected = have
+    if expected and partial.stat().st_size != expected:
+        raise OSError(f"{url}: connection ended after {partial.stat().st_size:,} of {expected:,} bytes")
+    os.replace(partial, path)
+
+
+def _reason(error: OSError) -> str:
+    return str(getattr(error, "reason", error))

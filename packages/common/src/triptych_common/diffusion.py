@@ -1,0 +1,248 @@
+"""Gaussian diffusion: the noise schedule, the forward process, its posterior, and the training loss.
+
+Every coefficient is a float64 table; a lookup gathers in float64 and then casts to the data's dtype.
+Formulas follow "Denoising Diffusion Probabilistic Models" (DDPM, 2020) and "Improved DDPM" (2021), as the thesis
+does in 2.3.1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Predict = Literal["noise", "sample"]
+Variance = Literal["learned_range", "fixed_large", "fixed_small"]
+DecoderLikelihood = Literal["discretized", "gaussian"]
+
+
+class NoiseSchedule:
+    """Tables of a discrete diffusion process with T steps, all float64 of shape (T,).
+
+    `timesteps[i]` is the step of the process the model was trained on that step i stands for: the model is always
+    asked about original timesteps, also after `respaced`.
+    """
+
+    def __init__(self, betas: Float[Tensor, " T"], timesteps: Int[Tensor, " T"] | None = None) -> None:
+        betas = betas.to(torch.float64)
+        if betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all()):
+            raise ValueError("betas: expected a vector with every value in (0, 1]")
+        alpha_bar = torch.cumprod(1 - betas, dim=0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        self.betas, self.alpha_bar, self.alpha_bar_prev = betas, alpha_bar, previous
+        self.timesteps = torch.arange(len(betas)) if timesteps is None else timesteps
+        self.posterior_variance = betas * (1 - previous) / (1 - alpha_bar)
+        # Step 0 has zero posterior variance; its logarithm borrows step 1's so that a learned range can use it.
+        first = self.posterior_variance[1:2] if len(betas) > 1 else betas[:1]
+        self.log_posterior_variance = torch.log(torch.cat([first, self.posterior_variance[1:]]))
+        self.posterior_coef_x0 = betas * previous.sqrt() / (1 - alpha_bar)
+        self.posterior_coef_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)
+
+    @classmethod
+    def linear(cls, num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> "NoiseSchedule":
+        """beta from `start` to `end` in equal steps: the schedule of DDPM, DiT and G.pt."""
+        return cls(torch.linspace(start, end, num_steps, dtype=torch.float64))
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def respaced(self, num_inference_steps: int) -> "NoiseSchedule":
+        """The process that visits only `num_inference_steps` of this one's steps, first and last included.
+
+        Strides are fractional and rounded (250 of 1000: 0, 4, 8, ..., 995, 999), as in the released DiT sampler.
+        One step means the last, the noisiest.
+        Raises ValueError for a count outside 1..T.
+        """
+        total = len(self)
+        if not 1 <= num_inference_steps <= total:
+            raise ValueError(
+                f"num_inference_steps {num_inference_steps}: expected 1..{total}, the schedule has {total} steps"
+            )
+        if num_inference_steps == 1:
+            return self.visiting(torch.tensor([total - 1]))
+        stride = (total - 1) / (num_inference_steps - 1)
+        # Summed, not multiplied: the released sampler adds strides up, and half-way strides round by the difference.
+        steps = torch.tensor([round(step) for step in accumulate([0.0] + [stride] * (num_inference_steps - 1))])
+        return self.visiting(steps)
+
+    def visiting(self, steps: Int[Tensor, " S"]) -> "NoiseSchedule":
+        """The process that visits the given increasing steps of this one, with the same alpha_bar at each."""
+        alpha_bar = self.alpha_bar[steps]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        return NoiseSchedule(1 - alpha_bar / previous, self.timesteps[steps])
+
+
+class PosteriorParams(NamedTuple):
+    """Mean and log-variance of p(x_{t-1} | x_t), and the clean data the model believes in; shapes of x_t."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x_0: Tensor
+
+
+class Loss(NamedTuple):
+    """Per-sample losses, each (batch,): `total` is what to average and minimise."""
+
+    total: Tensor
+    mse: Tensor
+    vb: Tensor  # bits per dimension; zeros where the variance is fixed
+
+
+@dataclass(frozen=True)
+class GaussianDiffusion:
+    """What a network's output means and how it is trained.
+
+    predict: the network outputs the noise in x_t, or the clean sample x_0.
+    variance: "learned_range" interpolates log-variance between the posterior's (v = -1) and beta's (v = 1) by a second
+        half of output channels; "fixed_large" is beta, "fixed_small" the posterior variance.
+    decoder: likelihood of x_0 at the last step of the bound: "discretized" bins of width 2/255 (8-bit data in [-1, 1];
+        the released DiT uses it on latents too) or a plain "gaussian" density.
+    """
+
+    schedule: NoiseSchedule
+    predict: Predict = "noise"
+    variance: Variance = "learned_range"
+    decoder: DecoderLikelihood = "discretized"
+
+    def respaced(self, num_inference_steps: int) -> "GaussianDiffusion":
+        return GaussianDiffusion(self.schedule.respaced(num_inference_steps), self.predict, self.variance, self.decoder)
+
+    def q_sample(
+        self, x_0: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"], noise: Float[Tensor, "batch *dims"]
+    ) -> Float[Tensor, "batch *dims"]:
+        """Noise clean data to step t: sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.  [thesis 2.3.1]"""
+        alpha_bar = self.schedule.alpha_bar
+        return gather(alpha_bar.sqrt(), t, x_0) * x_0 + gather((1 - alpha_bar).sqrt(), t, x_0) * noise
+
+    def q_posterior_mean(
+        self, x_0: Float[Tensor, "batch *dims"], x_t: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch *dims"]:
+        """Mean of q(x_{t-1} | x_t, x_0).  [DDPM eq. 7]"""
+        s = self.schedule
+        return gather(s.posterior_coef_x0, t, x_t) * x_0 + gather(s.posterior_coef_xt, t, x_t) * x_t
+
+    def x_0_from_noise(
+        self, x_t: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"], noise: Float[Tensor, "batch *dims"]
+    ) -> Float[Tensor, "batch *dims"]:
+        """Invert `q_sample` for x_0."""
+        alpha_bar = self.schedule.alpha_bar
+        return gather(alpha_bar.rsqrt(), t, x_t) * x_t - gather((1 / alpha_bar - 1).sqrt(), t, x_t) * noise
+
+    def noise_from_x_0(
+        self, x_t: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"], x_0: Float[Tensor, "batch *dims"]
+    ) -> Float[Tensor, "batch *dims"]:
+        """Invert `q_sample` for the noise."""
+        alpha_bar = self.schedule.alpha_bar
+        return (gather(alpha_bar.rsqrt(), t, x_t) * x_t - x_0) / gather((1 / alpha_bar - 1).sqrt(), t, x_t)
+
+    def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A network output as (prediction, variance channels or None).
+
+        Raises ValueError when the output's channels do not fit x_t and `variance`.
+        """
+        channels = x_t.shape[1]
+        expected = 2 * channels if self.variance == "learned_range" else channels
+        if output.shape[1] != expected:
+            raise ValueError(
+                f"network output has {output.shape[1]} channels for data of {channels}: variance={self.variance!r} "
+                f"needs {expected}; set learn_sigma to match"
+            )
+        return (output[:, :channels], output[:, channels:]) if expected != channels else (output, None)
+
+    def log_variance(self, t: Int[Tensor, " batch"], x_t: Tensor, learned: Tensor | None) -> Tensor:
+        """log-variance of p(x_{t-1} | x_t), broadcastable to x_t.  [Improved DDPM eq. 15]"""
+        s = self.schedule
+        low = gather(s.log_posterior_variance, t, x_t)
+        if self.variance == "fixed_small":
+            return low
+        if self.variance == "fixed_large":  # beta, with the posterior's value at the last step, as in DDPM
+            return gather(torch.cat([s.log_posterior_variance[:1], s.betas[1:].log()]), t, x_t)
+        fraction = (learned + 1) / 2
+        return fraction * gather(s.betas.log(), t, x_t) + (1 - fraction) * low
+
+    def p_params(
+        self,
+        output: Float[Tensor, "batch outputs *space"],
+        x_t: Float[Tensor, "batch channels *space"],
+        t: Int[Tensor, " batch"],
+        *,
+        clip_x_0: bool = False,
+    ) -> PosteriorParams:
+        """Parameters of the reverse step from a network output; x_0 clipped to [-1, 1] on request."""
+        prediction, learned = self.split(output, x_t)
+        x_0 = prediction if self.predict == "sample" else self.x_0_from_noise(x_t, t, prediction)
+        if clip_x_0:
+            x_0 = x_0.clamp(-1, 1)
+        return PosteriorParams(self.q_posterior_mean(x_0, x_t, t), self.log_variance(t, x_t, learned), x_0)
+
+    def loss(
+        self,
+        output: Float[Tensor, "batch outputs *space"],
+        x_0: Float[Tensor, "batch channels *space"],
+        x_t: Float[Tensor, "batch channels *space"],
+        t: Int[Tensor, " batch"],
+        noise: Float[Tensor, "batch channels *space"],
+    ) -> Loss:
+        """Mean squared error of the prediction, plus the variational bound when the variance is learned.
+
+        The bound's mean is detached, so it trains the variance alone; its weight is 1 on the full schedule.
+        [thesis 2.3.1; Improved DDPM eq. 16]
+        """
+        prediction, learned = self.split(output, x_t)
+        target = noise if self.predict == "noise" else x_0
+        mse = _mean(torch.square(target - prediction))
+        if learned is None:
+            return Loss(mse, mse, torch.zeros_like(mse))
+        vb = self.variational_bound(torch.cat([prediction.detach(), learned], dim=1), x_0, x_t, t)
+        return Loss(mse + vb, mse, vb)
+
+    def variational_bound(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
+        """One term of the bound per sample, bits per dimension: KL to the posterior, or the likelihood of x_0 at t=0."""
+        p = self.p_params(output, x_t, t)
+        true_log_variance = gather(self.schedule.log_posterior_variance, t, x_t)
+        kl = normal_kl(self.q_posterior_mean(x_0, x_t, t), true_log_variance, p.mean, p.log_variance)
+        if self.decoder == "discretized":
+            nll = -discretized_log_likelihood(x_0, p.mean, 0.5 * p.log_variance)
+        else:
+            nll = 0.5 * (math.log(2 * math.pi) + p.log_variance + (x_0 - p.mean) ** 2 * torch.exp(-p.log_variance))
+        return torch.where(t == 0, _mean(nll), _mean(kl)) / math.log(2)
+
+
+def gather(table: Float[Tensor, " T"], t: Int[Tensor, " batch"], like: Tensor) -> Tensor:
+    """table[t] in the dtype and device of `like`, shaped (batch, 1, 1, ...) to broadcast against it."""
+    values = table[t.to(table.device)].to(like.device, like.dtype)
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) elementwise, nats."""
+    gap = log_variance2 - log_variance1
+    return 0.5 * (gap + torch.exp(-gap) + (mean1 - mean2) ** 2 * torch.exp(-log_variance2) - 1)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log-probability of 8-bit data in [-1, 1] under a Gaussian, elementwise, nats: bins of half-width 1/255, open at
+    both ends.  [DDPM eq. 13]
+    """
+
+    def cdf(values: Tensor) -> Tensor:
+        return torch.special.ndtr(values * torch.exp(-log_scale))
+
+    centred = x - mean
+    above, below = cdf(centred + 1 / 255), cdf(centred - 1 / 255)
+    # Probabilities are floored where float32 rounds them to zero far out in the tails.
+    probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return probability.clamp(min=1e-12).log()
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(dim=1)
+
+
+def timesteps_of(schedule: NoiseSchedule, steps: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
+    """Original timesteps, (batch,) int64 on `device`, of steps of a possibly respaced schedule."""
+    return schedule.timesteps[torch.as_tensor(steps)].to(device)

@@ -1,0 +1,47 @@
+"""Images as people look at them: 8-bit, PNG, grids."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from triptych_common.run import write_bytes
+
+
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0..255: 127.5 x + 128, clamped and truncated, as the released DiT writes its PNGs."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def image_grid(
+    images: UInt8[Tensor, "n channels height width"], columns: int, *, padding: int = 2, background: int = 128
+) -> UInt8[Tensor, "channels grid_height grid_width"]:
+    """Images side by side, row by row, with padding around each."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    grid = torch.full(
+        (channels, rows * (height + padding) + padding, columns * (width + padding) + padding), background,
+        dtype=torch.uint8,
+    )  # fmt: skip
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def png_bytes(image: UInt8[Tensor, "channels height width"], *, scale: int = 1) -> bytes:
+    """A gray or RGB image as PNG, each pixel `scale` times repeated."""
+    from PIL import Image
+
+    pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_png(path: Path, image: UInt8[Tensor, "channels height width"], *, scale: int = 1) -> None:
+    """Write a PNG file, atomically."""
+    write_bytes(path, png_bytes(image, scale=scale))

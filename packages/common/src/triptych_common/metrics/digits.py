@@ -1,0 +1,137 @@
+"""Every score of generated digits, each with instrument, sample count and interval, beside what real digits get."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from triptych_common.data import ImageDataset
+from triptych_common.metrics.bootstrap import Estimate, bootstrap
+from triptych_common.metrics.distances import frechet_distance, kernel_distance
+from triptych_common.metrics.instruments import Instrument, load_instrument
+from triptych_common.metrics.neighbours import nearest_distances, precision_recall
+from triptych_common.randomness import permutation
+
+NEAR_DUPLICATE_QUANTILE = 0.05
+NEIGHBOURS = 3
+
+
+@dataclass(frozen=True)
+class DigitScores:
+    """Scores of one set of digits against the held-out ones."""
+
+    n: int
+    frechet: Estimate
+    kernel: Estimate
+    precision: Estimate
+    recall: Estimate
+    accuracy: Estimate | None  # None where the digits carry no labels
+    near_duplicates: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = {k: v._asdict() if isinstance(v, Estimate) else v for k, v in vars(self).items()}
+        return {k: v for k, v in rows.items() if v is not None}
+
+
+class DigitScorer:
+    """Scores digits against `held_out`, at equal counts; `train` is what a generator saw.
+
+    frechet, kernel: distances between the frozen feature network's 64 features.
+    precision, recall: in the same features, k = 3.
+    accuracy: share that the independent frozen classifier reads as their label.
+    near_duplicates: share closer in pixels to some training digit than 95% of held-out digits are, so held-out digits
+        have 5% by definition, and copies of training digits 100%.
+
+    `real()` scores training digits themselves: the distance's floor, which copying would reach; its near-duplicates give
+    it away. `class_means()` scores the mean image of each class: a trivial baseline that may fool the classifier.
+    """
+
+    def __init__(self, train: ImageDataset, held_out: ImageDataset, *, seed: int = 0) -> None:
+        self.train, self.held_out, self.seed = train, held_out, seed
+        self.features: Instrument = load_instrument("mnist_features")
+        self.classifier: Instrument = load_instrument("mnist_classifier")
+        self._train_pixels = _pixels(train.images)
+        to_train = nearest_distances(_pixels(held_out.images), self._train_pixels)
+        self.near_duplicate_distance = float(to_train.quantile(NEAR_DUPLICATE_QUANTILE))
+
+    def __call__(self, images: UInt8[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"] | None) -> DigitScores:
+        """Score generated digits.
+
+        Raises ValueError for fewer than 10 images, or images the instruments do not take.
+        """
+        if len(images) < 10:
+            raise ValueError(f"{len(images)} images: expected at least 10, and 1,000 for scores that mean much")
+        n = min(len(images), len(self.held_out))
+        images, labels = images[:n], None if labels is None else labels[:n]
+        real = self._matching(self.held_out, labels, n, "held-out")
+        real_features, fake_features = self.features(self.held_out.images[real]), self.features(images)
+        precise, recalled = precision_recall(real_features, fake_features, k=NEIGHBOURS)
+        near = nearest_distances(_pixels(images), self._train_pixels) < self.near_duplicate_distance
+        correct = None if labels is None else self.classifier(images).argmax(1) == labels
+        distances: list[Estimate] = [
+            bootstrap(distance, fake_features, real_features, repeats=50, seed=self.seed)
+            for distance in (frechet_distance, kernel_distance)
+        ]
+        return DigitScores(
+            n, *distances, self._rate(precise), self._rate(recalled), None if correct is None else self._rate(correct),
+            self._rate(near),
+        )  # fmt: skip
+
+    def real(self, n: int) -> DigitScores:
+        """What `n` training digits score."""
+        items = self._matching(self.train, self.held_out.labels[:n] if n < len(self.held_out) else None, n, "real")
+        return self(self.train.images[items], self.train.labels[items])
+
+    def floor(self, n: int, repeats: int = 4) -> Float[Tensor, " repeats"]:
+        """Fréchet distances of several disjoint sets of `n` training digits to held-out ones: the real-real floor."""
+        n = min(n, len(self.held_out))
+        reference = self.features(self.held_out.images[self._matching(self.held_out, None, n, "held-out")])
+        repeats = min(repeats, len(self.train) // n)
+        items = self._stratified(self.train, n * repeats, "floor").view(repeats, n)
+        return torch.tensor([frechet_distance(self.features(self.train.images[row]), reference) for row in items])
+
+    def class_means(self, n: int) -> DigitScores:
+        """What the mean training image of each class, repeated to `n` images, scores."""
+        labels = torch.arange(n) % self.train.num_classes
+        means = torch.stack(
+            [self.train.images[self.train.labels == c].float().mean(0) for c in range(self.train.num_classes)]
+        )
+        return self(means.round().to(torch.uint8)[labels], labels)
+
+    def held_out_accuracy(self) -> Estimate:
+        return self._rate(self.classifier(self.held_out.images).argmax(1) == self.held_out.labels)
+
+    def instruments(self) -> dict[str, str]:
+        """SHA-256 of each instrument."""
+        return {i.name: i.sha256 for i in (self.features, self.classifier)}
+
+    def _rate(self, hits: Tensor) -> Estimate:
+        mean: Callable[[Tensor], float] = lambda x: float(x.double().mean())  # noqa: E731
+        return bootstrap(mean, hits, repeats=200, seed=self.seed)
+
+    def _matching(self, dataset: ImageDataset, labels: Tensor | None, n: int, stream: str) -> Int[Tensor, " n"]:
+        """`n` items of a data set, with the classes of `labels` where it has enough of each, else stratified."""
+        if labels is not None and n < len(dataset):
+            counts = torch.bincount(labels, minlength=dataset.num_classes)
+            if bool((counts <= torch.bincount(dataset.labels, minlength=dataset.num_classes)).all()):
+                picks = [self._of_class(dataset, c, stream)[:count] for c, count in enumerate(counts.tolist())]
+                return torch.cat(picks)
+        return self._stratified(dataset, n, stream)
+
+    def _stratified(self, dataset: ImageDataset, n: int, stream: str) -> Int[Tensor, " n"]:
+        """`n` items that take classes in turn, so that every consecutive part is balanced too."""
+        per_class = [self._of_class(dataset, c, stream) for c in range(dataset.num_classes)]
+        depth = max(map(len, per_class))
+        rounds = [members[i] for i in range(depth) for members in per_class if i < len(members)]
+        return torch.stack(rounds)[:n]
+
+    def _of_class(self, dataset: ImageDataset, label: int, stream: str) -> Tensor:
+        members = (dataset.labels == label).nonzero().flatten()
+        return members[permutation(self.seed, f"score/{stream}", label, len(members))]
+
+
+def _pixels(images: UInt8[Tensor, "n channels height width"]) -> Float[Tensor, "n pixels"]:
+    return images.flatten(1).float() / 255

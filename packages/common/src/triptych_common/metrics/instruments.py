@@ -1,0 +1,93 @@
+"""Frozen instruments for digits: a feature network and an independent classifier.
+
+Both were trained once, on the 4,000 training digits of `mnist5k` alone, by
+`python -m triptych_common.metrics.train_instruments`, and ship as safetensors; `instruments.json` beside them records
+SHA-256, held-out accuracy, command, seed and commit.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+FOLDER = Path(__file__).parent / "weights"
+InstrumentName = Literal["mnist_features", "mnist_classifier"]
+
+
+def feature_network() -> nn.Sequential:
+    """28x28 digits to 64 features, then to 10 logits; `[:-2]` are the features."""
+    layers: list[nn.Module] = []
+    for channels_in, channels_out, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
+        layers += [
+            nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.SiLU(),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.SiLU(), nn.Linear(64, 10))
+
+
+def classifier() -> nn.Sequential:
+    """28x28 digits to 10 logits by another architecture, so that its errors are its own."""
+    return nn.Sequential(
+        nn.Conv2d(1, 24, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(24, 48, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Dropout(0.3), nn.Linear(48 * 4 * 4, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+ARCHITECTURES = {"mnist_features": feature_network, "mnist_classifier": classifier}
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """A frozen network with the facts a score must carry."""
+
+    name: InstrumentName
+    network: nn.Module
+    sha256: str
+    record: dict
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[Tensor, "n 1 28 28"]) -> Float[Tensor, "n outputs"]:
+        """Features (n, 64) or logits (n, 10) of 8-bit images.
+
+        Raises ValueError for images of another shape or type.
+        """
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (1, 28, 28):
+            raise ValueError(
+                f"instrument {self.name}: images are {images.dtype} {tuple(images.shape)}, expected uint8 (n, 1, 28, 28)"
+            )
+        return torch.cat([self.network(normalised(part)) for part in images.split(256)])
+
+
+def normalised(images: Tensor) -> Tensor:
+    """What the instruments see: float32 in [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def load_instrument(name: InstrumentName, folder: Path = FOLDER) -> Instrument:
+    """A frozen instrument, checked against its recorded hash.
+
+    Raises ValueError for an unknown name or a file whose hash differs.
+    """
+    from safetensors.torch import load
+
+    if name not in ARCHITECTURES:
+        raise ValueError(f"instrument {name!r}: expected one of {', '.join(ARCHITECTURES)}")
+    record = json.loads((folder / "instruments.json").read_text())[name]
+    content = (folder / f"{name}.safetensors").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != record["sha256"]:
+        raise ValueError(
+            f"{folder / name}.safetensors: SHA-256 {sha256[:12]} differs from the recorded "
+            f"{record['sha256'][:12]}; reinstall triptych-common"
+        )
+    network = ARCHITECTURES[name]()
+    network.load_state_dict(load(content))
+    network.requires_grad_(False).eval()
+    return Instrument(name, network[:-2] if name == "mnist_features" else network, sha256, record)

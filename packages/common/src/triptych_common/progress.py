@@ -1,0 +1,64 @@
+"""Progress of long work: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+
+class Progress:
+    """Context manager around `total` units of work; call `at(done)` or `advance(n)`. Writes to stderr."""
+
+    PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
+
+    def __init__(self, title: str, total: int, unit: str, *, enabled: bool = True) -> None:
+        self.title, self.total, self.unit, self.enabled = title, total, unit, enabled
+        self.done = 0
+
+    def __enter__(self) -> "Progress":
+        self._bar, self._first = None, None
+        if self.enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            rate = TextColumn("{task.fields[rate]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, rate="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.enabled and kind is None and self._first is not None:
+            self._print()
+
+    def advance(self, n: int = 1) -> None:
+        self.at(self.done + n)
+
+    def at(self, done: int) -> None:
+        """Set how much is done; the rate counts from the first call, so resumed work is not credited to this run."""
+        if not self.enabled:
+            return
+        now = time.perf_counter()
+        if self._first is None:
+            self._first, self._printed = (now, self.done or done), now
+        self.done = min(done, self.total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=f"{self._rate(now):,.0f} {self.unit}/s")
+        elif now - self._printed >= self.PLAIN_INTERVAL:
+            self._printed = now
+            self._print()
+
+    def _rate(self, now: float) -> float:
+        start, begun = self._first
+        return (self.done - begun) / max(now - start, 1e-9)
+
+    def _print(self) -> None:
+        rate = self._rate(time.perf_counter())
+        left = f", {(self.total - self.done) / rate:,.0f} s left" if rate and self.done < self.total else ""
+        share = f"{self.done:,}/{self.total:,} {self.unit}"
+        print(f"{self.title}: {share}, {rate:,.0f} {self.unit}/s{left}", file=sys.stderr, flush=True)

@@ -1,0 +1,94 @@
+"""Randomness as a function of (seed, stream name, index).
+
+Data order, noise, timesteps, label dropout and sampling all draw from here, so nothing depends on batch size,
+world size or on how often a run was interrupted: resuming needs counters, never a generator's state.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def _hash64(seed: int, stream: str, index: int = 0) -> int:
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
+    """A CPU generator that belongs to one index of one named stream."""
+    return torch.Generator().manual_seed(_hash64(seed, stream, index) >> 1)  # manual_seed takes 63 bits safely
+
+
+def normal(
+    seed: int, stream: str, indices: Sequence[int], shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "batch *shape"]:
+    """Standard normal noise, one tensor of `shape` for each index, drawn whole from that index's own generator.
+
+    Drawn in float32 and then cast, so a float64 run sees the numbers of a float32 run.
+    """
+    out = torch.empty(len(indices), *shape)
+    for row, index in zip(out, indices, strict=True):
+        row.normal_(generator=generator(seed, stream, int(index)))
+    return out.to(dtype)
+
+
+def uniform(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " batch"]:
+    """One float64 in [0, 1) for each index: 53 bits of splitmix64 run on the stream's key plus the index."""
+    key = np.uint64(_hash64(seed, stream))
+    with np.errstate(over="ignore"):
+        z = key + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def integers(seed: int, stream: str, indices: Sequence[int], high: int) -> Int[Tensor, " batch"]:
+    """One integer in 0 .. high-1 for each index."""
+    return (uniform(seed, stream, indices) * high).long()
+
+
+def permutation(seed: int, stream: str, index: int, n: int) -> Int[Tensor, " n"]:
+    """A permutation of 0 .. n-1 that belongs to one index (an epoch, say) of a stream."""
+    return torch.randperm(n, generator=generator(seed, stream, index))
+
+
+def shuffled(seed: int, stream: str, counters: Sequence[int], n: int) -> Int[Tensor, " batch"]:
+    """Item drawn at each counter of an endless walk over n items, reshuffled every epoch of n draws."""
+    counters = torch.as_tensor(counters, dtype=torch.long)
+    out = torch.empty_like(counters)
+    for epoch in torch.unique(counters // n).tolist():
+        here = counters // n == epoch
+        out[here] = permutation(seed, stream, epoch, n)[counters[here] - epoch * n]
+    return out
+
+
+class SampleNoise:
+    """The noise of each of a batch of samples, in the order a sampler asks for it.
+
+    Sample i reads its own generator, so its noise is the same in any batch, on any rank. `draw()` returns the
+    next (batch, *shape) tensor; the first call is x_T.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        indices: Sequence[int],
+        shape: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        stream: str = "sample",
+    ) -> None:
+        self.generators = [generator(seed, stream, int(index)) for index in indices]
+        self.shape, self.device, self.dtype = tuple(shape), device, dtype
+
+    def draw(self) -> Float[Tensor, "batch *shape"]:
+        out = torch.empty(len(self.generators), *self.shape)
+        for row, source in zip(out, self.generators, strict=True):
+            row.normal_(generator=source)
+        return out.to(self.device, self.dtype)

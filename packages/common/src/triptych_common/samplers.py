@@ -1,0 +1,122 @@
+"""Samplers: from noise to data by a diffusion model, step by step.
+
+A sampler is a generator of `Step`s; `final` runs one to its end. The model it drives is a function
+`denoise(x_t, t) -> output` of the current sample and original timesteps (labels already bound, see `guided`).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from triptych_common.diffusion import GaussianDiffusion, gather
+from triptych_common.randomness import SampleNoise
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+GuidanceChannels = int | Literal["all"]
+
+
+class Step(NamedTuple):
+    """State after one reverse step: the new sample, and the clean data the model believed in."""
+
+    index: int  # counts down from S - 1 to 0
+    x: Tensor
+    x_0: Tensor
+
+
+def ddpm(
+    denoise: Denoise, diffusion: GaussianDiffusion, noise: SampleNoise, *, clip_x_0: bool = False
+) -> Iterator[Step]:
+    """Ancestral sampling over every step of `diffusion` (respace it first for fewer).  [DDPM algorithm 2]
+
+    No noise is added at the last step.
+    """
+    x = noise.draw()
+    for index in reversed(range(len(diffusion.schedule))):
+        p, t = _reverse(denoise, diffusion, x, index, clip_x_0)
+        x = p.mean if index == 0 else p.mean + torch.exp(0.5 * p.log_variance) * noise.draw()
+        yield Step(index, x, p.x_0)
+
+
+def ddim(
+    denoise: Denoise,
+    diffusion: GaussianDiffusion,
+    noise: SampleNoise,
+    *,
+    eta: float = 0.0,
+    clip_x_0: bool = False,
+) -> Iterator[Step]:
+    """Denoising diffusion implicit models: deterministic at eta = 0, the DDPM posterior's variance at eta = 1.
+
+    A learned variance is ignored.  [Song et al. 2021, eq. 12 and 16]
+    """
+    x = noise.draw()
+    schedule = diffusion.schedule
+    for index in reversed(range(len(schedule))):
+        p, t = _reverse(denoise, diffusion, x, index, clip_x_0)
+        epsilon = diffusion.noise_from_x_0(x, t, p.x_0)
+        previous = gather(schedule.alpha_bar_prev, t, x)
+        sigma = eta * gather(schedule.posterior_variance.sqrt(), t, x)
+        x = previous.sqrt() * p.x_0 + (1 - previous - sigma**2).clamp(min=0).sqrt() * epsilon
+        if eta > 0 and index > 0:
+            x = x + sigma * noise.draw()
+        yield Step(index, x, p.x_0)
+
+
+def one_step(denoise: Denoise, diffusion: GaussianDiffusion, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
+    """The clean data the model sees in x_t: a single evaluation, no sampling."""
+    return diffusion.p_params(denoise(x_t, diffusion.schedule.timesteps[t.cpu()].to(x_t.device)), x_t, t).x_0
+
+
+def _reverse(denoise: Denoise, diffusion: GaussianDiffusion, x: Tensor, index: int, clip_x_0: bool):
+    t = torch.full((len(x),), index, dtype=torch.long)
+    timesteps = diffusion.schedule.timesteps[t].to(x.device)
+    return diffusion.p_params(denoise(x, timesteps), x, t, clip_x_0=clip_x_0), t
+
+
+def final(steps: Iterator[Step], progress: Callable[[], None] | None = None) -> Float[Tensor, "batch *shape"]:
+    """Run a sampler to its end; `progress` is called after every step."""
+    for step in steps:
+        if progress is not None:
+            progress()
+    return step.x
+
+
+def guided(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    labels: Int[Tensor, " batch"],
+    null_label: int | None,
+    scale: float = 1.0,
+    *,
+    guidance_channels: GuidanceChannels = "all",
+    interval: tuple[float, float] = (-math.inf, math.inf),
+) -> Denoise:
+    """Bind labels to `model(x, t, y)`, with classifier-free guidance u + scale * (c - u) where scale is not 1.
+
+    Guidance acts on the first `guidance_channels` channels of the data ("all": every one; the released DiT used 3 of
+    its 4) and on timesteps within `interval`; the variance channels are the conditional ones. Both halves run as one
+    batch.  [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
+
+    Raises ValueError for guidance on a model without a null label.
+    """
+    if scale == 1.0:
+        return lambda x, t: model(x, t, labels)
+    if null_label is None:
+        raise ValueError(
+            f"guidance_scale {scale}: this model was trained without label dropout and has no null label; use 1.0"
+        )
+    both = torch.cat([labels, torch.full_like(labels, null_label)])
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        if not interval[0] <= int(t[0]) <= interval[1]:
+            return model(x, t, labels)
+        output = model(torch.cat([x, x]), torch.cat([t, t]), both)
+        conditional, unconditional = output.chunk(2)
+        n = x.shape[1] if guidance_channels == "all" else guidance_channels
+        mixed = unconditional[:, :n] + scale * (conditional[:, :n] - unconditional[:, :n])
+        return torch.cat([mixed, conditional[:, n:]], dim=1)
+
+    return denoise

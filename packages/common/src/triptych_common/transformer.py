@@ -1,0 +1,87 @@
+"""The transformer core shared by DiT and G.pt: attention, feed-forward and a pre-norm residual block.
+
+Attribute names (`attn.qkv`, `attn.proj`, `mlp.fc1`, `mlp.fc2`) are those of the released DiT state dict.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Modulation(NamedTuple):
+    """What conditioning does to one branch of a block: normalised x becomes x * (1 + scale) + shift, and the
+    branch's output is multiplied by `gate` (no gate: 1).  [thesis 2.3.2, adaLN and adaLN-Zero]
+
+    Every tensor is (batch, 1, width).
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+def modulate(x: Float[Tensor, "batch tokens width"], by: Modulation | None) -> Float[Tensor, "batch tokens width"]:
+    """x * (1 + scale) + shift, or x itself where nothing modulates."""
+    return x if by is None else torch.addcmul(by.shift, x, by.scale + 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without mask, through PyTorch's scaled_dot_product_attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}; change one of them")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, width / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-approximated GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward, each optionally modulated and gated.
+
+    `affine_norm` gives the two LayerNorms weights of their own; a modulated block has none, its modulation
+    stands in for them.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, *, affine_norm: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm)
+        self.mlp = FeedForward(width, int(width * mlp_ratio))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens width"],
+        attn: Modulation | None = None,
+        mlp: Modulation | None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        x = _residual(x, self.attn(modulate(self.norm1(x), attn)), attn)
+        return _residual(x, self.mlp(modulate(self.norm2(x), mlp)), mlp)
+
+
+def _residual(x: Tensor, branch: Tensor, by: Modulation | None) -> Tensor:
+    return x + branch if by is None or by.gate is None else torch.addcmul(x, by.gate, branch)

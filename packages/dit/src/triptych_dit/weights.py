@@ -1,0 +1,52 @@
+"""Model files: one safetensors file with a DiT's weights, its config and what it was trained to predict."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from triptych_common import checkpoint
+from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
+
+from triptych_dit.config import DiTConfig
+from triptych_dit.model import DiT
+
+_KIND = "DiT"
+FILE_NAME = "model.safetensors"
+
+
+class TrainedModel(NamedTuple):
+    """A loaded model with the diffusion process it was trained on and the facts of its training."""
+
+    model: DiT
+    diffusion: GaussianDiffusion
+    facts: dict[str, Any]
+
+
+def make_diffusion(config: DiTConfig, predict: str) -> GaussianDiffusion:
+    """The thesis's process: 1000 linear steps; the variance learned where the model has channels for it."""
+    variance = "learned_range" if config.learn_sigma else "fixed_large"
+    return GaussianDiffusion(NoiseSchedule.linear(), predict=predict, variance=variance)
+
+
+def save_model(path: Path, model: DiT, facts: dict[str, Any]) -> None:
+    """Write a model; `facts` must be JSON-able and hold "predict"."""
+    checkpoint.write(path, model.state_dict(), {"kind": _KIND, "config": asdict(model.config), **facts})
+
+
+def load_model(path: Path) -> TrainedModel:
+    """Read a model file, or the one in a run's folder, onto the CPU in evaluation mode.
+
+    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no finished model; train one with triptych-dit train --out {path.parent}")
+    tensors, facts = checkpoint.read(path)
+    if facts.get("kind") != _KIND:
+        raise ValueError(f"{path}: not a DiT model file; expected {FILE_NAME} of a triptych-dit training run")
+    config = DiTConfig(**{**facts["config"], "input_size": tuple(facts["config"]["input_size"])})
+    model = DiT(config)
+    model.load_state_dict(tensors)
+    return TrainedModel(model.requires_grad_(False).eval(), make_diffusion(config, facts["predict"]), facts)
