@@ -4,6 +4,7 @@ Tensors and a JSON state share a file, so that no interruption can leave halves 
 temporary name, flushed to disk and renamed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,7 +36,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk arrives as any of the three
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(
             f"{path}: cannot be written ({reason}); make room or choose another --out, then repeat"

@@ -147,15 +147,16 @@ def _overview(prog: str, commands: Commands) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The first message of tyro's boxed errors, on one line."""
-    lines = []
+    """The message of tyro's boxed errors, on one line: what stands between title and first rule, in either style."""
+    groups: list[list[str]] = [[]]
     for line in text.splitlines():
-        inner = line.strip("│ ")
-        if line.startswith("│") and not inner.startswith("──"):
-            lines.append(inner)
-        elif lines:
-            break
-    return " ".join(lines) or text.strip()
+        inner = line.strip("│╭╮╰╯ ")
+        if inner and not inner.strip("─-"):
+            groups.append([])
+        elif inner and not line.startswith(("╭", "╰")):
+            groups[-1].append(inner)
+    messages = groups if text.lstrip().startswith("╭") else groups[1:]
+    return " ".join(messages[0]) if messages and messages[0] else " ".join(text.split())
 
 
 def _one_line(error: BaseException) -> str:

@@ -47,9 +47,13 @@ def uniform(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " b
     return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def integers(seed: int, stream: str, indices: Sequence[int], high: int) -> Int[Tensor, " batch"]:
-    """One integer in 0 .. high-1 for each index."""
-    return (uniform(seed, stream, indices) * high).long()
+def evenly_spread(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " batch"]:
+    """One float64 in [0, 1) for each index, any run of consecutive indices spread evenly: the golden-ratio sequence in
+    64-bit integers, started at the stream's key.
+    """
+    with np.errstate(over="ignore"):
+        z = np.uint64(_hash64(seed, stream)) + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def permutation(seed: int, stream: str, index: int, n: int) -> Int[Tensor, " n"]:

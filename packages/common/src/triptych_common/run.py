@@ -1,5 +1,6 @@
 """The run directory: one locked folder with the resolved config, provenance, metrics and checkpoints of a run."""
 
+import contextlib
 import json
 import os
 import platform
@@ -135,7 +136,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise OSError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from error
 
 

@@ -4,7 +4,6 @@ A sampler is a generator of `Step`s; `final` runs one to its end. The model it d
 `denoise(x_t, t) -> output` of the current sample and original timesteps (labels already bound, see `guided`).
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -36,7 +35,7 @@ def ddpm(
     """
     x = noise.draw()
     for index in reversed(range(len(diffusion.schedule))):
-        p, t = _reverse(denoise, diffusion, x, index, clip_x_0)
+        p, _ = _reverse(denoise, diffusion, x, index, clip_x_0)
         x = p.mean if index == 0 else p.mean + torch.exp(0.5 * p.log_variance) * noise.draw()
         yield Step(index, x, p.x_0)
 
@@ -77,12 +76,12 @@ def _reverse(denoise: Denoise, diffusion: GaussianDiffusion, x: Tensor, index: i
     return diffusion.p_params(denoise(x, timesteps), x, t, clip_x_0=clip_x_0), t
 
 
-def final(steps: Iterator[Step], progress: Callable[[], None] | None = None) -> Float[Tensor, "batch *shape"]:
+def final(steps: Iterator[Step], progress: Callable[[], None] = lambda: None) -> Float[Tensor, "batch *shape"]:
     """Run a sampler to its end; `progress` is called after every step."""
     for step in steps:
-        if progress is not None:
-            progress()
-    return step.x
+        x = step.x
+        progress()
+    return x
 
 
 def guided(
@@ -92,13 +91,13 @@ def guided(
     scale: float = 1.0,
     *,
     guidance_channels: GuidanceChannels = "all",
-    interval: tuple[float, float] = (-math.inf, math.inf),
+    interval: tuple[int, int] | None = None,
 ) -> Denoise:
     """Bind labels to `model(x, t, y)`, with classifier-free guidance u + scale * (c - u) where scale is not 1.
 
     Guidance acts on the first `guidance_channels` channels of the data ("all": every one; the released DiT used 3 of
-    its 4) and on timesteps within `interval`; the variance channels are the conditional ones. Both halves run as one
-    batch.  [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
+    its 4), on timesteps from the first to the last of `interval` (None: all); variance channels are the conditional
+    ones. Both halves run as one batch.  [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
 
     Raises ValueError for guidance on a model without a null label.
     """
@@ -111,7 +110,7 @@ def guided(
     both = torch.cat([labels, torch.full_like(labels, null_label)])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        if not interval[0] <= int(t[0]) <= interval[1]:
+        if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
             return model(x, t, labels)
         output = model(torch.cat([x, x]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)

@@ -203,14 +203,14 @@ def steps(
         while state.step < total_steps:
             counters = range(state.samples_seen, state.samples_seen + batch_size)
             yield Batch(state.step, batch_size, among.share(counters))
+            healthy = state.skipped_in_a_row == 0  # what follows a bad step must not push good checkpoints out
             if state.skipped_in_a_row >= patience:
                 _roll_back(state, run, patience, max_rollbacks)
             if state.step % log_every == 0 or state.step == total_steps:
                 window = _log(state, run, batch_size, window)
             on_step(state)
             stop = among.any(signals.received is not None)
-            healthy = state.skipped_in_a_row == 0
-            if healthy and (stop or state.step == total_steps or state.step % checkpoint_every == 0):
+            if stop or state.step == total_steps or (healthy and state.step % checkpoint_every == 0):
                 _save(state, run, keep)
             if stop:
                 signum = signals.received or signal.SIGTERM

@@ -74,6 +74,6 @@ PRESETS: dict[str, DiTConfig] = {
     for patch in (2, 4, 8)
     for suffix, side in (("", 32), ("@512", 64))
 } | {  # pixel space, digits of 28 x 28
-    "digits": DiTConfig((28, 28), 1, patch_size=4, depth=6, hidden_size=64, num_heads=2, num_classes=10),
-    "digits-tiny": DiTConfig((28, 28), 1, patch_size=7, depth=2, hidden_size=32, num_heads=2, num_classes=10),
+    "digits": DiTConfig((28, 28), 1, patch_size=4, depth=4, hidden_size=80, num_heads=2, num_classes=10),
+    "digits-tiny": DiTConfig((28, 28), 1, patch_size=4, depth=2, hidden_size=32, num_heads=2, num_classes=10),
 }

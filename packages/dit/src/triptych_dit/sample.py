@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +38,8 @@ class SamplerSettings:
     """classifier-free guidance; 1: none"""
     guidance_channels: int | Literal["all"] = "all"
     """channels that guidance acts on; the released DiT used 3 of 4"""
-    guidance_interval: tuple[float, float] = (-math.inf, math.inf)
-    """timesteps between which guidance acts"""
+    guidance_interval: tuple[int, int] = (0, 999)
+    """first and last timestep at which guidance acts"""
     clip_x_0: bool = True
     """clip the predicted clean image to [-1, 1] at every step: right for pixels, wrong for latents"""
 
@@ -115,7 +116,7 @@ def sample_images(
     *,
     seed: int = 0,
     first_index: int = 0,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "batch channels height width"]:
     """Sample one image for each label, in [-1, 1]; `first_index` numbers the first of them."""
     indices = range(first_index, first_index + len(labels))
@@ -143,7 +144,6 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "seed": config.seed, "labels": list(classes), "num_samples": config.num_samples,
         "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }  # fmt: skip
-    request["guidance_interval"] = [str(bound) for bound in config.guidance_interval]
     with (
         ranks(config.device) as among,
         RunDirectory(config.out, request, is_main=among.is_main) as run,
@@ -179,7 +179,7 @@ def _sample_missing(trained: TrainedModel, labels: Tensor, config: SampleConfig,
         for batch in mine:
             images = sample_images(
                 trained, labels[batch.start : batch.stop], config, seed=config.seed, first_index=batch.start,
-                progress=lambda size=len(batch): progress.advance(size),
+                progress=partial(progress.advance, len(batch)),
             )  # fmt: skip
             _write_npz(config.out / "parts" / f"{batch.start:08d}-{batch.stop:08d}.npz", arr_0=to_uint8(images))
 
@@ -236,7 +236,7 @@ def read_npz(path: Path) -> tuple[UInt8[Tensor, "n channels height width"], Int[
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays["arr_0"]
-            labels = arrays["arr_1"] if "arr_1" in arrays else None
+            labels = arrays.get("arr_1")
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected an npz file with arr_0 ({error})") from error
     if images.ndim != 4 or images.dtype != np.uint8:

@@ -55,6 +55,8 @@ class TrainConfig(CommonOptions):
     """bound the half-life to this share of the images seen so far"""
     predict: Literal["noise", "sample"] = "noise"
     """what the network predicts"""
+    timesteps: Literal["uniform", "evenly_spread"] = "uniform"
+    """draw each sample's timestep on its own, or so that consecutive samples cover all of them"""
     embedding_init: Literal["released", "unit"] = "released"
     """initial timestep and label embeddings: N(0, 0.02), or of unit variance, so that a short run feels them at once"""
     horizontal_flip: bool = False
@@ -105,17 +107,18 @@ class TrainConfig(CommonOptions):
 
 _DIGITS = TrainConfig(  # a short run: what is constant in the thesis warms up, decays and is scaled to its length here
     model=PRESETS["digits"],
-    total_images=288_000,
+    total_images=360_000,
     batch_size=64,
-    lr=6e-3,
+    lr=8e-3,
     lr_schedule="cosine",
     warmup_images=3_200,
-    adam_beta2=0.99,
+    adam_beta2=0.95,
     grad_clip=1.0,
-    ema_half_life_images=10_000,
+    ema_half_life_images=15_000,
     ema_rampup=0.1,
+    timesteps="evenly_spread",
     embedding_init="unit",
-    snapshots=(6_400, 25_600, 76_800, 153_600),
+    snapshots=(6_400, 25_600, 76_800, 180_000),
 )
 
 TRAIN_PRESETS: dict[str, TrainConfig] = {
@@ -123,7 +126,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
     "digits-smoke": replace(
         _DIGITS,
         model=PRESETS["digits-tiny"],
-        total_images=19_200,
+        total_images=16_000,
         warmup_images=1_280,
         ema_half_life_images=1_000,
         log_every=10,
@@ -223,6 +226,7 @@ def make_loss(
     """The loss of given sample counters: all that is random about a sample follows from its counter."""
     diffusion = make_diffusion(config.model, config.predict)
     dtype, seed = getattr(torch, config.precision), config.seed
+    draw_t = randomness.uniform if config.timesteps == "uniform" else randomness.evenly_spread
 
     def loss_of(counters: range) -> Any:
         items = randomness.shuffled(seed, "order", counters, len(train_set))
@@ -230,7 +234,7 @@ def make_loss(
         if config.horizontal_flip:
             flip = randomness.uniform(seed, "flip", counters) < 0.5
             x_0 = torch.where(flip.to(among.device)[:, None, None, None], x_0.flip(-1), x_0)
-        t = randomness.integers(seed, "timestep", counters, len(diffusion.schedule))
+        t = (draw_t(seed, "timestep", counters) * len(diffusion.schedule)).long()
         noise = randomness.normal(seed, "noise", counters, x_0.shape[1:], dtype=dtype).to(among.device)
         labels = state.model.drop_labels(train_set.labels[items], randomness.uniform(seed, "label-drop", counters))
         x_t = diffusion.q_sample(x_0, t, noise)

@@ -39,8 +39,8 @@ class ImageDataset:
         return self.images[indices].to(torch.float32) / 127.5 - 1
 
 
-def load(name: str, split: Split = "train", root: Path | None = None) -> ImageDataset:
-    """One split of a named data set; `root` stands in for `$TRIPTYCH_DATA`.
+def load(name: str, split: str = "train", root: Path | None = None) -> ImageDataset:
+    """One split, "train" or "held_out", of a named data set; `root` stands in for `$TRIPTYCH_DATA`.
 
     Raises ValueError for an unknown name or split, FileNotFoundError where the data are absent and cannot be fetched.
     """

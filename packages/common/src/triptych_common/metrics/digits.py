@@ -57,8 +57,8 @@ class DigitScorer:
         to_train = nearest_distances(_pixels(held_out.images), self._train_pixels)
         self.near_duplicate_distance = float(to_train.quantile(NEAR_DUPLICATE_QUANTILE))
 
-    def __call__(self, images: UInt8[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"] | None) -> DigitScores:
-        """Score generated digits.
+    def __call__(self, images: Tensor, labels: Int[Tensor, " n"] | None) -> DigitScores:
+        """Score generated digits: uint8 (n, 1, 28, 28), and what they should show.
 
         Raises ValueError for fewer than 10 images, or images the instruments do not take.
         """

@@ -9,14 +9,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "weights"
-InstrumentName = Literal["mnist_features", "mnist_classifier"]
 
 
 def feature_network() -> nn.Sequential:
@@ -47,14 +45,14 @@ ARCHITECTURES = {"mnist_features": feature_network, "mnist_classifier": classifi
 class Instrument:
     """A frozen network with the facts a score must carry."""
 
-    name: InstrumentName
+    name: str
     network: nn.Module
     sha256: str
     record: dict
 
     @torch.inference_mode()
-    def __call__(self, images: UInt8[Tensor, "n 1 28 28"]) -> Float[Tensor, "n outputs"]:
-        """Features (n, 64) or logits (n, 10) of 8-bit images.
+    def __call__(self, images: Tensor) -> Float[Tensor, "n outputs"]:
+        """Features (n, 64) or logits (n, 10) of uint8 images (n, 1, 28, 28).
 
         Raises ValueError for images of another shape or type.
         """
@@ -70,8 +68,8 @@ def normalised(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
-def load_instrument(name: InstrumentName, folder: Path = FOLDER) -> Instrument:
-    """A frozen instrument, checked against its recorded hash.
+def load_instrument(name: str, folder: Path = FOLDER) -> Instrument:
+    """A frozen instrument, "mnist_features" or "mnist_classifier", checked against its recorded hash.
 
     Raises ValueError for an unknown name or a file whose hash differs.
     """

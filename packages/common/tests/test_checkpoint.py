@@ -1,0 +1,87 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from triptych_common import checkpoint
+
+TENSORS = {
+    "b": torch.arange(6.0).view(2, 3),
+    "a.step": torch.tensor(7.0),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+    "n": torch.tensor([1, 2]),
+    "empty": torch.zeros(0, 4),
+}
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = tmp_path / "step-00000001.safetensors"
+    checkpoint.write(path, TENSORS, {"step": 1, "loss": 0.1})
+    tensors, state = checkpoint.read(path)
+    assert state == {"step": 1, "loss": 0.1}
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "tensor", "state", "empty"])
+def test_damage_is_found_and_the_remedy_named(tmp_path, damage):
+    for step in (1, 2):
+        checkpoint.write(checkpoint.step_path(tmp_path, step), TENSORS, {"step": step})
+    path = checkpoint.step_path(tmp_path, 2)
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        content = content[:-3]
+    elif damage == "tensor":
+        content[-1] ^= 1
+    elif damage == "state":
+        content = content.replace(b'step\\": 2', b'step\\": 3')
+    else:
+        content = b""
+    assert bytes(content) != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"delete it to go on from step-00000001.safetensors"):
+        checkpoint.read(path)
+
+
+def test_foreign_safetensors_are_told_apart(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="not one of triptych's"):
+        checkpoint.read(tmp_path / "x.safetensors")
+
+
+def test_prune_keeps_the_last_and_clears_leftovers(tmp_path):
+    for step in (1, 5, 20, 300):
+        checkpoint.write(checkpoint.step_path(tmp_path, step), {"x": torch.zeros(1)}, {})
+    (tmp_path / "step-00000400.safetensors.partial").write_bytes(b"half")
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020.safetensors", "step-00000300.safetensors"]
+
+
+FULL_DISK = """
+import json, resource, sys, torch
+from pathlib import Path
+from triptych_common import checkpoint
+path = Path(sys.argv[1])
+checkpoint.write(path, {"x": torch.zeros(10)}, {"good": True})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    checkpoint.write(path, {"x": torch.zeros(100_000)}, {"good": False})
+except OSError as error:
+    print(json.dumps({"error": str(error), "kept": checkpoint.read(path)[1]}))
+"""
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "step-00000001.safetensors"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["kept"] == {"good": True}
+    assert "cannot be written" in told["error"]
+    assert "\n" not in told["error"]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,104 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+from triptych_common.cli import Command, CommonOptions, main, say
+from triptych_common.errors import Diverged, Interrupted
+
+
+@dataclass(frozen=True)
+class Inner:
+    depth: int = 2
+    """blocks"""
+
+
+@dataclass(frozen=True)
+class Config(CommonOptions):
+    """Do a thing."""
+
+    lr: float = 0.1
+    """learning rate"""
+    inner: Inner = Inner()
+    """shape"""
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr {self.lr}: expected a number above 0")
+
+    def resolved(self):
+        return {"lr": self.lr, "depth": self.inner.depth}
+
+
+def work(config):
+    say("a line for people")
+    if config.seed == 1:
+        raise ValueError("bad\n  value; do this")
+    if config.seed == 2:
+        raise Interrupted("stopped; repeat", 15)
+    if config.seed == 3:
+        raise Diverged("lost")
+    if config.seed == 4:
+        raise KeyboardInterrupt
+    if config.seed == 5:
+        raise FileNotFoundError(2, "No such file or directory", "x.npz")
+    return {"lr": config.lr, "depth": config.inner.depth}
+
+
+PRESETS = {"big": Config(lr=0.5, inner=Inner(depth=9))}
+COMMANDS = {"work": ("do a thing", lambda: Command(Config, work, PRESETS))}
+
+
+def call(*argv):
+    try:
+        return main("prog", COMMANDS, argv)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("argv", [("--preset", "big"), ("--preset=big",)])
+def test_flags_override_the_preset_wherever_it_stands(argv, capsys):
+    assert call("work", "--lr", "0.2", *argv, "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1]) == {"lr": 0.2, "depth": 9}
+    assert captured.out.count("\n") == 1  # --json keeps stdout for the result
+    assert "a line for people" in captured.err
+
+
+def test_dry_run_prints_and_does_nothing(capsys):
+    assert call("work", "--dry-run", "--inner.depth", "7") == 0
+    assert json.loads(capsys.readouterr().out) == {"lr": 0.1, "depth": 7}
+
+
+@pytest.mark.parametrize(("argv", "status", "message"), [
+    (("work", "--lr", "x"), 2, "could not convert string to float: 'x'"),
+    (("work", "--lrr", "1"), 2, "Unrecognized options: --lrr"),
+    (("work", "--lr", "-1"), 2, "lr -1.0: expected a number above 0"),
+    (("work", "--preset", "huge"), 1, "preset 'huge': expected one of big"),
+    (("wrok",), 2, "unknown command 'wrok': expected one of work"),
+    (("work", "--seed", "1"), 1, "error: bad value; do this"),
+    (("work", "--seed", "2"), 143, "stopped; repeat"),
+    (("work", "--seed", "3"), 1, "error: lost"),
+    (("work", "--seed", "4"), 130, "interrupted; repeat the command"),
+    (("work", "--seed", "5"), 1, "x.npz"),
+])  # fmt: skip
+def test_every_error_is_one_line_and_a_status(argv, status, message, capsys):
+    assert call(*argv) == status
+    err = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(err) == 1
+    assert message in err[0]
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("TRIPTYCH_DEBUG", "1")
+    with pytest.raises(ValueError, match="bad"):
+        main("prog", COMMANDS, ["work", "--seed", "1"])
+
+
+def test_overview_and_help_list_what_there_is(capsys):
+    assert call("--help") == 0
+    assert "do a thing" in capsys.readouterr().out
+    assert call("work", "--help") == 0
+    out = capsys.readouterr().out
+    assert "learning rate" in out
+    assert "big" in out
+    assert call() == 2

@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from triptych_common.run import RunDirectory, flatten, git_commit, provenance, write_bytes, write_json
+
+
+def test_a_second_process_is_refused_and_the_lock_dies_with_its_holder(tmp_path):
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom triptych_common.run import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1]), {}):\n    print('in', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match="another process is using this run directory"), RunDirectory(tmp_path, {}):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with RunDirectory(tmp_path, {}):  # SIGKILL left no stale lock
+        pass
+
+
+def test_another_identity_is_refused_with_both_values(tmp_path):
+    with RunDirectory(tmp_path, {"lr": 0.1, "model": {"depth": 2}}):
+        pass
+    with RunDirectory(tmp_path, {"lr": 0.1, "model": {"depth": 2}}):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"holds a run with model.depth=2 \(now 3\)"),
+        RunDirectory(tmp_path, {"lr": 0.1, "model": {"depth": 3}}),
+    ):
+        pass
+
+
+def test_config_records_what_made_the_run(tmp_path):
+    with RunDirectory(tmp_path, {"seed": 3}):
+        pass
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["config"] == {"seed": 3}
+    assert {"command", "commit", "versions", "hardware"} <= config.keys()
+    assert config["versions"]["torch"]
+
+
+def test_metrics_survive_a_torn_row_and_refuse_nan(tmp_path):
+    with RunDirectory(tmp_path, {}) as run:
+        for step in (1, 2, 3):
+            run.log({"step": step, "loss": 0.5})
+        with run.metrics_path.open("a") as file:
+            file.write('{"step": 4')
+        assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+        run.truncate_metrics(2)
+        assert [row["step"] for row in run.metrics()] == [1, 2]
+        with pytest.raises(ValueError, match="JSON"):
+            run.log({"step": 5, "loss": float("nan")})
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    with RunDirectory(tmp_path, {}, tensorboard=True) as run:
+        run.log({"step": 1, "loss": 0.5})
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_writes_are_atomic_and_json_strict(tmp_path):
+    write_json(tmp_path / "a" / "x.json", {"v": 1})
+    assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"v": 1}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a" / "x.json", {"v": float("inf")})
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.json"]
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot be written .* choose another --out"):
+        write_bytes(tmp_path / "file" / "x", b"")
+    with (
+        pytest.raises(OSError, match=r"cannot be written .* choose another --out"),
+        RunDirectory(tmp_path / "file", {}),
+    ):
+        pass
+
+
+def test_flatten_joins_keys():
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+def test_provenance_names_commit_and_command():
+    facts = provenance()
+    assert facts["commit"] == git_commit()
+    assert facts["command"]

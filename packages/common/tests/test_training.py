@@ -1,0 +1,214 @@
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+from triptych_common import checkpoint, randomness
+from triptych_common.errors import Diverged, Interrupted
+from triptych_common.parallel import Ranks
+from triptych_common.run import RunDirectory
+from triptych_common.training import Batch, TrainState, steps
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def make_state(**kwargs):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    rng = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5, generator=rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return TrainState(model, optimizer, ALONE, **{"ema_half_life": 40.0, **kwargs})
+
+
+def loss_of(state, counters):
+    x = randomness.normal(0, "x", counters, (3,), dtype=torch.float64)
+    return ((state.model(x)[:, 0] - x.sum(1)) ** 2).mean()
+
+
+def run_loop(state, path, *, total=80, after=lambda state: None, micro=None, spoil=lambda step: False, **kwargs):
+    """A complete little training loop; returns its metrics without time fields."""
+    options = {"total_samples": total, "batch_size": 8, "checkpoint_every": 4, "log_every": 3, **kwargs}
+    with RunDirectory(path, {"test": 1}) as run:
+        for batch in steps(state, run, **options):
+            total_loss = 0.0
+            for counters, last in batch.micro_batches(micro):
+                loss = loss_of(state, counters) * len(counters) / len(batch.counters)
+                if spoil(batch.step):
+                    loss = loss * math.nan
+                state.backward(loss, sync=last)
+                total_loss = total_loss + loss.detach()
+            state.update(batch, {"loss": total_loss})
+            after(state)
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in run.metrics()]
+
+
+def same(a, b):
+    return a.tensors().keys() == b.tensors().keys() and all(
+        torch.equal(value, b.tensors()[name]) for name, value in a.tensors().items()
+    )
+
+
+def test_a_run_interrupted_anywhere_ends_bit_identical(tmp_path):
+    whole = make_state()
+    expected = run_loop(whole, tmp_path / "whole")
+    for stop_at in (1, 4, 7):
+        path = tmp_path / f"stopped-{stop_at}"
+
+        def send_signal(state, stop_at=stop_at):
+            if state.step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Interrupted, match=f"stopped at step {stop_at} of 10.*repeat the command") as stop:
+            run_loop(make_state(), path, after=send_signal)
+        assert stop.value.exit_code == 143
+        resumed = make_state()
+        assert run_loop(resumed, path) == expected
+        assert same(resumed, whole)
+
+
+def test_metrics_beyond_the_checkpoint_are_cut_back(tmp_path):
+    expected = run_loop(make_state(), tmp_path / "whole")
+
+    class Crash(Exception):
+        pass
+
+    def crash(state):
+        if state.step == 7:  # the checkpoint is of step 4, a row of step 6 is written
+            raise Crash
+
+    with pytest.raises(Crash):
+        run_loop(make_state(), tmp_path / "run", after=crash)
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()] == [3, 6]
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # killed in the middle of a row
+    assert run_loop(make_state(), tmp_path / "run") == expected
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    first = make_state()
+    rows = run_loop(first, tmp_path)
+    again = make_state()
+    assert run_loop(again, tmp_path) == rows
+    assert same(first, again)
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
+    whole, parts = make_state(), make_state()
+    run_loop(whole, tmp_path / "a")
+    run_loop(parts, tmp_path / "b", micro=3)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_average_has_its_closed_form():
+    state = make_state(ema_half_life=16.0, ema_rampup=None, learning_rate=lambda seen: 0.01)
+    expected = [p.detach().clone() for p in state.model.parameters()]
+    for step in range(6):
+        batch = Batch(step, 8, range(8 * step, 8 * step + 8))
+        state.backward(loss_of(state, batch.counters))
+        state.update(batch, {})
+        decay = 0.5 ** (8 / 16)  # one half-life is two steps
+        expected = [
+            decay * e + (1 - decay) * p.detach() for e, p in zip(expected, state.model.parameters(), strict=True)
+        ]
+    for e, p in zip(expected, state.ema.parameters(), strict=True):
+        torch.testing.assert_close(p, e, rtol=0, atol=1e-14)
+
+
+def test_rampup_forgets_the_random_start():
+    """With a half-life of a tenth of the samples seen, the start's share vanishes at any length of run."""
+    state = make_state(ema_half_life=1e9, ema_rampup=0.1)
+    start = [p.clone() for p in state.ema.parameters()]
+    with torch.no_grad():
+        for p in state.model.parameters():
+            p.zero_()
+    for step in range(100):
+        state._average(8)
+        state.samples_seen += 8
+        state.step = step
+    for before, now in zip(start, state.ema.parameters(), strict=True):
+        assert float(now.abs().max()) < 1e-6 * float(before.abs().max())
+
+
+def test_clipping_bounds_the_norm_and_is_metered(tmp_path):
+    state = make_state(grad_clip=1e-3)
+    rows = run_loop(state, tmp_path, total=24)
+    assert rows[0]["grad_norm"] > 1e-3  # logged before clipping
+
+    free = make_state(grad_clip=None)
+    state = make_state(grad_clip=0.05)
+    for one in (free, state):
+        one.optimizer = torch.optim.SGD(one.model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in one.model.parameters()]
+        one.backward(loss_of(one, range(8)))
+        one.update(Batch(0, 8, range(8)), {})
+        moved = math.sqrt(
+            sum(float(((p.detach() - b) ** 2).sum()) for p, b in zip(one.model.parameters(), before, strict=True))
+        )
+        assert (moved > 0.06) if one is free else moved == pytest.approx(0.05, rel=1e-4)
+
+
+def test_a_bad_batch_is_skipped_and_counted_but_its_samples_stay_seen(tmp_path):
+    state = make_state()
+    rows = run_loop(state, tmp_path, spoil=lambda step: step == 2)
+    assert (state.skipped, state.rollbacks, state.samples_seen, state.step) == (1, 0, 80, 10)
+    assert rows[-1]["skipped"] == 1
+    assert all(math.isfinite(float(p.detach().sum())) for p in state.model.parameters())
+
+
+def test_bad_batches_in_a_row_roll_weights_back_never_the_counter(tmp_path):
+    state = make_state()
+    at_checkpoint = {}
+
+    def remember(state):
+        if state.step == 4:
+            at_checkpoint.update({n: p.detach().clone() for n, p in state.model.named_parameters()})
+        if state.step == 8:  # three bad steps (5, 6, 7) are behind
+            at_checkpoint["moved"] = True
+
+    def spoil(step):
+        return step in (5, 6, 7)
+
+    seen = []
+    run_loop(state, tmp_path, after=lambda s: (remember(s), seen.append(s.samples_seen)), spoil=spoil)
+    assert state.rollbacks == 1
+    assert state.skipped == 3
+    assert seen == [8 * (i + 1) for i in range(10)]  # every sample counter is visited once
+
+
+def test_a_loss_that_stays_bad_stops_with_a_report_and_the_last_good_checkpoint(tmp_path):
+    state = make_state()
+    with pytest.raises(Diverged, match=r"after 3 rollbacks .* lower --lr. Last good checkpoint: .*step-00000004"):
+        run_loop(state, tmp_path, total=800, spoil=lambda step: step >= 5)
+    tensors, counters = checkpoint.read(tmp_path / "checkpoints/step-00000004.safetensors")
+    assert counters["step"] == 4
+    assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run_loop(make_state(), tmp_path, total=8)
+    other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    state = TrainState(other, torch.optim.AdamW(other.parameters()), ALONE, ema_half_life=1.0)
+    with pytest.raises(ValueError, match=r"does not fit this config \(0.weight is \(4, 3\), expected \(5, 3\)\)"):
+        run_loop(state, tmp_path)
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused(tmp_path):
+    state = make_state()
+    state.among = Ranks(0, 3, torch.device("cpu"))
+    with (
+        RunDirectory(tmp_path, {}) as run,
+        pytest.raises(ValueError, match="batch_size 8 does not divide over 3 ranks"),
+    ):
+        next(steps(state, run, total_samples=8, batch_size=8, checkpoint_every=1, log_every=1))
+
+
+def test_learning_rate_follows_samples_seen(tmp_path):
+    state = make_state(learning_rate=lambda seen: 1e-3 * seen)
+    rates = []
+    run_loop(state, tmp_path, after=lambda s: rates.append(s.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([8e-3 * i for i in range(10)])

@@ -1,0 +1,289 @@
+"""The command line at a tiny size, as a user would run it: interrupted, killed, spoiled, on two ranks."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from triptych_common import checkpoint
+from triptych_common.testing import run_cli, run_torchrun
+
+TINY = [
+    "--model.depth", "1", "--model.hidden-size", "16", "--model.num-heads", "2", "--model.patch-size", "7",
+    "--batch-size", "16", "--total-images", "640", "--checkpoint-every", "8", "--log-every", "5",
+    "--warmup-images", "64", "--snapshots", "320",
+]  # fmt: skip
+STEPS = 40
+
+
+def train(out: Path, *options: str, **kwargs) -> subprocess.CompletedProcess:
+    return run_cli("triptych_dit.cli", "train", "--preset", "digits", *TINY, "--out", str(out), *options, **kwargs)
+
+
+def metrics(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, average, optimiser, counters and metrics are bit-identical."""
+    for name in (f"checkpoints/step-{STEPS:08d}.safetensors", "model.safetensors"):
+        (tensors_a, state_a), (tensors_b, state_b) = checkpoint.read(a / name), checkpoint.read(b / name)
+        assert state_a == state_b
+        assert tensors_a.keys() == tensors_b.keys()
+        assert [name for name, value in tensors_a.items() if not torch.equal(value, tensors_b[name])] == []
+    assert metrics(a) == metrics(b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    done = train(out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["last"]["step"] == STEPS
+    return out
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resuming_ends_bit_identical(whole, tmp_path, signum):
+    process = train(tmp_path, background=True)
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, err
+    last = err.strip().splitlines()[-1]
+    assert "saved in" in last
+    assert "repeat the command to go on" in last
+    stopped = checkpoint.steps_in(tmp_path / "checkpoints")[-1]
+    assert checkpoint.read(stopped)[1]["step"] < STEPS
+    assert train(tmp_path).returncode == 0
+    assert_same_run(whole, tmp_path)
+
+
+KILL_IN_MID_WRITE = """
+import os, signal, sys
+from triptych_common import checkpoint
+
+real_save, calls = checkpoint.save_file, []
+
+def save_half_and_die(tensors, path, metadata):
+    calls.append(path)
+    real_save(tensors, path, metadata)
+    if len(calls) == 3:  # steps 0 and 8 are whole; 16 stops half-way through its bytes
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_file = save_half_and_die
+from triptych_dit.cli import COMMANDS
+from triptych_common.cli import main
+sys.exit(main("triptych-dit", COMMANDS, sys.argv[1:]))
+"""
+
+
+def test_sigkill_in_the_middle_of_a_checkpoint_write_loses_nothing(whole, tmp_path):
+    command = [sys.executable, "-c", KILL_IN_MID_WRITE, "train", "--preset", "digits", *TINY, "--out", str(tmp_path)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*.partial")] == ["step-00000016.safetensors.partial"]
+    assert checkpoint.read(checkpoint.steps_in(tmp_path / "checkpoints")[-1])[1]["step"] == 8
+    assert metrics(tmp_path)[-1]["step"] == 15  # beyond the checkpoint: to be cut back
+    assert train(tmp_path).returncode == 0
+    assert_same_run(whole, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_repeating_a_finished_run_changes_nothing(whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train(whole).returncode == 0
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_ranks_give_the_weights_of_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(one, "--precision", "float64").returncode == 0
+    options = ["train", "--preset", "digits", *TINY, "--out", str(two), "--precision", "float64"]
+    done = run_torchrun(2, "triptych_dit.cli", *options)
+    assert done.returncode == 0, done.stderr
+    path = f"checkpoints/step-{STEPS:08d}.safetensors"
+    tensors, others = checkpoint.read(one / path)[0], checkpoint.read(two / path)[0]
+    for name, value in tensors.items():
+        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-10, msg=name)
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def sample(whole: Path, out: Path, *options: str, ranks: int = 1) -> np.ndarray:
+    command = ["sample", "--checkpoint", str(whole), "--out", str(out), "--num-samples", "7",
+               "--num-inference-steps", "4", "--guidance-scale", "1.5", *options]  # fmt: skip
+    done = run_cli("triptych_dit.cli", *command) if ranks == 1 else run_torchrun(ranks, "triptych_dit.cli", *command)
+    assert done.returncode == 0, done.stderr
+    with np.load(out / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (7, 28, 28, 1)
+        return arrays["arr_0"].astype(int)
+
+
+def test_a_sample_depends_on_its_index_not_on_batch_or_ranks(whole, tmp_path):
+    expected = sample(whole, tmp_path / "whole", "--batch-size", "7")
+    assert expected.std() > 1
+    for name, options, ranks in (("ones", ["--batch-size", "1"], 1), ("two", ["--batch-size", "2"], 2)):
+        got = sample(whole, tmp_path / name, *options, ranks=ranks)
+        assert np.abs(got - expected).max() <= 1
+    grid = (tmp_path / "whole" / "grid.png").read_bytes()
+    assert grid.startswith(b"\x89PNG")
+
+
+def test_sampling_resumes_from_its_parts_and_refuses_another_request(whole, tmp_path):
+    expected = sample(whole, tmp_path / "whole")
+    out = tmp_path / "resumed"
+    sample(whole, out, "--batch-size", "3")
+    content = (out / "samples.npz").read_bytes()
+    (out / "samples.npz").unlink()
+    (out / "parts").mkdir()
+    np.savez(out / "parts" / "00000002-00000004.npz", arr_0=expected[2:4].astype(np.uint8))
+    got = sample(whole, out, "--batch-size", "3")
+    assert np.abs(got - expected).max() <= 1
+    assert len(content) == (out / "samples.npz").stat().st_size
+    other = run_cli("triptych_dit.cli", "sample", "--checkpoint", str(whole), "--out", str(out), "--seed", "9")
+    assert other.returncode == 1
+    assert "holds a run with" in other.stderr
+
+
+def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
+    """One clear line, a status that is not zero."""
+    assert done.returncode == status, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert message in lines[-1]
+    assert len(lines) == 1, done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line_and_the_good_one_stays(whole, tmp_path):
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "run")
+    last = checkpoint.steps_in(tmp_path / "run/checkpoints")[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[: len(content) // 2])
+    fails_with(train(tmp_path / "run"), "truncated or not a safetensors file; delete it to go on from step-")
+    tampered = bytearray(content)
+    tampered[-1] ^= 1
+    last.write_bytes(tampered)
+    fails_with(train(tmp_path / "run"), "checksum differs from the recorded one; delete it to go on from step-")
+    last.unlink()  # the remedy
+    assert train(tmp_path / "run").returncode == 0
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_config_that_does_not_fit_is_refused(whole):
+    fails_with(train(whole, "--lr", "0.5"), "(now 0.5); repeat its settings to resume it, or use another --out")
+    fails_with(train(whole, "--model.depth", "2"), "model.depth=1 (now 2)")
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    fails_with(train(tmp_path, "--lr", "1e30"), "lower --lr. Last good checkpoint:")
+    for path in checkpoint.steps_in(tmp_path / "checkpoints"):
+        tensors, _ = checkpoint.read(path)
+        assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+FULL_DISK = """
+import resource, sys
+from triptych_dit.cli import COMMANDS
+from triptych_common.cli import main
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(main("triptych-dit", COMMANDS, sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, tmp_path):
+    size = checkpoint.step_path(whole / "checkpoints", STEPS).stat().st_size
+    limit = str(size // 2)  # step 0 holds no optimiser state and fits, step 8 does not
+    command = [sys.executable, "-c", FULL_DISK, limit, "train", "--preset", "digits", *TINY, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    fails_with(done, "step-00000008.safetensors: cannot be written")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000.safetensors"]
+    assert train(tmp_path).returncode == 0
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
+    from triptych_common.run import RunDirectory
+
+    with RunDirectory(tmp_path, {}):
+        fails_with(train(tmp_path), "another process is using this run directory")
+
+
+@pytest.mark.parametrize(("options", "status", "message"), [
+    (["train", "--preset", "digits", "--out", "/proc/nowhere"], 1, "cannot be written"),
+    (["train", "--preset", "digits", "--data", "cifar"], 1, "data set 'cifar': expected one of mnist5k, mnist"),
+    (["train", "--preset", "DiT-XL/2"], 1, "preset 'DiT-XL/2': expected one of digits"),
+    (["train", "--preset", "digits", "--batch-size", "0"], 2, "batch_size 0: expected a number above 0"),
+    (["train", "--preset", "digits", "--model.patch-size", "5"], 2, "is not a multiple of patch_size 5"),
+    (["train", "--preset", "digits", "--model.num-classes", "3"], 1, "labels 0..9, the model num_classes=3"),
+    (["train", "--preset", "digits", "--device", "tpu"], 1, "device 'tpu': not available here"),
+    (["sample", "--checkpoint", "nowhere"], 1, "nowhere: no such checkpoint"),
+    (["sample", "--checkpoint", "."], 1, "no finished model; train one with"),
+    (["evaluate", "--samples", "nowhere.npz"], 1, "nowhere.npz: no such samples file"),
+    (["reproduce", "--size", "huge"], 2, "size 'huge': expected one of smoke, laptop"),
+])  # fmt: skip
+def test_bad_input_is_one_clear_line(options, status, message, tmp_path):
+    fails_with(run_cli("triptych_dit.cli", *options, cwd=tmp_path), message, status)
+
+
+def test_an_absent_data_set_offline_names_the_remedy(tmp_path):
+    env = {"TRIPTYCH_DATA": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = run_cli("triptych_dit.cli", "train", "--data", "mnist", "--out", str(tmp_path / "run"), env=env)
+    fails_with(done, "or use mnist5k, which needs no download")
+
+
+def test_labels_outside_the_classes_are_refused(whole, tmp_path):
+    done = run_cli(
+        "triptych_dit.cli", "sample", "--checkpoint", str(whole), "--labels", "3", "10", "--out", str(tmp_path)
+    )
+    fails_with(done, "label 10 is outside 0..9 (num_classes=10)")
+
+
+def test_dry_run_tells_config_parameters_and_cost(tmp_path):
+    done = run_cli("triptych_dit.cli", "train", "--preset", "digits", "--dry-run", "--json", cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert told["parameters"] > 100_000
+    assert told["gflops_per_forward"] > 0
+    assert told["config"]["model"]["patch_size"] == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_scores_a_samples_file(whole, tmp_path):
+    from triptych_common.data import load
+
+    held_out = load("mnist5k", "train")
+    np.savez(
+        tmp_path / "copies.npz", arr_0=held_out.images[:200].permute(0, 2, 3, 1).numpy(), arr_1=held_out.labels[:200]
+    )
+    done = run_cli(
+        "triptych_dit.cli", "evaluate", "--samples", str(tmp_path / "copies.npz"), "--out", str(tmp_path), "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["scores"]["near_duplicates"]["value"] == 1.0
+    assert told["scores"]["n"] == 200
+    assert json.loads((tmp_path / "scores.json").read_text())["instruments"] == told["instruments"]
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"x": np.zeros(3)}, {"arr_0": np.zeros((4, 28, 28))}, {"arr_0": np.zeros((2, 2, 2, 1))}]
+)
+def test_a_file_that_is_no_samples_file_is_refused(arrays, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    done = run_cli("triptych_dit.cli", "evaluate", "--samples", str(tmp_path / "x.npz"), "--out", str(tmp_path))
+    fails_with(done, "arr_0")

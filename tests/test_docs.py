@@ -1,0 +1,94 @@
+"""What the README promises exists, and what is generated is up to date."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from triptych_common.claims import Claim, claims_page, load_claims
+from triptych_dit.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_of(page: Path) -> str:
+    text = page.read_text()
+    return "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_named_exist(page):
+    code = code_of(page)
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z][\w-]*)", code):
+        assert target in targets, f"{page.name}: make {target}"
+    for command in re.findall(r"\btriptych-dit ([a-z][\w-]*)", code):
+        assert command in COMMANDS, f"{page.name}: triptych-dit {command}"
+    for module in re.findall(r"python -m ([\w.]+)", code):
+        assert subprocess.run([sys.executable, "-c", f"import importlib.util as u, sys; sys.exit(not u.find_spec('{module}'))"],
+                              cwd=ROOT).returncode == 0, module  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_options_named_are_options(page):
+    code = code_of(page)
+    for command, options in re.findall(r"\btriptych-dit ([a-z]+)((?: +[^\n#`]+)?)", code):
+        flags = re.findall(r"--([a-z][\w.-]*)", options)
+        if not flags:
+            continue
+        config = COMMANDS[command][1]().config
+        known = {f.replace("_", "-") for f in config.__dataclass_fields__} | {"preset", "help"}
+        assert {flag.split(".")[0] for flag in flags} <= known, f"{page.name}: triptych-dit {command}{options}"
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_python_examples_run(page, tmp_path):
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_generated_ledger_page_is_up_to_date():
+    assert (ROOT / "docs/claims.md").read_text() == claims_page(load_claims(ROOT / "claims.toml"))
+
+
+def test_the_ledger_lists_every_figure_and_table():
+    claims = load_claims(ROOT / "claims.toml")
+    ids = set(claims)
+    assert {f"dit.fig-2.{i}" for i in range(1, 16)} | {f"dit.table-2.{i}" for i in range(1, 4)} <= ids
+    assert {f"gpt.fig-3.{i}" for i in range(1, 10)} <= ids
+    assert {f"gangealing.fig-4.{i}" for i in range(1, 8)} | {f"gangealing.table-4.{i}" for i in range(1, 4)} <= ids
+
+
+def test_a_verdict_needs_its_evidence(tmp_path):
+    row = tomllib.loads((ROOT / "claims.toml").read_text())["claim"][0]
+    with pytest.raises(ValueError, match="without size and command"):
+        Claim(**{**row, "verdict": "confirmed"})
+    with pytest.raises(ValueError, match="expected one of not run"):
+        Claim(**{**row, "verdict": "yes"})
+    (tmp_path / "c.toml").write_text('[[claim]]\nid = "x"\n')
+    with pytest.raises(ValueError, match="keys differ"):
+        load_claims(tmp_path / "c.toml")
+
+
+def test_no_tracked_file_is_large_or_names_a_machine():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in tracked.stdout.splitlines():
+        path = ROOT / name
+        if path.exists():
+            assert path.stat().st_size < 5_000_000, name
+            assert name.endswith((".safetensors", ".png")) or str(ROOT) not in path.read_text(), name
