@@ -74,8 +74,9 @@ def test_pictures_open_and_have_ten_columns(out):
     from PIL import Image
 
     sizes = {path.stem: Image.open(path).size for path in (out / "smoke/figures").glob("*.png")}
-    assert sizes.keys() == {"guided", "unguided", "over-training", "strip", "curve"}
+    assert sizes.keys() == {"overview", "guided", "unguided", "over-training", "strip", "curve"}
     assert sizes["guided"] == (2 * (10 * 30 + 2), 2 * (10 * 30 + 2))
+    assert Image.open(out / "smoke/figures/overview.png").text.keys() == {"command", "seed", "commit"}
     assert sizes["strip"] == (2 * (10 * 30 + 2), 2 * (2 * 30 + 2))
 
 

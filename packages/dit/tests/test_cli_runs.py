@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,21 @@ STEPS = 40
 
 def train(out: Path, *options: str, **kwargs) -> subprocess.CompletedProcess:
     return run_cli("triptych_dit.cli", "train", "--preset", "digits", *TINY, "--out", str(out), *options, **kwargs)
+
+
+def run_script(script: str, *options: str) -> subprocess.CompletedProcess:
+    """Run the command line with something planted in it."""
+    return subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, timeout=300)
+
+
+def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
+    """One clear line, progress aside, and a status that is not zero."""
+    assert done.returncode == status, done.stderr
+    lines = [
+        line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("training:", "sampling:"))
+    ]
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
 
 
 def metrics(out: Path) -> list[dict]:
@@ -50,23 +64,31 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
+SIGNAL_AT_STEP_10 = """
+import os, sys
+from triptych_common.run import RunDirectory
+
+real_log = RunDirectory.log
+
+def log_and_signal(self, row):
+    real_log(self, row)
+    if row["step"] == 10:
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+RunDirectory.log = log_and_signal
+from triptych_dit.cli import COMMANDS
+from triptych_common.cli import main
+sys.exit(main("triptych-dit", COMMANDS, sys.argv[2:]))
+"""
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resuming_ends_bit_identical(whole, tmp_path, signum):
-    process = train(tmp_path, background=True)
-    path = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (path.exists() and path.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, err
-    last = err.strip().splitlines()[-1]
-    assert "saved in" in last
-    assert "repeat the command to go on" in last
-    stopped = checkpoint.steps_in(tmp_path / "checkpoints")[-1]
-    assert checkpoint.read(stopped)[1]["step"] < STEPS
+    options = ["train", "--preset", "digits", *TINY, "--out", str(tmp_path)]
+    stopped = run_script(SIGNAL_AT_STEP_10, str(int(signum)), *options)
+    fails_with(stopped, "stopped at step 10 of 40, saved in", 128 + signum)
+    assert "repeat the command to go on" in stopped.stderr
+    assert checkpoint.steps_in(tmp_path / "checkpoints")[-1].name == "step-00000010.safetensors"
     assert train(tmp_path).returncode == 0
     assert_same_run(whole, tmp_path)
 
@@ -92,8 +114,7 @@ sys.exit(main("triptych-dit", COMMANDS, sys.argv[1:]))
 
 
 def test_sigkill_in_the_middle_of_a_checkpoint_write_loses_nothing(whole, tmp_path):
-    command = [sys.executable, "-c", KILL_IN_MID_WRITE, "train", "--preset", "digits", *TINY, "--out", str(tmp_path)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    killed = run_script(KILL_IN_MID_WRITE, "train", "--preset", "digits", *TINY, "--out", str(tmp_path))
     assert killed.returncode == -signal.SIGKILL
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.partial")] == ["step-00000016.safetensors.partial"]
     assert checkpoint.read(checkpoint.steps_in(tmp_path / "checkpoints")[-1])[1]["step"] == 8
@@ -159,14 +180,6 @@ def test_sampling_resumes_from_its_parts_and_refuses_another_request(whole, tmp_
     assert "holds a run with" in other.stderr
 
 
-def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """One clear line, a status that is not zero."""
-    assert done.returncode == status, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert message in lines[-1]
-    assert len(lines) == 1, done.stderr
-
-
 def test_a_damaged_checkpoint_is_one_line_and_the_good_one_stays(whole, tmp_path):
     import shutil
 
@@ -209,8 +222,7 @@ sys.exit(main("triptych-dit", COMMANDS, sys.argv[2:]))
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, tmp_path):
     size = checkpoint.step_path(whole / "checkpoints", STEPS).stat().st_size
     limit = str(size // 2)  # step 0 holds no optimiser state and fits, step 8 does not
-    command = [sys.executable, "-c", FULL_DISK, limit, "train", "--preset", "digits", *TINY, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(FULL_DISK, limit, "train", "--preset", "digits", *TINY, "--out", str(tmp_path))
     fails_with(done, "step-00000008.safetensors: cannot be written")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000.safetensors"]
     assert train(tmp_path).returncode == 0

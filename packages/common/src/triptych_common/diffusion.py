@@ -214,7 +214,7 @@ class GaussianDiffusion:
 
 def gather(table: Float[Tensor, " T"], t: Int[Tensor, " batch"], like: Tensor) -> Tensor:
     """table[t] in the dtype and device of `like`, shaped (batch, 1, 1, ...) to broadcast against it."""
-    values = table[t.to(table.device)].to(like.device, like.dtype)
+    values = table[t.to(table.device)].to(like.dtype).to(like.device)
     return values.view(-1, *[1] * (like.ndim - 1))
 
 

@@ -1,6 +1,7 @@
 """Images as people look at them: 8-bit, PNG, grids."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,19 @@ def image_grid(
     return grid
 
 
-def png_bytes(image: UInt8[Tensor, "channels height width"], *, scale: int = 1) -> bytes:
-    """A gray or RGB image as PNG, each pixel `scale` times repeated."""
-    from PIL import Image
+def png_bytes(
+    image: UInt8[Tensor, "channels height width"], *, scale: int = 1, text: Mapping[str, str] | None = None
+) -> bytes:
+    """A gray or RGB image as PNG, each pixel `scale` times repeated; `text` is stored inside the file."""
+    from PIL import Image, PngImagePlugin
 
     pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)).save(buffer, "PNG")
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+    picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 

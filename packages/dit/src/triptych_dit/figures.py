@@ -10,18 +10,19 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from triptych_common.images import image_grid, png_bytes, to_uint8
 from triptych_common.report import figure_png
-from triptych_common.run import write_bytes
+from triptych_common.run import command_line, git_commit, write_bytes
 
 from triptych_dit.sample import SamplerSettings, trajectory
 from triptych_dit.weights import TrainedModel
 
-STRIP_LENGTH = 10
+STRIP_LENGTH = 10  # as many as classes, so that grids and strips line up
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """PNG files, as bytes."""
+    """PNG files, as bytes; each but the curve carries the command, seed and commit that made it."""
 
+    overview: bytes  # the guided grid above the strip
     guided: bytes
     unguided: bytes
     over_training: bytes
@@ -43,11 +44,18 @@ def draw_pictures(
     seed: int,
 ) -> Pictures:
     """Draw everything and write it to `folder` as PNG files too; grids have a column for each class."""
+    made_by = {"command": command_line(), "seed": str(seed), "commit": git_commit()}
+    strip = denoising_strip(trained, settings, seed=seed)
+
+    def png(images: Tensor) -> bytes:
+        return png_bytes(image_grid(images, columns=STRIP_LENGTH), scale=2, text=made_by)
+
     pictures = Pictures(
-        guided=png_bytes(image_grid(guided, columns=10), scale=2),
-        unguided=png_bytes(image_grid(unguided, columns=10), scale=2),
-        over_training=png_bytes(image_grid(to_uint8(over_training), columns=10), scale=2),
-        strip=png_bytes(image_grid(denoising_strip(trained, settings, seed=seed), columns=STRIP_LENGTH), scale=2),
+        overview=png(torch.cat([guided, strip])),
+        guided=png(guided),
+        unguided=png(unguided),
+        over_training=png(to_uint8(over_training)),
+        strip=png(strip),
         curve=training_curve(metrics, counts, snapshot_losses),
     )
     for name, content in vars(pictures).items():

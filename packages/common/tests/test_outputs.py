@@ -1,0 +1,82 @@
+"""What people look at: pictures, pages, progress."""
+
+import io
+import sys
+
+import torch
+from PIL import Image
+from triptych_common.images import image_grid, png_bytes, to_uint8
+from triptych_common.progress import Progress
+from triptych_common.report import Report, figure_png
+
+
+def test_to_uint8_is_the_released_rule():
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
+    assert to_uint8(values).tolist() == [0, 0, 64, 128, 191, 255, 255]  # 127.5 x + 128, clamped, truncated
+    levels = torch.arange(256)
+    assert torch.equal(to_uint8(levels / 127.5 - 1).long(), levels)  # 8-bit data survive scaling and back
+
+
+def test_grid_puts_images_in_reading_order():
+    images = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 3)
+    grid = image_grid(images, columns=2, padding=1, background=9)
+    assert tuple(grid.shape) == (1, 3 * 3 + 1, 2 * 4 + 1)
+    assert [int(grid[0, 1 + 3 * row, 1 + 4 * column]) for row in range(3) for column in range(2)] == [1, 2, 3, 4, 5, 9]
+    assert int((grid != 9).sum()) == 5 * 6
+
+
+def test_png_holds_pixels_and_provenance():
+    image = torch.arange(6, dtype=torch.uint8).view(1, 2, 3) * 40
+    picture = Image.open(io.BytesIO(png_bytes(image, scale=2, text={"command": "make it", "seed": "0"})))
+    assert picture.size == (6, 4)
+    assert picture.text == {"command": "make it", "seed": "0"}
+    assert [picture.getpixel((2 * x, 2 * y)) for y in range(2) for x in range(3)] == image.flatten().tolist()
+    assert Image.open(io.BytesIO(png_bytes(image.expand(3, 2, 3)))).mode == "RGB"
+
+
+def test_report_escapes_text_and_embeds_pictures(tmp_path):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.add_subplot().plot([1, 2])
+    report = Report("a < b", "sub", ["1 & 2"])
+    report.heading("<script>")
+    report.text("x > y")
+    report.code("make it > log")
+    report.table(("a", "b"), [("<i>", 1)], "caption")
+    report.figures((figure_png(figure), 'a "quoted" caption'))
+    report.write(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "<script>" not in page
+    assert "<i>" not in page
+    for text in ("a &lt; b", "1 &amp; 2", "&lt;i&gt;", "x &gt; y", "data:image/png;base64,iVBOR"):
+        assert text in page
+
+
+def test_progress_without_a_terminal_prints_plain_lines(capsys, monkeypatch):
+    monkeypatch.setattr(Progress, "PLAIN_INTERVAL", 0.0)
+    with Progress("training", 100, "img") as progress:
+        progress.at(40)  # a resumed run starts here
+        progress.advance(10)
+        progress.at(100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "training: 40/100 img, 0 img/s"
+    assert lines[1].startswith("training: 50/100 img")
+    assert "s left" in lines[1]
+    assert lines[-1].startswith("training: 100/100 img")
+    assert "left" not in lines[-1]
+
+
+def test_progress_on_a_terminal_and_disabled(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for enabled in (True, False):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        with Progress("sampling", 10, "img", enabled=enabled) as progress:
+            for _ in range(10):
+                progress.advance()
+        assert ("sampling" in terminal.getvalue()) == enabled
