@@ -137,6 +137,18 @@ def test_copies_score_like_the_floor_but_are_caught_as_duplicates(scorer):
     assert held_out.frechet.value == pytest.approx(0, abs=1e-6)
 
 
+def test_few_samples_are_compared_with_as_many_real_ones_of_the_same_classes(scorer):
+    train = scorer.train
+    threes = train.labels == 3
+    only_threes = scorer(train.images[threes][:80], train.labels[threes][:80])
+    assert only_threes.n == 80
+    balanced = scorer.real(80)
+    assert balanced.n == 80
+    assert balanced.accuracy.value > 0.95
+    # Threes against held-out threes are no farther apart than balanced digits: classes were matched.
+    assert only_threes.frechet.value < 2 * balanced.frechet.value
+
+
 def test_noise_and_collapse_score_badly_each_in_its_own_way(scorer):
     rng = torch.Generator().manual_seed(0)
     noise = scorer(torch.randint(0, 256, (1000, 1, 28, 28), generator=rng, dtype=torch.uint8), torch.arange(1000) % 10)

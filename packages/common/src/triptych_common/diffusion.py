@@ -6,7 +6,6 @@ does in 2.3.1.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -209,7 +208,7 @@ class GaussianDiffusion:
             nll = -discretized_log_likelihood(x_0, p.mean, 0.5 * p.log_variance)
         else:
             nll = 0.5 * (math.log(2 * math.pi) + p.log_variance + (x_0 - p.mean) ** 2 * torch.exp(-p.log_variance))
-        return torch.where(t == 0, _mean(nll), _mean(kl)) / math.log(2)
+        return torch.where((t == 0).to(kl.device), _mean(nll), _mean(kl)) / math.log(2)
 
 
 def gather(table: Float[Tensor, " T"], t: Int[Tensor, " batch"], like: Tensor) -> Tensor:
@@ -241,8 +240,3 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(dim=1)
-
-
-def timesteps_of(schedule: NoiseSchedule, steps: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
-    """Original timesteps, (batch,) int64 on `device`, of steps of a possibly respaced schedule."""
-    return schedule.timesteps[torch.as_tensor(steps)].to(device)

@@ -82,7 +82,7 @@ class DigitScorer:
 
     def real(self, n: int) -> DigitScores:
         """What `n` training digits score."""
-        items = self._matching(self.train, self.held_out.labels[:n] if n < len(self.held_out) else None, n, "real")
+        items = self._stratified(self.train, n, "real")
         return self(self.train.images[items], self.train.labels[items])
 
     def floor(self, n: int, repeats: int = 4) -> Float[Tensor, " repeats"]:
