@@ -36,6 +36,10 @@ class Plan:
     repeats: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.repeats < 2 or self.warmup < 0:
+            raise ValueError(f"repeats {self.repeats}, warmup {self.warmup}: expected at least 2 and 0")
+
 
 def run_suite(name: str, jobs: Sequence[Job], plan: Plan) -> dict[str, Any]:
     """Time every job; the result is JSON-able and its "failed" lists jobs that raised."""

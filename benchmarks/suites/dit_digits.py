@@ -77,7 +77,7 @@ def training_step(seed: int) -> Callable[[], Any]:
 
     def once() -> None:
         counters = range(state.samples_seen, state.samples_seen + PRESET.batch_size)
-        state.backward(loss_of(counters).total.mean())
+        loss_of(counters).total.mean().backward()
         state.update(Batch(state.step, PRESET.batch_size, counters), {})
 
     return once

@@ -73,7 +73,7 @@ def test_dry_run_prints_and_does_nothing(capsys):
     (("work", "--lr", "x"), 2, "could not convert string to float: 'x'"),
     (("work", "--lrr", "1"), 2, "Unrecognized options: --lrr"),
     (("work", "--lr", "-1"), 2, "lr -1.0: expected a number above 0"),
-    (("work", "--preset", "huge"), 1, "preset 'huge': expected one of big"),
+    (("work", "--preset", "huge"), 2, "preset 'huge': expected one of big"),
     (("wrok",), 2, "unknown command 'wrok': expected one of work"),
     (("work", "--seed", "1"), 1, "error: bad value; do this"),
     (("work", "--seed", "2"), 143, "stopped; repeat"),

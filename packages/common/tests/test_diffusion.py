@@ -218,6 +218,19 @@ def test_output_channels_that_do_not_fit_are_refused():
         GaussianDiffusion(SCHEDULE).p_params(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([3]))
 
 
-def test_tables_are_gathered_in_float64():
-    value = gather(SCHEDULE.alpha_bar, torch.tensor([999]), torch.zeros(1, 1, dtype=DTYPE))
-    assert float(value) == float(SCHEDULE.alpha_bar[999])
+def test_tables_are_gathered_in_float64_and_cast_last(data):
+    """float32 coefficients are the correctly rounded float64 ones at every step."""
+    t = torch.arange(1000)
+    for table in (SCHEDULE.alpha_bar.rsqrt(), (1 / SCHEDULE.alpha_bar - 1).sqrt(), SCHEDULE.posterior_coef_x0):
+        assert torch.equal(gather(table, t, torch.zeros(1000, 1)), table.float()[:, None])
+
+
+def test_steps_may_stay_on_the_cpu_while_data_live_elsewhere():
+    """The meta device stands in for a GPU: mixing devices fails there too."""
+    for predict in ("noise", "sample"):
+        diffusion = GaussianDiffusion(SCHEDULE, predict=predict)
+        x_0, noise = torch.zeros(2, 2, 1, 4, 4, device="meta")
+        t = torch.tensor([0, 7])
+        x_t = diffusion.q_sample(x_0, t, noise)
+        loss = diffusion.loss(torch.zeros(2, 2, 4, 4, device="meta"), x_0, x_t, t, noise)
+        assert loss.total.device.type == "meta"

@@ -145,8 +145,25 @@ def test_few_samples_are_compared_with_as_many_real_ones_of_the_same_classes(sco
     balanced = scorer.real(80)
     assert balanced.n == 80
     assert balanced.accuracy.value > 0.95
-    # Threes against held-out threes are no farther apart than balanced digits: classes were matched.
-    assert only_threes.frechet.value < 2 * balanced.frechet.value
+    chosen = scorer._matching(scorer.held_out, train.labels[threes][:80], 80, "held-out")
+    assert scorer.held_out.labels[chosen].tolist() == [3] * 80
+    assert torch.bincount(scorer.held_out.labels[scorer._matching(scorer.held_out, None, 80, "x")]).tolist() == [8] * 10
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    (torch.full((20,), 10), "expected 0..9"),
+    (torch.full((20,), -1), "expected 0..9"),
+    (torch.zeros(7, dtype=torch.long), "7 labels for 20 images"),
+])  # fmt: skip
+def test_labels_that_are_no_digits_are_refused(scorer, labels, message):
+    with pytest.raises(ValueError, match=message):
+        scorer(scorer.held_out.images[:20], labels)
+
+
+def test_a_rate_of_none_or_all_still_has_an_interval(scorer):
+    copies = scorer.real(100).near_duplicates
+    assert (copies.value, copies.high) == (1.0, 1.0)
+    assert copies.low == pytest.approx(0.97)
 
 
 def test_noise_and_collapse_score_badly_each_in_its_own_way(scorer):

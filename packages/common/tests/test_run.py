@@ -64,7 +64,27 @@ def test_tensorboard_events_are_written(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def test_writes_are_atomic_and_json_strict(tmp_path):
+def test_a_full_disk_while_logging_names_file_and_remedy(tmp_path):
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom triptych_common.run import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1]), {}) as run:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "    try:\n        for step in range(100):\n            run.log({'step': step})\n"
+        "    except OSError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert "metrics.jsonl: cannot be written" in done.stdout
+    assert "then repeat" in done.stdout
+
+
+def test_commands_are_quoted_as_typed(tmp_path):
+    path = tmp_path / "show.py"
+    path.write_text("from triptych_common.run import command_line\nprint(command_line())\n")
+    done = subprocess.run([sys.executable, path, "--out", "a b"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "show.py --out 'a b'"
+
+
+def test_writes_leave_nothing_half_done_and_json_is_strict(tmp_path):
     write_json(tmp_path / "a" / "x.json", {"v": 1})
     assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"v": 1}
     with pytest.raises(ValueError, match="JSON"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from triptych_common import checkpoint, randomness
 from triptych_common.errors import Diverged, Interrupted
-from triptych_common.parallel import Ranks
+from triptych_common.parallel import Ranks, gradient_sync
 from triptych_common.run import RunDirectory
 from triptych_common.training import Batch, TrainState, steps
 
@@ -36,10 +36,11 @@ def run_loop(state, path, *, total=80, after=lambda state: None, micro=None, spo
         for batch in steps(state, run, **options):
             total_loss = 0.0
             for counters, last in batch.micro_batches(micro):
-                loss = loss_of(state, counters) * len(counters) / len(batch.counters)
-                if spoil(batch.step):
-                    loss = loss * math.nan
-                state.backward(loss, sync=last)
+                with gradient_sync(state.parallel_model, last):
+                    loss = loss_of(state, counters) * len(counters) / len(batch.counters)
+                    if spoil(batch.step):
+                        loss = loss * math.nan
+                    loss.backward()
                 total_loss = total_loss + loss.detach()
             state.update(batch, {"loss": total_loss})
             after(state)
@@ -109,7 +110,7 @@ def test_average_has_its_closed_form():
     expected = [p.detach().clone() for p in state.model.parameters()]
     for step in range(6):
         batch = Batch(step, 8, range(8 * step, 8 * step + 8))
-        state.backward(loss_of(state, batch.counters))
+        loss_of(state, batch.counters).backward()
         state.update(batch, {})
         decay = 0.5 ** (8 / 16)  # one half-life is two steps
         expected = [
@@ -144,7 +145,7 @@ def test_clipping_bounds_the_norm_and_is_metered(tmp_path):
     for one in (free, state):
         one.optimizer = torch.optim.SGD(one.model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in one.model.parameters()]
-        one.backward(loss_of(one, range(8)))
+        loss_of(one, range(8)).backward()
         one.update(Batch(0, 8, range(8)), {})
         moved = math.sqrt(
             sum(float(((p.detach() - b) ** 2).sum()) for p, b in zip(one.model.parameters(), before, strict=True))
@@ -162,27 +163,73 @@ def test_a_bad_batch_is_skipped_and_counted_but_its_samples_stay_seen(tmp_path):
 
 def test_bad_batches_in_a_row_roll_weights_back_never_the_counter(tmp_path):
     state = make_state()
-    at_checkpoint = {}
+    after_step, seen = {}, []
 
     def remember(state):
-        if state.step == 4:
-            at_checkpoint.update({n: p.detach().clone() for n, p in state.model.named_parameters()})
-        if state.step == 8:  # three bad steps (5, 6, 7) are behind
-            at_checkpoint["moved"] = True
+        after_step[state.step] = {name: value.clone() for name, value in state.tensors().items()}
+        seen.append(state.samples_seen)
 
-    def spoil(step):
-        return step in (5, 6, 7)
+    run_loop(state, tmp_path, total=72, after=remember, spoil=lambda step: step in (6, 7, 8))  # steps 7, 8, 9 of 9
+    assert (state.rollbacks, state.skipped) == (1, 3)
+    assert seen == [8 * (i + 1) for i in range(9)]  # every sample counter is visited once
+    weights = {name: value for name, value in state.tensors().items() if not name.startswith("meter.")}
+    assert any(not torch.equal(value, after_step[6][name]) for name, value in weights.items())  # step 6 is undone
+    for name, value in weights.items():
+        assert torch.equal(value, after_step[4][name]), name  # back at the checkpoint
 
-    seen = []
-    run_loop(state, tmp_path, after=lambda s: (remember(s), seen.append(s.samples_seen)), spoil=spoil)
+
+def test_an_interruption_before_a_roll_back_changes_nothing(tmp_path):
+    def bad(step):
+        return step in (6, 7, 8)
+
+    whole = make_state()
+    expected = run_loop(whole, tmp_path / "whole", spoil=bad)
+
+    def send_signal(state):
+        if state.step in (6, 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run_loop(make_state(), tmp_path / "stopped", spoil=bad, after=send_signal)
+    resumed = make_state()
+    assert run_loop(resumed, tmp_path / "stopped", spoil=bad) == expected
+    assert same(resumed, whole)
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path):
+    state = make_state()
+
+    def break_weights(state):
+        if state.step == 8:
+            with torch.no_grad():
+                next(state.model.parameters()).fill_(math.inf)
+
+    run_loop(state, tmp_path, total=160, after=break_weights)
     assert state.rollbacks == 1
-    assert state.skipped == 3
-    assert seen == [8 * (i + 1) for i in range(10)]  # every sample counter is visited once
+    assert state.is_finite()
+    for path in checkpoint.steps_in(tmp_path / "checkpoints"):
+        assert all(bool(torch.isfinite(value).all()) for value in checkpoint.read(path)[0].values())
+
+
+def test_a_roll_back_that_does_not_help_goes_one_checkpoint_farther(tmp_path):
+    """Weights that explode while still finite are saved like good ones; the file before them is tried next."""
+    state = make_state()
+
+    def explode(state):
+        if state.step == 8:
+            with torch.no_grad():
+                for p in state.model.parameters():
+                    p.fill_(1e200)
+
+    run_loop(state, tmp_path, total=160, after=explode)
+    assert state.rollbacks == 2
+    assert max(float(p.detach().abs().max()) for p in state.model.parameters()) < 10
 
 
 def test_a_loss_that_stays_bad_stops_with_a_report_and_the_last_good_checkpoint(tmp_path):
     state = make_state()
-    with pytest.raises(Diverged, match=r"after 3 rollbacks .* lower --lr. Last good checkpoint: .*step-00000004"):
+    with pytest.raises(Diverged, match=r"after 3 rollbacks .* lower --lr. Went back as far as .*step-00000000"):
         run_loop(state, tmp_path, total=800, spoil=lambda step: step >= 5)
     tensors, counters = checkpoint.read(tmp_path / "checkpoints/step-00000004.safetensors")
     assert counters["step"] == 4

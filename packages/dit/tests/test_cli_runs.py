@@ -88,7 +88,7 @@ def test_a_signal_saves_and_resuming_ends_bit_identical(whole, tmp_path, signum)
     stopped = run_script(SIGNAL_AT_STEP_10, str(int(signum)), *options)
     fails_with(stopped, "stopped at step 10 of 40, saved in", 128 + signum)
     assert "repeat the command to go on" in stopped.stderr
-    assert checkpoint.steps_in(tmp_path / "checkpoints")[-1].name == "step-00000010.safetensors"
+    assert checkpoint.steps_in(tmp_path / "checkpoints")[-1].name == "step-00000010-extra.safetensors"
     assert train(tmp_path).returncode == 0
     assert_same_run(whole, tmp_path)
 
@@ -142,6 +142,58 @@ def test_two_ranks_give_the_weights_of_one(tmp_path):
         torch.testing.assert_close(others[name], value, rtol=0, atol=1e-10, msg=name)
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a == pytest.approx(b, rel=1e-9)
+    parts = tmp_path / "parts"
+    options = [
+        "train",
+        "--preset",
+        "digits",
+        *TINY,
+        "--out",
+        str(parts),
+        "--precision",
+        "float64",
+        "--micro-batch",
+        "3",
+    ]
+    assert run_torchrun(2, "triptych_dit.cli", *options).returncode == 0
+    for name, value in checkpoint.read(parts / path)[0].items():
+        torch.testing.assert_close(value, tensors[name], rtol=0, atol=1e-10, msg=name)
+
+
+COUNT_REDUCTIONS = """
+import sys
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from triptych_common import training
+
+calls, real = [], training.distributed
+
+def counted(model, among):
+    parallel = real(model, among)
+    parallel.register_comm_hook(None, lambda state, bucket: (calls.append(1), allreduce_hook(None, bucket))[1])
+    return parallel
+
+training.distributed = counted
+from triptych_dit.cli import COMMANDS
+from triptych_common.cli import main
+status = main("triptych-dit", COMMANDS, sys.argv[1:])
+print("REDUCTIONS", len(calls), flush=True)
+sys.exit(status)
+"""
+
+
+def test_accumulated_gradients_are_averaged_over_ranks_once_a_step(tmp_path):
+    (tmp_path / "count.py").write_text(COUNT_REDUCTIONS)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "count.py")]
+    reductions = []
+    for micro_batch in ("8", "2"):  # one and four parts of a rank's eight samples
+        options = ["train", "--preset", "digits", *TINY, "--total-images", "64", "--snapshots", "64",
+                   "--out", str(tmp_path / micro_batch), "--micro-batch", micro_batch]  # fmt: skip
+        done = subprocess.run([sys.executable, *launch, *options], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        reductions.append([line for line in done.stdout.splitlines() if line.startswith("REDUCTIONS")])
+    assert len(reductions[0]) == 2
+    assert reductions[0] == reductions[1]
 
 
 def sample(whole: Path, out: Path, *options: str, ranks: int = 1) -> np.ndarray:
@@ -168,13 +220,15 @@ def test_sampling_resumes_from_its_parts_and_refuses_another_request(whole, tmp_
     expected = sample(whole, tmp_path / "whole")
     out = tmp_path / "resumed"
     sample(whole, out, "--batch-size", "3")
-    content = (out / "samples.npz").read_bytes()
     (out / "samples.npz").unlink()
     (out / "parts").mkdir()
-    np.savez(out / "parts" / "00000002-00000004.npz", arr_0=expected[2:4].astype(np.uint8))
+    (out / "parts" / "00000000-00000002.npz.partial").write_bytes(b"half")
+    np.savez(out / "parts" / "00000002-00000004.npz", arr_0=np.full((2, 28, 28, 1), 77, dtype=np.uint8))
     got = sample(whole, out, "--batch-size", "3")
-    assert np.abs(got - expected).max() <= 1
-    assert len(content) == (out / "samples.npz").stat().st_size
+    assert (got[2:4] == 77).all()  # what was there is kept, the rest made
+    others = [0, 1, 4, 5, 6]
+    assert np.abs(got[others] - expected[others]).max() <= 1
+    assert not (out / "parts").exists()
     other = run_cli("triptych_dit.cli", "sample", "--checkpoint", str(whole), "--out", str(out), "--seed", "9")
     assert other.returncode == 1
     assert "holds a run with" in other.stderr
@@ -203,7 +257,7 @@ def test_a_config_that_does_not_fit_is_refused(whole):
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    fails_with(train(tmp_path, "--lr", "1e30"), "lower --lr. Last good checkpoint:")
+    fails_with(train(tmp_path, "--lr", "1e30"), "lower --lr. Went back as far as")
     for path in checkpoint.steps_in(tmp_path / "checkpoints"):
         tensors, _ = checkpoint.read(path)
         assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
@@ -239,8 +293,12 @@ def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
 @pytest.mark.parametrize(("options", "status", "message"), [
     (["train", "--preset", "digits", "--out", "/proc/nowhere"], 1, "cannot be written"),
     (["train", "--preset", "digits", "--data", "cifar"], 1, "data set 'cifar': expected one of mnist5k, mnist"),
-    (["train", "--preset", "DiT-XL/2"], 1, "preset 'DiT-XL/2': expected one of digits"),
+    (["train", "--preset", "DiT-XL/2"], 2, "preset 'DiT-XL/2': expected one of digits"),
     (["train", "--preset", "digits", "--batch-size", "0"], 2, "batch_size 0: expected a number above 0"),
+    (["train", "--preset", "digits", "--ema-rampup", "0"], 2, "ema_rampup 0.0: expected a number above 0"),
+    (["train", "--preset", "digits", "--grad-clip", "-1"], 2, "grad_clip -1.0: expected a number above 0"),
+    (["train", "--preset", "digits", "--snapshots", "9999999"], 2, "expected counts in 1..320000"),
+    (["train", "--preset", "digits", "--model.mlp-ratio", "0.001"], 2, "mlp_ratio 0.001: expected a number above 0"),
     (["train", "--preset", "digits", "--model.patch-size", "5"], 2, "is not a multiple of patch_size 5"),
     (["train", "--preset", "digits", "--model.num-classes", "3"], 1, "labels 0..9, the model num_classes=3"),
     (["train", "--preset", "digits", "--device", "tpu"], 1, "device 'tpu': not available here"),
@@ -290,6 +348,17 @@ def test_evaluate_scores_a_samples_file(whole, tmp_path):
     assert told["scores"]["near_duplicates"]["value"] == 1.0
     assert told["scores"]["n"] == 200
     assert json.loads((tmp_path / "scores.json").read_text())["instruments"] == told["instruments"]
+
+
+def test_a_damaged_samples_file_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((20, 28, 28, 1), dtype=np.uint8))
+    content = (tmp_path / "x.npz").read_bytes()
+    from triptych_dit.sample import read_npz
+
+    for damaged in (content[: len(content) // 2], b"", b"junk"):
+        (tmp_path / "x.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"not an npz file with arr_0, or a damaged one"):
+            read_npz(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize(

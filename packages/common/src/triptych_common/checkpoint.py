@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_PREFIX, _SUFFIX, _PARTIAL = "step-", ".safetensors", ".partial"
+_PREFIX, _EXTRA, _SUFFIX, _PARTIAL = "step-", "-extra", ".safetensors", ".partial"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -47,10 +47,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on CPU) and state of a file that `write` made.
 
-    Raises ValueError when the file is truncated, altered or foreign, FileNotFoundError when it is absent.
+    Raises ValueError when the file is truncated, altered or foreign, OSError when it is absent or cannot be opened.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    path.open("rb").close()  # one that may not be read is not a damaged one
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -64,8 +65,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["state"])
 
 
-def step_path(folder: Path, step: int) -> Path:
-    return folder / f"{_PREFIX}{step:08d}{_SUFFIX}"
+def step_path(folder: Path, step: int, *, extra: bool = False) -> Path:
+    """Where a step's checkpoint lies; an extra one is not of the schedule but of an interruption."""
+    return folder / f"{_PREFIX}{step:08d}{_EXTRA if extra else ''}{_SUFFIX}"
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -73,10 +75,16 @@ def steps_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints, and what an interrupted write left."""
+def scheduled_in(folder: Path) -> list[Path]:
+    """Checkpoints of a folder without extra ones, oldest first."""
+    return [path for path in steps_in(folder) if not path.stem.endswith(_EXTRA)]
+
+
+def prune(folder: Path, keep: int, spare: Sequence[Path] = ()) -> None:
+    """Remove all but the last `keep` checkpoints and those in `spare`, and what an interrupted write left."""
     for path in [*steps_in(folder)[:-keep], *folder.glob(f"*{_PARTIAL}")]:
-        path.unlink(missing_ok=True)
+        if path not in spare:
+            path.unlink(missing_ok=True)
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -79,10 +79,14 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         return _fail(str(stop), stop.exit_code, prefix="")
     except KeyboardInterrupt:
         return _fail("interrupted; repeat the command to go on", 130, prefix="")
-    except (ValueError, OSError, Diverged) as error:
+    except (ValueError, OSError, ImportError, MemoryError, Diverged) as error:
         if os.environ.get("TRIPTYCH_DEBUG"):
             raise
         return _fail(_one_line(error), 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("TRIPTYCH_DEBUG"):
+            raise
+        return _fail(f"{_one_line(error)}; use a smaller batch", 1)
 
 
 def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
@@ -113,7 +117,7 @@ def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | No
         if word == "--preset" or word.startswith("--preset="):
             preset = word.partition("=")[2] if "=" in word else argv.pop(0) if argv else ""
             if preset not in command.presets:
-                raise ValueError(f"preset {preset!r}: expected one of {', '.join(command.presets) or 'none'}")
+                raise SystemExit(_fail(f"preset {preset!r}: expected one of {', '.join(command.presets) or 'none'}", 2))
         else:
             rest.append(word)
     return rest, preset
@@ -129,7 +133,7 @@ def _run(command: Command, config: CommonOptions) -> int:
     else:
         result = command.run(config)
     if config.json and int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps(result, default=str), flush=True)
+        print(json.dumps(result, default=str, allow_nan=False), flush=True)
     return 0
 
 

@@ -92,7 +92,7 @@ def distributed(model: nn.Module, among: Ranks) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Skip averaging gradients in all but the last of several accumulated backward passes."""
+    """Context of one forward and backward pass: gradients are averaged over ranks in the last of several only."""
     if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()

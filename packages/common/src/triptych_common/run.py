@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,8 +50,8 @@ class RunDirectory:
             raise OSError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
         try:
             self._check_identity()
-            if self._want_tensorboard:
-                self._tensorboard = _summary_writer(self.path)
+            if self._want_tensorboard and find_spec("tensorboard") is None:
+                raise ValueError("--tensorboard needs a package: pip install 'triptych-common[tensorboard]'")
         except BaseException:
             self._lock.release()
             raise
@@ -88,9 +90,15 @@ class RunDirectory:
         """Append one row to metrics.jsonl; it must hold "step"."""
         if not self.is_main:
             return
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-        if self._tensorboard is not None:
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self.metrics_path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise _cannot_write(self.metrics_path, error) from error
+        if self._want_tensorboard:
+            if self._tensorboard is None:
+                self._tensorboard = _summary_writer(self.path, purge_step=row["step"])
             for name, value in row.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, row["step"])
@@ -133,12 +141,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OSError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out, then repeat")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -153,7 +168,9 @@ def provenance() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command as a user would type it."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set under python -m
+    program = Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"{program} {shlex.join(sys.argv[1:])}".strip()
 
 
 def git_commit() -> str:
@@ -197,11 +214,7 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _summary_writer(path: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "--tensorboard needs the package tensorboard: pip install 'triptych-common[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(path / "tensorboard"))
+def _summary_writer(path: Path, purge_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)

@@ -10,16 +10,13 @@ from pathlib import Path
 def run_cli(
     module: str,
     *options: str,
-    background: bool = False,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout: float = 300,
-) -> "subprocess.CompletedProcess[str] | subprocess.Popen[str]":
-    """Run `python -m module options` and capture what it prints; `background` returns the running process."""
+) -> "subprocess.CompletedProcess[str]":
+    """Run `python -m module options` and capture what it prints."""
     command = [sys.executable, "-m", module, *options]
     where = {"env": {**os.environ, **(env or {})}, "cwd": cwd, "text": True}
-    if background:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **where)
     return subprocess.run(command, capture_output=True, timeout=timeout, **where)
 
 

@@ -2,173 +2,28 @@
 
 There is no trainer. A package's loop stays a short flat `for`:
 
-    for batch in steps(state, run, among, total_images=..., batch_size=..., ...):
+    for batch in steps(state, run, total_samples=..., batch_size=..., ...):
         for counters, last in batch.micro_batches(size):
-            state.backward(loss_of(counters) * len(counters) / len(batch.counters), sync=last)
+            with gradient_sync(state.parallel_model, last):
+                (loss_of(counters) * len(counters) / len(batch.counters)).backward()
         state.update(batch, {"loss": ...})
 
-Randomness comes from (seed, stream, sample counter), so a checkpoint is weights, optimiser and counters.
+Randomness comes from (seed, stream, sample counter), so a checkpoint is weights, optimiser and counters. A resumed run
+equals the uninterrupted one bit for bit; on several ranks logged means agree to rounding.
 """
 
-import copy
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable, Iterator
 
 from triptych_common import checkpoint
 from triptych_common.errors import Diverged, Interrupted
-from triptych_common.parallel import Ranks, distributed, gradient_sync
 from triptych_common.run import RunDirectory
+from triptych_common.train_state import Batch, TrainState
 
-COUNTERS = ("samples_seen", "step", "skipped", "skipped_in_a_row", "rollbacks", "metered_steps")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One optimiser step's worth of sample counters: `size` over all ranks, `counters` on this one."""
-
-    step: int
-    size: int
-    counters: range
-
-    def micro_batches(self, micro_batch: int | None = None) -> Iterator[tuple[range, bool]]:
-        """Counters in parts of at most `micro_batch`, and whether a part is the last."""
-        size = micro_batch or len(self.counters)
-        for start in range(0, len(self.counters), size):
-            yield self.counters[start : start + size], start + size >= len(self.counters)
-
-
-@dataclass
-class TrainState:
-    """A model in training: weights, their exponential moving average, optimiser and counters.
-
-    ema_half_life: samples after which an old weight's share in the average has halved; while fewer than
-        half-life / ema_rampup samples have been seen, the half-life is ema_rampup times those seen, so that the average
-        forgets its random start at any length of run.  [Karras et al. 2024, EDM; rampup None: constant]
-    grad_clip: bound on the global gradient norm; None: none.
-    learning_rate: of the samples seen before a step.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    among: Ranks
-    ema_half_life: float
-    ema_rampup: float | None = 0.1
-    grad_clip: float | None = 1.0
-    learning_rate: Callable[[int], float] | None = None
-    samples_seen: int = 0
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    metered_steps: int = 0
-    meters: dict[str, Tensor] = field(default_factory=dict)
-    ema: nn.Module = field(init=False)
-    parallel_model: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.parallel_model = distributed(self.model, self.among)
-
-    def backward(self, loss: Tensor, *, sync: bool = True) -> None:
-        """Accumulate the gradient of this rank's loss, averaging over ranks in the last part of a batch only."""
-        with gradient_sync(self.parallel_model, sync):
-            loss.backward()
-
-    def update(self, batch: Batch, metered: Mapping[str, Tensor]) -> bool:
-        """Finish a step: clip, optimise, average, count; True if weights moved.
-
-        Non-finite gradients (the same on every rank, being averages) are thrown away and counted, and the samples that
-        made them stay counted as seen: a replay would make them again.
-        """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            if self.learning_rate is not None:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate(self.samples_seen)
-            self.optimizer.step()
-            self._average(batch.size)
-            self._meter({**metered, "grad_norm": norm})
-        self.optimizer.zero_grad(set_to_none=True)
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.samples_seen += batch.size
-        self.step += 1
-        return finite
-
-    @torch.no_grad()
-    def _average(self, batch_size: int) -> None:
-        half_life = self.ema_half_life
-        if self.ema_rampup is not None:
-            half_life = min(half_life, max(self.samples_seen, 1) * self.ema_rampup)
-        decay = 0.5 ** (batch_size / half_life)
-        theirs = [p.detach() for p in self.model.parameters()]
-        torch._foreach_lerp_(list(self.ema.parameters()), theirs, 1 - decay)
-        for mine, other in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            mine.copy_(other)
-
-    def _meter(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            sums = self.meters.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
-            sums += value.detach().double()
-        self.metered_steps += 1
-
-    def read_meters(self) -> dict[str, float]:
-        """Means over ranks and over the steps since the last reading, skipped steps aside."""
-        scale = 1 / (max(self.metered_steps, 1) * self.among.world_size)
-        means = {name: float(self.among.sum(value)) * scale for name, value in self.meters.items()}
-        self.meters, self.metered_steps = {}, 0
-        return means
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds as tensors, by name."""
-        out = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        out |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
-        for name, slots in self._optimizer_slots().items():
-            out |= {f"optimizer.{slot}.{name}": value for slot, value in slots.items()}
-        return out | {f"meter.{name}": value for name, value in self.meters.items()}
-
-    def counters(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in COUNTERS}
-
-    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int] | None) -> None:
-        """Restore what `tensors` and `counters` saved; without counters only weights, average and optimiser.
-
-        Raises ValueError when the tensors do not fit this model.
-        """
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "meter": {}}
-        for name, value in tensors.items():
-            part, rest = name.split(".", 1)
-            parts[part][rest] = value
-        for module, part in ((self.model, "model"), (self.ema, "ema")):
-            _check_fit(module.state_dict(), parts[part])
-            module.load_state_dict(parts[part])
-        by_name = dict(self.model.named_parameters())
-        self.optimizer.state.clear()
-        for key, value in parts["optimizer"].items():
-            slot, name = key.split(".", 1)
-            target = by_name[name]
-            scalar = value.ndim == 0 and target.ndim != 0  # the step count, which AdamW keeps on the CPU
-            self.optimizer.state[target][slot] = value if scalar else value.to(target.device)
-        if counters is not None:
-            self.meters = {name: value.to(self.among.device) for name, value in parts["meter"].items()}
-            for name in COUNTERS:
-                setattr(self, name, counters[name])
-
-    def _optimizer_slots(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            name: dict(self.optimizer.state[p])
-            for name, p in self.model.named_parameters()
-            if p in self.optimizer.state
-        }
+__all__ = ["Batch", "TrainState", "steps"]
 
 
 def steps(
@@ -188,8 +43,9 @@ def steps(
 
     Owns what surrounds a step: restores the newest checkpoint and cuts metrics.jsonl back to it, writes a checkpoint
     every `checkpoint_every` steps and at the end, a metrics row every `log_every`, saves and raises `Interrupted` on
-    SIGINT or SIGTERM, and after `patience` non-finite steps in a row rolls weights (never counters) back to the last
-    checkpoint. `on_step` is called after every step, before its checkpoint.
+    SIGINT or SIGTERM. After `patience` non-finite steps in a row it rolls weights (never counters) back to the last
+    checkpoint of the schedule, or to the one before where that did not help. `on_step` is called after every step, before
+    its checkpoint.
 
     Raises ValueError where sizes or checkpoint do not fit, Diverged after `max_rollbacks`.
     """
@@ -203,15 +59,16 @@ def steps(
         while state.step < total_steps:
             counters = range(state.samples_seen, state.samples_seen + batch_size)
             yield Batch(state.step, batch_size, among.share(counters))
-            healthy = state.skipped_in_a_row == 0  # what follows a bad step must not push good checkpoints out
+            # What follows a bad step must not push good checkpoints out.
+            due = state.step % checkpoint_every == 0 and state.skipped_in_a_row == 0 and state.is_finite()
             if state.skipped_in_a_row >= patience:
                 _roll_back(state, run, patience, max_rollbacks)
             if state.step % log_every == 0 or state.step == total_steps:
                 window = _log(state, run, batch_size, window)
             on_step(state)
             stop = among.any(signals.received is not None)
-            if stop or state.step == total_steps or (healthy and state.step % checkpoint_every == 0):
-                _save(state, run, keep)
+            if due or stop or state.step == total_steps:
+                _save(state, run, keep, extra=not due)
             if stop:
                 signum = signals.received or signal.SIGTERM
                 raise Interrupted(
@@ -237,25 +94,30 @@ def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
     run.truncate_metrics(state.step)
 
 
-def _save(state: TrainState, run: RunDirectory, keep: int) -> None:
+def _save(state: TrainState, run: RunDirectory, keep: int, *, extra: bool = False) -> None:
     if state.among.world_size > 1:  # meters differ by rank: keep their mean in the file, on every rank alike
         state.meters = {name: state.among.sum(v) / state.among.world_size for name, v in state.meters.items()}
     if run.is_main:
-        checkpoint.write(checkpoint.step_path(run.checkpoints, state.step), state.tensors(), state.counters())
-        checkpoint.prune(run.checkpoints, keep)
+        path = checkpoint.step_path(run.checkpoints, state.step, extra=extra)
+        checkpoint.write(path, state.tensors(), state.counters())
+        # Those of the schedule are what roll-backs use: a signal's extra ones must not push them out, or a run's results
+        # would depend on its interruptions.
+        checkpoint.prune(run.checkpoints, keep, spare=checkpoint.scheduled_in(run.checkpoints)[-keep:])
     state.among.barrier()
 
 
 def _roll_back(state: TrainState, run: RunDirectory, patience: int, max_rollbacks: int) -> None:
-    last_good = checkpoint.steps_in(run.checkpoints)[-1]
+    candidates = checkpoint.scheduled_in(run.checkpoints)
+    last_good = candidates[max(-1 - state.rollbacks_in_a_row, -len(candidates))]
     if state.rollbacks >= max_rollbacks:
         raise Diverged(
             f"loss not finite for {patience} steps in a row at step {state.step:,}, after {state.rollbacks} rollbacks "
-            f"({state.skipped} steps skipped in all); lower --lr. Last good checkpoint: {last_good}"
+            f"({state.skipped} steps skipped in all); lower --lr. Went back as far as {last_good}"
         )
     tensors, _ = checkpoint.read(last_good)
     state.load(tensors, counters=None)
     state.rollbacks += 1
+    state.rollbacks_in_a_row += 1
     state.skipped_in_a_row = 0
 
 
@@ -277,18 +139,10 @@ def _log(state: TrainState, run: RunDirectory, batch_size: int, window: tuple[fl
     return now, state.step
 
 
-def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(f"{name} is missing")
-        if found[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
-    if extra := found.keys() - expected.keys():
-        raise ValueError(f"{min(extra)} is unexpected")
-
-
 class _Signals:
-    """Remembers SIGINT and SIGTERM instead of dying by them; a second one takes the usual way."""
+    """Remembers SIGINT and SIGTERM instead of dying by them. A second SIGINT takes the usual way; a second SIGTERM does
+    not, since a scheduler may well send one to every process and torchrun pass on another.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -305,5 +159,6 @@ class _Signals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _frame: object) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = signum
-        self.__exit__()

@@ -41,6 +41,8 @@ class DiTConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size}: expected a multiple of 4 and of num_heads ({self.num_heads})"
             )
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio}: expected a number above 0, such as 4")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob {self.class_dropout_prob}: expected 0 <= p < 1")
 

@@ -14,7 +14,7 @@ from triptych_dit.sample import read_npz
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommonOptions):
-    """Score samples of digits against held-out real ones."""
+    """Score samples of digits against held-out real ones, on the CPU."""
 
     out: Path = Path("runs/samples")
     """where to write scores.json"""
@@ -33,6 +33,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises ValueError for samples that are not 28x28 gray digits.
     """
     images, labels = read_npz(config.samples)
+    config.out.mkdir(parents=True, exist_ok=True)
     scorer = DigitScorer(data.load(config.data, "train"), data.load(config.data, "held_out"), seed=config.seed)
     scores = scorer(images, labels)
     floor = scorer.floor(scores.n)

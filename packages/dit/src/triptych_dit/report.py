@@ -131,7 +131,7 @@ def _claims_table(report: Report, config: "ReproduceConfig", results: dict[str, 
         ("id", "item", "claim", "verdict in the ledger"),
         [
             (c.id, f"{c.item}: {c.title}", c.claim, f"{c.verdict} {c.size}".strip())
-            for c in (claims[id] for id in results["experiments"])
+            for c in (claims[id] for id in results["experiments"] if id in claims)
         ],
         f"From {config.claims.name}, which lists every figure and table. A run of this size decides none of them.",
     )

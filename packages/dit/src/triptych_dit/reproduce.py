@@ -1,6 +1,7 @@
 """Chapter 2 end to end: train, sample with and without guidance, score, draw, report."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from triptych_common import data
 from triptych_common.cli import CommonOptions, say
 from triptych_common.metrics.digits import DigitScorer
+from triptych_common.parallel import Ranks
 from triptych_common.run import RunDirectory, provenance, write_json
 
 from triptych_dit.figures import Pictures, draw_pictures
@@ -85,14 +87,15 @@ class ReproduceConfig(CommonOptions):
 def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """Run what is missing of the reproduction; returns the content of results.json.
 
-    Raises what training, sampling and scoring raise.
+    Raises what training, sampling and scoring raise, and ValueError under torchrun.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("reproduce is for one process; use triptych-dit train and sample under torchrun")
     identity = {"size": config.size, "train": config.train_config().identity()}
     with RunDirectory(config.folder, identity) as run:
         clock = Stopwatch(run.path / "seconds.json")
         say(f"chapter 2, size {config.size}: {run.path}")
-        with clock("training"):
-            train(config.train_config())
+        train(config.train_config())
         for scale in (GUIDANCE_SCALE, 1.0):
             with clock("sampling"):
                 sample(config.sample_config(scale))
@@ -101,7 +104,9 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
             scores = score(config)
         with clock("drawing"):
             pictures = draw(config, scores)
-        results = assemble(config, scores, clock.seconds)
+        rows = RunDirectory(config.train_config().out, {}).metrics()
+        seconds = {**clock.seconds, "training": round(sum(row["time/seconds"] for row in rows), 2)}
+        results = assemble(config, scores, seconds)
         write_json(run.path / "results.json", results)
         write_report(run.path / "report.html", config, results, pictures)
     for name in ("report.html", "results.json"):
@@ -111,7 +116,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds spent in each stage, over all the times a run was resumed."""
+    """Seconds spent in each stage; training's are those of the steps that count, over all the times it was resumed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -125,8 +130,8 @@ class Stopwatch:
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        spent = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
-        self.seconds[self.stage] = round(spent, 2)
+        before = self.seconds.get(self.stage, 0.0) if self.stage == "sampling" else 0.0  # the others are done afresh
+        self.seconds[self.stage] = round(before + time.perf_counter() - self.start, 2)
         write_json(self.path, self.seconds)
 
 
@@ -188,13 +193,11 @@ def snapshot_losses(config: ReproduceConfig, models: list[Any]) -> dict[str, lis
 
 @torch.inference_mode()
 def _mse(config: TrainConfig, model: torch.nn.Module, split: data.ImageDataset, n: int) -> float:
-    from triptych_common.parallel import ranks
-
-    with ranks("cpu") as alone:
-        state = make_state(config, alone)
-        state.model.load_state_dict(model.state_dict())
-        loss_of: Callable[[range], Any] = make_loss(config, state, split, alone)
-        return float(torch.cat([loss_of(range(i, min(i + 250, n))).mse for i in range(0, n, 250)]).mean())
+    alone = Ranks(0, 1, torch.device("cpu"))
+    state = make_state(replace(config, timesteps="uniform"), alone)
+    state.model.load_state_dict(model.state_dict())
+    loss_of: Callable[[range], Any] = make_loss(replace(config, timesteps="uniform"), state, split, alone)
+    return float(torch.cat([loss_of(range(i, min(i + 250, n))).mse for i in range(0, n, 250)]).mean())
 
 
 def assemble(config: ReproduceConfig, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Sample from a trained DiT."""
 
 import hashlib
+import io
 import math
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +24,7 @@ from triptych_common.randomness import SampleNoise
 from triptych_common.run import RunDirectory, write_bytes, write_json
 from triptych_common.samplers import Step, ddim, ddpm, final, guided
 
-from triptych_dit.weights import TrainedModel, load_model
+from triptych_dit.weights import TrainedModel, load_model, model_path
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 
@@ -135,8 +138,8 @@ def sample(config: SampleConfig) -> dict[str, Any]:
 
     Raises ValueError for a model or request that does not fit what `out` already holds.
     """
-    path = config.checkpoint / "model.safetensors" if config.checkpoint.is_dir() else config.checkpoint
-    trained = load_model(config.checkpoint)
+    path = model_path(config.checkpoint)
+    trained = load_model(path)
     classes = config.labels or tuple(range(trained.model.config.num_classes))
     labels = torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)])
     check_labels(labels, trained.model.config.num_classes)
@@ -198,25 +201,14 @@ def _parts(out: Path) -> list[tuple[int, int, Path]]:
 def _gather(config: SampleConfig, labels: Tensor) -> UInt8[Tensor, "n channels height width"]:
     """All parts as one file; the parts are removed once it stands."""
     path = config.out / "samples.npz"
-    if path.exists():
-        return read_npz(path)[0]
-    parts = _parts(config.out)
-    images: Tensor | None = None
-    for start, end, part in parts:
-        content = read_npz(part)[0]
-        if images is None:
-            images = torch.zeros(config.num_samples, *content.shape[1:], dtype=torch.uint8)
-        images[start:end] = content
-    _write_npz(path, arr_0=images, arr_1=labels)
-    for _, _, part in parts:
-        part.unlink()
-    (config.out / "parts").rmdir()
-    return images
+    if not path.exists():
+        parts = {start: read_npz(part)[0] for start, _, part in _parts(config.out)}
+        _write_npz(path, arr_0=torch.cat([parts[start] for start in sorted(parts)]), arr_1=labels)
+    shutil.rmtree(config.out / "parts", ignore_errors=True)
+    return read_npz(path)[0]
 
 
 def _write_npz(path: Path, arr_0: Tensor, arr_1: Tensor | None = None) -> None:
-    import io
-
     buffer = io.BytesIO()
     arrays = {"arr_0": arr_0.permute(0, 2, 3, 1).cpu().numpy()}
     if arr_1 is not None:
@@ -237,8 +229,8 @@ def read_npz(path: Path) -> tuple[UInt8[Tensor, "n channels height width"], Int[
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays["arr_0"]
             labels = arrays.get("arr_1")
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected an npz file with arr_0 ({error})") from error
+    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an npz file with arr_0, or a damaged one ({error}); make it again") from error
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, channels)")
     return (

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from triptych_common import data, randomness
 from triptych_common.cli import CommonOptions, say
-from triptych_common.parallel import Ranks, ranks
+from triptych_common.parallel import Ranks, gradient_sync, ranks
 from triptych_common.progress import Progress
 from triptych_common.run import RunDirectory
 from triptych_common.training import TrainState, steps
@@ -50,7 +50,7 @@ class TrainConfig(CommonOptions):
     """AdamW's weight decay"""
     grad_clip: float | None = None
     """bound on the gradient's norm"""
-    ema_half_life_images: float = 1_774_000
+    ema_half_life_images: int = 1_774_000
     """half-life of the weights' moving average; 1,774,000 is decay 0.9999 at batch 256, the thesis's setting"""
     ema_rampup: float | None = None
     """bound the half-life to this share of the images seen so far"""
@@ -79,12 +79,18 @@ class TrainConfig(CommonOptions):
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch {self.micro_batch}: expected at least 1")
+        for name in ("grad_clip", "ema_rampup"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value}: expected a number above 0, or None for none")
+        if any(not 0 < count <= self.total_images for count in self.snapshots):
+            raise ValueError(f"snapshots {self.snapshots}: expected counts in 1..{self.total_images} (total_images)")
         if self.warmup_images < 0 or self.warmup_images > self.total_images:
             raise ValueError(f"warmup_images {self.warmup_images}: expected 0..{self.total_images} (total_images)")
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result: all but where and how often things are written, and the device."""
-        free = {"out", "device", "json", "dry_run", "checkpoint_every", "micro_batch", "tensorboard"}
+        """What decides the result: all but where it is written, and the device."""
+        free = {"out", "device", "json", "dry_run", "micro_batch", "tensorboard"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 
     def learning_rate(self, images_seen: int) -> float:
@@ -164,9 +170,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             for batch in plan:
                 loss, mse, vb = 0.0, 0.0, 0.0
                 for counters, last in batch.micro_batches(config.micro_batch):
-                    losses = loss_of(counters)
                     share = len(counters) / len(batch.counters)
-                    state.backward(losses.total.mean() * share, sync=last)
+                    with gradient_sync(state.parallel_model, last):
+                        losses = loss_of(counters)
+                        (losses.total.mean() * share).backward()
                     loss, mse, vb = (
                         total + part.detach().mean() * share
                         for total, part in zip((loss, mse, vb), losses, strict=True)
@@ -264,9 +271,9 @@ def make_snapshots(config: TrainConfig, run: RunDirectory) -> Callable[[TrainSta
 
     def keep(state: TrainState) -> None:
         before = state.samples_seen - config.batch_size
-        due = [count for count in config.snapshots if before < count <= state.samples_seen]
-        if due and run.is_main:
-            save_model(snapshot_path(run.path, due[-1]), state.ema, facts_of(config, state.samples_seen))
+        for count in config.snapshots:
+            if run.is_main and before < count <= state.samples_seen:
+                save_model(snapshot_path(run.path, count), state.ema, facts_of(config, state.samples_seen))
 
     return keep
 

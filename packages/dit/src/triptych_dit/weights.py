@@ -33,20 +33,36 @@ def save_model(path: Path, model: DiT, facts: dict[str, Any]) -> None:
     checkpoint.write(path, model.state_dict(), {"kind": _KIND, "config": asdict(model.config), **facts})
 
 
+def model_path(path: Path) -> Path:
+    """A model file itself, or the one in a run's folder.
+
+    Raises FileNotFoundError for a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / FILE_NAME).exists():
+        raise FileNotFoundError(
+            f"{path / FILE_NAME}: no finished model; train one with triptych-dit train --out {path}"
+        )
+    return path / FILE_NAME
+
+
 def load_model(path: Path) -> TrainedModel:
     """Read a model file, or the one in a run's folder, onto the CPU in evaluation mode.
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / FILE_NAME
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no finished model; train one with triptych-dit train --out {path.parent}")
+    path = model_path(path)
     tensors, facts = checkpoint.read(path)
     if facts.get("kind") != _KIND:
         raise ValueError(f"{path}: not a DiT model file; expected {FILE_NAME} of a triptych-dit training run")
-    config = DiTConfig(**{**facts["config"], "input_size": tuple(facts["config"]["input_size"])})
-    model = DiT(config)
-    model.load_state_dict(tensors)
-    return TrainedModel(model.requires_grad_(False).eval(), make_diffusion(config, facts["predict"]), facts)
+    try:
+        config = DiTConfig(**{**facts["config"], "input_size": tuple(facts["config"]["input_size"])})
+        model = DiT(config)
+        model.load_state_dict(tensors)
+        diffusion = make_diffusion(config, facts["predict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: made by another version of triptych ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return TrainedModel(model.requires_grad_(False).eval(), diffusion, facts)

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from jaxtyping import UInt8
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -40,7 +41,10 @@ def _mnist_file(folder: Path, name: str, url: str) -> bytes:
     plain, packed = folder / name, folder / f"{name}.gz"
     if not plain.exists() and not packed.exists():
         try:
-            download(f"{url}{name}.gz", packed)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f".{name}.lock"):  # ranks of one machine start together
+                if not packed.exists():
+                    download(f"{url}{name}.gz", packed)
         except OSError as error:
             raise FileNotFoundError(
                 f"data set mnist: {packed} is absent and {url} cannot be reached ({_reason(error)}); point TRIPTYCH_DATA "

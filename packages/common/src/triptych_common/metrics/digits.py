@@ -57,13 +57,21 @@ class DigitScorer:
         to_train = nearest_distances(_pixels(held_out.images), self._train_pixels)
         self.near_duplicate_distance = float(to_train.quantile(NEAR_DUPLICATE_QUANTILE))
 
-    def __call__(self, images: Tensor, labels: Int[Tensor, " n"] | None) -> DigitScores:
+    def __call__(self, images: Tensor, labels: Tensor | None) -> DigitScores:
         """Score generated digits: uint8 (n, 1, 28, 28), and what they should show.
 
-        Raises ValueError for fewer than 10 images, or images the instruments do not take.
+        As many held-out digits are the reference, of the same classes where there are enough of each, else balanced.
+
+        Raises ValueError for fewer than 10 images, images the instruments do not take, or labels that are not digits.
         """
         if len(images) < 10:
             raise ValueError(f"{len(images)} images: expected at least 10, and 1,000 for scores that mean much")
+        if labels is not None:
+            classes = self.train.num_classes
+            if len(labels) != len(images):
+                raise ValueError(f"{len(labels)} labels for {len(images)} images: expected as many")
+            if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise ValueError(f"labels {int(labels.min())}..{int(labels.max())}: expected 0..{classes - 1}")
         n = min(len(images), len(self.held_out))
         images, labels = images[:n], None if labels is None else labels[:n]
         real = self._matching(self.held_out, labels, n, "held-out")
@@ -110,7 +118,9 @@ class DigitScorer:
 
     def _rate(self, hits: Tensor) -> Estimate:
         mean: Callable[[Tensor], float] = lambda x: float(x.double().mean())  # noqa: E731
-        return bootstrap(mean, hits, repeats=200, seed=self.seed)
+        rate = bootstrap(mean, hits, repeats=200, seed=self.seed)
+        unseen = 3 / len(hits) if rate.value in (0.0, 1.0) else 0.0  # rule of three: resampling never sees what is rare
+        return Estimate(rate.value, max(rate.low - unseen, 0.0), min(rate.high + unseen, 1.0))
 
     def _matching(self, dataset: ImageDataset, labels: Tensor | None, n: int, stream: str) -> Int[Tensor, " n"]:
         """`n` items of a data set, with the classes of `labels` where it has enough of each, else stratified."""

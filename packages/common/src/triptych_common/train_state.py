@@ -1,0 +1,171 @@
+"""The state of a model in training, and one optimiser step of it.
+
+A package's loop uses it through `triptych_common.training`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from triptych_common.parallel import Ranks, distributed
+
+COUNTERS = ("samples_seen", "step", "skipped", "skipped_in_a_row", "rollbacks", "rollbacks_in_a_row", "metered_steps")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser step's worth of sample counters: `size` over all ranks, `counters` on this one."""
+
+    step: int
+    size: int
+    counters: range
+
+    def micro_batches(self, micro_batch: int | None = None) -> Iterator[tuple[range, bool]]:
+        """Counters in parts of at most `micro_batch`, and whether a part is the last."""
+        size = micro_batch or len(self.counters)
+        for start in range(0, len(self.counters), size):
+            yield self.counters[start : start + size], start + size >= len(self.counters)
+
+
+@dataclass
+class TrainState:
+    """A model in training: weights, their exponential moving average, optimiser and counters.
+
+    ema_half_life: samples after which an old weight's share in the average has halved; while fewer than
+        half-life / ema_rampup samples have been seen, the half-life is ema_rampup times those seen, so that the average
+        forgets its random start at any length of run.  [Karras et al. 2024, EDM; rampup None: constant]
+    grad_clip: bound on the global gradient norm; None: none.
+    learning_rate: of the samples seen before a step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    among: Ranks
+    ema_half_life: float | int
+    ema_rampup: float | None = 0.1
+    grad_clip: float | None = 1.0
+    learning_rate: Callable[[int], float] | None = None
+    samples_seen: int = 0
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    rollbacks_in_a_row: int = 0  # without a finite step in between
+    metered_steps: int = 0
+    meters: dict[str, Tensor] = field(default_factory=dict)
+    ema: nn.Module = field(init=False)
+    parallel_model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.parallel_model = distributed(self.model, self.among)
+
+    def update(self, batch: Batch, metered: Mapping[str, Tensor]) -> bool:
+        """Finish a step: clip, optimise, average, count; True if weights moved.
+
+        Non-finite gradients (the same on every rank, being averages) are thrown away and counted, and the samples that
+        made them stay counted as seen: a replay would make them again.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if self.grad_clip is None else self.grad_clip)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            if self.learning_rate is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate(self.samples_seen)
+            self.optimizer.step()
+            self._average(batch.size)
+            self._meter({**metered, "grad_norm": norm})
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.rollbacks_in_a_row = 0 if finite else self.rollbacks_in_a_row
+        self.samples_seen += batch.size
+        self.step += 1
+        return finite
+
+    @torch.no_grad()
+    def _average(self, batch_size: int) -> None:
+        half_life = self.ema_half_life
+        if self.ema_rampup is not None:
+            half_life = min(half_life, max(self.samples_seen, 1) * self.ema_rampup)
+        decay = 0.5 ** (batch_size / half_life)
+        theirs = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.ema.parameters()), theirs, 1 - decay)
+        for mine, other in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(other)
+
+    def _meter(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            sums = self.meters.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
+            sums += value.detach().double()
+        self.metered_steps += 1
+
+    def read_meters(self) -> dict[str, float]:
+        """Means over ranks and over the steps since the last reading, skipped steps aside."""
+        scale = 1 / (max(self.metered_steps, 1) * self.among.world_size)
+        means = {name: float(self.among.sum(value)) * scale for name, value in self.meters.items()}
+        self.meters, self.metered_steps = {}, 0
+        return means
+
+    def is_finite(self) -> bool:
+        """Whether weights and their average hold no NaN or infinity."""
+        values = [*self.model.parameters(), *self.ema.parameters()]
+        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds as tensors, by name."""
+        out = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        out |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for name, slots in self._optimizer_slots().items():
+            out |= {f"optimizer.{slot}.{name}": value for slot, value in slots.items()}
+        return out | {f"meter.{name}": value for name, value in self.meters.items()}
+
+    def counters(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int] | None) -> None:
+        """Restore what `tensors` and `counters` saved; without counters only weights, average and optimiser.
+
+        Raises ValueError when the tensors do not fit this model.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "meter": {}}
+        for name, value in tensors.items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = value
+        for module, part in ((self.model, "model"), (self.ema, "ema")):
+            _check_fit(module.state_dict(), parts[part])
+            module.load_state_dict(parts[part])
+        by_name = dict(self.model.named_parameters())
+        order = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["optimizer"].items():
+            slot, name = key.split(".", 1)
+            slots.setdefault(order.index(id(by_name[name])), {})[slot] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})  # it knows which slots go where
+        if counters is not None:
+            self.meters = {name: value.to(self.among.device) for name, value in parts["meter"].items()}
+            for name in COUNTERS:
+                setattr(self, name, counters[name])
+
+    def _optimizer_slots(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: dict(self.optimizer.state[p])
+            for name, p in self.model.named_parameters()
+            if p in self.optimizer.state
+        }
+
+
+def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+    if extra := found.keys() - expected.keys():
+        raise ValueError(f"{min(extra)} is unexpected")
