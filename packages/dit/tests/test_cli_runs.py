@@ -297,7 +297,7 @@ def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
     (["train", "--preset", "digits", "--batch-size", "0"], 2, "batch_size 0: expected a number above 0"),
     (["train", "--preset", "digits", "--ema-rampup", "0"], 2, "ema_rampup 0.0: expected a number above 0"),
     (["train", "--preset", "digits", "--grad-clip", "-1"], 2, "grad_clip -1.0: expected a number above 0"),
-    (["train", "--preset", "digits", "--snapshots", "9999999"], 2, "expected counts in 1..320000"),
+    (["train", "--preset", "digits", "--snapshots", "9999999"], 2, "expected counts in 1..288000"),
     (["train", "--preset", "digits", "--model.mlp-ratio", "0.001"], 2, "mlp_ratio 0.001: expected a number above 0"),
     (["train", "--preset", "digits", "--model.patch-size", "5"], 2, "is not a multiple of patch_size 5"),
     (["train", "--preset", "digits", "--model.num-classes", "3"], 1, "labels 0..9, the model num_classes=3"),

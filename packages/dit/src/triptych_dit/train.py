@@ -114,7 +114,7 @@ class TrainConfig(CommonOptions):
 
 _DIGITS = TrainConfig(  # a short run: what is constant in the thesis warms up, decays and is scaled to its length here
     model=PRESETS["digits"],
-    total_images=320_000,
+    total_images=288_000,
     batch_size=64,
     lr=5e-3,
     lr_schedule="cosine",
