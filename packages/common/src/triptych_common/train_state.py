@@ -141,11 +141,12 @@ class TrainState:
             _check_fit(module.state_dict(), parts[part])
             module.load_state_dict(parts[part])
         by_name = dict(self.model.named_parameters())
-        order = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        position = {id(p): i for i, p in enumerate(everything)}
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in parts["optimizer"].items():
             slot, name = key.split(".", 1)
-            slots.setdefault(order.index(id(by_name[name])), {})[slot] = value
+            slots.setdefault(position[id(by_name[name])], {})[slot] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})  # it knows which slots go where
         if counters is not None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from triptych_common import data
 from triptych_common.cli import CommonOptions, say
-from triptych_common.metrics.digits import DigitScorer
+from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE, DigitScorer
 from triptych_common.parallel import Ranks
 from triptych_common.run import RunDirectory, provenance, write_json
 
@@ -103,7 +102,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         with clock("scoring"):
             scores = score(config)
         with clock("drawing"):
-            pictures = draw(config, scores)
+            pictures = draw(config)
         rows = RunDirectory(config.train_config().out, {}).metrics()
         seconds = {**clock.seconds, "training": round(sum(row["time/seconds"] for row in rows), 2)}
         results = assemble(config, scores, seconds)
@@ -148,13 +147,13 @@ def score(config: ReproduceConfig) -> dict[str, Any]:
         "n": n,
         "rows": {name: row.as_dict() for name, row in rows.items()},
         "floor": {"frechet": float(floor.mean()), "sets": floor.tolist()},
-        "held_out": {"accuracy": scorer.held_out_accuracy()._asdict(), "near_duplicates": 0.05},
+        "held_out": {"accuracy": scorer.held_out_accuracy()._asdict(), "near_duplicates": NEAR_DUPLICATE_QUANTILE},
         "near_duplicate_distance": scorer.near_duplicate_distance,
         "instruments": scorer.instruments(),
     }
 
 
-def draw(config: ReproduceConfig, scores: dict[str, Any]) -> Pictures:
+def draw(config: ReproduceConfig) -> Pictures:
     """Every picture of the report; also written as PNG files."""
     train_config = config.train_config()
     counts = [*train_config.snapshots, train_config.total_images]
@@ -182,7 +181,9 @@ def draw(config: ReproduceConfig, scores: dict[str, Any]) -> Pictures:
 
 
 def snapshot_losses(config: ReproduceConfig, models: list[Any]) -> dict[str, list[float]]:
-    """Noise-prediction error of each snapshot on training and on held-out digits, with the same noise for all."""
+    """Noise-prediction error of each snapshot on training and on held-out digits: the same noise for all, timesteps
+    distributed as in training.
+    """
     n = min(1000, 10 * SIZES[config.size].num_samples)
     train_config = replace(config.train_config(), seed=config.seed + 1)  # noise that training did not see
     out: dict[str, list[float]] = {}
@@ -194,9 +195,9 @@ def snapshot_losses(config: ReproduceConfig, models: list[Any]) -> dict[str, lis
 @torch.inference_mode()
 def _mse(config: TrainConfig, model: torch.nn.Module, split: data.ImageDataset, n: int) -> float:
     alone = Ranks(0, 1, torch.device("cpu"))
-    state = make_state(replace(config, timesteps="uniform"), alone)
+    state = make_state(config, alone)
     state.model.load_state_dict(model.state_dict())
-    loss_of: Callable[[range], Any] = make_loss(replace(config, timesteps="uniform"), state, split, alone)
+    loss_of = make_loss(config, state, split, alone)
     return float(torch.cat([loss_of(range(i, min(i + 250, n))).mse for i in range(0, n, 250)]).mean())
 
 
