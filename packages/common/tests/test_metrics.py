@@ -4,6 +4,7 @@ import torch
 from scipy.linalg import sqrtm
 from triptych_common.data import load
 from triptych_common.metrics import (
+    Estimate,
     bootstrap,
     frechet_distance,
     kernel_distance,
@@ -57,6 +58,12 @@ def test_kernel_distance_equals_double_loop():
     expected += sum(k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j) / 20
     expected -= 2 * sum(k(x, y) for x in a for y in b) / 35
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_estimates_read_well():
+    assert str(Estimate(1353.5, 1292.0, 1415.0)) == "1,354 [1,292, 1,415]"
+    assert str(Estimate(19.11, 13.82, 24.4)) == "19.1 [13.8, 24.4]"
+    assert str(Estimate(0.951, -0.0123, 1.0)) == "0.951 [-0.012, 1.000]"
 
 
 def test_precision_recall_equals_brute_force():

@@ -83,8 +83,10 @@ class DigitScorer:
             bootstrap(distance, fake_features, real_features, repeats=50, seed=self.seed)
             for distance in (frechet_distance, kernel_distance)
         ]
+        frechet, kernel = distances
+        frechet = frechet._replace(low=max(frechet.low, 0.0))  # a distance
         return DigitScores(
-            n, *distances, self._rate(precise), self._rate(recalled), None if correct is None else self._rate(correct),
+            n, frechet, kernel, self._rate(precise), self._rate(recalled), None if correct is None else self._rate(correct),
             self._rate(near),
         )  # fmt: skip
 
