@@ -50,6 +50,8 @@ def third_party(tmp_path_factory) -> Path:
 def test_wheel_installs_and_imports_alone(name, wheels, third_party, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env/bin/python"
+    # Python 3.11's own, old setuptools would hide the one that torch asks for.
+    subprocess.run([python, "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools"], check=True)
     where = subprocess.run(
         [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
     )

@@ -12,7 +12,7 @@ def run_cli(
     *options: str,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    timeout: float = 300,
+    timeout: int = 300,
 ) -> "subprocess.CompletedProcess[str]":
     """Run `python -m module options` and capture what it prints."""
     command = [sys.executable, "-m", module, *options]
@@ -20,7 +20,7 @@ def run_cli(
     return subprocess.run(command, capture_output=True, timeout=timeout, **where)
 
 
-def run_torchrun(ranks: int, module: str, *options: str, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":
     """Run a module on several gloo ranks of this machine, one thread each."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
