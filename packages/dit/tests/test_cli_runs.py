@@ -164,16 +164,16 @@ COUNT_REDUCTIONS = """
 import sys
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from triptych_common import training
+from triptych_common import train_state
 
-calls, real = [], training.distributed
+calls, real = [], train_state.distributed
 
 def counted(model, among):
     parallel = real(model, among)
     parallel.register_comm_hook(None, lambda state, bucket: (calls.append(1), allreduce_hook(None, bucket))[1])
     return parallel
 
-training.distributed = counted
+train_state.distributed = counted
 from triptych_dit.cli import COMMANDS
 from triptych_common.cli import main
 status = main("triptych-dit", COMMANDS, sys.argv[1:])
