@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from triptych_common.run import flatten
 from triptych_common.testing import run_cli
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,10 @@ def test_repeating_does_not_train_or_sample_again_and_ends_the_same(out, tmp_pat
     done = run_cli("triptych_dit.cli", "reproduce", *options, env=OFFLINE, timeout=900)
     assert done.returncode == 0, done.stderr
     after = json.loads((tmp_path / "again/results.json").read_text())
-    assert after["scores"] == before["scores"]
+    scores, expected = flatten(after["scores"]), flatten(before["scores"])
+    assert scores.keys() == expected.keys()
+    for name, value in expected.items():  # to rounding: linear algebra on many threads may differ in the last digit
+        assert scores[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-3)), name
     # Byte for byte: the measured seconds of every step are among them.
     assert [path.read_bytes() for path in made] == [content for content, _ in stamps]
     assert made[1].stat().st_mtime_ns == stamps[1][1]

@@ -27,6 +27,16 @@ def test_what_is_written_is_read(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_content_hash_is_the_same_however_often_it_is_written(tmp_path):
+    hashes = set()
+    for i in range(8):
+        checkpoint.write(tmp_path / f"{i}.safetensors", TENSORS, {"step": 1})
+        hashes.add(checkpoint.content_sha256(tmp_path / f"{i}.safetensors"))
+    checkpoint.write(tmp_path / "other.safetensors", TENSORS, {"step": 2})
+    assert len(hashes) == 1
+    assert checkpoint.content_sha256(tmp_path / "other.safetensors") not in hashes
+
+
 @pytest.mark.parametrize("damage", ["truncate", "tensor", "state", "empty"])
 def test_damage_is_found_and_the_remedy_named(tmp_path, damage):
     for step in (1, 2):

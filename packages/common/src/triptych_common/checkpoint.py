@@ -65,6 +65,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["state"])
 
 
+def content_sha256(path: Path) -> str:
+    """The recorded hash of a file's tensors and state. The file's own bytes are no identity: safetensors writes metadata in
+    any order.
+    """
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["sha256"]
+
+
 def step_path(folder: Path, step: int, *, extra: bool = False) -> Path:
     """Where a step's checkpoint lies; an extra one is not of the schedule but of an interruption."""
     return folder / f"{_PREFIX}{step:08d}{_EXTRA if extra else ''}{_SUFFIX}"

@@ -1,6 +1,5 @@
 """Sample from a trained DiT."""
 
-import hashlib
 import io
 import math
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from triptych_common import checkpoint
 from triptych_common.cli import CommonOptions, say
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Ranks, ranks
@@ -145,7 +145,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     check_labels(labels, trained.model.config.num_classes)
     request = {key: value for key, value in asdict(config).items() if key in SETTING_NAMES} | {
         "seed": config.seed, "labels": list(classes), "num_samples": config.num_samples,
-        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "model_sha256": checkpoint.content_sha256(path),
     }  # fmt: skip
     with (
         ranks(config.device) as among,
