@@ -28,15 +28,17 @@ def sincos_position_embedding(height: int, width: int, dim: int) -> Float[Tensor
 
 
 def frequency_embedding(
-    values: Float[Tensor, " batch"], dim: int, *, max_period: float = 10000.0
+    values: Float[Tensor, " batch"], dim: int, *, max_period: float = 10000.0, shift: int = 0
 ) -> Float[Tensor, "batch dim"]:
-    """[cos, sin] of values * max_period^(-i / (dim / 2)), i = 0 .. dim/2 - 1.  [thesis 2.3.2]
+    """[cos, sin] of values * max_period^(-i / (dim / 2 - shift)), i = 0 .. dim/2 - 1.  [thesis 2.3.2]
+
+    shift: 0 as in the released DiT, 1 as in diffusers' ("downscale_freq_shift").
 
     Raises ValueError for an odd dim.
     """
     if dim % 2:
         raise ValueError(f"frequency embedding of dim {dim}: expected an even number")
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / (half - shift)
     angles = values[:, None].float() * torch.exp(-math.log(max_period) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(values.dtype)

@@ -63,14 +63,22 @@ class Block(nn.Module):
     """Pre-norm residual block: attention, then feed-forward, each optionally modulated and gated.
 
     `affine_norm` gives the two LayerNorms weights of their own; a modulated block has none, its modulation
-    stands in for them.
+    stands in for them. `mlp_norm_eps` is the epsilon of the second.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, *, affine_norm: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        affine_norm: bool = False,
+        mlp_norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm)
+        self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps, elementwise_affine=affine_norm)
         self.mlp = FeedForward(width, int(width * mlp_ratio))
 
     def forward(

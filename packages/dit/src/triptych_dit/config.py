@@ -1,6 +1,10 @@
 """DiTConfig and its presets: one row a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+BlockDesign = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+BLOCK_DESIGNS: tuple[str, ...] = get_args(BlockDesign)
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,24 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     """hidden width of the feed-forward over hidden_size"""
     num_classes: int = 1000
-    """classes 0 .. num_classes-1; the null label of guidance is num_classes itself"""
+    """classes 0 .. num_classes-1; the null label of guidance is num_classes itself; 0: unconditional"""
     class_dropout_prob: float = 0.1
     """share of training samples whose label becomes the null label; 0: no null label, no guidance"""
     learn_sigma: bool = True
     """predict the variance too, in as many further output channels"""
+    block_design: BlockDesign = "adaln_zero"
+    """how blocks see timestep and class; the thesis's best is adaln_zero"""
+    timestep_frequency_shift: int = 0
+    """frequencies of the timestep run down to 10000^-1 with 1, as in diffusers, or stop short of it with 0, as released"""
+    mlp_norm_eps: float = 1e-6
+    """epsilon of the last LayerNorm of a block; 1e-5 is the default of diffusers"""
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_classes"):
+        for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes {self.num_classes}: expected at least 1, or 0 for an unconditional model")
         if any(side < 1 or side % self.patch_size for side in self.input_size):
             raise ValueError(
                 f"input_size {self.input_size[0]}x{self.input_size[1]} is not a multiple of patch_size "
@@ -45,6 +57,12 @@ class DiTConfig:
             raise ValueError(f"mlp_ratio {self.mlp_ratio}: expected a number above 0, such as 4")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob {self.class_dropout_prob}: expected 0 <= p < 1")
+        if self.block_design not in BLOCK_DESIGNS:
+            raise ValueError(f"block_design {self.block_design!r}: expected one of {', '.join(BLOCK_DESIGNS)}")
+        if self.timestep_frequency_shift not in (0, 1):
+            raise ValueError(f"timestep_frequency_shift {self.timestep_frequency_shift}: expected 0 or 1")
+        if not self.mlp_norm_eps > 0:
+            raise ValueError(f"mlp_norm_eps {self.mlp_norm_eps}: expected a number above 0, such as 1e-6")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -58,7 +76,12 @@ class DiTConfig:
     @property
     def null_label(self) -> int | None:
         """The label that stands for 'no class', or None for a model trained without label dropout."""
-        return self.num_classes if self.class_dropout_prob > 0 else None
+        return self.num_classes if self.num_classes and self.class_dropout_prob > 0 else None
+
+    @property
+    def condition_tokens(self) -> int:
+        """Embeddings a block is conditioned on: timestep, and class where there is one."""
+        return 2 if self.num_classes else 1
 
 
 _SIZES = {  # thesis Table 2.1: depth, width, heads
@@ -67,15 +90,20 @@ _SIZES = {  # thesis Table 2.1: depth, width, heads
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+_DESIGNS: dict[str, BlockDesign] = {
+    "": "adaln_zero", "-adaln": "adaln", "-cross-attention": "cross_attention", "-in-context": "in_context",
+}  # fmt: skip
+_DIGITS = DiTConfig((28, 28), 1, patch_size=4, depth=4, hidden_size=80, num_heads=2, num_classes=10)
 
-PRESETS: dict[str, DiTConfig] = {
-    f"DiT-{size}/{patch}{suffix}": DiTConfig(
-        input_size=(side, side), patch_size=patch, depth=depth, hidden_size=width, num_heads=heads
+PRESETS: dict[str, DiTConfig] = {  # latents of 256 x 256 or 512 x 512 images, one channel grid of 1/8 the side
+    f"DiT-{size}/{patch}{design}{resolution}": DiTConfig(
+        (side, side), patch_size=patch, depth=depth, hidden_size=width, num_heads=heads, block_design=_DESIGNS[design]
     )
     for size, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
-    for suffix, side in (("", 32), ("@512", 64))
-} | {  # pixel space, digits of 28 x 28
-    "digits": DiTConfig((28, 28), 1, patch_size=4, depth=4, hidden_size=80, num_heads=2, num_classes=10),
-    "digits-tiny": DiTConfig((28, 28), 1, patch_size=4, depth=2, hidden_size=32, num_heads=2, num_classes=10),
+    for design in _DESIGNS
+    for resolution, side in (("", 32), ("@512", 64))
+} | {  # pixels, digits of 28 x 28
+    "digits": _DIGITS,
+    "digits-tiny": replace(_DIGITS, depth=2, hidden_size=32),
 }

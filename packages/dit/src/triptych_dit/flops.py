@@ -1,23 +1,28 @@
 """Cost of a DiT in the thesis's convention."""
 
 from triptych_dit.config import DiTConfig
-from triptych_dit.model import TimestepEmbedder
+from triptych_dit.model import BLOCKS, TimestepEmbedder
 
 
 def gflops(config: DiTConfig) -> float:
     """GFLOPs of one forward pass on one input, one multiply-accumulate counted as one flop; biases, norms and
-    elementwise operations are not counted.  [thesis Table 2.1; adaLN-Zero]
+    elementwise operations are not counted.  [thesis Table 2.1 and Figure 2.5]
     """
-    width, tokens = config.hidden_size, config.grid[0] * config.grid[1]
-    projections = (4 + 2 * config.mlp_ratio) * width**2 * tokens  # qkv, output, feed-forward
-    attention = 2 * tokens**2 * width
-    modulation = 6 * width**2
+    width, tokens, conditions = config.hidden_size, config.grid[0] * config.grid[1], config.condition_tokens
+    sequence = tokens + (conditions if config.block_design == "in_context" else 0)
+    block = (4 + 2 * config.mlp_ratio) * width**2 * sequence + 2 * sequence**2 * width  # projections; attention
+    if config.block_design == "cross_attention":
+        block += 2 * width**2 * (sequence + conditions) + 2 * sequence * conditions * width
+    modulations, final_modulation = _MODULATIONS.get(config.block_design, 0) * width**2, 0
+    if config.block_design in _MODULATIONS:
+        final_modulation = 2 * width**2
     patch_values = config.patch_size**2 * tokens * width
     embed_and_decode = patch_values * (config.in_channels + config.out_channels)
     timestep = TimestepEmbedder.frequencies * width + width**2
-    final_modulation = 2 * width**2
-    total = config.depth * (projections + attention + modulation) + embed_and_decode + timestep + final_modulation
-    return total / 1e9
+    return (config.depth * (block + modulations) + embed_and_decode + timestep + final_modulation) / 1e9
+
+
+_MODULATIONS = {design: block.modulations for design, block in BLOCKS.items() if block.modulations}
 
 
 def parameter_count(config: DiTConfig) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from triptych_common.embeddings import frequency_embedding, sincos_position_embedding
 from triptych_common.transformer import Block, Modulation, modulate
 
@@ -20,12 +21,14 @@ class TimestepEmbedder(nn.Module):
 
     frequencies = 256
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
-        return self.mlp(frequency_embedding(t.float(), self.frequencies).to(self.mlp[0].weight.dtype))
+    def forward(self, t: Int[Tensor, " conditions"]) -> Float[Tensor, "conditions width"]:
+        angles = frequency_embedding(t.float(), self.frequencies, shift=self.frequency_shift)
+        return self.mlp(angles.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -35,7 +38,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(rows, width)
 
-    def forward(self, y: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
+    def forward(self, y: Int[Tensor, " conditions"]) -> Float[Tensor, "conditions width"]:
         return self.embedding_table(y)
 
 
@@ -50,66 +53,143 @@ class PatchEmbedder(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class AdaLNZeroBlock(Block):
-    """Transformer block whose two branches are modulated and gated by the conditioning vector; the identity at
-    initialisation, since every gate starts at zero.  [thesis 2.3.2, adaLN-Zero]
+Tokens = Float[Tensor, "batch tokens width"]
+Rows = Int[Tensor, " batch"] | None
+
+
+def pick(conditions: Float[Tensor, "conditions *rest"], rows: Rows) -> Float[Tensor, "batch *rest"]:
+    """What belongs to each sample: rows[i] is sample i's condition (None: one condition a sample, in order)."""
+    return conditions if rows is None else conditions[rows]
+
+
+class AdaLNBlock(Block):
+    """Transformer block whose two branches are modulated by shift and scale, regressed from the sum of the embeddings.
+    [thesis 2.3.2, adaLN]
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__(width, num_heads, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+    modulations = 4
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens width"], c: Float[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch tokens width"]:
-        shift_scale_gate = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # each (batch, 1, width)
-        return super().forward(x, Modulation(*shift_scale_gate[:3]), Modulation(*shift_scale_gate[3:]))
+    def __init__(self, config: DiTConfig) -> None:
+        width = config.hidden_size
+        super().__init__(width, config.num_heads, config.mlp_ratio, mlp_norm_eps=config.mlp_norm_eps)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.modulations * width))
+
+    def forward(self, x: Tokens, c: Float[Tensor, "conditions width"], rows: Rows = None) -> Tokens:
+        parts = pick(self.adaLN_modulation(c), rows)[:, None].chunk(self.modulations, dim=-1)  # each (batch, 1, width)
+        half = self.modulations // 2
+        return super().forward(x, Modulation(*parts[:half]), Modulation(*parts[half:]))
+
+
+class AdaLNZeroBlock(AdaLNBlock):
+    """adaLN with a gate on each branch besides; the identity at initialisation, since every gate starts at zero.
+    [thesis 2.3.2, adaLN-Zero]
+    """
+
+    modulations = 6
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens to the few embeddings of a condition."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], rows: Rows = None) -> Tokens:
+        def heads(z: Tensor) -> Tensor:  # (batch, heads, tokens, width / heads)
+            return z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        k, v = pick(self.kv(c), rows).chunk(2, dim=-1)
+        mixed = F.scaled_dot_product_attention(heads(self.q(x)), heads(k), heads(v))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class CrossAttentionBlock(Block):
+    """Plain transformer block with a cross-attention to the embeddings between its branches.  [thesis 2.3.2]"""
+
+    modulations = 0
+
+    def __init__(self, config: DiTConfig) -> None:
+        width, heads = config.hidden_size, config.num_heads
+        super().__init__(width, heads, config.mlp_ratio, affine_norm=True, mlp_norm_eps=config.mlp_norm_eps)
+        self.norm_cross = nn.LayerNorm(width, eps=1e-6)
+        self.cross_attn = CrossAttention(width, heads)
+
+    def forward(self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], rows: Rows = None) -> Tokens:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm_cross(x), c, rows)
+        return x + self.mlp(self.norm2(x))
+
+
+class InContextBlock(Block):
+    """Plain transformer block: the embeddings are among its tokens.  [thesis 2.3.2, in-context conditioning]"""
+
+    modulations = 0
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(
+            config.hidden_size, config.num_heads, config.mlp_ratio, affine_norm=True, mlp_norm_eps=config.mlp_norm_eps
+        )
+
+    def forward(self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], rows: Rows = None) -> Tokens:
+        return super().forward(x)
+
+
+BLOCKS: dict[str, type[AdaLNBlock | CrossAttentionBlock | InContextBlock]] = {
+    "adaln_zero": AdaLNZeroBlock,
+    "adaln": AdaLNBlock,
+    "cross_attention": CrossAttentionBlock,
+    "in_context": InContextBlock,
+}
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm, then a linear map to the pixels of a patch."""
+    """LayerNorm, modulated where the blocks are, then a linear map to the pixels of a patch."""
 
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        width, modulated = config.hidden_size, BLOCKS[config.block_design].modulations > 0
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not modulated)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)) if modulated else None
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens width"], c: Float[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch tokens patch"]:
-        return self.linear(
-            modulate(self.norm_final(x), Modulation(*self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)))
-        )
+    def forward(self, x: Tokens, c: Tensor, rows: Rows = None) -> Float[Tensor, "batch tokens patch"]:
+        by = None
+        if self.adaLN_modulation is not None:
+            by = Modulation(*pick(self.adaLN_modulation(c), rows)[:, None].chunk(2, dim=-1))
+        return self.linear(modulate(self.norm_final(x), by))
 
 
 class DiT(nn.Module):
-    """Class-conditional diffusion transformer.
+    """Diffusion transformer, conditional on classes or not.
 
     `model(x, t, y)` maps noisy x (batch, channels, height, width), timesteps t (batch,) and labels y (batch,) to
-    (batch, out_channels, height, width): the noise, then, with `learn_sigma`, as many channels of variance.
+    (batch, out_channels, height, width): the noise, then, with `learn_sigma`, as many channels of variance. An
+    unconditional model (`num_classes=0`) is called as `model(x, t)`, and ignores labels it is given.
+    Where many samples share a condition, `model(x, t, y, rows)` embeds each of the distinct (t, y) once: rows[i] says
+    which one is sample i's.
     Label dropout is the caller's act (`drop_labels`): the model itself draws nothing at random.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.hidden_size
+        width, labels = config.hidden_size, config.num_classes + (config.null_label is not None)
         self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(config.num_classes + (config.null_label is not None), width)
+        self.t_embedder = TimestepEmbedder(width, config.timestep_frequency_shift)
+        self.y_embedder = LabelEmbedder(labels, width) if labels else None
         position = sincos_position_embedding(*config.grid, width)
         self.pos_embed = nn.Parameter(position[None], requires_grad=False)  # (1, tokens, width)
-        self.blocks = nn.ModuleList(
-            AdaLNZeroBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-        )
-        self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
+        self.blocks = nn.ModuleList(BLOCKS[config.block_design](config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
         self.initialize_weights()
 
     def initialize_weights(
         self, generator: torch.Generator | None = None, *, embeddings: Literal["released", "unit"] = "released"
     ) -> None:
-        """Xavier-uniform linears, zero biases, zero modulations and output, drawn from `generator` where one is given.
+        """Xavier-uniform linears, zero biases, zero output and, for adaLN-Zero, zero modulations, drawn from `generator`
+        where one is given.
 
         embeddings: timestep MLP and label table from N(0, 0.02), as in the released model, or "unit": scaled to give
         vectors of about unit variance. With the former the modulations need about a thousand optimiser steps before
@@ -119,24 +199,46 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
                 nn.init.zeros_(module.bias)
-        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.embedding_table):
+        tables = [] if self.y_embedder is None else [self.y_embedder.embedding_table]
+        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
             unit = math.sqrt(2 / module.in_features) if isinstance(module, nn.Linear) else 1.0
             nn.init.normal_(module.weight, std=unit if embeddings == "unit" else 0.02, generator=generator)
-        modulations = [block.adaLN_modulation[1] for block in self.blocks]
-        for module in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        zero = [self.final_layer.linear]
+        if self.config.block_design == "adaln_zero":
+            zero += [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        for module in zero:
             nn.init.zeros_(module.weight)
 
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
-        t: Int[Tensor, " batch"],
-        y: Int[Tensor, " batch"],
+        t: Int[Tensor, " conditions"],
+        y: Int[Tensor, " conditions"] | None = None,
+        rows: Rows = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
         x = self.x_embedder(x) + self.pos_embed  # (batch, tokens, hidden)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (batch, hidden)
+        c = self.embed_conditions(t, y)
+        tokens = x.shape[1]
+        if self.config.block_design == "in_context":
+            x = torch.cat([x, pick(c, rows)], dim=1)
         for block in self.blocks:
-            x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
+            x = block(x, c, rows)
+        return self.unpatchify(self.final_layer(x[:, :tokens], c, rows))
+
+    def embed_conditions(self, t: Int[Tensor, " conditions"], y: Int[Tensor, " conditions"] | None) -> Tensor:
+        """What blocks are conditioned on: the sum of the embeddings (conditions, hidden) for adaLN designs, else the
+        embeddings themselves (conditions, 1 or 2, hidden).
+
+        Raises ValueError where a conditional model gets no labels.
+        """
+        embeddings = [self.t_embedder(t)]
+        if self.y_embedder is not None:
+            if y is None:
+                raise ValueError(f"labels are missing: this model has num_classes={self.config.num_classes}")
+            embeddings.append(self.y_embedder(y))
+        if self.config.block_design in ("adaln", "adaln_zero"):
+            return sum(embeddings[1:], start=embeddings[0])
+        return torch.stack(embeddings, dim=1)
 
     def unpatchify(self, x: Float[Tensor, "batch tokens patch"]) -> Float[Tensor, "batch channels height width"]:
         """Tokens of p * p * channels values back to an image."""
