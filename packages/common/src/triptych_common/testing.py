@@ -1,4 +1,4 @@
-"""Helpers for tests: command lines as subprocesses, alone or under torchrun."""
+"""Helpers for tests: command lines as subprocesses, alone or under torchrun; stand-in weights."""
 
 import os
 import subprocess
@@ -26,3 +26,29 @@ def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> 
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def random_inception_weights(path: Path, seed: int = 0) -> Path:
+    """Random weights of the ADM suite's Inception network, in the published file's format.
+
+    Batch norms are set to the statistics of noise images: without that, activations fade to nothing by the last layer.
+    """
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False) -> None:
+            """Keep the initial weights."""
+
+    torch.save({}, path)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Untrained("random", ["2048"], feature_extractor_weights_path=str(path)).train()
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            network.fc.weight.mul_(10)  # classes that differ between images, for the Inception score
+            network(torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8))
+    torch.save(network.state_dict(), path)
+    return path

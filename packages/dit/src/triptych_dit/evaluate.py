@@ -1,27 +1,62 @@
-"""Score a file of samples."""
+"""Score a file of samples: digits by the frozen instruments, images of any kind by the ADM evaluation suite."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from triptych_common import data
 from triptych_common.cli import CommonOptions, say
+from triptych_common.metrics.adm import NEIGHBOURS, AdmScores, ImageFeatures, adm_scores, image_features
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE, DigitScorer
+from triptych_common.metrics.inception import FILE_NAME, Inception, load_inception
+from triptych_common.metrics.npz import NpzImages
+from triptych_common.parallel import ranks
+from triptych_common.progress import Progress
 from triptych_common.run import provenance, write_json
 
 from triptych_dit.sample import read_npz
 
+ADM_TITLES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+ADM_DIGITS = {"fid": 3, "sfid": 3, "inception_score": 2, "precision": 4, "recall": 4}
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommonOptions):
-    """Score samples of digits against held-out real ones, on the CPU."""
+    """Score REFERENCE.npz SAMPLES.npz, in this order, by FID, sFID, IS, precision and recall as the ADM suite does.
 
+    Without the two files: score --samples, digits, against held-out real ones, on the CPU.
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE.npz SAMPLES.npz")] = ()
+    """npz files with arr_0 (NHWC uint8), statistics (mu, sigma, mu_s, sigma_s), or both"""
     out: Path = Path("runs/samples")
     """where to write scores.json"""
     samples: Path = Path("runs/samples/samples.npz")
-    """npz file with arr_0 (NHWC uint8) and, for class accuracy, arr_1 (labels)"""
+    """digits: npz file with arr_0 (NHWC uint8) and, for class accuracy, arr_1 (labels)"""
     data: str = "mnist5k"
-    """data set the model was trained on; its held-out split is the reference"""
+    """digits: data set the model was trained on; its held-out split is the reference"""
+    inception: Path | None = None
+    """two files: Inception weights of torch-fidelity; None: from the cache, or downloaded there"""
+    batch_size: int = 64
+    """two files: images a forward pass of Inception"""
+    repeats: int = 100
+    """two files: bootstrap repeats of the 95% intervals, 0: no intervals"""
+
+    def __post_init__(self) -> None:
+        if len(self.files) not in (0, 2):
+            raise ValueError(
+                f"files given: {len(self.files)}, expected REFERENCE.npz SAMPLES.npz, or --samples for digits"
+            )
+        others = ("samples", "data") if self.files else ("inception", "batch_size", "repeats")
+        for name in others:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                case = "without REFERENCE.npz SAMPLES.npz" if self.files else "with REFERENCE.npz SAMPLES.npz"
+                raise ValueError(f"--{name.replace('_', '-')} has a meaning only {case}; see --help")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size}: expected at least 1")
+        if self.repeats < 0 or self.repeats == 1:
+            raise ValueError(f"repeats {self.repeats}: expected at least 2, or 0 for no intervals")
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}
@@ -30,8 +65,12 @@ class EvaluateConfig(CommonOptions):
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Write scores.json and return its content.
 
-    Raises ValueError for samples that are not 28x28 gray digits.
+    Raises ValueError for files that cannot be scored, FileNotFoundError for absent ones.
     """
+    return _evaluate_adm(config) if config.files else _evaluate_digits(config)
+
+
+def _evaluate_digits(config: EvaluateConfig) -> dict[str, Any]:
     images, labels = read_npz(config.samples)
     config.out.mkdir(parents=True, exist_ok=True)
     scorer = DigitScorer(data.load(config.data, "train"), data.load(config.data, "held_out"), seed=config.seed)
@@ -54,3 +93,71 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         say(f"note: n={scores.n} is below 1,000; distances are inflated, compare them with the floor only")
     say(f"wrote {path}")
     return result
+
+
+def _evaluate_adm(config: EvaluateConfig) -> dict[str, Any]:
+    reference, samples = (NpzImages(path) for path in config.files)
+    for source in (reference, samples):
+        if 0 < source.count <= NEIGHBOURS:
+            raise ValueError(
+                f"{source.path}: {source.count} images; precision and recall with k={NEIGHBOURS} need more than {NEIGHBOURS}"
+            )
+    with ranks(config.device) as among:
+        inception = load_inception(config.inception, device=among.device)
+        reference_features = _features(reference, inception, config.batch_size)
+        sample_features = _features(samples, inception, config.batch_size)
+        pool = sample_features.pool.vectors
+        probabilities = None if pool is None else inception.probabilities(pool)
+        scores = adm_scores(
+            reference_features, sample_features, probabilities,
+            device=among.device, repeats=config.repeats, seed=config.seed,
+        )  # fmt: skip
+    notes = list(scores.notes)
+    if not inception.is_published:
+        notes.append(f"the Inception weights are not the published {FILE_NAME}: compare with no published score")
+    result = {
+        "suite": "ADM: FID, sFID, IS, precision, recall",
+        "reference": _described(reference),
+        "samples": _described(samples),
+        "scores": {name: None if value is None else value._asdict() for name, value in scores.estimates().items()},
+        "unavailable": scores.unavailable,
+        "notes": notes,
+        "repeats": config.repeats,
+        "instruments": {"inception": inception.sha256},
+    }
+    path = config.out / "scores.json"
+    write_json(path, {**result, **provenance()})
+    _tell(result, scores)
+    say(f"wrote {path}")
+    return result
+
+
+def _features(source: NpzImages, inception: Inception, batch_size: int) -> ImageFeatures:
+    with Progress(f"features of {source.path.name}", source.count, "images") as progress:
+        progress.at(0)
+        return image_features(source, inception, batch_size=batch_size, progress=progress.advance)
+
+
+def _described(source: NpzImages) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "images": source.count,
+        "statistics": source.pool is not None,
+        "arr_0_crc32": source.crc32,
+    }
+
+
+def _tell(result: dict[str, Any], scores: AdmScores) -> None:
+    for role in ("reference", "samples"):
+        file = result[role]
+        held = [f"{file['images']:,} images"] * bool(file["images"]) + ["statistics"] * file["statistics"]
+        say(f"{role:<12}{file['path']}: {' and '.join(held)}")
+    for name, estimate in scores.estimates().items():
+        digits, title = ADM_DIGITS[name], ADM_TITLES[name]
+        if estimate is None:
+            say(f"{title:<12}not available: {scores.unavailable[name]}")
+        else:
+            interval = "" if estimate.low is None else f"  [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+            say(f"{title:<12}{estimate.value:.{digits}f}{interval}")
+    for note in result["notes"]:
+        say(f"note: {note}")

@@ -4,19 +4,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from triptych_common.randomness import generator
 
 
 class Estimate(NamedTuple):
-    """A score with its 95% interval."""
+    """A score with its 95% interval, where one was asked for."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return _short(self.value)
         return f"{_short(self.value)} [{_short(self.low)}, {_short(self.high)}]"
 
 
@@ -29,9 +32,16 @@ def bootstrap(score: Callable[..., float], *samples: Tensor, repeats: int = 100,
     """`score(*samples)` with value +- 1.96 bootstrap standard deviations, each sample's rows resampled on their own.
 
     The interval is centred on the score, not taken from the resampled scores' percentiles: duplicates in a resample
-    shift biased scores such as the Fréchet distance upward, while their spread stays right.
+    shift biased scores such as the Fréchet distance upward, while their spread errs, if at all, on the wide side. No
+    repeats, no interval.
+
+    Raises ValueError for one repeat, which has no spread.
     """
+    if repeats < 0 or repeats == 1:
+        raise ValueError(f"repeats {repeats}: expected at least 2, or 0 for no intervals")
     value = score(*samples)
+    if repeats == 0:
+        return Estimate(value)
     rng = generator(seed, "bootstrap")
     scores = torch.tensor(
         [score(*(s[torch.randint(len(s), (len(s),), generator=rng)] for s in samples)) for _ in range(repeats)],
@@ -39,3 +49,16 @@ def bootstrap(score: Callable[..., float], *samples: Tensor, repeats: int = 100,
     )
     margin = 1.96 * float(scores.std())
     return Estimate(value, value - margin, value + margin)
+
+
+def bootstrap_rate(hits: Shaped[Tensor, " n"], *, repeats: int = 200, seed: int = 0) -> Estimate:
+    """Share of hits (0 or 1 each), its interval within 0..1."""
+    rate = bootstrap(_mean, hits, repeats=repeats, seed=seed)
+    if rate.low is None or rate.high is None:
+        return rate
+    unseen = 3 / len(hits) if rate.value in (0.0, 1.0) else 0.0  # rule of three: resampling never sees what is rare
+    return Estimate(rate.value, max(rate.low - unseen, 0.0), min(rate.high + unseen, 1.0))
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

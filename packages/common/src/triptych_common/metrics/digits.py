@@ -1,6 +1,5 @@
 """Every score of generated digits, each with instrument, sample count and interval, beside what real digits get."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from triptych_common.data import ImageDataset
-from triptych_common.metrics.bootstrap import Estimate, bootstrap
+from triptych_common.metrics.bootstrap import Estimate, bootstrap, bootstrap_rate
 from triptych_common.metrics.distances import frechet_distance, kernel_distance
 from triptych_common.metrics.instruments import Instrument, load_instrument
 from triptych_common.metrics.neighbours import nearest_distances, precision_recall
@@ -119,10 +118,7 @@ class DigitScorer:
         return {i.name: i.sha256 for i in (self.features, self.classifier)}
 
     def _rate(self, hits: Tensor) -> Estimate:
-        mean: Callable[[Tensor], float] = lambda x: float(x.double().mean())  # noqa: E731
-        rate = bootstrap(mean, hits, repeats=200, seed=self.seed)
-        unseen = 3 / len(hits) if rate.value in (0.0, 1.0) else 0.0  # rule of three: resampling never sees what is rare
-        return Estimate(rate.value, max(rate.low - unseen, 0.0), min(rate.high + unseen, 1.0))
+        return bootstrap_rate(hits, seed=self.seed)
 
     def _matching(self, dataset: ImageDataset, labels: Tensor | None, n: int, stream: str) -> Int[Tensor, " n"]:
         """`n` items of a data set, with the classes of `labels` where it has enough of each, else stratified."""

@@ -1,34 +1,81 @@
-"""Scores by nearest neighbours: precision and recall, and near-duplicates."""
+"""Scores by nearest neighbours: precision and recall, and near-duplicates.
+
+Distances are taken in blocks of both sets, so that memory does not grow with the sets. A float32 matrix product proposes
+neighbours (vectors centred, since |a|^2 + |b|^2 - 2ab loses what a common offset adds); float64 differences of the
+proposed pairs decide. So results do not depend on block size or device, and copies are at distance 0 exactly.
+"""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+SPARE = 4  # proposals beyond those needed: rivals that float32 may rank wrongly
+CHUNK = 4096
 
 
 def nearest_distances(
-    queries: Float[Tensor, "n dim"], references: Float[Tensor, "m dim"], *, k: int = 1, chunk: int = 2048
+    queries: Float[Tensor, "n dim"], references: Float[Tensor, "m dim"], *, k: int = 1, chunk: int = CHUNK
 ) -> Float[Tensor, " n"]:
-    """Euclidean distance from each query to its k-th nearest reference, computed in chunks of queries."""
+    """Euclidean distance from each query to its k-th nearest reference, in blocks of `chunk` by `chunk`."""
     if not 1 <= k <= len(references):
         raise ValueError(f"k={k}: expected 1..{len(references)}, the number of references")
-    return torch.cat([torch.cdist(part, references).kthvalue(k, dim=1).values for part in queries.split(chunk)])
+    return _squared_radii(queries, references, k, chunk).sqrt().to(queries.dtype)
 
 
 def precision_recall(
-    real: Float[Tensor, "n dim"], fake: Float[Tensor, "m dim"], *, k: int = 3
+    real: Float[Tensor, "n dim"], fake: Float[Tensor, "m dim"], *, k: int = 3, chunk: int = CHUNK
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
     """Improved precision and recall.  [Kynkaanniemi et al. 2019]
 
     Returns two float vectors of 0 and 1 whose means are the scores: for each fake, whether it lies within some real
     sample's distance to its k-th nearest other real sample; for each real, the same against the fakes.
-    Raises ValueError when a set has no more than k vectors.
+    Raises ValueError when a set has no more than k vectors or a value is not finite.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k={k} need more than {k} vectors, got {len(real)} and {len(fake)}")
-    return _covered(fake, real, k), _covered(real, fake, k)
+    if not bool(torch.isfinite(real).all() and torch.isfinite(fake).all()):
+        raise ValueError("features hold NaN or infinity; the images or the network that made them are broken")
+    return _covered(fake, real, k, chunk), _covered(real, fake, k, chunk)
 
 
-def _covered(points: Tensor, by: Tensor, k: int, chunk: int = 2048) -> Tensor:
-    radii = nearest_distances(by, by, k=k + 1)  # the nearest is the point itself
-    inside = [(torch.cdist(part, by) <= radii).any(dim=1) for part in points.split(chunk)]
-    return torch.cat(inside).float()
+def _covered(points: Tensor, by: Tensor, k: int, chunk: int) -> Tensor:
+    """Whether each point lies in the ball of some vector of `by`, each ball reaching to its k-th nearest other."""
+    radii = _squared_radii(by, by, k + 1, chunk)  # the nearest is the vector itself
+    near = _proposed(points, by, 1 + SPARE, chunk, radii)
+    return (_squared_distances(points, by, near) <= radii[near]).any(dim=1).float()
+
+
+def _squared_radii(queries: Tensor, references: Tensor, k: int, chunk: int) -> Float[Tensor, " n"]:
+    near = _proposed(queries, references, k + SPARE, chunk)
+    return _squared_distances(queries, references, near).kthvalue(k, dim=1).values
+
+
+def _proposed(
+    queries: Tensor, references: Tensor, count: int, chunk: int, radii: Tensor | None = None
+) -> Int[Tensor, "n proposals"]:
+    """References of smallest |q - r|^2 (less their squared radius), about as float32 sees it; at most `count` each."""
+    centre = references.mean(0)
+    found = []
+    for part in queries.split(chunk):
+        part = (part - centre).to(torch.float32)
+        scores, indices = part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
+        for start in range(0, len(references), chunk):
+            block = (references[start : start + chunk] - centre).to(torch.float32)
+            offset = block.square().sum(1)
+            if radii is not None:
+                offset = (offset - radii[start : start + chunk]).to(torch.float32)
+            block_scores = torch.addmm(offset, part, block.T, alpha=-2)  # |q|^2 is the same for all
+            best = block_scores.topk(min(count, len(block)), largest=False)
+            scores, indices = torch.cat([scores, best.values], 1), torch.cat([indices, best.indices + start], 1)
+            scores, kept = scores.topk(min(count, scores.shape[1]), largest=False)
+            indices = indices.gather(1, kept)
+        found.append(indices)
+    return torch.cat(found)
+
+
+def _squared_distances(
+    queries: Tensor, references: Tensor, near: Int[Tensor, "n proposals"], chunk: int = 256
+) -> Float[Tensor, "n proposals"]:
+    """Squared distances to the references that `near` names, by float64 differences."""
+    parts = zip(queries.split(chunk), near.split(chunk), strict=True)
+    return torch.cat([(q[:, None].double() - references[i].double()).square().sum(-1) for q, i in parts])
