@@ -13,6 +13,7 @@ PACKAGES = {path.name: path for path in sorted((ROOT / "packages").iterdir()) if
 MODULES = {name: f"triptych_{name}" for name in PACKAGES}
 DISTRIBUTIONS = {  # import name -> distribution, where they differ
     "PIL": "pillow", "triptych_common": "triptych-common", "tensorboard": "tensorboard",
+    "torch_fidelity": "torch-fidelity",
 }  # fmt: skip
 
 

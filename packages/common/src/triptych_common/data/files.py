@@ -1,7 +1,9 @@
 """Files of the named data sets: found on disk or downloaded, and always checked by SHA-256."""
 
+import contextlib
 import gzip
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -11,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 from jaxtyping import UInt8
+
+from triptych_common.progress import Progress
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # SHA-256 of the unpacked files: the same for every re-packed copy.
@@ -39,17 +43,13 @@ def read_mnist(
 
 def _mnist_file(folder: Path, name: str, url: str) -> bytes:
     plain, packed = folder / name, folder / f"{name}.gz"
-    if not plain.exists() and not packed.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{name}.lock"):  # ranks of one machine start together
-                if not packed.exists():
-                    download(f"{url}{name}.gz", packed)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"data set mnist: {packed} is absent and {url} cannot be reached ({_reason(error)}); point TRIPTYCH_DATA "
-                f"at a folder that has mnist/{name}.gz, or use mnist5k, which needs no download"
-            ) from error
+    if not plain.exists():
+        fetch(
+            "data set mnist",
+            f"{url}{name}.gz",
+            packed,
+            f"point TRIPTYCH_DATA at a folder that has mnist/{name}.gz, or use mnist5k, which needs no download",
+        )
     path = plain if plain.exists() else packed
     try:
         content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
@@ -59,6 +59,23 @@ def _mnist_file(folder: Path, name: str, url: str) -> bytes:
     if not intact:
         raise ValueError(f"{path}: content is not MNIST's (SHA-256 differs); delete the file and repeat the command")
     return content
+
+
+def fetch(what: str, url: str, path: Path, remedy: str) -> None:
+    """Download a file unless it is there; ranks of one machine take turns.
+
+    Raises FileNotFoundError, with what it is and the remedy, when it cannot be had.
+    """
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                download(url, path)
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise FileNotFoundError(f"{what}: {path} is absent and {url} cannot be fetched ({reason}); {remedy}") from error
 
 
 def download(url: str, path: Path) -> None:
@@ -74,9 +91,14 @@ def download(url: str, path: Path) -> None:
         with urllib.request.urlopen(request, timeout=30) as response:
             resumed = response.status == 206
             expected = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
-            with partial.open("ab" if resumed else "wb") as file:
+            with (
+                partial.open("ab" if resumed else "wb") as file,
+                Progress(f"downloading {path.name}", expected // 10**6, "MB", enabled=expected > 10**7) as progress,
+                contextlib.suppress(http.client.IncompleteRead),  # the size tells, below
+            ):
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
+                    progress.at(file.tell() // 10**6)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to fetch
             raise
@@ -84,7 +106,3 @@ def download(url: str, path: Path) -> None:
     if expected and partial.stat().st_size != expected:
         raise OSError(f"{url}: connection ended after {partial.stat().st_size:,} of {expected:,} bytes")
     os.replace(partial, path)
-
-
-def _reason(error: OSError) -> str:
-    return str(getattr(error, "reason", error))

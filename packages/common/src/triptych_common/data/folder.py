@@ -1,0 +1,110 @@
+"""A folder of image files as a source of images."""
+
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from triptych_common.cli import say
+from triptych_common.data.decoding import decode
+from triptych_common.data.source import HELD_OUT_NAMES, ImageSource, choose_split
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
+)  # fmt: skip
+
+
+class ImageFolder(ImageSource):
+    """`folder/class/**/*.png` (jpg, webp, ...): classes and files in the order of their names.
+
+    Without subfolders, or if `unconditional`, all images are of one class. A folder that is divided into train/ and
+    val/ (validation, valid, test, held_out) is entered at `split`. Hidden files are passed over, other files counted.
+    Raises FileNotFoundError for no folder, ValueError for one without images, an empty class or loose images.
+    """
+
+    lossy = False
+
+    def __init__(self, root: str | Path, split: str = "train", *, unconditional: bool = False) -> None:
+        self.root = _enter(Path(root), split)
+        self.name = Path(root).resolve().name
+        self.files, classes = _list_images(self.root)
+        if unconditional or not classes:
+            self.class_names = (self.name,)
+            self.labels = torch.zeros(len(self.files), dtype=torch.long)
+        else:
+            self.class_names = tuple(classes)
+            self.labels = torch.tensor(_labels(self.root, self.files, classes))
+        self.num_classes = len(self.class_names)
+
+    def image(self, index: int) -> Image.Image:
+        return decode((self.root / self.files[index]).read_bytes(), self.locate(index))
+
+    def locate(self, index: int) -> str:
+        return str(self.root / self.files[index])
+
+    def fingerprint(self) -> str:
+        """Over class names, file names and sizes: moving the folder changes nothing, replacing an image mostly does."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        for file in self.files:
+            digest.update(b"\n" + os.fsencode(file) + b"\0%d" % (self.root / file).stat().st_size)
+        return f"names-and-sizes:{digest.hexdigest()}"
+
+
+def _enter(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root}: {'a file' if root.exists() else 'no such folder'}; expected a folder of images"
+        )
+    parts = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if "train" in parts and parts <= {"train", *HELD_OUT_NAMES}:
+        return root / choose_split(split, sorted(parts), str(root))
+    if split != "train":
+        raise ValueError(f"split {split!r} of {root}: expected a folder that is divided into train/ and val/")
+    return root
+
+
+def _list_images(root: Path) -> tuple[list[str], list[str]]:
+    """Files relative to `root` and the folders in it, both sorted."""
+    files: list[str] = []
+    others: Counter[str] = Counter()
+    classes: list[str] = []
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_stop):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if folder == str(root):
+            classes = list(subfolders)
+        inside = Path(folder).relative_to(root)
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
+            if name.startswith("."):
+                continue
+            if suffix in SUFFIXES:
+                files.append((inside / name).as_posix())
+            else:
+                others[suffix or "no suffix"] += 1
+    if not files:
+        raise ValueError(f"{root}: no images found ({', '.join(SUFFIXES)})")
+    if others:
+        kinds = ", ".join(f"{suffix}: {n:,}" for suffix, n in sorted(others.items()))
+        say(f"{root}: {others.total():,} files are not images by their names and are left out ({kinds})")
+    return sorted(files, key=lambda file: file.split("/")), classes
+
+
+def _labels(root: Path, files: list[str], classes: list[str]) -> list[int]:
+    if loose := [file for file in files if "/" not in file]:
+        raise ValueError(
+            f"{root}: {len(loose):,} images, such as {loose[0]}, lie beside the class folders; "
+            "move them into one, or read the folder as unconditional"
+        )
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of[file.partition("/")[0]] for file in files]
+    if empty := sorted(set(range(len(classes))) - set(labels)):
+        raise ValueError(f"{root}: class folder {classes[empty[0]]} has no images ({', '.join(SUFFIXES)}); remove it")
+    return labels
+
+
+def _stop(error: OSError) -> None:
+    """os.walk would pass over folders that it may not read."""
+    raise error
