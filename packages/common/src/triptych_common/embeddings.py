@@ -39,6 +39,7 @@ def frequency_embedding(
     if dim % 2:
         raise ValueError(f"frequency embedding of dim {dim}: expected an even number")
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / (half - shift)
-    angles = values[:, None].float() * torch.exp(-math.log(max_period) * exponents)
+    indices = torch.arange(half, dtype=torch.float32, device=values.device)
+    # Divided last, as in diffusers: at t = 999 the other order's rounding moves angles by 1e-4 where shift is 1.
+    angles = values[:, None].float() * torch.exp(-math.log(max_period) * indices / (half - shift))
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(values.dtype)

@@ -1,0 +1,222 @@
+"""Files of the released DiT (facebookresearch/DiT): a bare state dict, or a training checkpoint {model, ema, opt, args}.
+
+Our modules have the released names, so nothing is renamed; a model's shape follows from its tensors.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triptych_common import foreign
+from triptych_common.cli import say
+from triptych_common.embeddings import sincos_position_embedding
+
+from triptych_dit.config import PRESETS, DiTConfig
+from triptych_dit.interop.published import PUBLISHED, published_file
+from triptych_dit.model import DiT
+
+TABLE = "y_embedder.embedding_table.weight"
+TIMESTEP_BIAS = "t_embedder.mlp.2.bias"
+_HEADS = {config.hidden_size: config.num_heads for name, config in PRESETS.items() if name.startswith("DiT-")}
+
+
+def load_released(
+    source: str | Path, *, weights: str | None = None, num_heads: int | None = None, num_classes: int | None = None
+) -> DiT:
+    """A released or self-trained file of facebookresearch/DiT as a DiT, float32, on the CPU and in evaluation mode.
+
+    source: a file (.pt, or its state dict as .safetensors), or a published name ("DiT-XL/2@256", "DiT-XL/2@512"), which is
+        downloaded to `$TRIPTYCH_DATA/dit` once.
+    weights: "ema" or "model" of a training checkpoint; by default the former where present.
+    num_heads: needed for widths that were not published.
+    num_classes: by default what the checkpoint's args say, or one less than rows of the label table (the null label's).
+    Raises FileNotFoundError where there is no such file, ValueError for one that is not such a model.
+    """
+    path = Path(source).expanduser()
+    if str(source) in PUBLISHED and not path.is_file():
+        path = published_file(str(source))
+    if "state" in foreign.metadata(path):
+        raise ValueError(f"{path}: a model file of triptych's own, not a released one; read it with load_model")
+    content = foreign.read(path, allow=[argparse.Namespace])
+    state, args = _unwrap(content, path, weights)
+    _check_family(state, path, args)
+    said = getattr(args, "num_classes", None)
+    rows = len(state[TABLE])
+    if num_classes is None:
+        num_classes = said if isinstance(said, int) and rows - said in (0, 1) else rows - 1
+    heads = num_heads or getattr(PRESETS.get(getattr(args, "model", None)), "num_heads", None)
+    try:
+        config = infer_config(state, num_heads=heads, num_classes=num_classes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not config.num_classes:
+        fold_table(state)
+    model = assembled(config, state, str(path))
+    ours = sincos_position_embedding(*config.grid, config.hidden_size)
+    gap = float((model.pos_embed[0] - ours).abs().max())
+    if gap > 1e-6:
+        say(f"{path}: its position embedding is not the sine-cosine one (differs by up to {gap:.2g}); kept as it is")
+    return model
+
+
+def export_released(model: DiT, path: Path) -> None:
+    """Write a model's state dict, float32, as the original code reads it.
+
+    An unconditional model gets a label table of one row, zero: label 0 there. Raises ValueError for a model that the
+    original code cannot run, OSError where it cannot be written.
+    """
+    config = model.config
+    for name, wanted in (("block_design", "adaln_zero"), ("timestep_frequency_shift", 0), ("mlp_norm_eps", 1e-6)):
+        if getattr(config, name) != wanted:
+            raise ValueError(f"export: {name} {getattr(config, name)}: the released code knows only {wanted}")
+    require_square(config, "the released code")
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if not config.num_classes:
+        state[TABLE] = torch.zeros(1, config.hidden_size)
+    foreign.write(path, state)
+
+
+def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_classes: int) -> DiTConfig:
+    """The shape of the model that a state dict of released names is of.
+
+    Raises ValueError where that has no answer, or where num_classes does not fit the label table.
+    """
+    for name, axes in (("x_embedder.proj.weight", 4), ("pos_embed", 3), (TABLE, 2)):
+        if state[name].ndim != axes:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}: expected {axes} axes")
+    width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+    tokens, rows = state["pos_embed"].shape[1], len(state[TABLE])
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise ValueError(f"pos_embed has {tokens} tokens, which is no square; the released code knows only squares")
+    if num_heads is None and width not in _HEADS:
+        published = ", ".join(map(str, sorted(_HEADS)))
+        raise ValueError(f"hidden_size {width} is none of the published ({published}): pass num_heads")
+    if rows - num_classes not in (0, 1):
+        raise ValueError(
+            f"num_classes {num_classes}: the label table has {rows} rows, which fits {rows - 1} (with a null label) or {rows}"
+        )
+    channels = len(state["final_layer.linear.weight"]) / patch**2
+    if channels not in (in_channels, 2 * in_channels):
+        raise ValueError(f"{channels:g} output channels for {in_channels} of input: expected as many, or twice as many")
+    hidden = len(state["blocks.0.mlp.fc1.weight"])
+    ratio = hidden / width
+    return DiTConfig(
+        input_size=(side * patch, side * patch),
+        in_channels=in_channels,
+        patch_size=patch,
+        hidden_size=width,
+        depth=1 + max(int(block[1]) for name in state if (block := re.match(r"blocks\.(\d+)\.", name))),
+        num_heads=num_heads or _HEADS[width],
+        mlp_ratio=ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+        num_classes=num_classes,
+        class_dropout_prob=0.1 if rows > num_classes else 0.0,
+        learn_sigma=channels != in_channels,
+    )
+
+
+def fold_table(state: dict[str, Tensor]) -> None:
+    """Take the label table of an unconditional model, whose every row is the same, into the timestep's bias: c = t + y."""
+    state[TIMESTEP_BIAS] = state[TIMESTEP_BIAS] + state.pop(TABLE)[-1]
+
+
+def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
+    """A model of a complete state dict: float32, frozen, in evaluation mode.
+
+    Raises ValueError, listing both sides, for one that does not fit.
+    """
+    with torch.device("meta"):
+        model = DiT(config)
+    check_keys(state, model.state_dict(), source)
+    owned = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
+    model.load_state_dict(owned, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Raises ValueError, in one line, for names or shapes that differ."""
+    shapes = [
+        f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    sides = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": shapes,
+    }
+    if any(sides.values()):
+        listed = "; ".join(f"{side}: {_first(names)}" for side, names in sides.items() if names)
+        raise ValueError(f"{source}: its tensors are not those of a DiT ({len(expected)} expected): {listed}")
+
+
+def require_square(config: DiTConfig, whose: str) -> None:
+    """Raises ValueError for a rectangular model."""
+    height, width = config.input_size
+    if height != width:
+        raise ValueError(f"export: input_size {height}x{width}: {whose} knows only squares")
+
+
+def _unwrap(content: Any, path: Path, weights: str | None) -> tuple[dict[str, Tensor], argparse.Namespace | None]:
+    """State dict and, where present, arguments of a checkpoint; wrappers' prefixes are taken off the names."""
+    if weights not in (None, "ema", "model"):
+        raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+    inner = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    bare = not {"ema", "model", "state_dict"} & inner.keys()
+    if bare and weights:
+        raise ValueError(f"{path}: a bare state dict, with no choice of weights {weights!r}; leave the option out")
+    if weights and weights not in inner:
+        raise ValueError(f"{path}: has no weights {weights!r}, only {', '.join(inner)}")
+    state = content if bare else inner[weights or next(key for key in ("ema", "model", "state_dict") if key in inner)]
+    args = content.get("args")
+    return (
+        {
+            re.sub(r"^(module\.|_orig_mod\.)+", "", key): value
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        },
+        args if isinstance(args, argparse.Namespace) else None,
+    )
+
+
+_FAMILIES = {  # names that only they have
+    r"transformer_blocks\.\d+\.norm1\.emb\.": (
+        "the transformer of a diffusers DiT; pass the folder with its config.json, not the file"
+    ),
+    r"(down_blocks|up_blocks|unet)\.": "a UNet of diffusers",
+    r"(model\.diffusion_model\.)?input_blocks\.": "a UNet (ADM, LDM or Stable Diffusion)",
+    r"(encoder|decoder|quant_conv)\.": "an autoencoder, which belongs to --vae",
+    r"(en_inblocks|sideblocks|mask_token|decoder_pos_embed)|.*rel_pos_bias": "an MDT",
+    r"projectors\.": "a SiT trained with REPA",
+    r".*\.mlp\.w12\.|feat_rope": "a LightningDiT",
+    r"(in_blocks|mid_block|out_blocks)\.": "a U-ViT",
+    r"y_embedder\.y_proj\.|caption_|t_block\.": "a PixArt, conditioned on text",
+}
+
+
+def _check_family(state: Mapping[str, Tensor], path: Path, args: argparse.Namespace | None) -> None:
+    """Raises ValueError for what is not a released DiT, naming what it looks like."""
+    looks = next((what for names, what in _FAMILIES.items() if any(re.match(names, key) for key in state)), None)
+    if hasattr(args, "path_type") or path.name.startswith("SiT"):  # its tensors are named and shaped as a DiT's
+        looks = "a SiT, which predicts velocities"
+    if looks:
+        raise ValueError(f"{path}: looks like {looks}; expected a model of facebookresearch/DiT")
+    needed = ("pos_embed", "x_embedder.proj.weight", TABLE, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(
+            f"{path}: not a model of facebookresearch/DiT; missing: {_first(missing)}; "
+            f"it holds: {_first(list(state)) or 'no tensors'}"
+        )
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} others" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
