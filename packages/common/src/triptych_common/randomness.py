@@ -6,6 +6,7 @@ world size or on how often a run was interrupted: resuming needs counters, never
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -67,8 +68,11 @@ def shuffled(seed: int, stream: str, counters: Sequence[int], n: int) -> Int[Ten
     out = torch.empty_like(counters)
     for epoch in torch.unique(counters // n).tolist():
         here = counters // n == epoch
-        out[here] = permutation(seed, stream, epoch, n)[counters[here] - epoch * n]
+        out[here] = _epoch_order(seed, stream, epoch, n)[counters[here] - epoch * n]
     return out
+
+
+_epoch_order = lru_cache(maxsize=4)(permutation)  # 50 ms at a million items: too long for every batch
 
 
 class SampleNoise:

@@ -1,0 +1,463 @@
+"""The latent cache: against diffusers, on two ranks, killed, spoiled, refused; and reading ahead."""
+
+import contextlib
+import errno
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from triptych_common import checkpoint
+from triptych_common.cli import main
+from triptych_common.data import ImageFolder, open_source
+from triptych_common.run import write_json
+from triptych_common.testing import run_torchrun
+from triptych_dit.autoencoder import load_autoencoder
+from triptych_dit.cli import COMMANDS
+from triptych_dit.encode import EncodeConfig, encode
+from triptych_dit.latents import LatentCache, is_latent_cache, prefetch, shard_path, write_manifest, write_shard
+
+diffusers = pytest.importorskip("diffusers")
+
+IMAGES, SHARD, SIZE = 22, 4, 16
+CORRUPT = (1, 8, 9, 10, 11)  # one among others, and a whole shard
+
+
+def save_vae(folder: Path, seed: int = 0, scale: float = 0.5) -> Path:
+    """A random AutoencoderKL that halves images twice, with a posterior of some width."""
+    torch.manual_seed(seed)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8), layers_per_block=1, latent_channels=3, norm_num_groups=2, scaling_factor=scale,
+    )  # fmt: skip
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(6)
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As torchrun gives each rank, so that bytes can be compared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Two classes of small pictures of several kinds, five of them damaged in different ways."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        folder = root / ("cat" if i < 9 else "dog")
+        folder.mkdir(exist_ok=True)
+        kind = ("RGB", "L", "RGBA", "CMYK")[i % 4]
+        pixels = rng.integers(0, 256, (20 + i % 3, 18, max(1, len(kind))), dtype=np.uint8)
+        picture = Image.fromarray(pixels.squeeze() if kind == "L" else pixels[..., : len(kind)], mode=kind)
+        path = folder / f"{i:03d}.{'tiff' if kind == 'CMYK' else 'png'}"
+        picture.save(path)
+        if i in CORRUPT:
+            content = path.read_bytes()
+            damaged = (b"", b"junk", content[: len(content) // 2])[i % 3]
+            path.write_bytes(damaged)
+    return root
+
+
+def options(images: Path, vae: Path, out: Path, *more: str) -> list[str]:
+    return ["encode", "--source", str(images), "--vae", str(vae), "--image-size", str(SIZE), "--shard-size", str(SHARD),
+            "--batch-size", "3", "--workers", "0", "--device", "cpu", "--out", str(out), *more]  # fmt: skip
+
+
+def config_of(images: Path, vae: Path, out: Path, **more) -> EncodeConfig:
+    settings = {"image_size": SIZE, "shard_size": SHARD, "batch_size": 3, "workers": 0, "device": "cpu", **more}
+    return EncodeConfig(source=str(images), vae=str(vae), out=out, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(images, vae, tmp_path_factory) -> Path:
+    """An uninterrupted run on one rank, one thread."""
+    out = tmp_path_factory.mktemp("whole")
+    assert encode(config_of(images, vae, out))["items"] == IMAGES - len(CORRUPT)
+    return out
+
+
+def contents(out: Path) -> dict[str, tuple]:
+    """Everything in the shards, byte by byte, but for the order in which safetensors happens to write metadata."""
+    found = {}
+    for path in sorted(out.glob("shard-*")):
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        found[path.name] = json.loads(content[8:end]), content[end:]
+    return found
+
+
+def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
+    assert done.returncode == status, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("encoding:")]
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+
+
+def direct(images: Path, vae: Path, item: int, *, flipped: bool) -> Tensor:
+    """Moments by diffusers itself, from float64 pixels."""
+    model = diffusers.AutoencoderKL.from_pretrained(vae)
+    pixels = open_source(str(images)).read(item, SIZE).double() / 255 * 2 - 1
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels.numpy()[:, :, ::-1])) if flipped else pixels
+    with torch.no_grad():
+        posterior = model.double().encode(pixels[None]).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], 1)[0].float()
+
+
+def test_moments_are_those_of_diffusers_for_both_flips(images, vae, whole, tmp_path):
+    encode(config_of(images, vae, tmp_path, dtype="float32", workers=2))
+    exact, half = LatentCache(tmp_path), LatentCache(whole)
+    for row in (0, 5, len(exact) - 1):
+        for flipped in (False, True):
+            expected = direct(images, vae, int(exact.items[row]), flipped=flipped)
+            which = torch.tensor([row]), torch.tensor([flipped])
+            torch.testing.assert_close(exact.moments(*which)[0], expected, rtol=1e-4, atol=1e-5)
+            # float16 keeps 11 bits: half a unit in the last place, and an absolute floor among the subnormals
+            error = (half.moments(*which) - exact.moments(*which)).abs()
+            assert (error <= exact.moments(*which).abs() * 2.0**-11 + 2.0**-24 + 1e-6).all()
+    mirrored = exact.moments(torch.arange(5), torch.ones(5, dtype=torch.bool))
+    assert (mirrored - exact.moments(torch.arange(5)).flip(-1)).abs().max() > 1e-2  # mirroring latents would not do
+
+
+def test_float16_moments_decode_to_the_same_pixels(images, vae, whole, tmp_path):
+    encode(config_of(images, vae, tmp_path, dtype="float32"))
+    rows, autoencoder = torch.arange(len(LatentCache(whole))), load_autoencoder(str(vae))
+    means = [LatentCache(out).moments(rows).chunk(2, dim=1)[0] * autoencoder.scale_factor for out in (whole, tmp_path)]
+    half, exact = (autoencoder.decode(mean) for mean in means)
+    assert exact.std() > 1e-3
+    assert (
+        half - exact
+    ).abs().max() < 1 / 255  # half a step of 8-bit pixels; bfloat16's error would be 8 times as large
+
+
+def test_corrupt_images_are_listed_and_labels_stay_right(images, whole):
+    cache = LatentCache(whole)
+    kept = [item for item in range(IMAGES) if item not in CORRUPT]
+    assert cache.items.tolist() == kept
+    assert cache.labels.tolist() == [int(item >= 9) for item in kept]
+    assert cache.class_names == ("cat", "dog")
+    assert len(cache) == cache.facts["items"] == len(kept)
+    skipped = json.loads((whole / "skipped.json").read_text())
+    assert [row["item"] for row in skipped] == list(CORRUPT)
+    assert all(Path(row["path"]).stem == f"{row['item']:03d}" and row["reason"] for row in skipped)
+    assert cache.facts["skipped"] == len(CORRUPT)
+
+
+def test_facts_say_how_the_cache_was_made(vae, images, whole):
+    facts = LatentCache(whole).facts
+    assert facts["autoencoder"] == load_autoencoder(str(vae)).facts()
+    assert facts["source"]["fingerprint"] == open_source(str(images)).fingerprint()
+    assert facts["image"]["size"] == [SIZE, SIZE]
+    assert facts["latent_shape"] == [3, SIZE // 4, SIZE // 4]
+    assert [shard["items"] for shard in facts["shards"]] == [3, 4, 0, 4, 4, 2]
+    assert {"command", "commit", "versions", "lossy", "flips", "dtype", "precision", "shard_size"} <= facts.keys()
+
+
+def test_rows_from_the_map_are_those_safetensors_reads(whole):
+    cache = LatentCache(whole)
+    stored = torch.cat([load_file(path)["moments"] for path in sorted(whole.glob("shard-*"))])
+    indices = torch.tensor([16, 0, 3, 3, 9, 15, 2])
+    flipped = torch.tensor([True, False, True, False, False, True, True])
+    assert torch.equal(cache.moments(indices, flipped), stored[indices, flipped.long()].float())
+    assert torch.equal(cache.moments(indices), stored[indices, 0].float())
+    for outside in (-1, len(cache)):
+        with pytest.raises(IndexError, match=r"outside 0\.\.16"):
+            cache.moments(torch.tensor([0, outside]))
+
+
+def test_opening_a_cache_reads_no_moments(tmp_path):
+    """A fresh process opens 128 MB of shards and holds but a small part of them."""
+    for shard in range(2):
+        moments = torch.zeros(1024, 2, 8, 32, 32, dtype=torch.float16)
+        write_shard(tmp_path, shard, moments, torch.zeros(1024, dtype=torch.long), torch.arange(1024) + 1024 * shard)
+    facts = {"autoencoder": {}, "source": {"spec": "zeros", "class_names": ["zero"]}, "flips": True}
+    write_manifest(tmp_path, 2, {**facts, "latent_shape": [4, 32, 32]})
+    script = """
+import resource, sys, torch
+from triptych_dit.latents import LatentCache
+def mapped(): return sum(int(l.split()[1]) for l in open("/proc/self/smaps") if l.startswith("Rss:"))
+before = mapped()
+cache = LatentCache(sys.argv[1])
+cache.moments(torch.tensor([0, 2047]))
+print(mapped() - before)
+"""
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("needs /proc")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert int(done.stdout) < 40_000, done.stderr  # kB
+
+
+def test_two_ranks_write_what_one_writes(images, vae, whole, tmp_path):
+    done = run_torchrun(2, "triptych_dit.cli", *options(images, vae, tmp_path, "--json"))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["items"], told["skipped"]) == (17, 5)
+    assert f"left out 5 images that cannot be used: {told['skipped_list']}" in done.stderr
+    assert told["skipped_list"] == f"{tmp_path}/skipped.json"
+    assert contents(tmp_path) == contents(whole)
+    assert (tmp_path / "skipped.json").read_bytes() == (whole / "skipped.json").read_bytes()
+    facts, others = (LatentCache(out).facts for out in (tmp_path, whole))
+    assert {key for key in facts if facts[key] != others[key]} <= {"command", "commit", "hardware"}
+
+
+def test_batch_size_changes_rounding_only(images, vae, whole, tmp_path):
+    encode(config_of(images, vae, tmp_path, batch_size=1, workers=1))
+    one, three = LatentCache(tmp_path), LatentCache(whole)
+    rows = torch.arange(len(one))
+    assert torch.equal(one.items, three.items)
+    torch.testing.assert_close(one.moments(rows), three.moments(rows), rtol=2.0**-10, atol=1e-6)
+
+
+KILL_IN_THE_THIRD_SHARD = """
+import os, signal, sys
+from triptych_common import checkpoint
+
+real_save, calls = checkpoint.save_file, []
+
+def save_half_and_die(tensors, path, metadata):
+    calls.append(path)
+    real_save(tensors, path, metadata)
+    if len(calls) == 3:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_file = save_half_and_die
+from triptych_dit.cli import COMMANDS
+from triptych_common.cli import main
+sys.exit(main("triptych-dit", COMMANDS, sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_loses_one_shard_and_resumes_to_the_same_bytes(images, vae, whole, tmp_path):
+    command = [sys.executable, "-c", KILL_IN_THE_THIRD_SHARD, *options(images, vae, tmp_path)]
+    killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert is_latent_cache(tmp_path)
+    with pytest.raises(ValueError, match=r"incomplete, 2 of 6 shards are there; repeat the encode command: -c encode"):
+        LatentCache(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*.safetensors")}
+    assert sorted(before) == ["shard-000000.safetensors", "shard-000001.safetensors"]
+    encode(config_of(images, vae, tmp_path))
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+    assert contents(tmp_path) == contents(whole)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def test_damaged_and_missing_shards_are_named_and_encoded_again(images, vae, whole, copy, capfd):
+    LatentCache(copy).verify()
+    path = shard_path(copy, 3)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"shard-000003.safetensors: damaged; repeat the encode command: \S+"):
+        LatentCache(copy).verify()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"shard-000003.safetensors: truncated or of another kind; repeat the encode"):
+        LatentCache(copy)
+    shutil.copy(shard_path(copy, 4), path)
+    with pytest.raises(ValueError, match=r"shard-000003.safetensors: not the shard that the manifest lists; repeat"):
+        LatentCache(copy)
+    shard_path(copy, 0).unlink()
+    with pytest.raises(ValueError, match=r"shard-000000.safetensors: missing; repeat the encode command"):
+        LatentCache(copy)
+    path.write_bytes(content[:99])
+    assert encode(config_of(images, vae, copy))["items"] == 17
+    assert f"{path}: truncated or not a safetensors file" in (told := capfd.readouterr().err)
+    assert "; encoding it again" in told
+    assert contents(copy) == contents(whole)
+    shutil.copy(shard_path(copy, 4), path)
+    encode(config_of(images, vae, copy))
+    assert f"{path}: a shard of another cache or number; encoding it again" in capfd.readouterr().err
+    assert contents(copy) == contents(whole)
+
+
+def test_no_cache_is_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no latent cache; make one with triptych-dit encode --out"):
+        LatentCache(tmp_path)
+    assert not is_latent_cache(tmp_path)
+    write_json(tmp_path / "config.json", {"config": {"total_images": 1}})
+    with pytest.raises(ValueError, match="a run of another command, no latent cache"):
+        LatentCache(tmp_path)
+    write_json(tmp_path / "manifest.json", {"kind": "something else"})
+    with pytest.raises(ValueError, match="not the manifest of a latent cache"):
+        LatentCache(tmp_path)
+
+
+def test_another_request_is_refused_by_the_field_that_differs(images, vae, copy, tmp_path):
+    (tmp_path / "moved").symlink_to(images)
+    assert encode(config_of(tmp_path / "moved", vae, copy))["items"] == 17  # the same data elsewhere will do
+    with pytest.raises(ValueError, match=r"autoencoder.scale_factor=0.5 \(now 0.25\)"):
+        encode(config_of(images, save_vae(tmp_path / "scaled", scale=0.25), copy))
+    with pytest.raises(ValueError, match=r"autoencoder.sha256='\w+' \(now '\w+'\); repeat its settings"):
+        encode(config_of(images, save_vae(tmp_path / "other", seed=1), copy))
+    for change, message in (
+        ({"flips": False}, r"flips=True \(now False\)"),
+        ({"image_size": 12}, r"image.size=\[16, 16\] \(now \[12, 12\]\)"),
+        ({"dtype": "float32"}, r"dtype='float16' \(now 'float32'\)"),
+        ({"unconditional": True}, r"source.fingerprint='names-and-sizes:\w+' \(now 'names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode(config_of(images, vae, copy, **change))
+
+
+def test_an_autoencoder_must_be_the_one_that_encoded(vae, whole):
+    cache = LatentCache(whole)
+    mine = load_autoencoder(str(vae)).facts()
+    cache.check({**mine, "spec": "elsewhere"})
+    for name, value in (("sha256", "0" * 64), ("scale_factor", 0.18215)):
+        with pytest.raises(ValueError, match=rf"{vae} with {name} \S+, not {value} as in {vae}; use that"):
+            cache.check({**mine, name: value})
+    with pytest.raises(ValueError, match="but pixels are expected"):
+        cache.check(None)
+
+
+def test_a_cache_without_flips_has_none_to_give(images, vae, tmp_path):
+    encode(config_of(images, vae, tmp_path, flips=False, image_size=(12, 16)))
+    cache, rows = LatentCache(tmp_path), torch.arange(5)
+    assert cache.latent_shape == (3, 3, 4)
+    assert cache.moments(rows, torch.zeros(5, dtype=torch.bool)).shape == (5, 6, 3, 4)
+    with pytest.raises(ValueError, match="holds no mirror images; train without horizontal flips"):
+        cache.moments(rows, rows > 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1] if multiprocessing.get_start_method() == "fork" else [0])
+def test_a_failing_disk_stops_the_run_and_is_no_skipped_image(images, vae, tmp_path, monkeypatch, workers):
+    real = ImageFolder.image
+
+    def fail_late(self, index):
+        if index == 13:
+            raise OSError(errno.EIO, "Input/output error", self.locate(index))
+        return real(self, index)
+
+    monkeypatch.setattr(ImageFolder, "image", fail_late)
+    with pytest.raises(OSError, match=r"Input/output error.*013"):
+        encode(config_of(images, vae, tmp_path, workers=workers))
+    with pytest.raises(ValueError, match="3 of 6 shards are there"):
+        LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize(("more", "status", "message"), [
+    (["--image-size", "18"], 1, "image_size 18x18: expected multiples of 4, the downsampling of"),
+    (["--image-size", "32"], 1, "pixels are fewer than the crop's 32x32 (width x height); choose a smaller size"),
+    (["--source", "mnist5k"], 1, "a mirrored digit is no digit; pass --no-flips"),
+    (["--source", "{empty}"], 1, "no images found"),
+    (["--source", "nowhere"], 1, "nowhere"),
+    (["--vae", "{empty}"], 1, "no config.json"),
+    (["--batch-size", "0"], 2, "batch_size 0: expected at least 1"),
+    (["--dtype", "bfloat16"], 2, "bfloat16"),
+    (["--out", "/proc/nowhere"], 1, "cannot be written"),
+])  # fmt: skip
+def test_bad_input_is_one_clear_line(images, vae, tmp_path, more, status, message):
+    """In process, but through the parsing and printing of a user's command."""
+    errors = io.StringIO()
+    argv = options(images, vae, tmp_path / "out", *(text.format(empty=tmp_path) for text in more))
+    with contextlib.redirect_stderr(errors):
+        try:
+            code = main("triptych-dit", COMMANDS, argv)
+        except SystemExit as stop:
+            code = stop.code
+    fails_with(subprocess.CompletedProcess(argv, code, "", errors.getvalue()), message, status)
+
+
+def test_moments_beyond_float16_are_refused_with_the_image_named(images, tmp_path):
+    folder = save_vae(tmp_path / "vae")
+    vae = diffusers.AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        vae.quant_conv.bias[0] = 1e6
+    vae.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"000.png: its moments are not finite .*use --dtype float32"):
+        encode(config_of(images, folder, tmp_path / "out"))
+    assert encode(config_of(images, folder, tmp_path / "wide", dtype="float32"))["items"] == 17
+
+
+def test_dry_run_tells_the_extent_and_writes_nothing(images, vae, tmp_path):
+    config = config_of(images, vae, tmp_path / "out")
+    told = config.resolved()
+    assert (told["images"], told["shards"], told["latent_shape"]) == (IMAGES, 6, (3, 4, 4))
+    assert told["gigabytes"] == pytest.approx(IMAGES * 2 * 6 * 16 * 2 / 1e9)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reading_ahead_keeps_order_and_takes_items_late():
+    taken, delays = [], [0.03, 0.0, 0.02, 0.0, 0.01, 0.0]
+
+    def items():
+        for i in range(6):
+            taken.append((i, threading.current_thread()))
+            yield i
+
+    def work(i):
+        time.sleep(delays[i])
+        return i * i, threading.current_thread()
+
+    for threads in (1, 3):
+        taken.clear()
+        ahead = prefetch(items(), work, depth=2, threads=threads)
+        assert not taken  # nothing before it is asked for
+        assert next(ahead)[0] == 0
+        assert [i for i, _ in taken] == [0, 1, 2]
+        rest = list(ahead)
+        assert [value for value, _ in rest] == [1, 4, 9, 16, 25]
+        assert {thread for _, thread in taken} == {threading.current_thread()}
+        assert threading.current_thread() not in {thread for _, thread in rest}
+
+
+def test_reading_ahead_raises_where_the_result_is_due_and_ends_its_threads():
+    def work(i):
+        if i == 2:
+            raise ValueError("item 2")
+        return i
+
+    ahead = prefetch(iter(range(9)), work, depth=3)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    with pytest.raises(ValueError, match="item 2"):
+        next(ahead)
+    assert list(ahead) == []
+    stopped = prefetch(iter(range(9)), work, depth=1)
+    next(stopped)
+    stopped.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_batches_read_ahead_are_those_read_in_turn(whole):
+    cache = LatentCache(whole)
+
+    def batch(counters):
+        return cache.moments(torch.tensor([counter % len(cache) for counter in counters]))
+
+    counters = [range(start, start + 5) for start in range(0, 50, 5)]
+    for got, expected in zip(prefetch(counters, batch, depth=3, threads=2), map(batch, counters), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_checksum_covers_skipped_images_too(copy):
+    _, state = checkpoint.read(shard_path(copy, 0))
+    assert state["skipped"][0]["item"] == 1
