@@ -1,18 +1,21 @@
-"""`python -m benchmarks`: run suites, write one JSON file each."""
+"""`python -m benchmarks`: run suites, one JSON file each; `python -m benchmarks compare A.json B.json`: what changed."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from triptych_common.run import write_json
 
+from benchmarks.compare import compare, read_result, regressed, report
+from benchmarks.memory import peak_memory
 from benchmarks.runner import Plan, run_suite, table
 from benchmarks.suites import SUITES
 
 
 @dataclass(frozen=True)
-class Options:
+class Run:
     """Run benchmark suites."""
 
     suites: tuple[str, ...] = tuple(SUITES)
@@ -22,25 +25,66 @@ class Options:
     warmup: int = 3
     """untimed calls of each job"""
     repeats: int = 20
-    """timed calls of each job"""
+    """timed calls of each job; long ones take fewer"""
     seed: int = 0
     """seed of weights and data"""
+    memory: bool = True
+    """measure each job's memory too, in a process of its own"""
 
 
-def main(options: Options) -> int:
+@dataclass(frozen=True)
+class Compare:
+    """Compare two results of a suite; exit status 1 where something got slower, or fails."""
+
+    a: tyro.conf.Positional[Path]
+    """the JSON file from before"""
+    b: tyro.conf.Positional[Path]
+    """the JSON file from after"""
+    tolerance: float = 0.05
+    """slower by less is no regression"""
+
+
+def run(options: Run) -> int:
     if unknown := set(options.suites) - SUITES.keys():
-        print(f"error: suite {min(unknown)!r}: expected some of {', '.join(SUITES)}", file=sys.stderr)
-        return 2
+        return _fail(f"suite {min(unknown)!r}: expected some of {', '.join(SUITES)}")
+    plan = Plan(options.warmup, options.repeats, options.seed)
+    suites = {name: SUITES[name]() for name in options.suites}
+    memory = {  # first, while this process is small
+        name: {job.name: peak_memory(job, plan.seed) for job in jobs} if options.memory else {}
+        for name, jobs in suites.items()
+    }
     status = 0
-    for name in options.suites:
-        result = run_suite(name, SUITES[name](), Plan(options.warmup, options.repeats, options.seed))
+    for name, jobs in suites.items():
+        result = run_suite(name, jobs, plan, memory[name])
         path = options.out / f"{name}.json"
         write_json(path, result)
         hardware = ", ".join(f"{key} {value}" for key, value in result["hardware"].items())
-        print(f"{name} ({hardware}; torch {result['versions']['torch']})\n{table(result)}\nwrote {path}")
+        print(f"{name} ({hardware}; torch {result['versions']['torch']})\n{table(result)}\nwrote {path}\n", flush=True)
         status = status or bool(result["failed"])
     return int(status)
 
 
+def compare_files(options: Compare) -> int:
+    a, b = read_result(options.a), read_result(options.b)
+    changes = compare(a, b, options.tolerance)
+    print(report(a, b, changes))
+    return int(regressed(b, changes))
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        if argv[:1] == ["compare"]:
+            return compare_files(tyro.cli(Compare, prog="python -m benchmarks compare", args=argv[1:]))
+        words = argv[1:] if argv[:1] == ["run"] else argv
+        return run(tyro.cli(Run, prog="python -m benchmarks [run | compare A B]", args=words))
+    except (ValueError, OSError) as error:
+        return _fail(" ".join(str(error).split()))
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(main(sys.argv[1:]))

@@ -1,20 +1,22 @@
 """The benchmark contract.
 
 Every job is set up from a seed, warmed up, and timed many times; jobs of a suite take turns, so that a drifting machine
-drifts under all of them alike. Reported are median and spread of each job and, against the job it names, the median and
-spread of the ratio taken turn by turn, whether it flatters us or not. Hardware, versions, commit and seeds stand in the
-same strict JSON. A job that fails is recorded and fails the run.
+drifts under all of them alike. Reported are median and spread of each job, the memory it needs and, against each job it
+names, the median and spread of the ratio taken turn by turn, whether it flatters us or not. Where two jobs claim the same
+result, that is checked first. Every single time, hardware, versions, commit and seeds stand in the same strict JSON. A job
+that fails is recorded and fails the run; one that this machine cannot run is recorded with the reason.
 """
 
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from triptych_common.run import provenance
+from triptych_common.throughput import peak_flops
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,11 @@ class Job:
     prepare: Callable[[int], Callable[[], Any]]
     items: int
     unit: str
-    against: str | None = None
+    against: tuple[str, ...] = ()  # jobs to compare with
+    same_as: str | None = None  # the job whose result this one's must equal, within 1e-4 of its largest value
+    repeats: int | None = None  # at most so many timed calls; jobs that are compared need the same number
+    flops: float | None = None  # of one item, bfloat16, for the share of the hardware's peak (MFU)
+    skip: str | None = None  # why this machine cannot run it
 
 
 @dataclass(frozen=True)
@@ -37,45 +43,82 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.repeats < 2 or self.warmup < 0:
-            raise ValueError(f"repeats {self.repeats}, warmup {self.warmup}: expected at least 2 and 0")
+        if self.repeats < 2 or self.warmup < 1:
+            raise ValueError(f"repeats {self.repeats}, warmup {self.warmup}: expected at least 2 and 1")
 
 
-def run_suite(name: str, jobs: Sequence[Job], plan: Plan) -> dict[str, Any]:
-    """Time every job; the result is JSON-able and its "failed" lists jobs that raised."""
+TOLERANCE = 1e-4
+
+
+def run_suite(
+    name: str, jobs: Sequence[Job], plan: Plan, memory: Mapping[str, int | None] | None = None
+) -> dict[str, Any]:
+    """Time every job; the result is JSON-able, its "failed" lists jobs that raised, its "skipped" those with a reason to.
+
+    memory: peak bytes of jobs, where they were measured before (`memory.peak_memory`); on a GPU they are measured here.
+    """
     calls: dict[str, Callable[[], Any]] = {}
+    results: dict[str, Any] = {}
+    peaks, differences = dict(memory or {}), {}
     failed: dict[str, str] = {}
-    for job in jobs:
+    skipped = {job.name: job.skip for job in jobs if job.skip is not None}
+    running = [job for job in jobs if job.name not in skipped]
+    for job in running:
         try:
+            before = _start_counting_memory()
             calls[job.name] = job.prepare(plan.seed)
-            for _ in range(plan.warmup):
-                _timed(calls[job.name])
+            results[job.name] = calls[job.name]()
+            for _ in range(plan.warmup - 1):
+                calls[job.name]()
+            if before is not None:
+                peaks[job.name] = torch.cuda.max_memory_allocated() - before
         except Exception:  # recorded below, and the run fails
             failed[job.name] = traceback.format_exc(limit=3)
-    seconds: dict[str, list[float]] = {job.name: [] for job in jobs}
-    for _ in range(plan.repeats):
-        for job in jobs:
-            if job.name in failed:
+    for job in running:
+        if job.same_as in results and job.name in results:
+            difference = differences[job.name] = _difference(results[job.name], results[job.same_as])
+            if not difference <= TOLERANCE:
+                failed[job.name] = f"the result differs from {job.same_as!r} by {difference:.1e} of its largest value"
+    del results
+    seconds: dict[str, list[float]] = {job.name: [] for job in running}
+    for turn in range(plan.repeats):
+        for job in running:
+            if job.name in failed or turn >= (job.repeats or plan.repeats):
                 continue
             try:
                 seconds[job.name].append(_timed(calls[job.name]))
             except Exception:
                 failed[job.name] = traceback.format_exc(limit=3)
-    rows = [_row(job, seconds) for job in jobs if job.name not in failed]
-    return {"suite": name, "plan": vars(plan), "jobs": rows, "failed": failed, **provenance()}
+    rows = [_row(job, seconds, peaks, differences) for job in running if job.name not in failed]
+    return {
+        "suite": name, "plan": vars(plan), "jobs": rows, "failed": failed, "skipped": skipped, **provenance(),
+    }  # fmt: skip
 
 
-def _row(job: Job, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def _row(
+    job: Job, seconds: dict[str, list[float]], peaks: dict[str, int | None], differences: dict[str, float]
+) -> dict[str, Any]:
     mine = seconds[job.name]
+    rates = [job.items / s for s in mine]
     row = {
         "name": job.name,
+        "items": job.items,
+        "unit": job.unit,
         "seconds": spread(mine),
-        f"{job.unit}_per_second": spread([job.items / s for s in mine]),
+        "repeats": mine,
+        f"{job.unit}_per_second": spread(rates),
+        "peak_memory_bytes": peaks.get(job.name),
+        "times_as_long": {
+            other: spread([a / b for a, b in zip(mine, seconds[other], strict=True)])
+            for other in job.against
+            if len(seconds.get(other, [])) == len(mine)
+        },
     }
-    other = seconds.get(job.against or "", [])
-    if len(other) == len(mine):
-        row["against"] = job.against
-        row["times_as_long"] = spread([a / b for a, b in zip(mine, other, strict=True)])
+    if job.name in differences:
+        row |= {"same_as": job.same_as, "difference": differences[job.name]}
+    peak = peak_flops(torch.device("cuda"), "bf16") if job.flops is not None and torch.cuda.is_available() else None
+    if job.flops is not None and peak is not None:
+        row["mfu"] = spread([rate * job.flops / peak for rate in rates])
     return row
 
 
@@ -98,15 +141,32 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _start_counting_memory() -> int | None:
+    """Bytes of tensors on the GPU before a job, whose peak counts from here; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _difference(mine: torch.Tensor, other: torch.Tensor) -> float:
+    return float((mine - other).abs().max() / other.abs().max())
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as text for people, wins and losses alike."""
-    lines = [f"{'job':<34}{'ms, median [quartiles]':>30}   against"]
+    lines = [f"{'job':<34}{'ms, median [quartiles]':>32}{'a second':>16}{'peak MB':>9}  times as long as"]
     for row in result["jobs"]:
         s = {key: 1000 * value for key, value in row["seconds"].items()}
-        line = f"{row['name']:<34}{s['median']:>12.2f} [{s['q1']:.2f}, {s['q3']:.2f}]".ljust(66)
-        if "against" in row:
-            r = row["times_as_long"]
-            line += f" {r['median']:.2f} [{r['q1']:.2f}, {r['q3']:.2f}] times {row['against']}"
-        lines.append(line)
+        rate = f"{row['unit'] + '_per_second'}"
+        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:.0f}"
+        line = f"{row['name']:<34}{s['median']:>12.2f} {'[{q1:.2f}, {q3:.2f}]'.format(**s):>19}"
+        line += f"{row[rate]['median']:>16.2f}{memory:>9}"
+        ratios = [
+            f"{r['median']:.2f} [{r['q1']:.2f}, {r['q3']:.2f}] {name}" for name, r in row["times_as_long"].items()
+        ]
+        extra = [f"MFU {row['mfu']['median']:.1%}"] if "mfu" in row else []
+        lines.append("  ".join([line, *extra, "; ".join(ratios)]).rstrip())
+    lines += [f"{name:<34}SKIPPED: {why}" for name, why in result["skipped"].items()]
     lines += [f"{name:<34}FAILED: {text.strip().splitlines()[-1]}" for name, text in result["failed"].items()]
     return "\n".join(lines)

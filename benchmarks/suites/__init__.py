@@ -3,6 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.runner import Job
-from benchmarks.suites import dit_digits
+from benchmarks.suites import dit_gpu, dit_loading, dit_sampling, dit_training
 
-SUITES: dict[str, Callable[[], Sequence[Job]]] = {"dit_digits": dit_digits.jobs}
+SUITES: dict[str, Callable[[], Sequence[Job]]] = {
+    "dit_sampling": dit_sampling.jobs,
+    "dit_training": dit_training.jobs,
+    "dit_loading": dit_loading.jobs,
+    "dit_gpu": dit_gpu.jobs,
+}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from triptych_common import checkpoint, randomness
 from triptych_common.errors import Diverged, Interrupted
-from triptych_common.parallel import Ranks, gradient_sync
+from triptych_common.parallel import Execution, Ranks, gradient_sync
 from triptych_common.run import RunDirectory
 from triptych_common.training import Batch, TrainState, steps
 
@@ -24,27 +24,37 @@ def make_state(**kwargs):
     return TrainState(model, optimizer, ALONE, **{"ema_half_life": 40.0, **kwargs})
 
 
-def loss_of(state, counters):
-    x = randomness.normal(0, "x", counters, (3,), dtype=torch.float64)
+def loss_of(state, counters, dtype=torch.float64):
+    x = randomness.normal(0, "x", counters, (3,), dtype=dtype)
     return ((state.model(x)[:, 0] - x.sum(1)) ** 2).mean()
 
 
-def run_loop(state, path, *, total=80, after=lambda state: None, micro=None, spoil=lambda step: False, **kwargs):
-    """A complete little training loop; returns its metrics without time fields."""
+def run_loop(
+    state,
+    path,
+    *,
+    total=80,
+    after=lambda state: None,
+    micro=None,
+    spoil=lambda step: False,
+    dtype=torch.float64,
+    **kwargs,
+):
+    """A complete little training loop; returns its metrics without those of time and memory."""
     options = {"total_samples": total, "batch_size": 8, "checkpoint_every": 4, "log_every": 3, **kwargs}
     with RunDirectory(path, {"test": 1}) as run:
         for batch in steps(state, run, **options):
             total_loss = 0.0
             for counters, last in batch.micro_batches(micro):
                 with gradient_sync(state.parallel_model, last):
-                    loss = loss_of(state, counters) * len(counters) / len(batch.counters)
+                    loss = loss_of(state, counters, dtype) * len(counters) / len(batch.counters)
                     if spoil(batch.step):
                         loss = loss * math.nan
                     loss.backward()
                 total_loss = total_loss + loss.detach()
             state.update(batch, {"loss": total_loss})
             after(state)
-        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in run.metrics()]
+        return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in run.metrics()]
 
 
 def same(a, b):
@@ -259,3 +269,37 @@ def test_learning_rate_follows_samples_seen(tmp_path):
     rates = []
     run_loop(state, tmp_path, after=lambda s: rates.append(s.optimizer.param_groups[0]["lr"]))
     assert rates == pytest.approx([8e-3 * i for i in range(10)])
+
+
+def run_in_bfloat16(path, **kwargs):
+    """The same little loop under autocast, over float32 weights."""
+    state = make_state()
+    state.model.float()
+    optimizer = torch.optim.AdamW(state.model.parameters(), lr=0.01)
+    state = TrainState(state.model, optimizer, ALONE, ema_half_life=40.0, execution=Execution(precision="bf16"))
+    return state, run_loop(state, path, dtype=torch.float32, **kwargs)
+
+
+def test_a_run_in_bfloat16_resumes_bit_identical(tmp_path):
+    whole, expected = run_in_bfloat16(tmp_path / "whole")
+
+    def send_signal(state):
+        if state.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_in_bfloat16(tmp_path / "stopped", after=send_signal)
+    resumed, rows = run_in_bfloat16(tmp_path / "stopped")
+    assert rows == expected
+    assert same(resumed, whole)
+    assert all(p.dtype == torch.float32 for p in [*whole.model.parameters(), *whole.ema.parameters()])
+
+
+def test_rows_tell_throughput_and_memory(tmp_path):
+    run_loop(make_state(), tmp_path / "plain", total=24)
+    run_loop(make_state(), tmp_path / "told", total=24, flops_per_sample=3e9, peak_flops=1e12)
+    plain, told = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("plain", "told"))
+    assert not {"time/tflops", "time/mfu"} & plain.keys()
+    assert plain["memory/peak_bytes"] > 1e7
+    assert told["time/tflops"] == pytest.approx(told["time/images_per_second"] * 3e9 / 1e12, rel=1e-3)
+    assert told["time/mfu"] == pytest.approx(told["time/tflops"], rel=1e-3)

@@ -41,7 +41,7 @@ def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1)
 
 def metrics(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

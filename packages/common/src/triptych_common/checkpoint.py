@@ -1,13 +1,16 @@
 """Checkpoints: one safetensors file each, checksummed, complete or absent.
 
 Tensors and a JSON state share a file, so that no interruption can leave halves of two steps: it is written under a
-temporary name, flushed to disk and renamed.
+temporary name, flushed to disk and renamed. A sharded run writes a folder instead, under the same name without suffix
+(`triptych_common.sharded`); what lists, reads or removes checkpoints here takes either.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_PREFIX, _EXTRA, _SUFFIX, _PARTIAL = "step-", "-extra", ".safetensors", ".partial"
+PARTIAL = ".partial"
+_EXTRA, _SUFFIX = "-extra", ".safetensors"
+_NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -27,8 +32,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state, sort_keys=True)
-    metadata = {"state": text, "sha256": _digest(contiguous, text)}
-    partial = path.with_name(path.name + _PARTIAL)
+    metadata = {"state": text, "sha256": digest(contiguous, text)}
+    partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(contiguous, partial, metadata)
@@ -45,23 +50,27 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on CPU) and state of a file that `write` made.
+    """Tensors (on CPU) and state of a file that `write` made, or of a sharded run's folder.
 
     Raises ValueError when the file is truncated, altered or foreign, OSError when it is absent or cannot be opened.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.is_dir():
+        from triptych_common import sharded  # takes a second to import
+
+        return sharded.read(path)
     path.open("rb").close()  # one that may not be read is not a damaged one
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file; {_remedy(path)}") from error
+        raise ValueError(f"{path}: truncated or not a safetensors file; {remedy(path)}") from error
     if "state" not in metadata or "sha256" not in metadata:
         raise ValueError(f"{path}: a safetensors file, but not one of triptych's checkpoints")
-    if _digest(tensors, metadata["state"]) != metadata["sha256"]:
-        raise ValueError(f"{path}: checksum differs from the recorded one; {_remedy(path)}")
+    if digest(tensors, metadata["state"]) != metadata["sha256"]:
+        raise ValueError(f"{path}: checksum differs from the recorded one; {remedy(path)}")
     return tensors, json.loads(metadata["state"])
 
 
@@ -73,14 +82,16 @@ def content_sha256(path: Path) -> str:
         return file.metadata()["sha256"]
 
 
-def step_path(folder: Path, step: int, *, extra: bool = False) -> Path:
+def step_path(folder: Path, step: int, *, extra: bool = False, sharded: bool = False) -> Path:
     """Where a step's checkpoint lies; an extra one is not of the schedule but of an interruption."""
-    return folder / f"{_PREFIX}{step:08d}{_EXTRA if extra else ''}{_SUFFIX}"
+    return folder / f"step-{step:08d}{_EXTRA if extra else ''}{'' if sharded else _SUFFIX}"
 
 
 def steps_in(folder: Path) -> list[Path]:
     """Checkpoints of a folder, oldest first."""
-    return sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_order)
 
 
 def scheduled_in(folder: Path) -> list[Path]:
@@ -90,22 +101,38 @@ def scheduled_in(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int, spare: Sequence[Path] = ()) -> None:
     """Remove all but the last `keep` checkpoints and those in `spare`, and what an interrupted write left."""
-    for path in [*steps_in(folder)[:-keep], *folder.glob(f"*{_PARTIAL}")]:
+    for path in [*steps_in(folder)[:-keep], *folder.glob(f"*{PARTIAL}")]:
         if path not in spare:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def remove(path: Path) -> None:
+    """Remove a checkpoint or what is left of one; a folder at once, so that no half of it is taken for a checkpoint."""
+    if path.is_dir():
+        doomed = path if path.name.endswith(PARTIAL) else path.rename(path.with_name(f"{path.name}-old{PARTIAL}"))
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    if not _NAME.fullmatch(path.name):
+        return "make or fetch it again"
+    older = [p.name for p in steps_in(path.parent) if _order(p) < _order(path)]
+    return f"delete it to go on from {older[-1]}" if older else "delete it to start afresh"
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of names, types, shapes and bytes of tensors (contiguous, on the CPU)."""
+    sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        sha256.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
-def _remedy(path: Path) -> str:
-    older = [p.name for p in steps_in(path.parent) if p.name < path.name]
-    if path.name.startswith(_PREFIX):
-        return f"delete it to go on from {older[-1]}" if older else "delete it to start afresh"
-    return "make or fetch it again"
+def _order(path: Path) -> tuple[int, bool]:
+    step, extra, _ = _NAME.fullmatch(path.name).groups()
+    return int(step), extra is None

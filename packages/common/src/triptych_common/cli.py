@@ -39,12 +39,17 @@ class CommonOptions:
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its config class, the function that runs it, and named presets of the config."""
+    """One subcommand: its config class, the function that runs it, and named presets of the config.
+
+    `start` turns the preset and the words of the command line into the defaults that options override, where these depend
+    on other options.
+    """
 
     config: type[CommonOptions]
     run: Callable[[Any], dict[str, Any]]
     presets: Mapping[str, CommonOptions]
     default: str | None = None
+    start: Callable[[Any, Sequence[str]], Any] = lambda preset, argv: preset
 
 
 _to_stderr = False
@@ -97,7 +102,7 @@ def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
     import tyro
 
     argv, preset = _take_preset(list(argv), command)
-    default = command.presets[preset] if preset else command.config()
+    default = command.start(command.presets[preset] if preset else command.config(), argv)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

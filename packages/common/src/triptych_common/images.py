@@ -49,6 +49,20 @@ def png_bytes(
     return buffer.getvalue()
 
 
+def gif_bytes(frames: UInt8[Tensor, "n channels height width"], *, fps: int, loop: bool = False) -> bytes:
+    """Gray or RGB frames as an animated GIF; its clock has hundredths of a second, of which a frame lasts at least two."""
+    from PIL import Image
+
+    pixels = frames.permute(0, 2, 3, 1).cpu().numpy()
+    pictures = [Image.fromarray(np.ascontiguousarray(each[..., 0] if each.shape[-1] == 1 else each)) for each in pixels]
+    forever = {"loop": 0} if loop else {}
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, "GIF", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / fps)), **forever
+    )
+    return buffer.getvalue()
+
+
 def write_png(path: Path, image: UInt8[Tensor, "channels height width"], *, scale: int = 1) -> None:
     """Write a PNG file, atomically."""
     write_bytes(path, png_bytes(image, scale=scale))

@@ -110,7 +110,7 @@ def guided(
     both = torch.cat([labels, torch.full_like(labels, null_label)])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+        if interval is not None and not interval[0] <= float(t[0]) <= interval[1]:
             return model(x, t, labels)
         output = model(torch.cat([x, x]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)

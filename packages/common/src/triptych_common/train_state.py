@@ -6,12 +6,14 @@ A package's loop uses it through `triptych_common.training`.
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from triptych_common.parallel import Ranks, distributed
+from triptych_common import checkpoint
+from triptych_common.parallel import Execution, Ranks, distributed, local, prepare, whole
 
 COUNTERS = ("samples_seen", "step", "skipped", "skipped_in_a_row", "rollbacks", "rollbacks_in_a_row", "metered_steps")
 
@@ -35,20 +37,27 @@ class Batch:
 class TrainState:
     """A model in training: weights, their exponential moving average, optimiser and counters.
 
+    optimizer: made, or, as a sharded run needs it, the function that makes it from the trainable parameters.
     ema_half_life: samples after which an old weight's share in the average has halved; while fewer than
         half-life / ema_rampup samples have been seen, the half-life is ema_rampup times those seen, so that the average
         forgets its random start at any length of run.  [Karras et al. 2024, EDM; rampup None: constant]
     grad_clip: bound on the global gradient norm; None: none.
     learning_rate: of the samples seen before a step.
+    execution: how `model` and `ema` are run, both from then on; a model to be sharded had better come on the CPU. Where
+        they are sharded, calling either is an act of all ranks together, and so is every method but `counters`.
+
+    `parallel_model` is what a training step calls. `ema` is called as it is, without gradients.
+    Raises ValueError for a model without the blocks that `execution` needs, or a sharded one whose optimiser is made.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     among: Ranks
     ema_half_life: float | int
     ema_rampup: float | None = 0.1
     grad_clip: float | None = 1.0
     learning_rate: Callable[[int], float] | None = None
+    execution: Execution = field(default_factory=Execution)
     samples_seen: int = 0
     step: int = 0
     skipped: int = 0
@@ -61,17 +70,30 @@ class TrainState:
     parallel_model: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
+        made = isinstance(self.optimizer, torch.optim.Optimizer)
+        if made and self.sharded:
+            raise ValueError("sharding replaces parameters: pass the function that makes the optimizer from them")
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        prepare(self.model, self.among, self.execution)
+        prepare(self.ema, self.among, replace(self.execution, activation_checkpointing=False, compile=False))
         self.parallel_model = distributed(self.model, self.among)
+        if not made:
+            self.optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, average and optimiser slots are spread over ranks."""
+        return self.execution.sharded(self.among)
 
     def update(self, batch: Batch, metered: Mapping[str, Tensor]) -> bool:
         """Finish a step: clip, optimise, average, count; True if weights moved.
 
-        Non-finite gradients (the same on every rank, being averages) are thrown away and counted, and the samples that
-        made them stay counted as seen: a replay would make them again.
+        Non-finite gradients (told by their norm, which is the same on every rank) are thrown away and counted, and the
+        samples that made them stay counted as seen: a replay would make them again.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if self.grad_clip is None else self.grad_clip)
+        bound = math.inf if self.grad_clip is None else self.grad_clip
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, bound))
         finite = bool(torch.isfinite(norm))
         if finite:
             if self.learning_rate is not None:
@@ -94,8 +116,8 @@ class TrainState:
         if self.ema_rampup is not None:
             half_life = min(half_life, max(self.samples_seen, 1) * self.ema_rampup)
         decay = 0.5 ** (batch_size / half_life)
-        theirs = [p.detach() for p in self.model.parameters()]
-        torch._foreach_lerp_(list(self.ema.parameters()), theirs, 1 - decay)
+        theirs = [local(p.detach()) for p in self.model.parameters()]
+        torch._foreach_lerp_([local(p) for p in self.ema.parameters()], theirs, 1 - decay)
         for mine, other in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             mine.copy_(other)
 
@@ -113,9 +135,17 @@ class TrainState:
         return means
 
     def is_finite(self) -> bool:
-        """Whether weights and their average hold no NaN or infinity."""
-        values = [*self.model.parameters(), *self.ema.parameters()]
-        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
+        """Whether weights and their average hold no NaN or infinity, the same answer on every rank."""
+        values = [local(p.detach()) for p in (*self.model.parameters(), *self.ema.parameters())]
+        return not self.among.any(not torch.stack([torch.isfinite(value).all() for value in values]).all())
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged model's state dict, whole and on the CPU, on the main rank; empty on the others.
+
+        Gathered tensor by tensor: no GPU holds a second whole model.
+        """
+        tensors = ((name, whole(value)) for name, value in self.ema.state_dict().items())
+        return {name: value.cpu() for name, value in tensors if self.among.is_main}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds as tensors, by name."""
@@ -128,8 +158,32 @@ class TrainState:
     def counters(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in COUNTERS}
 
+    def write(self, folder: Path, *, extra: bool) -> None:
+        """Write this step's checkpoint: one file by the main rank, or a folder by all where they hold shards."""
+        path = checkpoint.step_path(folder, self.step, extra=extra, sharded=self.sharded)
+        if self.sharded:
+            from triptych_common import sharded  # takes a second to import
+
+            sharded.write(path, self.tensors(), self.counters(), self.among)
+        elif self.among.is_main:
+            checkpoint.write(path, self.tensors(), self.counters())
+
+    def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and counters of a checkpoint for `load`, whatever ranks wrote it and in whatever layout."""
+        if not self.sharded:
+            return checkpoint.read(path)
+        from triptych_common import sharded
+
+        weights = self.model.state_dict()
+
+        def like(name: str) -> Tensor | None:
+            part, rest = name.split(".", 1)
+            return weights.get(rest.split(".", 1)[1] if part == "optimizer" else rest)
+
+        return sharded.read_like(path, like, self.among)
+
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int] | None) -> None:
-        """Restore what `tensors` and `counters` saved; without counters only weights, average and optimiser.
+        """Restore what `read` gave or `tensors` and `counters` saved; without counters only weights, average and optimiser.
 
         Raises ValueError when the tensors do not fit this model.
         """

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from triptych_common import checkpoint
 from triptych_common.errors import Diverged, Interrupted
 from triptych_common.run import RunDirectory
+from triptych_common.throughput import peak_bytes
 from triptych_common.train_state import Batch, TrainState
 
 __all__ = ["Batch", "TrainState", "steps"]
@@ -38,6 +39,8 @@ def steps(
     on_step: Callable[[TrainState], None] = lambda state: None,
     patience: int = 3,
     max_rollbacks: int = 3,
+    flops_per_sample: float | int | None = None,
+    peak_flops: float | int | None = None,
 ) -> Iterator[Batch]:
     """Batches of sample counters from wherever the run stands to its end.
 
@@ -46,6 +49,11 @@ def steps(
     SIGINT or SIGTERM. After `patience` non-finite steps in a row it rolls weights (never counters) back to the last
     checkpoint of the schedule, or to the one before where that did not help. `on_step` is called after every step, before
     its checkpoint.
+
+    Rows hold throughput and the largest peak memory of any rank; with `flops_per_sample` (of a forward and a backward
+    pass, 2 a multiply-add: six times the model's multiply-adds) also `time/tflops` of all ranks together, and with
+    `peak_flops` of one device its share of the possible, `time/mfu`. What activation checkpointing computes twice counts
+    once.
 
     Raises ValueError where sizes or checkpoint do not fit, Diverged after `max_rollbacks`.
     """
@@ -64,7 +72,7 @@ def steps(
             if state.skipped_in_a_row >= patience:
                 _roll_back(state, run, patience, max_rollbacks)
             if state.step % log_every == 0 or state.step == total_steps:
-                window = _log(state, run, batch_size, window)
+                window = _log(state, run, batch_size, window, flops_per_sample, peak_flops)
             on_step(state)
             stop = among.any(signals.received is not None)
             if due or stop or state.step == total_steps:
@@ -78,18 +86,20 @@ def steps(
 
 
 def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
-    # The main rank decides, so that no rank takes the step-0 file another has just written for an old one.
-    if not state.among.any(state.among.is_main and bool(checkpoint.steps_in(run.checkpoints))):
+    # All look before any writes, so that no rank takes the step-0 file another has just written for an old one.
+    newest = state.among.gather(next(reversed(checkpoint.steps_in(run.checkpoints)), None))
+    if newest[0] is None:
         _save(state, run, keep)
         run.truncate_metrics(-1)
         return
-    paths = checkpoint.steps_in(run.checkpoints)
-    tensors, counters = checkpoint.read(paths[-1])
+    if any(path != newest[0] for path in newest):
+        raise ValueError(f"{run.path}: ranks see different checkpoints in it; all machines must share its file system")
+    tensors, counters = state.read(newest[0])
     try:
         state.load(tensors, counters)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{paths[-1]}: does not fit this config ({error}); use the run's own config or another --out"
+            f"{newest[0]}: does not fit this config ({error}); use the run's own config or another --out"
         ) from error
     run.truncate_metrics(state.step)
 
@@ -97,9 +107,8 @@ def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
 def _save(state: TrainState, run: RunDirectory, keep: int, *, extra: bool = False) -> None:
     if state.among.world_size > 1:  # meters differ by rank: keep their mean in the file, on every rank alike
         state.meters = {name: state.among.sum(v) / state.among.world_size for name, v in state.meters.items()}
+    state.write(run.checkpoints, extra=extra)
     if run.is_main:
-        path = checkpoint.step_path(run.checkpoints, state.step, extra=extra)
-        checkpoint.write(path, state.tensors(), state.counters())
         # Those of the schedule are what roll-backs use: a signal's extra ones must not push them out, or a run's results
         # would depend on its interruptions.
         checkpoint.prune(run.checkpoints, keep, spare=checkpoint.scheduled_in(run.checkpoints)[-keep:])
@@ -114,17 +123,31 @@ def _roll_back(state: TrainState, run: RunDirectory, patience: int, max_rollback
             f"loss not finite for {patience} steps in a row at step {state.step:,}, after {state.rollbacks} rollbacks "
             f"({state.skipped} steps skipped in all); lower --lr. Went back as far as {last_good}"
         )
-    tensors, _ = checkpoint.read(last_good)
+    tensors, _ = state.read(last_good)
     state.load(tensors, counters=None)
     state.rollbacks += 1
     state.rollbacks_in_a_row += 1
     state.skipped_in_a_row = 0
 
 
-def _log(state: TrainState, run: RunDirectory, batch_size: int, window: tuple[float, int]) -> tuple[float, int]:
+def _log(
+    state: TrainState,
+    run: RunDirectory,
+    batch_size: int,
+    window: tuple[float, int],
+    flops_per_sample: float | int | None,
+    peak_flops: float | int | None,
+) -> tuple[float, int]:
     now = time.perf_counter()
     seconds = now - window[0]
     means = {name: value for name, value in state.read_meters().items() if math.isfinite(value)}
+    rate = (state.step - window[1]) * batch_size / seconds
+    speed = {"time/seconds": round(seconds, 3), "time/images_per_second": round(rate, 2)}
+    if flops_per_sample is not None:
+        speed["time/tflops"] = float(f"{rate * flops_per_sample / 1e12:.4g}")
+        if peak_flops is not None:
+            share = rate * flops_per_sample / (peak_flops * state.among.world_size)
+            speed["time/mfu"] = float(f"{share:.4g}")
     run.log(
         {
             "step": state.step,
@@ -132,8 +155,8 @@ def _log(state: TrainState, run: RunDirectory, batch_size: int, window: tuple[fl
             **means,
             "skipped": state.skipped,
             "rollbacks": state.rollbacks,
-            "time/seconds": round(seconds, 3),
-            "time/images_per_second": round((state.step - window[1]) * batch_size / seconds, 2),
+            **speed,
+            "memory/peak_bytes": max(state.among.gather(peak_bytes(state.among.device))),
         }
     )
     return now, state.step

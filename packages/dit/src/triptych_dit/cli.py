@@ -6,9 +6,24 @@ from triptych_common.cli import Command, main
 
 
 def _train() -> Command:
-    from triptych_dit.train import TRAIN_PRESETS, TrainConfig, train
+    from triptych_dit.fine_tune import settings_from
+    from triptych_dit.train import train
+    from triptych_dit.train_config import TRAIN_PRESETS, TrainConfig
 
-    return Command(TrainConfig, train, TRAIN_PRESETS, default="digits")
+    return Command(TrainConfig, train, TRAIN_PRESETS, default="digits", start=settings_from)
+
+
+def _autoencoder() -> Command:
+    from triptych_dit.autoencoder_config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
+    from triptych_dit.train_autoencoder import train_autoencoder
+
+    return Command(AutoencoderTrainConfig, train_autoencoder, AUTOENCODER_PRESETS, default="digits")
+
+
+def _encode() -> Command:
+    from triptych_dit.encode import EncodeConfig, encode
+
+    return Command(EncodeConfig, encode, {})
 
 
 def _sample() -> Command:
@@ -17,10 +32,22 @@ def _sample() -> Command:
     return Command(SampleConfig, sample, {})
 
 
+def _walk() -> Command:
+    from triptych_dit.walk import WalkConfig, walk
+
+    return Command(WalkConfig, walk, {})
+
+
 def _evaluate() -> Command:
     from triptych_dit.evaluate import EvaluateConfig, evaluate
 
     return Command(EvaluateConfig, evaluate, {})
+
+
+def _export() -> Command:
+    from triptych_dit.export import ExportConfig, export
+
+    return Command(ExportConfig, export, {})
 
 
 def _reproduce() -> Command:
@@ -31,8 +58,12 @@ def _reproduce() -> Command:
 
 COMMANDS = {
     "train": ("train a class-conditional DiT, or resume", _train),
+    "autoencoder": ("train an autoencoder for latents, or resume", _autoencoder),
+    "encode": ("encode images to a cache of latents, or resume", _encode),
     "sample": ("sample images from a trained model", _sample),
-    "evaluate": ("score samples against held-out real images", _evaluate),
+    "walk": ("film a walk between noises, or between classes", _walk),
+    "evaluate": ("score samples: two npz files as the ADM suite does, or digits", _evaluate),
+    "export": ("carry a model to diffusers, to the released DiT's format, or from them", _export),
     "reproduce": ("chapter 2 on real digits: train, sample, score, report", _reproduce),
 }
 

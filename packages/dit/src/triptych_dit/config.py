@@ -103,7 +103,9 @@ PRESETS: dict[str, DiTConfig] = {  # latents of 256 x 256 or 512 x 512 images, o
     for patch in (2, 4, 8)
     for design in _DESIGNS
     for resolution, side in (("", 32), ("@512", 64))
-} | {  # pixels, digits of 28 x 28
+} | {  # digits of 28 x 28, in pixels and in latents of 7 x 7
     "digits": _DIGITS,
     "digits-tiny": replace(_DIGITS, depth=2, hidden_size=32),
+    "digits-latent": replace(_DIGITS, input_size=(7, 7), in_channels=4, patch_size=1),
+    "digits-latent-tiny": replace(_DIGITS, input_size=(7, 7), in_channels=4, patch_size=1, depth=2, hidden_size=32),
 }

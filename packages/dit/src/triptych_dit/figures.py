@@ -12,7 +12,7 @@ from triptych_common.images import image_grid, png_bytes, to_uint8
 from triptych_common.report import figure_png
 from triptych_common.run import command_line, git_commit, write_bytes
 
-from triptych_dit.sample import SamplerSettings, trajectory
+from triptych_dit.sampling import SamplerSettings, decoded, trajectory
 from triptych_dit.weights import TrainedModel
 
 STRIP_LENGTH = 10  # as many as classes, so that grids and strips line up
@@ -42,10 +42,11 @@ def draw_pictures(
     trained: TrainedModel,
     settings: SamplerSettings,
     seed: int,
+    vae: str | None = None,
 ) -> Pictures:
     """Draw everything and write it to `folder` as PNG files too; grids have a column for each class."""
     made_by = {"command": command_line(), "seed": str(seed), "commit": git_commit()}
-    strip = denoising_strip(trained, settings, seed=seed)
+    strip = denoising_strip(trained, settings, seed=seed, vae=vae)
 
     def png(images: Tensor) -> bytes:
         return png_bytes(image_grid(images, columns=STRIP_LENGTH), scale=2, text=made_by)
@@ -65,13 +66,13 @@ def draw_pictures(
 
 @torch.inference_mode()
 def denoising_strip(
-    trained: TrainedModel, settings: SamplerSettings, *, label: int = 3, seed: int = 0
+    trained: TrainedModel, settings: SamplerSettings, *, label: int = 3, seed: int = 0, vae: str | None = None
 ) -> UInt8[Tensor, "n channels height width"]:
     """One sample's way from noise to digit: a row of x_t, then a row of the clean digit the model sees in each."""
     steps = list(trajectory(trained, torch.tensor([label]), [0], settings, seed=seed))
     shown = torch.linspace(0, len(steps) - 1, STRIP_LENGTH).round().int().tolist()
     rows = [steps[i].x for i in shown] + [steps[i].x_0 for i in shown]
-    return to_uint8(torch.cat(rows))
+    return to_uint8(decoded(trained, torch.cat(rows), vae=vae))
 
 
 def training_curve(

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.embeddings import frequency_embedding, sincos_position_embedding
@@ -26,20 +26,24 @@ class TimestepEmbedder(nn.Module):
         self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Int[Tensor, " conditions"]) -> Float[Tensor, "conditions width"]:
+    def forward(self, t: Num[Tensor, " conditions"]) -> Float[Tensor, "conditions width"]:
         angles = frequency_embedding(t.float(), self.frequencies, shift=self.frequency_shift)
         return self.mlp(angles.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """Class label to a vector; the last row is the null label where the model has one."""
+    """Class label to a vector; the last row is the null label where the model has one.
+
+    y: labels (conditions,), or mixtures of them: float weights (conditions, rows of the table).
+    """
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(rows, width)
 
-    def forward(self, y: Int[Tensor, " conditions"]) -> Float[Tensor, "conditions width"]:
-        return self.embedding_table(y)
+    def forward(self, y: Num[Tensor, "conditions *labels"]) -> Float[Tensor, "conditions width"]:
+        table = self.embedding_table
+        return y.to(table.weight.dtype) @ table.weight if y.is_floating_point() else table(y)
 
 
 class PatchEmbedder(nn.Module):
@@ -50,7 +54,11 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        p = self.proj.kernel_size[0]
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (batch, channels, rows, p, columns, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (batch, tokens, channels * p * p)
+        # As a linear map its result is contiguous; a convolution's would make every block copy it.
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 Tokens = Float[Tensor, "batch tokens width"]
@@ -212,8 +220,8 @@ class DiT(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
-        t: Int[Tensor, " conditions"],
-        y: Int[Tensor, " conditions"] | None = None,
+        t: Num[Tensor, " conditions"],
+        y: Num[Tensor, "conditions *labels"] | None = None,
         rows: Rows = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
         x = self.x_embedder(x) + self.pos_embed  # (batch, tokens, hidden)
@@ -225,7 +233,7 @@ class DiT(nn.Module):
             x = block(x, c, rows)
         return self.unpatchify(self.final_layer(x[:, :tokens], c, rows))
 
-    def embed_conditions(self, t: Int[Tensor, " conditions"], y: Int[Tensor, " conditions"] | None) -> Tensor:
+    def embed_conditions(self, t: Num[Tensor, " conditions"], y: Num[Tensor, "conditions *labels"] | None) -> Tensor:
         """What blocks are conditioned on: the sum of the embeddings (conditions, hidden) for adaLN designs, else the
         embeddings themselves (conditions, 1 or 2, hidden).
 

@@ -1,5 +1,6 @@
 """The HTML report of a chapter 2 reproduction."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ def write_report(path: Path, config: "ReproduceConfig", results: dict[str, Any],
     guided, floor = rows["guided"], scores["floor"]["frechet"]
     seconds, model, training = results["seconds"], results["model"], results["training"]
     n = scores["n"]
-    hardware = results["hardware"]
+    hardware, latents = results["hardware"], results["autoencoder"] is not None
+    space = "latents of an autoencoder trained on the spot" if latents else "pixels"
+    minutes = seconds["training"] / 60
     report = Report(
         title="A diffusion transformer learns to draw digits",
         subtitle=f"Chapter 2 (DiT), size {config.size}, seed {config.seed}: {model['parameters']:,} parameters trained on "
-        f"{training['data']} ({training['total_images']:,} images seen, repeats counted) on {hardware['cores']} cores, "
+        f"{space} of {training['data']} ({training['total_images']:,} images seen, repeats counted) on {hardware['cores']} cores, "
         f"{hardware.get('gpu', hardware['cpu'])}.",
         findings=[
             f"{_percent(guided['accuracy'])} of {n:,} digits sampled with guidance {results['guidance_scale']} are read as "
@@ -41,8 +44,12 @@ def write_report(path: Path, config: "ReproduceConfig", results: dict[str, Any],
             f"{rows['training digits']['recall']['value']:.2f}.",
             f"{_percent(guided['near_duplicates'])} lie as close to a training digit as the nearest 5% of held-out digits "
             "do; a copying model would show 100%.",
-            f"Training took {seconds['training'] / 60:.1f} minutes, sampling {2 * n:,} digits "
-            f"{seconds['sampling'] / 60:.1f} minutes.",
+            (
+                f"The autoencoder took {seconds['autoencoder'] / 60:.1f} minutes to train, the transformer {minutes:.1f}"
+                if latents
+                else f"Training took {minutes:.1f} minutes"
+            )
+            + f", sampling {2 * n:,} digits {seconds['sampling'] / 60:.1f} minutes.",
         ],
     )
     if n < 1000:
@@ -58,6 +65,7 @@ def write_report(path: Path, config: "ReproduceConfig", results: dict[str, Any],
     report.heading("Scores")
     _scores_table(report, scores)
     _thesis_table(report, results, config)
+    _spaces_table(report, results, config)
     report.heading("Training")
     report.figures((pictures.curve, "Error of the predicted noise. The averaged weights are what is sampled."))
     report.figures(
@@ -79,6 +87,7 @@ def write_report(path: Path, config: "ReproduceConfig", results: dict[str, Any],
             ("model", f"{model['parameters']:,} parameters, {model['gflops_per_forward']:.4f} GFLOPs a forward pass; "
              + ", ".join(f"{k}={v}" for k, v in model["config"].items())),
             ("training", ", ".join(f"{k}={v}" for k, v in training.items())),
+            ("autoencoder", ", ".join(f"{k}={v}" for k, v in (results["autoencoder"] or {"none": "pixels"}).items())),
             ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())),
             *((f"instrument {k}", f"SHA-256 {v}") for k, v in scores["instruments"].items()),
         ],
@@ -120,6 +129,26 @@ def _thesis_table(report: Report, results: dict[str, Any], config: "ReproduceCon
         "Thesis: DiT-XL/2, 7M steps on ImageNet 256x256, FID-50K in Inception features (Table 2.2). Ours: digits in their own "
         "feature network, so only the direction from unguided to guided compares, never the numbers.",
     )
+
+
+def _spaces_table(report: Report, results: dict[str, Any], config: "ReproduceConfig") -> None:
+    """Latents beside pixels, where the other has been run too."""
+    other = config.size.removesuffix("-pixels") if config.size.endswith("-pixels") else f"{config.size}-pixels"
+    path = config.out / other / "results.json"
+    if not path.exists():
+        return
+    report.table(
+        ("space", "Fréchet distance", "precision", "recall", "class accuracy", "minutes of training"),
+        [
+            (
+                "pixels" if r["autoencoder"] is None else "latents",
+                *(str(Estimate(**r["scores"]["rows"]["guided"][m])) for m in ("frechet", "precision", "recall", "accuracy")),
+                f"{(r['seconds']['training'] + r['seconds'].get('autoencoder', 0)) / 60:.1f}",
+            )
+            for r in (results, json.loads(path.read_text()))
+        ],
+        f"Guided samples of sizes {config.size} and {other}. Minutes include the autoencoder's.",
+    )  # fmt: skip
 
 
 def _claims_table(report: Report, config: "ReproduceConfig", results: dict[str, Any]) -> None:

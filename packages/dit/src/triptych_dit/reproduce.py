@@ -1,4 +1,4 @@
-"""Chapter 2 end to end: train, sample with and without guidance, score, draw, report."""
+"""Chapter 2 end to end: train an autoencoder, encode, train, sample with and without guidance, score, draw, report."""
 
 import json
 import os
@@ -12,32 +12,43 @@ import torch
 from triptych_common import data
 from triptych_common.cli import CommonOptions, say
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE, DigitScorer
-from triptych_common.parallel import Ranks
 from triptych_common.run import RunDirectory, provenance, write_json
 
+from triptych_dit.autoencoder_config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
+from triptych_dit.encode import EncodeConfig, encode
 from triptych_dit.figures import Pictures, draw_pictures
 from triptych_dit.flops import gflops, parameter_count
 from triptych_dit.report import write_report
-from triptych_dit.sample import SampleConfig, SamplerSettings, read_npz, sample, sample_images
-from triptych_dit.train import TRAIN_PRESETS, TrainConfig, make_loss, make_state, snapshot_path, train
+from triptych_dit.sample import SampleConfig, sample
+from triptych_dit.samples_file import read_npz
+from triptych_dit.sampling import SamplerSettings, sample_images
+from triptych_dit.train import snapshot_path, train
+from triptych_dit.train_autoencoder import train_autoencoder
+from triptych_dit.train_config import TRAIN_PRESETS, TrainConfig
+from triptych_dit.training_data import open_training_data
+from triptych_dit.validation import mean_mse
 from triptych_dit.weights import FILE_NAME, load_model
 
 GUIDANCE_SCALE = 1.5  # fixed beforehand: the thesis's cfg
 EXPERIMENTS = ("dit.fig-2.1", "dit.table-2.2")  # samples by class; guided against unguided
+DATA = "mnist5k"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a reproduction is: sizes only, the code is the same."""
+    """How large a reproduction is: sizes only, the code is the same. Without an autoencoder it works on pixels."""
 
     train: TrainConfig
     num_samples: int
     num_inference_steps: int
+    autoencoder: AutoencoderTrainConfig | None = None
 
 
 SIZES: dict[str, Size] = {
-    "smoke": Size(TRAIN_PRESETS["digits-smoke"], num_samples=100, num_inference_steps=20),
-    "laptop": Size(TRAIN_PRESETS["digits"], num_samples=1000, num_inference_steps=50),
+    "smoke": Size(TRAIN_PRESETS["digits-latent-smoke"], 100, 20, AUTOENCODER_PRESETS["digits-smoke"]),
+    "smoke-pixels": Size(TRAIN_PRESETS["digits-smoke"], 100, 20),
+    "laptop": Size(TRAIN_PRESETS["digits-latent"], 1000, 50, AUTOENCODER_PRESETS["digits"]),
+    "laptop-pixels": Size(TRAIN_PRESETS["digits"], 1000, 50),
 }
 
 
@@ -48,7 +59,8 @@ class ReproduceConfig(CommonOptions):
     out: Path = Path("runs/ch2")
     """everything goes to OUT/SIZE; OUT/report.html is the latest finished size"""
     size: str = "laptop"
-    """smoke (a minute) or laptop (a quarter of an hour on two cores)"""
+    """smoke (a minute) or laptop (a quarter of an hour on two cores), in latents as the thesis is; smoke-pixels and
+    laptop-pixels do without an autoencoder"""
     claims: Path = Path("claims.toml")
     """ledger of the thesis's figures and tables, for the report; left out where absent"""
 
@@ -60,14 +72,35 @@ class ReproduceConfig(CommonOptions):
     def folder(self) -> Path:
         return self.out / self.size
 
+    @property
+    def vae(self) -> str | None:
+        """Where the autoencoder lies; None for pixels."""
+        return None if SIZES[self.size].autoencoder is None else str(self.folder / "autoencoder")
+
+    def data_of(self, split: str) -> str:
+        """What a DiT is trained or validated on: a cache of latents, or the digits themselves."""
+        return DATA if self.vae is None else str(self.folder / "latents" / split)
+
+    def autoencoder_config(self) -> AutoencoderTrainConfig | None:
+        preset = SIZES[self.size].autoencoder
+        return preset and replace(preset, out=self.folder / "autoencoder", seed=self.seed, device=self.device)
+
+    def encode_config(self, split: str) -> EncodeConfig:
+        return EncodeConfig(
+            out=Path(self.data_of(split)), source=DATA, split=split, vae=str(self.vae), image_size=28, flips=False,
+            workers=0, device=self.device,
+        )  # fmt: skip
+
     def train_config(self) -> TrainConfig:
-        return replace(SIZES[self.size].train, out=self.folder / "train", seed=self.seed, device=self.device)
+        preset, out = SIZES[self.size].train, self.folder / "train"
+        return replace(preset, data=self.data_of("train"), out=out, seed=self.seed, device=self.device)
 
     def sample_config(self, scale: float) -> SampleConfig:
         size = SIZES[self.size]
         return SampleConfig(
             out=self.folder / f"samples-cfg-{scale}",
-            checkpoint=self.folder / "train" / FILE_NAME,
+            checkpoint=str(self.folder / "train"),
+            vae=self.vae,
             num_samples=size.num_samples,
             num_inference_steps=size.num_inference_steps,
             guidance_scale=scale,
@@ -75,8 +108,19 @@ class ReproduceConfig(CommonOptions):
             device=self.device,
         )
 
-    def resolved(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, wherever it lies."""
+        autoencoder, train = self.autoencoder_config(), self.train_config().identity()
         return {
+            "size": self.size,
+            "autoencoder": autoencoder and autoencoder.identity(),
+            "train": {key: value for key, value in train.items() if key != "data"},
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        autoencoder = self.autoencoder_config()
+        return {
+            "autoencoder": autoencoder and autoencoder.resolved(),
             "train": self.train_config().resolved(),
             "samples": [asdict(self.sample_config(scale)) for scale in (GUIDANCE_SCALE, 1.0)],
             "experiments": EXPERIMENTS,
@@ -90,10 +134,15 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("reproduce is for one process; use triptych-dit train and sample under torchrun")
-    identity = {"size": config.size, "train": config.train_config().identity()}
-    with RunDirectory(config.folder, identity) as run:
+    with RunDirectory(config.folder, config.identity()) as run:
         clock = Stopwatch(run.path / "seconds.json")
         say(f"chapter 2, size {config.size}: {run.path}")
+        autoencoder = config.autoencoder_config()
+        if autoencoder is not None:
+            train_autoencoder(autoencoder)
+            with clock("encoding"):
+                for split in ("train", "held_out"):
+                    encode(config.encode_config(split))
         train(config.train_config())
         for scale in (GUIDANCE_SCALE, 1.0):
             with clock("sampling"):
@@ -103,8 +152,9 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
             scores = score(config)
         with clock("drawing"):
             pictures = draw(config)
-        rows = RunDirectory(config.train_config().out, {}).metrics()
-        seconds = {**clock.seconds, "training": round(sum(row["time/seconds"] for row in rows), 2)}
+        seconds = {**clock.seconds, "training": _logged_seconds(config.train_config().out)}
+        if autoencoder is not None:
+            seconds["autoencoder"] = _logged_seconds(autoencoder.out)
         results = assemble(config, scores, seconds)
         write_json(run.path / "results.json", results)
         write_report(run.path / "report.html", config, results, pictures)
@@ -112,6 +162,10 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         shutil.copyfile(config.folder / name, config.out / name)
         say(f"wrote {config.out / name} (size {config.size})")
     return results
+
+
+def _logged_seconds(run: Path) -> float:
+    return round(sum(row.get("time/seconds", 0.0) for row in RunDirectory(run, {}).metrics()), 2)
 
 
 class Stopwatch:
@@ -163,7 +217,7 @@ def draw(config: ReproduceConfig) -> Pictures:
     settings = SamplerSettings(
         num_inference_steps=SIZES[config.size].num_inference_steps, guidance_scale=GUIDANCE_SCALE
     )
-    over_training = torch.cat([sample_images(m, labels, settings, seed=config.seed) for m in models])
+    over_training = torch.cat([sample_images(m, labels, settings, seed=config.seed, vae=config.vae) for m in models])
     losses = snapshot_losses(config, models)
     metrics = RunDirectory(train_config.out, {}).metrics()
     return draw_pictures(
@@ -177,6 +231,7 @@ def draw(config: ReproduceConfig) -> Pictures:
         trained=models[-1],
         settings=settings,
         seed=config.seed,
+        vae=config.vae,
     )
 
 
@@ -185,25 +240,17 @@ def snapshot_losses(config: ReproduceConfig, models: list[Any]) -> dict[str, lis
     distributed as in training.
     """
     n = min(1000, 10 * SIZES[config.size].num_samples)
-    train_config = replace(config.train_config(), seed=config.seed + 1)  # noise that training did not see
+    train_config = config.train_config()
     out: dict[str, list[float]] = {}
-    for name, split in zip(("train", "held-out"), _splits(config), strict=True):
-        out[name] = [_mse(train_config, trained.model, split, n) for trained in models]
+    for name, split in (("train", "train"), ("held-out", "held_out")):
+        examples = open_training_data(config.data_of(split), train_config.model, split)
+        out[name] = [mean_mse(train_config, trained.model, examples, n) for trained in models]
     return out
-
-
-@torch.inference_mode()
-def _mse(config: TrainConfig, model: torch.nn.Module, split: data.ImageDataset, n: int) -> float:
-    alone = Ranks(0, 1, torch.device("cpu"))
-    state = make_state(config, alone)
-    state.model.load_state_dict(model.state_dict())
-    loss_of = make_loss(config, state, split, alone)
-    return float(torch.cat([loss_of(range(i, min(i + 250, n))).mse for i in range(0, n, 250)]).mean())
 
 
 def assemble(config: ReproduceConfig, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     """The content of results.json."""
-    train_config, size = config.train_config(), SIZES[config.size]
+    train_config, autoencoder, size = config.train_config(), config.autoencoder_config(), SIZES[config.size]
     guided, unguided = scores["rows"]["guided"], scores["rows"]["unguided"]
     return {
         "chapter": 2,
@@ -223,7 +270,8 @@ def assemble(config: ReproduceConfig, scores: dict[str, Any], seconds: dict[str,
             "parameters": parameter_count(train_config.model),
             "gflops_per_forward": gflops(train_config.model),
         },
-        "training": {key: value for key, value in train_config.identity().items() if key != "model"},
+        "training": {k: v for k, v in train_config.identity().items() if k != "model"} | {"data": DATA},
+        "autoencoder": autoencoder and autoencoder.identity(),
         "scores": scores,
         "seconds": seconds,
         **provenance(),
@@ -231,5 +279,4 @@ def assemble(config: ReproduceConfig, scores: dict[str, Any], seconds: dict[str,
 
 
 def _splits(config: ReproduceConfig) -> tuple[data.ImageDataset, data.ImageDataset]:
-    name = config.train_config().data
-    return data.load(name, "train"), data.load(name, "held_out")
+    return data.load(DATA, "train"), data.load(DATA, "held_out")

@@ -1,58 +1,40 @@
-"""Sample from a trained DiT."""
+"""Sample from a trained DiT: an npz file, a grid, and, if asked for, one PNG an image."""
 
-import io
-import math
+import re
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int
 from torch import Tensor
 from triptych_common import checkpoint
 from triptych_common.cli import CommonOptions, say
 from triptych_common.images import image_grid, to_uint8, write_png
-from triptych_common.parallel import Ranks, ranks
+from triptych_common.parallel import Execution, Ranks, prepare, ranks
 from triptych_common.progress import Progress
-from triptych_common.randomness import SampleNoise
-from triptych_common.run import RunDirectory, write_bytes, write_json
-from triptych_common.samplers import Step, ddim, ddpm, final, guided
+from triptych_common.run import RunDirectory, write_json
+from triptych_common.schedulers import find
 
-from triptych_dit.weights import TrainedModel, load_model, model_path
+from triptych_dit.interop import load_any
+from triptych_dit.samples_file import read_batches, read_npz, write_npz
+from triptych_dit.sampling import (
+    OWN_SAMPLERS,
+    SamplerSettings,
+    autoencoder_of,
+    check_labels,
+    evaluations,
+    sample_images,
+    trajectory,
+)
+from triptych_dit.weights import TrainedModel
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How to turn noise into images."""
-
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ancestral sampling with the learned variance, or deterministic DDIM"""
-    num_inference_steps: int = 250
-    """denoising steps, evenly spaced over the 1000"""
-    guidance_scale: float = 1.0
-    """classifier-free guidance; 1: none"""
-    guidance_channels: int | Literal["all"] = "all"
-    """channels that guidance acts on; the released DiT used 3 of 4"""
-    guidance_interval: tuple[int, int] = (0, 999)
-    """first and last timestep at which guidance acts"""
-    clip_x_0: bool = True
-    """clip the predicted clean image to [-1, 1] at every step: right for pixels, wrong for latents"""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_inference_steps <= 1000:
-            raise ValueError(f"num_inference_steps {self.num_inference_steps}: expected 1..1000")
-        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale {self.guidance_scale}: expected a number of at least 0; 1 is no guidance")
-        if self.guidance_channels != "all" and self.guidance_channels < 1:
-            raise ValueError(f"guidance_channels {self.guidance_channels}: expected 'all' or at least 1")
+__all__ = ["SampleConfig", "SamplerSettings", "read_npz", "sample", "sample_images", "trajectory"]
+GRID = 100  # images in grid.png
 
 
 @dataclass(frozen=True)
@@ -61,14 +43,23 @@ class SampleConfig(CommonOptions, SamplerSettings):
 
     out: Path = Path("runs/samples")
     """where to write samples.npz (arr_0: NHWC uint8, arr_1: labels) and grid.png"""
-    checkpoint: Path = Path("runs/dit")
-    """a model file, or the folder of a finished training run"""
+    checkpoint: str = "runs/dit"
+    """a model file, the folder of a finished training run, a released checkpoint or its name (DiT-XL/2@256), or a folder of
+    diffusers"""
     num_samples: int = 100
     """images to make"""
     labels: tuple[int, ...] = ()
     """classes, repeated in turn; all classes in turn by default"""
+    images: bool = False
+    """write each image to OUT/images too, as 000123-CLASS.png"""
     batch_size: int = 100
     """images at once on each rank; changes speed, not results"""
+    vae: str | None = None
+    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
+    precision: Literal["float32", "bf16", "float64"] | None = None
+    """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
+    compile_blocks: bool = False
+    """torch.compile each block: pays on a GPU for thousands of images"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,111 +71,99 @@ class SampleConfig(CommonOptions, SamplerSettings):
         return {"config": asdict(self)}
 
 
-def trajectory(
-    trained: TrainedModel,
-    labels: Int[Tensor, " batch"],
-    indices: Sequence[int],
-    settings: SamplerSettings,
-    *,
-    seed: int = 0,
-) -> Iterator[Step]:
-    """Every step of sampling a batch; sample i's noise follows from (seed, i) alone.
-
-    Raises ValueError for a label outside the model's classes, or guidance it cannot do.
-    """
-    model = trained.model
-    weight = model.pos_embed
-    check_labels(labels, model.config.num_classes)
-    if settings.guidance_channels != "all" and settings.guidance_channels > model.config.in_channels:
-        raise ValueError(f"guidance_channels {settings.guidance_channels}: the model has {model.config.in_channels}")
-    denoise = guided(
-        model,
-        labels.to(weight.device),
-        model.config.null_label,
-        settings.guidance_scale,
-        guidance_channels=settings.guidance_channels,
-        interval=settings.guidance_interval,
-    )
-    shape = (model.config.in_channels, *model.config.input_size)
-    noise = SampleNoise(seed, indices, shape, device=weight.device, dtype=weight.dtype)
-    diffusion = trained.diffusion.respaced(settings.num_inference_steps)
-    return SAMPLERS[settings.sampler](denoise, diffusion, noise, clip_x_0=settings.clip_x_0)
-
-
-@torch.inference_mode()
-def sample_images(
-    trained: TrainedModel,
-    labels: Int[Tensor, " batch"],
-    settings: SamplerSettings | None = None,
-    *,
-    seed: int = 0,
-    first_index: int = 0,
-    progress: Callable[[], None] = lambda: None,
-) -> Float[Tensor, "batch channels height width"]:
-    """Sample one image for each label, in [-1, 1]; `first_index` numbers the first of them."""
-    indices = range(first_index, first_index + len(labels))
-    return final(trajectory(trained, labels, indices, settings or SamplerSettings(), seed=seed), progress)
-
-
-def check_labels(labels: Int[Tensor, " batch"], num_classes: int) -> None:
-    """Raises ValueError for a label outside 0 .. num_classes-1."""
-    for label in labels.tolist():
-        if not 0 <= label < num_classes:
-            raise ValueError(f"label {label} is outside 0..{num_classes - 1} (num_classes={num_classes})")
-
-
 def sample(config: SampleConfig) -> dict[str, Any]:
     """Write samples.npz, grid.png and samples.json to `config.out`, in parts that any rank can resume.
 
-    Raises ValueError for a model or request that does not fit what `out` already holds.
+    Raises ValueError for a model or request that does not fit, or not what `out` already holds.
     """
-    path = model_path(config.checkpoint)
-    trained = load_model(path)
-    classes = config.labels or tuple(range(trained.model.config.num_classes))
-    labels = torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)])
-    check_labels(labels, trained.model.config.num_classes)
-    request = {key: value for key, value in asdict(config).items() if key in SETTING_NAMES} | {
-        "seed": config.seed, "labels": list(classes), "num_samples": config.num_samples,
-        "model_sha256": checkpoint.content_sha256(path),
+    trained = load_any(config.checkpoint)
+    labels = labels_of(config, trained)
+    request = identity(config, trained) | {
+        "labels": list(config.labels or range(trained.model.config.num_classes)), "num_samples": config.num_samples,
+        "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
-    with (
-        ranks(config.device) as among,
-        RunDirectory(config.out, request, is_main=among.is_main) as run,
-    ):
-        among.barrier()  # the main rank has checked the folder
-        trained.model.to(among.device)
-        _sample_missing(trained, labels, config, among)
-        among.barrier()
-        result = {"samples": str(run.path / "samples.npz"), "grid": str(run.path / "grid.png")}
-        if among.is_main:
-            images = _gather(config, labels)
-            write_png(run.path / "grid.png", image_grid(images[:100], columns=min(10, len(classes), len(images))))
-            write_json(run.path / "samples.json", {**request, **result})
-            for file in result.values():
-                say(f"wrote {file}")
-        return result
+    steps = evaluations(trained, config)
+    finished = (config.out / "samples.npz").exists()
+    with ranks(config.device) as among:
+        if not finished:
+            place(trained, among, config)
+        with RunDirectory(config.out, request, is_main=among.is_main) as run:
+            among.barrier()  # the main rank has checked the folder
+            if not finished:
+                _sample_missing(trained, labels, config, steps, among)
+                among.barrier()
+            result = {"samples": str(run.path / "samples.npz"), "grid": str(run.path / "grid.png")}
+            if among.is_main:
+                _gather(config, labels)
+            among.barrier()
+            if config.images:
+                _write_images(run.path, trained, labels, among)
+                result["images"] = str(run.path / "images")
+                among.barrier()
+            if among.is_main:
+                images = next(read_batches(run.path / "samples.npz", GRID))
+                columns = min(10, len(config.labels) or trained.model.config.num_classes or 10, len(images))
+                write_png(run.path / "grid.png", image_grid(images, columns=columns))
+                write_json(run.path / "samples.json", {**request, **result})
+                for file in result.values():
+                    say(f"wrote {file}")
+    return result
 
 
-SETTING_NAMES = frozenset(SamplerSettings.__dataclass_fields__)
+def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] | None:
+    """The class of each sample, None for an unconditional model.
+
+    Raises ValueError for labels that the model does not have, and for guidance that it cannot do.
+    """
+    config.check(trained.model.config)
+    num_classes = trained.model.config.num_classes
+    if not num_classes and not config.labels:
+        return None
+    if not num_classes:
+        raise ValueError(f"labels {config.labels}: this model is unconditional (num_classes=0); leave --labels out")
+    check_labels(torch.tensor(config.labels, dtype=torch.long), num_classes)
+    classes = config.labels or range(num_classes)
+    return torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)])
 
 
-def _sample_missing(trained: TrainedModel, labels: Tensor, config: SampleConfig, among: Ranks) -> None:
+def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
+    """What decides the images among sampler settings, seed and precision, defaults resolved for this model."""
+    settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
+    if config.sampler not in OWN_SAMPLERS:
+        settings["sampler"] = find(config.sampler)
+    if config.clip_x_0 is None:
+        settings["clip_x_0"] = trained.facts.get("autoencoder") is None
+    return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})
+
+
+def place(trained: TrainedModel, among: Ranks, config: Any) -> None:
+    """Put the model on its device, in the precision asked for.
+
+    Raises ValueError where the autoencoder of its latents is not to be had.
+    """
+    stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
+    prepare(trained.model, among, Execution(precision=config.precision or stored, compile=config.compile_blocks))
+    autoencoder_of(trained, among.device, config.vae)
+
+
+def _sample_missing(
+    trained: TrainedModel, labels: Tensor | None, config: SampleConfig, steps: int, among: Ranks
+) -> None:
     """Make what no part file holds yet; ranks take turns at batches of consecutive indices."""
     done = {index for start, end, _ in _parts(config.out) for index in range(start, end)}
-    if (config.out / "samples.npz").exists():
-        done = set(range(config.num_samples))
     missing = [index for index in range(config.num_samples) if index not in done]
     batches = list(_consecutive(missing, config.batch_size))
     among.barrier()  # every rank has listed the folder before any adds to it
     mine = batches[among.rank :: among.world_size]
-    total = sum(map(len, mine)) * config.num_inference_steps
+    total = sum(map(len, mine)) * steps
     with Progress("sampling", total, "image steps", enabled=among.is_main) as progress:
         for batch in mine:
             images = sample_images(
-                trained, labels[batch.start : batch.stop], config, seed=config.seed, first_index=batch.start,
-                progress=partial(progress.advance, len(batch)),
+                trained, None if labels is None else labels[batch.start : batch.stop], config, count=len(batch),
+                seed=config.seed, first_index=batch.start, vae=config.vae, progress=partial(progress.advance, len(batch)),
             )  # fmt: skip
-            _write_npz(config.out / "parts" / f"{batch.start:08d}-{batch.stop:08d}.npz", arr_0=to_uint8(images))
+            part = config.out / "parts" / f"{batch.start:08d}-{batch.stop:08d}.npz"
+            write_npz(part, [to_uint8(images)], len(images))
 
 
 def _consecutive(indices: Sequence[int], size: int) -> Iterator[range]:
@@ -198,42 +177,30 @@ def _parts(out: Path) -> list[tuple[int, int, Path]]:
     return [(*map(int, path.stem.split("-")), path) for path in sorted((out / "parts").glob("*-*.npz"))]
 
 
-def _gather(config: SampleConfig, labels: Tensor) -> UInt8[Tensor, "n channels height width"]:
-    """All parts as one file; the parts are removed once it stands."""
+def _gather(config: SampleConfig, labels: Tensor | None) -> None:
+    """All parts as one file, one part at a time in memory; the parts are removed once it stands."""
     path = config.out / "samples.npz"
     if not path.exists():
-        parts = {start: read_npz(part)[0] for start, _, part in _parts(config.out)}
-        _write_npz(path, arr_0=torch.cat([parts[start] for start in sorted(parts)]), arr_1=labels)
+        batches = (read_npz(part)[0] for _, _, part in _parts(config.out))
+        write_npz(path, batches, config.num_samples, labels)
     shutil.rmtree(config.out / "parts", ignore_errors=True)
-    return read_npz(path)[0]
 
 
-def _write_npz(path: Path, arr_0: Tensor, arr_1: Tensor | None = None) -> None:
-    buffer = io.BytesIO()
-    arrays = {"arr_0": arr_0.permute(0, 2, 3, 1).cpu().numpy()}
-    if arr_1 is not None:
-        arrays["arr_1"] = arr_1.numpy()
-    np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
+def _write_images(out: Path, trained: TrainedModel, labels: Tensor | None, among: Ranks) -> None:
+    """OUT/images: a PNG for each sample that has none yet; ranks take turns."""
+    first = 0
+    for batch in read_batches(out / "samples.npz", GRID):
+        for index, image in enumerate(batch, start=first):
+            path = out / "images" / image_name(index, trained, None if labels is None else int(labels[index]))
+            if index % among.world_size == among.rank and not path.exists():
+                write_png(path, image)
+        first += len(batch)
 
 
-def read_npz(path: Path) -> tuple[UInt8[Tensor, "n channels height width"], Int[Tensor, " n"] | None]:
-    """Images and, where present, labels of a samples file: arr_0 NHWC uint8, arr_1 labels.
-
-    Raises ValueError for a file that is not one.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such samples file; make one with triptych-dit sample")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays["arr_0"]
-            labels = arrays.get("arr_1")
-    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an npz file with arr_0, or a damaged one ({error}); make it again") from error
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, channels)")
-    return (
-        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-    )
+def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
+    """000123-CLASS.png, by the class's name where the model file has it; 000123.png without classes."""
+    if label is None:
+        return f"{index:06d}.png"
+    names = trained.facts.get("class_names") or ()
+    name = re.sub(r"[^\w.-]+", "-", names[label].split(",")[0]).strip("-.") if label < len(names) else ""
+    return f"{index:06d}-{name or label}.png"

@@ -1,9 +1,11 @@
 """Model files: one safetensors file with a DiT's weights, its config and what it was trained to predict."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from triptych_common import checkpoint
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
 
@@ -30,7 +32,12 @@ def make_diffusion(config: DiTConfig, predict: str) -> GaussianDiffusion:
 
 def save_model(path: Path, model: DiT, facts: dict[str, Any]) -> None:
     """Write a model; `facts` must be JSON-able and hold "predict"."""
-    checkpoint.write(path, model.state_dict(), {"kind": _KIND, "config": asdict(model.config), **facts})
+    write_model(path, model.config, model.state_dict(), facts)
+
+
+def write_model(path: Path, config: DiTConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """The same from a state dict."""
+    checkpoint.write(path, tensors, {"kind": _KIND, "config": asdict(config), **facts})
 
 
 def model_path(path: Path) -> Path:

@@ -1,0 +1,149 @@
+"""Schedulers of the diffusers library as samplers of ours: any that can run a discrete process on given betas."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
+from triptych_common.randomness import SampleNoise
+from triptych_common.samplers import Denoise, Step
+
+_FOREIGN = {  # arguments that betray another process, or noise that depends on the batch
+    "snr_shift_scale", "noise_sampler_seed",
+}  # fmt: skip
+_FOR_DISTILLED_MODELS = ("LCMScheduler", "TCDScheduler")
+
+
+def available() -> list[str]:
+    """Names of the installed diffusers' schedulers that `make_scheduler` takes.
+
+    Raises ValueError where diffusers is not installed.
+    """
+    library = _library()
+    names = [name for name in dir(library) if name.endswith("Scheduler")]
+    return [name for name in names if _fits(name, getattr(library, name, None))]
+
+
+def find(name: str) -> str:
+    """The scheduler that `name` means: its class, or the beginning of one class's name in any case ("unipc").
+
+    Raises ValueError for no scheduler, or several.
+    """
+    library = _library()
+    if name.endswith("Scheduler") and _fits(name, getattr(library, name, None)):
+        return name
+    names = available()
+    matches = [each for each in names if each.lower().startswith(name.lower())]
+    exact = [each for each in matches if each.lower() in (name.lower(), f"{name}scheduler".lower())]
+    if len(exact or matches) != 1 or not name:
+        ask = f"one of diffusers' {', '.join(matches or names)}, or a beginning that only one of them has"
+        raise ValueError(f"sampler {name!r}: expected ddpm, ddim, or {ask}")
+    return (exact or matches)[0]
+
+
+def make_scheduler(
+    name: str, diffusion: GaussianDiffusion, num_inference_steps: int, *, device: torch.device | str = "cpu"
+) -> Any:
+    """A diffusers scheduler on the betas of `diffusion` (not respaced), set to `num_inference_steps`.
+
+    It begins at the noisiest step, as x_T does: where a scheduler's default are "leading" timesteps, which leave that out,
+    it gets "trailing" ones; DDPM, which would add noise at the last of those, "linspace", as our own samplers have. All
+    else is as diffusers has it.
+
+    Raises ValueError for an unknown name or a number of steps that the scheduler refuses.
+    """
+    name, total = find(name), len(diffusion.schedule)
+    if not 1 <= num_inference_steps <= total:
+        raise ValueError(f"num_inference_steps {num_inference_steps}: expected 1..{total}")
+    scheduler_class = getattr(_library(), name)
+    parameters = inspect.signature(scheduler_class.__init__).parameters
+    wanted: dict[str, Any] = {
+        "num_train_timesteps": total,
+        "trained_betas": diffusion.schedule.betas.tolist(),
+        "prediction_type": "epsilon",
+        "clip_sample": False,  # `diffusers_steps` clips for all of them
+        "set_alpha_to_one": True,
+        "lower_order_final": True,  # everyone's default but one's, which then warns
+    }
+    if _is_ddpm(scheduler_class):
+        wanted |= {"variance_type": diffusion.variance, "timestep_spacing": "linspace"}
+    elif _default(parameters, "timestep_spacing") == "leading":
+        wanted["timestep_spacing"] = "trailing"
+    scheduler = scheduler_class(**{key: value for key, value in wanted.items() if key in parameters})
+    try:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"num_inference_steps {num_inference_steps}: {name} cannot ({error}); use more") from error
+    begins = float(scheduler.timesteps.max())
+    if not begins >= total / 2:  # of one "linspace" timestep 0 is left, and two make NaN of some
+        raise ValueError(
+            f"num_inference_steps {num_inference_steps}: {name} would begin at timestep {begins:g}, not at noise; use more"
+        )
+    return scheduler
+
+
+def diffusers_steps(
+    denoise: Denoise, diffusion: GaussianDiffusion, noise: SampleNoise, scheduler: Any, *, clip_x_0: bool = False
+) -> Iterator[Step]:
+    """Sample by a scheduler of `make_scheduler`, used once: it keeps state.
+
+    `Step.x` is scaled as the model sees it. Timesteps between two trained ones stay fractional, as in diffusers. A learned
+    variance serves DDPM schedulers and is left out for the others, which have no use for it. What a scheduler draws comes
+    from each sample's own generator.
+    """
+    keywords = {"generator": noise.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    learned_too = diffusion.variance == "learned_range" and _is_ddpm(type(scheduler))
+    timesteps = scheduler.timesteps
+    alpha_bars = _alpha_bar_at(diffusion.schedule, timesteps)
+    x = noise.draw() * scheduler.init_noise_sigma
+    x_t = scheduler.scale_model_input(x, timesteps[0])
+    for i, (t, alpha_bar) in enumerate(zip(timesteps, alpha_bars, strict=True)):
+        output, learned = diffusion.split(denoise(x_t, t.expand(len(x_t))), x_t)
+        signal, deviation = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        x_0 = output if diffusion.predict == "sample" else (x_t - deviation * output) / signal
+        if clip_x_0:
+            x_0 = x_0.clamp(-1, 1)
+        exact = diffusion.predict == "noise" and not clip_x_0
+        epsilon = output if exact else (x_t - signal * x_0) / deviation
+        given = torch.cat([epsilon, learned], dim=1) if learned_too else epsilon
+        x = scheduler.step(given, t, x, **keywords).prev_sample
+        last = i + 1 == len(timesteps)
+        x_t = x if last else scheduler.scale_model_input(x, timesteps[i + 1])
+        yield Step(len(timesteps) - 1 - i, x_t, x_0)
+
+
+def _library() -> Any:
+    try:
+        from diffusers import schedulers
+    except ImportError as error:
+        raise ValueError(
+            "samplers other than ddpm and ddim need diffusers: pip install 'triptych-common[schedulers]'"
+        ) from error
+    return schedulers
+
+
+def _fits(name: str, scheduler: Any) -> bool:
+    """Whether a member of diffusers.schedulers samples a discrete process on given betas from its noise alone."""
+    if not inspect.isclass(scheduler) or "Inverse" in name or name in _FOR_DISTILLED_MODELS:
+        return False
+    parameters = inspect.signature(scheduler.__init__).parameters
+    return {"trained_betas", "prediction_type"} <= parameters.keys() and not _FOREIGN & parameters.keys()
+
+
+def _is_ddpm(scheduler_class: type) -> bool:
+    """Whether it is ancestral sampling, which takes a learned variance."""
+    return scheduler_class.__name__.startswith("DDPM")
+
+
+def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
+    return parameters[name].default if name in parameters else None
+
+
+def _alpha_bar_at(schedule: NoiseSchedule, timesteps: torch.Tensor) -> Sequence[float]:
+    """alpha_bar at timesteps that may lie between two steps: sqrt(1 / alpha_bar - 1) is interpolated linearly there."""
+    sigmas = (1 / schedule.alpha_bar - 1).sqrt().numpy()
+    between = np.interp(timesteps.cpu().double().numpy(), np.arange(len(sigmas)), sigmas)
+    return (1 / (between**2 + 1)).tolist()

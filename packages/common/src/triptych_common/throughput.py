@@ -1,0 +1,47 @@
+"""What the hardware could do: peak arithmetic rates and memory in use, for throughput and MFU in the log."""
+
+import re
+import resource
+import sys
+
+import torch
+
+# Dense TFLOP/s (2 flops a multiply-add) of data sheets: bfloat16 tensor cores, TF32, plain float32. First match counts.
+_PEAK_TFLOPS = {
+    r"\bA100\b": (312, 156, 19.5),
+    r"\bH100 PCIe\b": (756, 378, 51),
+    r"\b(H100|H200) NVL\b": (835, 417.5, 60),
+    r"\b(H100|H200|GH200)\b": (989, 494.5, 67),
+    r"\bGB200\b": (2500, 1250, 80),
+    r"\bB200\b": (2250, 1125, 75),
+    r"\bL40S\b": (362, 183, 91.6),
+    r"\bL4\b": (121, 60, 30.3),
+    r"\bA10\b": (125, 62.5, 31.2),
+    r"\bRTX 4090\b": (165.2, 82.6, 82.6),
+    r"\bMI300X\b": (1307, 653.7, 163.4),
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Flops per second that one device could do at best in "bf16" or "float32", by its name; None where unknown.
+
+    "float32" is TF32 where torch may use it (`torch.set_float32_matmul_precision`).
+    """
+    if device.type != "cuda" or precision not in ("bf16", "float32"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    if " MIG " in name:  # a slice of one
+        return None
+    for pattern, (bf16, tf32, float32) in _PEAK_TFLOPS.items():
+        if re.search(pattern, name):
+            plain = float32 if torch.get_float32_matmul_precision() == "highest" else tf32
+            return 1e12 * (bf16 if precision == "bf16" else plain)
+    return None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has had: of tensors on the GPU where it works on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

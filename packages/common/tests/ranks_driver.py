@@ -1,0 +1,174 @@
+"""Tiny training runs on however many ranks there are: `torchrun ranks_driver.py OUT JOB...` does the jobs in turn.
+
+The test beside it imports this file for the same runs on one process.
+"""
+
+import functools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from triptych_common import checkpoint, randomness, sharded
+from triptych_common.errors import Interrupted
+from triptych_common.parallel import Execution, Ranks, gradient_sync, ranks
+from triptych_common.run import RunDirectory
+from triptych_common.training import TrainState, steps
+from triptych_common.transformer import Block
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+STEPS, BATCH = 10, 12
+
+
+class Tiny(nn.Module):
+    """A transformer with what makes sharding awkward: a frozen parameter, a buffer, sizes that ranks do not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 6), requires_grad=False)
+        self.table = nn.Embedding(7, 6)
+        self.blocks = nn.ModuleList(Block(6, 2, affine_norm=True) for _ in range(3))
+        self.out = nn.Linear(6, 1)
+        self.register_buffer("scale", torch.tensor(0.5))
+        rng = torch.Generator().manual_seed(0)
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3, generator=rng)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = x + self.pos_embed + self.table(y)[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x).mean(1)[:, 0] * self.scale
+
+
+def make_state(among: Ranks, execution: Execution, **options) -> TrainState:
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+    model = Tiny().to(execution.weight_dtype)
+    return TrainState(model, adamw, among, ema_half_life=40.0, execution=execution, **options)
+
+
+def inputs(state: TrainState, counters: range) -> tuple[torch.Tensor, torch.Tensor]:
+    x = randomness.normal(0, "x", counters, (5, 6), dtype=state.execution.weight_dtype)
+    return x, randomness.shuffled(0, "y", counters, 7)
+
+
+def run(out, among=ALONE, execution=None, *, micro=None, stop_at=(), spoil=(), total=STEPS, **options) -> TrainState:
+    """Train to the end or to a signal at a step of `stop_at`; `spoil`: steps whose loss is not a number."""
+    state = make_state(among, execution or Execution(precision="float64"), **options)
+    with RunDirectory(out, {"test": 1}, is_main=among.is_main) as folder:
+        try:
+            plan = steps(
+                state, folder, total_samples=total * BATCH, batch_size=BATCH, checkpoint_every=4, log_every=3,
+                flops_per_sample=1e6, peak_flops=1e12,
+            )  # fmt: skip
+            for batch in plan:
+                total_loss = 0.0
+                for counters, last in batch.micro_batches(micro):
+                    with gradient_sync(state.parallel_model, last):
+                        x, y = inputs(state, counters)
+                        error = (state.parallel_model(x, y) - x.sum((1, 2)) / 5) ** 2
+                        loss = error.sum() / len(batch.counters) * (math.nan if batch.step in spoil else 1)
+                        loss.backward()
+                    total_loss = total_loss + loss.detach()
+                state.update(batch, {"loss": total_loss})
+                if state.step in stop_at and among.rank == among.world_size - 1:  # one rank alone is told
+                    os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            return state
+    with torch.no_grad():
+        predictions = state.ema(*inputs(state, range(4)))
+    averaged = state.averaged()
+    if among.is_main:
+        checkpoint.write(out / "averaged.safetensors", {**averaged, "predictions": predictions}, {})
+    return state
+
+
+def resumed(out, among, execution, *, then=None, **options) -> None:
+    """Stopped twice, once after a checkpoint of the schedule, and run to the end, perhaps in another way."""
+    for stop_at in ((3,), (6,)):
+        run(out, among, execution, stop_at=stop_at, **options)
+    run(out, among, then or execution, **options)
+
+
+def full_disk(out: Path, among: Ranks) -> None:
+    state = make_state(among, FSDP)
+    state.write(out, extra=False)
+    state.step += 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if among.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        state.write(out, extra=False)
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (out / f"told-{among.rank}.json").write_text(json.dumps(str(error)))
+
+
+def reshard(out: Path, among: Ranks) -> None:
+    """Read what other ranks wrote, in either layout, and write it again as these ranks hold it."""
+    for name in ("fsdp", "ddp"):
+        state = make_state(among, FSDP)
+        state.load(*state.read(checkpoint.steps_in(out / name / "checkpoints")[-1]))
+        state.write(out / f"{name}-again", extra=False)
+
+
+def killed(out: Path, among: Ranks) -> None:
+    """Rank 1 dies in the middle of writing step 8's shard."""
+    real_save, calls = sharded.save_file, []
+
+    def save_half_and_die(tensors, path):
+        calls.append(path)
+        real_save(tensors, path)
+        if among.rank == 1 and len(calls) == 3:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sharded.save_file = save_half_and_die
+    run(out, among, FSDP)
+
+
+def precisely(execution: Execution, **options) -> Execution:
+    return Execution(**{**execution.__dict__, **options})
+
+
+DDP = Execution("ddp", "float64")
+FSDP = Execution("fsdp", "float64")
+SPOILED = (5, 6, 7)
+JOBS = {
+    "ddp": lambda out, among: run(out, among, DDP),
+    "fsdp": lambda out, among: run(out, among, FSDP),
+    "ddp-resumed": lambda out, among: resumed(out, among, DDP),
+    "fsdp-resumed": lambda out, among: resumed(out, among, FSDP),
+    "ddp-to-fsdp": lambda out, among: resumed(out, among, DDP, then=FSDP),
+    "fsdp-to-ddp": lambda out, among: resumed(out, among, FSDP, then=DDP),
+    "fsdp-parts": lambda out, among: run(out, among, precisely(FSDP, activation_checkpointing=True), micro=4),
+    "ddp-compiled": lambda out, among: run(
+        out, among, precisely(DDP, activation_checkpointing=True, compile=True), micro=4
+    ),
+    "fsdp-compiled": lambda out, among: run(
+        out, among, precisely(FSDP, activation_checkpointing=True, compile=True), micro=4
+    ),
+    "ddp-spoiled": lambda out, among: run(out, among, DDP, spoil=SPOILED),
+    "fsdp-spoiled": lambda out, among: run(out, among, FSDP, spoil=SPOILED),
+    "ddp-bf16": lambda out, among: run(out, among, Execution("ddp", "bf16")),
+    "fsdp-bf16": lambda out, among: run(out, among, Execution("fsdp", "bf16")),
+    "fsdp-bf16-resumed": lambda out, among: resumed(out, among, Execution("fsdp", "bf16")),
+    "full-disk": full_disk,
+    "killed": killed,
+    "resumed-on-these": lambda out, among: run(out.parent / "killed", among, FSDP),
+    "reshard": lambda out, among: reshard(out.parent, among),
+}
+
+if __name__ == "__main__":
+    torch.compile = functools.partial(torch.compile, backend="eager")  # the nesting is what is tested, not the compiler
+    with ranks("cpu") as among:
+        for job in sys.argv[2:]:
+            JOBS[job](Path(sys.argv[1]) / job, among)
+            among.barrier()

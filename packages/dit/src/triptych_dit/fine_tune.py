@@ -1,0 +1,99 @@
+"""Start a model from another's weights, with a new class table or resolution where asked."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triptych_dit.config import DiTConfig
+from triptych_dit.model import DiT
+
+TABLE = "y_embedder.embedding_table.weight"
+_MAY_DIFFER = {"input_size", "num_classes", "class_dropout_prob"}
+
+
+def fitted_config(source: DiTConfig, *, input_size: tuple[int, int], num_classes: int) -> DiTConfig:
+    """The source's shape at another resolution and number of classes; an unconditional source stays so."""
+    return replace(source, input_size=input_size, num_classes=num_classes if source.num_classes else 0)
+
+
+@torch.no_grad()
+def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dict[str, str]:
+    """Give `model` the weights of `source`; returns what became of each tensor, by name.
+
+    Everything is copied but the position embedding of another grid, which keeps its closed form, and the class table
+    where the number of classes differs or `new_class_table` asks for it: its rows stay as `model` drew them, only the
+    null row is the source's, so that unguided knowledge is kept.
+    Raises ValueError, listing both sides, where the two differ in anything else.
+    """
+    _check_same_shape(model.config, source.config)
+    found, became = source.state_dict(), {}
+    for name, tensor in model.state_dict().items():
+        if name == "pos_embed" and model.config.grid != source.config.grid:
+            became[name] = f"computed for {model.config.grid[0]}x{model.config.grid[1]} tokens"
+        elif name == TABLE and (new_class_table or model.config.num_classes != source.config.num_classes):
+            became[name] = f"{model.config.num_classes} classes drawn afresh"
+            if model.config.null_label is not None and source.config.null_label is not None:
+                tensor[model.config.null_label] = found[name][source.config.null_label]
+                became[name] += ", null row copied"
+        elif name == TABLE and tensor.shape != found[name].shape:  # one of the two has no null row
+            rows = min(len(tensor), len(found[name]))
+            tensor[:rows] = found[name][:rows]
+            became[name] = f"{rows} classes copied" + (", null row drawn afresh" if rows < len(tensor) else "")
+        else:
+            tensor.copy_(found[name])
+            became[name] = "copied"
+    return became
+
+
+def by_layer(became: dict[str, str]) -> dict[str, str]:
+    """The same, one line a layer: what became of its tensors, with their number."""
+    layers: dict[str, list[str]] = {}
+    for name, fate in became.items():
+        parts = name.split(".")
+        layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(fate)
+    return {layer: f"{' and '.join(dict.fromkeys(fates))} ({len(fates)} tensors)" for layer, fates in layers.items()}
+
+
+def _check_same_shape(wanted: DiTConfig, found: DiTConfig) -> None:
+    ours, theirs = asdict(wanted), asdict(found)
+    different = [name for name in ours if ours[name] != theirs[name] and name not in _MAY_DIFFER]
+    if bool(wanted.num_classes) != bool(found.num_classes):
+        different.append("num_classes")
+    if different:
+        listed = ", ".join(f"{name} {ours[name]} (there {theirs[name]})" for name in different)
+        raise ValueError(
+            f"init_from: the model differs from the one to start from in {listed}; fine-tuning changes only the "
+            "resolution and the number of classes: leave out the --model options, or give the file's"
+        )
+
+
+def peek(argv: Sequence[str], option: str) -> str | None:
+    """The value of one option of a command line that is not parsed yet."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            return value if "=" in word else following
+    return None
+
+
+def settings_from(config: Any, argv: Sequence[str]) -> Any:
+    """A training preset with the model that `--init-from` names, fitted to what `--data` names: the defaults that other
+    options override. Without `--init-from`, the preset as it is.
+    """
+    from triptych_dit.interop import load_any
+    from triptych_dit.training_data import shape_and_classes
+
+    init_from = peek(argv, "--init-from")
+    if init_from is None:
+        return config
+    source = load_any(init_from).model.config
+    (_, height, width), num_classes = shape_and_classes(peek(argv, "--data") or config.data, source)
+    return replace(config, model=fitted_config(source, input_size=(height, width), num_classes=num_classes))
+
+
+def report_lines(source: str, became: dict[str, str]) -> list[str]:
+    """What a person reads of it."""
+    return [f"start from {Path(source).name}:", *(f"  {layer}: {fate}" for layer, fate in by_layer(became).items())]

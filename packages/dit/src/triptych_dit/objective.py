@@ -1,0 +1,71 @@
+"""The training objective: what is drawn for each sample counter, and its loss."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from triptych_common import randomness
+from triptych_common.diffusion import GaussianDiffusion, Loss
+
+from triptych_dit.model import DiT
+from triptych_dit.train_config import TrainConfig
+from triptych_dit.training_data import TrainingData
+from triptych_dit.weights import make_diffusion
+
+
+class Examples(NamedTuple):
+    """Everything a loss needs besides the network, on the CPU."""
+
+    x_0: Float[Tensor, "batch channels height width"]
+    t: Int[Tensor, " batch"]
+    noise: Float[Tensor, "batch channels height width"]
+    labels: Int[Tensor, " batch"]
+
+
+class Objective:
+    """Denoising of a training set's examples. All that is random about an example follows from (seed, its counter)."""
+
+    def __init__(self, config: TrainConfig, model: DiT, training_data: TrainingData) -> None:
+        self.config, self.training_data, self.drop_labels = config, training_data, model.drop_labels
+        self.diffusion: GaussianDiffusion = make_diffusion(config.model, config.predict)
+
+    def draw(self, counters: Sequence[int]) -> Examples:
+        """The examples of some counters: an endless walk over the data, reshuffled every epoch."""
+        config, seed = self.config, self.config.seed
+        items = randomness.shuffled(seed, "order", counters, len(self.training_data))
+        flipped = torch.zeros(len(items), dtype=torch.bool)
+        if config.horizontal_flip:
+            flipped = randomness.uniform(seed, "flip", counters) < 0.5
+        x_0 = self.training_data.examples(items, flipped, seed, counters).to(config.dtype)
+        noise = randomness.normal(seed, "noise", counters, x_0.shape[1:], dtype=config.dtype)
+        labels = self.drop_labels(self.training_data.labels[items], randomness.uniform(seed, "label-drop", counters))
+        return Examples(x_0, draw_timesteps(config, counters, len(self.diffusion.schedule)), noise, labels)
+
+    def loss(self, network: nn.Module, examples: Examples, device: torch.device) -> Loss:
+        """Loss of each example under `network`, which may be a parallel wrapper of the model."""
+        x_0, t, noise, labels = (_to(device, value) for value in examples)
+        x_t = self.diffusion.q_sample(x_0, t, noise)
+        return self.diffusion.loss(network(x_t, t, labels), x_0, x_t, t, noise)
+
+
+def _to(device: torch.device, value: Tensor) -> Tensor:
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int) -> Int[Tensor, " batch"]:
+    """Timestep of each sample counter.
+
+    "uniform_spread": uniform, consecutive counters spread evenly. "logit_normal": one in five uniform, the others
+    num_steps * sigmoid(-0.6 + 0.8 z) with z normal, spread evenly too.  [logit-normal: Esser et al. 2024, "Scaling
+    Rectified Flow Transformers"]
+    """
+    if config.timesteps == "uniform":
+        share = randomness.uniform(config.seed, "timestep", counters)
+    else:
+        share = u = randomness.evenly_spread(config.seed, "timestep", counters)
+        if config.timesteps == "logit_normal":
+            peaked = torch.sigmoid(0.8 * torch.special.ndtri((u - 0.2) / 0.8) - 0.6)
+            share = torch.where(u < 0.2, u / 0.2, peaked)
+    return (share * num_steps).long().clamp(max=num_steps - 1)

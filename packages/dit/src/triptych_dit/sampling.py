@@ -1,0 +1,239 @@
+"""From noise to images by a trained DiT: the settings, every step of a batch, and images from latents."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+from torch.nn import functional as F
+from triptych_common.randomness import SampleNoise
+from triptych_common.samplers import Denoise, Step, ddim, ddpm, final, guided
+from triptych_common.schedulers import diffusers_steps, find, make_scheduler
+
+from triptych_dit.config import DiTConfig
+from triptych_dit.model import DiT
+from triptych_dit.weights import TrainedModel
+
+if TYPE_CHECKING:
+    from triptych_dit.autoencoder import Autoencoder
+
+OWN_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+TIMESTEPS = 1000
+
+Labels = Num[Tensor, "batch *classes"] | None  # a class each, or a mixture of classes each; None: unconditional
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How to turn noise into images."""
+
+    sampler: str = "ddpm"
+    """ddpm: ancestral sampling with the learned variance; ddim: deterministic; or a scheduler of diffusers by its name or
+    the beginning of it, such as unipc"""
+    num_inference_steps: int = 250
+    """denoising steps, evenly spaced over the 1000"""
+    guidance_scale: float = 1.0
+    """classifier-free guidance; 1: none"""
+    guidance_channels: int | Literal["all"] = "all"
+    """channels that guidance acts on; the released DiT used 3 of 4"""
+    guidance_interval: tuple[int, int] = (0, TIMESTEPS - 1)
+    """first and last timestep at which guidance acts"""
+    clip_x_0: bool | None = None
+    """clip the predicted clean image to [-1, 1] at every step; None: for pixels but not for latents"""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in OWN_SAMPLERS:
+            find(self.sampler)
+        if not 1 <= self.num_inference_steps <= TIMESTEPS:
+            raise ValueError(f"num_inference_steps {self.num_inference_steps}: expected 1..{TIMESTEPS}")
+        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale {self.guidance_scale}: expected a number of at least 0; 1 is no guidance")
+        if self.guidance_channels != "all" and self.guidance_channels < 1:
+            raise ValueError(f"guidance_channels {self.guidance_channels}: expected 'all' or at least 1")
+        first, last = self.guidance_interval
+        if not 0 <= first <= last < TIMESTEPS:
+            raise ValueError(f"guidance_interval {first} {last}: expected two timesteps, 0 <= first <= last <= 999")
+
+    def check(self, model: DiTConfig) -> None:
+        """Raises ValueError for guidance that this model cannot do."""
+        if self.guidance_scale != 1 and not model.num_classes:
+            raise ValueError(
+                f"guidance_scale {self.guidance_scale}: this model is unconditional (num_classes=0); use 1.0"
+            )
+        if self.guidance_scale != 1 and model.null_label is None:
+            raise ValueError(
+                f"guidance_scale {self.guidance_scale}: this model was trained without label dropout and has no null "
+                "label; use 1.0"
+            )
+        if self.guidance_channels != "all" and self.guidance_channels > model.in_channels:
+            raise ValueError(
+                f"guidance_channels {self.guidance_channels}: expected 'all' or at most {model.in_channels}, the model's"
+            )
+
+
+def trajectory(
+    trained: TrainedModel,
+    labels: Labels,
+    indices: Sequence[int],
+    settings: SamplerSettings,
+    *,
+    seed: int = 0,
+    noise: SampleNoise | None = None,
+) -> Iterator[Step]:
+    """Every step of sampling a batch, in the model's space (`decoded` makes images of it).
+
+    labels: classes (batch,), or mixtures of classes, float weights (batch, num_classes) over the label embeddings, or None
+    for an unconditional model. Sample i's noise follows from (seed, i) alone; `noise` stands in for it.
+
+    Raises ValueError for a label outside the model's classes, or guidance it cannot do.
+    """
+    config, weight = trained.model.config, trained.model.pos_embed
+    settings.check(config)
+    check_labels(labels, config.num_classes)
+    if noise is None:
+        shape = (config.in_channels, *config.input_size)
+        noise = SampleNoise(seed, indices, shape, device=weight.device, dtype=weight.dtype)
+    denoise = bind(trained.model, labels, len(indices), settings)
+    clip = settings.clip_x_0 if settings.clip_x_0 is not None else trained.facts.get("autoencoder") is None
+    if settings.sampler in OWN_SAMPLERS:
+        diffusion = trained.diffusion.respaced(settings.num_inference_steps)
+        return OWN_SAMPLERS[settings.sampler](denoise, diffusion, noise, clip_x_0=clip)
+    scheduler = make_scheduler(settings.sampler, trained.diffusion, settings.num_inference_steps, device=weight.device)
+    return diffusers_steps(denoise, trained.diffusion, noise, scheduler, clip_x_0=clip)
+
+
+def evaluations(trained: TrainedModel, settings: SamplerSettings) -> int:
+    """Steps of a trajectory: some schedulers evaluate the model twice for each of `num_inference_steps`."""
+    if settings.sampler in OWN_SAMPLERS:
+        return settings.num_inference_steps
+    return len(make_scheduler(settings.sampler, trained.diffusion, settings.num_inference_steps).timesteps)
+
+
+def bind(model: DiT, labels: Labels, batch: int, settings: SamplerSettings) -> Denoise:
+    """The model with its labels and guidance, as samplers call it: with one timestep for the whole batch.
+
+    What depends on timestep and class alone is computed once for each distinct class, not for each sample.
+    """
+    device, null = model.pos_embed.device, model.config.null_label
+    if labels is None:
+        table, rows = None, torch.zeros(batch, dtype=torch.long, device=device)
+    else:
+        table, rows = (part.to(device) for part in torch.unique(labels.cpu(), dim=0, return_inverse=True))
+        if table.is_floating_point() and null is not None:
+            table = F.pad(table, (0, 1))
+        if settings.guidance_scale != 1:
+            of_null = torch.tensor([null], device=device)
+            if table.is_floating_point():
+                of_null = F.one_hot(of_null, null + 1).to(table.dtype)
+            table = torch.cat([table, of_null])
+    conditions = 1 if table is None else len(table)
+
+    def by_row(x: Tensor, t: Tensor, rows: Int[Tensor, " batch"]) -> Tensor:
+        return model(x, t[:1].expand(conditions), table, rows)
+
+    everywhere = settings.guidance_interval == (0, TIMESTEPS - 1)
+    return guided(
+        by_row,
+        rows,
+        conditions - 1,
+        settings.guidance_scale,
+        guidance_channels=settings.guidance_channels,
+        interval=None if everywhere else settings.guidance_interval,
+    )
+
+
+@torch.inference_mode()
+def sample_images(
+    trained: TrainedModel,
+    labels: Labels,
+    settings: SamplerSettings | None = None,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    noise: SampleNoise | None = None,
+    vae: str | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Sample one image for each label, in [-1, 1], or `count` images of an unconditional model, whose labels are None.
+
+    `first_index` numbers the first of them; labels, noise and errors are those of `trajectory`, vae that of `decoded`.
+
+    Raises ValueError besides where the images come out as NaN.
+    """
+    count = len(labels) if labels is not None else count
+    if count is None:
+        raise ValueError("labels are missing: pass one for each image, or, to an unconditional model, a count")
+    indices = range(first_index, first_index + count)
+    settings = settings or SamplerSettings()
+    x = final(trajectory(trained, labels, indices, settings, seed=seed, noise=noise), progress)
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(
+            f"sampling gave NaN or infinity (sampler {settings.sampler}, {settings.num_inference_steps} steps): use "
+            "another --sampler or --num-inference-steps, or a model that did not diverge"
+        )
+    return decoded(trained, x, vae=vae)
+
+
+def decoded(
+    trained: TrainedModel, x: Float[Tensor, "batch channels height width"], *, vae: str | None = None
+) -> Float[Tensor, "batch image_channels image_height image_width"]:
+    """Images of what a model draws: latents through the autoencoder they were made with, pixels as they are.
+
+    vae, and errors: those of `autoencoder_of`.
+    """
+    autoencoder = autoencoder_of(trained, x.device, vae)
+    return x if autoencoder is None else autoencoder.decode(x)
+
+
+def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None = None) -> "Autoencoder | None":
+    """The autoencoder of a model's latents, loaded once; None for a model of pixels.
+
+    vae: where it lies now, a folder or a name on the hub; by default where it lay in training.
+
+    Raises ValueError for another autoencoder, or one for a model of pixels, and what `load_autoencoder` raises.
+    """
+    facts = trained.facts.get("autoencoder")
+    if facts is not None:
+        return _autoencoder(vae or facts["spec"], facts["sha256"], device)
+    if vae is not None:
+        raise ValueError(f"vae {vae}: this model draws pixels and needs none; leave --vae out")
+    return None
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(spec: str, sha256: str | None, device: torch.device) -> "Autoencoder":
+    from triptych_dit.autoencoder import load_autoencoder
+
+    remedy = "pass --vae with the folder or hub name of the autoencoder that the model's latents are of"
+    try:
+        found = load_autoencoder(spec, device=device)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; or {remedy}") from error
+    if sha256 is not None and found.sha256 != sha256:  # released checkpoints name theirs without a hash
+        raise ValueError(f"autoencoder {spec}: sha256 is {found.sha256[:12]}, the model's is {sha256[:12]}; {remedy}")
+    return found
+
+
+def check_labels(labels: Labels, num_classes: int) -> None:
+    """Raises ValueError for a label outside 0 .. num_classes-1, and for labels where there are no classes or none where
+    there are.
+    """
+    if (labels is None) == bool(num_classes):
+        expected = "one a sample" if num_classes else "none, it is unconditional"
+        raise ValueError(f"labels: the model has num_classes={num_classes} and takes {expected}")
+    if labels is None:
+        return
+    if labels.is_floating_point():
+        if labels.shape[1:] != (num_classes,):
+            raise ValueError(
+                f"mixtures {tuple(labels.shape)}: expected (batch, {num_classes}), a weight for each class"
+            )
+        return
+    for label in labels.tolist():
+        if not 0 <= label < num_classes:
+            raise ValueError(f"label {label} is outside 0..{num_classes - 1} (num_classes={num_classes})")

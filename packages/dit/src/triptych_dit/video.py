@@ -1,0 +1,49 @@
+"""Frames as a film: MP4 through PyAV (extra: video), or an animated GIF through Pillow."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+from triptych_common.images import gif_bytes
+from triptych_common.run import write_bytes
+
+FORMATS = ("mp4", "gif")
+SMALLEST_SIDE = 256  # smaller frames are enlarged, pixel by pixel: players blur what they scale, codecs what is tiny
+
+
+def write_video(path: Path, frames: UInt8[Tensor, "n channels height width"], *, fps: int, loop: bool = False) -> None:
+    """Write gray or RGB frames to `path`, an .mp4 or a .gif, atomically; `loop`: a GIF repeats for ever.
+
+    Raises ImportError, saying what to install, where PyAV is absent; OSError when the disk refuses.
+    """
+    scale = max(1, -(-SMALLEST_SIDE // min(frames.shape[2:])))
+    frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    write_bytes(path, _mp4(frames, fps) if path.suffix == ".mp4" else gif_bytes(frames, fps=fps, loop=loop))
+
+
+def import_av() -> Any:
+    """PyAV. Raises ImportError with what to install."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("mp4 needs a package: pip install 'triptych-dit[video]'; --format gif needs none") from error
+    return av
+
+
+def _mp4(frames: UInt8[Tensor, "n channels height width"], fps: int) -> bytes:
+    av = import_av()
+    rgb = frames.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    even = [(0, 0), (0, rgb.shape[1] % 2), (0, rgb.shape[2] % 2), (0, 0)]  # chroma has half the resolution
+    rgb = np.pad(rgb, even, mode="edge")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=fps, options={"crf": "16"} if codec == "libx264" else {"q:v": "2"})
+        stream.height, stream.width, stream.pix_fmt = rgb.shape[1], rgb.shape[2], "yuv420p"
+        for image in rgb:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()

@@ -1,0 +1,239 @@
+"""Films through what a model can draw: from noise to noise at a fixed class, or from class to class with the noise fixed."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+from triptych_common import checkpoint
+from triptych_common.cli import CommonOptions, say
+from triptych_common.images import image_grid, to_uint8, write_png
+from triptych_common.parallel import ranks
+from triptych_common.progress import Progress
+from triptych_common.randomness import SampleNoise
+from triptych_common.run import RunDirectory
+
+from triptych_dit.config import DiTConfig
+from triptych_dit.interop import load_any
+from triptych_dit.sample import identity, place
+from triptych_dit.samples_file import read_npz, write_npz
+from triptych_dit.sampling import SamplerSettings, check_labels, evaluations, sample_images
+from triptych_dit.video import FORMATS, import_av, write_video
+from triptych_dit.weights import TrainedModel
+
+STRIP_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class WalkConfig(CommonOptions, SamplerSettings):
+    """Film a walk: between noises at one class or blend of classes, or between several classes with the noise fixed."""
+
+    out: Path = Path("runs/walk")
+    """where to write walk.mp4, walk.png (a strip of frames) and walk.npz (all frames)"""
+    checkpoint: str = "runs/dit"
+    """a model file, or the folder of a finished training run"""
+    sampler: str = "ddim"
+    """ddim: deterministic, so that neighbouring frames are alike; also ddpm, and a scheduler of diffusers by its name"""
+    num_inference_steps: int = 50
+    """denoising steps of each frame, evenly spaced over the 1000"""
+    labels: tuple[int, ...] = ()
+    """one class: walk between noises; several: walk from class to class. By default class 0"""
+    blend: tuple[str, ...] = ()
+    """walk between noises at a mixture of classes instead: LABEL:WEIGHT for each, such as 3:0.5 8:0.5"""
+    noises: tuple[int, ...] = ()
+    """noises to walk between, numbered like the samples of triptych-dit sample; 0 1 2 3 by default, 0 from class to class"""
+    frames: int = 24
+    """frames from one stop of the walk to the next"""
+    loop: bool = False
+    """walk back to the first stop, and let a GIF repeat"""
+    fps: int = 24
+    """frames a second"""
+    format: str = "mp4"
+    """mp4 (extra: video) or gif"""
+    batch_size: int = 50
+    """frames at once; changes speed, not results"""
+    vae: str | None = None
+    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
+    precision: Literal["float32", "bf16", "float64"] | None = None
+    """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
+    compile_blocks: bool = False
+    """torch.compile each block: pays on a GPU for thousands of frames"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("frames", "fps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
+        if self.labels and self.blend:
+            raise ValueError("labels and blend: pass one of them, a blend is a class too")
+        if len(self.labels) > 1 and len(self.noises) > 1:
+            raise ValueError(f"{len(self.labels)} labels and {len(self.noises)} noises: walk between one or the other")
+        if len(self.labels) < 2 and len(self.noises) == 1:
+            raise ValueError("one label and one noise: nothing to walk between; pass more of one")
+        if any(index < 0 for index in self.noises):
+            raise ValueError(f"noises {self.noises}: expected numbers of samples, from 0")
+        blended(self.blend)
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+def walk(config: WalkConfig) -> dict[str, Any]:
+    """Write walk.mp4 or walk.gif, walk.png and walk.npz to `config.out`; frames that are there already are only filmed.
+
+    Raises ValueError for a request that does not fit the model, or what `out` already holds, and under torchrun.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("walk is for one process")
+    if config.format == "mp4":
+        import_av()  # before the work, not after it
+    trained = load_any(config.checkpoint)
+    config.check(trained.model.config)
+    noises = config.noises or ((0,) if len(config.labels) > 1 else (0, 1, 2, 3))
+    mixtures = stops_between_classes(config, trained.model.config)
+    request = identity(config, trained) | {
+        "labels": list(config.labels), "blend": list(config.blend), "noises": list(noises), "frames": config.frames,
+        "loop": config.loop, "model_sha256": checkpoint.digest(trained.model.state_dict()),
+    }  # fmt: skip
+    steps = evaluations(trained, config)
+    finished = (config.out / "walk.npz").exists()
+    with ranks(config.device) as among:
+        if not finished:
+            place(trained, among, config)
+        with RunDirectory(config.out, request) as run:
+            if not finished:
+                images = film(trained, config, noises, mixtures, steps)
+                write_npz(run.path / "walk.npz", [images], len(images))
+            result = show(run.path, config)
+    for file in result.values():
+        say(f"wrote {file}")
+    return result
+
+
+def show(out: Path, config: WalkConfig) -> dict[str, Any]:
+    """Write film and strip of the frames in OUT/walk.npz; returns where all three are."""
+    images, _ = read_npz(out / "walk.npz")
+    video, strip = out / f"walk.{config.format}", out / "walk.png"
+    write_video(video, images, fps=config.fps, loop=config.loop)
+    shown = images[torch.linspace(0, len(images) - 1, min(STRIP_LENGTH, len(images))).round().long()]
+    write_png(strip, image_grid(shown, columns=len(shown)), scale=max(1, 128 // max(images.shape[2:])))
+    return {"video": str(video), "strip": str(strip), "frames": str(out / "walk.npz")}
+
+
+def stops_between_classes(config: WalkConfig, model: DiTConfig) -> Float[Tensor, "stops classes"] | None:
+    """The classes of the walk, or its one class or blend, as weights of all classes; None for an unconditional model.
+
+    Raises ValueError for labels that the model does not have.
+    """
+    blend = blended(config.blend)
+    labels = list(blend) or list(config.labels) or [0]
+    if not model.num_classes:
+        if config.labels or blend:
+            raise ValueError(f"labels {labels}: this model is unconditional (num_classes=0); leave them out")
+        return None
+    check_labels(torch.tensor(labels), model.num_classes)
+    stops = F.one_hot(torch.tensor(labels), model.num_classes).double()
+    return torch.tensor([list(blend.values())]).double() @ stops if blend else stops
+
+
+def blended(blend: Sequence[str]) -> dict[int, float]:
+    """LABEL:WEIGHT words as weights of labels, scaled to add up to 1.
+
+    Raises ValueError for anything else.
+    """
+    weights: dict[int, float] = {}
+    for word in blend:
+        label, _, weight = word.partition(":")
+        try:
+            number, value = int(label), float(weight)
+        except ValueError:
+            number, value = -1, math.nan
+        if number < 0 or not (math.isfinite(value) and value > 0) or number in weights:
+            raise ValueError(
+                f"blend {word!r}: expected LABEL:WEIGHT, weights above 0 and each label once, as in 3:0.5 8:0.5"
+            )
+        weights[number] = value
+    total = sum(weights.values())
+    return {label: weight / total for label, weight in weights.items()}
+
+
+def film(
+    trained: TrainedModel,
+    config: WalkConfig,
+    noises: Sequence[int],
+    mixtures: Float[Tensor, "stops classes"] | None,
+    steps: int,
+) -> UInt8[Tensor, "frames channels height width"]:
+    """The frames of the walk, uint8; whatever a sampler draws after x_T is the same for all of them."""
+    weight = trained.model.pos_embed
+    shape = (trained.model.config.in_channels, *trained.model.config.input_size)
+    x_T = SampleNoise(config.seed, noises, shape).draw()
+    classes_move = mixtures is not None and len(mixtures) > 1
+    legs = course(len(mixtures) if classes_move else len(noises), config.frames, loop=config.loop)
+    images = []
+    with Progress("walking", len(legs) * steps, "frame steps") as progress:
+        for start in range(0, len(legs), config.batch_size):
+            leg = legs[start : start + config.batch_size]
+            if classes_move:
+                here, there = ends(mixtures, leg)
+                labels, x = here + leg[:, 2:] * (there - here), x_T.expand(len(leg), *shape)
+            else:
+                labels = None if mixtures is None else mixtures.expand(len(leg), -1)
+                x = slerp(*ends(x_T, leg), leg[:, 2])
+            noise = FrameNoise(x, config.seed, noises[0], device=weight.device, dtype=weight.dtype)
+            drawn = sample_images(
+                trained, labels, config, count=len(leg), noise=noise, vae=config.vae,
+                progress=partial(progress.advance, len(leg)),
+            )  # fmt: skip
+            images.append(to_uint8(drawn).cpu())
+    return torch.cat(images)
+
+
+class FrameNoise(SampleNoise):
+    """x_T as given, a row for each frame; what a sampler draws after it is one sample's, the same for every frame."""
+
+    def __init__(self, x_T: Float[Tensor, "frames *shape"], seed: int, index: int, **kwargs: Any) -> None:
+        super().__init__(seed, [index] * len(x_T), x_T.shape[1:], **kwargs)
+        self.x_T = x_T
+
+    def draw(self) -> Float[Tensor, "frames *shape"]:
+        drawn, x_T = super().draw(), self.x_T
+        self.x_T = None
+        return drawn if x_T is None else x_T.to(drawn)
+
+
+def course(stops: int, frames: int, *, loop: bool) -> Float[Tensor, "n 3"]:
+    """Every frame of a walk over `stops` as (stop, next stop, share of the way), `frames` of them from each stop on; it
+    ends on the last stop, or, looping, one frame before the first.
+    """
+    legs = [(i, i + 1) for i in range(stops - 1)] + ([(stops - 1, 0)] if loop else [])
+    rows = [(here, there, i / frames) for here, there in legs for i in range(frames)]
+    return torch.tensor(rows if loop else [*rows, (stops - 1, stops - 1, 0.0)], dtype=torch.float64)
+
+
+def ends(stops: Float[Tensor, "stops *shape"], leg: Float[Tensor, "n 3"]) -> tuple[Tensor, Tensor]:
+    """The stops before and after each frame."""
+    return stops[leg[:, 0].long()], stops[leg[:, 1].long()]
+
+
+def slerp(
+    a: Float[Tensor, "n *shape"], b: Float[Tensor, "n *shape"], share: Float[Tensor, " n"]
+) -> Float[Tensor, "n *shape"]:
+    """Along the arc from each a to its b: unlike a straight line it stays where Gaussian noise lives.  [Shoemake 1985]"""
+    x, y = a.double().flatten(1), b.double().flatten(1)
+    angle = torch.acos(F.cosine_similarity(x, y).clamp(-1, 1))[:, None]
+    share = share.double()[:, None]
+    near = angle < 1e-6  # the same stop twice
+    safe = torch.where(near, 1.0, angle)
+    weight_a = torch.where(near, 1 - share, torch.sin((1 - share) * safe) / torch.sin(safe))
+    weight_b = torch.where(near, share, torch.sin(share * safe) / torch.sin(safe))
+    return (weight_a * x + weight_b * y).view_as(a)

@@ -1,0 +1,291 @@
+"""The autoencoder: against plain diffusers, from any kind of folder, and trained on the command line."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from triptych_common import checkpoint, data
+from triptych_common.testing import run_cli, run_torchrun
+from triptych_dit import autoencoder as module
+from triptych_dit.autoencoder import Autoencoder, load_autoencoder, scaled_sample
+from triptych_dit.autoencoder_config import AutoencoderTrainConfig
+from triptych_dit.train_autoencoder import Reconstruction, train_autoencoder
+
+
+def make_vae(**changes) -> AutoencoderKL:
+    torch.manual_seed(0)
+    config = {
+        "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 8, 16), "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": 4, "sample_size": 16, "scaling_factor": 0.5, "shift_factor": 0.25,
+    }  # fmt: skip
+    return AutoencoderKL(**{**config, **changes}).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("vae")
+    make_vae().save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_it_does_what_plain_diffusers_does(folder, images):
+    ours, plain = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder)
+    assert ours.facts() == {
+        "spec": str(folder), "sha256": ours.sha256, "scale_factor": 0.5, "shift_factor": 0.25, "downsampling": 4,
+        "latent_channels": 4,
+    }  # fmt: skip
+    assert ours.image_channels == 3
+    with torch.no_grad():
+        posterior = plain.encode(images).latent_dist
+        moments = ours.moments(images)
+        assert moments.shape == (5, 8, 4, 6)
+        torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], dim=1))
+        noise = torch.randn(5, 4, 4, 6)
+        z = posterior.mean + posterior.std * noise
+        latents = scaled_sample(moments, noise, ours.scale_factor, ours.shift_factor)
+        torch.testing.assert_close(latents, (z - 0.25) * 0.5)
+        torch.testing.assert_close(ours.decode(latents), plain.decode(z).sample.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_depends_on_the_batch(folder, images, monkeypatch):
+    autoencoder = load_autoencoder(str(folder))
+    moments = autoencoder.moments(images)
+    ones = torch.cat([autoencoder.moments(image[None]) for image in images])
+    torch.testing.assert_close(ones, moments, atol=1e-5, rtol=1e-5)
+    latents = scaled_sample(moments, torch.zeros(5, 4, 4, 6), 0.5, 0.25)
+    decoded = autoencoder.decode(latents)
+    monkeypatch.setattr(module, "_DECODED_PIXELS", 2 * 16 * 24)  # two, two, one
+    torch.testing.assert_close(autoencoder.decode(latents), decoded, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_for_encoding_alone(folder, images, dtype):
+    full, low = load_autoencoder(str(folder)), load_autoencoder(str(folder), dtype=dtype)
+    assert low.sha256 == full.sha256
+    moments = low.moments(images)
+    assert moments.dtype == torch.float32
+    error = (moments - full.moments(images)).abs().max()
+    assert 0 < error < 0.1
+    latents = torch.randn(2, 4, 4, 4)
+    assert torch.equal(low.decode(latents), full.decode(latents))
+
+
+def test_the_hash_is_of_weights_not_of_files(folder, tmp_path):
+    sha256 = load_autoencoder(str(folder)).sha256
+    vae = AutoencoderKL.from_pretrained(folder)
+    vae.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert (tmp_path / "bin" / "diffusion_pytorch_model.bin").exists()
+    assert load_autoencoder(str(tmp_path / "bin")).sha256 == sha256
+    vae.register_to_config(scaling_factor=2.0)
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")  # as a pipeline has it
+    again = load_autoencoder(str(tmp_path / "pipeline"))
+    assert (again.sha256, again.scale_factor) == (sha256, 2.0)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] += 1e-6
+    assert Autoencoder(vae, "changed").sha256 != sha256
+
+
+def test_runaway_log_variances_are_bounded(images):
+    vae = make_vae()
+    with torch.no_grad():
+        vae.quant_conv.bias[4:] = torch.tensor([1e3, -1e3, 0, 0])
+    log_variance = Autoencoder(vae, "wild").moments(images)[:, 4:]
+    assert (log_variance[:, 0].unique(), log_variance[:, 1].unique()) == (20, -30)
+
+
+def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--someone--pipeline" / "snapshots" / ("0" * 40)
+    make_vae().save_pretrained(snapshot / "vae")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_autoencoder("someone/pipeline").latent_channels == 4
+    for absent in ("someone/else", "not/a/hub/name"):
+        with pytest.raises(OSError, match=rf"autoencoder {absent}: no such folder here, and not to be had") as caught:
+            load_autoencoder(absent)
+        assert "\n" not in str(caught.value)
+
+
+class Pwned:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda f: (f / "config.json").unlink(), "no config.json there; expected a folder"),
+    (lambda f: edit(f, _class_name="UNet2DModel"), "its config says UNet2DModel, expected AutoencoderKL"),
+    (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
+    (lambda f: edit(f, scaling_factor=0.0), "scaling_factor 0.0, expected a number above 0"),
+    (lambda f: edit(f, latent_channels=5), "size mismatch"),
+    (lambda f: edit(f, layers_per_block=2), "weights do not fit its config"),
+    (lambda f: truncate(f / module.WEIGHTS[0]), "cannot be read"),
+    (lambda f: (f / module.WEIGHTS[0]).unlink(), f"no {module.WEIGHTS[0]} beside"),
+    (lambda f: pickled(f), "cannot be read"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_used_is_one_clear_line(folder, tmp_path, spoil, message):
+    for name in ("config.json", module.WEIGHTS[0]):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    spoil(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        load_autoencoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def pickled(folder: Path) -> None:
+    (folder / module.WEIGHTS[0]).unlink()
+    torch.save({"encoder.conv_in.weight": Pwned()}, folder / module.WEIGHTS[1])
+
+
+def test_images_and_latents_that_do_not_fit_are_refused(folder):
+    autoencoder = load_autoencoder(str(folder))
+    with pytest.raises(ValueError, match=r"\(1, 16, 16\): autoencoder .* takes 3 channels"):
+        autoencoder.moments(torch.zeros(2, 1, 16, 16))
+    with pytest.raises(ValueError, match="sides that are multiples of 4"):
+        autoencoder.moments(torch.zeros(2, 3, 16, 18))
+    with pytest.raises(ValueError, match="latents have 3 channels"):
+        autoencoder.decode(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16"):
+        load_autoencoder(str(folder), dtype=torch.float64)
+
+
+def test_without_diffusers_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r"pip install 'triptych-dit\[latents\]'"):
+        load_autoencoder(str(folder))
+
+
+def test_the_loss_is_an_error_per_pixel_and_a_divergence_per_latent_value(images):
+    from torch.distributions import Normal, kl_divergence
+
+    vae, noise = make_vae(), torch.randn(5, 4, 4, 6)
+    with torch.no_grad():
+        error, kl = Reconstruction(vae)(images, noise)
+        posterior = vae.encode(images).latent_dist
+        back = vae.decode(posterior.mean + posterior.std * noise).sample
+    expected = kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(kl, expected)
+    assert float(error) == pytest.approx(float(np.mean((back - images).numpy() ** 2)), rel=1e-5)
+
+
+TINY = ["--block-out-channels", "8", "8", "--norm-num-groups", "4", "--latent-channels", "2", "--batch-size", "16",
+        "--total-images", "384", "--warmup-images", "64", "--checkpoint-every", "8", "--log-every", "4"]  # fmt: skip
+STEPS = 24
+
+
+def train(out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    return run_cli("triptych_dit.cli", "autoencoder", *TINY, "--out", str(out), *options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    done = train(out, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["vae"] == str(out / "vae")
+    assert told["last"]["step"] == STEPS
+    assert (
+        told["autoencoder"]["scale_factor"] == json.loads((out / "vae" / "config.json").read_text())["scaling_factor"]
+    )
+    return out
+
+
+def test_training_ends_in_a_folder_that_plain_diffusers_opens(whole):
+    vae = AutoencoderKL.from_pretrained(whole / "vae")
+    assert (vae.config.in_channels, vae.config.sample_size, vae.config.latent_channels) == (1, 28, 2)
+    train_set, held_out = data.load("mnist5k", "train"), data.load("mnist5k", "held_out")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.sample() for part in train_set.scaled().split(500)])
+        back = vae.decode(vae.encode(held_out.scaled()).latent_dist.mode()).sample
+    assert float(latents.std()) * vae.config.scaling_factor == pytest.approx(1, rel=0.01)  # other draws than the run's
+    untaught = float((held_out.scaled() - train_set.scaled().mean(0)).square().mean())  # what the mean digit would get
+    assert float((back - held_out.scaled()).square().mean()) < untaught
+    autoencoder = load_autoencoder(str(whole))  # the run's folder will do
+    assert json.loads((whole / "autoencoder.json").read_text())["autoencoder"]["sha256"] == autoencoder.sha256
+    assert (whole / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
+
+
+SIGNAL_AT_STEP_12 = """
+import os, signal, sys
+from triptych_common.run import RunDirectory
+
+real_log = RunDirectory.log
+
+def log_and_signal(self, row):
+    real_log(self, row)
+    if row["step"] == 12:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+RunDirectory.log = log_and_signal
+from triptych_dit.cli import COMMANDS
+from triptych_common.cli import main
+sys.exit(main("triptych-dit", COMMANDS, sys.argv[1:]))
+"""
+
+
+def test_interrupted_and_resumed_it_ends_in_the_same_weights(whole, tmp_path):
+    command = [sys.executable, "-c", SIGNAL_AT_STEP_12, "autoencoder", *TINY, "--out", str(tmp_path)]
+    stopped = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "stopped at step 12 of 24" in stopped.stderr
+    assert not (tmp_path / "vae").exists()
+    assert train(tmp_path).returncode == 0
+    name = f"checkpoints/step-{STEPS:08d}.safetensors"
+    (ours, state), (theirs, their_state) = checkpoint.read(tmp_path / name), checkpoint.read(whole / name)
+    assert state == their_state
+    assert [key for key, value in theirs.items() if not torch.equal(value, ours[key])] == []
+    config = "vae/config.json"
+    assert (tmp_path / config).read_bytes() == (whole / config).read_bytes()
+
+
+def test_two_ranks_end_where_one_does(whole, tmp_path):
+    done = run_torchrun(2, "triptych_dit.cli", "autoencoder", *TINY, "--out", str(tmp_path), "--micro-batch", "4")
+    assert done.returncode == 0, done.stderr
+    name = f"checkpoints/step-{STEPS:08d}.safetensors"
+    ours, theirs = checkpoint.read(tmp_path / name)[0], checkpoint.read(whole / name)[0]
+    for key, value in theirs.items():
+        if key.startswith("model."):
+            torch.testing.assert_close(ours[key], value, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"block_out_channels": (8, 8, 8, 8)}, "images of 28x28, which 4 resolutions do not halve evenly"),
+    ({"block_out_channels": (6,)}, r"block_out_channels \(6,\): expected multiples of norm_num_groups 8"),
+    ({"kl_weight": -1.0}, "kl_weight -1.0: expected a number of at least 0"),
+    ({"lr": 0.0}, "lr 0.0: expected a number above 0"),
+    ({"grad_clip": 0.0}, "grad_clip 0.0: expected a number above 0, or None"),
+    ({"warmup_images": 10**9}, "warmup_images 1000000000: expected 0.."),
+    ({"data": "nowhere"}, "data set 'nowhere': expected one of mnist5k, mnist"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_autoencoder(AutoencoderTrainConfig(out=tmp_path, **changes))
+    assert list(tmp_path.iterdir()) == []

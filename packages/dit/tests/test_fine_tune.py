@@ -1,0 +1,95 @@
+"""Starting from another model: what is copied, what is not, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triptych_common.embeddings import sincos_position_embedding
+from triptych_dit import DiT, DiTConfig
+from triptych_dit.fine_tune import by_layer, fitted_config, peek, start_from
+
+SMALL = DiTConfig((8, 12), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def random_model(config, seed):
+    model = DiT(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name != "pos_embed":
+                p.normal_(std=0.2, generator=torch.Generator().manual_seed(seed + len(name)))
+    return model
+
+
+def test_same_shape_is_an_exact_copy():
+    source, model = random_model(SMALL, 0), random_model(SMALL, 1)
+    became = start_from(model, source)
+    assert set(became.values()) == {"copied"}
+    assert became.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+def test_new_resolution_and_classes_change_exactly_position_and_table():
+    source = random_model(SMALL, 0)
+    config = fitted_config(SMALL, input_size=(16, 8), num_classes=9)
+    model = random_model(config, 1)
+    drawn = model.state_dict()[TABLE].clone()
+    became = start_from(model, source)
+    state, before = model.state_dict(), source.state_dict()
+    assert {name for name, fate in became.items() if fate != "copied"} == {"pos_embed", TABLE}
+    assert torch.equal(state["pos_embed"][0], sincos_position_embedding(8, 4, 16))
+    assert torch.equal(state[TABLE][:9], drawn[:9])
+    assert torch.equal(state[TABLE][9], before[TABLE][5])  # the null row
+    assert torch.equal(state["blocks.1.mlp.fc2.weight"], before["blocks.1.mlp.fc2.weight"])
+
+
+def test_unguided_output_survives_a_new_class_table():
+    source = random_model(SMALL, 0).eval()
+    model = random_model(replace(SMALL, num_classes=7), 1).eval()
+    start_from(model, source)
+    x, t = torch.randn(2, 3, 8, 12), torch.tensor([3, 500])
+    assert torch.equal(model(x, t, torch.tensor([7, 7])), source(x, t, torch.tensor([5, 5])))
+
+
+def test_a_new_table_can_be_asked_for_at_the_same_number_of_classes():
+    source, model = random_model(SMALL, 0), random_model(SMALL, 1)
+    drawn = model.state_dict()[TABLE].clone()
+    start_from(model, source, new_class_table=True)
+    assert torch.equal(model.state_dict()[TABLE][:5], drawn[:5])
+
+
+def test_classes_stay_when_only_the_null_row_comes_or_goes():
+    with_null, without = random_model(SMALL, 0), random_model(replace(SMALL, class_dropout_prob=0.0), 1)
+    assert start_from(without, with_null)[TABLE] == "5 classes copied"
+    assert torch.equal(without.state_dict()[TABLE], with_null.state_dict()[TABLE][:5])
+    model = random_model(SMALL, 2)
+    assert start_from(model, without)[TABLE] == "5 classes copied, null row drawn afresh"
+    assert torch.equal(model.state_dict()[TABLE][:5], without.state_dict()[TABLE])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": 32}, r"hidden_size 32 \(there 16\)"),
+    ({"depth": 3, "num_heads": 4}, r"depth 3 \(there 2\), num_heads 4 \(there 2\)"),
+    ({"num_classes": 0}, r"num_classes 0 \(there 5\)"),
+    ({"block_design": "adaln"}, r"block_design adaln \(there adaln_zero\)"),
+])  # fmt: skip
+def test_any_other_difference_is_refused_with_both_sides(change, message):
+    with pytest.raises(ValueError, match=message):
+        start_from(DiT(replace(SMALL, **change)), DiT(SMALL))
+
+
+def test_the_report_has_a_line_a_layer():
+    model = DiT(fitted_config(SMALL, input_size=(4, 4), num_classes=2))
+    lines = by_layer(start_from(model, DiT(SMALL)))
+    assert list(lines) == ["pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks.0", "blocks.1", "final_layer"]
+    assert lines["blocks.0"] == "copied (10 tensors)"
+    assert lines["y_embedder"] == "2 classes drawn afresh, null row copied (1 tensors)"
+
+
+@pytest.mark.parametrize(("argv", "value"), [
+    (["--init-from", "x"], "x"), (["--init-from=x"], "x"), (["--init_from", "x"], "x"), (["--seed", "3"], None),
+    (["--init-from"], None),
+])  # fmt: skip
+def test_peek_reads_one_option(argv, value):
+    assert peek(argv, "--init-from") == value
