@@ -292,8 +292,8 @@ def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("options", "status", "message"), [
     (["train", "--preset", "digits", "--out", "/proc/nowhere"], 1, "cannot be written"),
-    (["train", "--preset", "digits", "--data", "cifar"], 1, "data set 'cifar': expected one of mnist5k, mnist"),
-    (["train", "--preset", "DiT-XL/2"], 2, "preset 'DiT-XL/2': expected one of digits"),
+    (["train", "--preset", "digits", "--data", "cifar"], 1, "data 'cifar': expected mnist5k, mnist, cifar10, a folder"),
+    (["train", "--preset", "DiT-XXL/2"], 2, "preset 'DiT-XXL/2': expected one of digits"),
     (["train", "--preset", "digits", "--batch-size", "0"], 2, "batch_size 0: expected a number above 0"),
     (["train", "--preset", "digits", "--ema-rampup", "0"], 2, "ema_rampup 0.0: expected a number above 0"),
     (["train", "--preset", "digits", "--grad-clip", "-1"], 2, "grad_clip -1.0: expected a number above 0"),
@@ -302,10 +302,10 @@ def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
     (["train", "--preset", "digits", "--model.patch-size", "5"], 2, "is not a multiple of patch_size 5"),
     (["train", "--preset", "digits", "--model.num-classes", "3"], 1, "labels 0..9, the model num_classes=3"),
     (["train", "--preset", "digits", "--device", "tpu"], 1, "device 'tpu': not available here"),
-    (["sample", "--checkpoint", "nowhere"], 1, "nowhere: no such checkpoint"),
+    (["sample", "--checkpoint", "nowhere"], 1, "nowhere: no such file or folder, and no published model"),
     (["sample", "--checkpoint", "."], 1, "no finished model; train one with"),
     (["evaluate", "--samples", "nowhere.npz"], 1, "nowhere.npz: no such samples file"),
-    (["reproduce", "--size", "huge"], 2, "size 'huge': expected one of smoke, laptop"),
+    (["reproduce", "--size", "huge"], 2, "size 'huge': expected one of smoke, smoke-pixels, laptop"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(options, status, message, tmp_path):
     fails_with(run_cli("triptych_dit.cli", *options, cwd=tmp_path), message, status)

@@ -29,6 +29,28 @@ def modulate(x: Float[Tensor, "batch tokens width"], by: Modulation | None) -> F
     return x if by is None else torch.addcmul(by.shift, x, by.scale + 1)
 
 
+_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+_ENOUGH = 2**15  # values; for fewer, oneDNN takes longer to begin than it saves
+
+
+def linear(
+    layer: nn.Linear, x: Float[Tensor, "*batch inputs"], *, gelu: bool = False
+) -> Float[Tensor, "*batch outputs"]:
+    """`layer(x)`, or the tanh-approximated GELU of it.
+
+    Sampling in float32 on a CPU, one kernel of oneDNN does product, bias and GELU: separately, the latter two take a small
+    model as long as its products. In inference mode only, since that kernel has no derivative, and only where calling the
+    layer does nothing else.
+    """
+    eager = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    float32 = x.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if _ONEDNN and x.is_cpu and eager and plain and float32 and x.numel() >= _ENOUGH:
+        activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *activation)
+    return F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention without mask, through PyTorch's scaled_dot_product_attention."""
 
@@ -42,10 +64,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = linear(self.qkv, x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (batch, heads, tokens, width / heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return linear(self.proj, mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class FeedForward(nn.Module):
@@ -57,23 +79,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return self.fc2(linear_gelu(x, self.fc1))
-
-
-_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-
-
-def linear_gelu(x: Float[Tensor, "*batch width"], linear: nn.Linear) -> Float[Tensor, "*batch hidden"]:
-    """tanh-approximated GELU of `linear(x)`.
-
-    Sampling in float32 on a CPU, one kernel of oneDNN does both: PyTorch's own GELU takes as long there as the product of a
-    small model. Only in inference mode, since that kernel has no derivative, and only where calling `linear` does nothing else.
-    """
-    plain = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")
-    simple = type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
-    if _ONEDNN and x.is_cpu and x.dtype == linear.weight.dtype == torch.float32 and simple and not plain:
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
-    return F.gelu(linear(x), approximate="tanh")
+        return linear(self.fc2, linear(self.fc1, x, gelu=True))
 
 
 class Block(nn.Module):

@@ -186,8 +186,12 @@ def prefetch(
     """`map(function, items)`, up to `depth` results ahead in background threads, in order.
 
     `items` are taken in the caller's thread, as late as possible; an exception of `function` is raised where its result
-    is asked for. Close the iterator to end the threads early.
+    is asked for. Close the iterator to end the threads early. With depth 0 there are no threads: where the CPU does the
+    training too, they only get in each other's way.
     """
+    if depth == 0:
+        yield from map(function, items)
+        return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     ahead: deque[Future[Result]] = deque()
     try:

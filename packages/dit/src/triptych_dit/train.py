@@ -64,8 +64,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         )
         with Progress("training", config.total_images, "img", enabled=among.is_main) as progress:
             drawn: Iterator[Examples] | None = None
+            ahead = 0 if among.device.type == "cpu" else 2
             for batch in plan:
-                drawn = drawn or prefetch(upcoming(batch, config), objective.draw)
+                drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
                 loss, mse, vb = 0.0, 0.0, 0.0
                 for counters, last in batch.micro_batches(config.micro_batch):
                     share = len(counters) / len(batch.counters)

@@ -191,7 +191,9 @@ TRAIN_PRESETS: dict[str, TrainConfig] = (
         "digits-smoke": _SMOKE,
     }
     | {  # latents of an autoencoder of their own: see reproduce.py
-        "digits-latent": replace(_DIGITS, model=PRESETS["digits-latent"]),
+        "digits-latent": replace(
+            _DIGITS, model=PRESETS["digits-latent"], total_images=240_000
+        ),  # less the autoencoder's time
         "digits-latent-smoke": replace(_SMOKE, model=PRESETS["digits-latent-tiny"]),
     }
     | {
