@@ -9,17 +9,14 @@ import tyro
 from triptych_common.run import write_json
 
 from benchmarks.compare import compare, read_result, regressed, report
-from benchmarks.memory import peak_memory
-from benchmarks.runner import Plan, run_suite, table
-from benchmarks.suites import SUITES
 
 
 @dataclass(frozen=True)
 class Run:
     """Run benchmark suites."""
 
-    suites: tuple[str, ...] = tuple(SUITES)
-    """which suites"""
+    suites: tuple[str, ...] = ()
+    """which suites; none named: all"""
     out: Path = Path("benchmarks/results")
     """folder for the JSON files"""
     warmup: int = 3
@@ -45,10 +42,14 @@ class Compare:
 
 
 def run(options: Run) -> int:
+    from benchmarks.memory import peak_memory
+    from benchmarks.runner import Plan, run_suite, table
+    from benchmarks.suites import SUITES  # takes seconds to import
+
     if unknown := set(options.suites) - SUITES.keys():
         return _fail(f"suite {min(unknown)!r}: expected some of {', '.join(SUITES)}")
     plan = Plan(options.warmup, options.repeats, options.seed)
-    suites = {name: SUITES[name]() for name in options.suites}
+    suites = {name: SUITES[name]() for name in options.suites or SUITES}
     memory = {  # first, while this process is small
         name: {job.name: peak_memory(job, plan.seed) for job in jobs} if options.memory else {}
         for name, jobs in suites.items()

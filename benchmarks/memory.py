@@ -1,6 +1,7 @@
 """How much memory a job needs on the CPU: the growth of a process that runs nothing else."""
 
 import multiprocessing
+import os
 import re
 import sys
 from multiprocessing.connection import Connection
@@ -10,14 +11,17 @@ import torch
 
 from benchmarks.runner import Job
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU here would spoil it for forks
+
 
 def peak_memory(job: Job, seed: int) -> int | None:
-    """Bytes that preparing a job and calling it twice adds at most to a process; None where it fails, or not on Linux.
+    """Bytes that preparing a job and calling it twice adds at most to a process; None where it fails, for a job
+    of the GPU, whose tensors are counted as it is timed, and elsewhere than on Linux.
 
     The process is a fork of this one: measure before anything is timed here, since a fork would use memory that has been
     freed, and see no growth.
     """
-    if sys.platform != "linux" or job.skip is not None or torch.cuda.is_initialized():
+    if sys.platform != "linux" or job.gpu or job.skip is not None:
         return None
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()

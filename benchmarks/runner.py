@@ -31,6 +31,7 @@ class Job:
     same_as: str | None = None  # the job whose result this one's must equal, within 1e-4 of its largest value
     repeats: int | None = None  # at most so many timed calls; jobs that are compared need the same number
     flops: float | None = None  # of one item, bfloat16, for the share of the hardware's peak (MFU)
+    gpu: bool = False  # works on the GPU
     skip: str | None = None  # why this machine cannot run it
 
 
@@ -65,7 +66,7 @@ def run_suite(
     running = [job for job in jobs if job.name not in skipped]
     for job in running:
         try:
-            before = _start_counting_memory()
+            before = _start_counting_memory() if job.gpu else None
             calls[job.name] = job.prepare(plan.seed)
             results[job.name] = calls[job.name]()
             for _ in range(plan.warmup - 1):
@@ -116,7 +117,7 @@ def _row(
     }
     if job.name in differences:
         row |= {"same_as": job.same_as, "difference": differences[job.name]}
-    peak = peak_flops(torch.device("cuda"), "bf16") if job.flops is not None and torch.cuda.is_available() else None
+    peak = peak_flops(torch.device("cuda"), "bf16") if job.gpu else None
     if job.flops is not None and peak is not None:
         row["mfu"] = spread([rate * job.flops / peak for rate in rates])
     return row
@@ -141,10 +142,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _start_counting_memory() -> int | None:
-    """Bytes of tensors on the GPU before a job, whose peak counts from here; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
+def _start_counting_memory() -> int:
+    """Bytes of tensors on the GPU before a job, whose peak counts from here."""
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 

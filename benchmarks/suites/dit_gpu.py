@@ -101,4 +101,4 @@ def jobs() -> Sequence[Job]:
         Job(theirs, diffusers_sampling, SAMPLES, "images", repeats=3),
         Job("XL/2 sampling", sampling, SAMPLES, "images", (theirs,), repeats=3, flops=2 * STEPS * FORWARD_FLOPS),
     ]
-    return [replace(job, skip=skip) for job in listed]
+    return [replace(job, gpu=True, skip=skip) for job in listed]

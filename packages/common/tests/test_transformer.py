@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
-from triptych_common.transformer import Attention, Block, Modulation
+from triptych_common import transformer
+from triptych_common.transformer import Attention, Block, Modulation, linear
 
 
 @pytest.fixture
@@ -69,3 +71,82 @@ def test_unmodulated_block_commutes_with_permuting_tokens(rng):
 def test_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="width 10 is not a multiple of num_heads 4"):
         Attention(10, 4)
+
+
+def _layer_and_input(rng, rows=60):
+    layer, x = nn.Linear(80, 320), torch.randn(rows, 49, 80, generator=rng)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(generator=rng).mul_(0.1)
+    return layer, x
+
+
+@pytest.fixture
+def calls_to_onednn(monkeypatch):
+    """A list that grows by one for every call of the kernel that `linear` samples with."""
+    calls, kernel = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(*inputs):
+        calls.append(inputs)
+        return kernel(*inputs)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows", [1, 60])
+@pytest.mark.parametrize("grad_mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_linear_is_the_same_function_however_it_runs(rng, gelu, rows, grad_mode):
+    layer, x = _layer_and_input(rng, rows)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    if gelu:
+        exact = 0.5 * exact * (1 + torch.tanh(math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3)))
+    with grad_mode():
+        torch.testing.assert_close(linear(layer, x, gelu=gelu).double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not transformer._ONEDNN, reason="this PyTorch has no oneDNN")
+def test_sampling_takes_the_fused_kernel_and_training_does_not(rng, calls_to_onednn):
+    layer, x = _layer_and_input(rng)
+    linear(layer, x, gelu=True).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        linear(layer, x)
+    assert not calls_to_onednn
+    with torch.inference_mode():
+        linear(layer, x)
+        assert len(calls_to_onednn) == 1
+        linear(layer, x[:1])  # not worth it
+        linear(nn.Linear(80, 80).double(), x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(layer, x).dtype == torch.bfloat16
+    assert len(calls_to_onednn) == 1
+
+
+def test_a_layer_that_does_more_than_a_product_is_called(rng, calls_to_onednn):
+    layer, x = _layer_and_input(rng)
+    seen = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.inference_mode():
+        linear(layer, x)
+        handle.remove()
+
+        class Doubled(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        doubled = Doubled(80, 320)
+        doubled.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(linear(doubled, x), 2 * seen[0])
+    assert len(seen) == 1
+    assert not calls_to_onednn
+
+
+def test_a_block_samples_as_it_trains(rng):
+    block, x = Block(80, 2), torch.randn(60, 49, 80, generator=rng)
+    by = Modulation(*torch.randn(3, 60, 1, 80, generator=rng))
+    kept, trained = x.clone(), block(x, by, by)
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x, by, by), trained.detach(), rtol=0, atol=1e-5)
+    assert torch.equal(x, kept)

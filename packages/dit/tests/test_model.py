@@ -82,6 +82,14 @@ def test_forward_equals_written_out_description_on_a_rectangle():
         torch.testing.assert_close(model(x, t, y), written_out_forward(model, x, t, y), rtol=0, atol=tolerance)
 
 
+def test_patches_are_a_convolution_laid_out_token_by_token():
+    embed = random_model().x_embedder
+    x, _, _ = inputs()
+    tokens = embed(x)
+    torch.testing.assert_close(tokens, embed.proj(x).flatten(2).transpose(1, 2), rtol=0, atol=1e-12)
+    assert tokens.is_contiguous()
+
+
 def test_model_is_zero_and_its_blocks_the_identity_at_initialisation():
     model = DiT(SMALL).double()
     assert float(model(*inputs()).abs().max()) == 0

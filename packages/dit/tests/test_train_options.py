@@ -132,9 +132,7 @@ def test_bf16_trains_float32_weights_close_to_float32(tmp_path, digits):
     train(tmp_path / "bf16", *TINY, "--precision", "bf16")
     tensors, _ = checkpoint.read(tmp_path / "bf16" / "checkpoints" / "step-00000008.safetensors")
     assert {value.dtype for name, value in tensors.items() if name.startswith(("model.", "ema."))} == {torch.float32}
-    ours, theirs = (
-        [row["loss"] for row in rows(out) if "loss" in row] for out in (tmp_path / "bf16", digits)
-    )
+    ours, theirs = ([row["loss"] for row in rows(out) if "loss" in row] for out in (tmp_path / "bf16", digits))
     assert ours == pytest.approx(theirs, rel=0.02)
     assert ours != theirs
 
