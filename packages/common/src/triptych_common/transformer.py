@@ -42,7 +42,7 @@ def linear(
     model as long as its products. In inference mode only, since that kernel has no derivative, and only where calling the
     layer does nothing else.
     """
-    eager = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    eager = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()  # the latter would break a graph
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
     float32 = x.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if _ONEDNN and x.is_cpu and eager and plain and float32 and x.numel() >= _ENOUGH:
