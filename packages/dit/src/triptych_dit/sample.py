@@ -38,14 +38,26 @@ GRID = 100  # images in grid.png
 
 
 @dataclass(frozen=True)
-class SampleConfig(CommonOptions, SamplerSettings):
+class ModelOptions:
+    """Which model, and how it is run."""
+
+    checkpoint: str = "runs/dit"
+    """a model file, the folder of a finished training run, a released checkpoint or its name (DiT-XL/2@256), or a folder of
+    diffusers"""
+    vae: str | None = None
+    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
+    precision: Literal["float32", "bf16", "float64"] | None = None
+    """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
+    compile_blocks: bool = False
+    """torch.compile each block: pays on a GPU for thousands of images"""
+
+
+@dataclass(frozen=True)
+class SampleConfig(CommonOptions, SamplerSettings, ModelOptions):
     """Sample images from a trained model. Repeating the command resumes it."""
 
     out: Path = Path("runs/samples")
     """where to write samples.npz (arr_0: NHWC uint8, arr_1: labels) and grid.png"""
-    checkpoint: str = "runs/dit"
-    """a model file, the folder of a finished training run, a released checkpoint or its name (DiT-XL/2@256), or a folder of
-    diffusers"""
     num_samples: int = 100
     """images to make"""
     labels: tuple[int, ...] = ()
@@ -54,12 +66,6 @@ class SampleConfig(CommonOptions, SamplerSettings):
     """write each image to OUT/images too, as 000123-CLASS.png"""
     batch_size: int = 100
     """images at once on each rank; changes speed, not results"""
-    vae: str | None = None
-    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
-    precision: Literal["float32", "bf16", "float64"] | None = None
-    """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
-    compile_blocks: bool = False
-    """torch.compile each block: pays on a GPU for thousands of images"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -22,7 +22,7 @@ from triptych_common.run import RunDirectory
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
-from triptych_dit.sample import identity, place
+from triptych_dit.sample import ModelOptions, identity, place
 from triptych_dit.samples_file import read_npz, write_npz
 from triptych_dit.sampling import SamplerSettings, check_labels, evaluations, sample_images
 from triptych_dit.video import FORMATS, import_av, write_video
@@ -32,13 +32,11 @@ STRIP_LENGTH = 10
 
 
 @dataclass(frozen=True)
-class WalkConfig(CommonOptions, SamplerSettings):
+class WalkConfig(CommonOptions, SamplerSettings, ModelOptions):
     """Film a walk: between noises at one class or blend of classes, or between several classes with the noise fixed."""
 
     out: Path = Path("runs/walk")
     """where to write walk.mp4, walk.png (a strip of frames) and walk.npz (all frames)"""
-    checkpoint: str = "runs/dit"
-    """a model file, or the folder of a finished training run"""
     sampler: str = "ddim"
     """ddim: deterministic, so that neighbouring frames are alike; also ddpm, and a scheduler of diffusers by its name"""
     num_inference_steps: int = 50
@@ -59,12 +57,6 @@ class WalkConfig(CommonOptions, SamplerSettings):
     """mp4 (extra: video) or gif"""
     batch_size: int = 50
     """frames at once; changes speed, not results"""
-    vae: str | None = None
-    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
-    precision: Literal["float32", "bf16", "float64"] | None = None
-    """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
-    compile_blocks: bool = False
-    """torch.compile each block: pays on a GPU for thousands of frames"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
