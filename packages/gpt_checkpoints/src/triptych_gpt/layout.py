@@ -1,0 +1,123 @@
+"""The order of a network's parameters in theta, the flat vector that G.pt reads and writes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterLayout:
+    """Names and shapes of a network's parameters, in the order they have in theta.
+
+    Two layouts are equal when names, shapes and their order are.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(int(n) for n in shape) for name, shape in self.shapes.items()}
+        if not shapes:
+            raise ValueError("a layout needs at least one parameter, got none; give a network that has weights")
+        for name, shape in shapes.items():
+            if min(shape, default=1) < 1:
+                raise ValueError(f"{name}: shape {shape} has no entries; every dimension must be 1 or more")
+        object.__setattr__(self, "shapes", shapes)
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "ParameterLayout":
+        """Floating-point entries of the network's state_dict, in its order: BatchNorm's running statistics are in theta,
+        its count of batches is not.
+
+        Raises ValueError for a network without any, or with one tensor under two names.
+        """
+        shapes, seen = {}, {}
+        for name, tensor in network.state_dict(keep_vars=True).items():
+            if not tensor.is_floating_point():
+                continue
+            if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+                raise ValueError(f"{name}: a lazy layer that has no shape yet; call the network on an input first")
+            if id(tensor) in seen:
+                raise ValueError(
+                    f"{name} and {seen[id(tensor)]} are one tensor, which theta would hold twice; give each its own"
+                )
+            seen[id(tensor)] = name
+            shapes[name] = tuple(tensor.shape)
+        return cls(shapes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
+
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Where in theta each parameter lies."""
+        spans, start = {}, 0
+        for name, shape in self.shapes.items():
+            spans[name] = slice(start, start + math.prod(shape))
+            start = spans[name].stop
+        return spans
+
+    @cached_property
+    def size(self) -> int:
+        """D, the length of theta."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def flatten(self, state_dict: Mapping[str, Tensor]) -> Float[Tensor, "*batch D"]:
+        """theta of a state dict in any order, or of tensors that all have the same batch dimensions in front.
+
+        Entries that are not floating-point are left out. Raises ValueError naming the first tensor that does not fit.
+        """
+        missing = [name for name in self.shapes if name not in state_dict]
+        if missing:
+            raise ValueError(f"{missing[0]}: absent from the state dict; give one of the network of this layout")
+        for name, tensor in state_dict.items():
+            if name not in self.shapes and tensor.is_floating_point():
+                raise ValueError(f"{name}: not in the layout; give a state dict of the network of this layout")
+        first, shape = next(iter(self.shapes.items()))
+        batch = tuple(state_dict[first].shape)[: state_dict[first].ndim - len(shape)]
+        for name, shape in self.shapes.items():
+            if tuple(state_dict[name].shape) != batch + shape:
+                found = tuple(state_dict[name].shape)
+                raise ValueError(f"{name}: shape {found} in the state dict, the layout expects {batch + shape}")
+        return torch.cat([state_dict[name].reshape(*batch, -1) for name in self.shapes], dim=-1)
+
+    def unflatten(self, theta: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
+        """Views of theta, [*batch, *shape] for each parameter; without a batch, arguments for functional_call.
+
+        Raises ValueError where theta has another length.
+        """
+        self.check(theta)
+        batch = theta.shape[:-1]
+        return {name: theta[..., self.spans[name]].view((*batch, *shape)) for name, shape in self.shapes.items()}
+
+    def check(self, theta: Float[Tensor, "*batch D"]) -> None:
+        """Raises ValueError where theta's length is not this layout's."""
+        if theta.shape[-1] != self.size:
+            raise ValueError(f"theta has {theta.shape[-1]:,} entries, the layout {self.size:,}; use the same network")
+
+    def to_json(self) -> list[list[Any]]:
+        """[[name, [dimension, ...]], ...]: a list, since readers of JSON may reorder an object."""
+        return [[name, list(shape)] for name, shape in self.shapes.items()]
+
+    @classmethod
+    def from_json(cls, content: Sequence[Sequence[Any]]) -> "ParameterLayout":
+        """The layout that `to_json` described. Raises ValueError for anything else."""
+        try:
+            shapes = {str(name): tuple(int(n) for n in shape) for name, shape in content}
+        except (TypeError, ValueError) as error:
+            raise ValueError("not a parameter layout; expected a list of [name, [dimension, ...]]") from error
+        if len(shapes) != len(content):
+            raise ValueError("a parameter layout that lists a name twice; make or fetch the file again")
+        return cls(shapes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParameterLayout) and list(self.shapes.items()) == list(other.shapes.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.shapes.items()))

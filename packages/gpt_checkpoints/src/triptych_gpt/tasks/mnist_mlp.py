@@ -1,0 +1,50 @@
+"""Two-layer perceptrons on digits: the thesis's MNIST task, and a small sibling for laptops.  [thesis 3.3]"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn import functional as F
+from triptych_common.data import load
+
+from triptych_gpt.tasks.supervised import Items, SupervisedTask
+
+MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the released recipe rounds them
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A named set of digits, normalised; side 14 averages 2x2 pixels."""
+
+    name: str = "mnist"
+    side: int = 28
+
+    def __call__(self, part: str) -> Items:
+        """Items of part "train" or "test", inputs [items, side * side]."""
+        images = load(self.name, "train" if part == "train" else "held_out")
+        pixels = images.images.float() / 255
+        if pixels.shape[1:] != (1, 28, 28):
+            raise ValueError(
+                f"data {self.name!r}: images of {tuple(pixels.shape[1:])}; expected digits, mnist or mnist5k"
+            )
+        return Items(((F.avg_pool2d(pixels, 28 // self.side) - MEAN) / STD).flatten(1), images.labels)
+
+
+@dataclass(frozen=True)
+class Perceptron:
+    """Builds inputs-hidden-10 with ReLU; every layer as PyTorch draws it, U(+-1/sqrt(fan-in))."""
+
+    inputs: int
+    hidden: int = 10
+
+    def __call__(self) -> nn.Sequential:
+        layers = {
+            "fc1": nn.Linear(self.inputs, self.hidden),
+            "relu": nn.ReLU(),
+            "fc2": nn.Linear(self.hidden, 10),
+        }
+        return nn.Sequential(OrderedDict(layers))
+
+
+MNIST_MLP = SupervisedTask(name="mnist_mlp", network=Perceptron(784), data=Digits("mnist"), epochs=25)
+MNIST_MLP_14 = SupervisedTask(name="mnist_mlp_14", network=Perceptron(196), data=Digits("mnist5k", side=14), epochs=25)

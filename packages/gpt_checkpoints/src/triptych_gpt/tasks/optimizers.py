@@ -1,0 +1,59 @@
+"""Optimisers that treat every parameter entry on its own, and so may train a whole stack of networks as if each were alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from math import cos, pi
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+ELEMENTWISE_OPTIMIZERS = (
+    "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """An optimiser of `torch.optim` by name, its keyword arguments, and the schedule of its learning rate.
+
+    schedule: "cosine" multiplies the rate of epoch e of E by (1 + cos(pi e / E)) / 2 and keeps it through the epoch, as the
+    released recipes do; "constant" leaves it. Raises ValueError for an optimiser that mixes networks (LBFGS, say).
+    """
+
+    name: str = "SGD"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.name not in ELEMENTWISE_OPTIMIZERS:
+            raise ValueError(f"optimizer {self.name!r}: expected one of {', '.join(ELEMENTWISE_OPTIMIZERS)}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule {self.schedule!r}: expected cosine or constant")
+        known = signature(getattr(torch.optim, self.name)).parameters
+        unknown = [name for name in self.arguments if name not in known or name == "params"]
+        if unknown or "lr" not in self.arguments:
+            raise ValueError(
+                f"arguments of {self.name}: " + (f"unknown {unknown[0]!r}" if unknown else "lr is missing; give it")
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.arguments["lr"])
+
+    def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser of some parameters, in its fused form where there is one."""
+        kind = getattr(torch.optim, self.name)
+        fused = {"fused": True} if "fused" in signature(kind).parameters and "fused" not in self.arguments else {}
+        return kind(list(parameters), **self.arguments, **fused)
+
+    def rate(self, epoch: int, epochs: int) -> float:
+        """Learning rate of an epoch, counted from 0."""
+        return self.learning_rate * (0.5 * (1 + cos(pi * epoch / epochs)) if self.schedule == "cosine" else 1.0)
+
+
+def momentum_sgd(lr: float | int = 0.1, weight_decay: float | int = 5e-4) -> OptimizerSettings:
+    """SGD with Nesterov momentum 0.9 and cosine annealing: what trained the networks of the thesis.  [thesis 3.3]"""
+    arguments = {"lr": lr, "momentum": 0.9, "nesterov": True, "weight_decay": weight_decay}
+    return OptimizerSettings("SGD", arguments, "cosine")

@@ -1,0 +1,265 @@
+"""Supervised tasks: a network, data, a loss and an optimiser."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from triptych_common.checkpoint import digest
+from triptych_common.randomness import generator, permutation
+
+from triptych_gpt.derive import derive
+from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.tasks.initialisers import INITIALISERS, initial_networks
+from triptych_gpt.tasks.measures import cross_entropy, zero_one
+from triptych_gpt.tasks.networks import Measure, Scored, score_networks, train_networks
+from triptych_gpt.tasks.optimizers import OptimizerSettings, momentum_sgd
+from triptych_gpt.tasks.stack import Stack
+from triptych_gpt.tasks.task import Cohort, Metric, Speed, Task, Trajectories
+
+
+@dataclass(frozen=True)
+class Items:
+    """One part of a data set, in memory."""
+
+    inputs: Float[Tensor, "items *shape"]
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets) or not len(self.inputs):
+            raise ValueError(
+                f"{len(self.inputs)} inputs and {len(self.targets)} targets: expected as many, at least one"
+            )
+
+    def first(self, count: int) -> "Items":
+        """Items spread evenly over all, `count` at most."""
+        chosen = torch.linspace(0, len(self.inputs) - 1, min(count, len(self.inputs))).long()
+        return Items(self.inputs[chosen], self.targets[chosen])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Items":
+        return Items(self.inputs.to(device, dtype), self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric that is the mean of a measure over one part of the data."""
+
+    metric: Metric
+    part: Literal["train", "test"]
+    measure: Measure
+
+
+CLASSIFICATION = (
+    Score(Metric("test_loss", "lower", meaning="mean cross-entropy of the test items, nats"), "test", cross_entropy),
+    Score(Metric("test_error", "lower", meaning="fraction of test items misclassified"), "test", zero_one),
+    Score(Metric("train_loss", "lower", meaning="mean cross-entropy of a fixed part of the training items, nats"),
+          "train", cross_entropy),
+)  # fmt: skip
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""(inputs [items, *shape], generator) -> inputs as a network sees them this time."""
+
+
+@dataclass(frozen=True)
+class SupervisedTask(Task):
+    """Networks trained by minibatches of labelled items.  [thesis 3.3, Algorithm 1]
+
+    network: builds one, freshly drawn, anything from an `nn.Sequential` (fast, and its symmetry is derived) to any module
+    whose forward pass takes a batch (give `permutations` where derivation fails). data: the "train" and "test" items.
+    augment: what training inputs go through each time. scored_train_items: how many training items `train_loss` is the
+    mean over, spread evenly over the set. Epochs reshuffle the items and drop the last, smaller batch.
+
+    Raises ValueError, when used, for a batch larger than the data or a network whose symmetry cannot be derived.
+    """
+
+    name: str
+    network: Callable[[], nn.Module]
+    data: Callable[[str], Items]
+    epochs: int
+    batch_size: int = 128
+    optimizer: OptimizerSettings = field(default_factory=momentum_sgd)
+    loss: Measure = cross_entropy
+    scores: tuple[Score, ...] = CLASSIFICATION
+    augment: Augment | None = None
+    scored_train_items: int = 500
+    permutations: PermutationSpec | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "scored_train_items"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+
+    @cached_property
+    def stack(self) -> Stack:
+        with torch.random.fork_rng(devices=[]):
+            return Stack(self.network())
+
+    @property
+    def layout(self) -> ParameterLayout:
+        return self.stack.layout
+
+    @cached_property
+    def symmetry(self) -> PermutationSpec:
+        return self.permutations or derive(self.stack.network)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(score.metric for score in self.scores)
+
+    @property
+    def initialisers(self) -> tuple[str, ...]:
+        return INITIALISERS
+
+    @cached_property
+    def items(self) -> Mapping[str, Items]:
+        """Both parts of the data."""
+        return {part: self.data(part) for part in ("train", "test")}
+
+    @cached_property
+    def scored(self) -> Mapping[str, Items]:
+        """What networks are scored on."""
+        return {"train": self.items["train"].first(self.scored_train_items), "test": self.items["test"]}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        items = len(self.items["train"].inputs)
+        if items < self.batch_size:
+            raise ValueError(f"batch_size {self.batch_size}: task {self.name} has {items:,} training items; use fewer")
+        return items // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def recipe(self) -> dict[str, Any]:
+        parts = {part: {"inputs": items.inputs.contiguous(), "targets": items.targets.contiguous()}
+                 for part, items in self.items.items()}  # fmt: skip
+        return {
+            "network": str(self.stack.network),
+            "layout": self.layout.to_json(),
+            "data": {"name": describe(self.data), **{part: digest(items)[:16] for part, items in parts.items()}},
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "loss": describe(self.loss),
+            "metrics": {s.metric.name: f"{describe(s.measure)} of {s.part} items" for s in self.scores},
+            "scored_train_items": self.scored_train_items,
+            "augment": None if self.augment is None else describe(self.augment),
+            **self.settings(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.name, "schedule": self.optimizer.schedule, **self.optimizer.arguments}
+
+    def initial(self, seed: int, runs: Sequence[int], initialiser: str = "default") -> Float[Tensor, "runs D"]:
+        return initial_networks(self.network, seed, runs, initialiser)
+
+    def train_cohort(
+        self, cohort: Cohort, device: torch.device, networks_at_once: int, dtype: torch.dtype = torch.float32
+    ) -> Trajectories:
+        train = self.items["train"].to(device, dtype)
+        record = recorded_steps(cohort, self.steps)
+        theta = torch.empty(len(cohort.runs), cohort.checkpoints, self.layout.size, dtype=dtype, device=device)
+        losses = torch.empty(theta.shape[:2], dtype=dtype)
+        rates = [self.optimizer.rate(s // self.steps_per_epoch, self.epochs) for s in range(self.steps)]
+        for here in even_slices(len(cohort.runs), networks_at_once):
+            runs = cohort.runs[here]
+            start = self.initial(cohort.seed, runs, cohort.initialiser).to(device, dtype)
+            batches = self.minibatches(train, cohort, runs)
+            losses[here] = train_networks(
+                self.stack, start, batches, rates, self.loss, self.optimizer, record[here].to(device), theta[here],
+                shared=cohort.shared_batches,
+            ).cpu()  # fmt: skip
+        return Trajectories(theta.cpu(), record, {"minibatch_loss": losses})
+
+    def minibatches(self, train: Items, cohort: Cohort, runs: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """What some runs of a cohort see, step by step: [items, ...] shared, or [runs, items, ...]."""
+        orders = [f"cohort-{cohort.number}"] if cohort.shared_batches else [f"run-{run}" for run in runs]
+        for step in range(self.steps):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if batch == 0:
+                count = len(train.inputs)
+                shuffled = [permutation(cohort.seed, f"batches/{order}", epoch, count) for order in orders]
+                shuffled = torch.stack(shuffled).to(train.targets.device)
+            chosen = shuffled[:, batch * self.batch_size : (batch + 1) * self.batch_size]
+            seen = (train.inputs.index_select(0, rows) for rows in chosen)
+            inputs = [self._seen(x, cohort.seed, order, step) for x, order in zip(seen, orders, strict=True)]
+            if cohort.shared_batches:
+                yield inputs[0], train.targets[chosen[0]]
+            else:
+                yield torch.stack(inputs), train.targets[chosen]
+
+    def _seen(self, inputs: Tensor, seed: int, order: str, step: int) -> Tensor:
+        return inputs if self.augment is None else self.augment(inputs, generator(seed, f"augment/{order}", step))
+
+    def evaluate(
+        self, theta: Float[Tensor, "n D"], *, networks_at_once: int | None = None
+    ) -> dict[str, Float[Tensor, " n"]]:
+        parts = []
+        for part, items in self.scored.items():
+            items = items.to(theta.device, theta.dtype)
+            measures = {score.metric.name: score.measure for score in self.scores if score.part == part}
+            parts += [Scored(items.inputs, items.targets, measures)] if measures else []
+        many = networks_at_once or (50 if theta.device.type == "cpu" else 1024)
+        found = score_networks(self.stack, theta, parts, networks_at_once=many, items_at_once=1000)
+        return {metric.name: found[metric.name] for metric in self.metrics}
+
+    def measure(self, device: torch.device, cohort_runs: int) -> Speed:
+        """Trains networks for a few steps, as many at once as the cohort has or fewer, and scores some."""
+        timed = {}
+        for count in candidate_counts(cohort_runs):
+            brief = Cohort(0, 0, range(count), checkpoints=2)
+            short = replace(self, epochs=1)
+            short.__dict__.update(items={"train": self.items["train"].first(self.batch_size * 12)}, stack=self.stack)
+            start = None
+            for _ in range(2):  # the first is warm-up
+                start = time.perf_counter()
+                short.train_cohort(brief, device, count)
+            timed[count] = (time.perf_counter() - start) / short.steps / count
+        best = min(timed, key=timed.get)
+        theta = self.initial(0, range(min(50, cohort_runs))).to(device)
+        self.evaluate(theta[:1])
+        start = time.perf_counter()
+        self.evaluate(theta)["" or self.metrics[0].name].cpu()
+        return Speed(best, timed[best] * self.steps, (time.perf_counter() - start) / len(theta))
+
+
+def candidate_counts(cohort_runs: int) -> list[int]:
+    """Numbers of networks worth timing, the whole cohort and its halves down to eight."""
+    counts = [cohort_runs]
+    while counts[-1] > 8:
+        counts.append(-(-counts[-1] // 2))
+    return counts
+
+
+def even_slices(total: int, at_most: int) -> list[slice]:
+    """As few slices of 0 .. total-1 as that size permits, about equally long."""
+    parts = -(-total // at_most)
+    bounds = [total * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+
+
+def recorded_steps(cohort: Cohort, steps: int) -> Int[Tensor, "runs checkpoints"]:
+    """After how many steps each run is recorded: none, random ones without replacement, all.  [thesis 3.3]
+
+    Raises ValueError where the run has too few steps, or fewer than two checkpoints are wanted.
+    """
+    if not 2 <= cohort.checkpoints <= steps + 1:
+        raise ValueError(
+            f"checkpoints {cohort.checkpoints}: expected 2 to {steps + 1:,}, one before each of the {steps:,} steps and a last"
+        )
+    between = [
+        torch.randperm(steps - 1, generator=generator(cohort.seed, "recorded", run))[: cohort.checkpoints - 2] + 1
+        for run in cohort.runs
+    ]
+    ends = torch.tensor([0, steps]).expand(len(cohort.runs), 2)
+    return torch.cat([ends, torch.stack(between)], dim=1).sort(1).values
+
+
+def describe(thing: Any) -> str:
+    """A callable as a recipe notes it."""
+    return repr(thing) if is_dataclass(thing) else f"{thing.__module__}.{thing.__qualname__}"

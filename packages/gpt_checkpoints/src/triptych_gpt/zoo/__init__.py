@@ -1,0 +1,1 @@
+"""The zoo: collecting training runs, storing and reading them."""

@@ -1,0 +1,121 @@
+"""Where work is done: processes of this machine, or Ray. Both run the same function on the same units of work."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+"""glibc: keep the megabytes that every step frees and asks for again, instead of returning them page by page"""
+
+_device = "cpu"
+
+
+def devices(device: torch.device, workers: int) -> list[str]:
+    """The device of each worker: all GPUs in turn where the device is "cuda" without a number."""
+    if device.type == "cuda" and device.index is None:
+        return [f"cuda:{i % torch.cuda.device_count()}" for i in range(workers)]
+    return [str(device)] * workers
+
+
+def run_local(function: Callable[[Any, str], Any], units: Sequence[Any], devices: Sequence[str]) -> Iterator[Any]:
+    """Results of function(unit, device) as they come, from one process a device, each of one thread.
+
+    Leaving the iterator early, by an error or an interruption, ends the processes; so does the end of this one, however it
+    ends. Raises what a unit raised; MemoryError where a process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = context.SimpleQueue()
+    for device in devices:
+        waiting.put(device)
+    with _environment({"OMP_NUM_THREADS": "1", **_ALLOCATOR}):
+        pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_start, initargs=(waiting,))
+        try:
+            for future in as_completed([pool.submit(_call, function, unit) for unit in units]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise MemoryError(
+                "a worker process died, perhaps for want of memory; use fewer --workers or a smaller --cohort-runs, and repeat"
+            ) from error
+        finally:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_ray(function: Callable[[Any, str], Any], units: Sequence[Any], devices: Sequence[str]) -> Iterator[Any]:
+    """The same on Ray: a cluster where RAY_ADDRESS names one, else this machine with one CPU a device.
+
+    All machines must see the folder that units write to. Raises ImportError without the package.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("--engine ray needs a package: pip install 'triptych-gpt[ray]'") from error
+    on_gpu = devices[0].startswith("cuda")
+    cluster = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": len(devices), "include_dashboard": False}
+    ray.init(
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", **_ALLOCATOR}},
+        **cluster,
+    )
+    try:
+        remote = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=1)(_single_thread)
+        pending = [remote.remote(function, unit, "cuda" if on_gpu else devices[0]) for unit in units]
+        while pending:
+            done, pending = ray.wait(pending)
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.RayError as error:
+                raise MemoryError(f"a Ray worker died ({type(error).__name__}); repeat the command to go on") from error
+    finally:
+        ray.shutdown()
+
+
+ENGINES = {"local": run_local, "ray": run_ray}
+
+
+def _start(waiting: Any) -> None:
+    """Make a process a worker: one thread, no signals of its own, no life beyond its parent's."""
+    global _device
+    _device = waiting.get()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(1)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _call(function: Callable[[Any, str], Any], unit: Any) -> Any:
+    return function(unit, _device)
+
+
+def _single_thread(function: Callable[[Any, str], Any], unit: Any, device: str) -> Any:
+    torch.set_num_threads(1)
+    return function(unit, device)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: value for name, value in values.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)

@@ -1,0 +1,190 @@
+"""Commands that read a zoo: what it holds, whether it is whole, and one checkpoint of it as a plain state dict."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from triptych_common import checkpoint, foreign
+from triptych_common.cli import CommonOptions, say
+from triptych_common.progress import Progress
+
+from triptych_gpt.zoo.manifest import Manifest, damages
+from triptych_gpt.zoo.zoo import Zoo
+
+QUANTILES = (0.05, 0.5, 0.95)
+_PICKLE_SUFFIXES = (".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class InfoConfig(CommonOptions):
+    """Tell what a zoo holds: runs by split, checkpoints, bytes, and the range of its metrics."""
+
+    zoo: Path = Path("runs/zoo")
+    """folder of the zoo, finished or growing"""
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+@dataclass(frozen=True)
+class VerifyConfig(CommonOptions):
+    """Read every file of a zoo and compare it with its checksum."""
+
+    zoo: Path = Path("runs/zoo")
+    """folder of the zoo, finished or growing"""
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+@dataclass(frozen=True)
+class ExportConfig(CommonOptions):
+    """Write one checkpoint of a zoo as a plain state dict that load_state_dict takes."""
+
+    zoo: Path = Path("runs/zoo")
+    """folder of the zoo"""
+    run: int = 0
+    """number of the run"""
+    checkpoint: str = "-1"
+    """0 .. checkpoints-1, or from the end (-1: the last), or best:METRIC, such as best:test_loss"""
+    out: Path = Path("runs/checkpoint.safetensors")
+    """file to write: .safetensors, which also tells task, run, step and metrics, or .pt/.pth for torch.load"""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix not in (".safetensors", *_PICKLE_SUFFIXES):
+            raise ValueError(f"out {self.out}: expected a file ending in .safetensors, .pt or .pth")
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+def info(config: InfoConfig) -> dict[str, Any]:
+    """What the zoo holds.
+
+    Raises FileNotFoundError where there is none, ValueError for a damaged one.
+    """
+    zoo = Zoo(config.zoo)
+    result = facts_of(zoo)
+    rows = {
+        "task": f"{zoo.task}, {zoo.layout.size:,} parameters",
+        "runs": ", ".join(f"{count:,} {split}" for split, count in zoo.splits.items()) or "none yet",
+        "dropped": ", ".join(f"{reason}: {count:,}" for reason, count in result["dropped"].items()) or "none",
+        "checkpoints": f"{result['checkpoints']:,}, {zoo.checkpoints:,} a run",
+        "bytes": f"{result['bytes']:,} in {result['shards']:,} shards of {zoo.facts['dtype']}",
+    }
+    if result["checkpoints"]:
+        rows["a checkpoint"] = f"{result['bytes_per_checkpoint']:,.0f} bytes"
+    for name, value in rows.items():
+        say(f"{name:<14}{value}")
+    if result["metrics"]:
+        say(f"{'quantiles':<14}{'':<10}" + "".join(f"{quantile:>12.0%}" for quantile in QUANTILES))
+    for name, moments in result["metrics"].items():
+        for moment in ("initial", "final", "best"):
+            values = "".join(f"{value:>12.5g}" for value in moments[moment])
+            say(f"{name if moment == 'initial' else '':<14}{moment:<10}{values}")
+    return result
+
+
+def facts_of(zoo: Zoo) -> dict[str, Any]:
+    """Counts, sizes and quantiles of the metrics over all runs, JSON-able."""
+    size = sum(file.bytes for record in zoo.manifest.shards for file in record.files().values())
+    count = len(zoo) * zoo.checkpoints
+    return {
+        "zoo": str(zoo.path),
+        "task": zoo.task,
+        "parameters": zoo.layout.size,
+        "dtype": zoo.facts["dtype"],
+        "runs": zoo.splits,
+        "dropped": dict(Counter(zoo.dropped.values()).most_common()),
+        "checkpoints_per_run": zoo.checkpoints,
+        "checkpoints": count,
+        "shards": len(zoo.manifest.shards),
+        "bytes": size,
+        "bytes_per_checkpoint": size / count if count else None,
+        "quantiles": list(QUANTILES),
+        "metrics": {name: _moments(zoo, name) for name in zoo.metric_names} if count else {},
+    }
+
+
+def _moments(zoo: Zoo, name: str) -> dict[str, Any]:
+    values = zoo.metrics(name)
+    best = values.amin(1) if zoo.better[name] == "lower" else values.amax(1)
+    moments = {"initial": values[:, 0], "final": values[:, -1], "best": best}
+    return {"better": zoo.better[name], **{moment: _quantiles(found) for moment, found in moments.items()}}
+
+
+def _quantiles(values: Float[Tensor, " runs"]) -> list[float | None]:
+    """None where there is no number: JSON has no NaN."""
+    found = torch.quantile(values.double(), torch.tensor(QUANTILES, dtype=torch.float64))
+    return [value if value == value else None for value in found.tolist()]
+
+
+def verify(config: VerifyConfig) -> dict[str, Any]:
+    """Compare every file with its checksum and tell all that is damaged.
+
+    Raises FileNotFoundError where there is no zoo, ValueError where anything is damaged.
+    """
+    manifest = Manifest.read(config.zoo)
+    sizes = [file.bytes for record in manifest.shards for file in record.files().values()]
+    found = []
+    with Progress("verify", sum(sizes), "bytes") as progress:
+        for damage in damages(manifest, progress=progress.advance):
+            found.append(damage)
+            say(str(damage))
+    if found:
+        shards = len({damage.shard for damage in found})
+        raise ValueError(
+            f"{config.zoo}: {shards:,} of {len(manifest.shards):,} shards damaged; run {manifest.remedy()}"
+        )
+    say(f"{config.zoo}: {len(manifest.shards):,} shards, {sum(sizes):,} bytes, all as they were written")
+    return {"zoo": str(config.zoo), "shards": len(manifest.shards), "bytes": sum(sizes), "damaged": 0}
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write one checkpoint; returns what it is.
+
+    Raises FileNotFoundError where there is no zoo; ValueError for a run or checkpoint it does not hold, listing what it
+    does; OSError when the disk refuses.
+    """
+    zoo = Zoo(config.zoo)
+    row = zoo.row_of(config.run)
+    place = _checkpoint(zoo, row, config.checkpoint)
+    theta = zoo.theta([row], [place])[0]
+    state_dict = zoo.layout.unflatten(theta)
+    facts = {
+        "task": zoo.task,
+        "run": config.run,
+        "split": str(zoo.runs.split[row]),
+        "checkpoint": place,
+        "step": int(zoo.steps[row, place]),
+        "metrics": {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names},
+    }
+    if config.out.suffix in _PICKLE_SUFFIXES:
+        foreign.write(config.out, state_dict)
+    else:
+        checkpoint.write(config.out, state_dict, {"kind": "state dict", **facts})
+    told = ", ".join(f"{name} {value:.5g}" for name, value in facts["metrics"].items())
+    say(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {facts['step']:,} ({told})")
+    return {"out": str(config.out), **facts}
+
+
+def _checkpoint(zoo: Zoo, row: int, text: str) -> int:
+    """Number of the checkpoint of a run that `text` asks for."""
+    if text.startswith("best:"):
+        name = text.removeprefix("best:")
+        values = zoo.metrics(name)[row]
+        return int(values.argmin() if zoo.better[name] == "lower" else values.argmax())
+    try:
+        place = int(text)
+    except ValueError:
+        place = zoo.checkpoints
+    if not -zoo.checkpoints <= place < zoo.checkpoints:
+        metrics = ", ".join(f"best:{name}" for name in zoo.metric_names)
+        raise ValueError(
+            f"checkpoint {text!r}: expected 0..{zoo.checkpoints - 1}, -{zoo.checkpoints}..-1 from the end, or {metrics}"
+        )
+    return place % zoo.checkpoints

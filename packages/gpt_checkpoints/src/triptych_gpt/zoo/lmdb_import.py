@@ -1,0 +1,203 @@
+"""Import of the released G.pt checkpoint data: its LMDB environments become an ordinary zoo."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from triptych_common.cli import CommonOptions, say
+from triptych_common.progress import Progress
+from triptych_common.run import RunDirectory, provenance
+
+from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.zoo.lmdb_runs import (
+    SUPERVISED,
+    Source,
+    checkpoints_of,
+    find_runs,
+    read_metric,
+    read_theta,
+    require_lmdb,
+)
+from triptych_gpt.zoo.manifest import MANIFEST, Manifest, damages
+from triptych_gpt.zoo.store import DTYPES, CohortData, shard_name, write_shard
+
+_CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
+ORIGIN = "released G.pt data"
+MAX_WEIGHT = 10.0  # runs that leave this range anywhere are dropped, as the released code drops them
+
+
+@dataclass(frozen=True)
+class ImportConfig(CommonOptions):
+    """Make a zoo of the released G.pt checkpoint data; repeat the command to go on after an interruption."""
+
+    lmdb: Path = Path("checkpoint_datasets/mnist")
+    """folder of the released data: one LMDB environment a run, or for several runs"""
+    out: Path = Path("runs/zoo")
+    """folder of the zoo"""
+    task: str = "mnist_mlp"
+    """task whose network the checkpoints are of"""
+    num_test_runs: int = 500
+    """runs in the test split, the last ones by name; released: 500 for MNIST, 2050 for the others"""
+    checkpoints: int = 200
+    """checkpoints of a run; runs with another number are dropped"""
+    cohort_runs: int = 50
+    """runs in a shard"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: half the bytes, 8 bits of precision"""
+    repair: bool = False
+    """verify the shards that are there, and import damaged ones again"""
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_test_runs": 0, "checkpoints": 2, "cohort_runs": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+
+    def resolved(self) -> dict[str, Any]:
+        runs, skipped = find_runs(self.lmdb)
+        return {"config": asdict(self), "runs": len(runs), "unfinished_folders": skipped}
+
+
+def import_lmdb(
+    config: ImportConfig, layout: ParameterLayout, metrics: Mapping[str, Source] = SUPERVISED
+) -> dict[str, Any]:
+    """Write the zoo, or the rest of it; returns counts.
+
+    Runs are numbered as the released code orders them, folders by name; the last `num_test_runs` are the test split.
+    layout: of the task's network. Raises ValueError for data of another layout or network, a damaged or a foreign folder;
+    ImportError without the package lmdb; OSError when the disk refuses, all shards written before intact.
+    """
+    require_lmdb()
+    runs, skipped = find_runs(config.lmdb)
+    if len(runs) <= config.num_test_runs:
+        raise ValueError(
+            f"num_test_runs {config.num_test_runs}: expected less than the {len(runs):,} runs in {config.lmdb}"
+        )
+    names = xxhash.xxh3_128("/".join(name for name, _ in runs).encode()).hexdigest()
+    settings = {"origin": ORIGIN, "runs": len(runs), "run_names": names}
+    identity = {**settings, **{name: getattr(config, name) for name in _CHOSEN}}
+    with RunDirectory(config.out, identity):
+        manifest = _manifest(config, layout, metrics, identity)
+        again = {damage.shard for damage in damages(manifest)} if config.repair else set()
+        with Progress("import", len(runs), "runs") as progress:
+            progress.at(0)
+            for split, cohort in _cohorts(len(runs), config):
+                name = shard_name(cohort)
+                if name not in manifest.names or name in again:
+                    data = _read_cohort(cohort, runs, split, config.checkpoints, layout, metrics)
+                    record = write_shard(config.out, name, data, config.dtype)
+                    manifest.commit(record, replace=name in again)
+                progress.advance(len(cohort))
+    return _told(config, manifest, skipped)
+
+
+def _manifest(
+    config: ImportConfig, layout: ParameterLayout, metrics: Mapping[str, Source], recipe: Mapping[str, Any]
+) -> Manifest:
+    if (config.out / MANIFEST).exists():
+        manifest = Manifest.read(config.out)
+        if manifest.layout != layout:
+            raise ValueError(f"{config.out}: a zoo of another version of {config.task}; use another --out")
+        return manifest
+    options = " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in _CHOSEN)
+    facts = {
+        "task": config.task,
+        "layout": layout.to_json(),
+        "checkpoints": config.checkpoints,
+        "dtype": config.dtype,
+        "metrics": {name: source.better for name, source in metrics.items()},
+        "recipe": dict(recipe),
+        "repair": f"triptych-gpt import --repair --lmdb {shlex.quote(str(config.lmdb))} {options}",
+        "provenance": provenance(),
+    }
+    return Manifest.create(config.out, facts)
+
+
+def _cohorts(runs: int, config: ImportConfig) -> Iterator[tuple[str, range]]:
+    """Splits and the consecutive runs of each shard, none in two splits."""
+    first_test = runs - config.num_test_runs
+    for split, numbers in (("train", range(first_test)), ("test", range(first_test, runs))):
+        for start in range(0, len(numbers), config.cohort_runs):
+            yield split, numbers[start : start + config.cohort_runs]
+
+
+def _read_cohort(
+    cohort: range,
+    runs: Sequence[tuple[str, Path]],
+    split: str,
+    checkpoints: int,
+    layout: ParameterLayout,
+    metrics: Mapping[str, Source],
+) -> CohortData:
+    theta = np.empty((len(cohort), checkpoints, layout.size), dtype=np.float32)
+    steps = np.empty((len(cohort), checkpoints), dtype=np.int64)
+    values = {name: np.empty((len(cohort), checkpoints), dtype=np.float32) for name in metrics}
+    kept, dropped = [], {}
+    for run in cohort:
+        row = len(kept)
+        reason = _read_run(*runs[run], layout, metrics, theta[row], steps[row], {n: v[row] for n, v in values.items()})
+        if reason is None:
+            kept.append(run)
+        else:
+            dropped[run] = reason
+    used = slice(len(kept))
+    return CohortData(
+        runs=kept,
+        theta=torch.from_numpy(theta[used]),
+        steps=torch.from_numpy(steps[used]),
+        metrics={name: torch.from_numpy(found[used]) for name, found in values.items()},
+        settings={"split": split, "origin": ORIGIN, "name": np.array([runs[run][0] for run in kept])},
+        dropped=dropped,
+    )
+
+
+def _read_run(
+    name: str,
+    folder: Path,
+    layout: ParameterLayout,
+    metrics: Mapping[str, Source],
+    theta: np.ndarray,
+    steps: np.ndarray,
+    values: Mapping[str, np.ndarray],
+) -> str | None:
+    """Fill a run's theta [checkpoints, D], steps and values [checkpoints]; why it is dropped, if it is."""
+    listed = checkpoints_of(name, folder)
+    if len(listed) != len(steps):
+        return f"{len(listed)} checkpoints"
+    order = sorted(listed, key=lambda key: listed[key][0])
+    steps[:] = [listed[key][0] for key in order]
+    for metric, source in metrics.items():
+        values[metric][:] = [read_metric(source, listed[key][1], folder, key) for key in order]
+    read_theta(folder, order, layout, theta)
+    if not all(np.isfinite(found).all() for found in (theta, *values.values())):
+        return "non-finite"
+    return f"|theta| > {MAX_WEIGHT:g}" if max(theta.max(), -theta.min()) > MAX_WEIGHT else None
+
+
+def _told(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
+    kept = Counter(train=0, test=0)
+    dropped: Counter[str] = Counter()
+    for record in manifest.shards:
+        kept[record.split] += len(record.runs)
+        dropped.update(record.dropped.values())
+    say(
+        f"wrote {config.out}: {kept['train']:,} training and {kept['test']:,} test runs; dropped {dropped.total():,}, "
+        f"skipped {skipped:,} folders without DONE.txt"
+    )
+    if not kept.total():
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common(3))
+        raise ValueError(f"{config.lmdb}: no run could be used ({reasons}); see --checkpoints and --task")
+    return {
+        "out": str(config.out),
+        "runs": dict(kept),
+        "dropped": dict(dropped),
+        "unfinished_folders": skipped,
+        "shards": len(manifest.shards),
+    }

@@ -1,0 +1,104 @@
+"""Pairs of checkpoints of one run, as G.pt trains on them: theta and a later theta*, with the metrics of both.
+
+How they are drawn is a plain function of (seed, counters, number of runs, checkpoints of a run), a `Sampling`; row n of
+a batch depends on the seed and on counter n alone, so neither batch size nor interruptions change what is drawn.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from triptych_common.randomness import shuffled, uniform
+
+from triptych_gpt.zoo.zoo import Zoo
+
+
+class Draw(NamedTuple):
+    """What a sampling draws: 0 <= run < runs, and two of its checkpoints, start < target."""
+
+    run: Int[Tensor, " n"]
+    start: Int[Tensor, " n"]
+    target: Int[Tensor, " n"]
+
+
+Sampling = Callable[[int, Sequence[int], int, int], Draw]
+
+
+def thesis(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
+    """A run uniformly, then one of its C(C-1)/2 pairs of checkpoints uniformly.  [thesis 3.2.2]"""
+    run = _below(runs, seed, "pairs thesis run", counters)
+    one = _below(checkpoints, seed, "pairs thesis one", counters)
+    other = _below(checkpoints - 1, seed, "pairs thesis other", counters)
+    other += other >= one  # any checkpoint but `one`
+    return Draw(run, torch.minimum(one, other), torch.maximum(one, other))
+
+
+def released(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
+    """As the released code draws: runs in turn, reshuffled every epoch; a spacing uniformly in 1 .. C-1, then a start
+    uniformly among those it leaves.
+
+    A start at the initialisation is then sum(1/s for s in 1 .. C-1) times as frequent as among uniform starts: 5.9 times
+    for 200 checkpoints.
+    """
+    run = shuffled(seed, "pairs released run", counters, runs)
+    spacing = 1 + _below(checkpoints - 1, seed, "pairs released spacing", counters)
+    start = _below(checkpoints - spacing, seed, "pairs released start", counters)
+    return Draw(run, start, start + spacing)
+
+
+SAMPLINGS: dict[str, Sampling] = {"thesis": thesis, "released": released}
+
+
+class PairBatch(NamedTuple):
+    """n pairs: theta at `checkpoints` of `runs` (numbers), theta_star at the later `checkpoints_star` of the same runs."""
+
+    theta: Float[Tensor, "n D"]
+    theta_star: Float[Tensor, "n D"]
+    metrics: dict[str, Float[Tensor, " n"]]
+    metrics_star: dict[str, Float[Tensor, " n"]]
+    runs: Int[Tensor, " n"]
+    checkpoints: Int[Tensor, " n"]
+    checkpoints_star: Int[Tensor, " n"]
+
+
+class Pairs:
+    """An endless sequence of pairs from the runs of one split of a zoo.
+
+    sampling: a name in SAMPLINGS, or a function of that kind. Raises ValueError for another name, or a split without runs.
+    """
+
+    def __init__(self, zoo: Zoo, split: str = "train", sampling: str | Sampling = "thesis", seed: int = 0) -> None:
+        if isinstance(sampling, str) and sampling not in SAMPLINGS:
+            raise ValueError(f"sampling {sampling!r}: expected one of {', '.join(SAMPLINGS)}")
+        self.zoo, self.split, self.seed = zoo, split, seed
+        self.sampling: Sampling = SAMPLINGS[sampling] if isinstance(sampling, str) else sampling
+        self.rows = torch.from_numpy(zoo.runs_in(split))
+
+    def draw(
+        self, counters: Sequence[int], out: tuple[Float[Tensor, "n D"], Float[Tensor, "n D"]] | None = None
+    ) -> PairBatch:
+        """The pairs at these counters, on the CPU; theta and theta_star are written into `out` where given.
+
+        Raises ValueError for a negative counter.
+        """
+        if len(counters) and min(counters) < 0:
+            raise ValueError(f"counter {min(counters)}: expected 0 or more")
+        drawn = self.sampling(self.seed, counters, len(self.rows), self.zoo.checkpoints)
+        rows, (theta, theta_star) = self.rows[drawn.run], out or (None, None)
+        metrics = {name: self.zoo.metrics(name) for name in self.zoo.metric_names}
+        return PairBatch(
+            theta=self.zoo.theta(rows, drawn.start, theta),
+            theta_star=self.zoo.theta(rows, drawn.target, theta_star),
+            metrics={name: values[rows, drawn.start] for name, values in metrics.items()},
+            metrics_star={name: values[rows, drawn.target] for name, values in metrics.items()},
+            runs=torch.from_numpy(self.zoo.runs.run)[rows],
+            checkpoints=drawn.start,
+            checkpoints_star=drawn.target,
+        )
+
+
+def _below(n: int | Int[Tensor, " n"], seed: int, stream: str, counters: Sequence[int]) -> Int[Tensor, " n"]:
+    """An integer uniformly in 0 .. n-1 for each counter; n may differ between them."""
+    return (uniform(seed, stream, counters) * n).long()

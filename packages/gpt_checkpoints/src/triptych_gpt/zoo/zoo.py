@@ -1,0 +1,213 @@
+"""Reading a zoo: its runs as a table, metrics and steps as matrices, theta row by row from mapped files."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.zoo.manifest import Damage, Manifest, damages
+from triptych_gpt.zoo.store import DTYPES, INDEX, SHARDS, THETA
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Indices = Int[Tensor, " n"] | Int[np.ndarray, " n"] | Sequence[int]
+_BLOCK_ROWS = 64  # bfloat16 rows widened at a time, while they are still in the cache
+
+
+class RunTable(NamedTuple):
+    """The runs of a zoo by number, without dropped ones: which split each is in, and where it lies."""
+
+    run: Int[np.ndarray, " runs"]
+    split: Shaped[np.ndarray, " runs"]  # text
+    shard: Int[np.ndarray, " runs"]  # index into the manifest's shards
+    row: Int[np.ndarray, " runs"]  # within the shard
+
+
+class Zoo:
+    """A zoo, finished or growing, as it stood when it was opened.
+
+    Files are mapped when their rows are first asked for. A "row" below is a row of `runs`, not a run's number. Raises
+    FileNotFoundError where there is no zoo, ValueError for a file that is missing or truncated; contents are only compared
+    with their checksums by `verify`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        for damage in damages(self.manifest, contents=False):
+            raise ValueError(f"{damage}; run {self.manifest.remedy()}")
+        self.facts: Mapping[str, Any] = self.manifest.facts
+        self.task: str = self.facts["task"]
+        self.layout: ParameterLayout = self.manifest.layout
+        self.checkpoints: int = self.facts["checkpoints"]
+        self.better: dict[str, str] = dict(self.facts["metrics"])
+        self.runs = self._run_table()
+        self._maps: dict[int, np.ndarray] = {}
+        self._columns: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.runs.run)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return tuple(self.better)
+
+    @cached_property
+    def splits(self) -> dict[str, int]:
+        """Number of runs in each split that has any."""
+        names, counts = np.unique(self.runs.split, return_counts=True)
+        return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+    @property
+    def dropped(self) -> dict[int, str]:
+        """Runs that were trained but not kept, and why."""
+        return {run: reason for record in self.manifest.shards for run, reason in record.dropped.items()}
+
+    def runs_in(self, split: str) -> Int[np.ndarray, " rows"]:
+        """Rows of the runs of a split, ascending. Raises ValueError for one that has none."""
+        if split not in self.splits:
+            held = ", ".join(f"{name} ({count:,} runs)" for name, count in self.splits.items())
+            raise ValueError(f"split {split!r}: no runs in {self.path}, which holds {held or 'none yet'}")
+        return np.nonzero(self.runs.split == split)[0]
+
+    def row_of(self, run: int) -> int:
+        """Row of the run of this number. Raises ValueError for a run that is not kept."""
+        row = int(np.searchsorted(self.runs.run, run))
+        if row < len(self) and self.runs.run[row] == run:
+            return row
+        if run in self.dropped:
+            raise ValueError(f"run {run}: dropped when {self.path} was made ({self.dropped[run]}); choose another")
+        held = f"runs {self.runs.run[0]}..{self.runs.run[-1]}, {len(self):,} of them" if len(self) else "no runs yet"
+        raise ValueError(f"run {run}: not in {self.path}, which holds {held}")
+
+    def metrics(self, name: str) -> Float[Tensor, "runs checkpoints"]:
+        """A metric of every checkpoint, float32; read once. Raises ValueError for one that is not recorded."""
+        if name not in self.better:
+            raise ValueError(f"metric {name!r}: expected one of {', '.join(self.better)}, those of {self.path}")
+        return self._column(name)
+
+    @property
+    def steps(self) -> Int[Tensor, "runs checkpoints"]:
+        """Optimiser steps taken before every checkpoint; read once."""
+        return self._column("step")
+
+    def theta(
+        self, rows: Indices, checkpoints: Indices, out: Float[Tensor, "n D"] | None = None
+    ) -> Float[Tensor, "n D"]:
+        """Checkpoint `checkpoints[i]` of the run at row `rows[i]`, for each i: float32 on the CPU, nothing else is copied.
+
+        `out` (contiguous; pinned, say) is filled and returned where given; for batches above some 30 MB that is several
+        times faster than fresh memory, which the system clears page by page. Raises IndexError outside the zoo.
+        """
+        rows, checkpoints = _checked(rows, len(self), "row"), _checked(checkpoints, self.checkpoints, "checkpoint")
+        if out is None:
+            out = torch.empty(len(rows), self.layout.size)
+        shards, places = self.runs.shard[rows], self.runs.row[rows] * self.checkpoints + checkpoints
+        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist()}
+        where = zip(shards.tolist(), places.tolist(), strict=True)
+        if self.facts["dtype"] == "float32":
+            for row, (shard, place) in zip(out.numpy(), where, strict=True):
+                row[:] = maps[shard][place]
+            return out
+        block = np.empty((_BLOCK_ROWS, self.layout.size), dtype=np.int16)
+        for part in out.split(_BLOCK_ROWS):
+            for row, (shard, place) in zip(block, where, strict=False):
+                row[:] = maps[shard][place]
+            part.copy_(torch.from_numpy(block[: len(part)]).view(torch.bfloat16))
+        return out
+
+    def index(self, columns: Sequence[str] | None = None) -> "pyarrow.Table":
+        """The index of all shards, by run and checkpoint: run, checkpoint, step, the metrics and the settings.
+
+        Raises ValueError for a column that no shard has, or a damaged file.
+        """
+        import pyarrow as pa
+
+        order = sorted((record for record in self.manifest.shards if record.index), key=lambda record: record.first)
+        tables = [self._read_index(record.name, columns) for record in order]
+        return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+
+    def verify(self) -> list[Damage]:
+        """Read every file; all that are not as they were written."""
+        return list(damages(self.manifest))
+
+    def _run_table(self) -> RunTable:
+        order = sorted(range(len(self.manifest.shards)), key=lambda shard: self.manifest.shards[shard].first)
+        records = [(shard, self.manifest.shards[shard]) for shard in order]
+        counts = np.array([len(record.runs) for _, record in records], dtype=np.int64)
+        return RunTable(
+            run=np.array([run for _, record in records for run in record.runs], dtype=np.int64),
+            split=np.repeat(np.array([record.split for _, record in records], dtype=np.str_), counts),
+            shard=np.repeat(np.array(order, dtype=np.int64), counts),
+            row=np.array([row for count in counts for row in range(count)], dtype=np.int64),
+        )
+
+    def _map(self, shard: int) -> np.ndarray:
+        """A shard's checkpoints [runs * checkpoints, D] where they lie in the file. safetensors maps it without keeping
+        it open, as numpy would: a thousand shards exhaust a process's file descriptors.
+        """
+        if shard not in self._maps:
+            record = self.manifest.shards[shard]
+            path = self.path / SHARDS / (record.name + THETA)
+            shape = (len(record.runs), self.checkpoints, self.layout.size)
+            dtype = DTYPES[self.facts["dtype"]][1]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    theta = file.get_tensor("theta")
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(path) from error
+            if tuple(theta.shape) != shape or theta.dtype != dtype:
+                raise self._damaged(path)
+            bits = theta if dtype == torch.float32 else theta.view(torch.int16)  # numpy has no bfloat16
+            self._maps[shard] = bits.view(-1, self.layout.size).numpy()
+            self._maps[shard].flags.writeable = False
+        return self._maps[shard]
+
+    def _column(self, name: str) -> Tensor:
+        if name not in self._columns:
+            shape = (len(self), self.checkpoints)
+            values = torch.empty(shape, dtype=torch.int64 if name == "step" else torch.float32)
+            for shard in np.unique(self.runs.shard).tolist():
+                rows = torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])
+                record = self.manifest.shards[shard]
+                found = self._read_index(record.name, [name]).column(name).to_numpy()
+                if len(found) != len(rows) * self.checkpoints:
+                    raise self._damaged(self.path / SHARDS / (record.name + INDEX))
+                values[rows] = torch.tensor(found, dtype=values.dtype).view(len(rows), -1)
+            self._columns[name] = values
+        return self._columns[name]
+
+    def _read_index(self, name: str, columns: Sequence[str] | None) -> "pyarrow.Table":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.path / SHARDS / (name + INDEX)
+        try:
+            with pq.ParquetFile(path) as file:
+                held = file.schema_arrow.names
+                absent = [column for column in columns or () if column not in held]
+                table = file.read(None if columns is None else list(columns)) if not absent else None
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(path) from error
+        if absent:
+            raise ValueError(f"{path}: no column {absent[0]!r}; expected one of {', '.join(held)}")
+        return table
+
+    def _damaged(self, path: Path) -> ValueError:
+        return ValueError(f"{path}: damaged; run {self.manifest.remedy()}")
+
+
+def _checked(indices: Indices, n: int, what: str) -> Int[np.ndarray, " n"]:
+    indices = np.asarray(indices, dtype=np.int64)
+    if len(indices) and not 0 <= indices.min() <= indices.max() < n:
+        worst = int(indices.min() if indices.min() < 0 else indices.max())
+        raise IndexError(f"{what} {worst}: expected 0..{n - 1}")
+    return indices
