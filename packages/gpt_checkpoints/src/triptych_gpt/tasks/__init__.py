@@ -10,13 +10,12 @@ from triptych_gpt.tasks.cifar_cnn import CIFAR_CNN
 from triptych_gpt.tasks.measures import cross_entropy, zero_one
 from triptych_gpt.tasks.mnist_mlp import MNIST_MLP, MNIST_MLP_14
 from triptych_gpt.tasks.optimizers import OptimizerSettings, momentum_sgd
-from triptych_gpt.tasks.supervised import CLASSIFICATION, Items, Score, SupervisedTask
+from triptych_gpt.tasks.supervised import Items, Score, SupervisedTask, classification
 from triptych_gpt.tasks.task import Cohort, Metric, Prompts, Speed, Task, Trajectories
 
 TASKS: dict[str, Task] = {task.name: task for task in (MNIST_MLP, MNIST_MLP_14, CIFAR_CNN)}
 
 __all__ = [
-    "CLASSIFICATION",
     "TASKS",
     "Cohort",
     "Items",
@@ -28,6 +27,7 @@ __all__ = [
     "SupervisedTask",
     "Task",
     "Trajectories",
+    "classification",
     "cross_entropy",
     "momentum_sgd",
     "open_task",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.data import load
 
-from triptych_gpt.tasks.supervised import Items, SupervisedTask
+from triptych_gpt.tasks.supervised import Items, SupervisedTask, classification
+from triptych_gpt.tasks.task import Prompts
 
 MEAN = (125.3, 123.0, 113.9)  # of the training pixels in 0 .. 255, red, green, blue
 STD = (63.0, 62.1, 66.7)
@@ -85,5 +86,10 @@ class SmallConvNet:
 
 
 CIFAR_CNN = SupervisedTask(
-    name="cifar_cnn", network=SmallConvNet(), data=Pictures(), epochs=50, augment=FlipAndCrop()
-)  # fmt: skip
+    name="cifar_cnn",
+    network=SmallConvNet(),
+    data=Pictures(),
+    epochs=50,
+    augment=FlipAndCrop(),
+    scores=classification(Prompts(1.2, 1.4), Prompts(0.35, 0.45)),
+)

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from triptych_common.data import load
 
-from triptych_gpt.tasks.supervised import Items, SupervisedTask
+from triptych_gpt.tasks.supervised import Items, SupervisedTask, classification
+from triptych_gpt.tasks.task import Prompts
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the released recipe rounds them
 
@@ -46,5 +47,7 @@ class Perceptron:
         return nn.Sequential(OrderedDict(layers))
 
 
-MNIST_MLP = SupervisedTask(name="mnist_mlp", network=Perceptron(784), data=Digits("mnist"), epochs=25)
-MNIST_MLP_14 = SupervisedTask(name="mnist_mlp_14", network=Perceptron(196), data=Digits("mnist5k", side=14), epochs=25)
+_SCORES = classification(Prompts(0.0, 0.0, 0.9), Prompts(0.05, 0.05, 0.9))
+
+MNIST_MLP = SupervisedTask("mnist_mlp", Perceptron(784), Digits("mnist"), epochs=25, scores=_SCORES)
+MNIST_MLP_14 = SupervisedTask("mnist_mlp_14", Perceptron(196), Digits("mnist5k", side=14), epochs=25, scores=_SCORES)

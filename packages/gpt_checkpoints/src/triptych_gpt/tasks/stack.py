@@ -67,6 +67,19 @@ class Stack:
         """Whether every layer has its own batched form; otherwise vmap runs the network."""
         return self._layer is not None
 
+    def widest(self, inputs: Float[Tensor, "one *shape"]) -> int:
+        """Numbers in the largest output of a layer for one item and one network: what limits how much fits at once."""
+        sizes = [1]
+        leaves = [module for module in self.network.modules() if not list(module.children())]
+        hooks = [m.register_forward_hook(lambda m, args, output: sizes.append(output.numel())) for m in leaves]
+        try:
+            with torch.no_grad():
+                self.network.eval()(inputs.to(next(self.network.parameters())))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(sizes)
+
     def __call__(
         self, parameters: Parameters, inputs: Tensor, *, shared: bool = True, training: bool = False
     ) -> Float[Tensor, "networks items out"]:
@@ -90,7 +103,7 @@ class Stack:
 
     def _vmapped(self, parameters: Parameters, inputs: Tensor, shared: bool, training: bool) -> Tensor:
         self.network.train(training)
-        dims = ({name: 0 for name in parameters}, None if shared else 0)
+        dims = (dict.fromkeys(parameters, 0), None if shared else 0)
         return vmap(lambda p, x: functional_call(self.network, p, x), in_dims=dims)(dict(parameters), inputs)
 
 

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from triptych_gpt.tasks.measures import cross_entropy, zero_one
 from triptych_gpt.tasks.networks import Measure, Scored, score_networks, train_networks
 from triptych_gpt.tasks.optimizers import OptimizerSettings, momentum_sgd
 from triptych_gpt.tasks.stack import Stack
-from triptych_gpt.tasks.task import Cohort, Metric, Speed, Task, Trajectories
+from triptych_gpt.tasks.task import Cohort, Metric, Prompts, Speed, Task, Trajectories
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,18 @@ class Score:
     measure: Measure
 
 
-CLASSIFICATION = (
-    Score(Metric("test_loss", "lower", meaning="mean cross-entropy of the test items, nats"), "test", cross_entropy),
-    Score(Metric("test_error", "lower", meaning="fraction of test items misclassified"), "test", zero_one),
-    Score(Metric("train_loss", "lower", meaning="mean cross-entropy of a fixed part of the training items, nats"),
-          "train", cross_entropy),
-)  # fmt: skip
+def classification(loss: Prompts | None = None, error: Prompts | None = None) -> tuple[Score, ...]:
+    """The metrics of a classifier, with the prompts for its loss and its error."""
+    return (
+        Score(Metric("test_loss", "lower", loss, "mean cross-entropy of the test items, nats"), "test", cross_entropy),
+        Score(Metric("test_error", "lower", error, "fraction of test items misclassified"), "test", zero_one),
+        Score(
+            Metric("train_loss", "lower", loss, "mean cross-entropy of some training items, nats"),
+            "train",
+            cross_entropy,
+        ),
+    )
+
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """(inputs [items, *shape], generator) -> inputs as a network sees them this time."""
@@ -84,7 +91,7 @@ class SupervisedTask(Task):
     batch_size: int = 128
     optimizer: OptimizerSettings = field(default_factory=momentum_sgd)
     loss: Measure = cross_entropy
-    scores: tuple[Score, ...] = CLASSIFICATION
+    scores: tuple[Score, ...] = field(default_factory=classification)
     augment: Augment | None = None
     scored_train_items: int = 500
     permutations: PermutationSpec | None = None
@@ -196,36 +203,37 @@ class SupervisedTask(Task):
     def _seen(self, inputs: Tensor, seed: int, order: str, step: int) -> Tensor:
         return inputs if self.augment is None else self.augment(inputs, generator(seed, f"augment/{order}", step))
 
-    def evaluate(
-        self, theta: Float[Tensor, "n D"], *, networks_at_once: int | None = None
-    ) -> dict[str, Float[Tensor, " n"]]:
+    def evaluate(self, theta: Float[Tensor, "n D"]) -> dict[str, Float[Tensor, " n"]]:
         parts = []
         for part, items in self.scored.items():
             items = items.to(theta.device, theta.dtype)
             measures = {score.metric.name: score.measure for score in self.scores if score.part == part}
             parts += [Scored(items.inputs, items.targets, measures)] if measures else []
-        many = networks_at_once or (50 if theta.device.type == "cpu" else 1024)
-        found = score_networks(self.stack, theta, parts, networks_at_once=many, items_at_once=1000)
+        room = (1 << (20 if theta.device.type == "cpu" else 28)) // self.stack.widest(parts[0].inputs[:1])
+        items_at_once = min(1000, max(64, room))
+        found = score_networks(
+            self.stack, theta, parts, networks_at_once=max(1, room // items_at_once), items_at_once=items_at_once
+        )
         return {metric.name: found[metric.name] for metric in self.metrics}
 
     def measure(self, device: torch.device, cohort_runs: int) -> Speed:
-        """Trains networks for a few steps, as many at once as the cohort has or fewer, and scores some."""
-        timed = {}
+        """Times some steps of as many networks as the cohort has, or of fewer, and the scoring of their first state."""
+        train, theta = self.items["train"].to(device, torch.float32), self.initial(0, range(cohort_runs)).to(device)
+        steps, timed = min(self.steps, 16), {}
+        record = torch.tensor([0, steps], device=device).expand(cohort_runs, 2)
+        out = torch.empty(cohort_runs, 2, self.layout.size, device=device)
+        batches = list(islice(self.minibatches(train, Cohort(0, 0, range(cohort_runs)), range(1)), steps))
         for count in candidate_counts(cohort_runs):
-            brief = Cohort(0, 0, range(count), checkpoints=2)
-            short = replace(self, epochs=1)
-            short.__dict__.update(items={"train": self.items["train"].first(self.batch_size * 12)}, stack=self.stack)
-            start = None
             for _ in range(2):  # the first is warm-up
-                start = time.perf_counter()
-                short.train_cohort(brief, device, count)
-            timed[count] = (time.perf_counter() - start) / short.steps / count
-        best = min(timed, key=timed.get)
-        theta = self.initial(0, range(min(50, cohort_runs))).to(device)
-        self.evaluate(theta[:1])
-        start = time.perf_counter()
-        self.evaluate(theta)["" or self.metrics[0].name].cpu()
-        return Speed(best, timed[best] * self.steps, (time.perf_counter() - start) / len(theta))
+                began = time.perf_counter()
+                few = (batches, [0.0] * steps, self.loss, self.optimizer, record[:count], out[:count])
+                train_networks(self.stack, theta[:count], *few)
+                out[0, 0, 0].item()  # waits for the device
+                timed[count] = (time.perf_counter() - began) / steps / count
+        best = min(timed, key=timed.__getitem__)
+        began = time.perf_counter()
+        self.evaluate(theta)[self.metrics[0].name].cpu()
+        return Speed(best, timed[best] * self.steps, (time.perf_counter() - began) / len(theta))
 
 
 def candidate_counts(cohort_runs: int) -> list[int]:
@@ -240,7 +248,7 @@ def even_slices(total: int, at_most: int) -> list[slice]:
     """As few slices of 0 .. total-1 as that size permits, about equally long."""
     parts = -(-total // at_most)
     bounds = [total * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def recorded_steps(cohort: Cohort, steps: int) -> Int[Tensor, "runs checkpoints"]:

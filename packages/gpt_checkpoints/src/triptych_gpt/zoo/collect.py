@@ -141,14 +141,14 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             _collect(manifest, [*again, *missing], {damaged.shard for damaged in again}, config)
         else:
             say(f"{config.out} has its {config.runs:,} runs already")
-    kept = {split: 0 for split in ("train", "validation", "test")}
+    kept = dict.fromkeys(("train", "validation", "test"), 0)
     for record in manifest.shards:
         kept[record.split] += len(record.runs)
     dropped = sum(len(record.dropped) for record in manifest.shards)
-    for split in ("validation", "test"):
+    for split, cohort in (("test", 2), ("validation", 3)):
         if not kept[split]:
             say(
-                f"no {split} runs yet: cohort {dict(test=1, validation=2)[split]} is the first; raise --runs or lower --cohort-runs"
+                f"no {split} runs: they would be the {cohort}. cohort of {config.cohort_runs}; raise --runs or lower --cohort-runs"
             )
     size = sum(file.bytes for record in manifest.shards for file in record.files().values())
     say(f"{sum(kept.values()):,} runs ({dropped:,} dropped), {size / 1e9:.2f} GB: {config.out}")
