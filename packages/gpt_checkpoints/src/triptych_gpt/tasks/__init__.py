@@ -2,15 +2,15 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 from triptych_gpt.tasks.cifar_cnn import CIFAR_CNN
+from triptych_gpt.tasks.items import Items
 from triptych_gpt.tasks.measures import cross_entropy, zero_one
 from triptych_gpt.tasks.mnist_mlp import MNIST_MLP, MNIST_MLP_14
 from triptych_gpt.tasks.optimizers import OptimizerSettings, momentum_sgd
-from triptych_gpt.tasks.supervised import Items, Score, SupervisedTask, classification
+from triptych_gpt.tasks.supervised import Score, SupervisedTask, classification
 from triptych_gpt.tasks.task import Cohort, Metric, Prompts, Speed, Task, Trajectories
 
 TASKS: dict[str, Task] = {task.name: task for task in (MNIST_MLP, MNIST_MLP_14, CIFAR_CNN)}
@@ -49,7 +49,7 @@ def open_task(spec: str, *, data: str | None = None, epochs: int | None = None) 
     else:
         raise ValueError(f"task {spec!r}: expected one of {', '.join(TASKS)}, or file.py:NAME")
     if data is not None:
-        if not (isinstance(task, SupervisedTask) and hasattr(task.data, "name")):
+        if not (isinstance(task, SupervisedTask) and is_dataclass(task.data) and hasattr(task.data, "name")):
             raise ValueError(f"data {data!r}: task {task.name} has data of its own; leave out --data")
         task = replace(task, data=replace(task.data, name=data))
     if epochs is not None:
@@ -69,15 +69,28 @@ def _from_file(path: Path, name: str) -> Task:
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"{path}: cannot be run ({type(error).__name__}: {error})") from error
-    found: object | Callable[[], object] = getattr(module, name, None)
-    if found is None:
+        del sys.modules[module_name]
+        raise ValueError(f"{path}: cannot be run ({_line(error)})") from error
+    task = getattr(module, name, None)
+    if task is None:
         raise ValueError(f"{path}: has no {name}; expected the name of a Task in it")
-    task = found() if callable(found) and not isinstance(found, Task) else found
-    if not isinstance(task, Task):
+    if isinstance(task, type) or (callable(task) and not _is_task(task)):
+        try:
+            task = task()
+        except Exception as error:
+            raise ValueError(f"{path}: {name}() fails ({_line(error)})") from error
+    if not _is_task(task):
         missing = [part for part in _PARTS if not hasattr(task, part)]
         raise ValueError(f"{path}: {name} is a {type(task).__name__}, no Task (it lacks {', '.join(missing)})")
     return task
+
+
+def _is_task(found: object) -> bool:
+    return isinstance(found, SupervisedTask) or isinstance(found, Task)  # noqa: SIM101 - the second may load the data
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 _PARTS = (

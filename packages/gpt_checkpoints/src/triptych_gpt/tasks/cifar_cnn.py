@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.data import load
 
-from triptych_gpt.tasks.supervised import Items, SupervisedTask, classification
+from triptych_gpt.tasks.items import Items
+from triptych_gpt.tasks.supervised import SupervisedTask, classification
 from triptych_gpt.tasks.task import Prompts
 
 MEAN = (125.3, 123.0, 113.9)  # of the training pixels in 0 .. 255, red, green, blue
@@ -27,7 +28,8 @@ class Pictures:
         if images.images.shape[1:] != (3, 32, 32):
             raise ValueError(f"data {self.name!r}: images of {tuple(images.images.shape[1:])}; expected cifar10")
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-        return Items((images.images.float() - mean) / std, images.labels)
+        pixels = images.images.float().sub_(mean).div_(std)  # in place: 600 MB, not three times as much
+        return Items(pixels, images.labels)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class FlipAndCrop:
 
     padding: int = 4
     offsets: int = 8
+
+    def __post_init__(self) -> None:
+        if self.padding < 0 or not 1 <= self.offsets <= 2 * self.padding + 1:
+            raise ValueError(
+                f"offsets {self.offsets}: with padding {self.padding} expected 1 to {2 * self.padding + 1}"
+            )
 
     def __call__(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
         items, _, height, width = inputs.shape

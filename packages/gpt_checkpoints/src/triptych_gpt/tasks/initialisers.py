@@ -1,7 +1,8 @@
 """Ways to draw the weights of a network before training.  [thesis 3.4.3]
 
-Apart from a network's own ("default"), all draw every weight of two or more dimensions and set biases to zero, as the papers
-that introduced them do: Glorot and Bengio 2010 (Xavier), He et al. 2015 (Kaiming), Saxe et al. 2014 (orthogonal).
+Apart from a network's own ("default"), all draw every weight of two or more dimensions and set its layer's biases to zero, as
+the papers that introduced them do: Glorot and Bengio 2010 (Xavier), He et al. 2015 (Kaiming), Saxe et al. 2014 (orthogonal).
+Normalisation, and other layers without such a weight, start as they always do.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +48,8 @@ def initial_networks(
     thetas = []
     with torch.random.fork_rng(devices=[]):  # modules draw from the global generator
         for run in runs:
-            torch.random.manual_seed(generator(seed, f"init-{initialiser}", run).initial_seed())
+            # not torch.manual_seed, which would seed every GPU's generator, too
+            torch.default_generator.manual_seed(generator(seed, f"init-{initialiser}", run).initial_seed())
             built = network()
             if initialiser != "default":
                 _draw(built, _DRAWS[initialiser])
@@ -55,11 +57,15 @@ def initial_networks(
     return torch.stack(thetas).float()
 
 
+_NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # their weights may have two dimensions
+
+
 def _draw(network: nn.Module, draw: Callable[[Tensor], object]) -> None:
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, _NORMALISATIONS) or all(parameter.ndim < 2 for parameter in own):
             continue
-        for parameter in module.parameters(recurse=False):
+        for parameter in own:
             if parameter.ndim > 1:
                 draw(parameter)
             else:

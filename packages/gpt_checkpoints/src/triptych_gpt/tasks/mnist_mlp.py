@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from triptych_common.data import load
 
-from triptych_gpt.tasks.supervised import Items, SupervisedTask, classification
+from triptych_gpt.tasks.items import Items
+from triptych_gpt.tasks.supervised import SupervisedTask, classification
 from triptych_gpt.tasks.task import Prompts
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the released recipe rounds them
@@ -15,10 +16,17 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the relea
 
 @dataclass(frozen=True)
 class Digits:
-    """A named set of digits, normalised; side 14 averages 2x2 pixels."""
+    """A named set of digits, normalised; side 14 averages 2x2 pixels.
+
+    Raises ValueError, when called, for images that are no digits.
+    """
 
     name: str = "mnist"
     side: int = 28
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or 28 % self.side:
+            raise ValueError(f"side {self.side}: expected a divisor of 28, over which pixels are averaged")
 
     def __call__(self, part: str) -> Items:
         """Items of part "train" or "test", inputs [items, side * side]."""

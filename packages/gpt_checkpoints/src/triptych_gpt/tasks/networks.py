@@ -31,7 +31,10 @@ def train_networks(
     record: after how many steps each network's checkpoints are taken, ascending; they are written to `out`. Returns the
     mean loss of each checkpoint's last minibatch, before its step (its first one for step 0).
     """
-    parameters = {name: value.contiguous() for name, value in stack.layout.unflatten(theta.clone()).items()}
+    parameters = {  # each in memory of its own, since autograd counts writes to shared memory as changes of all
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in stack.layout.unflatten(theta).items()
+    }
     trained = [parameters[name].requires_grad_() for name in stack.trainable]
     steps = optimizer.make(trained)
     due = _by_step(record)
@@ -42,7 +45,7 @@ def train_networks(
             group["lr"] = rates[step - 1]
         outputs = stack(parameters, inputs, shared=shared, training=True)
         each = loss(outputs, targets).mean(1)
-        gradients = torch.autograd.grad(each.sum(), trained)
+        gradients = torch.autograd.grad(each.sum(), trained, allow_unused=True)  # None: left alone
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         steps.step()

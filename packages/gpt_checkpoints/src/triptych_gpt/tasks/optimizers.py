@@ -37,16 +37,25 @@ class OptimizerSettings:
             raise ValueError(
                 f"arguments of {self.name}: " + (f"unknown {unknown[0]!r}" if unknown else "lr is missing; give it")
             )
+        if not (isinstance(self.arguments["lr"], float | int) and self.arguments["lr"] > 0):
+            raise ValueError(f"arguments of {self.name}: lr {self.arguments['lr']!r}; expected a number above 0")
 
     @property
     def learning_rate(self) -> float:
         return float(self.arguments["lr"])
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of some parameters, in its fused form where there is one."""
+        """The optimiser of some parameters, in its fused form where there is one.
+
+        Raises ValueError for arguments that it refuses.
+        """
         kind = getattr(torch.optim, self.name)
-        fused = {"fused": True} if "fused" in signature(kind).parameters and "fused" not in self.arguments else {}
-        return kind(list(parameters), **self.arguments, **fused)
+        chosen = {"fused", "foreach", "differentiable"} & self.arguments.keys()
+        fused = {"fused": True} if "fused" in signature(kind).parameters and not chosen else {}
+        try:  # not in __post_init__: the first optimiser of a process takes seconds of imports
+            return kind(list(parameters), **self.arguments, **fused)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"arguments of {self.name}: {error}") from error
 
     def rate(self, epoch: int, epochs: int) -> float:
         """Learning rate of an epoch, counted from 0."""

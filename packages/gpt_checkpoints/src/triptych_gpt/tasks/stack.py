@@ -4,7 +4,6 @@ An `nn.Sequential` of common layers is computed by batched products and grouped 
 share enters the first layer as one large product. Any other module goes through `torch.func.vmap`: right, but slower.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,30 +47,36 @@ class Stack:
 
     Inputs are [items, *shape], shared by all networks, or [networks, items, *shape]; outputs are [networks, items, out].
     In training mode BatchNorm normalises by each network's own minibatch and updates its running statistics in place.
-    Raises ValueError for a layer whose training draws random numbers (dropout), which no two orders of work would share.
+    The network's in-place layers are made to copy: what they would change may be everyone's input.
+    Raises ValueError for a layer whose training draws random numbers (dropout), which no two orders of work would share, and
+    for a BatchNorm whose statistics theta does not hold.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.layout = ParameterLayout.of(network)
         self.trainable = tuple(name for name, p in network.named_parameters() if p.requires_grad)
         self.network = network
-        self._layer = _compile(network, "")
         for name, module in network.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
-                raise ValueError(
-                    f"layer {name!r} ({type(module).__name__}): runs would depend on ambient randomness; leave it out"
-                )
+            _check(name, module)
+            if getattr(module, "inplace", False):
+                module.inplace = False
+        self._layer = _compile(network, "")
+        self._batchable: dict[tuple[bool, int], bool] = {}  # by kind of input
 
     @property
     def batched(self) -> bool:
-        """Whether every layer has its own batched form; otherwise vmap runs the network."""
-        return self._layer is not None
+        """Whether every layer has its own batched form for all inputs so far; otherwise vmap runs the network."""
+        return self._layer is not None and all(self._batchable.values())
 
     def widest(self, inputs: Float[Tensor, "one *shape"]) -> int:
         """Numbers in the largest output of a layer for one item and one network: what limits how much fits at once."""
         sizes = [1]
+
+        def note(module: nn.Module, args: tuple, output: object) -> None:
+            sizes.append(output.numel() if isinstance(output, Tensor) else 0)
+
         leaves = [module for module in self.network.modules() if not list(module.children())]
-        hooks = [m.register_forward_hook(lambda m, args, output: sizes.append(output.numel())) for m in leaves]
+        hooks = [module.register_forward_hook(note) for module in leaves]
         try:
             with torch.no_grad():
                 self.network.eval()(inputs.to(next(self.network.parameters())))
@@ -83,15 +88,24 @@ class Stack:
     def __call__(
         self, parameters: Parameters, inputs: Tensor, *, shared: bool = True, training: bool = False
     ) -> Float[Tensor, "networks items out"]:
-        networks = len(next(iter(parameters.values())))
-        if self._layer is not None:
-            try:
-                return self._batched(parameters, inputs, shared, training, networks)
-            except _NoBatchedForm:
-                self._layer = None
-        return self._vmapped(parameters, inputs, shared, training)
+        kind = shared, inputs.ndim
+        if kind not in self._batchable:
+            self._batchable[kind] = self._layer is not None and self._fits(parameters, inputs, shared)
+        run = self._batched if self._batchable[kind] else self._vmapped
+        return run(parameters, inputs, shared, training)
 
-    def _batched(self, parameters: Parameters, inputs: Tensor, shared: bool, training: bool, networks: int) -> Tensor:
+    def _fits(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
+        """Whether all layers can batch what they get: one network, one item, out of training so that nothing is changed."""
+        one = {name: value[:1] for name, value in parameters.items()}
+        try:
+            with torch.no_grad():
+                self._batched(one, inputs[:1] if shared else inputs[:1, :1], shared, False)
+        except _NoBatchedForm:
+            return False
+        return True
+
+    def _batched(self, parameters: Parameters, inputs: Tensor, shared: bool, training: bool) -> Tensor:
+        networks = len(next(iter(parameters.values())))
         if shared:
             state = _Activations(inputs, "input", networks)
         elif inputs.ndim == 3:
@@ -102,32 +116,47 @@ class Stack:
         return (_stacked(state) if state.kind == "input" else _features(state)).values.mT
 
     def _vmapped(self, parameters: Parameters, inputs: Tensor, shared: bool, training: bool) -> Tensor:
-        self.network.train(training)
+        any_of_them = next(iter(parameters.values()))
+        with torch.inference_mode(False):  # buffers that theta does not hold outlive this call
+            self.network.train(training).to(any_of_them.device, any_of_them.dtype)
         dims = (dict.fromkeys(parameters, 0), None if shared else 0)
         return vmap(lambda p, x: functional_call(self.network, p, x), in_dims=dims)(dict(parameters), inputs)
 
 
+def _check(name: str, module: nn.Module) -> None:
+    """Raises ValueError for a layer whose training or statistics are not a function of theta and minibatches."""
+    if (isinstance(module, nn.modules.dropout._DropoutNd) and module.p) or isinstance(module, nn.RReLU):
+        problem = "runs would depend on ambient randomness; leave it out"
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.momentum is None or not module.track_running_stats
+    ):
+        problem = "theta does not hold all of its statistics; give it a momentum and let it track running statistics"
+    else:
+        return
+    raise ValueError(f"layer {name!r} ({type(module).__name__}): {problem}")
+
+
 def _compile(module: nn.Module, name: str) -> _Layer | None:
     """The batched form of a layer, None where there is none."""
-    if isinstance(module, nn.Sequential):
-        layers = [
-            _compile(child, _join(name, key)) for key, child in module._modules.items()
-        ]  # named_children leaves out what comes twice
-        return None if None in layers else _chain(layers)
-    if isinstance(module, Residual):
-        body = _compile(module.body, _join(name, "body"))
-        return None if body is None else _residual(body)
-    for types, make in _MAKERS:
-        if isinstance(module, types):
-            return make(module, name)
-    return None
+    kind = next((base for base in type(module).__mro__ if base in _MAKERS), None)
+    if kind is None or getattr(module.forward, "__func__", None) is not kind.forward:
+        return None  # unknown, or a known layer's subclass that computes something else
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if hooked or (module._modules and kind not in (nn.Sequential, Residual)):  # parametrised, say
+        return None
+    return _MAKERS[kind](module, name)
 
 
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _chain(layers: list[_Layer]) -> _Layer:
+def _sequential(module: nn.Sequential, name: str) -> _Layer | None:
+    # named_children leaves out what comes twice
+    layers = [_compile(child, _join(name, key)) for key, child in module._modules.items()]
+    if None in layers:
+        return None
+
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
         for layer in layers:
             state = layer(parameters, state, training)
@@ -136,10 +165,17 @@ def _chain(layers: list[_Layer]) -> _Layer:
     return run
 
 
-def _residual(body: _Layer) -> _Layer:
+def _residual(module: Residual, name: str) -> _Layer | None:
+    body = _compile(module.body, _join(name, "body"))
+    if body is None:
+        return None
+
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
         state = _stacked(state)
-        return state.replaced(state.values + body(parameters, state, training).values)
+        after = body(parameters, state, training)
+        if after.kind != state.kind:
+            raise _NoBatchedForm
+        return state.replaced(state.values + after.values)
 
     return run
 
@@ -168,7 +204,7 @@ def _linear(module: nn.Linear, name: str) -> _Layer:
     has_bias = module.bias is not None
 
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
-        if state.values.ndim != (2 if state.kind == "input" else 3) or state.kind == "maps":
+        if state.kind == "maps" or state.values.ndim != (2 if state.kind == "input" else 3):
             raise _NoBatchedForm
         weight = parameters[weight_name]  # [networks, out, in]
         bias = parameters[bias_name][..., None] if has_bias else None
@@ -188,11 +224,14 @@ def _conv(module: nn.Module, name: str) -> _Layer | None:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return None
     weight_name, bias_name = _join(name, "weight"), _join(name, "bias")
-    convolve = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[type(module)]
+    rank = len(module.kernel_size)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     fixed = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
     groups, has_bias = module.groups, module.bias is not None
 
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
+        if state.kind == "features" or state.values.ndim != rank + 2:
+            raise _NoBatchedForm
         weight = parameters[weight_name].flatten(0, 1)
         bias = parameters[bias_name].flatten() if has_bias else None
         if state.kind == "input" and groups > 1:
@@ -203,9 +242,7 @@ def _conv(module: nn.Module, name: str) -> _Layer | None:
     return run
 
 
-def _batch_norm(module: nn.Module, name: str) -> _Layer | None:
-    if module.momentum is None or not module.track_running_stats:
-        return None
+def _batch_norm(module: nn.modules.batchnorm._BatchNorm, name: str) -> _Layer:
     names = [_join(name, part) for part in ("running_mean", "running_var", "weight", "bias")]
     affine, momentum, eps = module.affine, module.momentum, module.eps
 
@@ -222,13 +259,13 @@ def _batch_norm(module: nn.Module, name: str) -> _Layer | None:
 
 
 def _elementwise(module: nn.Module, name: str) -> _Layer:
-    if getattr(module, "inplace", False):  # the input may be everyone's
-        module = copy.copy(module)
-        module.inplace = False
     return lambda parameters, state, training: state.replaced(module(state.values))
 
 
-def _pooling(module: nn.Module, name: str) -> _Layer:
+def _pooling(module: nn.Module, name: str) -> _Layer | None:
+    if getattr(module, "return_indices", False):
+        return None
+
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
         if state.kind == "features":
             raise _NoBatchedForm
@@ -249,11 +286,13 @@ _ELEMENTWISE = """
 """
 _POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
 
-_MAKERS: list[tuple[tuple[type, ...], Callable[[nn.Module, str], _Layer | None]]] = [
-    ((nn.Linear,), _linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
-    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
-    (tuple(getattr(nn, name) for name in _ELEMENTWISE.split()), _elementwise),
-    (tuple(getattr(nn, f"{kind}{rank}d") for kind in _POOLING.split() for rank in (1, 2, 3)), _pooling),
-    ((nn.Flatten,), _flatten),
-]
+_MAKERS: dict[type[nn.Module], Callable[[nn.Module, str], _Layer | None]] = {
+    nn.Sequential: _sequential,
+    Residual: _residual,
+    nn.Linear: _linear,
+    nn.Flatten: _flatten,
+    **{getattr(nn, f"Conv{rank}d"): _conv for rank in (1, 2, 3)},
+    **{getattr(nn, f"BatchNorm{rank}d"): _batch_norm for rank in (1, 2, 3)},
+    **{getattr(nn, name): _elementwise for name in _ELEMENTWISE.split()},
+    **{getattr(nn, f"{kind}{rank}d"): _pooling for kind in _POOLING.split() for rank in (1, 2, 3)},
+}

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import islice, pairwise
 from typing import Any, Literal
 
@@ -16,34 +16,14 @@ from triptych_common.randomness import generator, permutation
 from triptych_gpt.derive import derive
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.tasks.describe import describe
 from triptych_gpt.tasks.initialisers import INITIALISERS, initial_networks
+from triptych_gpt.tasks.items import Items
 from triptych_gpt.tasks.measures import cross_entropy, zero_one
 from triptych_gpt.tasks.networks import Measure, Scored, score_networks, train_networks
 from triptych_gpt.tasks.optimizers import OptimizerSettings, momentum_sgd
 from triptych_gpt.tasks.stack import Stack
 from triptych_gpt.tasks.task import Cohort, Metric, Prompts, Speed, Task, Trajectories
-
-
-@dataclass(frozen=True)
-class Items:
-    """One part of a data set, in memory."""
-
-    inputs: Float[Tensor, "items *shape"]
-    targets: Tensor
-
-    def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.targets) or not len(self.inputs):
-            raise ValueError(
-                f"{len(self.inputs)} inputs and {len(self.targets)} targets: expected as many, at least one"
-            )
-
-    def first(self, count: int) -> "Items":
-        """Items spread evenly over all, `count` at most."""
-        chosen = torch.linspace(0, len(self.inputs) - 1, min(count, len(self.inputs))).long()
-        return Items(self.inputs[chosen], self.targets[chosen])
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Items":
-        return Items(self.inputs.to(device, dtype), self.targets.to(device))
 
 
 @dataclass(frozen=True)
@@ -53,6 +33,10 @@ class Score:
     metric: Metric
     part: Literal["train", "test"]
     measure: Measure
+
+    def __post_init__(self) -> None:
+        if self.part not in ("train", "test"):
+            raise ValueError(f"part {self.part!r} of metric {self.metric.name}: expected train or test")
 
 
 def classification(loss: Prompts | None = None, error: Prompts | None = None) -> tuple[Score, ...]:
@@ -100,6 +84,9 @@ class SupervisedTask(Task):
         for name in ("epochs", "batch_size", "scored_train_items"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        names = [score.metric.name for score in self.scores]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"scores {', '.join(names) or 'missing'}: expected at least one, each of another name")
 
     @cached_property
     def stack(self) -> Stack:
@@ -130,7 +117,7 @@ class SupervisedTask(Task):
     @cached_property
     def scored(self) -> Mapping[str, Items]:
         """What networks are scored on."""
-        return {"train": self.items["train"].first(self.scored_train_items), "test": self.items["test"]}
+        return {"train": self.items["train"].spread(self.scored_train_items), "test": self.items["test"]}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -148,6 +135,8 @@ class SupervisedTask(Task):
                  for part, items in self.items.items()}  # fmt: skip
         return {
             "network": str(self.stack.network),
+            "builder": describe(self.network),  # how it is drawn is not in its layers' names
+            "trained": list(self.stack.trainable),
             "layout": self.layout.to_json(),
             "data": {"name": describe(self.data), **{part: digest(items)[:16] for part, items in parts.items()}},
             "epochs": self.epochs,
@@ -189,9 +178,7 @@ class SupervisedTask(Task):
         for step in range(self.steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if batch == 0:
-                count = len(train.inputs)
-                shuffled = [permutation(cohort.seed, f"batches/{order}", epoch, count) for order in orders]
-                shuffled = torch.stack(shuffled).to(train.targets.device)
+                shuffled = self._shuffled(cohort.seed, orders, epoch).to(train.targets.device)
             chosen = shuffled[:, batch * self.batch_size : (batch + 1) * self.batch_size]
             seen = (train.inputs.index_select(0, rows) for rows in chosen)
             inputs = [self._seen(x, cohort.seed, order, step) for x, order in zip(seen, orders, strict=True)]
@@ -199,6 +186,13 @@ class SupervisedTask(Task):
                 yield inputs[0], train.targets[chosen[0]]
             else:
                 yield torch.stack(inputs), train.targets[chosen]
+
+    def _shuffled(self, seed: int, orders: Sequence[str], epoch: int) -> Int[Tensor, "orders items"]:
+        """The items each order sees in an epoch; 32 bits, since a thousand runs have a thousand orders of all items."""
+        shuffled = torch.empty(len(orders), self.steps_per_epoch * self.batch_size, dtype=torch.int32)
+        for row, order in zip(shuffled, orders, strict=True):
+            row.copy_(permutation(seed, f"batches/{order}", epoch, len(self.items["train"].inputs))[: len(row)])
+        return shuffled
 
     def _seen(self, inputs: Tensor, seed: int, order: str, step: int) -> Tensor:
         return inputs if self.augment is None else self.augment(inputs, generator(seed, f"augment/{order}", step))
@@ -210,30 +204,44 @@ class SupervisedTask(Task):
             measures = {score.metric.name: score.measure for score in self.scores if score.part == part}
             parts += [Scored(items.inputs, items.targets, measures)] if measures else []
         room = (1 << (20 if theta.device.type == "cpu" else 28)) // self.stack.widest(parts[0].inputs[:1])
-        items_at_once = min(1000, max(64, room))
+        items_at_once = min(1000, max(16, room))
         found = score_networks(
             self.stack, theta, parts, networks_at_once=max(1, room // items_at_once), items_at_once=items_at_once
         )
         return {metric.name: found[metric.name] for metric in self.metrics}
 
-    def measure(self, device: torch.device, cohort_runs: int) -> Speed:
+    def measure(self, device: torch.device, cohort_runs: int, shared_batches: bool = True) -> Speed:
         """Times some steps of as many networks as the cohort has, or of fewer, and the scoring of their first state."""
         train, theta = self.items["train"].to(device, torch.float32), self.initial(0, range(cohort_runs)).to(device)
-        steps, timed = min(self.steps, 16), {}
-        record = torch.tensor([0, steps], device=device).expand(cohort_runs, 2)
-        out = torch.empty(cohort_runs, 2, self.layout.size, device=device)
-        batches = list(islice(self.minibatches(train, Cohort(0, 0, range(cohort_runs)), range(1)), steps))
-        for count in candidate_counts(cohort_runs):
-            for _ in range(2):  # the first is warm-up
-                began = time.perf_counter()
-                few = (batches, [0.0] * steps, self.loss, self.optimizer, record[:count], out[:count])
-                train_networks(self.stack, theta[:count], *few)
-                out[0, 0, 0].item()  # waits for the device
-                timed[count] = (time.perf_counter() - began) / steps / count
+
+        def take(networks: int, steps: int) -> None:
+            cohort = Cohort(0, 0, range(networks), shared_batches=shared_batches)
+            batches = islice(self.minibatches(train, cohort, cohort.runs), steps)
+            record = torch.tensor([0, steps], device=device).expand(networks, 2)
+            out = torch.empty(networks, 2, self.layout.size, device=device)
+            few = (batches, [0.0] * steps, self.loss, self.optimizer, record, out)
+            train_networks(self.stack, theta[:networks], *few, shared=shared_batches)
+            out[0, 0, 0].item()  # waits for the device
+
+        counts = candidate_counts(cohort_runs)
+        timed = {count: seconds_each(partial(take, count), min(self.steps, 64)) / count for count in counts}
         best = min(timed, key=timed.__getitem__)
+        score = seconds_each(lambda count: self.evaluate(theta[:count])[self.metrics[0].name].cpu(), len(theta))
+        return Speed(best, timed[best] * self.steps, score)
+
+
+def seconds_each(work: Callable[[int], object], most: int) -> float:
+    """How long one of several equal pieces of work takes, when as many are done at once as half a second has time for."""
+    work(1)  # warm-up
+
+    def timed(count: int) -> float:
         began = time.perf_counter()
-        self.evaluate(theta)[self.metrics[0].name].cpu()
-        return Speed(best, timed[best] * self.steps, (time.perf_counter() - began) / len(theta))
+        work(count)
+        return (time.perf_counter() - began) / count
+
+    one = timed(1)
+    count = min(most, int(0.5 / one))
+    return timed(count) if count > 1 else one
 
 
 def candidate_counts(cohort_runs: int) -> list[int]:
@@ -266,8 +274,3 @@ def recorded_steps(cohort: Cohort, steps: int) -> Int[Tensor, "runs checkpoints"
     ]
     ends = torch.tensor([0, steps]).expand(len(cohort.runs), 2)
     return torch.cat([ends, torch.stack(between)], dim=1).sort(1).values
-
-
-def describe(thing: Any) -> str:
-    """A callable as a recipe notes it."""
-    return repr(thing) if is_dataclass(thing) else f"{thing.__module__}.{thing.__qualname__}"

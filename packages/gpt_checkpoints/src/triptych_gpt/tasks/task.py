@@ -129,6 +129,6 @@ class Task(Protocol):
         """Every metric of some networks, scored on theta's device."""
         ...
 
-    def measure(self, device: torch.device, cohort_runs: int) -> Speed:
-        """How fast this machine trains and scores."""
+    def measure(self, device: torch.device, cohort_runs: int, shared_batches: bool = True) -> Speed:
+        """How fast this machine trains and scores, `cohort_runs` networks at once at most."""
         ...

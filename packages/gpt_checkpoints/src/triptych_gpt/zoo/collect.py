@@ -50,8 +50,8 @@ class CollectConfig(CommonOptions):
     """of so many cohorts one is for testing and one for validation"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of stored parameters; bfloat16 takes half the bytes, and metrics are of what is stored"""
-    engine: Literal["local", "ray"] = "local"
-    """processes of this machine, or Ray (RAY_ADDRESS names a cluster)"""
+    engine: Literal["local", "ray", "here"] = "local"
+    """processes of this machine, Ray (RAY_ADDRESS names a cluster), or this process alone"""
     workers: int | None = None
     """processes; default: one a core, or one a GPU"""
     networks_at_once: int | None = None
@@ -95,6 +95,8 @@ class CollectConfig(CommonOptions):
         )
 
     def processes(self) -> int:
+        if self.engine == "here":
+            return 1
         if self.workers is not None:
             return self.workers
         return torch.cuda.device_count() if self.on().type == "cuda" else _cores()
@@ -117,10 +119,10 @@ class CollectConfig(CommonOptions):
         }
 
 
-PRESETS = {  # thesis 3.3: the released data sets' numbers of runs                       hours, two cores
-    "mnist": CollectConfig("mnist_mlp", runs=10_728),
-    "cifar10": CollectConfig("cifar_cnn", runs=56_840),
-    "laptop": CollectConfig("mnist_mlp_14", runs=1000),
+PRESETS = {  # thesis 3.3: the released data sets' numbers of runs
+    "mnist": CollectConfig(task="mnist_mlp", runs=10_728),
+    "cifar10": CollectConfig(task="cifar_cnn", runs=56_840),
+    "laptop": CollectConfig(task="mnist_mlp_14", runs=1000),
 }
 
 
@@ -232,7 +234,9 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
     total = sum(len(unit.cohort.runs) for unit in units)
     workers = min(config.processes(), len(units))
     at_once = min(units[0].networks_at_once, config.cohort_runs)
-    say(f"{total:,} runs in {len(units):,} cohorts, {at_once} networks at once in each of {workers} processes")
+    say(
+        f"{total:,} runs in {len(units):,} cohort{'s' * (len(units) > 1)}, {at_once} networks at once in each of {workers} process{'es' * (workers > 1)}"
+    )
     results = ENGINES[config.engine](collect_cohort, units, devices(config.on(), workers))
     with Progress("collecting", total, "run") as progress:
         progress.at(0)

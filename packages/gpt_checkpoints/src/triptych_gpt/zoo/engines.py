@@ -25,6 +25,17 @@ def devices(device: torch.device, workers: int) -> list[str]:
     return [str(device)] * workers
 
 
+def run_here(function: Callable[[Any, str], Any], units: Sequence[Any], devices: Sequence[str]) -> Iterator[Any]:
+    """Results of function(unit, device) one after another, in this process, with one thread as everywhere."""
+    threads = torch.get_num_threads()
+    try:
+        for unit in units:
+            torch.set_num_threads(1)
+            yield function(unit, devices[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_local(function: Callable[[Any, str], Any], units: Sequence[Any], devices: Sequence[str]) -> Iterator[Any]:
     """Results of function(unit, device) as they come, from one process a device, each of one thread.
 
@@ -82,7 +93,7 @@ def run_ray(function: Callable[[Any, str], Any], units: Sequence[Any], devices: 
         ray.shutdown()
 
 
-ENGINES = {"local": run_local, "ray": run_ray}
+ENGINES = {"here": run_here, "local": run_local, "ray": run_ray}
 
 
 def _start(waiting: Any) -> None:

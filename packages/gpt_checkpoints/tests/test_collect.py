@@ -1,0 +1,369 @@
+"""`triptych-gpt collect` at a tiny size, as a user would run it: repeated, extended, interrupted, killed, spoiled."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from triptych_common.testing import run_cli
+from triptych_gpt import cli
+from triptych_gpt.tasks import Cohort, open_task
+from triptych_gpt.zoo.cohorts import cohorts, split_of
+from triptych_gpt.zoo.engines import devices, run_local
+from triptych_gpt.zoo.zoo import Zoo
+
+TASK = """
+import time
+import torch
+from torch import nn
+from triptych_gpt import cli
+from triptych_gpt.tasks import Items, SupervisedTask, momentum_sgd
+
+def network():
+    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+
+def points(part):
+    rng = torch.Generator().manual_seed(len(part))
+    inputs = torch.randn(64, 3, generator=rng)
+    return Items(inputs, (inputs[:, 0] * inputs[:, 1] > 0).long())
+
+def slow(inputs, rng):
+    time.sleep(0.2)
+    return inputs
+
+TINY = SupervisedTask(name="tiny", network=network, data=points, epochs=3, batch_size=16)
+SLOW = SupervisedTask(name="slow", network=network, data=points, epochs=3, batch_size=16, augment=slow)
+WILD = SupervisedTask(name="wild", network=network, data=points, epochs=3, batch_size=16, optimizer=momentum_sgd(lr=30.0))
+TIED = SupervisedTask(name="tied", network=lambda: nn.Sequential(nn.Linear(3, 4), nn.Bilinear(4, 4, 2)),
+                      data=points, epochs=1, batch_size=16)
+NOTHING = 3
+"""
+OPTIONS = ["--runs", "12", "--cohort-runs", "4", "--checkpoints", "6", "--networks-at-once", "4"]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tasks") / "tasks.py"
+    path.write_text(TASK)
+    return path
+
+
+class Done(NamedTuple):
+    """What a command line left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(*words: str) -> Done:
+    """`triptych-gpt WORDS` in this process: every new one takes seconds to import torch."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = cli.run(words)
+        except SystemExit as stop:
+            status = stop.code
+    return Done(status, out.getvalue(), errors.getvalue())
+
+
+def collect(tasks: Path, out: Path, *options: str, name: str = "TINY") -> Done:
+    return command("collect", f"{tasks}:{name}", *OPTIONS, "--engine", "here", "--out", str(out), *options)
+
+
+def processes(tasks: Path, out: Path, *options: str, name: str = "TINY") -> "subprocess.CompletedProcess[str]":
+    return run_cli("triptych_gpt.cli", "collect", f"{tasks}:{name}", *OPTIONS, "--out", str(out), *options)
+
+
+def fails_with(done: "Done | subprocess.CompletedProcess[str]", message: str, status: int = 1) -> None:
+    """One clear line, progress aside, and a status that is not zero."""
+    assert done.returncode == status, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("collecting:")]
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+
+
+def shards(zoo: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((zoo / "shards").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tasks, tmp_path_factory) -> Path:
+    """An uninterrupted zoo, of two processes."""
+    out = tmp_path_factory.mktemp("whole") / "zoo"
+    done = processes(tasks, out, "--json", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["runs"] == {"train": 4, "validation": 4, "test": 4}
+    assert result["bytes"] == sum(len(content) for content in shards(out).values())
+    return out
+
+
+def test_a_zoo_holds_what_the_task_trains_and_scores(whole, tasks):
+    zoo, task = Zoo(whole), open_task(f"{tasks}:TINY")
+    assert len(zoo) == 12
+    assert not zoo.verify()
+    for run in (0, 5, 11):
+        number = run // 4
+        runs = range(4 * number, 4 * number + 4)
+        again = task.train_cohort(Cohort(0, number, runs, checkpoints=6), torch.device("cpu"), 4)
+        theta = zoo.theta([zoo.row_of(run)] * 6, range(6))
+        torch.testing.assert_close(theta, again.theta[run - runs[0]], rtol=1e-5, atol=1e-6)
+        assert torch.equal(zoo.steps[run], again.steps[run - runs[0]])
+        scores = task.evaluate(theta)
+        for name, values in scores.items():
+            torch.testing.assert_close(zoo.metrics(name)[run], values)
+    index = zoo.index().to_pylist()
+    assert {"run", "checkpoint", "step", "split", "seed", "initialiser", "cohort", "test_loss", "test_error", "train_loss",
+            "minibatch_loss", "optimizer", "lr", "momentum", "weight_decay", "schedule"} <= index[0].keys()  # fmt: skip
+    assert index[0]["lr"] == 0.1
+    assert torch.equal(zoo.theta([0], [0])[0], task.initial(0, [0])[0])
+
+
+def test_repeating_adds_nothing_and_more_runs_extend(whole, tasks, tmp_path):
+    first = tmp_path / "first"
+    assert collect(tasks, first, "--runs", "6").returncode == 0  # the second cohort is cut short
+    before = shards(first)
+    again = collect(tasks, first, "--runs", "6")
+    assert "has its 6 runs already" in again.stdout
+    assert shards(first) == before
+    assert collect(tasks, first).returncode == 0
+    assert before.items() <= shards(first).items()
+    zoo, other = Zoo(first), Zoo(whole)
+    assert zoo.runs.run.tolist() == other.runs.run.tolist()
+    assert zoo.runs.split.tolist() == other.runs.split.tolist()
+    rows = [row for row in range(12) for _ in range(6)]
+    checkpoints = [*range(6)] * 12
+    torch.testing.assert_close(zoo.theta(rows, checkpoints), other.theta(rows, checkpoints), rtol=1e-4, atol=1e-5)
+
+
+def test_workers_and_networks_at_once_change_nothing_but_rounding(whole, tasks, tmp_path):
+    assert collect(tasks, tmp_path / "here").returncode == 0
+    assert shards(tmp_path / "here") == shards(whole)
+    assert collect(tasks, tmp_path / "few", "--networks-at-once", "3").returncode == 0
+    rows = [row for row in range(12) for _ in range(6)]
+    few, many = (Zoo(path).theta(rows, [*range(6)] * 12) for path in (tmp_path / "few", whole))
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_of_a_cohort_share_minibatches_unless_told_otherwise(tasks, tmp_path):
+    assert collect(tasks, tmp_path / "zoo", "--no-shared-batches").returncode == 0
+    zoo, task = Zoo(tmp_path / "zoo"), open_task(f"{tasks}:TINY")
+    alone = task.train_cohort(Cohort(0, 77, range(6, 7), 6, shared_batches=False), torch.device("cpu"), 1)
+    torch.testing.assert_close(zoo.theta([6] * 6, range(6)), alone.theta[0], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_halves_the_bytes_and_scores_what_is_stored(whole, tasks, tmp_path):
+    assert collect(tasks, tmp_path / "zoo", "--dtype", "bfloat16").returncode == 0
+    zoo, task = Zoo(tmp_path / "zoo"), open_task(f"{tasks}:TINY")
+    rows, checkpoints = [*range(12)] * 2, [0] * 12 + [5] * 12
+    theta, exact = zoo.theta(rows, checkpoints), Zoo(whole).theta(rows, checkpoints)
+    assert torch.equal(theta, exact.bfloat16().float())
+    scores = task.evaluate(theta)["test_loss"]
+    torch.testing.assert_close(zoo.metrics("test_loss")[:, [0, 5]].T.flatten(), scores)
+    sizes = [sum(len(c) for n, c in shards(z).items() if n.endswith(".safetensors")) for z in (zoo.path, whole)]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+def test_bad_runs_are_dropped_and_counted(tasks, tmp_path):
+    done = collect(tasks, tmp_path / "zoo", "--json", name="WILD")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    zoo = Zoo(tmp_path / "zoo")
+    assert result["dropped"] == len(zoo.dropped) > 0
+    assert sum(result["runs"].values()) + result["dropped"] == 12
+    assert set(zoo.dropped.values()) <= {"weights beyond 10", "weights that are not finite"}
+    for row in range(len(zoo)):
+        assert zoo.theta([row] * 6, range(6)).abs().max() <= 10
+
+
+@pytest.fixture(scope="module")
+def slow(tasks, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("slow") / "zoo"
+    assert collect(tasks, out, name="SLOW").returncode == 0
+    return out
+
+
+def start_slowly(tasks: Path, out: Path) -> "subprocess.Popen[str]":
+    """A collection that takes seconds a cohort, with one cohort committed."""
+    words = [sys.executable, "-m", "triptych_gpt.cli", "collect", f"{tasks}:SLOW", *OPTIONS, "--workers", "1"]
+    running = subprocess.Popen(
+        [*words, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((out / "shards").glob("*.parquet")):
+        assert running.poll() is None, running.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.8)  # into the next cohort
+    return running
+
+
+def workers_of(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            if f"PPid:\t{pid}\n" in status.read_text():
+                found.append(int(status.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_stopped_anywhere_it_goes_on_to_the_same_zoo(how, slow, tasks, tmp_path):
+    out = tmp_path / "zoo"
+    running = start_slowly(tasks, out)
+    workers = workers_of(running.pid)
+    assert workers
+    if how == signal.SIGINT:
+        os.killpg(running.pid, how)  # as a terminal sends it
+    else:
+        running.send_signal(how)
+    _, errors = running.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert running.returncode == 130
+        assert "repeat the command to go on" in errors
+        assert "Traceback" not in errors
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.1)
+    kept = len(Zoo(out))
+    assert 4 <= kept < 12
+    assert collect(tasks, out, name="SLOW").returncode == 0
+    assert shards(out) == shards(slow)
+
+
+def test_a_full_disk_in_mid_cohort_is_one_line_and_loses_nothing(whole, tasks, tmp_path):
+    script = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+from triptych_gpt import cli
+sys.exit(cli.run(sys.argv[1:]))
+"""
+    assert collect(tasks, tmp_path, "--runs", "4").returncode == 0
+    words = ["collect", f"{tasks}:TINY", *OPTIONS, "--workers", "1", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300)
+    fails_with(done, "cannot be written (File too large)")
+    assert len(Zoo(tmp_path)) == 4
+    assert collect(tasks, tmp_path).returncode == 0
+    assert shards(tmp_path) == shards(whole)
+
+
+def test_damage_is_refused_and_repaired(whole, tasks, tmp_path):
+    out = tmp_path / "zoo"
+    assert collect(tasks, out).returncode == 0
+    truncated, altered = sorted((out / "shards").glob("*.safetensors"))[:2]
+    content = bytearray(altered.read_bytes())
+    content[-5] ^= 1
+    altered.write_bytes(content)
+    assert "checksum" in command("verify", "--zoo", str(out)).stdout
+    assert collect(tasks, out).returncode == 0  # sizes are right, so this is not noticed without --repair
+    truncated.write_bytes(truncated.read_bytes()[:-10])
+    done = collect(tasks, out)
+    fails_with(done, f"{truncated.name}: ")
+    remedy = re.search(r"run (triptych-gpt collect .*)", done.stderr)[1]
+    assert "--repair" in remedy
+    repaired = collect(tasks, out, "--repair")
+    assert repaired.returncode == 0, repaired.stderr
+    assert repaired.stdout.count("collecting it again") == 2
+    assert shards(out) == shards(whole)
+    assert not Zoo(out).verify()
+
+
+def test_a_zoo_of_another_recipe_is_refused(whole, tasks, tmp_path):
+    fails_with(collect(tasks, whole, "--seed", "1"), "seed=0 (now 1)")
+    fails_with(collect(tasks, whole, "--epochs", "4"), "recipe.epochs=3 (now 4)")
+    fails_with(collect(tasks, whole, name="SLOW"), "task='tiny' (now 'slow')")
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "status"),
+    [
+        (["--runs", "0"], "runs 0: expected at least 1", 2),
+        (["--checkpoints", "1"], "checkpoints 1: expected at least 2", 2),
+        (["--checkpoints", "14"], "a run of tiny takes 12 steps, so expected 2 to 13", 1),
+        (["--initialiser", "zeros"], "initialiser 'zeros': expected one of default, xavier_uniform", 1),
+        (["--engine", "slurm"], "slurm", 2),
+        (["--data", "mnist5k"], "task tiny has data of its own", 1),
+        (["--split-every", "2"], "split_every 2: expected at least 3", 2),
+    ],
+)
+def test_bad_requests_are_one_line(options, message, status, tasks, tmp_path):
+    fails_with(collect(tasks, tmp_path / "zoo", *options), message, status)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_bad_tasks_are_one_line(tasks, tmp_path):
+    for spec, message in (
+        ("mnist", "task 'mnist': expected one of mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME"),
+        (f"{tasks}:ABSENT", "has no ABSENT"),
+        (f"{tasks}:NOTHING", "int, no Task"),
+        (f"{tasks}:TIED", "layer 1 (Bilinear)"),
+        ("nowhere.py:TASK", "nowhere.py: no such file"),
+    ):
+        fails_with(command("collect", spec, "--out", str(tmp_path / "zoo")), message)
+
+
+def test_the_task_may_also_be_named_by_an_option(tasks, tmp_path):
+    done = command("collect", "--task", f"{tasks}:TINY", *OPTIONS, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["runs_by_split"] == {"train": 4, "validation": 4, "test": 4}
+    assert plan["gigabytes"] == 12 * 6 * 32 * 4 / 1e9
+    assert plan["minutes"] > 0
+
+
+def test_ray_does_the_same_work(whole, tasks, tmp_path):
+    pytest.importorskip("ray")
+    done = processes(tasks, tmp_path / "zoo", "--engine", "ray", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert shards(tmp_path / "zoo") == shards(whole)
+
+
+def test_the_page_about_own_tasks_is_true(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs/own-task.md").read_text()
+    example = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    assert len(example.splitlines()) < 60
+    (tmp_path / "spirals.py").write_text(example)
+    line = re.search(r"triptych-gpt (collect spirals.py:SPIRALS .*)", page)[1]
+    words = [*line.split(), "--runs", "5", "--cohort-runs", "5", "--checkpoints", "20"]
+    monkeypatch.chdir(tmp_path)
+    done = command(*words, "--engine", "here")
+    assert done.returncode == 0, done.stderr
+    zoo = Zoo(tmp_path / "runs/spirals")
+    assert zoo.metrics("test_error")[:, -1].mean() < 0.2 < zoo.metrics("test_error")[:, 0].mean()
+
+
+def test_splits_are_whole_cohorts_and_never_change():
+    numbers = [split_of(cohort, 10) for cohort in range(30)]
+    assert numbers.count("test") == numbers.count("validation") == 3
+    assert {numbers[0], numbers[1], numbers[2]} == {"train", "test", "validation"}
+    assert [list(runs) for _, runs in cohorts(3, 9, 4)] == [[3], [4, 5, 6, 7], [8]]
+
+
+def _fail(unit: int, device: str) -> int:
+    if unit == 2:
+        raise OSError("no room")
+    if unit == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit
+
+
+def test_the_pool_passes_errors_on_and_notices_death():
+    assert sorted(run_local(_fail, [0, 1], devices(torch.device("cpu"), 2))) == [0, 1]
+    with pytest.raises(OSError, match="no room"):
+        list(run_local(_fail, [2, 2], ["cpu"]))
+    with pytest.raises(MemoryError, match="a worker process died"):
+        list(run_local(_fail, [3], ["cpu"]))
