@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {path.name: path for path in sorted((ROOT / "packages").iterdir()) if path.is_dir()}
-MODULES = {name: f"triptych_{name}" for name in PACKAGES}
+MODULES = {name: f"triptych_{name}" for name in PACKAGES} | {"gpt_checkpoints": "triptych_gpt"}
 DISTRIBUTIONS = {  # import name -> distribution, where they differ
     "PIL": "pillow", "triptych_common": "triptych-common", "tensorboard": "tensorboard",
     "torch_fidelity": "torch-fidelity",

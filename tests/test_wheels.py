@@ -14,12 +14,20 @@ ROOT = Path(__file__).parent.parent
 PROJECTS = {
     "triptych-common": ROOT / "packages/common",
     "triptych-dit": ROOT / "packages/dit",
+    "triptych-gpt": ROOT / "packages/gpt_checkpoints",
     "triptych": ROOT,
 }
 SMOKE = {
     "triptych-common": "from triptych_common.metrics import load_instrument; print(load_instrument('mnist_features').sha256)",
     "triptych-dit": "from triptych_dit import DiT, PRESETS; print(sum(p.numel() for p in DiT(PRESETS['digits']).parameters()))",
-    "triptych": "import triptych_dit.cli, triptych_common; print('ok')",
+    "triptych-gpt": "from triptych_gpt.tasks import TASKS; print(TASKS['cifar_cnn'].layout.size)",
+    "triptych": "import triptych_dit.cli, triptych_gpt.cli, triptych_common; print('ok')",
+}
+SCRIPTS = {  # commands, and a word of their help
+    "triptych-common": {},
+    "triptych-dit": {"triptych-dit": "reproduce"},
+    "triptych-gpt": {"triptych-gpt": "collect"},
+    "triptych": {"triptych-dit": "reproduce", "triptych-gpt": "collect"},
 }
 
 
@@ -68,9 +76,9 @@ def test_wheel_installs_and_imports_alone(name, wheels, third_party, tmp_path):
     assert json.loads(subprocess.run(
         [python, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"], capture_output=True, text=True
     ).stdout)  # fmt: skip
-    if name != "triptych-common":
-        script = subprocess.run([tmp_path / "env/bin/triptych-dit", "--help"], capture_output=True, text=True)
-        assert "reproduce" in script.stdout
+    for script, word in SCRIPTS[name].items():
+        done = subprocess.run([tmp_path / "env/bin" / script, "--help"], capture_output=True, text=True)
+        assert word in done.stdout
 
 
 def test_wheels_hold_code_weights_and_licence_metadata_only(wheels):

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.runner import Job
-from benchmarks.suites import dit_gpu, dit_loading, dit_sampling, dit_training
+from benchmarks.suites import dit_gpu, dit_loading, dit_sampling, dit_training, gpt_collect
 
 SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "dit_sampling": dit_sampling.jobs,
     "dit_training": dit_training.jobs,
     "dit_loading": dit_loading.jobs,
     "dit_gpu": dit_gpu.jobs,
+    "gpt_collect": gpt_collect.jobs,
 }

@@ -12,9 +12,10 @@ Eager PyTorch trains fewer networks, rates being per network. Results are compar
 grows from step to step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from triptych_gpt.tasks.mnist_mlp import Digits
 
 from benchmarks.runner import Job
 from benchmarks.suites.gpt_rivals import (
-    ScoreAll,
+    Score,
     Train,
     one_by_one,
     ours,
@@ -91,66 +92,79 @@ SIZES = {
 }
 
 
-def training(size: Size, train: Train, networks: int, *, shared: bool) -> Callable[[int], Callable[[], Tensor]]:
+class Contender(NamedTuple):
+    """Someone who trains and scores, and how many networks and whole runs in one call."""
+
+    name: str
+    train: Train
+    score: Score
+    networks: int
+    runs: int
+
+
+Prepare = Callable[[int], Callable[[], Tensor]]
+
+
+def training(size: Size, who: Contender, shared: bool) -> Prepare:
     """Prepare an epoch of training; what is timed returns how the first few networks end."""
 
     def prepare(seed: int) -> Callable[[], Tensor]:
-        task, cohort = size.task(1), Cohort(seed, 0, range(networks), 2, shared_batches=shared)
-        return lambda: train(task, cohort, torch.device(size.device))[: size.few, -1]
+        task, cohort = size.task(1), Cohort(seed, 0, range(who.networks), 2, shared_batches=shared)
+        return lambda: who.train(task, cohort, torch.device(size.device))[: size.few, -1]
 
     return prepare
 
 
-def scoring(size: Size, score: ScoreAll, networks: int) -> Callable[[int], Callable[[], Tensor]]:
+def scoring(size: Size, who: Contender) -> Prepare:
     """Prepare scoring of networks that have been trained for an epoch."""
 
     def prepare(seed: int) -> Callable[[], Tensor]:
-        task, cohort = size.task(1), Cohort(seed, 0, range(networks), 2)
+        task, cohort = size.task(1), Cohort(seed, 0, range(who.networks), 2)
         theta = ours(size.at_once)(task, cohort, torch.device(size.device))[:, -1].to(size.device)
-        return lambda: score(task, theta)[:, : size.few].cpu()
+        return lambda: who.score(task, theta)[:, : size.few].cpu()
 
     return prepare
 
 
-def whole(size: Size, train: Train, score: ScoreAll, runs: int) -> Callable[[int], Callable[[], Tensor]]:
+def whole(size: Size, who: Contender) -> Prepare:
     """Prepare training, recording and scoring; what is timed returns losses of the first runs' first checkpoints."""
 
     def prepare(seed: int) -> Callable[[], Tensor]:
-        task, cohort = size.task(size.epochs), Cohort(seed, 0, range(runs), size.checkpoints)
+        task, cohort = size.task(size.epochs), Cohort(seed, 0, range(who.runs), size.checkpoints)
 
         def once() -> Tensor:
-            theta = train(task, cohort, torch.device(size.device))
-            parts = [score(task, part.to(size.device)).cpu() for part in theta.flatten(0, 1).split(4000)]
+            theta = who.train(task, cohort, torch.device(size.device))
+            parts = [who.score(task, part.to(size.device)).cpu() for part in theta.flatten(0, 1).split(4000)]
             metrics = torch.cat(parts, 1).unflatten(1, theta.shape[:2])
-            return metrics[::2, : size.few_runs, :5]  # losses: an error rate is off by 1/1000 where two classes tie
+            return metrics[::2, : size.few_runs, :5]  # losses: where two classes nearly tie, an error is one item off
 
         return once
 
     return prepare
 
 
-def jobs_of(name: str, size: Size) -> list[Job]:
-    """Ours, one after another and by vmap, of every kind."""
-    mine, steps, everyone = ours(size.at_once), size.task(1).steps, size.networks
-    alone = min(everyone, 100)
-    score_by_vmap = score_vmapped(size.vmap_items)
-    per_run = 1 if size.unit == "runs" else size.task(size.epochs).steps
-    kinds: dict[str, tuple[str, list[tuple[Callable[[int], Callable[[], Tensor]], int]]]] = {}
-    for kind, shared in (("training", True), ("training, own batches", False)):
-        contenders = ((one_by_one, size.few), (vmapped, everyone), (mine, everyone))
-        kinds[kind] = (
-            "network_steps",
-            [(training(size, train, n, shared=shared), n * steps) for train, n in contenders],
-        )
-    scorers = ((score_one_by_one, alone), (score_by_vmap, everyone), (score_ours, everyone))
-    kinds["scoring"] = ("checkpoints", [(scoring(size, score, n), n) for score, n in scorers])
-    wholes = (
-        (one_by_one, score_one_by_one, size.few_runs),
-        (vmapped, score_by_vmap, size.vmap_runs),
-        (mine, score_ours, size.runs),
+def jobs_of(name: str, size: Size) -> Iterator[Job]:
+    """Every kind of work, done by each contender."""
+    contenders = (
+        Contender("eager", one_by_one, score_one_by_one, size.few, size.few_runs),
+        Contender("vmap", vmapped, score_vmapped(size.vmap_items), size.networks, size.vmap_runs),
+        Contender("ours", ours(size.at_once), score_ours, size.networks, size.runs),
     )
-    kinds["whole"] = (size.unit, [(whole(size, train, score, n), n * per_run) for train, score, n in wholes])
-    found = []
-    for kind, (unit, contenders) in kinds.items():
-        ...
-    return found
+    steps, per_run = size.task(1).steps, 1 if size.unit == "runs" else size.task(size.epochs).steps
+    kinds: dict[str, tuple[Callable[[Contender], Prepare], Callable[[Contender], int], str]] = {
+        "training": (lambda who: training(size, who, True), lambda who: who.networks * steps, "network_steps"),
+        "own batches": (lambda who: training(size, who, False), lambda who: who.networks * steps, "network_steps"),
+        "scoring": (lambda who: scoring(size, who), lambda who: who.networks, "checkpoints"),
+        "whole": (lambda who: whole(size, who), lambda who: who.runs * per_run, size.unit),
+    }
+    for kind, (prepare, items, unit) in kinds.items():
+        done: list[str] = []
+        for who in contenders:
+            job = f"{name}, {kind}: {who.name}"
+            same_as = done[0] if done else None
+            yield Job(job, prepare(who), items(who), unit, tuple(done), same_as, size.repeats)
+            done.append(job)
+
+
+def jobs() -> Sequence[Job]:
+    return [job for name, size in SIZES.items() for job in jobs_of(name, size)]

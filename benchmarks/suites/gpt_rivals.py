@@ -13,7 +13,7 @@ from triptych_gpt.tasks.supervised import recorded_steps
 
 Train = Callable[[SupervisedTask, Cohort, torch.device], Tensor]
 """The cohort's trajectories [runs, checkpoints, D], on the CPU."""
-ScoreAll = Callable[[SupervisedTask, Tensor], Tensor]
+Score = Callable[[SupervisedTask, Tensor], Tensor]
 """(task, theta [n, D]) -> the task's metrics [metrics, n]: loss and error on test items, loss on training items."""
 
 
@@ -47,7 +47,11 @@ def one_by_one(task: SupervisedTask, cohort: Cohort, device: torch.device) -> Te
 
 def vmapped(task: SupervisedTask, cohort: Cohort, device: torch.device) -> Tensor:
     """All networks at once, by `vmap` of the gradient of one network's loss."""
-    network, train, record = task.network().to(device), _items(task, "train", device), recorded_steps(cohort, task.steps)
+    network, train, record = (
+        task.network().to(device),
+        _items(task, "train", device),
+        recorded_steps(cohort, task.steps),
+    )
     start = task.initial(cohort.seed, cohort.runs, cohort.initialiser).to(device)
     parameters = {name: value.contiguous() for name, value in task.layout.unflatten(start.clone()).items()}
 
@@ -93,7 +97,7 @@ def score_one_by_one(task: SupervisedTask, theta: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-def score_vmapped(items_at_once: int) -> ScoreAll:
+def score_vmapped(items_at_once: int) -> Score:
     """`vmap` of one network's loss and errors, 16 networks and some items at a time: all at once leaves the cache."""
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from triptych_gpt.tasks.folding import Folding
 from triptych_gpt.tasks.optimizers import OptimizerSettings
 from triptych_gpt.tasks.stack import Stack
 
@@ -47,7 +48,8 @@ def train_networks(
         each = loss(outputs, targets).mean(1)
         gradients = torch.autograd.grad(each.sum(), trained, allow_unused=True)  # None: left alone
         for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
+            # fused optimisers read memory in order, and gradients of channels-last inputs come in another
+            parameter.grad = None if gradient is None else gradient.contiguous()
         steps.step()
         for at in (due.get(0), due.get(1)) if step == 1 else (due.get(step),):
             if at is not None:
@@ -101,21 +103,18 @@ def score_networks(
     totals = {
         name: torch.zeros(len(theta), dtype=torch.float64, device=theta.device) for p in parts for name in p.measures
     }
+    folding = Folding(stack.network, [part.inputs for part in parts])
     blocks = [
-        (_laid_out(inputs), targets, part.measures, len(part.inputs))
+        (folding.inputs(inputs), targets, part.measures, len(part.inputs))
         for part in parts
         for inputs, targets in zip(part.inputs.split(items_at_once), part.targets.split(items_at_once), strict=True)
     ]
     for first in range(0, len(theta), networks_at_once):
         here = slice(first, first + networks_at_once)
-        parameters = {name: value.contiguous() for name, value in stack.layout.unflatten(theta[here]).items()}
+        views = folding.parameters(stack.layout.unflatten(theta[here]))
+        parameters = {name: value.contiguous() for name, value in views.items()}
         for inputs, targets, measures, count in blocks:
             outputs = stack(parameters, inputs)
             for name, measure in measures.items():
                 totals[name][here] += measure(outputs, targets).sum(1, dtype=torch.float64) / count
     return {name: total.to(theta.dtype) for name, total in totals.items()}
-
-
-def _laid_out(inputs: Tensor) -> Tensor:
-    """Flat inputs as a product of weights and inputs reads them, once instead of for every stack of networks."""
-    return inputs.T.contiguous().T if inputs.ndim == 2 else inputs

@@ -47,7 +47,6 @@ class Stack:
 
     Inputs are [items, *shape], shared by all networks, or [networks, items, *shape]; outputs are [networks, items, out].
     In training mode BatchNorm normalises by each network's own minibatch and updates its running statistics in place.
-    The network's in-place layers are made to copy: what they would change may be everyone's input.
     Raises ValueError for a layer whose training draws random numbers (dropout), which no two orders of work would share, and
     for a BatchNorm whose statistics theta does not hold.
     """
@@ -58,8 +57,7 @@ class Stack:
         self.network = network
         for name, module in network.named_modules():
             _check(name, module)
-            if getattr(module, "inplace", False):
-                module.inplace = False
+        self._writes = any(getattr(module, "inplace", False) for module in network.modules())
         self._layer = _compile(network, "")
         self._batchable: dict[tuple[bool, int], bool] = {}  # by kind of input
 
@@ -88,6 +86,8 @@ class Stack:
     def __call__(
         self, parameters: Parameters, inputs: Tensor, *, shared: bool = True, training: bool = False
     ) -> Float[Tensor, "networks items out"]:
+        if self._writes:
+            inputs = inputs.clone()  # which in-place layers may change
         kind = shared, inputs.ndim
         if kind not in self._batchable:
             self._batchable[kind] = self._layer is not None and self._fits(parameters, inputs, shared)
@@ -185,7 +185,7 @@ def _stacked(state: _Activations) -> _Activations:
     if state.kind != "input":
         return state
     if state.values.ndim == 2:
-        return state.replaced(state.values.T.expand(state.networks, -1, -1), "features")
+        return state.replaced(state.values.T.repeat(state.networks, 1, 1), "features")
     return state.replaced(state.values.repeat(1, state.networks, *[1] * (state.values.ndim - 2)), "maps")
 
 
