@@ -2,9 +2,9 @@
 
 Every job is set up from a seed, warmed up, and timed many times; jobs of a suite take turns, so that a drifting machine
 drifts under all of them alike. Reported are median and spread of each job, the memory it needs and, against each job it
-names, the median and spread of the ratio taken turn by turn, whether it flatters us or not. Where two jobs claim the same
-result, that is checked first. Every single time, hardware, versions, commit and seeds stand in the same strict JSON. A job
-that fails is recorded and fails the run; one that this machine cannot run is recorded with the reason.
+names, the median and spread of the ratio of times for one item, taken turn by turn, whether it flatters us or not. Where two
+jobs claim the same result, that is checked first. Every single time, hardware, versions, commit and seeds stand in the same
+strict JSON. A job that fails is recorded and fails the run; one that this machine cannot run is recorded with the reason.
 """
 
 import statistics
@@ -90,14 +90,19 @@ def run_suite(
                 seconds[job.name].append(_timed(calls[job.name]))
             except Exception:
                 failed[job.name] = traceback.format_exc(limit=3)
-    rows = [_row(job, seconds, peaks, differences) for job in running if job.name not in failed]
+    items = {job.name: job.items for job in running}
+    rows = [_row(job, items, seconds, peaks, differences) for job in running if job.name not in failed]
     return {
         "suite": name, "plan": vars(plan), "jobs": rows, "failed": failed, "skipped": skipped, **provenance(),
     }  # fmt: skip
 
 
 def _row(
-    job: Job, seconds: dict[str, list[float]], peaks: dict[str, int | None], differences: dict[str, float]
+    job: Job,
+    items: dict[str, int],
+    seconds: dict[str, list[float]],
+    peaks: dict[str, int | None],
+    differences: dict[str, float],
 ) -> dict[str, Any]:
     mine = seconds[job.name]
     rates = [job.items / s for s in mine]
@@ -110,7 +115,7 @@ def _row(
         f"{job.unit}_per_second": spread(rates),
         "peak_memory_bytes": peaks.get(job.name),
         "times_as_long": {
-            other: spread([a / b for a, b in zip(mine, seconds[other], strict=True)])
+            other: spread([a / b * items[other] / job.items for a, b in zip(mine, seconds[other], strict=True)])
             for other in job.against
             if len(seconds.get(other, [])) == len(mine)
         },

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.runner import Job
-from benchmarks.suites import dit_gpu, dit_loading, dit_sampling, dit_training, gpt_collect
+from benchmarks.suites import dit_gpu, dit_loading, dit_sampling, dit_training, gpt_collect, gpt_gpu, gpt_pairs
 
 SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "dit_sampling": dit_sampling.jobs,
@@ -11,4 +11,6 @@ SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "dit_loading": dit_loading.jobs,
     "dit_gpu": dit_gpu.jobs,
     "gpt_collect": gpt_collect.jobs,
+    "gpt_pairs": gpt_pairs.jobs,
+    "gpt_gpu": gpt_gpu.jobs,
 }

@@ -4,9 +4,9 @@ mnist_mlp on mnist5k, and cifar_cnn on noise of CIFAR's shape, which takes as lo
 "training": an epoch from the start, all networks on the same minibatches or each on its own; loading and augmenting are counted.
 "scoring": the three metrics of some networks. "whole": what one process of `collect` does but for writing files.
 
-A whole run of mnist_mlp is all of it, 25 epochs and 200 checkpoints. One of cifar_cnn is 19,500 steps and 200 checkpoints, each
-scored on 10,500 items; here it is 16 steps and 2 checkpoints scored on a twelfth of the items, so that a step bears the share of
-scoring that it would, and 19,500 of the steps counted are a run.
+"whole" runs are shortened so that a step bears the share of recording and scoring that it does in a whole one: of mnist_mlp 2
+epochs and 16 checkpoints for 25 and 200, so that 775 steps are a run; of cifar_cnn 8 steps and 2 checkpoints scored on 430
+items for 19,500, 200 and 10,500, so that 19,500 steps are a run. Either way a run is 200 checkpoints.
 
 Eager PyTorch trains fewer networks, rates being per network. Results are compared for these, and early in training: rounding
 grows from step to step.
@@ -36,7 +36,8 @@ from benchmarks.suites.gpt_rivals import (
 )
 
 MNIST, CIFAR = "mnist_mlp", "cifar_cnn"
-STEPS, ITEMS, TRAIN_ITEMS = 16, 820, 41  # of a run of cifar_cnn here, and what it is scored on
+STEPS, ITEMS, TRAIN_ITEMS = 8, 410, 20  # of a run of cifar_cnn here, and what it is scored on
+OWN_BATCHES = 16  # networks that are trained together, each on minibatches of its own: more leave the cache
 
 
 @lru_cache(maxsize=4)
@@ -54,6 +55,7 @@ def noise(epochs: int) -> SupervisedTask:
 
 
 def _noise() -> dict[str, Items]:
+    """Just enough for the steps of an epoch and for scoring."""
     counts = {"train": STEPS * TASKS[CIFAR].batch_size, "test": ITEMS}
     rng = randomness.generator(0, "noise")
     return {
@@ -67,39 +69,34 @@ class Size:
     """How much of a task one call does.
 
     networks: trained and scored together, `few` of them one after another. at_once: how many of them we train together, as
-    `collect` finds by measuring on one core. runs, few_runs, vmap_runs: whole runs of ours, one after another, by vmap, of so
-    many epochs and checkpoints. vmap_items: scored at a time, the fastest of 100, 250, 500 and 1,000.
+    `collect` finds by measuring on one core. epochs, checkpoints: of a shortened run. vmap_items: scored at a time by vmap, the
+    fastest of 100, 250, 500 and 1,000.
     """
 
     task: Callable[[int], SupervisedTask]
     networks: int
     few: int
     at_once: int
-    runs: int
-    few_runs: int
-    vmap_runs: int
     epochs: int
     checkpoints: int
-    unit: str
     vmap_items: int
     device: str = "cpu"
     repeats: int = 5
 
 
 SIZES = {
-    MNIST: Size(digits, 100, 5, 100, 50, 2, 10, 25, 200, "runs", 1000),
-    CIFAR: Size(noise, 8, 2, 8, 8, 2, 8, 1, 2, "network_steps", 100),
+    MNIST: Size(digits, networks=100, few=5, at_once=100, epochs=2, checkpoints=16, vmap_items=1000),
+    CIFAR: Size(noise, networks=8, few=2, at_once=8, epochs=1, checkpoints=2, vmap_items=100),
 }
 
 
 class Contender(NamedTuple):
-    """Someone who trains and scores, and how many networks and whole runs in one call."""
+    """Someone who trains and scores, and how many networks in one call."""
 
     name: str
     train: Train
     score: Score
     networks: int
-    runs: int
 
 
 Prepare = Callable[[int], Callable[[], Tensor]]
@@ -130,13 +127,13 @@ def whole(size: Size, who: Contender) -> Prepare:
     """Prepare training, recording and scoring; what is timed returns losses of the first runs' first checkpoints."""
 
     def prepare(seed: int) -> Callable[[], Tensor]:
-        task, cohort = size.task(size.epochs), Cohort(seed, 0, range(who.runs), size.checkpoints)
+        task, cohort = size.task(size.epochs), Cohort(seed, 0, range(who.networks), size.checkpoints)
 
         def once() -> Tensor:
             theta = who.train(task, cohort, torch.device(size.device))
             parts = [who.score(task, part.to(size.device)).cpu() for part in theta.flatten(0, 1).split(4000)]
             metrics = torch.cat(parts, 1).unflatten(1, theta.shape[:2])
-            return metrics[::2, : size.few_runs, :5]  # losses: where two classes nearly tie, an error is one item off
+            return metrics[::2, : size.few, :5]  # losses: where two classes nearly tie, an error is one item off
 
         return once
 
@@ -146,16 +143,24 @@ def whole(size: Size, who: Contender) -> Prepare:
 def jobs_of(name: str, size: Size) -> Iterator[Job]:
     """Every kind of work, done by each contender."""
     contenders = (
-        Contender("eager", one_by_one, score_one_by_one, size.few, size.few_runs),
-        Contender("vmap", vmapped, score_vmapped(size.vmap_items), size.networks, size.vmap_runs),
-        Contender("ours", ours(size.at_once), score_ours, size.networks, size.runs),
+        Contender("eager", one_by_one, score_one_by_one, size.few),
+        Contender("vmap", vmapped, score_vmapped(size.vmap_items), size.networks),
+        Contender("ours", ours(size.at_once), score_ours, size.networks),
     )
-    steps, per_run = size.task(1).steps, 1 if size.unit == "runs" else size.task(size.epochs).steps
+
+    def own(who: Contender) -> Contender:
+        return who._replace(networks=min(who.networks, OWN_BATCHES))
+
+    epoch, run = (size.task(epochs).steps for epochs in (1, size.epochs))
     kinds: dict[str, tuple[Callable[[Contender], Prepare], Callable[[Contender], int], str]] = {
-        "training": (lambda who: training(size, who, True), lambda who: who.networks * steps, "network_steps"),
-        "own batches": (lambda who: training(size, who, False), lambda who: who.networks * steps, "network_steps"),
+        "training": (lambda who: training(size, who, True), lambda who: who.networks * epoch, "network_steps"),
+        "own batches": (
+            lambda who: training(size, own(who), False),
+            lambda who: own(who).networks * epoch,
+            "network_steps",
+        ),
         "scoring": (lambda who: scoring(size, who), lambda who: who.networks, "checkpoints"),
-        "whole": (lambda who: whole(size, who), lambda who: who.runs * per_run, size.unit),
+        "whole": (lambda who: whole(size, who), lambda who: who.networks * run, "network_steps"),
     }
     for kind, (prepare, items, unit) in kinds.items():
         done: list[str] = []

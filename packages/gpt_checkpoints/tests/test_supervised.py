@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +34,6 @@ from triptych_gpt.tasks.describe import describe
 from triptych_gpt.tasks.networks import Scored, score_networks, train_networks
 from triptych_gpt.tasks.optimizers import ELEMENTWISE_OPTIMIZERS
 from triptych_gpt.tasks.supervised import candidate_counts, even_slices, recorded_steps
-from triptych_gpt.zoo.zoo import Zoo  # noqa: F401 - the package imports as a whole
 
 CPU = torch.device("cpu")
 Network = Callable[[], nn.Module]
@@ -290,17 +288,14 @@ def test_learning_rates_are_cosine_by_epoch_or_constant():
         (("SGD", {"momentum": 0.9}), "lr is missing"),
         (("SGD", {"lr": 0.1, "beta": 1}), "unknown 'beta'"),
         (("SGD", {"lr": 0.1, "params": []}), "unknown 'params'"),
-        (("SGD", {"lr": 0.1}, "linear"), "schedule 'linear': expected cosine or constant"),
         (("SGD", {"lr": -0.1}), "lr -0.1; expected a number above 0"),
         (("SGD", {"lr": "fast"}), "lr 'fast'; expected a number above 0"),
     ],
 )
 def test_optimizer_settings_refuse(arguments, message):
-    settings = OptimizerSettings
-    settings = getattr(settings, "__wrapped__", settings)
-    with pytest.raises(Exception, match=message) as error:
-        settings(*arguments)
-    assert "\n" not in str(error.value) or "linear" in arguments
+    with pytest.raises(ValueError, match=message) as error:
+        OptimizerSettings(*arguments)
+    assert "\n" not in str(error.value)
 
 
 def test_arguments_that_contradict_each_other_are_refused_in_one_line():
@@ -366,6 +361,28 @@ def test_scores_do_not_depend_on_what_is_scored_at_once():
         for networks, items in ((1, 1), (2, 5), (3, 41), (100, 100)):
             found = score_networks(task.stack, theta, [part], networks_at_once=networks, items_at_once=items)
             assert (found["loss"] - whole).abs().max() < 1e-12
+
+
+class Normalised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, Normalised, partial(nn.Linear, bias=False)])
+def test_inputs_that_never_vary_count_all_the_same(layer):
+    """Whatever the scorer leaves out or takes together: constants inside, at the ends, in all of the inputs."""
+    for constant in ([], [0, 1], list(range(5, 14)), [0, *range(4, 12), 19], list(range(20))):
+
+        def data(part: str, constant: list[int] = constant) -> Items:
+            items = Noise((20,))(part)
+            items.inputs[:, constant] = torch.arange(float(len(constant))) - 0.5
+            return items
+
+        for network in (nn.Sequential(nn.Sequential(layer(20, 4)), nn.ReLU(), nn.Linear(4, 3)), layer(20, 3)):
+            task = SupervisedTask("test", lambda network=network: network, data, epochs=1, scored_train_items=9)
+            theta = torch.randn(3, task.layout.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            found, expected = task.evaluate(theta), scores_one_by_one(replace(task), theta)
+            assert all((found[name] - values).abs().max() < 1e-10 for name, values in expected.items())
 
 
 def test_ties_and_dead_networks_are_errors():
@@ -455,18 +472,8 @@ def test_tasks_refuse():
             task_of(**settings)
     with pytest.raises(ValueError, match="batch_size 64: task test has 42 training items; use fewer"):
         _ = task_of(batch_size=64).steps
-    with pytest.raises(ValueError, match="layer 1.out .Bilinear"):
-        _ = task_of(lambda: nn.Sequential(nn.Linear(6, 5), Named(nn.Bilinear(5, 5, 3)))).symmetry
-
-
-def Named(layer: nn.Module) -> nn.Module:  # noqa: N802 - reads as a layer
-    return nn.Sequential(dict_of(layer))
-
-
-def dict_of(layer: nn.Module):
-    from collections import OrderedDict
-
-    return OrderedDict(out=layer)
+    with pytest.raises(ValueError, match=r"layer 1 \(Bilinear\)"):
+        _ = task_of(lambda: nn.Sequential(nn.Linear(6, 5), nn.Bilinear(5, 5, 3))).symmetry
 
 
 TASK_FILE = """
@@ -488,7 +495,9 @@ TASK = SupervisedTask("points", partial(network, width=4), points, epochs=3, bat
 
 def test_recipe_is_the_same_in_every_process(tmp_path):
     (tmp_path / "points.py").write_text(TASK_FILE)
-    script = "import json, sys; from triptych_gpt.tasks import open_task; print(json.dumps(open_task(sys.argv[1]).recipe()))"
+    script = (
+        "import json, sys; from triptych_gpt.tasks import open_task; print(json.dumps(open_task(sys.argv[1]).recipe()))"
+    )
     command = [sys.executable, "-c", script, f"{tmp_path / 'points.py'}:TASK"]
     first, second = (
         subprocess.run(
@@ -519,7 +528,9 @@ def test_recipe_changes_with_every_setting_that_matters():
         replace(task, scores=(Score(Metric("test_loss", "lower"), "test", zero_one),)),
         replace(task, data=Noise((3, 32, 32), 43)),
         replace(task, network=SmallConvNet((4, 7))),
-        replace(task, network=SmallConvNet((4, 6))),  # the same layers by another builder, which may draw them otherwise
+        replace(
+            task, network=SmallConvNet((4, 6))
+        ),  # the same layers by another builder, which may draw them otherwise
         replace(task, network=partly_frozen_cnn),
     ]
     recipes = [json.dumps(each.recipe(), sort_keys=True) for each in (task, *others)]
@@ -561,12 +572,7 @@ def test_callables_are_described_by_name_and_settings():
 
     assert describe(cross_entropy) == "triptych_gpt.tasks.measures.cross_entropy"
     assert describe(FlipAndCrop()) == "FlipAndCrop(padding=4, offsets=8)"
-    assert describe(partial(torch.clamp, min=0)) == "torch.clamp(min=0)" or "clamp(min=0)" in describe(
-        partial(torch.clamp, min=0)
-    )
+    assert describe(partial(mlp, 3, width=4)).endswith("test_supervised.mlp(3, width=4)")
+    assert describe(partial(SmallConvNet, (4, 6))) == "triptych_gpt.tasks.cifar_cnn.SmallConvNet((4, 6))"
     with pytest.raises(ValueError, match="Plain object: its settings are unknown"):
         describe(Plain())
-
-
-def test_paths_of_this_file_exist():
-    assert Path(__file__).is_file()

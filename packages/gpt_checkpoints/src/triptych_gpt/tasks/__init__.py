@@ -74,19 +74,15 @@ def _from_file(path: Path, name: str) -> Task:
     task = getattr(module, name, None)
     if task is None:
         raise ValueError(f"{path}: has no {name}; expected the name of a Task in it")
-    if isinstance(task, type) or (callable(task) and not _is_task(task)):
+    if isinstance(task, type) or (callable(task) and not isinstance(task, Task)):
         try:
             task = task()
         except Exception as error:
             raise ValueError(f"{path}: {name}() fails ({_line(error)})") from error
-    if not _is_task(task):
+    if not isinstance(task, Task):
         missing = [part for part in _PARTS if not hasattr(task, part)]
         raise ValueError(f"{path}: {name} is a {type(task).__name__}, no Task (it lacks {', '.join(missing)})")
     return task
-
-
-def _is_task(found: object) -> bool:
-    return isinstance(found, SupervisedTask) or isinstance(found, Task)  # noqa: SIM101 - the second may load the data
 
 
 def _line(error: Exception) -> str:

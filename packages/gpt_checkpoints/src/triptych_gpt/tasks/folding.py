@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from triptych_gpt.tasks.stack import computes
+
 _GAP = 4  # fewer columns in a row are not worth a copy of their own
 
 
@@ -18,7 +20,7 @@ class Folding:
     Does nothing unless inputs are flat and the network begins with a Linear that has a bias.
     """
 
-    def __init__(self, network: nn.Module, parts: Sequence[Float[Tensor, "items *shape"]]) -> None:
+    def __init__(self, network: nn.Module, parts: Sequence[Tensor]) -> None:
         self.layer = _first_linear(network) if all(part.ndim == 2 for part in parts) else None
         if self.layer is None:
             return
@@ -53,10 +55,11 @@ class Folding:
 def _first_linear(network: nn.Module) -> str | None:
     """Name of the layer that meets the inputs, where it is a Linear with a bias."""
     path = []
-    while isinstance(network, nn.Sequential) and len(network):
+    while isinstance(network, nn.Sequential) and computes(network, nn.Sequential) and len(network):
         name, network = next(iter(network.named_children()))
         path.append(name)
-    return ".".join(path) if isinstance(network, nn.Linear) and network.bias is not None else None
+    plain = isinstance(network, nn.Linear) and computes(network, nn.Linear)
+    return ".".join(path) if plain and network.bias is not None else None
 
 
 def _spans(columns: Sequence[int]) -> list[tuple[int, int]]:

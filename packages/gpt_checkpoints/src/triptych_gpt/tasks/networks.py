@@ -32,7 +32,7 @@ def train_networks(
     record: after how many steps each network's checkpoints are taken, ascending; they are written to `out`. Returns the
     mean loss of each checkpoint's last minibatch, before its step (its first one for step 0).
     """
-    parameters = {  # each in memory of its own, since autograd counts writes to shared memory as changes of all
+    parameters = {
         name: value.clone(memory_format=torch.contiguous_format)
         for name, value in stack.layout.unflatten(theta).items()
     }

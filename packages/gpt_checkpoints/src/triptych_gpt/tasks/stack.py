@@ -139,12 +139,14 @@ def _check(name: str, module: nn.Module) -> None:
 def _compile(module: nn.Module, name: str) -> _Layer | None:
     """The batched form of a layer, None where there is none."""
     kind = next((base for base in type(module).__mro__ if base in _MAKERS), None)
-    if kind is None or getattr(module.forward, "__func__", None) is not kind.forward:
-        return None  # unknown, or a known layer's subclass that computes something else
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    if hooked or (module._modules and kind not in (nn.Sequential, Residual)):  # parametrised, say
-        return None
-    return _MAKERS[kind](module, name)
+    return _MAKERS[kind](module, name) if kind is not None and computes(module, kind) else None
+
+
+def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module of this kind computes what others do: no forward pass of its own, no hooks, nothing parametrised."""
+    own_forward = getattr(module.forward, "__func__", None) is not kind.forward
+    parametrised = module._modules and kind not in (nn.Sequential, Residual)
+    return not (own_forward or parametrised or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _join(name: str, key: str) -> str:

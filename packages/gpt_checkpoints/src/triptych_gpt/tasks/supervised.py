@@ -231,7 +231,7 @@ class SupervisedTask(Task):
 
 
 def seconds_each(work: Callable[[int], object], most: int) -> float:
-    """How long one of several equal pieces of work takes, when as many are done at once as half a second has time for."""
+    """How long one of several equal pieces of work takes, when as many are done at once as a quarter of a second has time for."""
     work(1)  # warm-up
 
     def timed(count: int) -> float:
@@ -240,7 +240,7 @@ def seconds_each(work: Callable[[int], object], most: int) -> float:
         return (time.perf_counter() - began) / count
 
     one = timed(1)
-    count = min(most, int(0.5 / one))
+    count = min(most, int(0.25 / one))
     return timed(count) if count > 1 else one
 
 

@@ -77,6 +77,7 @@ class CollectConfig(CommonOptions):
     def open(self) -> Task:
         """The task. Raises ValueError or OSError where this command could not collect it."""
         task = self.spec.open()
+        task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
         if self.initialiser not in task.initialisers:
             raise ValueError(f"initialiser {self.initialiser!r}: expected one of {', '.join(task.initialisers)}")
         if self.checkpoints > task.steps + 1:
@@ -84,7 +85,6 @@ class CollectConfig(CommonOptions):
                 f"checkpoints {self.checkpoints}: a run of {task.name} takes {task.steps:,} steps, so expected 2 to "
                 f"{task.steps + 1:,}"
             )
-        task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
         return task
 
     def on(self) -> torch.device:
@@ -162,7 +162,7 @@ def measured(task: Task, config: CollectConfig) -> Speed:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return task.measure(config.on(), min(config.cohort_runs, config.runs))
+        return task.measure(config.on(), min(config.cohort_runs, config.runs), config.shared_batches)
     finally:
         torch.set_num_threads(threads)
 
@@ -234,9 +234,7 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
     total = sum(len(unit.cohort.runs) for unit in units)
     workers = min(config.processes(), len(units))
     at_once = min(units[0].networks_at_once, config.cohort_runs)
-    say(
-        f"{total:,} runs in {len(units):,} cohort{'s' * (len(units) > 1)}, {at_once} networks at once in each of {workers} process{'es' * (workers > 1)}"
-    )
+    say(f"{total:,} runs in {_count(len(units), 'cohort')}, {at_once} networks at once in {_count(workers, 'process')}")
     results = ENGINES[config.engine](collect_cohort, units, devices(config.on(), workers))
     with Progress("collecting", total, "run") as progress:
         progress.at(0)
@@ -250,6 +248,10 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
 
 def _commit(manifest: Manifest, record: ShardRecord, again: set[str]) -> None:
     manifest.commit(record, replace=record.name in again)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
 
 
 def _by_split(config: CollectConfig) -> dict[str, int]:
