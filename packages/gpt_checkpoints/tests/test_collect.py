@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,7 @@ import time
 import torch
 from torch import nn
 from triptych_gpt import cli
-from triptych_gpt.tasks import Items, SupervisedTask, momentum_sgd
+from triptych_gpt.tasks import Items, Metric, Score, SupervisedTask, Trajectories, cross_entropy, momentum_sgd
 
 def network():
     return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -42,9 +44,35 @@ def slow(inputs, rng):
 
 TINY = SupervisedTask(name="tiny", network=network, data=points, epochs=3, batch_size=16)
 SLOW = SupervisedTask(name="slow", network=network, data=points, epochs=3, batch_size=16, augment=slow)
-WILD = SupervisedTask(name="wild", network=network, data=points, epochs=3, batch_size=16, optimizer=momentum_sgd(lr=30.0))
+WILD = SupervisedTask(name="wild", network=network, data=points, epochs=3, batch_size=16, optimizer=momentum_sgd(lr=2.5))
 TIED = SupervisedTask(name="tied", network=lambda: nn.Sequential(nn.Linear(3, 4), nn.Bilinear(4, 4, 2)),
                       data=points, epochs=1, batch_size=16)
+def once(part):
+    return Items(torch.randn(64, 3), torch.randint(2, (64,)))
+
+def scalar(outputs, targets):
+    return outputs.mean()
+
+UNSEEDED = SupervisedTask(name="unseeded", network=network, data=once, epochs=3, batch_size=16)
+SCALAR = SupervisedTask(name="scalar", network=network, data=points, epochs=3, batch_size=16, loss=scalar)
+STEP = SupervisedTask(name="step", network=network, data=points, epochs=3, batch_size=16,
+                      scores=(Score(Metric("step", "lower"), "test", cross_entropy),))
+HOPELESS = SupervisedTask(name="hopeless", network=network, data=points, epochs=3, batch_size=16,
+                          optimizer=momentum_sgd(lr=1e30))
+
+class Undefined(SupervisedTask):
+    def evaluate(self, theta):
+        scores = super().evaluate(theta)
+        scores["test_loss"][theta[:, 0] > 0] = float("nan")
+        return scores
+
+class Short(SupervisedTask):
+    def train_cohort(self, cohort, device, networks_at_once):
+        made = super().train_cohort(cohort, device, networks_at_once)
+        return Trajectories(made.theta[:, :-1], made.steps[:, :-1])
+
+UNDEFINED = Undefined(name="undefined", network=network, data=points, epochs=3, batch_size=16)
+SHORT = Short(name="short", network=network, data=points, epochs=3, batch_size=16)
 NOTHING = 3
 """
 OPTIONS = ["--runs", "12", "--cohort-runs", "4", "--checkpoints", "6", "--networks-at-once", "4"]
@@ -275,11 +303,30 @@ def test_damage_is_refused_and_repaired(whole, tasks, tmp_path):
     fails_with(done, f"{truncated.name}: ")
     remedy = re.search(r"run (triptych-gpt collect .*)", done.stderr)[1]
     assert "--repair" in remedy
-    repaired = collect(tasks, out, "--repair")
+    repaired = command(*shlex.split(remedy)[1:], "--engine", "here")  # the remedy as printed adds no runs
     assert repaired.returncode == 0, repaired.stderr
     assert repaired.stdout.count("collecting it again") == 2
     assert shards(out) == shards(whole)
     assert not Zoo(out).verify()
+
+
+def test_shards_that_lost_their_manifest_are_not_overwritten(whole, tasks, tmp_path):
+    shutil.copytree(whole, tmp_path / "zoo")
+    (tmp_path / "zoo/manifest.json").unlink()
+    fails_with(collect(tasks, tmp_path / "zoo"), "shards without their manifest.json")
+    assert shards(tmp_path / "zoo") == shards(whole)
+
+
+def test_an_edited_task_file_is_another_task(whole, tasks, tmp_path):
+    edited = tmp_path / "tasks.py"
+    edited.write_text(TASK.replace("momentum_sgd\n", "momentum_sgd\n# a comment, or a change of the loss\n"))
+    fails_with(collect(edited, whole), "task_file=")
+
+
+def test_a_zoo_copied_without_its_config_still_knows_its_recipe(whole, tasks, tmp_path):
+    shutil.copytree(whole, tmp_path / "zoo", ignore=shutil.ignore_patterns("config.json", ".lock"))
+    fails_with(collect(tasks, tmp_path / "zoo", "--seed", "5"), "a zoo of another recipe, seed=0 (now 5)")
+    assert collect(tasks, tmp_path / "zoo").returncode == 0
 
 
 def test_a_zoo_of_another_recipe_is_refused(whole, tasks, tmp_path):
@@ -298,6 +345,9 @@ def test_a_zoo_of_another_recipe_is_refused(whole, tasks, tmp_path):
         (["--engine", "slurm"], "slurm", 2),
         (["--data", "mnist5k"], "task tiny has data of its own", 1),
         (["--split-every", "2"], "split_every 2: expected at least 3", 2),
+        (["--device", "cuda:99"], "device 'cuda:99': not available here", 1),
+        (["--device", "banana"], "device 'banana': not available here", 1),
+        (["--seed", "9" * 23], "expected a number of 64 bits", 2),
     ],
 )
 def test_bad_requests_are_one_line(options, message, status, tasks, tmp_path):
@@ -316,12 +366,35 @@ def test_bad_tasks_are_one_line(tasks, tmp_path):
         fails_with(command("collect", spec, "--out", str(tmp_path / "zoo")), message)
 
 
+def test_tasks_that_break_their_promises_are_one_line(tasks, tmp_path):
+    for name, message in (
+        ("UNSEEDED", "another recipe each time it is opened"),
+        ("SCALAR", "task scalar"),
+        ("STEP", "task step: 'step' would name two columns"),
+        ("HOPELESS", "every run was dropped (weights that are not finite: 12)"),
+        ("SHORT", "train_cohort gave theta (4, 5, 32), expected (4, 6, 32)"),
+    ):
+        fails_with(collect(tasks, tmp_path / name, name=name), message)
+
+
+def test_runs_with_undefined_metrics_are_dropped(tasks, tmp_path):
+    assert collect(tasks, tmp_path / "zoo", name="UNDEFINED").returncode == 0
+    zoo = Zoo(tmp_path / "zoo")
+    assert set(zoo.dropped.values()) == {"metrics that are not finite"}
+    assert 0 < len(zoo) < 12
+    for row, number in enumerate(zoo.runs.run):
+        theta = zoo.theta([row] * 6, range(6))
+        assert (theta[:, 0] <= 0).all()
+        assert torch.equal(theta[0], open_task(f"{tasks}:TINY").initial(0, [int(number)])[0])
+    assert zoo.metrics("test_loss").isfinite().all()
+
+
 def test_the_task_may_also_be_named_by_an_option(tasks, tmp_path):
     done = command("collect", "--task", f"{tasks}:TINY", *OPTIONS, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["runs_by_split"] == {"train": 4, "validation": 4, "test": 4}
-    assert plan["gigabytes"] == 12 * 6 * 32 * 4 / 1e9
+    assert plan["bytes"] == 12 * 6 * 32 * 4
     assert plan["minutes"] > 0
 
 

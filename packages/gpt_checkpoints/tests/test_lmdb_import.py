@@ -106,10 +106,20 @@ def test_bad_runs_are_dropped_and_counted(data):
     write_run(data, "6", places=PLACES[:3])
     write_run(data, "7", changes={"avg_test_loss": float("nan")})
     result = import_lmdb(config(data), LAYOUT)
-    assert result["dropped"] == {"|theta| > 10": 1, "non-finite": 2, "3 checkpoints": 1}
+    assert result["dropped"] == {
+        "weights beyond 10": 1,
+        "weights that are not finite": 1,
+        "metrics that are not finite": 1,
+        "3 checkpoints": 1,
+    }
     assert result["runs"] == {"train": 8, "test": 0}  # 6 and 7 are the last two
     zoo = Zoo(data.parent / "zoo")
-    assert zoo.dropped == {8: "|theta| > 10", 9: "non-finite", 10: "3 checkpoints", 11: "non-finite"}
+    assert zoo.dropped == {
+        8: "weights beyond 10",
+        9: "weights that are not finite",
+        10: "3 checkpoints",
+        11: "metrics that are not finite",
+    }
     assert zoo.index(["name"]).column("name").to_pylist()[:: len(PLACES)] == ORDER
 
 

@@ -7,7 +7,8 @@ from triptych_common.cli import Command, main
 
 
 def _collect() -> Command:
-    from triptych_gpt.zoo.collect import PRESETS, CollectConfig, collect
+    from triptych_gpt.zoo.collect import collect
+    from triptych_gpt.zoo.collect_config import PRESETS, CollectConfig
 
     return Command(CollectConfig, collect, PRESETS)
 

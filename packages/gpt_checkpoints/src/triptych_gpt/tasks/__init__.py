@@ -66,9 +66,11 @@ def _from_file(path: Path, name: str) -> Task:
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses look their module up
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.insert(0, str(path.resolve().parent))  # it may import its neighbours, as a script may
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(f"{path}: cannot be run ({_line(error)})") from error
     task = getattr(module, name, None)
@@ -85,7 +87,7 @@ def _from_file(path: Path, name: str) -> Task:
     return task
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -70,7 +70,7 @@ def _pixels(inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     rows = torch.where((rows < 0) | (rows >= height), height, rows)
     columns = torch.where((columns < 0) | (columns >= width), width, columns)
     each = torch.arange(items, device=inputs.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True)

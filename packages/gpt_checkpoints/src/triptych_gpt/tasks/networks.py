@@ -90,7 +90,6 @@ class Scored(NamedTuple):
     measures: Mapping[str, Measure]
 
 
-@torch.inference_mode()
 def score_networks(
     stack: Stack,
     theta: Float[Tensor, "n D"],
@@ -103,18 +102,19 @@ def score_networks(
     totals = {
         name: torch.zeros(len(theta), dtype=torch.float64, device=theta.device) for p in parts for name in p.measures
     }
-    folding = Folding(stack.network, [part.inputs for part in parts])
-    blocks = [
-        (folding.inputs(inputs), targets, part.measures, len(part.inputs))
-        for part in parts
-        for inputs, targets in zip(part.inputs.split(items_at_once), part.targets.split(items_at_once), strict=True)
-    ]
-    for first in range(0, len(theta), networks_at_once):
-        here = slice(first, first + networks_at_once)
-        views = folding.parameters(stack.layout.unflatten(theta[here]))
-        parameters = {name: value.contiguous() for name, value in views.items()}
-        for inputs, targets, measures, count in blocks:
-            outputs = stack(parameters, inputs)
-            for name, measure in measures.items():
-                totals[name][here] += measure(outputs, targets).sum(1, dtype=torch.float64) / count
+    with torch.inference_mode():  # the totals, made outside, stay ordinary tensors
+        folding = Folding(stack.network, [part.inputs for part in parts])
+        blocks = [
+            (folding.inputs(inputs), targets, part.measures, len(part.inputs))
+            for part in parts
+            for inputs, targets in zip(part.inputs.split(items_at_once), part.targets.split(items_at_once), strict=True)
+        ]
+        for first in range(0, len(theta), networks_at_once):
+            here = slice(first, first + networks_at_once)
+            views = folding.parameters(stack.layout.unflatten(theta[here]))
+            parameters = {name: value.contiguous() for name, value in views.items()}
+            for inputs, targets, measures, count in blocks:
+                outputs = stack(parameters, inputs)
+                for name, measure in measures.items():
+                    totals[name][here] += measure(outputs, targets).sum(1, dtype=torch.float64) / count
     return {name: total.to(theta.dtype) for name, total in totals.items()}

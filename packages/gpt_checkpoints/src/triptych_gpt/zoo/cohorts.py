@@ -1,7 +1,9 @@
 """Which runs form a cohort, which split it belongs to, and the work it takes: trained, scored, written."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import torch
 
 from triptych_gpt.tasks import Cohort, Task, Trajectories, open_task
-from triptych_gpt.zoo.store import CohortData, ShardRecord, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData, ShardRecord, shard_name, unsound, write_shard
 
-MAX_WEIGHT = 10.0  # runs with a larger |theta| anywhere are dropped, as from the released data
+SETTINGS = ("split", "cohort", "seed", "initialiser", "shared_batches")
+"""columns of the index that say what a run was, beside the task's own settings"""
 _SCORED_AT_ONCE = 4000  # checkpoints on the device
 
 
@@ -24,12 +27,29 @@ class TaskSpec:
     epochs: int | None = None
 
     def open(self) -> Task:
-        return _opened(self)
+        return open_task(self.task, data=self.data, epochs=self.epochs)
+
+    def source(self) -> dict[str, str]:
+        """A hash of the file that a task of the user's own stands in: its functions are only names in the recipe."""
+        path, _, _ = self.task.rpartition(":")
+        return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
+
+
+def recipe_digest(recipe: Mapping[str, Any]) -> str:
+    """A hash of a recipe. Raises TypeError for one that is not JSON-able."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
-def _opened(spec: TaskSpec) -> Task:
-    return open_task(spec.task, data=spec.data, epochs=spec.epochs)
+def _opened(spec: TaskSpec, recipe: str) -> Task:
+    """The task in this process, once. Raises ValueError where it is not the one whose zoo this is."""
+    task = spec.open()
+    if recipe_digest(task.recipe()) != recipe:
+        raise ValueError(
+            f"task {task.name}: another recipe each time it is opened, or changed meanwhile; make its data and settings "
+            "the same in every process (seed what is drawn)"
+        )
+    return task
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,7 @@ class Work:
     """
 
     task: TaskSpec
+    recipe: str  # its digest
     folder: Path
     cohort: Cohort
     split: str
@@ -70,35 +91,59 @@ def collect_cohort(work: Work, device: str) -> ShardRecord:
 
     Raises OSError when the disk refuses, ValueError for a cohort that the task cannot train.
     """
-    task, on = work.task.open(), torch.device(device)
-    trained = task.train_cohort(work.cohort, on, work.networks_at_once)
-    if work.dtype == "bfloat16":  # what is scored is what is stored
-        for run in trained.theta:
-            run.copy_(run.bfloat16())
-    kept, dropped = _sound(trained, work.cohort.runs)
-    metrics = {name: values[kept] for name, values in trained.metrics.items()}
-    theta = trained.theta if len(kept) == len(trained.theta) else trained.theta[kept]
+    task, on, runs = _opened(work.task, work.recipe), torch.device(device), work.cohort.runs
+    try:
+        trained = task.train_cohort(work.cohort, on, work.networks_at_once)
+        _check(trained, work, task)
+        if work.dtype == "bfloat16":  # what is scored is what is stored
+            for run in trained.theta:
+                run.copy_(run.bfloat16())
+        theta, kept, dropped = _sound(trained.theta, runs)
+        metrics = {name: values[kept] for name, values in trained.metrics.items()}
+        metrics = {**_scored(task, theta, on, [m.name for m in task.metrics if m.name not in metrics]), **metrics}
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # in a user's own functions
+        raise ValueError(f"task {task.name}, runs {runs[0]}..{runs[-1]}: {type(error).__name__}: {error}") from error
+    finite = torch.stack([values.isfinite().all(1) for values in metrics.values()]).all(0)
+    dropped |= {runs[i]: "metrics that are not finite" for i in kept[~finite].tolist()}
+    theta, kept = _compacted(theta, finite), kept[finite]
     data = CohortData(
-        runs=[work.cohort.runs[i] for i in kept.tolist()],
+        runs=[runs[i] for i in kept.tolist()],
         theta=theta,
         steps=trained.steps[kept],
-        metrics={**_scored(task, theta, on, [m.name for m in task.metrics if m.name not in metrics]), **metrics},
+        metrics={name: values[finite] for name, values in metrics.items()},
         settings=_settings(work, task),
         dropped=dropped,
     )
     return write_shard(work.folder, work.shard, data, work.dtype)
 
 
-def _sound(trained: Trajectories, runs: range) -> tuple[torch.Tensor, dict[int, str]]:
-    """Which trajectories to keep, and why the others are not."""
-    dropped = {}
-    for run, theta in zip(runs, trained.theta, strict=True):
-        largest = theta.abs().max().item()
-        if not largest < float("inf"):
-            dropped[run] = "weights that are not finite"
-        elif largest > MAX_WEIGHT:
-            dropped[run] = f"weights beyond {MAX_WEIGHT:g}"
-    return torch.tensor([i for i, run in enumerate(runs) if run not in dropped], dtype=torch.long), dropped
+def _check(trained: Trajectories, work: Work, task: Task) -> None:
+    """Raises ValueError for trajectories of another shape than was asked for."""
+    rows = (len(work.cohort.runs), work.cohort.checkpoints)
+    shapes = {"theta": tuple(trained.theta.shape), "steps": tuple(trained.steps.shape)}
+    wanted = {"theta": (*rows, task.layout.size), "steps": rows}
+    for name, shape in {**shapes, **{name: tuple(values.shape) for name, values in trained.metrics.items()}}.items():
+        if shape != wanted.get(name, rows):
+            raise ValueError(f"task {task.name}: train_cohort gave {name} {shape}, expected {wanted.get(name, rows)}")
+
+
+def _sound(theta: torch.Tensor, runs: range) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+    """The trajectories to keep, their places, and why the others are not."""
+    reasons = [unsound(run) for run in theta]
+    keep = torch.tensor([reason is None for reason in reasons])
+    dropped = {run: reason for run, reason in zip(runs, reasons, strict=True) if reason is not None}
+    return _compacted(theta, keep), keep.nonzero().flatten(), dropped
+
+
+def _compacted(theta: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The rows to keep, moved up in place: a second copy would double the memory of a cohort."""
+    places = keep.nonzero().flatten().tolist()
+    for new, old in enumerate(places):
+        if new != old:
+            theta[new] = theta[old]
+    return theta[: len(places)]
 
 
 def _scored(task: Task, theta: torch.Tensor, device: torch.device, names: list[str]) -> dict[str, torch.Tensor]:
@@ -110,6 +155,6 @@ def _scored(task: Task, theta: torch.Tensor, device: torch.device, names: list[s
 
 
 def _settings(work: Work, task: Task) -> dict[str, Any]:
-    cohort = asdict(work.cohort)
-    noted = {name: cohort[name] for name in ("seed", "initialiser", "shared_batches")}
-    return {"split": work.split, "cohort": work.cohort.number, **noted, **task.settings()}
+    cohort = work.cohort
+    values = (work.split, cohort.number, cohort.seed, cohort.initialiser, cohort.shared_batches)
+    return {**task.settings(), **dict(zip(SETTINGS, values, strict=True))}

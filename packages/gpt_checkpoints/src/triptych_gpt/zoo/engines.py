@@ -46,19 +46,22 @@ def run_local(function: Callable[[Any, str], Any], units: Sequence[Any], devices
     waiting = context.SimpleQueue()
     for device in devices:
         waiting.put(device)
-    with _environment({"OMP_NUM_THREADS": "1", **_ALLOCATOR}):
+    others = multiprocessing.active_children()
+    with _environment({"OMP_NUM_THREADS": "1", **_ALLOCATOR}):  # all processes start at once
         pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_start, initargs=(waiting,))
-        try:
-            for future in as_completed([pool.submit(_call, function, unit) for unit in units]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise MemoryError(
-                "a worker process died, perhaps for want of memory; use fewer --workers or a smaller --cohort-runs, and repeat"
-            ) from error
-        finally:
-            for process in multiprocessing.active_children():
+        futures = [pool.submit(_call, function, unit) for unit in units]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise MemoryError(
+            "a worker process died, perhaps for want of memory; use fewer --workers or a smaller --cohort-runs, and repeat"
+        ) from error
+    finally:
+        for process in multiprocessing.active_children():
+            if process not in others:
                 process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def run_ray(function: Callable[[Any, str], Any], units: Sequence[Any], devices: Sequence[str]) -> Iterator[Any]:
@@ -72,12 +75,13 @@ def run_ray(function: Callable[[Any, str], Any], units: Sequence[Any], devices: 
         raise ImportError("--engine ray needs a package: pip install 'triptych-gpt[ray]'") from error
     on_gpu = devices[0].startswith("cuda")
     cluster = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": len(devices), "include_dashboard": False}
-    ray.init(
-        log_to_driver=False,
-        logging_level="error",
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", **_ALLOCATOR}},
-        **cluster,
-    )
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", **_ALLOCATOR}}
+    try:
+        ray.init(log_to_driver=False, logging_level="error", runtime_env=environment, **cluster)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConnectionError(
+            f"--engine ray: {error}; check RAY_ADDRESS, or unset it for this machine alone"
+        ) from error
     try:
         remote = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=1)(_single_thread)
         pending = [remote.remote(function, unit, "cuda" if on_gpu else devices[0]) for unit in units]

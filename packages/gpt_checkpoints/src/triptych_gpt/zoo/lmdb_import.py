@@ -25,11 +25,10 @@ from triptych_gpt.zoo.lmdb_runs import (
     require_lmdb,
 )
 from triptych_gpt.zoo.manifest import MANIFEST, Manifest, damages
-from triptych_gpt.zoo.store import DTYPES, CohortData, shard_name, write_shard
+from triptych_gpt.zoo.store import DTYPES, CohortData, shard_name, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"
-MAX_WEIGHT = 10.0  # runs that leave this range anywhere are dropped, as the released code drops them
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,11 @@ def import_lmdb(
     identity = {**settings, **{name: getattr(config, name) for name in _CHOSEN}}
     with RunDirectory(config.out, identity):
         manifest = _manifest(config, layout, metrics, identity)
-        again = {damage.shard for damage in damages(manifest)} if config.repair else set()
+        again = set()
+        for damage in damages(manifest, contents=config.repair):
+            if not config.repair:
+                raise ValueError(f"{damage}; run {manifest.remedy()}")
+            again.add(damage.shard)
         with Progress("import", len(runs), "runs") as progress:
             progress.at(0)
             for split, cohort in _cohorts(len(runs), config):
@@ -176,9 +179,9 @@ def _read_run(
     for metric, source in metrics.items():
         values[metric][:] = [read_metric(source, listed[key][1], folder, key) for key in order]
     read_theta(folder, order, layout, theta)
-    if not all(np.isfinite(found).all() for found in (theta, *values.values())):
-        return "non-finite"
-    return f"|theta| > {MAX_WEIGHT:g}" if max(theta.max(), -theta.min()) > MAX_WEIGHT else None
+    if not all(np.isfinite(found).all() for found in values.values()):
+        return "metrics that are not finite"
+    return unsound(torch.from_numpy(theta))
 
 
 def _told(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:

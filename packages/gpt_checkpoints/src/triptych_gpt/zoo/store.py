@@ -21,7 +21,8 @@ from triptych_common.run import writing
 SHARDS, THETA, INDEX = "shards", ".safetensors", ".parquet"
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
 _ALIGNMENT = 64  # bytes; the rows of a mapped shard then start where vector instructions like it
-_OWN_COLUMNS = ("run", "checkpoint", "step")
+MAX_WEIGHT = 10.0
+OWN_COLUMNS = ("run", "checkpoint", "step")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class CohortData:
         for name, tensor in {"theta": self.theta[..., 0], "steps": self.steps, **self.metrics}.items():
             if tuple(tensor.shape) != rows:
                 raise ValueError(f"{name}: {tuple(tensor.shape)} runs and checkpoints, expected {rows}")
-        names = [*_OWN_COLUMNS, *self.metrics, *self.settings]
+        names = [*OWN_COLUMNS, *self.metrics, *self.settings]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"column {twice[0]}: named twice; give the metric or setting another name")
         for name, value in self.settings.items():
@@ -123,6 +124,14 @@ def write_shard(
         index = _write(path.with_name(name + INDEX), [_index_file(data)])
     numbers = sorted([*data.runs, *data.dropped])
     return ShardRecord(name, numbers[0], numbers[-1] + 1, str(data.settings["split"]), dict(data.dropped), theta, index)
+
+
+def unsound(theta: Float[Tensor, "checkpoints D"]) -> str | None:
+    """Why a run is dropped, if it is: weights that are not finite or too large, as from the released data."""
+    largest = max(theta.max().item(), -theta.min().item())  # NaN where any is
+    if not largest < float("inf"):
+        return "weights that are not finite"
+    return f"weights beyond {MAX_WEIGHT:g}" if largest > MAX_WEIGHT else None
 
 
 def file_digest(path: Path, chunk_bytes: int = 1 << 22) -> str:

@@ -1,0 +1,187 @@
+"""What `triptych-gpt collect` is asked for, checked before anything is written."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from triptych_common.cli import CommonOptions
+from triptych_common.parallel import ranks
+
+from triptych_gpt.tasks import Speed, Task
+from triptych_gpt.zoo.cohorts import SETTINGS, TaskSpec, cohorts, recipe_digest, split_of
+from triptych_gpt.zoo.store import DTYPES, OWN_COLUMNS
+
+RECIPE_VERSION = 1  # raised whenever the same recipe would give other runs
+IDENTITY = ("seed", "checkpoints", "initialiser", "cohort_runs", "shared_batches", "dtype", "split_every")
+NEW_ZOO_RUNS = 1000
+
+
+@dataclass(frozen=True)
+class CollectConfig(CommonOptions):
+    """Train networks in many runs and keep their checkpoints. Repeating the command resumes; more --runs extend the zoo."""
+
+    task: tyro.conf.Positional[str] = tyro.MISSING
+    """mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME for a task of your own"""
+    runs: int | None = None
+    """training runs the zoo shall have, those dropped included; default: 1,000, or none more with --repair"""
+    out: Path = Path("runs/zoo")
+    """folder of the zoo"""
+    data: str | None = None
+    """data set in place of the task's own, such as mnist5k for mnist_mlp"""
+    epochs: int | None = None
+    """epochs in place of the task's own"""
+    checkpoints: int = 200
+    """of each run: before training, after random steps, and after the last"""
+    initialiser: str = "default"
+    """how networks are drawn: default, or xavier, kaiming, orthogonal with _uniform or _normal"""
+    cohort_runs: int = 100
+    """runs that share their minibatches (which makes them faster, and correlates them), a shard and a split; what an
+    interruption costs each process at most"""
+    shared_batches: bool = True
+    """off: every run has minibatches of its own"""
+    split_every: int = 10
+    """of so many cohorts one is for testing and one for validation"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of stored parameters; bfloat16 takes half the bytes, and metrics are of what is stored"""
+    engine: Literal["local", "ray", "here"] = "local"
+    """processes of this machine, Ray (RAY_ADDRESS names a cluster), or this process alone"""
+    workers: int | None = None
+    """processes; default: one a core, or one a GPU"""
+    networks_at_once: int | None = None
+    """networks trained together, the cohort's at most; changes rounding only; default: measured when the zoo is begun"""
+    repair: bool = False
+    """verify every checksum first, and collect damaged cohorts again"""
+
+    def __post_init__(self) -> None:
+        least = {"runs": 1, "checkpoints": 2, "cohort_runs": 1, "split_every": 3, "workers": 1, "networks_at_once": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least {smallest}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: expected a number of 64 bits")
+
+    @property
+    def runs_asked(self) -> int:
+        """Runs the zoo shall have, 0 where it shall only be repaired."""
+        return self.runs if self.runs is not None else 0 if self.repair else NEW_ZOO_RUNS
+
+    @property
+    def spec(self) -> TaskSpec:
+        path, colon, name = self.task.rpartition(":")
+        own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else self.task
+        return TaskSpec(own, self.data, self.epochs)
+
+    @cached_property
+    def on(self) -> torch.device:
+        """The device. Raises ValueError for one that is not here."""
+        with ranks(self.device) as among:
+            return (
+                torch.device("cuda")
+                if self.device in ("auto", "cuda") and among.device.type == "cuda"
+                else among.device
+            )
+
+    @property
+    def processes(self) -> int:
+        if self.engine == "here":
+            return 1
+        if self.workers is not None:
+            return self.workers
+        return torch.cuda.device_count() if self.on.type == "cuda" else _cores()
+
+    def open(self) -> tuple[Task, dict[str, Any]]:
+        """The task, and everything that decides what its zoo is.
+
+        Raises ValueError or OSError where this command could not collect it.
+        """
+        task = self.spec.open()
+        with one_line(f"task {task.name}"):
+            task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
+            identity = {
+                "recipe_version": RECIPE_VERSION,
+                "task": task.name,
+                "recipe": task.recipe(),
+                **self.spec.source(),
+            }
+            recipe_digest(identity["recipe"])  # JSON, that is
+            self._check(task)
+        return task, identity | {name: getattr(self, name) for name in IDENTITY}
+
+    def _check(self, task: Task) -> None:
+        if self.initialiser not in task.initialisers:
+            raise ValueError(f"initialiser {self.initialiser!r}: expected one of {', '.join(task.initialisers)}")
+        if self.checkpoints > task.steps + 1:
+            raise ValueError(
+                f"checkpoints {self.checkpoints}: a run of {task.name} takes {task.steps:,} steps, so expected 2 to "
+                f"{task.steps + 1:,}"
+            )
+        names = [*OWN_COLUMNS, *SETTINGS, "minibatch_loss", *(metric.name for metric in task.metrics), *task.settings()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"task {task.name}: {twice[0]!r} would name two columns of the index; rename its metric or setting"
+            )
+        self.on  # noqa: B018
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints: of the runs asked for, as if there were none yet."""
+        (task, identity), runs = self.open(), self.runs_asked
+        speed = measured(task, self)
+        seconds = speed.seconds_per_run + self.checkpoints * speed.seconds_per_score
+        of_run = self.checkpoints * task.layout.size
+        by_split = dict.fromkeys(("train", "validation", "test"), 0)
+        for number, some in cohorts(0, runs, self.cohort_runs):
+            by_split[split_of(number, self.split_every)] += len(some)
+        return {
+            "config": asdict(self),
+            "recipe": identity["recipe"],
+            "runs": runs,
+            "cohorts": -(-runs // self.cohort_runs),
+            "runs_by_split": by_split,
+            "bytes": runs * of_run * DTYPES[self.dtype][1].itemsize,
+            "bytes_of_checkpoints_in_memory": min(runs, self.cohort_runs) * of_run * 4 * self.processes,
+            "processes": self.processes,
+            "networks_at_once": speed.networks_at_once,
+            "minutes": runs * seconds / self.processes / 60,
+        }
+
+
+PRESETS = {  # thesis 3.3: the released data sets' numbers of runs
+    "mnist": CollectConfig(task="mnist_mlp", runs=10_728),
+    "cifar10": CollectConfig(task="cifar_cnn", runs=56_840),
+    "laptop": CollectConfig(task="mnist_mlp_14", runs=1000),
+}
+
+
+def measured(task: Task, config: CollectConfig) -> Speed:
+    """A short measurement on one thread, as a worker has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    most = 4096 if config.on.type == "cuda" else 256  # more was never faster
+    try:
+        with one_line(f"task {task.name}"):
+            return task.measure(config.on, min(config.cohort_runs, most), config.shared_batches)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Errors in a user's own functions as one line, like any other of theirs; TRIPTYCH_DEBUG=1 shows where."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ValueError(f"{what}: {type(error).__name__}: {error} (TRIPTYCH_DEBUG=1 shows where)") from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
