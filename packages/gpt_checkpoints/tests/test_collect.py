@@ -236,15 +236,14 @@ def start_slowly(tasks: Path, out: Path) -> "subprocess.Popen[str]":
     return running
 
 
-def workers_of(pid: int) -> list[int]:
-    found = []
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those they started."""
+    parents = {}
     for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            if f"PPid:\t{pid}\n" in status.read_text():
-                found.append(int(status.parent.name))
-        except OSError:
-            continue
-    return found
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(re.search(r"PPid:\t(\d+)", status.read_text())[1])
+    found = [child for child, parent in parents.items() if parent == pid]
+    return found + [deeper for child in found for deeper in descendants(child)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -252,7 +251,7 @@ def workers_of(pid: int) -> list[int]:
 def test_stopped_anywhere_it_goes_on_to_the_same_zoo(how, slow, tasks, tmp_path):
     out = tmp_path / "zoo"
     running = start_slowly(tasks, out)
-    workers = workers_of(running.pid)
+    workers = descendants(running.pid)
     assert workers
     if how == signal.SIGINT:
         os.killpg(running.pid, how)  # as a terminal sends it

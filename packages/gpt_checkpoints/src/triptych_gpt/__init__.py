@@ -1,12 +1,22 @@
 """Zoos of neural-network checkpoints, and generative models of them (thesis, chapter 3)."""
 
-from triptych_gpt.derive import Residual, derive
-from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.matching import canonicalise
-from triptych_gpt.symmetry import Axis, PermutationSpec
-from triptych_gpt.tasks import TASKS, SupervisedTask, Task, open_task
-from triptych_gpt.zoo.pairs import Pairs
-from triptych_gpt.zoo.zoo import Zoo
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triptych_gpt.derive import Residual, derive
+    from triptych_gpt.layout import ParameterLayout
+    from triptych_gpt.matching import canonicalise
+    from triptych_gpt.symmetry import Axis, PermutationSpec
+    from triptych_gpt.tasks import TASKS, SupervisedTask, Task, open_task
+    from triptych_gpt.zoo.pairs import Pairs
+    from triptych_gpt.zoo.zoo import Zoo
+
+_HOMES = {  # imported when first asked for: torch alone takes seconds, and --help needs none of it
+    "TASKS": "tasks", "Axis": "symmetry", "Pairs": "zoo.pairs", "ParameterLayout": "layout", "PermutationSpec": "symmetry",
+    "Residual": "derive", "SupervisedTask": "tasks", "Task": "tasks", "Zoo": "zoo.zoo", "canonicalise": "matching",
+    "derive": "derive", "open_task": "tasks",
+}  # fmt: skip
 
 __all__ = [
     "TASKS",
@@ -22,3 +32,9 @@ __all__ = [
     "derive",
     "open_task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

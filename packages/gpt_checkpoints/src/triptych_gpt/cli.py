@@ -7,6 +7,9 @@ from triptych_common.cli import Command, main
 
 
 def _collect() -> Command:
+    from triptych_gpt.zoo.server import start
+
+    start()  # workers' imports and ours take seconds each, so side by side
     from triptych_gpt.zoo.collect import collect
     from triptych_gpt.zoo.collect_config import PRESETS, CollectConfig
 

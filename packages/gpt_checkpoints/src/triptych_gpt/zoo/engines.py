@@ -1,6 +1,5 @@
 """Where work is done: processes of this machine, or Ray. Both run the same function on the same units of work."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,8 +11,7 @@ from typing import Any
 
 import torch
 
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""glibc: keep the megabytes that every step frees and asks for again, instead of returning them page by page"""
+from triptych_gpt.zoo.server import ENVIRONMENT, environment, start
 
 _device = "cpu"
 
@@ -42,12 +40,12 @@ def run_local(function: Callable[[Any, str], Any], units: Sequence[Any], devices
     Leaving the iterator early, by an error or an interruption, ends the processes; so does the end of this one, however it
     ends. Raises what a unit raised; MemoryError where a process was killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = start()
     waiting = context.SimpleQueue()
     for device in devices:
         waiting.put(device)
     others = multiprocessing.active_children()
-    with _environment({"OMP_NUM_THREADS": "1", **_ALLOCATOR}):  # all processes start at once
+    with environment(ENVIRONMENT):
         pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_start, initargs=(waiting,))
         futures = [pool.submit(_call, function, unit) for unit in units]
     try:
@@ -75,9 +73,8 @@ def run_ray(function: Callable[[Any, str], Any], units: Sequence[Any], devices: 
         raise ImportError("--engine ray needs a package: pip install 'triptych-gpt[ray]'") from error
     on_gpu = devices[0].startswith("cuda")
     cluster = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": len(devices), "include_dashboard": False}
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", **_ALLOCATOR}}
     try:
-        ray.init(log_to_driver=False, logging_level="error", runtime_env=environment, **cluster)
+        ray.init(log_to_driver=False, logging_level="error", runtime_env={"env_vars": ENVIRONMENT}, **cluster)
     except (ConnectionError, RuntimeError) as error:
         raise ConnectionError(
             f"--engine ray: {error}; check RAY_ADDRESS, or unset it for this machine alone"
@@ -121,16 +118,3 @@ def _call(function: Callable[[Any, str], Any], unit: Any) -> Any:
 def _single_thread(function: Callable[[Any, str], Any], unit: Any, device: str) -> Any:
     torch.set_num_threads(1)
     return function(unit, device)
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for processes started meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update({name: value for name, value in values.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
