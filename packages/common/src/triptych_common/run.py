@@ -143,10 +143,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes its place whole at the end of the block, or not at all.
 
-    Raises OSError, the old file intact, when the disk refuses.
+    flush: wait until it is on the disk, so that a power cut cannot undo it; otherwise call `flush_file` before relying on
+    that. Raises OSError, the old file intact, when the disk refuses.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -154,7 +155,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         with partial.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -162,6 +164,15 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file's content is on the disk, whoever wrote it. Raises OSError when the disk refuses."""
+    try:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from triptych_common.run import write_text
+from triptych_common.run import flush_file, write_text
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.store import DTYPES, ShardRecord, file_digest
@@ -90,7 +90,7 @@ class Manifest:
         return {record.name for record in self.shards}
 
     def commit(self, record: ShardRecord, *, replace: bool = False) -> None:
-        """Make a shard count, atomically. `replace`: in place of the record of the same runs, whose files were damaged.
+        """Make a shard count, atomically, once its files are on the disk. `replace`: in place of the record of the same runs, whose files were damaged.
 
         Raises ValueError for runs that are there already; OSError, the zoo as it was, when the disk refuses.
         """

@@ -112,8 +112,9 @@ def write_shard(
 ) -> ShardRecord:
     """Write a cohort's two files into the zoo at `folder`, theta first; returns the record to commit to its manifest.
 
-    Runs in any process. Files of this name are replaced, each atomically. theta is converted run by run, so nothing as
-    large as it is allocated. Raises OSError, the old file intact, when the disk refuses; ValueError for another dtype.
+    Runs in any process. Files of this name are replaced, each atomically; it is the manifest that waits for the disk, when it
+    commits them. theta is converted run by run, so nothing as large as it is allocated. Raises OSError, the old file intact,
+    when the disk refuses; ValueError for another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -146,7 +147,7 @@ def file_digest(path: Path, chunk_bytes: int = 1 << 22) -> str:
 def _write(path: Path, blocks: Iterable[Any]) -> FileRecord:
     """Write what the blocks hold; the checksum is of what was meant to be written, not of what the disk made of it."""
     digest, size = xxhash.xxh3_128(), 0
-    with writing(path) as file:
+    with writing(path, flush=False) as file:
         for block in blocks:
             file.write(block)
             digest.update(block)
