@@ -90,7 +90,8 @@ class Manifest:
         return {record.name for record in self.shards}
 
     def commit(self, record: ShardRecord, *, replace: bool = False) -> None:
-        """Make a shard count, atomically, once its files are on the disk. `replace`: in place of the record of the same runs, whose files were damaged.
+        """Make a shard count, atomically, once its files are on the disk. `replace`: in place of the record of the same runs,
+        whose files were damaged.
 
         Raises ValueError for runs that are there already; OSError, the zoo as it was, when the disk refuses.
         """
@@ -101,6 +102,8 @@ class Manifest:
                 f"{self.folder / MANIFEST}: runs {record.first}..{record.stop - 1} are there already, in "
                 f"{clash[0].name} ({clash[0].split}); a zoo only grows, use another --out for other runs"
             )
+        for name in record.files():
+            flush_file(self.folder / name)
         before = self.shards, self._lines
         place = self.shards.index(same[0]) if same else len(self.shards)
         self.shards = [*self.shards[:place], record, *self.shards[place + 1 :]]
