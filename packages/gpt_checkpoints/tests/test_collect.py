@@ -21,6 +21,7 @@ from triptych_gpt import cli
 from triptych_gpt.tasks import Cohort, open_task
 from triptych_gpt.zoo.cohorts import cohorts, split_of
 from triptych_gpt.zoo.engines import devices, run_local
+from triptych_gpt.zoo.pairs import Pairs
 from triptych_gpt.zoo.zoo import Zoo
 
 TASK = """
@@ -28,7 +29,9 @@ import time
 import torch
 from torch import nn
 from triptych_gpt import cli
-from triptych_gpt.tasks import Items, Metric, Score, SupervisedTask, Trajectories, cross_entropy, momentum_sgd
+from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.symmetry import Axis, PermutationSpec
+from triptych_gpt.tasks import Items, Metric, Score, Speed, SupervisedTask, Trajectories, cross_entropy, momentum_sgd
 
 def network():
     return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -73,6 +76,34 @@ class Short(SupervisedTask):
 
 UNDEFINED = Undefined(name="undefined", network=network, data=points, epochs=3, batch_size=16)
 SHORT = Short(name="short", network=network, data=points, epochs=3, batch_size=16)
+class Search:
+    # Hill climbing; its reward is known only while it climbs, its height any time.
+    name, steps, initialisers = "search", 10, ("default",)
+    layout = ParameterLayout({"place": (3,)})
+    symmetry = PermutationSpec(layout, {"place": (Axis("place"),)})
+    metrics = (Metric("reward", "higher"), Metric("height", "higher"))
+
+    def recipe(self):
+        return {"steps": self.steps}
+
+    def settings(self):
+        return {"stride": 0.1}
+
+    def initial(self, seed, runs, initialiser="default"):
+        return torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(run)) for run in runs])
+
+    def train_cohort(self, cohort, device, networks_at_once):
+        steps = torch.arange(cohort.checkpoints)
+        theta = self.initial(cohort.seed, cohort.runs)[:, None] * 0.9 ** steps[:, None]
+        rewards = torch.tensor([[100.0 * run + step for step in steps] for run in cohort.runs])
+        return Trajectories(theta, steps.expand(len(cohort.runs), -1), {"reward": rewards})
+
+    def evaluate(self, theta):
+        return {"reward": theta[:, 0] * float("nan"), "height": -theta.square().sum(1)}
+
+    def measure(self, device, cohort_runs, shared_batches=True):
+        return Speed(cohort_runs, 1e-3, 1e-6)
+
 NOTHING = 3
 """
 OPTIONS = ["--runs", "12", "--cohort-runs", "4", "--checkpoints", "6", "--networks-at-once", "4"]
@@ -374,6 +405,17 @@ def test_tasks_that_break_their_promises_are_one_line(tasks, tmp_path):
         ("SHORT", "train_cohort gave theta (4, 5, 32), expected (4, 6, 32)"),
     ):
         fails_with(collect(tasks, tmp_path / name, name=name), message)
+
+
+def test_a_task_need_not_be_supervised(tasks, tmp_path):
+    done = collect(tasks, tmp_path / "zoo", name="Search")
+    assert done.returncode == 0, done.stderr
+    zoo = Zoo(tmp_path / "zoo")
+    assert zoo.better == {"reward": "higher", "height": "higher"}
+    assert zoo.metrics("reward").tolist() == [[100.0 * run + step for step in range(6)] for run in range(12)]
+    torch.testing.assert_close(zoo.metrics("height")[7, 3], -zoo.theta([7], [3]).square().sum())
+    pairs = Pairs(zoo, "train").draw(range(50))
+    assert (pairs.metrics_star["reward"] > pairs.metrics["reward"]).all()
 
 
 def test_runs_with_undefined_metrics_are_dropped(tasks, tmp_path):
