@@ -76,6 +76,10 @@ class Short(SupervisedTask):
 
 UNDEFINED = Undefined(name="undefined", network=network, data=points, epochs=3, batch_size=16)
 SHORT = Short(name="short", network=network, data=points, epochs=3, batch_size=16)
+crossed = PermutationSpec(ParameterLayout.of(network()), {
+    "0.weight": (Axis("hidden"), None), "0.bias": (Axis("hidden"),), "2.weight": (None, None), "2.bias": (None,)})
+CROSSED = SupervisedTask(name="crossed", network=network, data=points, epochs=3, batch_size=16, permutations=crossed)
+
 class Search:
     # Hill climbing; its reward is known only while it climbs, its height any time.
     name, steps, initialisers = "search", 10, ("default",)
@@ -402,6 +406,7 @@ def test_tasks_that_break_their_promises_are_one_line(tasks, tmp_path):
         ("SCALAR", "task scalar"),
         ("STEP", "task step: 'step' would name two columns"),
         ("HOPELESS", "every run was dropped (weights that are not finite: 12)"),
+        ("CROSSED", "task crossed: permuting hidden units changes outputs by"),
         ("SHORT", "train_cohort gave theta (4, 5, 32), expected (4, 6, 32)"),
     ):
         fails_with(collect(tasks, tmp_path / name, name=name), message)

@@ -15,7 +15,7 @@ from triptych_common.randomness import generator, permutation
 
 from triptych_gpt.derive import derive
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.symmetry import PermutationSpec, check_invariance, forward_of
 from triptych_gpt.tasks.describe import describe
 from triptych_gpt.tasks.initialisers import INITIALISERS, initial_networks
 from triptych_gpt.tasks.items import Items
@@ -100,6 +100,18 @@ class SupervisedTask(Task):
     @cached_property
     def symmetry(self) -> PermutationSpec:
         return self.permutations or derive(self.stack.network)
+
+    def check_symmetry(self) -> None:
+        """Raises ValueError where permuted networks compute something else on the task's own items: derivation knows nothing
+        of the shape of inputs, and a spec declared by hand may be wrong.
+        """
+        theta, inputs = self.initial(0, range(3)), self.items["test"].inputs[:8]
+        difference = check_invariance(forward_of(self.stack.network), self.symmetry, theta.double(), inputs.double())
+        if not difference < 1e-8:
+            raise ValueError(
+                f"task {self.name}: permuting hidden units changes outputs by {difference:.2g}; declare permutations= that "
+                "leave them as they are"
+            )
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -13,7 +13,7 @@ import tyro
 from triptych_common.cli import CommonOptions
 from triptych_common.parallel import ranks
 
-from triptych_gpt.tasks import Speed, Task
+from triptych_gpt.tasks import Speed, SupervisedTask, Task
 from triptych_gpt.zoo.cohorts import SETTINGS, TaskSpec, cohorts, recipe_digest, split_of
 from triptych_gpt.zoo.store import DTYPES, OWN_COLUMNS
 
@@ -111,6 +111,8 @@ class CollectConfig(CommonOptions):
             }
             recipe_digest(identity["recipe"])  # JSON, that is
             self._check(task)
+            if isinstance(task, SupervisedTask):
+                task.check_symmetry()
         return task, identity | {name: getattr(self, name) for name in IDENTITY}
 
     def _check(self, task: Task) -> None:
