@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -26,7 +26,7 @@ NEW_ZOO_RUNS = 1000
 class CollectConfig(CommonOptions):
     """Train networks in many runs and keep their checkpoints. Repeating the command resumes; more --runs extend the zoo."""
 
-    task: tyro.conf.Positional[str] = tyro.MISSING
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")] = tyro.MISSING
     """mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME for a task of your own"""
     runs: int | None = None
     """training runs the zoo shall have, those dropped included; default: 1,000, or none more with --repair"""
