@@ -71,15 +71,12 @@ class RunDirectory:
             write_json(path, {"config": self.identity, **provenance()})
             return
         try:
-            before = flatten(json.loads(path.read_text())["config"])
+            before = json.loads(path.read_text())["config"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a run's config; delete the folder or use another --out") from error
-        now = flatten(self.identity)
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        if changed:
-            listed = ", ".join(f"{key}={before.get(key)!r} (now {now.get(key)!r})" for key in changed[:4])
+        if changed := differences(before, self.identity):
             raise ValueError(
-                f"{self.path}: holds a run with {listed}; repeat its settings to resume it, or use another --out"
+                f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
             )
 
     @property
@@ -126,6 +123,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         for key, child in tree.items()
         for name, value in flatten(child, f"{prefix}.{key}" if prefix else key).items()
     }
+
+
+def differences(before: Any, now: Any) -> str:
+    """The first few settings in which two JSON trees differ, with both values; empty where they are equal."""
+    before, now = flatten(before), flatten(now)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}={before.get(key)!r} (now {now.get(key)!r})" for key in changed[:4])
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,9 +7,6 @@ from triptych_common.cli import Command, main
 
 
 def _collect() -> Command:
-    from triptych_gpt.zoo.server import start
-
-    start()  # workers' imports and ours take seconds each, so side by side
     from triptych_gpt.zoo.collect import collect
     from triptych_gpt.zoo.collect_config import PRESETS, CollectConfig
 
@@ -55,6 +52,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     words = [w for word in (sys.argv[1:] if argv is None else argv) for w in _split_task(word)]
     if words[:1] == ["collect"] and "--task" in words:
         words.remove("--task")
+    if words[:1] == ["collect"] and not {"-h", "--help", "--dry-run", "here", "ray"} & set(words):
+        from triptych_gpt.zoo.server import start
+
+        start()  # workers' imports and ours take seconds each, so side by side
     return main("triptych-gpt", COMMANDS, words)
 
 

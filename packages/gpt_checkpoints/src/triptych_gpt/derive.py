@@ -113,14 +113,14 @@ class _Walk:
             _refuse(name, module, "not a layer whose symmetry is known")
         value = _RULES[kind](self, module, name, value)
         for own, tensor in module.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point() and _join(name, own) not in self.axes:
+            if tensor.is_floating_point() and join(name, own) not in self.axes:
                 _refuse(name, module, f"its parameter {own} is none that this layer usually has")
         return value
 
     def note(self, name: str, module: nn.Module, **axes: tuple[int | None, ...]) -> None:
         """Axes of those of these parameters that the module has."""
         mine = module.state_dict()
-        self.axes |= {_join(name, own): nodes for own, nodes in axes.items() if own in mine}
+        self.axes |= {join(name, own): nodes for own, nodes in axes.items() if own in mine}
 
     def ranked(self, name: str, module: nn.Module, value: _Value, *ranks: int) -> _Value:
         """The value, where a layer acts on channels of this many spatial dimensions, one of `ranks`."""
@@ -149,9 +149,9 @@ def _elementwise(walk: _Walk, module: nn.Module, name: str, value: _Value) -> _V
 
 def _sequential(walk: _Walk, module: nn.Sequential, name: str, value: _Value) -> _Value:
     for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        walk.axes[_join(name, own)] = (None,) * tensor.ndim
+        walk.axes[join(name, own)] = (None,) * tensor.ndim
     for own, child in module._modules.items():  # named_children leaves out what comes twice
-        value = walk.visit(child, _join(name, own), value)
+        value = walk.visit(child, join(name, own), value)
     return value
 
 
@@ -246,7 +246,8 @@ def _refuse(name: str, module: nn.Module, reason: str) -> NoReturn:
     )
 
 
-def _join(name: str, own: str) -> str:
+def join(name: str, own: str) -> str:
+    """Name of a part within the network."""
     return f"{name}.{own}" if name else own
 
 

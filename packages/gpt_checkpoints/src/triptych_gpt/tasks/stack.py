@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from triptych_gpt.derive import Residual
+from triptych_gpt.derive import Residual, join
 from triptych_gpt.layout import ParameterLayout
 
 Parameters = Mapping[str, Tensor]  # each [networks, *shape]
@@ -149,13 +149,9 @@ def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     return not (own_forward or parametrised or module._forward_hooks or module._forward_pre_hooks)
 
 
-def _join(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
-
-
 def _sequential(module: nn.Sequential, name: str) -> _Layer | None:
     # named_children leaves out what comes twice
-    layers = [_compile(child, _join(name, key)) for key, child in module._modules.items()]
+    layers = [_compile(child, join(name, key)) for key, child in module._modules.items()]
     if None in layers:
         return None
 
@@ -168,7 +164,7 @@ def _sequential(module: nn.Sequential, name: str) -> _Layer | None:
 
 
 def _residual(module: Residual, name: str) -> _Layer | None:
-    body = _compile(module.body, _join(name, "body"))
+    body = _compile(module.body, join(name, "body"))
     if body is None:
         return None
 
@@ -202,7 +198,7 @@ def _features(state: _Activations) -> _Activations:
 
 
 def _linear(module: nn.Linear, name: str) -> _Layer:
-    weight_name, bias_name = _join(name, "weight"), _join(name, "bias")
+    weight_name, bias_name = join(name, "weight"), join(name, "bias")
     has_bias = module.bias is not None
 
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
@@ -225,7 +221,7 @@ def _linear(module: nn.Linear, name: str) -> _Layer:
 def _conv(module: nn.Module, name: str) -> _Layer | None:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return None
-    weight_name, bias_name = _join(name, "weight"), _join(name, "bias")
+    weight_name, bias_name = join(name, "weight"), join(name, "bias")
     rank = len(module.kernel_size)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     fixed = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
@@ -245,7 +241,7 @@ def _conv(module: nn.Module, name: str) -> _Layer | None:
 
 
 def _batch_norm(module: nn.modules.batchnorm._BatchNorm, name: str) -> _Layer:
-    names = [_join(name, part) for part in ("running_mean", "running_var", "weight", "bias")]
+    names = [join(name, part) for part in ("running_mean", "running_var", "weight", "bias")]
     affine, momentum, eps = module.affine, module.momentum, module.eps
 
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,17 @@ def _opened(spec: TaskSpec, recipe: str) -> Task:
     return task
 
 
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Errors in a user's own functions as one line, like any other of theirs; TRIPTYCH_DEBUG=1 shows where."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error} (TRIPTYCH_DEBUG=1 shows where)") from error
+
+
 @dataclass(frozen=True)
 class Work:
     """A cohort to collect, and how. Small when pickled, whole without anything else: any process of any machine that sees
@@ -92,7 +104,7 @@ def collect_cohort(work: Work, device: str) -> ShardRecord:
     Raises OSError when the disk refuses, ValueError for a cohort that the task cannot train.
     """
     task, on, runs = _opened(work.task, work.recipe), torch.device(device), work.cohort.runs
-    try:
+    with one_line(f"task {task.name}, runs {runs[0]}..{runs[-1]}"):
         trained = task.train_cohort(work.cohort, on, work.networks_at_once)
         _check(trained, work, task)
         if work.dtype == "bfloat16":  # what is scored is what is stored
@@ -101,10 +113,6 @@ def collect_cohort(work: Work, device: str) -> ShardRecord:
         theta, kept, dropped = _sound(trained.theta, runs)
         metrics = {name: values[kept] for name, values in trained.metrics.items()}
         metrics = {**_scored(task, theta, on, [m.name for m in task.metrics if m.name not in metrics]), **metrics}
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # in a user's own functions
-        raise ValueError(f"task {task.name}, runs {runs[0]}..{runs[-1]}: {type(error).__name__}: {error}") from error
     finite = torch.stack([values.isfinite().all(1) for values in metrics.values()]).all(0)
     dropped |= {runs[i]: "metrics that are not finite" for i in kept[~finite].tolist()}
     theta, kept = _compacted(theta, finite), kept[finite]

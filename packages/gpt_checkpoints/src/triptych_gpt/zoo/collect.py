@@ -9,13 +9,13 @@ from typing import Any
 
 from triptych_common.cli import say
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory, flatten, provenance
+from triptych_common.run import RunDirectory, differences, provenance
 
 from triptych_gpt.tasks import Cohort, Task
 from triptych_gpt.zoo.cohorts import Work, cohorts, collect_cohort, recipe_digest, split_of
 from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig, measured
 from triptych_gpt.zoo.engines import ENGINES, devices
-from triptych_gpt.zoo.manifest import MANIFEST, Manifest, damages
+from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
 from triptych_gpt.zoo.store import SHARDS
 
 
@@ -44,13 +44,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
 def _refuse_another(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises ValueError for a zoo of another recipe, or shards that have lost their manifest."""
     if (folder / MANIFEST).exists():
-        before, now = (
-            flatten(json.loads(json.dumps(i))) for i in (Manifest.read(folder).facts.get("recipe"), identity)
-        )
-        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        if changed:
-            listed = ", ".join(f"{name}={before.get(name)!r} (now {now.get(name)!r})" for name in changed[:4])
-            raise ValueError(f"{folder}: a zoo of another recipe, {listed}; repeat its settings, or use another --out")
+        if changed := differences(Manifest.read(folder).facts.get("recipe"), json.loads(json.dumps(identity))):
+            raise ValueError(f"{folder}: a zoo of another recipe, {changed}; repeat its settings, or use another --out")
     elif any((folder / SHARDS).glob("runs-*")):
         raise ValueError(f"{folder}: shards without their {MANIFEST}; put it back, or use another --out")
 
@@ -106,16 +101,11 @@ def _missing(manifest: Manifest, config: CollectConfig) -> list[Work]:
 
 
 def _damaged(manifest: Manifest, config: CollectConfig) -> list[Work]:
-    """Work for the shards whose files are not as they were written. Without --repair sizes alone are compared.
-
-    Raises ValueError for damage where --repair is not given.
-    """
-    names = []
-    for damage in damages(manifest, contents=config.repair):
-        if not config.repair:
-            raise ValueError(f"{damage}; run {manifest.remedy()}")
+    """Work for the shards whose files are not as they were written. Raises ValueError for them without --repair."""
+    found = to_repair(manifest, repair=config.repair)
+    for damage in found:
         say(f"{damage}; collecting it again")
-        names.append(damage.shard)
+    names = {damage.shard for damage in found}
     records = [record for record in manifest.shards if record.name in names]
     return [_work(range(record.first, record.stop), manifest, config) for record in records]
 
@@ -151,14 +141,13 @@ def _told(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
     for split, cohort in (("test", "second"), ("validation", "third")):
         if split not in splits:
             say(f"no {split} runs: they would be the {cohort} cohort of {config.cohort_runs:,}; raise --runs")
-    size = sum(file.bytes for record in manifest.shards for file in record.files().values())
-    say(f"{kept.total():,} runs ({dropped.total():,} dropped), {size / 1e9:,.3f} GB: {config.out}")
+    say(f"{kept.total():,} runs ({dropped.total():,} dropped), {manifest.bytes / 1e9:,.3f} GB: {config.out}")
     return {
         "zoo": config.out,
         "manifest": config.out / MANIFEST,
         "runs": dict(kept),
         "dropped": dropped.total(),
-        "bytes": size,
+        "bytes": manifest.bytes,
     }
 
 

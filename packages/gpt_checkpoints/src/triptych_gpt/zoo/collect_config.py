@@ -1,8 +1,6 @@
 """What `triptych-gpt collect` is asked for, checked before anything is written."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +12,7 @@ from triptych_common.cli import CommonOptions
 from triptych_common.parallel import ranks
 
 from triptych_gpt.tasks import Speed, SupervisedTask, Task
-from triptych_gpt.zoo.cohorts import SETTINGS, TaskSpec, cohorts, recipe_digest, split_of
+from triptych_gpt.zoo.cohorts import SETTINGS, TaskSpec, cohorts, one_line, recipe_digest, split_of
 from triptych_gpt.zoo.store import DTYPES, OWN_COLUMNS
 
 RECIPE_VERSION = 1  # raised whenever the same recipe would give other runs
@@ -170,19 +168,6 @@ def measured(task: Task, config: CollectConfig) -> Speed:
             return task.measure(config.on, min(config.cohort_runs, most), config.shared_batches)
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Errors in a user's own functions as one line, like any other of theirs; TRIPTYCH_DEBUG=1 shows where."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise ValueError(f"{what}: {type(error).__name__}: {error} (TRIPTYCH_DEBUG=1 shows where)") from error
 
 
 def _cores() -> int:

@@ -91,7 +91,7 @@ def info(config: InfoConfig) -> dict[str, Any]:
 
 def facts_of(zoo: Zoo) -> dict[str, Any]:
     """Counts, sizes and quantiles of the metrics over all runs, JSON-able."""
-    size = sum(file.bytes for record in zoo.manifest.shards for file in record.files().values())
+    size = zoo.manifest.bytes
     count = len(zoo) * zoo.checkpoints
     return {
         "zoo": str(zoo.path),
@@ -129,9 +129,9 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     Raises FileNotFoundError where there is no zoo, ValueError where anything is damaged.
     """
     manifest = Manifest.read(config.zoo)
-    sizes = [file.bytes for record in manifest.shards for file in record.files().values()]
+    size = manifest.bytes
     found = []
-    with Progress("verify", sum(sizes), "bytes") as progress:
+    with Progress("verify", size, "bytes") as progress:
         for damage in damages(manifest, progress=progress.advance):
             found.append(damage)
             say(str(damage))
@@ -140,8 +140,8 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         raise ValueError(
             f"{config.zoo}: {shards:,} of {len(manifest.shards):,} shards damaged; run {manifest.remedy()}"
         )
-    say(f"{config.zoo}: {len(manifest.shards):,} shards, {sum(sizes):,} bytes, all as they were written")
-    return {"zoo": str(config.zoo), "shards": len(manifest.shards), "bytes": sum(sizes), "damaged": 0}
+    say(f"{config.zoo}: {len(manifest.shards):,} shards, {size:,} bytes, all as they were written")
+    return {"zoo": str(config.zoo), "shards": len(manifest.shards), "bytes": size, "damaged": 0}
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from triptych_gpt.zoo.lmdb_runs import (
     read_theta,
     require_lmdb,
 )
-from triptych_gpt.zoo.manifest import MANIFEST, Manifest, damages
+from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
 from triptych_gpt.zoo.store import DTYPES, CohortData, shard_name, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
@@ -84,11 +84,7 @@ def import_lmdb(
     identity = {**settings, **{name: getattr(config, name) for name in _CHOSEN}}
     with RunDirectory(config.out, identity):
         manifest = _manifest(config, layout, metrics, identity)
-        again = set()
-        for damage in damages(manifest, contents=config.repair):
-            if not config.repair:
-                raise ValueError(f"{damage}; run {manifest.remedy()}")
-            again.add(damage.shard)
+        again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
         with Progress("import", len(runs), "runs") as progress:
             progress.at(0)
             for split, cohort in _cohorts(len(runs), config):

@@ -89,6 +89,11 @@ class Manifest:
         """Names of the shards that are there."""
         return {record.name for record in self.shards}
 
+    @property
+    def bytes(self) -> int:
+        """Of all files that count."""
+        return sum(file.bytes for record in self.shards for file in record.files().values())
+
     def commit(self, record: ShardRecord, *, replace: bool = False) -> None:
         """Make a shard count, atomically, once its files are on the disk. `replace`: in place of the record of the same runs,
         whose files were damaged.
@@ -155,6 +160,16 @@ def damages(
             if problem := _problem(path, file.bytes, file.xxh3_128 if contents else None):
                 yield Damage(record.name, path, problem)
             progress(file.bytes)
+
+
+def to_repair(manifest: Manifest, *, repair: bool) -> list[Damage]:
+    """All damage by checksum, to be made good. Raises ValueError for a wrong size where nothing shall be repaired."""
+    found = []
+    for damage in damages(manifest, contents=repair):
+        if not repair:
+            raise ValueError(f"{damage}; run {manifest.remedy()}")
+        found.append(damage)
+    return found
 
 
 def _problem(path: Path, size: int, checksum: str | None) -> str | None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo.manifest import Damage, Manifest, damages
+from triptych_gpt.zoo.manifest import Damage, Manifest, damages, to_repair
 from triptych_gpt.zoo.store import DTYPES, INDEX, SHARDS, THETA
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class Zoo:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
-        for damage in damages(self.manifest, contents=False):
-            raise ValueError(f"{damage}; run {self.manifest.remedy()}")
+        to_repair(self.manifest, repair=False)
         self.facts: Mapping[str, Any] = self.manifest.facts
         self.task: str = self.facts["task"]
         self.layout: ParameterLayout = self.manifest.layout
