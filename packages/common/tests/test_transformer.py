@@ -13,7 +13,7 @@ def rng():
     return torch.Generator().manual_seed(0)
 
 
-def _written_out_attention(layer: Attention, x: torch.Tensor) -> torch.Tensor:
+def _written_out_attention(layer: Attention, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Attention head by head, query by query."""
     batch, tokens, width = x.shape
     dim = width // layer.num_heads
@@ -23,7 +23,8 @@ def _written_out_attention(layer: Attention, x: torch.Tensor) -> torch.Tensor:
         for h in range(layer.num_heads):
             part = slice(h * dim, (h + 1) * dim)
             for i in range(tokens):
-                weights = torch.softmax(k[b, :, part] @ q[b, i, part] / math.sqrt(dim), dim=0)
+                logits = k[b, :, part] @ q[b, i, part] / math.sqrt(dim)
+                weights = torch.softmax(logits if bias is None else logits + bias[b, h, i], dim=0)
                 out[b, i, part] = weights @ v[b, :, part]
     return F.linear(out, layer.proj.weight, layer.proj.bias)
 
@@ -32,6 +33,19 @@ def test_attention_equals_written_out_sum(rng):
     layer = Attention(12, 3).double()
     x = torch.randn(2, 5, 12, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(layer(x), _written_out_attention(layer, x), rtol=0, atol=1e-12)
+
+
+def test_a_bias_adds_to_the_logits_of_its_batch_head_query_and_key(rng):
+    layer = Attention(12, 3).double()
+    x = torch.randn(2, 5, 12, generator=rng, dtype=torch.float64)
+    bias = torch.randn(2, 3, 5, 5, generator=rng, dtype=torch.float64, requires_grad=True)
+    found, expected = layer(x, bias), _written_out_attention(layer, x, bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(y.square().sum(), bias)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):  # queries are bfloat16 then, the bias is as it came
+        rounded = Attention(12, 3)(x.float(), bias.float())
+    assert rounded.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -52,6 +66,24 @@ def test_block_equals_written_out_formula(rng, gated):
     y = x + gate1 * _written_out_attention(block.attn, norm(x) * (1 + values[1]) + values[0])
     inner = gelu(block.mlp.fc1(norm(y) * (1 + values[4]) + values[3]))
     torch.testing.assert_close(block(x, attn, mlp), y + gate2 * block.mlp.fc2(inner), rtol=0, atol=1e-12)
+
+
+def test_a_block_of_exact_gelu_own_epsilons_and_bias_is_the_written_out_one(rng):
+    block = Block(8, 2, affine_norm=True, attn_norm_eps=0.3, mlp_norm_eps=0.7, gelu="none").double()
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(generator=rng)
+    x = torch.randn(3, 4, 8, generator=rng, dtype=torch.float64)
+    bias = torch.randn(3, 2, 4, 4, generator=rng, dtype=torch.float64)
+
+    def norm(layer, z, eps):
+        z = (z - z.mean(-1, keepdim=True)) / torch.sqrt(z.var(-1, unbiased=False, keepdim=True) + eps)
+        return z * layer.weight + layer.bias
+
+    y = x + _written_out_attention(block.attn, norm(block.norm1, x, 0.3), bias)
+    inner = block.mlp.fc1(norm(block.norm2, y, 0.7))
+    expected = y + block.mlp.fc2(inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
+    torch.testing.assert_close(block(x, bias=bias), expected, rtol=0, atol=1e-12)
 
 
 def test_zero_gates_make_the_block_the_identity(rng):
@@ -104,6 +136,16 @@ def test_linear_is_the_same_function_however_it_runs(rng, gelu, rows, grad_mode)
         exact = 0.5 * exact * (1 + torch.tanh(math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3)))
     with grad_mode():
         torch.testing.assert_close(linear(layer, x, gelu=gelu).double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("grad_mode", [torch.inference_mode, torch.enable_grad])
+def test_either_gelu_is_pytorchs_own_however_it_runs(rng, approximate, grad_mode):
+    layer, x = _layer_and_input(rng)
+    exact = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate=approximate)
+    with grad_mode():
+        found = linear(layer, x, gelu=True, approximate=approximate)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6)  # the two differ by 5e-4
 
 
 @pytest.mark.skipif(not transformer._ONEDNN, reason="this PyTorch has no oneDNN")

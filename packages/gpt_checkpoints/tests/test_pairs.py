@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.manifest import Manifest
-from triptych_gpt.zoo.pairs import SAMPLINGS, Draw, Pairs, released, thesis
+from triptych_gpt.zoo.pairs import SAMPLINGS, Draw, Pairs, ends, released, stratified, thesis
 from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -77,7 +77,7 @@ def test_released_pairs_take_every_run_once_an_epoch_in_new_order():
     assert not torch.equal(run[0], run[1])
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("sampling", [thesis, released])
 @pytest.mark.parametrize("checkpoints", [2, 3])
 def test_few_checkpoints_still_make_pairs(sampling, checkpoints):
     draw = sampling(0, range(1000), 1, checkpoints)
@@ -123,14 +123,35 @@ def test_pairs_fill_the_memory_they_are_given(zoo):
     assert torch.equal(out[1], pairs.draw(range(16)).theta_star)
 
 
+def test_ends_are_the_first_and_last_checkpoint_of_uniform_runs():
+    draw = ends(3, COUNTERS, 4, CHECKPOINTS)
+    assert draw.start.unique().tolist() == [0]
+    assert draw.target.unique().tolist() == [CHECKPOINTS - 1]
+    assert chisquare(draw.run.bincount().numpy()).pvalue > 1e-3
+
+
+def test_two_fifths_of_stratified_pairs_reach_evenly_over_the_metric():
+    """A run that is through its bad values in one step: uniform pairs hardly ever have them as a target."""
+    metric = torch.cat([torch.tensor([2.0, 1.5, 1.0, 0.5]), torch.linspace(0.1, 0.0, 96)]).expand(3, -1)
+    even, plain = (draw(3, COUNTERS, 3, 100) for draw in (stratified(metric), thesis))
+    assert (even.start < even.target).all()
+    # Of values drawn uniformly over 0 .. 2, those in 1.25 .. 2 have checkpoint 1 nearest, which can be reached from 0 alone.
+    first = ((even.start == 0) & (even.target == 1)).double().mean()
+    expected = 0.4 * 0.75 / 2 + 0.4 / 99 + 0.2 / (100 * 99 / 2)
+    assert abs(first - expected) < 4 * (expected / len(COUNTERS)) ** 0.5
+    assert (plain.target == 1).double().mean() < 0.001
+    assert abs((even.start == 0).double().mean() - (0.8 + 0.2 * 2 / 100)) < 0.01
+    assert chisquare(even.run.bincount().numpy()).pvalue > 1e-3
+
+
 def test_any_function_can_draw(zoo):
-    def ends(seed, counters, runs, checkpoints):
+    def first_run(seed, counters, runs, checkpoints):
         n = len(counters)
         return Draw(
             torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), torch.full((n,), checkpoints - 1)
         )
 
-    batch = Pairs(zoo, "test", ends).draw(range(3))
+    batch = Pairs(zoo, "test", first_run).draw(range(3))
     assert batch.theta_star[:, 0].tolist() == [306, 306, 306]
 
 

@@ -41,6 +41,7 @@ def steps(
     max_rollbacks: int = 3,
     flops_per_sample: float | int | None = None,
     peak_flops: float | int | None = None,
+    unit: str = "images",
 ) -> Iterator[Batch]:
     """Batches of sample counters from wherever the run stands to its end.
 
@@ -50,7 +51,7 @@ def steps(
     checkpoint of the schedule, or to the one before where that did not help. `on_step` is called after every step, before
     its checkpoint.
 
-    Rows hold throughput and the largest peak memory of any rank; with `flops_per_sample` (of a forward and a backward
+    Rows count samples under the name `unit`, and hold throughput and the largest peak memory of any rank; with `flops_per_sample` (of a forward and a backward
     pass, 2 a multiply-add: six times the model's multiply-adds) also `time/tflops` of all ranks together, and with
     `peak_flops` of one device its share of the possible, `time/mfu`. What activation checkpointing computes twice counts
     once.
@@ -72,7 +73,7 @@ def steps(
             if state.skipped_in_a_row >= patience:
                 _roll_back(state, run, patience, max_rollbacks)
             if state.step % log_every == 0 or state.step == total_steps:
-                window = _log(state, run, batch_size, window, flops_per_sample, peak_flops)
+                window = _log(state, run, batch_size, window, flops_per_sample, peak_flops, unit)
             on_step(state)
             stop = among.any(signals.received is not None)
             if due or stop or state.step == total_steps:
@@ -137,12 +138,13 @@ def _log(
     window: tuple[float, int],
     flops_per_sample: float | int | None,
     peak_flops: float | int | None,
+    unit: str,
 ) -> tuple[float, int]:
     now = time.perf_counter()
     seconds = now - window[0]
     means = {name: value for name, value in state.read_meters().items() if math.isfinite(value)}
     rate = (state.step - window[1]) * batch_size / seconds
-    speed = {"time/seconds": round(seconds, 3), "time/images_per_second": round(rate, 2)}
+    speed = {"time/seconds": round(seconds, 3), f"time/{unit}_per_second": round(rate, 2)}
     if flops_per_sample is not None:
         speed["time/tflops"] = float(f"{rate * flops_per_sample / 1e12:.4g}")
         if peak_flops is not None:
@@ -151,7 +153,7 @@ def _log(
     run.log(
         {
             "step": state.step,
-            "images": state.samples_seen,
+            unit: state.samples_seen,
             **means,
             "skipped": state.skipped,
             "rollbacks": state.rollbacks,

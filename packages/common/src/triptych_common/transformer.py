@@ -34,9 +34,9 @@ _ENOUGH = 2**15  # values; for fewer, oneDNN takes longer to begin than it saves
 
 
 def linear(
-    layer: nn.Linear, x: Float[Tensor, "*batch inputs"], *, gelu: bool = False
+    layer: nn.Linear, x: Float[Tensor, "*batch inputs"], *, gelu: bool = False, approximate: str = "tanh"
 ) -> Float[Tensor, "*batch outputs"]:
-    """`layer(x)`, or the tanh-approximated GELU of it.
+    """`layer(x)`, or the GELU of it: tanh-approximated, or by the error function (`approximate="none"`), as F.gelu has it.
 
     Sampling in float32 on a CPU, one kernel of oneDNN does product, bias and GELU: separately, the latter two take a small
     model as long as its products. In inference mode only, since that kernel has no derivative, and only where calling the
@@ -46,13 +46,16 @@ def linear(
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
     float32 = x.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if _ONEDNN and x.is_cpu and eager and plain and float32 and x.numel() >= _ENOUGH:
-        activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        activation = ("gelu", [], approximate) if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *activation)
-    return F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
+    return F.gelu(layer(x), approximate=approximate) if gelu else layer(x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without mask, through PyTorch's scaled_dot_product_attention."""
+    """Multi-head self-attention without mask, through PyTorch's scaled_dot_product_attention.
+
+    bias: added to the logits, [.., i, j] to how much token i heeds token j; None: nothing.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -62,31 +65,35 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], bias: Float[Tensor, "batch heads tokens tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens width"]:
         batch, tokens, width = x.shape
         qkv = linear(self.qkv, x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (batch, heads, tokens, width / heads)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         return linear(self.proj, mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class FeedForward(nn.Module):
-    """Linear, tanh-approximated GELU, Linear."""
+    """Linear, GELU, Linear. The GELU is tanh-approximated, or exact where `gelu` is "none", as F.gelu calls it."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, gelu: str = "tanh") -> None:
         super().__init__()
+        self.gelu = gelu
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return linear(self.fc2, linear(self.fc1, x, gelu=True))
+        return linear(self.fc2, linear(self.fc1, x, gelu=True, approximate=self.gelu))
 
 
 class Block(nn.Module):
     """Pre-norm residual block: attention, then feed-forward, each optionally modulated and gated.
 
     `affine_norm` gives the two LayerNorms weights of their own; a modulated block has none, its modulation
-    stands in for them. `mlp_norm_eps` is the epsilon of the second.
+    stands in for them. `attn_norm_eps` and `mlp_norm_eps` are the epsilons of the first and the second, `gelu` is the
+    feed-forward's: "tanh", or "none" for the exact one.
     """
 
     def __init__(
@@ -96,21 +103,24 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         *,
         affine_norm: bool = False,
+        attn_norm_eps: float = 1e-6,
         mlp_norm_eps: float = 1e-6,
+        gelu: str = "tanh",
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm)
+        self.norm1 = nn.LayerNorm(width, eps=attn_norm_eps, elementwise_affine=affine_norm)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps, elementwise_affine=affine_norm)
-        self.mlp = FeedForward(width, int(width * mlp_ratio))
+        self.mlp = FeedForward(width, int(width * mlp_ratio), gelu)
 
     def forward(
         self,
         x: Float[Tensor, "batch tokens width"],
         attn: Modulation | None = None,
         mlp: Modulation | None = None,
+        bias: Float[Tensor, "batch heads tokens tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        x = _residual(x, self.attn(modulate(self.norm1(x), attn)), attn)
+        x = _residual(x, self.attn(modulate(self.norm1(x), attn), bias), attn)
         return _residual(x, self.mlp(modulate(self.norm2(x), mlp)), mlp)
 
 

@@ -1,6 +1,7 @@
 """The command `triptych-gpt`."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from triptych_common.cli import Command, main
@@ -38,12 +39,55 @@ def _import() -> Command:
     return Command(ImportConfig, lambda config: import_lmdb(config, open_task(config.task).layout), {})
 
 
+def _train() -> Command:
+    from triptych_gpt.train import train
+    from triptych_gpt.train_config import TRAIN_PRESETS, GptTrainConfig
+
+    return Command(GptTrainConfig, train, TRAIN_PRESETS, default="laptop")
+
+
+def _prompt() -> Command:
+    from triptych_gpt.prompt_command import PromptConfig, prompt_command
+
+    return Command(PromptConfig, prompt_command, {})
+
+
+def _evaluate() -> Command:
+    from triptych_gpt.evaluate import EvaluateConfig, evaluate
+
+    return Command(EvaluateConfig, evaluate, {})
+
+
+def _audit() -> Command:
+    from triptych_gpt.audit import AuditConfig, audit_command
+
+    return Command(AuditConfig, audit_command, {})
+
+
+def _convert() -> Command:
+    from triptych_gpt.convert import ConvertConfig, convert
+
+    return Command(ConvertConfig, convert, {})
+
+
+def _reproduce() -> Command:
+    from triptych_gpt.reproduce import ReproduceConfig, reproduce
+
+    return Command(ReproduceConfig, reproduce, {})
+
+
 COMMANDS = {
     "collect": ("train networks in many runs, and keep their checkpoints", _collect),
     "info": ("what a zoo holds", _info),
     "verify": ("compare a zoo's files with their checksums", _verify),
     "export": ("one checkpoint as a plain state dict", _export),
     "import": ("make a zoo of the released G.pt data", _import),
+    "train": ("train a G.pt on a zoo, or resume", _train),
+    "prompt": ("make networks that achieve a metric you ask for", _prompt),
+    "evaluate": ("the figures of chapter 3 for a trained G.pt", _evaluate),
+    "audit": ("is it new, or memorised: generated networks against the training set", _audit),
+    "convert": ("a released G.pt's checkpoint as a model file", _convert),
+    "reproduce": ("chapter 3 on real digits: collect, train, prompt, audit, report", _reproduce),
 }
 
 
@@ -56,7 +100,18 @@ def run(argv: Sequence[str] | None = None) -> int:
         from triptych_gpt.zoo.server import start
 
         start()  # workers' imports and ours take seconds each, so side by side
+    warnings.showwarning = _one_line
     return main("triptych-gpt", COMMANDS, words)
+
+
+_told: set[str] = set()
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line, once: where in the code it arose is nothing to its user."""
+    if str(message) not in _told:
+        _told.add(str(message))
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _split_task(word: str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) ->
         "dtype": config.dtype,
         "metrics": {metric.name: metric.better for metric in task.metrics},
         "recipe": identity,
+        "opened_by": asdict(config.spec),
         "networks_at_once": at_once,
         "repair": f"triptych-gpt collect {shlex.join(_words(config))} --repair",
         "provenance": provenance(),

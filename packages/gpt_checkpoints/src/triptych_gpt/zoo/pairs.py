@@ -48,7 +48,36 @@ def released(seed: int, counters: Sequence[int], runs: int, checkpoints: int) ->
     return Draw(run, start, start + spacing)
 
 
-SAMPLINGS: dict[str, Sampling] = {"thesis": thesis, "released": released}
+def ends(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
+    """A run uniformly, its first and its last checkpoint: the ablation of thesis 3.4.6."""
+    run = _below(runs, seed, "pairs ends run", counters)
+    return Draw(run, torch.zeros_like(run), torch.full_like(run, checkpoints - 1))
+
+
+SAMPLINGS: dict[str, Sampling] = {"thesis": thesis, "released": released, "ends": ends}
+
+
+def stratified(metric: Float[Tensor, "runs checkpoints"]) -> Sampling:
+    """A sampling that sees all of a metric's range: among uniform pairs nearly all targets are good networks, since a run is
+    through its bad ones in a few steps.
+
+    Two fifths of the pairs are those that prompting asks for: from the initialisation to the checkpoint whose metric comes
+    nearest to a value drawn uniformly between the run's best and worst. As many lead from the initialisation to any later
+    checkpoint, and a fifth are as in the thesis.
+    """
+    low, high = metric.amin(1), metric.amax(1)
+
+    def draw(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
+        any_pair = thesis(seed, counters, runs, checkpoints)
+        run, kind = any_pair.run, uniform(seed, "pairs stratified kind", counters)
+        asked = low[run] + (high - low)[run] * uniform(seed, "pairs stratified value", counters).float()
+        nearest = 1 + (metric[run, 1:] - asked[:, None]).abs().argmin(1)
+        later = 1 + _below(checkpoints - 1, seed, "pairs stratified later", counters)
+        start = torch.where(kind < 0.8, 0, any_pair.start)
+        target = torch.where(kind < 0.4, nearest, torch.where(kind < 0.8, later, any_pair.target))
+        return Draw(run, start, target)
+
+    return draw
 
 
 class PairBatch(NamedTuple):

@@ -1,0 +1,158 @@
+"""GptConfig, the shape of a G.pt, and its presets: one row a model."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from triptych_gpt.derive import derive
+from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.symmetry import Axis, PermutationSpec
+from triptych_gpt.tasks.cifar_cnn import SmallConvNet
+from triptych_gpt.tasks.mnist_mlp import Perceptron
+
+TOKENIZERS = ("layer", "chunk", "neuron")
+SCALARS = ("raw", "normalised")
+
+
+@dataclass(frozen=True)
+class MetricScale:
+    """What a metric's values are measured against before they become tokens, in the metric's own units.
+
+    low, high: range in training. knots: ascending values between which lie equal shares of the training checkpoints; they
+    resolve the end where most of them are, such as low losses.
+    """
+
+    low: float | int
+    high: float | int
+    knots: tuple[float | int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "knots", tuple(self.knots))
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"metric scale from {self.low} to {self.high}: expected an ascending, finite range")
+        if len(self.knots) < 2 or not all(a < b for a, b in zip(self.knots, self.knots[1:], strict=False)):
+            raise ValueError(f"metric scale with knots {self.knots}: expected at least two, strictly ascending")
+
+    @classmethod
+    def of(cls, metrics: Float[Tensor, "..."], knots: int = 33) -> "MetricScale":
+        """The scale of training checkpoints' metrics. Knots closer than 1/10,000 of the range are merged: a metric may take
+        few distinct values, or crowd at its bound.
+
+        Raises ValueError for metrics that are not finite, or all the same.
+        """
+        values = metrics.detach().flatten().double()
+        if not len(values) or not values.isfinite().all() or values.min() == values.max():
+            raise ValueError(
+                f"{len(values)} metrics, of which no range can be taken: expected finite ones, not all alike"
+            )
+        ascending, levels = values.sort().values, torch.linspace(0, 1, knots, dtype=torch.float64)
+        positions = levels * (len(ascending) - 1)
+        below = positions.floor().long().clamp(max=len(ascending) - 2)
+        quantiles = torch.lerp(ascending[below], ascending[below + 1], positions - below).tolist()
+        least = (quantiles[-1] - quantiles[0]) * 1e-4
+        kept = quantiles[:1]
+        for value in quantiles[1:-1]:
+            if value - kept[-1] > least and quantiles[-1] - value > least:
+                kept.append(value)
+        return cls(quantiles[0], quantiles[-1], (*kept, quantiles[-1]))
+
+
+@dataclass(frozen=True)
+class GptConfig:
+    """Shape of a G.pt.  [thesis 3.2.2]"""
+
+    symmetry: PermutationSpec
+    """parameters of the networks it reads and writes, and which of their axes permute"""
+    tokenizer: str = "neuron"
+    """a token a parameter tensor (thesis), a chunk of one (released models), or a hidden unit"""
+    chunk_size: int | None = None
+    """most parameters of a token (chunk only)"""
+    width: int = 256
+    """hidden size of the transformer"""
+    depth: int = 4
+    """number of transformer blocks"""
+    num_heads: int = 4
+    """attention heads; width must be a multiple"""
+    edge_width: int = 32
+    """channels of a weight between two hidden units (neuron only; networks of one hidden layer have none)"""
+    scalars: str = "normalised"
+    """metrics and timestep by 128 frequencies over 14 octaves as they are (released), or scaled first"""
+    num_frequencies: int = 32
+    """frequencies of a normalised scalar"""
+    octaves: float | int = 8.0
+    """over how many octaves they lie, the lowest a quarter of a wave over the range"""
+    metric_factor: float | int = 1.0
+    """multiplies raw metrics: the released error models were trained on per cent, our errors are fractions"""
+    metric_scale: MetricScale | None = None
+    """what normalised metrics are measured against; taken from training data"""
+
+    def __post_init__(self) -> None:
+        for name, known in (("tokenizer", TOKENIZERS), ("scalars", SCALARS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        for name in ("width", "depth", "num_heads", "edge_width", "num_frequencies", "octaves", "metric_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}; change one of them")
+        if self.tokenizer == "chunk" and not (self.chunk_size and self.chunk_size > 0):
+            raise ValueError(f"chunk_size {self.chunk_size}: chunk tokens need one above 0, such as {self.width}")
+        if self.tokenizer != "chunk" and self.chunk_size is not None:
+            raise ValueError(f"chunk_size {self.chunk_size}: {self.tokenizer} tokens have none; leave it out")
+        if self.scalars == "normalised" and self.metric_factor != 1:
+            raise ValueError(
+                f"metric_factor {self.metric_factor}: normalised metrics have their own scale; leave it at 1, or use raw scalars"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, JSON-able; what `from_json` reads."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        scale = self.metric_scale and {**asdict(self.metric_scale), "knots": list(self.metric_scale.knots)}
+        return {**content, "symmetry": self.symmetry.to_json(), "metric_scale": scale}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "GptConfig":
+        """The config that `to_json` described. Raises ValueError for anything else."""
+        try:
+            symmetry, scale = PermutationSpec.from_json(content["symmetry"]), content["metric_scale"]
+            if scale is not None:
+                scale = MetricScale(**{**scale, "knots": tuple(scale["knots"])})
+            return cls(**{**content, "symmetry": symmetry, "metric_scale": scale})
+        except (KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"not the config of a G.pt ({reason}); make or fetch the file again") from error
+
+
+def _cartpole() -> PermutationSpec:
+    """The policy of the released cartpole model: 4-32-32-1, its log standard deviation first."""
+    first, second = Axis("fc1"), Axis("fc2")
+    axes = {
+        "log_std": (None,),
+        "fc1.weight": (first, None),
+        "fc1.bias": (first,),
+        "fc2.weight": (second, first),
+        "fc2.bias": (second,),
+        "fc3.weight": (None, second),
+        "fc3.bias": (None,),
+    }
+    shapes = {"log_std": (1,), "fc1.weight": (32, 4), "fc1.bias": (32,), "fc2.weight": (32, 32), "fc2.bias": (32,),
+              "fc3.weight": (1, 32), "fc3.bias": (1,)}  # fmt: skip
+    return PermutationSpec(ParameterLayout(shapes), axes)
+
+
+with torch.device("meta"):  # where layers draw no random numbers
+    _MNIST, _CIFAR, _DIGITS = derive(Perceptron(784)()), derive(SmallConvNet()()), derive(Perceptron(196)())
+
+PRESETS: dict[str, GptConfig] = {  # tokens of at most chunk_size  width  depth  heads
+    "mnist_loss": GptConfig(_MNIST, "chunk", 1000, 1536, 12, 16, scalars="raw"),
+    "mnist_error": GptConfig(_MNIST, "chunk", 1000, 1536, 12, 16, scalars="raw", metric_factor=100.0),
+    "cifar10_loss": GptConfig(_CIFAR, "chunk", 576, 2048, 12, 16, scalars="raw"),
+    "cifar10_error": GptConfig(_CIFAR, "chunk", 576, 2048, 12, 16, scalars="raw", metric_factor=100.0),
+    "cartpole": GptConfig(_cartpole(), "layer", None, 1536, 12, 12, scalars="raw"),
+    "laptop": GptConfig(_DIGITS, "neuron", None, 256, 4, 4),  # its metric_scale comes from the zoo
+}

@@ -1,0 +1,54 @@
+"""`triptych-gpt convert`: a released G.pt's checkpoint as a model file of ours."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from triptych_common.cli import CommonOptions, say
+
+from triptych_gpt.config import PRESETS
+from triptych_gpt.interop import RELEASED, load_released
+from triptych_gpt.trained import FILE_NAME, write_model
+
+TASKS = {"mnist": "mnist_mlp", "cifar10": "cifar_cnn", "cartpole": "cartpole"}
+
+
+@dataclass(frozen=True)
+class ConvertConfig(CommonOptions):
+    """Convert a checkpoint of wpeebles/G.pt to a model file that prompt, evaluate and audit take."""
+
+    checkpoint: Path | None = None
+    """the released file, such as best.pt; read without running a line of it"""
+    released: str = "mnist_loss"
+    """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
+    out: Path = Path("runs/released")
+    """folder for model.safetensors"""
+
+    def __post_init__(self) -> None:
+        if self.released not in RELEASED:
+            raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+def convert(config: ConvertConfig) -> dict[str, Any]:
+    """Write the model; returns where, and what a released file does not say itself.
+
+    Raises ValueError for a file that is damaged, holds more than tensors or is of another model, OSError when the disk refuses.
+    """
+    if config.checkpoint is None:
+        raise ValueError("no checkpoint: give the released file, --checkpoint best.pt")
+    model, known = load_released(config.checkpoint, config.released), RELEASED[config.released]
+    path = config.out / FILE_NAME
+    facts = {
+        "scale": known.scale,
+        "metric": known.metric,
+        "better": known.better,
+        "trained_range": None,  # not in the file
+        "task": {"task": TASKS[config.released.partition("_")[0]], "data": None, "epochs": None},
+        "converted_from": config.checkpoint.name,
+    }
+    write_model(path, PRESETS[config.released], model.state_dict(), facts)
+    say(f"wrote {path}: {sum(p.numel() for p in model.parameters()):,} parameters, prompted by {known.metric}")
+    return {"model": str(path), **facts}

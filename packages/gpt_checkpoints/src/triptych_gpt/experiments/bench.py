@@ -1,0 +1,147 @@
+"""What every experiment of chapter 3 is given: a trained model, the zoo it learned from, and networks it never saw."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from triptych_gpt.experiments.baselines import identity, mean_of_finals, retrieval
+from triptych_gpt.experiments.prompted import prompted, starting_metrics
+from triptych_gpt.experiments.sweep import trained_best
+from triptych_gpt.experiments.update import Update
+from triptych_gpt.tasks import Metric, Prompts, Task
+from triptych_gpt.trained import SamplerSettings, TrainedGpt
+from triptych_gpt.zoo.zoo import Zoo
+
+CANDIDATES = (
+    0.0,
+    0.01,
+    0.1,
+    0.5,
+)  # quantiles of the metric at which training runs end, beside their best checkpoint of all
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything an evaluation does."""
+
+    networks: int = 32
+    """unseen networks for prompt alignment"""
+    prompts: int = 20
+    """prompts for each"""
+    baseline_networks: int = 5
+    """unseen networks in the comparison with optimisers, and as many validation networks to tune on; the thesis has five"""
+    optimizer_steps: int | None = None
+    """steps of the optimisers' curves; default: those of a training run"""
+    updates: int = 10
+    """updates in a row, of networks from other initialisers"""
+    recursion_networks: int = 8
+    """networks of each initialiser"""
+    samples: int = 16
+    """samples of one start, for diversity and landscape"""
+    audit_samples: int = 100
+    """networks of the memorisation audit"""
+    neighbour_prompts: int = 5
+    """prompts of the nearest-neighbour score"""
+    every: int = 1
+    """search every so many checkpoints of the training runs for neighbours; 1: all"""
+    sampler_steps: tuple[int, ...] = (2, 5, 10, 25, 50, 100)
+    """denoising steps to compare samplers at"""
+
+    def __post_init__(self) -> None:
+        for name in ("networks", "baseline_networks", "updates", "recursion_networks", "audit_samples", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        for name in ("prompts", "samples", "neighbour_prompts"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 2")
+        if any(not 1 <= steps <= 1000 for steps in self.sampler_steps):
+            raise ValueError(f"sampler_steps {self.sampler_steps}: expected numbers of 1..1000")
+
+
+@dataclass
+class Bench:
+    """A trained model on trial.
+
+    Raises ValueError where zoo and model do not belong together, or the zoo has too few unseen runs.
+    """
+
+    trained: TrainedGpt
+    zoo: Zoo
+    settings: SamplerSettings
+    amounts: Amounts
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.zoo.layout != self.trained.model.config.symmetry.layout:
+            raise ValueError(
+                f"{self.zoo.path}: networks of {self.zoo.layout.size:,} parameters, the model was trained on "
+                f"{self.trained.model.config.symmetry.layout.size:,}; give the zoo that it was trained on"
+            )
+        self.metric  # noqa: B018 - refused now if the zoo or the task does not have it
+
+    @property
+    def task(self) -> Task:
+        return self.trained.task
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The prompted metric, with prompts."""
+        for metric in self.task.metrics:
+            if metric.name == self.trained.metric and metric.name in self.zoo.better:
+                best = self.trained_best[metric.name]
+                return metric if metric.prompts else replace(metric, prompts=Prompts(best, best))
+        raise ValueError(
+            f"metric {self.trained.metric!r}: task {self.task.name} and {self.zoo.path} must both score it"
+        )
+
+    @cached_property
+    def trained_best(self) -> dict[str, float]:
+        return trained_best(self.zoo)
+
+    def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
+        """Untrained networks of the first runs of a split. Raises ValueError where it has fewer."""
+        rows = self.zoo.runs_in(split)
+        if count > len(rows):
+            raise ValueError(f"{count:,} networks of {split} runs: {self.zoo.path} has {len(rows):,}; ask for fewer")
+        return self.zoo.theta(rows[:count], [0] * count)
+
+    @property
+    def update(self) -> Update:
+        return self.trained.update(self.settings, self.seed)
+
+    @cached_property
+    def baselines(self) -> Mapping[str, Update]:
+        """What could fake a headline number."""
+        return {
+            "retrieval": retrieval(self.zoo, self.metric.name),
+            "mean of finals": mean_of_finals(self.zoo),
+            "mean of matched finals": mean_of_finals(self.zoo, self.task.symmetry),
+            "identity": identity(),
+        }
+
+    @cached_property
+    def best_prompt(self) -> float:
+        """What to ask for when asking for the best: of a few values near the best of the zoo, the one whose updates of
+        validation networks score best. The thesis, too, asks for a value near the best. [thesis 3.4.1]
+        """
+        finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.zoo.runs_in("train")), -1].double()
+        levels = torch.tensor(CANDIDATES, dtype=torch.float64)
+        if self.metric.better == "higher":
+            levels = 1 - levels
+        found = [self.trained_best[self.metric.name], *torch.quantile(finals, levels).tolist()]
+        candidates = list(dict.fromkeys([float(self.metric.prompts.best), *found]))
+        theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))
+        before = starting_metrics(self.task, theta, self.metric)[self.metric.name]
+        n = len(theta)
+        target = torch.tensor(candidates, dtype=torch.float64).repeat_interleave(n)
+        found = prompted(
+            self.update, self.task, theta.repeat(len(candidates), 1), before.repeat(len(candidates)), target,
+            list(range(n)) * len(candidates),
+        ).metrics[self.metric.name]  # fmt: skip
+        worst = torch.inf if self.metric.better == "lower" else -torch.inf
+        means = found.nan_to_num(worst).view(len(candidates), n).mean(1)
+        return candidates[int(means.argmin() if self.metric.better == "lower" else means.argmax())]

@@ -1,0 +1,30 @@
+"""Results as JSON holds them: numbers, text, lists, objects and null."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """A result, or any part of one, as JSON can hold it: tensors as nested lists, records as objects, what is not finite as None.
+
+    Takes dataclasses, named tuples, mappings, sequences, tensors, numbers, text and None; TypeError for anything else.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence):
+        return [plain(entry) for entry in value]
+    raise TypeError(f"a {type(value).__name__} has no place in a result; expected numbers, text, lists or tensors")

@@ -1,0 +1,142 @@
+"""Checkpoints of the released G.pt models (wpeebles/G.pt): read into a `Gpt`, and written as the original code reads them.
+
+A released file is a dict with the weights "G", their average "G_ema" and an optimiser's state; names differ from ours, and
+query, key and value are layers of their own there.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from triptych_common import foreign
+
+from triptych_gpt.config import PRESETS, GptConfig
+from triptych_gpt.model import Gpt
+from triptych_gpt.scalars import RAW_FREQUENCIES, RAW_OCTAVES
+from triptych_gpt.tokenizers.sequence import splits
+
+
+class Released(NamedTuple):
+    """What a released model's file does not say. scale: parameters are multiplied by it to be normalised."""
+
+    scale: float
+    metric: str
+    better: Literal["lower", "higher"]
+
+
+RELEASED = {
+    "mnist_loss": Released(4.185, "test_loss", "lower"),
+    "mnist_error": Released(4.185, "test_error", "lower"),
+    "cifar10_loss": Released(1.646, "test_loss", "lower"),
+    "cifar10_error": Released(1.646, "test_error", "lower"),
+    "cartpole": Released(2.06, "train_return", "higher"),
+}
+_FREQUENCIES = "scalar_embedder.frequencies"
+
+
+def load_released(path: Path, preset: str | GptConfig) -> Gpt:
+    """A released file as a Gpt, float32, frozen, on the CPU and in evaluation mode; the averaged weights where present.
+
+    preset: a name in `RELEASED`, which also has the scale of its parameters; or the config of a model trained with the
+        original code.
+    Raises FileNotFoundError where there is no such file, ValueError for one that is damaged, holds more than tensors or is
+    of another model, naming the first tensor that differs.
+    """
+    if isinstance(preset, str) and preset not in RELEASED:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(RELEASED)}")
+    config = PRESETS[preset] if isinstance(preset, str) else preset
+    state = _unwrap(foreign.read(path), path)
+    _check_kind(config)
+    with torch.device("meta"):
+        model = Gpt(config)
+    wanted = model.state_dict()
+    expected = {name: shape for mine, names in _names(config) for name, shape in _shapes(names, wanted[mine])}
+    _check(state, expected, path)
+    ours = {}
+    for mine, names in _names(config):
+        joined = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
+        ours[mine] = joined.reshape(wanted[mine].shape).to(torch.float32, copy=True).contiguous()
+    model.load_state_dict(ours, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def export_released(model: Gpt) -> dict[str, Tensor]:
+    """The model's state dict, float32, under the names that the original code knows; save it as {"G_ema": it}.
+
+    Raises ValueError for a model that the original code does not have: neuron tokens, or normalised scalars.
+    """
+    _check_kind(model.config)
+    ours, theirs = model.state_dict(), {_FREQUENCIES: _frequencies()}
+    for mine, names in _names(model.config):
+        tensor = ours[mine].detach().float().cpu()
+        parts = [tensor[None]] if mine == "positions" else tensor.chunk(len(names))
+        theirs |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    return theirs
+
+
+def _check_kind(config: GptConfig) -> None:
+    for name, wanted in (("tokenizer", ("layer", "chunk")), ("scalars", ("raw",))):
+        if getattr(config, name) not in wanted:
+            raise ValueError(f"{name} {getattr(config, name)!r}: the released code knows only {' and '.join(wanted)}")
+
+
+def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
+    """Our name of each tensor, and theirs; several where theirs are ours one after another."""
+    yield "positions", ["decoder.pos_emb"]
+    for ours, theirs in (("norm_in", "ln_in"), ("norm_out", "ln_f")):
+        yield from ((f"{ours}.{kind}", [f"decoder.{theirs}.{kind}"]) for kind in ("weight", "bias"))
+    layers = {"norm1": ["ln1"], "norm2": ["ln2"], "attn.qkv": ["attn.query", "attn.key", "attn.value"],
+              "attn.proj": ["attn.proj"], "mlp.fc1": ["mlp.0"], "mlp.fc2": ["mlp.2"]}  # fmt: skip
+    for i in range(config.depth):
+        for ours, theirs in layers.items():
+            for kind in ("weight", "bias"):
+                yield f"blocks.{i}.{ours}.{kind}", [f"decoder.blocks.{i}.{layer}.{kind}" for layer in theirs]
+    tokens = len(splits(config))
+    encoders = [*(f"tokenizer.encoders.{i}" for i in range(2 * tokens)), *(f"scalars.encoders.{i}" for i in range(4))]
+    for i, ours in enumerate(encoders):
+        yield f"{ours}.weight", [f"decoder.input_parameter_projections.{i}.0.weight"]
+    for i in range(tokens):
+        yield f"tokenizer.decoders.{i}.weight", [f"decoder.output_parameter_projections.{i}.0.weight"]
+
+
+def _shapes(names: list[str], ours: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name in names:
+        first, *rest = ours.shape
+        yield name, (1, first, *rest) if name == "decoder.pos_emb" else (first // len(names), *rest)
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file; the prefixes of wrappers are taken off its names."""
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in ("G_ema", "G") if isinstance(content.get(name), Mapping)), content)
+    if not isinstance(content, Mapping) or not any(str(name).endswith("decoder.pos_emb") for name in content):
+        raise ValueError(
+            f"{path}: not a checkpoint of wpeebles/G.pt; expected a dict with G_ema or G, holding decoder.pos_emb"
+        )
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in content.items() if isinstance(x, Tensor)}
+
+
+def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raises ValueError for the first tensor that is absent, of another shape or unknown."""
+    remedy = "name the preset that the file was trained with"
+    for name, shape in expected.items():
+        if name not in state:
+            raise ValueError(f"{path}: lacks {name} {shape}; {remedy}, or fetch the file again")
+        if tuple(state[name].shape) != shape:
+            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, this preset's {shape}; {remedy}")
+    unknown = next((name for name in state if name not in expected and name != _FREQUENCIES), None)
+    if unknown is not None:
+        raise ValueError(f"{path}: {unknown} {tuple(state[unknown].shape)} is no part of this preset; {remedy}")
+    theirs = state.get(_FREQUENCIES, _frequencies())
+    if theirs.shape != (RAW_FREQUENCIES,) or not torch.allclose(theirs.float(), _frequencies(), rtol=1e-5):
+        raise ValueError(
+            f"{path}: embeds scalars by other frequencies ({len(theirs)} up to {theirs.max():g}), expected "
+            f"{RAW_FREQUENCIES} up to {2**RAW_OCTAVES:g}; only models trained with those can be read"
+        )
+
+
+def _frequencies() -> Tensor:
+    return 2 ** torch.linspace(0, RAW_OCTAVES, RAW_FREQUENCIES)

@@ -1,0 +1,78 @@
+"""G.pt, the diffusion transformer over checkpoints, read from top to bottom.  [thesis 3.2.2]"""
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+from triptych_common.transformer import Block
+
+from triptych_gpt.config import GptConfig
+from triptych_gpt.scalars import TOKENS, ScalarTokens
+from triptych_gpt.tokenizers import make_tokenizer
+
+
+class Gpt(nn.Module):
+    """Predicts theta*, a later checkpoint of theta's run whose metric is `target`, from theta* with noise.
+
+    `model(noised, t, theta, metric, target)`: noised theta* and theta (n, D) in normalised parameters, diffusion timestep t
+    (n,) counting from 0, metric of theta and metric wished for (n,) in the metric's units. The prediction is theta plus an
+    update that starts at zero: an untrained model is the identity.
+
+    Raises ValueError for normalised scalars without a metric scale, and for networks that the tokenizer does not know.
+    """
+
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.tokenizer = make_tokenizer(config)
+        self.scalars = ScalarTokens(config)
+        self.token_kinds = [*self.tokenizer.token_kinds, *[1] * TOKENS]
+        self.norm_in = nn.LayerNorm(width)
+        self.positions = nn.Parameter(torch.zeros(len(self.token_kinds), width))
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, affine_norm=True, attn_norm_eps=1e-5, mlp_norm_eps=1e-5, gelu="none")
+            for _ in range(config.depth)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.initialize_weights()
+
+    def initialize_weights(self, generator: torch.Generator | None = None) -> None:
+        """Linear weights from N(0, 0.02), biases, positions and decoders zero; drawn from `generator` where one is given."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.zeros_(self.positions)
+        self.tokenizer.initialize_weights(generator)
+
+    def forward(
+        self,
+        noised: Float[Tensor, "n D"],
+        t: Num[Tensor, " n"],
+        theta: Float[Tensor, "n D"],
+        metric: Float[Tensor, " n"],
+        target: Float[Tensor, " n"],
+    ) -> Float[Tensor, "n D"]:
+        encoded = self.tokenizer.encode(noised, theta)
+        tokens = torch.cat([encoded.tokens, self.scalars(t, metric, target)], dim=1)
+        x = self.norm_in(tokens) + self._positions()  # (n, tokens, width)
+        for i, block in enumerate(self.blocks):
+            x = block(x, bias=None if encoded.biases is None else encoded.biases[i])
+        return theta + self.tokenizer.decode(self.norm_out(x), encoded)
+
+    def _positions(self) -> Float[Tensor, "tokens width"]:
+        """A row for each token; units of a group share one."""
+        if len(self.positions) == sum(self.token_kinds):
+            return self.positions
+        rows = self.positions.unbind()
+        return torch.cat([row.expand(count, -1) for row, count in zip(rows, self.token_kinds, strict=True)])
+
+
+def decayed(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters for weight decay, which are the weights of Linear layers, and those without."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = list(model.parameters())
+    return [p for p in parameters if id(p) in linear], [p for p in parameters if id(p) not in linear]

@@ -1,0 +1,233 @@
+"""The nearest of very many checkpoints to a network, in plain distance or under the best matching of hidden units.
+
+Checkpoints are streamed from the zoo in blocks. A product of matrices bounds the distance of every pair from below; pairs
+are compared exactly, in order of their bounds, only while the bound beats the best distance so far. The bound takes a unit's
+distance to whichever unit of the other network is nearest, each way, in place of the assignment (Hungarian method).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from triptych_gpt.matching import match
+from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.unit_vectors import UnitVectors, assigned, augmented, lower_bound, squared_distances, weighted
+from triptych_gpt.zoo.zoo import Zoo
+
+_BLOCK = 512  # checkpoints bounded at a time, fewer where theta is long
+_PAIR_FLOATS = 1 << 20  # of pairwise unit distances at a time: about what a core's cache holds
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Checkpoints of a zoo to search among: `checkpoints[i]` of the run at row `rows[i]`.
+
+    values: a metric of each, ascending, where the search is to be narrowed to those near a prompt.
+    """
+
+    zoo: Zoo
+    rows: Int[Tensor, " m"]
+    checkpoints: Int[Tensor, " m"]
+    values: Float[Tensor, " m"] | None = None
+
+    @classmethod
+    def of(cls, zoo: Zoo, rows: Int[np.ndarray, " r"], every: int = 1, metric: str | None = None) -> "Pool":
+        """Every k-th checkpoint of the runs at these rows, counted back from the last: `zoo.checkpoints` takes finals alone.
+
+        With a metric, those where it is a number, in its order.
+        """
+        if every < 1:
+            raise ValueError(f"every {every}: expected 1 or more, {zoo.checkpoints} for the final checkpoints alone")
+        kept = torch.arange(zoo.checkpoints - 1, -1, -every).flip(0)
+        chosen = torch.as_tensor(rows)
+        pool = cls(zoo, chosen.repeat_interleave(len(kept)), kept.repeat(len(chosen)))
+        if metric is None:
+            return pool
+        values = zoo.metrics(metric)[pool.rows, pool.checkpoints]
+        order = values.argsort(stable=True)
+        order = order[values[order].isfinite()]
+        return cls(zoo, pool.rows[order], pool.checkpoints[order], values[order])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, Float[Tensor, "block D"]]]:
+        """All theta in order, in one buffer that is written over."""
+        buffer = torch.empty(min(size, len(self)), self.zoo.layout.size)
+        for start in range(0, len(self), size):
+            here = slice(start, min(start + size, len(self)))
+            yield here, self.zoo.theta(self.rows[here], self.checkpoints[here], buffer[: here.stop - here.start])
+
+
+class Nearest(NamedTuple):
+    """Who is nearest to each of n networks: Euclidean distance in theta's units, number of the run, and checkpoint.
+
+    Infinite, -1 and -1 where no checkpoint was admitted. exact: otherwise distances are upper bounds.
+    """
+
+    distance: Float[Tensor, " n"]
+    run: Int[Tensor, " n"]
+    checkpoint: Int[Tensor, " n"]
+    exact: bool = True
+
+
+def nearest(
+    samples: Float[Tensor, "n D"],
+    pool: Pool,
+    spec: PermutationSpec | None = None,
+    *,
+    target: Float[Tensor, " n"] | None = None,
+    tolerance: float | int = math.inf,
+    shortlist: int = 32,
+) -> Nearest:
+    """The checkpoint of the pool nearest to each sample; with a spec, under the best permutation of its units.
+
+    target, tolerance: only checkpoints whose value in the pool is within tolerance of the sample's target. Exact, up to the
+    rounding of float32 in bounds, where each parameter has one permuted axis at most, as in networks of one hidden layer.
+    For others `match` finds a local optimum for the `shortlist` checkpoints of lowest bound: an upper bound on the distance.
+    Bounds are computed on the samples' device. Raises ValueError for samples that do not fit or are not finite.
+    """
+    pool.zoo.layout.check(samples)
+    if not samples.isfinite().all():
+        bad = int((~samples.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"sample {bad} has entries that are not finite; leave such networks out")
+    if target is not None and pool.values is None:
+        raise ValueError("target: the pool's checkpoints have no values; make the pool with metric=")
+    search = _Search(samples, pool, UnitVectors(spec), target, tolerance)
+    if search.parts.exact:
+        search.compare_as_bounded()
+    else:
+        search.compare_shortlist(shortlist)
+    found = search.best_place >= 0
+    place = search.best_place.clamp(min=0)
+    distance, run, checkpoint = search.best.sqrt(), torch.full_like(place, -1), torch.full_like(place, -1)
+    if len(pool):
+        numbers = torch.from_numpy(pool.zoo.runs.run)
+        run = torch.where(found, numbers[pool.rows[place]], -1)
+        checkpoint = torch.where(found, pool.checkpoints[place], -1)
+    return Nearest(distance, run, checkpoint, search.parts.exact)
+
+
+class _Block(NamedTuple):
+    """A stretch of the pool: theta, its parts on the samples' device as `augmented` makes them, and lower bounds of squared
+    distances (infinite: not admitted), from which the error that float32 may have made has been taken.
+    """
+
+    start: int
+    theta: Float[Tensor, "block D"]
+    fixed: Tensor
+    units: list[Tensor]
+    lower: Float[Tensor, "n block"]
+    error: Float[Tensor, "n block"]
+
+
+class _Search:
+    """Best squared distances so far, and the place in the pool of who has them."""
+
+    def __init__(
+        self,
+        samples: Float[Tensor, "n D"],
+        pool: Pool,
+        parts: UnitVectors,
+        target: Float[Tensor, " n"] | None,
+        tolerance: float | int,
+    ) -> None:
+        self.pool, self.parts, self.tolerance = pool, parts, tolerance
+        self.target = None if target is None else target.detach().cpu().double()
+        self.device = samples.device
+        self.samples = samples.detach().cpu().double()
+        # neighbours in target admit the same checkpoints, so that whole pieces of a sorted pool can be left out
+        order = torch.arange(len(samples)) if target is None else self.target.argsort()
+        fixed, units = parts.of(samples.detach().float())
+        self.fixed, self.units = weighted(fixed), [weighted(u.transpose(0, 1)) for u in units]
+        per_sample = max([1, *(len(u) ** 2 for u in units)]) * _BLOCK
+        self.chunks = [
+            (rows, self.fixed[rows], [u[rows].flatten(0, 1) for u in self.units])
+            for rows in order.split(max(1, _PAIR_FLOATS // per_sample))
+        ]
+        self.squares = self.samples.square().sum(1)
+        self.best = torch.full((len(samples),), math.inf, dtype=torch.float64)
+        self.best_place = torch.full((len(samples),), -1)
+
+    def bounds(self) -> Iterator["_Block"]:
+        size = max(16, min(_BLOCK, (1 << 22) // self.pool.zoo.layout.size))
+        for here, theta in self.pool.blocks(size):
+            admitted = self._admitted(here)
+            if admitted is not None and not admitted.any():
+                continue
+            on_device = theta.to(self.device)
+            fixed, units = self.parts.of(on_device)
+            fixed, units = augmented(fixed), [augmented(u) for u in units]
+            lower = torch.full((len(self.samples), len(theta)), math.inf)
+            for rows, own_fixed, own_units in self.chunks:
+                if admitted is None or admitted[rows].any():
+                    lower[rows] = lower_bound(own_fixed, fixed, own_units, units).cpu()
+            # several times what float32 products of this length were seen to err
+            rounding = 4 * math.sqrt(self.pool.zoo.layout.size) * torch.finfo(torch.float32).eps
+            error = rounding * (self.squares[:, None].float() + theta.square().sum(1))
+            lower = lower.sub_(error)
+            if admitted is not None:
+                lower.masked_fill_(~admitted, math.inf)
+            yield _Block(here.start, theta, fixed, units, lower, error)
+
+    def _admitted(self, here: slice) -> Tensor | None:
+        if self.target is None:
+            return None
+        return (self.pool.values[here].double() - self.target[:, None]).abs() <= self.tolerance
+
+    def compare_as_bounded(self) -> None:
+        for block in self.bounds():
+            at_once = 1  # the most promising alone: it usually rules the others out
+            while (promising := block.lower < self.best[:, None]).any():
+                some = min(at_once, int(promising.sum(1).max()))
+                bound, columns = block.lower.topk(some, dim=1, largest=False)
+                rows, which = (bound < self.best[:, None]).nonzero(as_tuple=True)
+                columns = columns[rows, which]
+                for part in torch.arange(len(rows)).split(max(1, (1 << 22) // self.pool.zoo.layout.size)):
+                    self._compare(rows[part], columns[part], block)
+                block.lower[rows, columns] = math.inf
+                at_once *= 4
+
+    def _compare(self, rows: Int[Tensor, " p"], columns: Int[Tensor, " p"], block: "_Block") -> None:
+        """Pairs of sample and checkpoint: by an assignment in float32 first, and in float64 where that may yet be best."""
+        if self.units:
+            on_device = rows.to(self.device), columns.to(self.device)
+            squared = (self.fixed[on_device[0]] * block.fixed[on_device[1]]).sum(1).cpu()
+            for u, v in zip(self.units, block.units, strict=True):
+                costs = torch.bmm(u[on_device[0]], v[:, on_device[1]].permute(1, 2, 0)).cpu()
+                squared += costs.gather(2, assigned(costs)[:, :, None]).sum((1, 2))
+            kept = squared - block.error[rows, columns] < self.best[rows]
+            rows, columns = rows[kept], columns[kept]
+        if len(rows):
+            squared = squared_distances(self.parts, self.samples[rows], block.theta[columns].double())
+            self._note(rows, block.start + columns, squared)
+
+    def compare_shortlist(self, size: int) -> None:
+        lowest = torch.full((len(self.samples), 0), math.inf)
+        places = torch.zeros(lowest.shape, dtype=torch.long)
+        for block in self.bounds():
+            lowest = torch.cat([lowest, block.lower], 1)
+            here = torch.arange(block.start, block.start + len(block.theta))
+            places = torch.cat([places, here.expand(len(lowest), -1)], 1)
+            lowest, kept = lowest.topk(min(size, lowest.shape[1]), dim=1, largest=False)
+            places = places.gather(1, kept)
+        for row, sample in enumerate(self.samples):
+            mine = places[row][lowest[row] < math.inf]
+            if len(mine):
+                theta = self.pool.zoo.theta(self.pool.rows[mine], self.pool.checkpoints[mine]).double()
+                theta = self.parts.spec.apply(theta, match(self.parts.spec, theta, sample))
+                self._note(torch.full_like(mine, row), mine, (theta - sample).square().sum(1))
+
+    def _note(self, rows: Int[Tensor, " p"], places: Int[Tensor, " p"], squared: Float[Tensor, " p"]) -> None:
+        order = squared.argsort(descending=True)  # of several of a row the last written stays: the nearest
+        order = order[squared[order] < self.best[rows[order]]]
+        for row, place, value in zip(
+            rows[order].tolist(), places[order].tolist(), squared[order].tolist(), strict=True
+        ):
+            self.best[row], self.best_place[row] = value, place

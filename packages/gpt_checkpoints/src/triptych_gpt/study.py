@@ -1,0 +1,113 @@
+"""Experiments of chapter 3 that train further models: scaling (Fig. 3.7), and the ablations of thesis 3.4.6."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from triptych_common.cli import say
+from triptych_common.run import write_json
+
+from triptych_gpt.experiments.alignment import prompt_alignment
+from triptych_gpt.experiments.bench import Amounts, Bench
+from triptych_gpt.train import train
+from triptych_gpt.train_config import GptTrainConfig
+from triptych_gpt.trained import SamplerSettings, load
+from triptych_gpt.zoo.zoo import Zoo
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which variants of a training run to compare, each trained on so many pairs."""
+
+    total_pairs: int
+    widths: tuple[int, ...]
+    runs: tuple[int, ...]
+    chunk_size: int
+
+    def variants(self, base: GptTrainConfig) -> dict[str, dict[str, GptTrainConfig]]:
+        """By experiment and name; configs that appear twice are trained once."""
+        warmup = min(base.warmup_pairs, self.total_pairs // 10)
+        base = replace(base, total_pairs=self.total_pairs, warmup_pairs=warmup)
+        layer = replace(base, tokenizer="layer")
+        return {
+            "width": {str(w): replace(base, width=w, num_heads=max(1, w // 64)) for w in self.widths},
+            "runs": {str(n): replace(base, runs=n) for n in self.runs},
+            "tokenizers": {
+                "neuron": base,
+                "layer": layer,
+                "chunk": replace(base, tokenizer="chunk", chunk_size=self.chunk_size),
+            },
+            "augmentation": {"layer, augmented": layer, "layer, not augmented": replace(layer, augment="off")},
+            "canonicalised zoo": {
+                "layer, augmented": layer,
+                "layer, canonicalised": replace(layer, augment="off", canonicalise=True),
+            },
+            "checkpoints": {
+                "200 a run": base,
+                "first and last only": replace(base, pairs="ends"),
+            },
+            "pairs": {"stratified": base, "thesis": replace(base, pairs="thesis")},
+        }
+
+
+def run_study(
+    study: Study, base: GptTrainConfig, folder: Path, settings: SamplerSettings, amounts: Amounts
+) -> dict[str, Any]:
+    """Train and measure what is missing; returns for each experiment a row a variant, JSON-able."""
+    known: dict[GptTrainConfig, tuple[str, dict[str, Any]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
+    for experiment, variants in study.variants(base).items():
+        results[experiment] = []
+        for name, config in variants.items():
+            if config not in known:
+                where = folder / f"{experiment}-{name}".replace(", ", "-").replace(" ", "-")
+                known[config] = (str(where), _measured(replace(config, out=where), settings, amounts))
+            results[experiment].append({"name": name, "folder": known[config][0], **known[config][1]})
+    write_json(folder / "study.json", results)
+    return results
+
+
+def scaling(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Fig. 3.7 as its figure takes it: alignment on unseen and on training runs against parameters, and against runs."""
+
+    def points(rows: list[dict[str, Any]], x: str, split: str) -> list[dict[str, Any]]:
+        return [
+            {"x": row[x], "r2": row[split]["value"], "low": row[split]["low"], "high": row[split]["high"]}
+            for row in rows
+        ]
+
+    panels = (("parameters of G.pt", "width", "parameters"), ("training runs", "runs", "training_runs"))
+    return {
+        "panels": [
+            {"label": label, "points": points(results[name], x, "unseen"), "train": points(results[name], x, "train")}
+            for label, name, x in panels
+        ]
+    }
+
+
+def _measured(config: GptTrainConfig, settings: SamplerSettings, amounts: Amounts) -> dict[str, Any]:
+    """Alignment of one variant on unseen and on its own training runs."""
+    path = config.out / "alignment.json"
+    if path.exists():
+        return json.loads(path.read_text())["row"]
+    say(f"study: {config.out.name}")
+    train(config)
+    bench = Bench(load(config.out), Zoo(config.zoo), settings, amounts, config.seed)
+    found = {}
+    for split, name in (("test", "unseen"), ("train", "train")):
+        theta = bench.starts(split, min(amounts.networks, len(bench.zoo.runs_in(split))))
+        alignment = prompt_alignment(
+            bench.update, bench.task, bench.metric, theta, prompts=amounts.prompts, trained_best=bench.trained_best
+        )
+        found[name] = alignment.r2._asdict()
+        found[f"{name}_at_best"] = alignment.achieved_at_best._asdict()
+    row = {
+        "parameters": sum(p.numel() for p in bench.trained.model.parameters()),
+        "training_runs": bench.trained.facts["zoo"]["training_runs"],
+        "pairs": config.total_pairs,
+        **found,
+    }
+    write_json(path, {"row": row, "config": asdict(config) | {"out": str(config.out), "zoo": str(config.zoo)}})
+    return row

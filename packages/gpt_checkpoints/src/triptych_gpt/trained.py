@@ -1,0 +1,183 @@
+"""A trained G.pt: its file, and updates of networks towards a prompt."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from triptych_common import checkpoint
+from triptych_common.diffusion import GaussianDiffusion
+from triptych_common.randomness import SampleNoise
+from triptych_common.samplers import ddim, ddpm, final
+from triptych_common.schedulers import diffusers_steps, find, make_scheduler
+
+from triptych_gpt.config import GptConfig
+from triptych_gpt.experiments.update import Update
+from triptych_gpt.model import Gpt
+from triptych_gpt.objective import make_diffusion
+from triptych_gpt.tasks import Task
+from triptych_gpt.zoo.cohorts import TaskSpec
+
+FILE_NAME = "model.safetensors"
+_KIND = "G.pt"
+_OWN_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How an update is sampled."""
+
+    sampler: str = "ddpm"
+    """ddpm: ancestral sampling, as in the thesis; ddim: deterministic; or a scheduler of diffusers by its name or the beginning
+    of it, such as unipc"""
+    num_inference_steps: int = 100
+    """denoising steps, evenly spaced over the 1000 that the thesis takes"""
+    networks_at_once: int = 512
+    """networks in a batch"""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in _OWN_SAMPLERS:
+            find(self.sampler)
+        if not 1 <= self.num_inference_steps <= 1000:
+            raise ValueError(f"num_inference_steps {self.num_inference_steps}: expected 1..1000")
+        if self.networks_at_once < 1:
+            raise ValueError(f"networks_at_once {self.networks_at_once}: expected at least 1")
+
+
+@dataclass
+class TrainedGpt:
+    """A model with what it takes to use it.
+
+    scale: normalised parameters are scale times those of a network. trained_range: of the metric over all training
+    checkpoints; None: not known.
+    facts: of its training.
+    """
+
+    model: Gpt
+    scale: float
+    metric: str
+    better: str
+    trained_range: tuple[float, float] | None
+    spec: TaskSpec
+    facts: Mapping[str, Any]
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that scores networks; opened, with its data, when first needed.
+
+        Raises ValueError for one whose networks are not those that the model was trained on.
+        """
+        task = self.spec.open()
+        if task.layout != self.model.config.symmetry.layout:
+            raise ValueError(
+                f"task {self.spec.task}: networks of {task.layout.size:,} parameters, the model was trained on "
+                f"{self.model.config.symmetry.layout.size:,}; open the task that it was trained on"
+            )
+        return task
+
+    @cached_property
+    def diffusion(self) -> GaussianDiffusion:
+        return make_diffusion()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> "TrainedGpt":
+        self.model.to(device)
+        return self
+
+    def sample(
+        self,
+        theta: Float[Tensor, "n D"],
+        metric: Float[Tensor, " n"],
+        target: Float[Tensor, " n"],
+        *,
+        settings: SamplerSettings | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> Float[Tensor, "n D"]:
+        """One update of each network, towards its own target.
+
+        theta, and what is returned, in the networks' own units, on the CPU or the model's device; metric: what theta scores.
+        The noise of each follows from seed and its index (default: its place), not from the batch. progress: called after
+        every denoising step of every batch.  [thesis 3.2.2, sampling]
+        """
+        settings, weight = settings or SamplerSettings(), next(self.model.parameters())
+        indices = range(len(theta)) if indices is None else indices
+        parts = []
+        for first in range(0, len(theta), settings.networks_at_once):
+            here = slice(first, first + settings.networks_at_once)
+            start, before, asked = (
+                x[here].to(weight.device, weight.dtype) for x in (theta * self.scale, metric, target)
+            )
+            noise = SampleNoise(seed, indices[here], theta.shape[1:], device=weight.device, dtype=weight.dtype)
+            sharded = isinstance(weight, DTensor)  # such weights are gathered as needed, which inference mode forbids
+            with torch.no_grad() if sharded else torch.inference_mode():
+                found = self._sampled(start, before, asked, noise, settings, progress)
+            parts.append(found.to(theta.device, theta.dtype))
+        return torch.cat(parts) / self.scale if parts else theta.clone()
+
+    def _sampled(
+        self, theta: Tensor, metric: Tensor, target: Tensor, noise: SampleNoise, settings: SamplerSettings,
+        progress: Callable[[], None],
+    ) -> Tensor:  # fmt: skip
+        def denoise(noised: Tensor, t: Tensor) -> Tensor:
+            return self.model(noised, t, theta, metric, target)
+
+        if settings.sampler in _OWN_SAMPLERS:
+            steps = _OWN_SAMPLERS[settings.sampler](
+                denoise, self.diffusion.respaced(settings.num_inference_steps), noise
+            )
+        else:
+            scheduler = make_scheduler(
+                settings.sampler, self.diffusion, settings.num_inference_steps, device=theta.device
+            )
+            steps = diffusers_steps(denoise, self.diffusion, noise, scheduler)
+        return final(steps, progress)
+
+    def update(self, settings: SamplerSettings | None = None, seed: int = 0) -> Update:
+        """`sample` as experiments take it."""
+        return lambda theta, metric, target, indices: self.sample(
+            theta, metric, target, settings=settings, seed=seed, indices=indices
+        )
+
+
+def write_model(path: Path, config: GptConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a model file; facts hold what `load` gives back, and whatever else explains the model."""
+    checkpoint.write(path, tensors, {"kind": _KIND, "config": config.to_json(), **facts})
+
+
+def load(path: str | Path) -> TrainedGpt:
+    """Read a model file, or the one in a run's folder, onto the CPU in evaluation mode.
+
+    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / FILE_NAME).exists():
+            raise FileNotFoundError(
+                f"{path / FILE_NAME}: no trained model; make one with triptych-gpt train --out {path}"
+            )
+        path = path / FILE_NAME
+    tensors, facts = checkpoint.read(path)
+    if facts.get("kind") != _KIND:
+        raise ValueError(f"{path}: not a G.pt's model file; expected {FILE_NAME} of a triptych-gpt training run")
+    try:
+        model = Gpt(GptConfig.from_json(facts["config"]))
+        model.load_state_dict(tensors)
+        ends = facts["trained_range"]
+        return TrainedGpt(
+            model.requires_grad_(False).eval(), float(facts["scale"]), facts["metric"], facts["better"],
+            ends and (float(ends[0]), float(ends[1])), TaskSpec(**facts["task"]), facts,
+        )  # fmt: skip
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: made by another version of triptych ({' '.join(str(error).split())[:200]})"
+        ) from error

@@ -1,0 +1,113 @@
+"""Prompt alignment on validation runs, by which the model to keep is chosen.  [thesis 3.4.4]"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from triptych_common.parallel import Ranks
+from triptych_common.run import RunDirectory
+from triptych_common.training import TrainState
+
+from triptych_gpt.experiments.alignment import prompt_alignment
+from triptych_gpt.objective import TrainingZoo
+from triptych_gpt.tasks import Metric, Prompts
+from triptych_gpt.train_config import GptTrainConfig
+from triptych_gpt.trained import FILE_NAME, SamplerSettings, TrainedGpt
+
+SEED = 3_022  # of every run's validation, so that runs compare
+PROMPTS = 20
+SCORE = "validation/alignment"
+
+
+class Validation:
+    """A callback that logs "validation/alignment" every `validation_every` steps and at the end, and keeps the averaged model
+    that scored best.
+
+    Untrained networks of validation runs are asked for the same prompts, from the same noise, every time; `save(path, facts)`
+    writes the averaged model. Raises ValueError where the zoo has fewer validation runs than asked for.
+    """
+
+    def __init__(
+        self,
+        config: GptTrainConfig,
+        data: TrainingZoo,
+        run: RunDirectory,
+        among: Ranks,
+        save: Callable[[Path, dict[str, Any]], None],
+    ) -> None:
+        self.config, self.data, self.run, self.among, self.save = config, data, run, among, save
+        if config.validation_every == 0:
+            return
+        held, ranks = data.zoo.splits.get("validation", 0), among.world_size
+        n = config.validation_networks - config.validation_networks % ranks
+        if not 0 < n <= held:
+            raise ValueError(
+                f"validation_networks {config.validation_networks}: expected {ranks} to {held:,}, a rank each and no more than "
+                "the zoo has validation runs; choose so, or --validation-every 0"
+            )
+        self.mine = among.share(range(n))
+        rows = torch.from_numpy(data.zoo.runs_in("validation"))[list(self.mine)]
+        self.theta = data.zoo.theta(rows, torch.zeros_like(rows))
+        self.metric = metric_of(data)
+
+    def __call__(self, state: TrainState) -> None:
+        every, finished = self.config.validation_every, state.samples_seen >= self.config.total_pairs
+        if every == 0 or (state.step % every and not finished):
+            return
+        score = self.score(state)
+        best = self.best(before=state.step)
+        if self.among.gather(best is None or score >= best[0])[0]:
+            self.save(self.run.path / FILE_NAME, {"validation": {"alignment": score, "step": state.step}})
+        self.run.log({"step": state.step, "pairs": state.samples_seen, SCORE: score})
+
+    def score(self, state: TrainState) -> float:
+        """R^2 of the averaged model, the mean over all ranks' networks."""
+        data = self.data
+        trained = TrainedGpt(
+            state.ema, data.scale, self.metric.name, self.metric.better, (float(data.values.min()), float(data.values.max())),
+            data.spec, {},
+        )  # fmt: skip
+        settings = SamplerSettings("ddpm", self.config.validation_inference_steps, PROMPTS * len(self.mine))
+        prompts = self.metric.prompts
+        found = prompt_alignment(
+            trained.update(settings, SEED), data.task, self.metric, self.theta, best=prompts.best,
+            worst_fraction=prompts.worst, prompts=PROMPTS, networks_at_once=settings.networks_at_once,
+            first_index=PROMPTS * self.mine.start,
+        )  # fmt: skip
+        means = self.among.gather(sum(found.r2_each) / len(found.r2_each))
+        return sum(means) / len(means)
+
+    def best(self, before: int | None = None) -> tuple[float, int] | None:
+        """The best score so far and its step, the later one of equals; None before the first."""
+        rows = [row for row in self.run.metrics() if SCORE in row and (before is None or row["step"] < before)]
+        return max(((row[SCORE], row["step"]) for row in rows), default=None)
+
+    def finish(self, last: Path) -> str:
+        """Make sure that there is a model; returns what it is, in words."""
+        best = self.best()
+        if best is not None:
+            return f"prompt alignment R^2 {best[0]:.3f} on validation runs, at step {best[1]:,}"
+        if self.among.is_main:
+            shutil.copyfile(last, self.run.path / FILE_NAME)
+        return "the last one, not validated"
+
+
+def metric_of(data: TrainingZoo) -> Metric:
+    """The metric that the model is prompted with, and prompts for it: the task's, or else the range of training checkpoints.
+
+    Raises ValueError where the task does not score it.
+    """
+    known = {metric.name: metric for metric in data.task.metrics}
+    if data.metric not in known:
+        raise ValueError(
+            f"metric {data.metric!r}: the zoo records it, but task {data.task.name} scores {', '.join(known)}; choose one of "
+            "these, or --validation-every 0"
+        )
+    metric = known[data.metric]
+    if metric.prompts is not None:
+        return metric
+    best = float(data.values.min() if metric.better == "lower" else data.values.max())
+    return replace(metric, prompts=Prompts(best, best))
