@@ -1,13 +1,14 @@
-# make setup | test | lint | bench | docs | reproduce-ch2 [SIZE=smoke|laptop]
+# make setup | test | lint | bench | docs | reproduce-ch2 | reproduce-ch3 [SIZE=smoke|laptop|...] [ARGS=--all]
 # PYTHON: interpreter to build .venv from. TORCH: another requirement for torch, such as a CPU build's version or wheel.
 PYTHON ?= python3
 TORCH ?=
 SIZE ?= laptop
+ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.triptych-setup
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
 
-.PHONY: setup test lint bench docs reproduce-ch2 reproduce
+.PHONY: setup test lint bench docs reproduce-ch2 reproduce-ch3 reproduce
 
 setup: $(STAMP)
 
@@ -33,6 +34,9 @@ docs: setup
 	$(BIN)/python -m triptych_common.claims claims.toml docs/claims.md
 
 reproduce-ch2: setup
-	$(BIN)/triptych-dit reproduce --size $(SIZE)
+	$(BIN)/triptych-dit reproduce --size $(SIZE) $(ARGS)
 
-reproduce: reproduce-ch2
+reproduce-ch3: setup
+	$(BIN)/triptych-gpt reproduce --size $(SIZE) $(ARGS)
+
+reproduce: reproduce-ch2 reproduce-ch3

@@ -29,9 +29,9 @@ _MNIST_PAPER = Amounts(networks=128, audit_samples=500, recursion_networks=32)
 
 SIZES: dict[str, Size] = {
     "smoke": Size(
-        replace(_LAPTOP_ZOO, runs=60, cohort_runs=10, epochs=4, checkpoints=20, split_every=3),
-        TRAIN_PRESETS["smoke"],
-        Study(total_pairs=2_560, widths=(32, 64), runs=(10, 20), chunk_size=64),
+        replace(_LAPTOP_ZOO, runs=30, cohort_runs=10, epochs=4, checkpoints=20, split_every=3),
+        replace(TRAIN_PRESETS["smoke"], total_pairs=6_400),
+        Study(total_pairs=640, widths=(32, 64), runs=(5, 10), chunk_size=64),
         num_inference_steps=5,
         amounts=Amounts(
             networks=4, prompts=5, baseline_networks=2, optimizer_steps=20, updates=2, recursion_networks=2, samples=4,

@@ -17,7 +17,7 @@ from triptych_gpt.model import Gpt, decayed
 from triptych_gpt.objective import Objective, TrainingZoo, training_flops
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import FILE_NAME, write_model
-from triptych_gpt.validation import Validation
+from triptych_gpt.validation import Validation, check
 
 LAST = "last.safetensors"
 
@@ -31,6 +31,8 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     data = TrainingZoo(config)
+    check(config, data)
+    flops = training_flops(data.model_config())  # refuses, too, before there is a folder that knows this config
     identity = config.identity() | {"zoo": data.identity()}
     with (
         ranks(config.device) as among,
@@ -47,7 +49,7 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             on_step=validation,
-            flops_per_sample=training_flops(data.model_config()),
+            flops_per_sample=flops,
             peak_flops=peak_flops(among.device, config.arithmetic),
             unit="pairs",
         )

@@ -53,7 +53,7 @@ class GptTrainConfig(CommonOptions):
     """pairs per optimiser step, over all ranks"""
     micro_batch: int | None = None
     """pairs per backward pass and rank; smaller saves memory and accumulates gradients"""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """AdamW's peak learning rate"""
     warmup_pairs: int = 25_600
     """pairs over which the learning rate rises from zero; a cosine then takes it back to zero at the end"""
@@ -147,7 +147,7 @@ class GptTrainConfig(CommonOptions):
 
 _RELEASED = GptTrainConfig(  # reference: AdamW (0.9, 0.999), decay 0.1 on linear weights, EMA 0.9999, cosine, plain pairs
     tokenizer="chunk", scalars="raw", pairs="released", depth=12, num_heads=16, adam_beta2=0.999, ema_rampup=None,
-    log_every=100, checkpoint_every=5_000, validation_every=5_000, validation_inference_steps=1000, precision="bf16",
+    log_every=100, checkpoint_every=5_000, validation_every=5_000, validation_inference_steps=1000,
 )  # fmt: skip
 
 
@@ -167,6 +167,8 @@ _MNIST = {"runs": 10_228, "pairs_a_run": 9, "epochs": 2000, "warmup_epochs": 5, 
           "grad_clip": 0.75}  # fmt: skip
 _CIFAR = {"runs": 54_790, "pairs_a_run": 1, "epochs": 15_000, "warmup_epochs": 5, "lr": 4e-4, "width": 2048, "chunk_size": 576,
           "grad_clip": 0.1, "batch_size": 550}  # fmt: skip
+_CARTPOLE = {"runs": 47_976, "pairs_a_run": 16, "epochs": 2000, "warmup_epochs": 10, "lr": 2e-4, "width": 1536,
+             "tokenizer": "layer", "num_heads": 12, "grad_clip": None, "batch_size": 8192}  # fmt: skip
 
 TRAIN_PRESETS = {
     "laptop": GptTrainConfig(),
@@ -178,4 +180,5 @@ TRAIN_PRESETS = {
     "mnist_error": _released("test_error", batch_size=512, metric_factor=100.0, **_MNIST),
     "cifar10_loss": _released("test_loss", **_CIFAR),
     "cifar10_error": _released("test_error", metric_factor=100.0, **_CIFAR),
+    "cartpole": _released("train_return", **_CARTPOLE),
 }  # fmt: skip

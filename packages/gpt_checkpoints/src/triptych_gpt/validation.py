@@ -1,5 +1,6 @@
 """Prompt alignment on validation runs, by which the model to keep is chosen.  [thesis 3.4.4]"""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ class Validation:
     that scored best.
 
     Untrained networks of validation runs are asked for the same prompts, from the same noise, every time; `save(path, facts)`
-    writes the averaged model. Raises ValueError where the zoo has fewer validation runs than asked for.
+    writes the averaged model. What `check` refuses has been refused.
     """
 
     def __init__(
@@ -41,13 +42,7 @@ class Validation:
         self.config, self.data, self.run, self.among, self.save = config, data, run, among, save
         if config.validation_every == 0:
             return
-        held, ranks = data.zoo.splits.get("validation", 0), among.world_size
-        n = config.validation_networks - config.validation_networks % ranks
-        if not 0 < n <= held:
-            raise ValueError(
-                f"validation_networks {config.validation_networks}: expected {ranks} to {held:,}, a rank each and no more than "
-                "the zoo has validation runs; choose so, or --validation-every 0"
-            )
+        n = config.validation_networks - config.validation_networks % among.world_size
         self.mine = among.share(range(n))
         rows = torch.from_numpy(data.zoo.runs_in("validation"))[list(self.mine)]
         self.theta = data.zoo.theta(rows, torch.zeros_like(rows))
@@ -93,6 +88,26 @@ class Validation:
         if self.among.is_main:
             shutil.copyfile(last, self.run.path / FILE_NAME)
         return "the last one, not validated"
+
+
+def check(config: GptTrainConfig, data: TrainingZoo) -> None:
+    """Raises ValueError where the zoo has too few validation runs, or the task does not score the metric; to be called before
+    a run's folder knows the config, or the remedy would not fit it.
+    """
+    if config.validation_every == 0:
+        return
+    metric_of(data)
+    held, ranks = data.zoo.splits.get("validation", 0), int(os.environ.get("WORLD_SIZE", 1))
+    if held < ranks:
+        raise ValueError(
+            f"{data.zoo.path}: {held:,} validation runs, too few to choose a model by (a rank needs one); collect more, or "
+            "--validation-every 0"
+        )
+    if not ranks <= config.validation_networks <= held:
+        raise ValueError(
+            f"validation_networks {config.validation_networks}: expected {ranks} to {held:,}, a rank each and no more than "
+            "the zoo has validation runs; choose so, or --validation-every 0"
+        )
 
 
 def metric_of(data: TrainingZoo) -> Metric:

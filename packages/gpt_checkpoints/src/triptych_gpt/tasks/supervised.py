@@ -274,15 +274,25 @@ def even_slices(total: int, at_most: int) -> list[slice]:
 def recorded_steps(cohort: Cohort, steps: int) -> Int[Tensor, "runs checkpoints"]:
     """After how many steps each run is recorded: none, random ones without replacement, all.  [thesis 3.3]
 
-    Raises ValueError where the run has too few steps, or fewer than two checkpoints are wanted.
+    All steps between are equally likely; `cohort.early` draws half of them (of an odd number the smaller half) with a
+    probability that falls as 1 / step. Raises ValueError where the run has too few steps, or fewer than two checkpoints are wanted.
     """
     if not 2 <= cohort.checkpoints <= steps + 1:
         raise ValueError(
             f"checkpoints {cohort.checkpoints}: expected 2 to {steps + 1:,}, one before each of the {steps:,} steps and a last"
         )
-    between = [
-        torch.randperm(steps - 1, generator=generator(cohort.seed, "recorded", run))[: cohort.checkpoints - 2] + 1
-        for run in cohort.runs
-    ]
+    inner = cohort.checkpoints - 2
+    drawn = [_drawn_steps(cohort, run, steps, inner) for run in cohort.runs]
     ends = torch.tensor([0, steps]).expand(len(cohort.runs), 2)
-    return torch.cat([ends, torch.stack(between)], dim=1).sort(1).values
+    return torch.cat([ends, torch.stack(drawn)], dim=1).sort(1).values
+
+
+def _drawn_steps(cohort: Cohort, run: int, steps: int, count: int) -> Int[Tensor, " count"]:
+    order = torch.randperm(steps - 1, generator=generator(cohort.seed, "recorded", run)) + 1
+    if not cohort.early or count == 0:
+        return order[:count]
+    # The largest of u^(1 / weight), u uniform, are a draw without replacement by weight (Efraimidis and Spirakis 2006).
+    u = torch.rand(steps - 1, generator=generator(cohort.seed, "recorded early", run), dtype=torch.float64)
+    first = (u.log() * torch.arange(1, steps)).topk(count // 2).indices + 1
+    rest = order[~torch.isin(order, first)]
+    return torch.cat([first, rest[: count - len(first)]])

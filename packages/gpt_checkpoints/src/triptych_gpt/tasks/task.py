@@ -45,7 +45,7 @@ class Cohort:
 
     number: of the cohort; its runs share minibatches unless `shared_batches` is off. Everything a run does is a function of
     (seed, run), and of the cohort's number where minibatches are shared: how many networks are trained at once changes rounding
-    only.
+    only. early: half of the checkpoints between the first and the last crowd the beginning of a run, where metrics change fast.
     """
 
     seed: int
@@ -54,6 +54,7 @@ class Cohort:
     checkpoints: int = 200
     initialiser: str = "default"
     shared_batches: bool = True
+    early: bool = False
 
 
 @dataclass(frozen=True)

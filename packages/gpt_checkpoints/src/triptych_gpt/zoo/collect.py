@@ -74,7 +74,7 @@ def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) ->
 def _words(config: CollectConfig) -> list[str]:
     """The command line that says what the zoo is."""
     words = [config.task]
-    for name in ("data", "epochs", *IDENTITY):
+    for name in ("data", "epochs", "early", *IDENTITY):
         value, flag = getattr(config, name), name.replace("_", "-")
         if value != CollectConfig.__dataclass_fields__[name].default:
             words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
@@ -83,7 +83,9 @@ def _words(config: CollectConfig) -> list[str]:
 
 def _work(runs: range, manifest: Manifest, config: CollectConfig) -> Work:
     number = runs[0] // config.cohort_runs
-    cohort = Cohort(config.seed, number, runs, config.checkpoints, config.initialiser, config.shared_batches)
+    cohort = Cohort(
+        config.seed, number, runs, config.checkpoints, config.initialiser, config.shared_batches, config.early
+    )
     at_once = config.networks_at_once or manifest.facts["networks_at_once"]
     recipe = recipe_digest(manifest.facts["recipe"]["recipe"])
     return Work(

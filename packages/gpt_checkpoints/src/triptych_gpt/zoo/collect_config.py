@@ -36,6 +36,8 @@ class CollectConfig(CommonOptions):
     """epochs in place of the task's own"""
     checkpoints: int = 200
     """of each run: before training, after random steps, and after the last"""
+    early: bool = False
+    """draw half of those steps mostly from the beginning of a run (by 1 / step), where metrics change fast"""
     initialiser: str = "default"
     """how networks are drawn: default, or xavier, kaiming, orthogonal with _uniform or _normal"""
     cohort_runs: int = 100
@@ -111,7 +113,8 @@ class CollectConfig(CommonOptions):
             self._check(task)
             if isinstance(task, SupervisedTask):
                 task.check_symmetry()
-        return task, identity | {name: getattr(self, name) for name in IDENTITY}
+        early = {"early": True} if self.early else {}  # left out otherwise: older zoos know nothing of it
+        return task, identity | {name: getattr(self, name) for name in IDENTITY} | early
 
     def _check(self, task: Task) -> None:
         if self.initialiser not in task.initialisers:
