@@ -3,7 +3,16 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.runner import Job
-from benchmarks.suites import dit_gpu, dit_loading, dit_sampling, dit_training, gpt_collect, gpt_gpu, gpt_pairs
+from benchmarks.suites import (
+    dit_gpu,
+    dit_loading,
+    dit_sampling,
+    dit_training,
+    gpt_collect,
+    gpt_gpu,
+    gpt_pairs,
+    gpt_training,
+)
 
 SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "dit_sampling": dit_sampling.jobs,
@@ -12,5 +21,6 @@ SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "dit_gpu": dit_gpu.jobs,
     "gpt_collect": gpt_collect.jobs,
     "gpt_pairs": gpt_pairs.jobs,
+    "gpt_training": gpt_training.jobs,
     "gpt_gpu": gpt_gpu.jobs,
 }

@@ -105,7 +105,7 @@ def test_only_weights_of_linear_layers_decay():
     assert len(yes) + len(no) == len(names)
     assert {name.rsplit(".", 1)[-1] for name in yes} == {"weight"}
     assert "blocks.0.attn.qkv.weight" in yes
-    assert "scalars.encoders.3.weight" in yes
+    assert "scalars.encoders.1.weight" in yes
     assert {"positions", "norm_in.weight", "blocks.1.norm2.weight", "blocks.1.mlp.fc1.bias"} <= no
 
 
@@ -115,7 +115,7 @@ def embedding(encoder: nn.Linear, token: torch.Tensor) -> torch.Tensor:
 
 
 def scalar_features(config: GptConfig, t, metric, target) -> list[torch.Tensor]:
-    """Embeddings of the four scalars, read back through encoders with orthonormal columns."""
+    """Embeddings of the scalars in each token, read back through encoders with orthonormal columns."""
     module = ScalarTokens(replace(config, width=260, num_heads=1)).double()
     for encoder in module.encoders:
         nn.init.orthogonal_(encoder.weight)
@@ -148,7 +148,8 @@ def test_normalised_scalars_are_written_out():
         return np.stack([2 * (x.numpy() - 0.2) / 2.4 - 1, 2 * quantile - 1], axis=1)
 
     assert scales(target)[0].tolist() == pytest.approx([-1, -1])
-    wanted = [t.numpy()[:, None] / 1000, scales(target) - scales(metric), scales(target), scales(metric)]
+    change = scales(target) - scales(metric)
+    wanted = [t.numpy()[:, None] / 1000, np.concatenate([change, scales(target), scales(metric)], axis=1)]
     frequencies = math.pi / 4 * np.array([1, 2, 4, 8, 16])
     for features, each in zip(found, wanted, strict=True):
         angles = each[:, :, None] * frequencies

@@ -130,17 +130,22 @@ def test_ends_are_the_first_and_last_checkpoint_of_uniform_runs():
     assert chisquare(draw.run.bincount().numpy()).pvalue > 1e-3
 
 
-def test_two_fifths_of_stratified_pairs_reach_evenly_over_the_metric():
+@pytest.mark.parametrize("better", ["lower", "higher"])
+def test_stratified_pairs_reach_evenly_over_the_metric_and_often_its_good_end(better):
     """A run that is through its bad values in one step: uniform pairs hardly ever have them as a target."""
-    metric = torch.cat([torch.tensor([2.0, 1.5, 1.0, 0.5]), torch.linspace(0.1, 0.0, 96)]).expand(3, -1)
-    even, plain = (draw(3, COUNTERS, 3, 100) for draw in (stratified(metric), thesis))
+    sign = 1.0 if better == "lower" else -1.0
+    metric = sign * torch.cat([torch.tensor([2.0, 1.5, 1.0, 0.5]), torch.linspace(0.1, 0.0, 96)]).expand(3, -1)
+    even, plain = (draw(3, COUNTERS, 3, 100) for draw in (stratified(metric, better), thesis))
     assert (even.start < even.target).all()
     # Of values drawn uniformly over 0 .. 2, those in 1.25 .. 2 have checkpoint 1 nearest, which can be reached from 0 alone.
     first = ((even.start == 0) & (even.target == 1)).double().mean()
-    expected = 0.4 * 0.75 / 2 + 0.4 / 99 + 0.2 / (100 * 99 / 2)
+    expected = 0.3 * 0.75 / 2 + 0.2 / (100 * 99 / 2)
     assert abs(first - expected) < 4 * (expected / len(COUNTERS)) ** 0.5
     assert (plain.target == 1).double().mean() < 0.001
     assert abs((even.start == 0).double().mean() - (0.8 + 0.2 * 2 / 100)) < 0.01
+    good = ((even.start == 0) & (even.target > 50)).double().mean()  # the better 49 of the 99 later checkpoints
+    evenly = 0.3 * (metric[0, 50] * sign / 2)
+    assert abs(good - (0.5 + float(evenly) + 0.2 * 2 / 100 / 2)) < 0.01
     assert chisquare(even.run.bincount().numpy()).pvalue > 1e-3
 
 

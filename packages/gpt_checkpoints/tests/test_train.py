@@ -328,7 +328,7 @@ def test_dry_run_tells_parameters_and_cost_and_writes_nothing(zoo, whole, tmp_pa
     (["--runs", "99"], 1, "runs 99: "),
     (["--validation-networks", "6"], 1, "validation_networks 6: expected 1 to 5"),
     (["--zoo", "nowhere"], 1, "nowhere"),
-    (["--width", "15"], 1, "width 15: expected a multiple of num_heads 2"),
+    (["--width", "15"], 1, "width 15 is not a multiple of num_heads 2"),
     (["--tokenizer", "chunk"], 1, "chunk_size"),
     (["--total-pairs", "0"], 2, "total_pairs 0: expected a number above 0"),
     (["--warmup-pairs", "601"], 2, "warmup_pairs 601: expected 0..600 (total_pairs)"),

@@ -51,10 +51,10 @@ def steps(
     checkpoint of the schedule, or to the one before where that did not help. `on_step` is called after every step, before
     its checkpoint.
 
-    Rows count samples under the name `unit`, and hold throughput and the largest peak memory of any rank; with `flops_per_sample` (of a forward and a backward
-    pass, 2 a multiply-add: six times the model's multiply-adds) also `time/tflops` of all ranks together, and with
-    `peak_flops` of one device its share of the possible, `time/mfu`. What activation checkpointing computes twice counts
-    once.
+    Rows count samples under the name `unit`, and hold throughput and the largest peak memory of any rank; with
+    `flops_per_sample` (of a forward and a backward pass, 2 a multiply-add: six times the model's multiply-adds) also
+    `time/tflops` of all ranks together, and with `peak_flops` of one device its share of the possible, `time/mfu`. What
+    activation checkpointing computes twice counts once.
 
     Raises ValueError where sizes or checkpoint do not fit, Diverged after `max_rollbacks`.
     """

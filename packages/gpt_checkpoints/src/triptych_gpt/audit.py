@@ -1,5 +1,6 @@
 """`triptych-gpt audit`: are the networks a model makes new, or training networks in disguise?"""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class AuditConfig(CommonOptions):
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
 
     def __post_init__(self) -> None:
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"target {self.target}: expected a finite number")
         self._evaluation()  # checked at the door
 
     def _evaluation(self) -> EvaluateConfig:

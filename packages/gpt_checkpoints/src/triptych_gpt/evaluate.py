@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from triptych_common.checkpoint import digest
 from triptych_common.cli import CommonOptions, say
 from triptych_common.parallel import ranks
 from triptych_common.run import RunDirectory, provenance, write_bytes, write_json
@@ -23,7 +24,7 @@ from triptych_gpt.zoo.zoo import Zoo
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommonOptions):
-    """Evaluate a trained G.pt: every figure of chapter 3 that one model suffices for. Repeating the command does what is missing."""
+    """Evaluate a trained G.pt: the figures of chapter 3 that one model suffices for. Repeating the command does what is missing."""
 
     model: Path = Path("runs/gpt")
     """the trained G.pt: a run folder, or a model file"""
@@ -64,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     bench = open_bench(config)
     identity = {
         "model": bench.trained.facts.get("zoo"),
+        "weights": digest({name: value.cpu() for name, value in bench.trained.model.state_dict().items()})[:16],
         "pairs_seen": bench.trained.facts.get("pairs_seen"),
         "validation": bench.trained.facts.get("validation"),
         "sampler": asdict(config.settings),

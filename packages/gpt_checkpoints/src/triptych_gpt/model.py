@@ -26,7 +26,7 @@ class Gpt(nn.Module):
         width = config.width
         self.tokenizer = make_tokenizer(config)
         self.scalars = ScalarTokens(config)
-        self.token_kinds = [*self.tokenizer.token_kinds, *[1] * TOKENS]
+        self.token_kinds = [*self.tokenizer.token_kinds, *[1] * TOKENS[config.scalars]]
         self.norm_in = nn.LayerNorm(width)
         self.positions = nn.Parameter(torch.zeros(len(self.token_kinds), width))
         self.blocks = nn.ModuleList(

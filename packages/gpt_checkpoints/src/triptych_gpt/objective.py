@@ -115,7 +115,7 @@ class Objective:
         self.rows_of = {int(data.zoo.runs.run[row]): i for i, row in enumerate(data.rows.tolist())}
         sampling = self.config.pairs
         self.pairs = Pairs(
-            data.zoo, "train", stratified(data.values) if sampling == "stratified" else sampling, self.config.seed
+            data.zoo, "train", stratified(data.values, data.zoo.better[data.metric]) if sampling == "stratified" else sampling, self.config.seed
         )
         self.pairs.rows = data.rows
 

@@ -14,6 +14,7 @@ from triptych_gpt.experiments.sweep import trained_best
 from triptych_gpt.experiments.update import Update
 from triptych_gpt.tasks import Metric, Prompts, Task
 from triptych_gpt.trained import SamplerSettings, TrainedGpt
+from triptych_gpt.zoo.cohorts import recipe_digest
 from triptych_gpt.zoo.zoo import Zoo
 
 CANDIDATES = (
@@ -80,6 +81,12 @@ class Bench:
             raise ValueError(
                 f"{self.zoo.path}: networks of {self.zoo.layout.size:,} parameters, the model was trained on "
                 f"{self.trained.model.config.symmetry.layout.size:,}; give the zoo that it was trained on"
+            )
+        recipe, known = recipe_digest(self.zoo.facts.get("recipe", {})), self.trained.facts.get("zoo")
+        if known and not recipe.startswith(known["recipe"]):  # a converted model's file does not know
+            raise ValueError(
+                f"{self.zoo.path}: collected by another recipe than the zoo of the model, whose training runs it cannot hold; "
+                "give the zoo that it was trained on"
             )
         self.metric  # noqa: B018 - refused now if the zoo or the task does not have it
 

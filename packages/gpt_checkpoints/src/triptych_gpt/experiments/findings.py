@@ -9,6 +9,11 @@ def findings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [line for name, tell in _TELL.items() if name in results for line in tell(results[name])]
 
 
+def number(value: float | int | None, form: str = ".3f") -> str:
+    """ "0.912", or a dash for what is not finite."""
+    return "–" if value is None else f"{value:{form}}"
+
+
 def interval(found: Mapping[str, Any] | None, form: str = ".3f", key: str = "value") -> str:
     """ "0.91 [0.89, 0.93]", or a dash."""
     if found is None or found[key] is None:
@@ -43,12 +48,12 @@ def _one_step(result: Mapping[str, Any]) -> list[str]:
             else ""
         )
         baselines = ", ".join(
-            f"{method['name']} {method['mean']:.3f}" for method in data["methods"] if method["kind"] == "baseline"
+            f"{method['name']} {number(method['mean'])}" for method in data["methods"] if method["kind"] == "baseline"
         )
         lines.append(
             f"One update from {result['networks']} unseen networks, asked for {result['prompt']:.3g}: {metric} "
-            f"{interval(methods['G.pt'], key='mean')} from {data['start']:.3f}{beside}. Best training checkpoint "
-            f"{data['trained_best']:.3f}; {baselines}."
+            f"{interval(methods['G.pt'], key='mean')} from {number(data['start'])}{beside}. Best training checkpoint "
+            f"{number(data['trained_best'])}; {baselines}."
         )
     return lines
 
@@ -59,7 +64,7 @@ def _curves(result: Mapping[str, Any]) -> list[str]:
         for curve in result["curves"]
     ]
     return [
-        f"Tuned optimisers catch up with that one update ({result['metric']} {result['one_step']['mean']:.3f}) within "
+        f"Tuned optimisers catch up with that one update ({result['metric']} {number(result['one_step']['mean'])}) within "
         f"{result['budget']:,} steps: {', '.join(caught)}."
     ]
 
@@ -69,8 +74,12 @@ def _recursion(result: Mapping[str, Any]) -> list[str]:
     parts = []
     for name, curve in result["curves"].items():
         mean = curve["mean"]
-        best = min(mean) if result["better"] == "lower" else max(mean)
-        parts.append(f"{name} {mean[0]:.2f} to {mean[1]:.2f}, at best {best:.2f} after {mean.index(best)}")
+        finite = [value for value in mean if value is not None]
+        best = (min if result["better"] == "lower" else max)(finite, default=None)
+        parts.append(
+            f"{name} {number(mean[0], '.2f')} to {number(mean[1], '.2f')}, at best {number(best, '.2f')} after "
+            f"{mean.index(best)}"
+        )
     return [
         f"Recursion ({result['metric']}, start to first update, best of {len(result['curves'][known]['mean']) - 1}): "
         + "; ".join(parts) + "."
@@ -78,11 +87,8 @@ def _recursion(result: Mapping[str, Any]) -> list[str]:
 
 
 def _diversity(result: Mapping[str, Any]) -> list[str]:
-    of = result["diversity"]
-    return [
-        f"Samples of one start lie {of['noise']['matched']:.2f} apart (units matched), those of different starts "
-        f"{of['starts']['matched']:.2f}."
-    ]
+    noise, starts = (number((result["diversity"][of] or {}).get("matched"), ".2f") for of in ("noise", "starts"))
+    return [f"Samples of one start lie {noise} apart (units matched), those of different starts {starts}."]
 
 
 def _audit(result: Mapping[str, Any]) -> list[str]:

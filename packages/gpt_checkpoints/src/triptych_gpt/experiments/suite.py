@@ -1,5 +1,6 @@
 """The figures of chapter 3 that one trained model suffices for, each as data that its figure and its table are drawn from."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def optimisation_curves(bench: Bench) -> dict[str, Any]:
     curves = []
     for name in _optimizers(bench):
         curve = optimise(bench.task, name, test, tuning, metric, steps, seed=bench.seed)
-        reach = curve.steps_to_reach(level["mean"])
+        reach = curve.steps_to_reach(math.nan if level["mean"] is None else level["mean"])
         curves.append({**curve.as_dict(), "caught_up": reach.step, "not_yet_after": reach.after})
     return {
         "metric": metric, "networks": n, "prompt": bench.best_prompt, "start": float(start[metric].mean()),
@@ -104,7 +105,7 @@ def initialisers(bench: Bench) -> dict[str, Any]:
 
 def landscapes(bench: Bench) -> dict[str, Any]:
     """Samples of two starts on the landscape of the metric, and how they vary.  [Fig. 3.8]"""
-    starts, samples = bench.starts("test", 8 if len(bench.zoo.runs_in("test")) >= 8 else 1), bench.amounts.samples
+    starts, samples = bench.starts("test", min(8, len(bench.zoo.runs_in("test")))), bench.amounts.samples
     options = {"prompt": bench.best_prompt, "samples": samples}
     return {
         "landscapes": [
@@ -148,6 +149,8 @@ def memorisation(bench: Bench) -> dict[str, Any]:
     target = torch.full_like(before, bench.best_prompt)
     new = prompted(bench.update, bench.task, theta, before, target, range(count))
     finite = new.theta.isfinite().all(1)
+    if not finite.any():
+        raise ValueError(f"none of {count:,} updates is finite, so there is nothing to audit; train the model further")
     found = audit(
         new.theta[finite], bench.zoo, bench.task, bench.metric.name, target[finite], bench.trained.scale, seed=bench.seed,
         every=bench.amounts.every,

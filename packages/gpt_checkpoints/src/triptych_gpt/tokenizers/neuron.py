@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triptych_gpt import scalars
 from triptych_gpt.config import GptConfig
+from triptych_gpt.scalars import TOKENS
 from triptych_gpt.tokenizers.edges import Edges
 from triptych_gpt.tokenizers.encoded import Encoded, warn_if_lossy
 from triptych_gpt.tokenizers.parts import Part, by_groups, parts_of
@@ -59,7 +59,7 @@ class NeuronTokens(nn.Module):
         counts = {(group,): count for group, count in config.symmetry.groups.items()}
         if () in together:
             counts = {(): 1, **counts}
-        self.depth, self.heads = config.depth, config.num_heads
+        self.depth, self.heads, self.scalars = config.depth, config.num_heads, TOKENS[config.scalars]
         self.token_kinds = list(counts.values())
         self.units = nn.ModuleList(Units(count, together.get(key, ()), config.width) for key, count in counts.items())
         between = [key for key in together if len(key) == 2]
@@ -95,7 +95,7 @@ class NeuronTokens(nn.Module):
         """Attention biases of every block, zero wherever no edge lies."""
         ends = list(itertools.accumulate(self.token_kinds, initial=0))
         where = [slice(*pair) for pair in itertools.pairwise(ends)]
-        total = ends[-1] + scalars.TOKENS
+        total = ends[-1] + self.scalars
         biases = None
         for edges, e, (first, second) in zip(self.edges, active, self.ends, strict=True):
             there, back = edges.biases(e)

@@ -57,24 +57,26 @@ def ends(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Dra
 SAMPLINGS: dict[str, Sampling] = {"thesis": thesis, "released": released, "ends": ends}
 
 
-def stratified(metric: Float[Tensor, "runs checkpoints"]) -> Sampling:
-    """A sampling that sees all of a metric's range: among uniform pairs nearly all targets are good networks, since a run is
-    through its bad ones in a few steps.
+def stratified(metric: Float[Tensor, "runs checkpoints"], better: str = "lower") -> Sampling:
+    """A sampling that sees all of a metric's range, and much of its good end: among uniform pairs hardly a target is bad, since
+    a run is through its bad values in a few steps.
 
-    Two fifths of the pairs are those that prompting asks for: from the initialisation to the checkpoint whose metric comes
-    nearest to a value drawn uniformly between the run's best and worst. As many lead from the initialisation to any later
-    checkpoint, and a fifth are as in the thesis.
+    Three tenths of the pairs are those that prompting asks for: from the initialisation to the checkpoint whose metric comes
+    nearest to a value drawn uniformly between the run's best and worst. Half lead from the initialisation to one of the run's
+    better half of checkpoints, a fifth are as in the thesis.
     """
     low, high = metric.amin(1), metric.amax(1)
+    later = metric[:, 1:].argsort(dim=1, descending=better == "higher", stable=True) + 1  # the best first
+    good = max(1, later.shape[1] // 2)
 
     def draw(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
         any_pair = thesis(seed, counters, runs, checkpoints)
         run, kind = any_pair.run, uniform(seed, "pairs stratified kind", counters)
         asked = low[run] + (high - low)[run] * uniform(seed, "pairs stratified value", counters).float()
         nearest = 1 + (metric[run, 1:] - asked[:, None]).abs().argmin(1)
-        later = 1 + _below(checkpoints - 1, seed, "pairs stratified later", counters)
+        among_good = later[run, _below(good, seed, "pairs stratified rank", counters)]
         start = torch.where(kind < 0.8, 0, any_pair.start)
-        target = torch.where(kind < 0.4, nearest, torch.where(kind < 0.8, later, any_pair.target))
+        target = torch.where(kind < 0.3, nearest, torch.where(kind < 0.8, among_good, any_pair.target))
         return Draw(run, start, target)
 
     return draw

@@ -80,7 +80,8 @@ def optimisation_curves(data: Mapping[str, Any]) -> "Figure":
         axes.plot(steps, mean, **style)
         axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
         lowest = min(lowest, np.nanmin(mean))
-    axes.axhline(level["mean"], color=BLUE, linewidth=2, label="one update of G.pt")
+    if level["mean"] is not None:
+        axes.axhline(level["mean"], color=BLUE, linewidth=2, label="one update of G.pt")
     if level.get("low") is not None:
         axes.axhspan(level["low"], level["high"], color=BLUE, alpha=0.15, linewidth=0)
     best_line(axes, data.get("trained_best"))
