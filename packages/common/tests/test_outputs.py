@@ -1,12 +1,14 @@
 """What people look at: pictures, pages, progress."""
 
 import io
+import json
 import sys
 
+import pytest
 import torch
 from PIL import Image
 from triptych_common.images import image_grid, png_bytes, to_uint8
-from triptych_common.progress import Progress
+from triptych_common.progress import Progress, Stopwatch
 from triptych_common.report import Report, figure_png
 
 
@@ -80,3 +82,28 @@ def test_progress_on_a_terminal_and_disabled(monkeypatch):
             for _ in range(10):
                 progress.advance()
         assert ("sampling" in terminal.getvalue()) == enabled
+
+
+def test_a_stopwatch_adds_up_what_is_resumed_and_forgets_what_is_done_afresh(tmp_path, monkeypatch):
+    path, now = tmp_path / "seconds.json", [0.0]
+    monkeypatch.setattr("triptych_common.progress.time.perf_counter", lambda: now[0])
+
+    def spend(clock: Stopwatch, seconds: float, stage: str, **options: bool) -> None:
+        with clock(stage, **options):
+            now[0] += seconds
+
+    for _ in range(2):
+        spend(Stopwatch(path), 3.0, "training")
+        spend(Stopwatch(path), 2.0, "drawing", afresh=True)
+    assert json.loads(path.read_text()) == {"training": 6.0, "drawing": 2.0}
+    done = Stopwatch(path, finished=True)
+    spend(done, 5.0, "training")
+    spend(done, 4.0, "more")
+    assert done.seconds == json.loads(path.read_text()) == {"training": 6.0, "drawing": 2.0, "more": 4.0}
+
+
+def test_a_stopwatch_counts_a_stage_that_is_interrupted(tmp_path):
+    clock = Stopwatch(tmp_path / "seconds.json")
+    with pytest.raises(KeyboardInterrupt), clock("training"):
+        raise KeyboardInterrupt
+    assert clock.seconds["training"] >= 0

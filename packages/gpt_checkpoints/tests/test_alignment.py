@@ -1,6 +1,7 @@
 """Prompt alignment against scikit-learn, known values of known updates, and independence of batches."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,6 +215,7 @@ class TwoSplits(Zoo):
 def test_the_training_sets_best_is_of_its_own_split():
     assert trained_best(TwoSplits()) == {"size": 2.0, "merit": 3.0}
     assert trained_best(TwoSplits(), "test") == {"size": 1.0, "merit": 4.0}
+    assert trained_best(TwoSplits(), rows=np.array([2])) == {"size": 2.5, "merit": 2.5}
 
 
 @pytest.mark.parametrize(
@@ -233,6 +235,13 @@ def test_bad_requests_are_refused_in_one_line(arguments, match):
     with pytest.raises(ValueError, match=match) as error:
         prompt_sweep(identity, TASK, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_metric_may_be_given_other_prompts_than_the_tasks():
+    given = replace(MERIT, prompts=Prompts(5.0, 5.0, 1.0))
+    sweep = prompt_sweep(identity, TASK, given, networks(2), prompts=3)
+    assert sweep.prompts[:, 0].tolist() == [5.0, 5.0]
+    assert torch.equal(sweep.start["merit"], TASK.evaluate(networks(2))["merit"])
 
 
 def test_prompts_of_every_network_are_regular():

@@ -189,6 +189,21 @@ def test_optimisation_curves_start_before_the_first_step():
     png_of(figure)
 
 
+def looks(lines) -> list[tuple]:
+    return [(one.get_color(), one.get_linestyle()) for one in lines]
+
+
+def test_as_many_curves_as_there_are_optimisers_are_told_apart():
+    envelope = {"mean": [2.0, 1.0], "standard_error": [0.1, None]}
+    curves = [{"optimizer": f"optimiser {i}", "steps": [1, 10], "envelope": envelope} for i in range(9)]
+    data = {"metric": "test_loss", "start": 2.3, "one_step": {"mean": 0.4}, "curves": curves}
+    figure = figures.optimisation_curves(data)
+    drawn = [line(figure.axes[0], f"optimiser {i}") for i in range(9)]
+    assert len(set(looks(drawn))) == 9
+    assert len({one.get_marker() for one in drawn}) == 7
+    png_of(figure)
+
+
 def test_scaling_has_a_panel_for_each_thing_scaled():
     points = [{"x": 1e5, "r2": -0.4, "low": -0.5, "high": -0.3}, {"x": 2e6, "r2": 0.8, "low": 0.7, "high": 0.9}]
     runs = [{"x": 100, "r2": 0.1, "low": None, "high": None}, {"x": 1000, "r2": None, "low": None, "high": None}]
@@ -219,6 +234,25 @@ def test_nearest_neighbour_scores_are_per_cent():
     assert list(line(axes, "matched").get_xdata()) == [0.3, 2.0]
     assert line(axes, "identity").get_linestyle() == "--"
     assert len(axes.collections) == 1  # the one interval
+    png_of(figure)
+
+
+def test_twelve_neighbour_curves_are_told_apart_and_gaps_are_skipped():
+    kinds = ("all checkpoints", "near the prompt", "all checkpoints, units matched", "near the prompt, units matched")
+    curve = {"value": [0.2, None, 0.6], "low": [0.1, None, 0.5], "high": [0.3, None, 0.7]}
+    scores = dict.fromkeys(kinds, curve)
+    baselines = {f"{update}, {kind}": {**curve, "value": [None] * 3 if "near" in kind else [1.0, float("inf"), 1.0]}
+                 for update in ("identity", "retrieval") for kind in kinds}  # fmt: skip
+    data = {"metric": "test_loss", "prompts": [0.3, 1.0, 2.0], "scores": scores, "baselines": baselines}
+    figure = figures.nearest_neighbours(data)
+    (axes,) = figure.axes
+    drawn = [line(axes, name) for name in (*scores, *baselines)]
+    assert len(set(looks(drawn))) == 12
+    assert {one.get_linestyle() for one in drawn[:4]} == {"-"}
+    assert "-" not in {one.get_linestyle() for one in drawn[4:]}
+    assert (list(drawn[0].get_xdata()), list(drawn[0].get_ydata())) == ([0.3, 2.0], [20, 60])
+    assert list(line(axes, "identity, all checkpoints").get_ydata()) == [100, 100]
+    assert list(line(axes, "identity, near the prompt").get_ydata()) == []
     png_of(figure)
 
 
@@ -282,6 +316,19 @@ def test_filters_share_one_symmetric_range():
         assert image.get_clim() == pytest.approx((-largest, largest))
     assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["before\n90", "after\n8"]
     png_of(figure)
+
+
+def test_what_is_not_finite_is_a_dash_and_does_not_stop_a_figure():
+    assert shown("test_error", None) == shown("test_loss", None) == "–"
+    images = [[[0.1, -0.2], [0.3, 0.0]]]
+    gone = [[[None, None], [None, None]]]
+    rows = {"before": {"filters": images, "metric": 0.9}, "after": {"filters": gone, "metric": None}}
+    figure = figures.filters({"metric": "test_error", "prompt": 0.05, **rows})
+    assert figure.axes[1].get_ylabel() == "after\n–"
+    assert figure.axes[0].images[0].get_clim() == pytest.approx((-0.3, 0.3))
+    rows = read_back([Quality("ddpm", steps, alignment(0.5, 0.5)).as_dict() for steps in (5, 10)])
+    rows[0]["alignment"]["achieved_at_best"] = {"value": None, "low": None, "high": None}
+    assert np.isnan(line(figures.quality(rows).axes[1], "ddpm").get_ydata()[0])
 
 
 def test_words_and_numbers_of_axes():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,6 +97,7 @@ def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targ
     assert (taken.error_overlap == 1).all()
     recorded = zoo.metrics("test_loss")[nearest_in_metric(zoo, "test_loss", targets)]
     torch.testing.assert_close(taken.metrics["test_loss"], recorded.double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.groups[0].norm, fresh().double().square().sum(1).sqrt())
     for group in result.groups:
         assert (group.final_distance >= group.distance - 1e-9).all()
     # noise of sigma in normalised units has length sigma sqrt(D) / scale, all of it off the training set
@@ -115,6 +117,19 @@ def test_a_search_of_some_checkpoints_says_so_and_is_never_nearer(zoo, targets):
     assert "every 4th" in some.searched
     assert (some.groups[0].distance >= whole.groups[0].distance).all()
     assert torch.equal(some.groups[0].final_distance, whole.groups[0].final_distance)
+
+
+def test_training_networks_are_those_of_the_runs_that_the_model_was_trained_on(zoo, targets):
+    few = np.arange(5, 15)
+    known = audit(copies_of(zoo), zoo, TASK, "test_loss", targets, SCALE, rows=few)
+    for group in known.groups:
+        assert set(group.nearest.run.tolist()) <= set(few.tolist()), group.name
+    assert known.searched == "80 checkpoints of 10 training runs"
+    copied = torch.tensor([run in few for run in range(16)])
+    assert known.group(SAMPLES).distance[copied].max() < 0.05 < known.group(SAMPLES).distance[~copied].min()
+    # baselines are made of those runs, too: noise alone parts them from one
+    assert known.group("noised 0.05").distance.max() < 1.5 * 0.05 / SCALE * TASK.layout.size**0.5
+    assert known.group("retrieval").distance.max() == 0
 
 
 def test_baselines_come_from_training_runs_of_the_targets_metric(zoo, targets):
@@ -143,16 +158,20 @@ def test_predictions_are_the_networks_own_and_overlap_is_intersection_over_union
     assert error_overlap(ours, theirs, truth).tolist() == pytest.approx([1 / 3, 1.0, 0.0])
 
 
-def group(name, distance, loss, n=50):
+def group(name, distance, loss, n=50, copies=0, noise=0.01, norm=10.0):
+    """Networks of about this distance and loss, the first few of them copies."""
     rng = torch.Generator().manual_seed(len(name))
     spread = 0.01 * torch.randn(n, generator=rng, dtype=torch.float64)
-    nearest = Nearest(distance + spread, torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long))
-    return Group(name, nearest, nearest.distance, {"loss": loss + spread})
+    far = torch.where(torch.arange(n) < copies, 0.0, distance + spread)
+    nearest = Nearest(far, torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long))
+    return Group(name, nearest, far, norm + spread, {"loss": loss + spread * noise / 0.01})
 
 
-def sentences(distance, loss, better="lower"):
-    references = [group(HELD_OUT_FINALS, 5.0, 1.0), group(HELD_OUT, 5.0, 1.0)]
-    groups = (group(SAMPLES, distance, loss), *references, group("noised 0.1", 1.0, 2.0), group("mean of 2", 3.0, 1.0))
+def sentences(distance, loss, better="lower", *, held_out=None, **samples):
+    references = [group(name, 5.0, 1.0, **(held_out or {})) for name in (HELD_OUT_FINALS, HELD_OUT)]
+    groups = (
+        group(SAMPLES, distance, loss, **samples), *references, group("noised 0.1", 1.0, 2.0), group("mean of 2", 3.0, 1.0)
+    )  # fmt: skip
     memorised, lines = verdict(groups, "loss", better)
     return memorised, lines
 
@@ -174,6 +193,50 @@ def test_a_baseline_is_beaten_by_novelty_at_no_worse_performance(distance, loss,
     assert lines[4].startswith(f"{mean} mean of 2: ")
     # real networks, at 5.0 and of metric 1.0, are asked the same
     assert lines[3].endswith(f"{HELD_OUT}: {'beats' if better == 'lower' else 'does not beat'} it.")
+
+
+@pytest.mark.parametrize(
+    ("loss", "noise", "word", "fit"),
+    [
+        (0.9, 1.0, "Undecided against", "loss not shown to differ"),  # better by a point estimate alone
+        (1.01, 0.01, "Beats", "loss no worse by more than 2%"),
+        (1.03, 0.01, "Does not beat", "loss worse"),
+        (0.97, 0.01, "Beats", "loss better"),
+    ],
+)
+def test_performance_is_no_worse_only_where_its_interval_says_so(loss, noise, word, fit):
+    line = sentences(4.0, loss, noise=noise)[1][4]
+    assert line.startswith(f"{word} mean of 2: farther from training networks")
+    assert fit in line
+    higher = sentences(4.0, 2 - loss, "higher", noise=noise)[1][4]
+    assert higher.startswith(f"{word} mean of 2: farther from training networks")
+
+
+@pytest.mark.parametrize(
+    ("n", "copies", "of_held_out", "memorised"),
+    [
+        (100, 6, 6, False),
+        (100, 30, 6, True),
+        (100, 6, 0, True),
+        (100, 8, 6, False),
+        (3, 3, 0, False),
+        (50, 50, 50, False),
+    ],
+)
+def test_memorised_is_more_copies_than_real_networks_are(n, copies, of_held_out, memorised):
+    found, lines = sentences(5.0, 1.0, n=n, copies=copies, held_out={"n": n, "copies": of_held_out})
+    assert found == memorised
+    assert lines[0].startswith(f"{'Memorised' if memorised else 'Copies'}: {copies / n:.0%} [")
+    assert f"{of_held_out / n:.0%} [" in lines[0]
+
+
+def test_samples_smaller_than_real_networks_are_called_shrunken():
+    _, lines = sentences(4.0, 1.0, norm=7.0)
+    assert len([line for line in lines if line.startswith("The samples are shrunken: their median norm, 7, is")]) == 1
+    assert not any("shrunken" in line for norm in (10.0, 12.0) for line in sentences(4.0, 1.0, norm=norm)[1])
+    told = group(SAMPLES, 1.0, 1.0, norm=7.0).as_dict()["median_norm"]
+    assert told["value"] == pytest.approx(7.0, abs=0.01)
+    assert told["low"] < told["value"] < told["high"]
 
 
 def test_the_reference_is_real_networks_that_no_model_saw():

@@ -259,6 +259,48 @@ def test_a_sample_is_compared_with_its_own_run_and_numbered_run_after_run(made):
     assert (wrong[0].own > 1).all()
 
 
+def test_samples_that_are_not_finite_are_left_out_and_counted(made):
+    def sometimes(theta, metric, target, indices):
+        out = theta.clone()
+        out[torch.as_tensor(indices) == 5] = torch.nan  # run 1 at the second of three prompts
+        out[torch.as_tensor(indices) >= 8, 3] = torch.inf
+        return out
+
+    prompts = [1.0, 1.28, 1.5]
+    found = by_kind(nearest_neighbour_scores(sometimes, made.zoo, made.spec, "loss", prompts, tolerance=0.01))
+    whole = by_kind(nearest_neighbour_scores(identity(), made.zoo, made.spec, "loss", prompts, tolerance=0.01))
+    for (target, matched, near), score in found.items():
+        same, bad = whole[target, matched, near], {1.0: 0, 1.28: 1, 1.5: 4}[target]
+        assert (score.non_finite, score.as_dict()["non_finite"], same.non_finite) == (bad, bad, 0)
+        if bad == 4:
+            assert (score.score, score.counted, score.as_dict()["median_distance_own"]) == (None, 0, None)
+            continue
+        kept = [0, 2, 3] if bad else [0, 1, 2, 3]
+        assert score.counted == (len(kept) if same.counted else 0)
+        assert torch.equal(score.own[kept], same.own[kept])
+        assert torch.equal(score.training[kept], same.training[kept])
+    assert found[1.28, True, True].counted == 3
+    scores = nearest_neighbour_scores(
+        lambda theta, *_: theta * torch.nan, made.zoo, made.spec, "loss", [1.0], tolerance=0.01
+    )
+    assert [(score.score, score.non_finite) for score in scores] == [(None, 4)] * 4
+
+
+def test_only_runs_that_a_model_was_trained_on_are_its_training_runs(made):
+    few = np.arange(3, 7)
+    update = retrieval(made.zoo, "loss", rows=few)
+    scores = nearest_neighbour_scores(update, made.zoo, made.spec, "loss", [1.0], tolerance=0.1, training=few)
+    assert all(score.training.abs().max() == 0 for score in scores)
+    taken = update(torch.zeros(1, made.zoo.layout.size), torch.zeros(1), torch.tensor([1.0]), [0])
+    torch.testing.assert_close(taken[0], made.train[3, 4])  # losses rise with the run
+    others = nearest_neighbour_scores(
+        update, made.zoo, made.spec, "loss", [1.0], tolerance=0.1, training=np.arange(10, 30)
+    )
+    assert all(score.training.min() > 0.1 for score in others)
+    mean = mean_of_finals(made.zoo, rows=few)(taken, taken[:, 0], taken[:, 0], [0])
+    torch.testing.assert_close(mean[0], made.train[3:7, -1].mean(0))
+
+
 def test_retrieval_takes_the_nearest_in_metric_and_of_equals_the_first(tmp_path):
     layout = ParameterLayout({"weight": (1, 1)})
     manifest = Manifest.create(

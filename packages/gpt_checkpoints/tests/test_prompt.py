@@ -19,7 +19,7 @@ from triptych_common import checkpoint, data, randomness
 from triptych_common.testing import run_cli
 from triptych_gpt import Gpt, GptConfig, SamplerSettings, TrainedGpt, cli, convert, interop, load, open_task, prompt
 from triptych_gpt.interop import export_released
-from triptych_gpt.prompt import OutsideTrainedRange, theta_of
+from triptych_gpt.prompt import OutsideTrainedRange, UpdatesRejected, theta_of
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import write_model
@@ -218,8 +218,15 @@ def spoiled(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
     (spoiled(fc3_bias=torch.zeros(2)), "net.pt: fc3.bias: not in the layout"),
     (spoiled(fc1_bias=torch.tensor([0.0] * 9 + [torch.nan])), "net.pt: fc1.bias: 1 of 10 entries are not finite"),
     ({name: torch.stack([value] * 2) for name, value in spoiled().items()}, "several networks stacked"),
-    ({"state_dict": spoiled()}, "net.pt: not a state dict"),
-    ([1, 2], "net.pt: not a state dict"),
+    (spoiled(fc1_weight=torch.zeros(10, 196, dtype=torch.complex64)), "net.pt: fc1.weight: entries are complex64; give"),
+    (spoiled(fc1_weight=torch.zeros(10, 196, dtype=torch.int64)), "net.pt: fc1.weight: entries are int64; give"),
+    (spoiled(fc1_bias=torch.full((10,), 1e300, dtype=torch.float64)), "net.pt: fc1.bias: 10 of 10 entries are not finite"),
+    ({name: value * 1e30 for name, value in spoiled().items()}, "test_loss is not finite, though its weights are"),
+    ({"state_dict": spoiled(fc2_bias=None)}, "net.pt: fc2.bias: absent from the state dict"),
+    ({"ema": spoiled(), "raw": spoiled()}, "net.pt: holds several state dicts (ema, raw); save the one"),
+    ({"state_dict": {"layers": spoiled()}}, "net.pt: not a state dict"),
+    ([1, 2], "save one with torch.save(network.state_dict(), PATH)"),
+    ({}, "net.pt: not a state dict"),
 ])  # fmt: skip
 def test_a_network_that_does_not_fit_is_one_clear_line(model, tmp_path, state, message):
     torch.save(state, tmp_path / "net.pt")
@@ -228,17 +235,33 @@ def test_a_network_that_does_not_fit_is_one_clear_line(model, tmp_path, state, m
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("wrapped", "entry"), [
+    ({"state_dict": perceptron(5).state_dict(), "epoch": 3}, "state_dict"),
+    ({"ema": perceptron(6).state_dict(), "model": perceptron(5).state_dict(), "step": torch.tensor(3)}, "model"),
+    ({"weights": perceptron(5).state_dict(), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, "weights"),
+])  # fmt: skip
+def test_a_state_dict_among_other_things_is_found(gpt, tmp_path, wrapped, entry):
+    torch.save(wrapped, tmp_path / "net.pt")
+    with pytest.warns(UserWarning, match=f"net.pt: the network is its entry '{entry}'"):
+        theta = theta_of(tmp_path / "net.pt", gpt.task.layout)
+    assert torch.equal(theta, gpt.task.layout.flatten(perceptron(5).state_dict()))
+
+
 @pytest.mark.parametrize(("options", "status", "message"), [
     (["--target", "test_error=0.1"], 1, "this model was trained for test_loss; ask for test_loss=VALUE"),
     (["--target", "test_loss=nan"], 1, "target test_loss=nan: expected a finite number"),
     (["--target", "test_loss"], 2, "target 'test_loss': expected METRIC=VALUE"),
     (["--target", "test_loss=good"], 2, "target 'test_loss=good': expected METRIC=VALUE"),
     ([], 1, "no target: say what to achieve, such as --target test_loss=0.3"),
-    (["--target", "test_loss=2", "--model", "nowhere"], 1, "nowhere: no such"),
+    (["--target", "test_loss=2", "--model", "nowhere"], 1, "nowhere: no such file or folder; expected a trained G.pt"),
+    (["--target", "test_loss=2", "--model", "/nope"], 1, "triptych-gpt train --out FOLDER makes model.safetensors"),
     (["--target", "test_loss=2", "--model", "."], 1, "no trained model; make one with triptych-gpt train"),
-    (["--target", "test_loss=2", "--model", "net.safetensors"], 1, "net.safetensors: "),
-    (["--target", "test_loss=2", "--model", "other.safetensors"], 1, "not a G.pt's model file"),
-    (["--target", "test_loss=2", "--checkpoint", "nowhere.pt"], 1, "nowhere.pt: no such file"),
+    (["--target", "test_loss=2", "--model", "net.safetensors"], 1, "checkpoints; expected a trained G.pt (triptych-gpt"),
+    (["--target", "test_loss=2", "--model", "other.safetensors"], 1, "not a G.pt's model file but a state dict; triptych-gpt"),
+    (["--target", "test_loss=2", "--checkpoint", "nowhere.pt"], 1, "nowhere.pt: no such file; expected one network's"),
+    (["--target", "test_loss=2", "--checkpoint", "/tmp"], 1, "/tmp: a folder; expected one network's state dict"),
+    (["--target", "test_loss=2", "--checkpoint", "/tmp"], 1, "and triptych-gpt export one of a zoo's"),
+    (["--target", "test_loss=2", "--initialiser", "default"], 2, "initialiser 'default': draws a random network, but"),
     (["--target", "test_loss=2", "--sampler", "magic"], 2, "magic"),
     (["--target", "test_loss=2", "--num-inference-steps", "1001"], 2, "num_inference_steps 1001: expected 1..1000"),
     (["--target", "test_loss=2", "--samples", "0"], 2, "samples 0: expected at least 1"),
@@ -302,6 +325,69 @@ def test_a_prompt_outside_the_trained_range_warns_and_goes_on(gpt, network):
         prompt(gpt, network)
     with pytest.raises(ValueError, match="target test_loss, test_error"):
         prompt(gpt, network, test_loss=2.0, test_error=0.1)
+
+
+class Diverging(TrainedGpt):
+    """Shrinks networks to 0.9 of them, but for two updates: one to NaN, one to what scores nothing finite."""
+
+    def sample(self, theta, metric, target, *, indices, **settings):
+        out = 0.9 * theta
+        for row, index in enumerate(indices):
+            if divmod(index, 1 << 20) == (0, 1):
+                out[row, 7] = torch.nan
+            if divmod(index, 1 << 20) == (1, 0):
+                out[row] *= 1e30
+        return out
+
+
+def test_updates_that_are_not_finite_are_rejected_and_the_network_stays_as_it_was(gpt):
+    diverging = Diverging(gpt.model, gpt.scale, gpt.metric, gpt.better, (0.0, 10.0), gpt.spec, {})
+    with pytest.warns(UpdatesRejected, match="^2 of 9 updates gave networks that are not finite"):
+        answers = prompt(diverging, perceptron(5), recursive=3, samples=3, test_loss=2.0)
+    theta = theta_of(perceptron(5), gpt.task.layout)
+    assert [answer.rejected for answer in answers] == [1, 1, 0]
+    for answer, powers in zip(answers, ([0, 1, 1, 2], [0, 0, 1, 2], [0, 1, 2, 3]), strict=True):
+        torch.testing.assert_close(answer.theta, theta * 0.9 ** powers[-1])
+        expected = gpt.task.evaluate(torch.stack([theta * 0.9**power for power in powers]))["test_loss"]
+        assert answer.path == pytest.approx(expected.tolist(), rel=1e-5)
+        assert answer.achieved["test_loss"] == answer.path[-1]
+
+
+def facts_of(gpt: TrainedGpt, **changes: object) -> dict[str, object]:
+    task = {"task": "mnist_mlp_14", "data": None, "epochs": None}
+    return {
+        "scale": gpt.scale,
+        "metric": "test_loss",
+        "better": "lower",
+        "trained_range": [0, 9],
+        "task": task,
+    } | changes
+
+
+def test_networks_that_are_not_finite_are_never_written(gpt, network, tmp_path):
+    tensors = {name: value * torch.nan for name, value in gpt.model.state_dict().items()}
+    write_model(tmp_path / "model.safetensors", gpt.model.config, tensors, facts_of(gpt))
+    words = ["prompt", "--checkpoint", network, "--target", "test_loss=2", "--model", tmp_path, *FEW]
+    done = command(*words, "--recursive", "2", "--samples", "2", "--out", tmp_path / "new", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in told(done.stderr) if line.startswith("warning")] == [
+        "warning: 4 of 4 updates gave networks that are not finite, or score nothing finite, and were rejected: each network "
+        "stays as it was before"
+    ]
+    for one in json.loads(done.stdout)["networks"]:
+        tensors, _ = checkpoint.read(Path(one["file"]))
+        assert torch.equal(theta_of(tensors, gpt.task.layout), theta_of(network, gpt.task.layout))
+        assert one["rejected"] == 2
+
+
+def test_a_task_that_is_not_at_hand_must_be_given(gpt, network, tmp_path):
+    spec = {"task": "cartpole", "data": None, "epochs": None}
+    write_model(tmp_path / "model.safetensors", gpt.model.config, gpt.model.state_dict(), facts_of(gpt, task=spec))
+    assert load(tmp_path).spec.task == "cartpole"
+    for start in ([], ["--checkpoint", network]):
+        words = ["prompt", *start, "--target", "test_loss=2", "--model", tmp_path, "--out", tmp_path / "new", *FEW]
+        fails_with(command(*words), "give one of your own, triptych-gpt prompt --task file.py:NAME")
+        assert not (tmp_path / "new").exists()
 
 
 # --- the sampler
@@ -436,7 +522,8 @@ def test_a_released_model_becomes_a_model_file(tmp_path, monkeypatch):
         assert torch.equal(again.model.state_dict()[name], value), name
     assert again.scale == interop.RELEASED["mnist_loss"].scale
     assert again.trained_range is None
-    answer = prompt(again, perceptron(), settings=SamplerSettings(num_inference_steps=2), test_loss=0.5)[0]
+    with pytest.warns(OutsideTrainedRange, match="the range that the model was trained on is not known"):
+        answer = prompt(again, perceptron(), settings=SamplerSettings(num_inference_steps=2), test_loss=0.5)[0]
     assert scores_by_hand(answer.state_dict)["test_loss"] == pytest.approx(answer.achieved["test_loss"], rel=1e-5)
 
 

@@ -1,9 +1,7 @@
 """Chapter 2 end to end: train an autoencoder, encode, train, sample with and without guidance, score, draw, report."""
 
-import json
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from triptych_common import data
 from triptych_common.cli import CommonOptions, say
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE, DigitScorer
+from triptych_common.progress import Stopwatch
 from triptych_common.run import RunDirectory, provenance, write_json
 
 from triptych_dit.autoencoder_config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
@@ -140,7 +139,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         autoencoder = config.autoencoder_config()
         if autoencoder is not None:
             train_autoencoder(autoencoder)
-            with clock("encoding"):
+            with clock("encoding", afresh=True):
                 for split in ("train", "held_out"):
                     encode(config.encode_config(split))
         train(config.train_config())
@@ -148,9 +147,9 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
             with clock("sampling"):
                 sample(config.sample_config(scale))
         say("scoring and drawing")
-        with clock("scoring"):
+        with clock("scoring", afresh=True):
             scores = score(config)
-        with clock("drawing"):
+        with clock("drawing", afresh=True):
             pictures = draw(config)
         seconds = {**clock.seconds, "training": _logged_seconds(config.train_config().out)}
         if autoencoder is not None:
@@ -166,26 +165,6 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
 
 def _logged_seconds(run: Path) -> float:
     return round(sum(row.get("time/seconds", 0.0) for row in RunDirectory(run, {}).metrics()), 2)
-
-
-class Stopwatch:
-    """Seconds spent in each stage; training's are those of the steps that count, over all the times it was resumed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-
-    def __call__(self, stage: str) -> "Stopwatch":
-        self.stage = stage
-        return self
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        before = self.seconds.get(self.stage, 0.0) if self.stage == "sampling" else 0.0  # the others are done afresh
-        self.seconds[self.stage] = round(before + time.perf_counter() - self.start, 2)
-        write_json(self.path, self.seconds)
 
 
 def score(config: ReproduceConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ SCALARS = ("raw", "normalised")
 class MetricScale:
     """What a metric's values are measured against before they become tokens, in the metric's own units.
 
-    low, high: range in training. knots: ascending values between which lie equal shares of the training checkpoints; they
-    resolve the end where most of them are, such as low losses.
+    low, high: range in training. knots: ascending quantiles of the training checkpoints; they resolve the end where most of them
+    are, such as low losses. At equal levels, so that equal shares lie between neighbours, but where some were merged.
     """
 
     low: float | int
@@ -41,7 +41,7 @@ class MetricScale:
     @classmethod
     def of(cls, metrics: Float[Tensor, "..."], knots: int = 33) -> "MetricScale":
         """The scale of training checkpoints' metrics. Knots closer than 1/10,000 of the range are merged: a metric may take
-        few distinct values, or crowd at its bound.
+        few distinct values, or crowd at its bound. More than an equal share then lies about the one that is kept.
 
         Raises ValueError for metrics that are not finite, or all the same.
         """

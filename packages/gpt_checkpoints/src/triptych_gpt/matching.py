@@ -7,7 +7,6 @@ Algorithm 1.
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from triptych_common import randomness
 
@@ -73,6 +72,8 @@ def _best_order(
     spec: PermutationSpec, group: str, current: Float[Tensor, "n D"], reference: Float[Tensor, " D"]
 ) -> Int[Tensor, "n units"]:
     """The assignment of current units to reference units with the largest inner product, other axes held."""
+    from scipy.optimize import linear_sum_assignment  # here: slow to import, and most commands match nothing
+
     units = spec.groups[group]
     products = torch.zeros(len(current), units, units, dtype=current.dtype)
     theirs, ours = spec.layout.unflatten(reference), spec.layout.unflatten(current)

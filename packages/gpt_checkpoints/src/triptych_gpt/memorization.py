@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -63,12 +64,15 @@ def audit(
     *,
     seed: int = 0,
     every: int = 1,
+    rows: Int[np.ndarray, " training"] | None = None,
 ) -> Audit:
     """Compare generated networks, prompted for `targets`, with the training networks of a zoo.
 
     samples: in the networks' own units; scale: normalised units to one of those. Baselines and held-out networks come as many
     as samples, each made for the same target. every: searches each k-th training checkpoint alone, counted back from finals.
-    The samples should come from different initial networks: intervals take them to be independent.
+    rows: of the runs that the model was trained on, all of the training split if left out.
+    The samples should come from different initial networks: intervals take them to be independent. They take held-out runs to be
+    so, too, though runs of one cohort share their minibatches: intervals are somewhat optimistic.
     Raises ValueError for samples that do not fit the zoo or are not finite, an unknown metric, or a zoo without a test split.
     """
     samples, targets = samples.detach().cpu().float(), targets.detach().cpu().double()
@@ -76,13 +80,13 @@ def audit(
         raise ValueError(f"{len(targets)} targets for {len(samples)} samples; give one for each")
     if not scale > 0:
         raise ValueError(f"scale {scale}: expected a number above 0, normalised units to one raw unit")
-    training = zoo.runs_in("train")
+    training = zoo.runs_in("train") if rows is None else rows
     networks = {
         SAMPLES: samples,
         **held_out(zoo, metric, targets),
-        **made_of_training(zoo, task.symmetry, metric, targets, scale, seed),
+        **made_of_training(zoo, task.symmetry, metric, targets, scale, seed, training),
     }
-    retrieved = nearest_in_metric(zoo, metric, targets)
+    retrieved = nearest_in_metric(zoo, metric, targets, rows=training)
     thetas, pool = torch.cat(list(networks.values())), Pool.of(zoo, training, every)
     sizes = [len(theta) for theta in networks.values()]
     everyone = _split(nearest(thetas, pool, task.symmetry), sizes)
@@ -119,24 +123,33 @@ def held_out(zoo: Zoo, metric: str, targets: Float[Tensor, " n"]) -> dict[str, F
 
 
 def made_of_training(
-    zoo: Zoo, spec: PermutationSpec, metric: str, targets: Float[Tensor, " n"], scale: float, seed: int
+    zoo: Zoo,
+    spec: PermutationSpec,
+    metric: str,
+    targets: Float[Tensor, " n"],
+    scale: float,
+    seed: int,
+    rows: Int[np.ndarray, " training"] | None = None,
 ) -> dict[str, Float[Tensor, "n D"]]:
-    """Training networks of randomly drawn runs, each run's nearest in metric to the target: noised, or averaged."""
+    """Training networks of randomly drawn runs, each run's nearest in metric to the target: noised, or averaged.
+
+    rows: of the runs to draw from, all of the training split if left out.
+    """
+    training = torch.as_tensor(zoo.runs_in("train") if rows is None else rows)
     made, numbers = {}, range(len(targets))
     for sigma in SIGMAS:
         noise = randomness.normal(seed, f"audit noise {sigma}", numbers, (zoo.layout.size,))
-        base = _drawn(zoo, metric, targets, 1, seed, f"audit noised {sigma}")[:, 0]
+        base = _drawn(zoo, training, metric, targets, 1, seed, f"audit noised {sigma}")[:, 0]
         made[f"noised {sigma}"] = base + noise * (sigma / scale)
     for count in AVERAGED:
-        several = _drawn(zoo, metric, targets, count, seed, f"audit averaged {count}")
+        several = _drawn(zoo, training, metric, targets, count, seed, f"audit averaged {count}")
         made[f"mean of {count}"] = torch.stack([_mean(spec, each, seed) for each in several])
     return made
 
 
 def _drawn(
-    zoo: Zoo, metric: str, targets: Float[Tensor, " n"], count: int, seed: int, stream: str
+    zoo: Zoo, training: Int[Tensor, " r"], metric: str, targets: Float[Tensor, " n"], count: int, seed: int, stream: str
 ) -> Float[Tensor, "n count D"]:
-    training = torch.from_numpy(zoo.runs_in("train"))
     if len(training) < count:
         raise ValueError(f"{zoo.path}: {len(training)} training runs, the audit averages {count}; collect more")
     rows = torch.stack(
@@ -164,7 +177,7 @@ def _group(name: str, theta: Float[Tensor, "n D"], zoo: Zoo, task: Task, found: 
         truth = task.items["test"].targets
         agreement, overlap = (ours == theirs).double().mean(1), error_overlap(ours, theirs, truth)
     metrics = {name: values.double() for name, values in task.evaluate(theta).items()}
-    return Group(name, found, finals.distance, metrics, agreement, overlap)
+    return Group(name, found, finals.distance, theta.double().norm(dim=1), metrics, agreement, overlap)
 
 
 def _classifies(task: Task) -> bool:

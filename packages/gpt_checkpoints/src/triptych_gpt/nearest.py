@@ -100,9 +100,9 @@ def nearest(
     if target is not None and pool.values is None:
         raise ValueError("target: the pool's checkpoints have no values; make the pool with metric=")
     search = _Search(samples, pool, UnitVectors(spec), target, tolerance)
-    if search.parts.exact:
+    if len(samples) and search.parts.exact:
         search.compare_as_bounded()
-    else:
+    elif len(samples):
         search.compare_shortlist(shortlist)
     found = search.best_place >= 0
     place = search.best_place.clamp(min=0)

@@ -114,9 +114,9 @@ class Objective:
         self.data, self.config, self.diffusion = data, data.config, make_diffusion()
         self.rows_of = {int(data.zoo.runs.run[row]): i for i, row in enumerate(data.rows.tolist())}
         sampling = self.config.pairs
-        self.pairs = Pairs(
-            data.zoo, "train", stratified(data.values, data.zoo.better[data.metric]) if sampling == "stratified" else sampling, self.config.seed
-        )
+        if sampling == "stratified":
+            sampling = stratified(data.values, data.zoo.better[data.metric])
+        self.pairs = Pairs(data.zoo, "train", sampling, self.config.seed)
         self.pairs.rows = data.rows
 
     def draw(self, counters: Sequence[int]) -> Examples:

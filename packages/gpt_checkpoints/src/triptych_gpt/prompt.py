@@ -5,16 +5,19 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common import foreign
 
+from triptych_gpt.experiments.prompted import measured
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.trained import SamplerSettings, TrainedGpt
 
 _UPDATES = 1 << 20  # that a sample may go through, so that none shares noise with the next
+_ENTRIES = ("state_dict", "model_state_dict", "model")  # where training scripts put the network beside other things
 Network = nn.Module | Mapping[str, Tensor] | Path | str
 
 
@@ -23,7 +26,8 @@ class Answer:
     """A network made by one or more updates.
 
     theta: its parameters, flat; asked: the prompt; achieved: every metric of the task; path: the prompted metric before the first
-    update and after each.
+    update and after each. rejected: updates that gave a network that is not finite, or scores nothing finite; it stays as it was
+    before such an update, and goes on from there.
     """
 
     theta: Float[Tensor, " D"]
@@ -32,6 +36,7 @@ class Answer:
     asked: float
     achieved: dict[str, float]
     path: tuple[float, ...]
+    rejected: int = 0
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
@@ -40,7 +45,11 @@ class Answer:
 
 
 class OutsideTrainedRange(UserWarning):
-    """A prompt that no training checkpoint scored: extrapolation is limited.  [thesis 3.4.2]"""
+    """A prompt that no training checkpoint scored, or none that is known: extrapolation is limited.  [thesis 3.4.2]"""
+
+
+class UpdatesRejected(UserWarning):
+    """Updates that gave networks that are not finite, or score nothing finite, which are not used."""
 
 
 def prompt(
@@ -58,24 +67,39 @@ def prompt(
     updates each: every update's output is scored and given back with the same prompt.  [thesis 3.2.2, 3.4.1, 3.4.3]
 
     network: a module, a state dict or a file of one (safetensors, or torch.save's without objects). Sample i's noise follows from
-    (seed, i). Warns of a prompt outside the trained range. Raises ValueError for a metric the model was not trained for, a
-    network of another architecture, or one that is not finite; FileNotFoundError for an absent file.
+    (seed, i). Warns of a prompt outside the trained range, and of rejected updates. Raises ValueError for a metric the model was
+    not trained for, a network of another architecture, or one that is not finite or scores nothing finite; FileNotFoundError for
+    an absent file.
     """
     asked = _asked(trained, target)
     for name, value in (("recursive", recursive), ("samples", samples)):
         if value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
     theta = theta_of(network, trained.model.config.symmetry.layout)
-    before = _score(trained, theta[None])[trained.metric]
-    thetas, metric, paths = theta.repeat(samples, 1), before.repeat(samples), [before.repeat(samples)]
+    scores = {name: values.repeat(samples) for name, values in measured(trained.task, theta[None]).items()}
+    if scores[trained.metric].isnan().any():
+        raise ValueError(
+            f"the network's {trained.metric} is not finite, though its weights are; give one whose weights are not so large"
+        )
+    thetas, paths, rejected = theta.repeat(samples, 1), [scores[trained.metric]], torch.zeros(samples, dtype=torch.long)
     for step in range(recursive):
-        indices = [i * _UPDATES + step for i in range(samples)]
-        thetas = trained.sample(
+        indices, metric = [i * _UPDATES + step for i in range(samples)], scores[trained.metric]
+        new = trained.sample(
             thetas, metric, torch.full_like(metric, asked), settings=settings, seed=seed, indices=indices, progress=progress
         )  # fmt: skip
-        scores = _score(trained, thetas)
-        metric = scores[trained.metric]
-        paths.append(metric)
+        found = measured(trained.task, new)
+        usable = ~found[trained.metric].isnan()
+        thetas = torch.where(usable[:, None], new, thetas)
+        scores = {name: torch.where(usable, values, scores[name]) for name, values in found.items()}
+        paths.append(scores[trained.metric])
+        rejected += ~usable
+    if rejected.any():
+        warnings.warn(
+            f"{int(rejected.sum()):,} of {recursive * samples:,} updates gave networks that are not finite, or score "
+            "nothing finite, and were rejected: each network stays as it was before",
+            UpdatesRejected,
+            stacklevel=2,
+        )
     return [
         Answer(
             theta=thetas[i],
@@ -84,35 +108,82 @@ def prompt(
             asked=asked,
             achieved={name: float(values[i]) for name, values in scores.items()},
             path=tuple(float(values[i]) for values in paths),
+            rejected=int(rejected[i]),
         )
         for i in range(samples)
     ]
 
 
 def theta_of(network: Network, layout: ParameterLayout) -> Float[Tensor, " D"]:
-    """The parameters of a network as one float32 vector on the CPU.
+    """The parameters of a network as one float32 vector on the CPU. A state dict among other things, as training scripts save
+    it, is found, and a warning says where.
 
-    Raises ValueError naming the first tensor that differs from the layout, or is not finite.
+    Raises ValueError naming the first tensor that differs from the layout, or is not finite; FileNotFoundError for an absent file.
     """
     where = ""
     if isinstance(network, str | Path):
-        where, content = f"{network}: ", foreign.read(Path(network))
+        where, content = f"{network}: ", _read(Path(network))
     else:
         content = network.state_dict() if isinstance(network, nn.Module) else network
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{where}not a state dict (a mapping of names to tensors); save one with network.state_dict()")
-    for name, value in content.items():
-        if bad := int((~value.isfinite()).sum()):
-            raise ValueError(
-                f"{where}{name}: {bad:,} of {value.numel():,} entries are not finite; give a network of finite weights"
-            )
+    state, entry = _state_dict(content, where)
+    for name, value in state.items():
+        _check_values(value, f"{where}{name}", weights=name in layout.shapes)
     try:
-        theta = layout.flatten(content)
+        theta = layout.flatten(state)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
     if theta.ndim != 1:
         raise ValueError(f"{where}several networks stacked ({tuple(theta.shape)}); give one")
+    if entry is not None:
+        warnings.warn(f"{where}the network is its entry {entry!r}, which is taken", UserWarning, stacklevel=3)
     return theta.detach().float().cpu()
+
+
+def _read(path: Path) -> Any:
+    expected = (
+        "expected one network's state dict, .safetensors or .pt: torch.save(network.state_dict(), PATH) writes one, and "
+        "triptych-gpt export one of a zoo's"
+    )
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; {expected}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; {expected}")
+    return foreign.read(path)
+
+
+def _state_dict(content: Any, where: str) -> tuple[Mapping[str, Tensor], str | None]:
+    """The state dict in a file's content, and the entry that it is where it is not all of it."""
+    if isinstance(content, Mapping):
+        if _holds_tensors(content):
+            return content, None
+        inner = [name for name, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+        named = [name for name in _ENTRIES if name in inner] or inner
+        if named and (len(named) == 1 or named[0] in _ENTRIES):
+            return content[named[0]], named[0]
+        if named:
+            raise ValueError(
+                f"{where}holds several state dicts ({', '.join(map(str, named))}); save the one that is meant alone"
+            )
+    raise ValueError(
+        f"{where}not a state dict (a mapping of names to tensors), nor has it an entry of one, such as 'state_dict'; save one "
+        "with torch.save(network.state_dict(), PATH)"
+    )
+
+
+def _holds_tensors(content: Mapping[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items())
+
+
+def _check_values(value: Tensor, where: str, *, weights: bool) -> None:
+    if value.is_complex() or (weights and not value.is_floating_point()):
+        kind = str(value.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{where}: entries are {kind}; give a network of real floating-point weights, such as network.float()'s"
+        )
+    if bad := int((~value.float().isfinite()).sum()):  # as float32 they are what is prompted
+        raise ValueError(
+            f"{where}: {bad:,} of {value.numel():,} entries are not finite; give a network of finite weights"
+        )
 
 
 def _asked(trained: TrainedGpt, target: Mapping[str, float | int]) -> float:
@@ -123,9 +194,18 @@ def _asked(trained: TrainedGpt, target: Mapping[str, float | int]) -> float:
             f"target {given}: this model was trained for {trained.metric}; ask for {trained.metric}=VALUE, or train another "
             "with triptych-gpt train --metric"
         )
-    asked, (low, high) = float(target[trained.metric]), trained.trained_range or (-math.inf, math.inf)
+    asked = float(target[trained.metric])
     if not math.isfinite(asked):
         raise ValueError(f"target {trained.metric}={asked}: expected a finite number")
+    if trained.trained_range is None:
+        warnings.warn(
+            f"target {trained.metric}={asked:g}: the range that the model was trained on is not known (converted models do not "
+            "say); going on, but it may lie outside",
+            OutsideTrainedRange,
+            stacklevel=3,
+        )
+        return asked
+    low, high = trained.trained_range
     if not low <= asked <= high:
         warnings.warn(
             f"target {trained.metric}={asked:g}: outside {low:.4g}..{high:.4g}, what training checkpoints scored; going on, but "
@@ -134,10 +214,6 @@ def _asked(trained: TrainedGpt, target: Mapping[str, float | int]) -> float:
             stacklevel=3,
         )
     return asked
-
-
-def _score(trained: TrainedGpt, thetas: Float[Tensor, "n D"]) -> dict[str, Tensor]:
-    return {name: values.float().cpu() for name, values in trained.task.evaluate(thetas).items()}
 
 
 def parse_target(text: str) -> dict[str, float]:

@@ -40,8 +40,8 @@ class PromptConfig(CommonOptions):
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
     task: str | None = None
     """the task that scores networks where the model cannot tell itself: a name, or file.py:NAME that has moved"""
-    initialiser: str = "default"
-    """without a checkpoint: how the random network is drawn"""
+    initialiser: str | None = None
+    """without a checkpoint: how the random network is drawn; default: the task's own way"""
     pickle: bool = False
     """write .pt files for torch.load, not .safetensors"""
 
@@ -49,6 +49,10 @@ class PromptConfig(CommonOptions):
         for name in ("recursive", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.checkpoint is not None and self.initialiser is not None:
+            raise ValueError(
+                f"initialiser {self.initialiser!r}: draws a random network, but --checkpoint gives one; leave out one of them"
+            )
         if self.target:
             parse_target(self.target)
         self.settings  # noqa: B018 - checked at the door
@@ -86,7 +90,7 @@ def prompt_command(config: PromptConfig) -> dict[str, Any]:
         "asked": answers[0].asked,
         "start": answers[0].path[0],
         "networks": [
-            {"file": str(file), "path": list(answer.path), "achieved": answer.achieved}
+            {"file": str(file), "path": list(answer.path), "achieved": answer.achieved, "rejected": answer.rejected}
             for file, answer in zip(files, answers, strict=True)
         ],
         "sampler": asdict(config.settings),
@@ -101,10 +105,11 @@ def prompt_command(config: PromptConfig) -> dict[str, Any]:
 
 def _random(trained: Any, config: PromptConfig) -> dict[str, Tensor]:
     task = trained.task
-    if config.initialiser not in task.initialisers:
-        raise ValueError(f"initialiser {config.initialiser!r}: expected one of {', '.join(task.initialisers)}")
-    say(f"no --checkpoint: a random network of {task.name}, {config.initialiser}, seed {config.seed}")
-    return task.layout.unflatten(task.initial(config.seed, [0], config.initialiser)[0])
+    initialiser = config.initialiser or task.initialisers[0]
+    if initialiser not in task.initialisers:
+        raise ValueError(f"initialiser {initialiser!r}: expected one of {', '.join(task.initialisers)}")
+    say(f"no --checkpoint: a random network of {task.name}, {initialiser}, seed {config.seed}")
+    return task.layout.unflatten(task.initial(config.seed, [0], initialiser)[0])
 
 
 def _write(config: PromptConfig, task: str, number: int, answer: Answer) -> Path:

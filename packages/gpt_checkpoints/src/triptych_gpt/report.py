@@ -7,23 +7,26 @@ from triptych_common.claims import load_claims
 from triptych_common.report import Report, figure_png
 
 from triptych_gpt.experiments import figures
-from triptych_gpt.experiments.drawing import drawn
-from triptych_gpt.experiments.findings import interval
+from triptych_gpt.experiments.drawing import KINDS, drawn
+from triptych_gpt.experiments.findings import interval, number
 
 if TYPE_CHECKING:
     from triptych_gpt.reproduce import ReproduceConfig
 
 CAPTIONS = {
     "fig-3.5": "Prompt sweep (Fig. 3.5): one update of each unseen network, for prompts from the best to near its own.",
-    "fig-3.3": "One update (Fig. 3.3): G.pt beside tuned optimisers and the baselines that could fake its number; 95% intervals.",
-    "fig-3.4": "Optimisation curves (Fig. 3.4): every optimiser at the grid point that is best at each step, which favours it.",
+    "fig-3.3": "One update (Fig. 3.3): G.pt beside one step of each tuned optimiser and the baselines that could fake its number; "
+    "95% intervals (Student's t) over networks.",
+    "fig-3.4": "Optimisation curves (Fig. 3.4): every optimiser, at a constant rate, at the point of the thesis's 3x3 grid that is "
+    "best after exactly so many steps on validation networks, which favours it.",
     "fig-3.6": "Recursion from initialisers that the zoo does not have (Fig. 3.6): mean and standard error over networks.",
     "audit": "Memorisation audit: how far from the nearest training network, hidden units matched.",
     "filters": "First-layer weights of an unseen network, before (above) and after (below) one update.",
     "fig-3.7": "Scaling (Fig. 3.7): prompt alignment on unseen and on training runs.",
     "fig-3.8": "Landscape (Fig. 3.8): samples of one start over the plane of their principal components.",
-    "fig-3.9": "Nearest-neighbour score (Fig. 3.9). The identity scores 100% on the thesis's own definition.",
-    "sampler-steps": "Quality against denoising steps.",
+    "fig-3.9": "Nearest-neighbour score (Fig. 3.9): runs whose sample lies nearer to their own checkpoints than to any training "
+    "one. The identity scores 100% on the thesis's own definition; near the prompt counts only checkpoints whose metric is.",
+    "sampler-steps": "Quality against denoising steps, on validation networks.",
 }
 
 
@@ -45,14 +48,23 @@ def write_report(path: Path, config: "ReproduceConfig", results: dict[str, Any])
         report.text(
             "Size smoke checks that everything works. The numbers of a barely trained model say nothing about quality."
         )
+    report.text(
+        "Unseen means networks of runs that were neither trained on nor used to choose anything; their metrics are of the "
+        "same items as the training runs'. Runs of a cohort share minibatches, and a cohort is never in two splits. What asking "
+        "for the best means, and every optimiser's grid point, was chosen on validation runs."
+    )
     _figures(report, experiments, ("fig-3.5", "fig-3.3"))
     _alignment_table(report, experiments["fig-3.5"])
     _thesis_table(report, config, results)
     _figures(report, experiments, ("fig-3.4", "fig-3.6"))
     report.heading("Memorisation")
-    for line in experiments["audit"]["verdict"]:
-        report.text(line)
+    report.text(
+        f"Networks made by one update of {experiments['audit']['groups'][0]['networks']} unseen networks that asked for "
+        f"{experiments['audit']['prompt']:.3g}. What the numbers say stands among the findings above."
+    )
     _figures(report, experiments, ("audit", "fig-3.9"))
+    if "fig-3.9" in experiments:
+        _neighbours_table(report, experiments["fig-3.9"])
     _audit_table(report, experiments["audit"])
     report.heading("What an update does")
     _example(report, results["example"])
@@ -68,8 +80,14 @@ def write_report(path: Path, config: "ReproduceConfig", results: dict[str, Any])
 
 def _figures(report: Report, experiments: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
-        if name in experiments:
-            report.figures(*((png, CAPTIONS[name]) for png in drawn(name, experiments[name]).values()))
+        if name not in experiments:
+            continue
+        pictures = drawn(name, experiments[name])
+        for title, png in pictures.items():
+            of = title.removeprefix(name).strip("-").replace("_", " ")
+            report.figures((png, f"{of.capitalize()}. {CAPTIONS[name]}" if of else CAPTIONS[name]))
+        if not pictures:
+            report.text(f"{CAPTIONS[name].split('.')[0]}: {experiments[name].get('none', 'no figure')}.")
 
 
 def _alignment_table(report: Report, result: dict[str, Any]) -> None:
@@ -112,8 +130,9 @@ def _thesis_table(report: Report, config: "ReproduceConfig", results: dict[str, 
     report.table(
         ("what", "thesis", "ours", "our setting"),
         [
-            ("prompt alignment of the identity", "about -2.7", interval(results["experiments"]["fig-3.5"]["alignment"]
-             ["identity"]["r2"]), setting),
+            ("prompt alignment of the identity, prompts up to a network's own metric", "about -2.7", "-2.7 (closed form)", ""),
+            ("the same, prompts up to 0.9 of it (the released MNIST setting)", "", interval(results["experiments"]["fig-3.5"]
+             ["alignment"]["identity"]["r2"]), setting),
             ("prompt alignment", "drawn in Fig. 3.7 only", interval(model["r2"]), setting),
             (f"one update, {first['metric']}", "0.2 when prompted for 0 (MNIST, 784-10-10)", interval(ours, key="mean"), setting),
             ("KL at the last step, bits/dim", "8e-6", f"{results['experiments']['fig-3.5']['kl_last_step']:.2g}", setting),
@@ -142,6 +161,28 @@ def _audit_table(report: Report, result: dict[str, Any]) -> None:
         f"Distance to the nearest of {result['searched']}, hidden units matched (Hungarian method), in the networks' own units. "
         "Agreement: share of test items given the class that the nearest training network gives; shared errors: of the items "
         "that either gets wrong, the share that both do.",
+    )
+
+
+def _neighbours_table(report: Report, result: dict[str, Any]) -> None:
+    rows = [
+        (
+            update,
+            f"{score['target']:.3g}",
+            KINDS[score["matched"], score["near_prompt"]],
+            interval(score["score"], ".0%"),
+            f"{score['counted']} of {score['runs']}",
+            number(score["median_distance_own"], ".2f"),
+            number(score["median_distance_training"], ".2f"),
+        )
+        for update, scores in result["scores"].items()
+        for score in scores
+    ]
+    report.table(
+        ("update", "prompt", "among", "score", "runs that count", "median distance to its own run", "to training runs"),
+        rows,
+        f"Near the prompt: checkpoints with {result['metric']} within {result['tolerance']:.2g} of it; a run counts where both "
+        "pools have such checkpoints.",
     )
 
 
@@ -206,12 +247,13 @@ def _claims(report: Report, config: "ReproduceConfig", experiments: dict[str, An
     if not config.claims.exists():
         return
     claims = load_claims(config.claims)
+    names = [*experiments, "fig-3.7"] if (config.folder / "study" / "fig-3.7.json").exists() else list(experiments)
     report.heading("Claims of the thesis this run touches")
     report.table(
         ("id", "item", "claim", "verdict in the ledger"),
         [
             (c.id, f"{c.item}: {c.title}", c.claim, f"{c.verdict} {c.size}".strip())
-            for c in (claims[f"gpt.{name}"] for name in experiments if f"gpt.{name}" in claims)
+            for c in (claims[f"gpt.{name}"] for name in names if f"gpt.{name}" in claims)
         ],
         f"From {config.claims.name}, which lists every figure and table.",
     )

@@ -2,13 +2,12 @@
 
 import json
 import os
-import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import CommonOptions, say
+from triptych_common.progress import Stopwatch
 from triptych_common.run import RunDirectory, provenance, write_bytes, write_json
 
 from triptych_gpt.evaluate import EvaluateConfig, evaluate
@@ -22,7 +21,7 @@ from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import load
 from triptych_gpt.zoo.collect import collect
-from triptych_gpt.zoo.collect_config import CollectConfig
+from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig
 from triptych_gpt.zoo.inspect import ExportConfig, export
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -67,9 +66,7 @@ class ReproduceConfig(CommonOptions):
     def identity(self) -> dict[str, Any]:
         """What decides the result, wherever it lies."""
         collected = self.collect_config()
-        zoo = {
-            name: getattr(collected, name) for name in ("task", "runs", "data", "epochs", "checkpoints", "cohort_runs")
-        }
+        zoo = {name: getattr(collected, name) for name in ("task", "runs", "data", "epochs", "early", *IDENTITY)}
         return {"size": self.size, "seed": self.seed, "zoo": zoo, "train": self.train_config().identity()}
 
     def resolved(self) -> dict[str, Any]:
@@ -91,13 +88,13 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
             "reproduce is for one process; use triptych-gpt collect and train under torchrun, then repeat it"
         )
     with RunDirectory(config.folder, config.identity()) as run:
-        clock = Stopwatch(run.path / "seconds.json")
+        clock = Stopwatch(run.path / "seconds.json", finished=(run.path / "results.json").exists())
         say(f"chapter 3, size {config.size}: {run.path}")
         with clock("collecting"):
             collect(config.collect_config())
         with clock("training"):
             train(config.train_config())
-        with clock("prompting"):
+        with clock("prompting", afresh=True):
             example = _example(config)
         with clock("evaluating"):
             evaluate(config.evaluate_config())
@@ -108,29 +105,9 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         write_json(run.path / "results.json", results)
         write_report(run.path / "report.html", config, results)
     for name in ("report.html", "results.json"):
-        shutil.copyfile(config.folder / name, config.out / name)
+        write_bytes(config.out / name, (config.folder / name).read_bytes())
         say(f"wrote {config.out / name} (size {config.size})")
     return results
-
-
-class Stopwatch:
-    """Seconds spent in each stage, over all the times it was resumed; a stage that finds its work done adds next to nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-
-    def __call__(self, stage: str) -> "Stopwatch":
-        self.stage = stage
-        return self
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
-        self.seconds[self.stage] = round(spent, 2)
-        write_json(self.path, self.seconds)
 
 
 def _example(config: ReproduceConfig) -> dict[str, Any]:

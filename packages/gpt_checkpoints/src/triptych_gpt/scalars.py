@@ -17,9 +17,9 @@ class ScalarTokens(nn.Module):
 
     Raw: a token each, every scalar x as [sin(f x), cos(f x), x] for 128 frequencies f from 1 to 2^14, t counting 0..999.
     Normalised: a token of t / 1000, and one of the metrics, which are told on two scales: from -1 to 1 linearly over the training
-    range, and by the quantile they have among training checkpoints; the change is the difference on each. Beyond the range the
-    linear scale goes on and the quantile stays at its end. Frequencies then begin at pi / 4. Two tokens fewer are an eighth
-    fewer products for a network of ten units.
+    range, and by the place they have among the scale's knots, which is their quantile among training checkpoints where no knots
+    were merged; the change is the difference on each. Beyond the range the linear scale goes on and the place stays at its end.
+    Frequencies then begin at pi / 4. Two tokens fewer are an eighth fewer products for a network of ten units.
 
     Raises ValueError for normalised scalars without a metric scale.
     """
@@ -53,7 +53,7 @@ class ScalarTokens(nn.Module):
 
 
 def both_scales(scale: MetricScale, metric: Float[Tensor, " n"]) -> Float[Tensor, "n 2"]:
-    """A metric linearly, and by quantile, both from -1 to 1 over the training range."""
+    """A metric linearly, and by its place among the knots, every interval as long as the others; both from -1 to 1."""
     linear = (metric - scale.low) / (scale.high - scale.low)
     knots = torch.tensor(scale.knots, dtype=torch.float64).to(metric.device, metric.dtype)
     passed = ((metric[:, None] - knots[:-1]) / knots.diff()).clamp(0, 1)  # share of each interval that lies below

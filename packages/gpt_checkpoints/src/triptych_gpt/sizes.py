@@ -24,7 +24,7 @@ class Size:
     amounts: Amounts = field(default_factory=Amounts)
 
 
-_LAPTOP_ZOO = replace(COLLECT_PRESETS["laptop"], runs=2000)
+_LAPTOP_ZOO = COLLECT_PRESETS["laptop"]
 _MNIST_PAPER = Amounts(networks=128, audit_samples=500, recursion_networks=32)
 
 SIZES: dict[str, Size] = {
@@ -41,12 +41,13 @@ SIZES: dict[str, Size] = {
     "laptop": Size(
         _LAPTOP_ZOO,
         TRAIN_PRESETS["laptop"],
-        Study(total_pairs=60_000, widths=(64, 128, 256), runs=(100, 400, 1600), chunk_size=208),
+        Study(total_pairs=40_000, widths=(64, 128, 256), runs=(100, 400, 1600), chunk_size=208),
+        amounts=Amounts(audit_samples=64, every=4),
     ),
     "gpu": Size(
         CollectConfig(task="mnist_mlp", runs=4000),
         replace(
-            TRAIN_PRESETS["laptop"], width=768, depth=8, num_heads=12, total_pairs=8_000_000, batch_size=1024, lr=5e-4,
+            TRAIN_PRESETS["laptop"], width=832, depth=8, num_heads=13, total_pairs=8_000_000, batch_size=1024, lr=5e-4,
             warmup_pairs=200_000, precision="bf16", validation_every=1000, checkpoint_every=500, validation_networks=32,
         ),
         Study(total_pairs=1_000_000, widths=(128, 256, 512, 1024), runs=(100, 400, 1600, 3200), chunk_size=768),

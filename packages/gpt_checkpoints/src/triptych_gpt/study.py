@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import say
-from triptych_common.run import write_json
+from triptych_common.run import differences, write_json
 
 from triptych_gpt.experiments.alignment import prompt_alignment
 from triptych_gpt.experiments.bench import Amounts, Bench
@@ -26,10 +26,16 @@ class Study:
     runs: tuple[int, ...]
     chunk_size: int
 
-    def variants(self, base: GptTrainConfig) -> dict[str, dict[str, GptTrainConfig]]:
-        """By experiment and name; configs that appear twice are trained once."""
+    def variants(self, base: GptTrainConfig, checkpoints: int) -> dict[str, dict[str, GptTrainConfig]]:
+        """By experiment and name, of runs with so many checkpoints; configs that appear twice are trained once.
+
+        All but the tokenizers are compared with neuron tokens and stratified pairs, whatever `base` has, and layer tokens with
+        its learning rate: none is tuned for itself.
+        """
         warmup = min(base.warmup_pairs, self.total_pairs // 10)
-        base = replace(base, total_pairs=self.total_pairs, warmup_pairs=warmup)
+        base = replace(
+            base, total_pairs=self.total_pairs, warmup_pairs=warmup, tokenizer="neuron", chunk_size=None, pairs="stratified"
+        )  # fmt: skip
         layer = replace(base, tokenizer="layer")
         return {
             "width": {str(w): replace(base, width=w, num_heads=max(1, w // 64)) for w in self.widths},
@@ -44,11 +50,12 @@ class Study:
                 "layer, augmented": layer,
                 "layer, canonicalised": replace(layer, augment="off", canonicalise=True),
             },
-            "checkpoints": {
-                "200 a run": base,
-                "first and last only": replace(base, pairs="ends"),
+            "checkpoints": {f"{checkpoints} a run": base, "first and last only": replace(base, pairs="ends")},
+            "pairs": {
+                "stratified": base,
+                "thesis": replace(base, pairs="thesis"),
+                "released": replace(base, pairs="released"),
             },
-            "pairs": {"stratified": base, "thesis": replace(base, pairs="thesis")},
         }
 
 
@@ -58,7 +65,7 @@ def run_study(
     """Train and measure what is missing; returns for each experiment a row a variant, JSON-able."""
     known: dict[GptTrainConfig, tuple[str, dict[str, Any]]] = {}
     results: dict[str, list[dict[str, Any]]] = {}
-    for experiment, variants in study.variants(base).items():
+    for experiment, variants in study.variants(base, Zoo(base.zoo).checkpoints).items():
         results[experiment] = []
         for name, config in variants.items():
             if config not in known:
@@ -88,16 +95,26 @@ def scaling(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _measured(config: GptTrainConfig, settings: SamplerSettings, amounts: Amounts) -> dict[str, Any]:
-    """Alignment of one variant on unseen and on its own training runs."""
+    """Alignment of one variant on unseen and on its own training runs. Raises ValueError where other settings were measured."""
     path = config.out / "alignment.json"
+    asked = {
+        "train": config.identity(),
+        "sampler": asdict(settings),
+        "networks": amounts.networks,
+        "prompts": amounts.prompts,
+    }
+    asked = json.loads(json.dumps(asked))
     if path.exists():
-        return json.loads(path.read_text())["row"]
+        known = json.loads(path.read_text())
+        if changed := differences(known["asked"], asked):
+            raise ValueError(f"{path}: measured with {changed}; delete {config.out}, or use another --out")
+        return known["row"]
     say(f"study: {config.out.name}")
     train(config)
     bench = Bench(load(config.out), Zoo(config.zoo), settings, amounts, config.seed)
     found = {}
-    for split, name in (("test", "unseen"), ("train", "train")):
-        theta = bench.starts(split, min(amounts.networks, len(bench.zoo.runs_in(split))))
+    for split, name, held in (("test", "unseen", bench.zoo.splits["test"]), ("train", "train", len(bench.training))):
+        theta = bench.starts(split, min(amounts.networks, held))
         alignment = prompt_alignment(
             bench.update, bench.task, bench.metric, theta, prompts=amounts.prompts, trained_best=bench.trained_best
         )
@@ -105,9 +122,9 @@ def _measured(config: GptTrainConfig, settings: SamplerSettings, amounts: Amount
         found[f"{name}_at_best"] = alignment.achieved_at_best._asdict()
     row = {
         "parameters": sum(p.numel() for p in bench.trained.model.parameters()),
-        "training_runs": bench.trained.facts["zoo"]["training_runs"],
+        "training_runs": len(bench.training),
         "pairs": config.total_pairs,
         **found,
     }
-    write_json(path, {"row": row, "config": asdict(config) | {"out": str(config.out), "zoo": str(config.zoo)}})
+    write_json(path, {"row": row, "asked": asked})
     return row

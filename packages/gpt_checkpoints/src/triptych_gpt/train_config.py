@@ -47,13 +47,13 @@ class GptTrainConfig(CommonOptions):
     """bring each run's units into the order of one reference network (Git Re-Basin)"""
     runs: int | None = None
     """train on the first so many training runs only"""
-    total_pairs: int = 250_000
+    total_pairs: int = 320_000
     """pairs of checkpoints to train on"""
-    batch_size: int = 256
+    batch_size: int = 64
     """pairs per optimiser step, over all ranks"""
     micro_batch: int | None = None
     """pairs per backward pass and rank; smaller saves memory and accumulates gradients"""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """AdamW's peak learning rate"""
     warmup_pairs: int = 25_600
     """pairs over which the learning rate rises from zero; a cosine then takes it back to zero at the end"""
@@ -64,7 +64,7 @@ class GptTrainConfig(CommonOptions):
     grad_clip: float | None = 1.0
     """bound on the gradient's norm"""
     ema_half_life_pairs: int = 1_774_000
-    """half-life of the weights' moving average; 1,774,000 is decay 0.9999 at batch 256"""
+    """half-life of the weights' moving average, at most"""
     ema_rampup: float | None = 0.1
     """bound the half-life to this share of the pairs seen so far"""
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
@@ -77,9 +77,9 @@ class GptTrainConfig(CommonOptions):
     """torch.compile each block: pays on a GPU or in runs of an hour"""
     log_every: int = 50
     """steps between rows of metrics.jsonl"""
-    checkpoint_every: int = 250
+    checkpoint_every: int = 500
     """steps between checkpoints"""
-    validation_every: int = 250
+    validation_every: int = 1000
     """steps between validations, which decide what model is kept; 0: none, the last is kept"""
     validation_networks: int = 16
     """untrained networks of validation runs to prompt"""
@@ -102,6 +102,10 @@ class GptTrainConfig(CommonOptions):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} {value}: expected a number above 0, or None for none")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2 {self.adam_beta2}: expected at least 0 and below 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay {self.weight_decay}: expected at least 0")
         if self.validation_every < 0:
             raise ValueError(f"validation_every {self.validation_every}: expected a number of steps, or 0 for none")
         if not 1 <= self.validation_inference_steps <= 1000:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from triptych_common import checkpoint
 from triptych_common.diffusion import GaussianDiffusion
 from triptych_common.randomness import SampleNoise
@@ -20,7 +19,7 @@ from triptych_gpt.config import GptConfig
 from triptych_gpt.experiments.update import Update
 from triptych_gpt.model import Gpt
 from triptych_gpt.objective import make_diffusion
-from triptych_gpt.tasks import Task
+from triptych_gpt.tasks import TASKS, Task
 from triptych_gpt.zoo.cohorts import TaskSpec
 
 FILE_NAME = "model.safetensors"
@@ -70,8 +69,13 @@ class TrainedGpt:
     def task(self) -> Task:
         """The task that scores networks; opened, with its data, when first needed.
 
-        Raises ValueError for one whose networks are not those that the model was trained on.
+        Raises ValueError for one whose networks are not those that the model was trained on, or that cannot be found.
         """
+        if self.spec.task not in TASKS and ".py:" not in self.spec.task:  # of a converted model
+            raise ValueError(
+                f"task {self.spec.task}: the model's networks are scored by it, but it is none of {', '.join(TASKS)}; give one of "
+                "your own, triptych-gpt prompt --task file.py:NAME"
+            )
         task = self.spec.open()
         if task.layout != self.model.config.symmetry.layout:
             raise ValueError(
@@ -118,7 +122,8 @@ class TrainedGpt:
                 x[here].to(weight.device, weight.dtype) for x in (theta * self.scale, metric, target)
             )
             noise = SampleNoise(seed, indices[here], theta.shape[1:], device=weight.device, dtype=weight.dtype)
-            sharded = isinstance(weight, DTensor)  # such weights are gathered as needed, which inference mode forbids
+            # a DTensor, whose class takes a second to import; it is gathered as needed, which inference mode forbids
+            sharded = hasattr(weight, "full_tensor")
             with torch.no_grad() if sharded else torch.inference_mode():
                 found = self._sampled(start, before, asked, noise, settings, progress)
             parts.append(found.to(theta.device, theta.dtype))
@@ -160,15 +165,21 @@ def load(path: str | Path) -> TrainedGpt:
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
     path = Path(path)
+    made = f"triptych-gpt train --out FOLDER makes {FILE_NAME}, triptych-gpt convert one of a released model"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a trained G.pt ({made})")
     if path.is_dir():
         if not (path / FILE_NAME).exists():
             raise FileNotFoundError(
                 f"{path / FILE_NAME}: no trained model; make one with triptych-gpt train --out {path}"
             )
         path = path / FILE_NAME
-    tensors, facts = checkpoint.read(path)
+    try:
+        tensors, facts = checkpoint.read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; expected a trained G.pt ({made})") from error
     if facts.get("kind") != _KIND:
-        raise ValueError(f"{path}: not a G.pt's model file; expected {FILE_NAME} of a triptych-gpt training run")
+        raise ValueError(f"{path}: not a G.pt's model file but a {facts.get('kind', 'file of another kind')}; {made}")
     try:
         model = Gpt(GptConfig.from_json(facts["config"]))
         model.load_state_dict(tensors)

@@ -1,20 +1,19 @@
 """Prompt alignment on validation runs, by which the model to keep is chosen.  [thesis 3.4.4]"""
 
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from triptych_common.parallel import Ranks
-from triptych_common.run import RunDirectory
+from triptych_common.run import RunDirectory, write_bytes
 from triptych_common.training import TrainState
 
 from triptych_gpt.experiments.alignment import prompt_alignment
+from triptych_gpt.experiments.prompts import with_prompts
 from triptych_gpt.objective import TrainingZoo
-from triptych_gpt.tasks import Metric, Prompts
+from triptych_gpt.tasks import Metric
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import FILE_NAME, SamplerSettings, TrainedGpt
 
@@ -45,7 +44,7 @@ class Validation:
         n = config.validation_networks - config.validation_networks % among.world_size
         self.mine = among.share(range(n))
         rows = torch.from_numpy(data.zoo.runs_in("validation"))[list(self.mine)]
-        self.theta = data.zoo.theta(rows, torch.zeros_like(rows))
+        self.theta = data.zoo.theta(rows, torch.zeros_like(rows)).to(among.device)  # where it is scored
         self.metric = metric_of(data)
 
     def __call__(self, state: TrainState) -> None:
@@ -86,7 +85,7 @@ class Validation:
         if best is not None:
             return f"prompt alignment R^2 {best[0]:.3f} on validation runs, at step {best[1]:,}"
         if self.among.is_main:
-            shutil.copyfile(last, self.run.path / FILE_NAME)
+            write_bytes(self.run.path / FILE_NAME, last.read_bytes())
         return "the last one, not validated"
 
 
@@ -111,18 +110,9 @@ def check(config: GptTrainConfig, data: TrainingZoo) -> None:
 
 
 def metric_of(data: TrainingZoo) -> Metric:
-    """The metric that the model is prompted with, and prompts for it: the task's, or else the range of training checkpoints.
-
-    Raises ValueError where the task does not score it.
-    """
-    known = {metric.name: metric for metric in data.task.metrics}
-    if data.metric not in known:
-        raise ValueError(
-            f"metric {data.metric!r}: the zoo records it, but task {data.task.name} scores {', '.join(known)}; choose one of "
-            "these, or --validation-every 0"
-        )
-    metric = known[data.metric]
-    if metric.prompts is not None:
-        return metric
-    best = float(data.values.min() if metric.better == "lower" else data.values.max())
-    return replace(metric, prompts=Prompts(best, best))
+    """The metric that the model is prompted with, with prompts. Raises ValueError where the task does not score it."""
+    best = float(data.values.min() if data.zoo.better[data.metric] == "lower" else data.values.max())
+    try:
+        return with_prompts(data.metric, data.task.metrics, best)
+    except ValueError as error:
+        raise ValueError(f"{error}, or --validation-every 0") from error

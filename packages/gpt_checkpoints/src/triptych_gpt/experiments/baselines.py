@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,12 +25,19 @@ class Found(NamedTuple):
     checkpoints: Int[Tensor, " n"]
 
 
-def nearest_in_metric(zoo: Zoo, metric: str, targets: Float[Tensor, " n"], split: str = "train") -> Found:
+def nearest_in_metric(
+    zoo: Zoo,
+    metric: str,
+    targets: Float[Tensor, " n"],
+    split: str = "train",
+    rows: Int[np.ndarray, " runs"] | None = None,
+) -> Found:
     """The checkpoint of a split whose metric is nearest to each target; of equals the one of the lowest run, then checkpoint.
 
-    Raises ValueError for a metric that is not recorded or a split without runs.
+    rows: of these runs alone, in place of all of the split. Raises ValueError for a metric that is not recorded or a split
+    without runs.
     """
-    rows = torch.from_numpy(zoo.runs_in(split))
+    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
     values = zoo.metrics(metric)[rows].flatten().double()
     values = values.where(values.isfinite(), math.inf)
     # argmin names any of several equals; the first one is wanted
@@ -53,20 +61,29 @@ def identity() -> Update:
     return update
 
 
-def retrieval(zoo: Zoo, metric: str, split: str = "train") -> Update:
-    """The training checkpoint nearest in metric to what was asked for: whoever asks, whatever network they give."""
+def retrieval(zoo: Zoo, metric: str, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> Update:
+    """The training checkpoint nearest in metric to what was asked for: whoever asks, whatever network they give.
+
+    rows: of these runs alone, such as those that a model was trained on, in place of all of the split.
+    """
 
     def update(theta: Tensor, metric_now: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
-        return zoo.theta(*nearest_in_metric(zoo, metric, target.detach().cpu(), split)).to(theta)
+        return zoo.theta(*nearest_in_metric(zoo, metric, target.detach().cpu(), split, rows)).to(theta)
 
     return update
 
 
-def mean_of_finals(zoo: Zoo, spec: PermutationSpec | None = None, split: str = "train", seed: int = 0) -> Update:
+def mean_of_finals(
+    zoo: Zoo,
+    spec: PermutationSpec | None = None,
+    split: str = "train",
+    seed: int = 0,
+    rows: Int[np.ndarray, " runs"] | None = None,
+) -> Update:
     """The average of all training runs' final checkpoints; with a spec, of their units in the order that matches the first
-    run's best.
+    run's best. rows: of these runs alone, in place of all of the split.
     """
-    rows = torch.from_numpy(zoo.runs_in(split))
+    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
     reference = zoo.theta(rows[:1], [zoo.checkpoints - 1])[0]
     total = torch.zeros(zoo.layout.size, dtype=torch.float64)
     for some in rows.split(256):

@@ -1,28 +1,25 @@
 """What every experiment of chapter 3 is given: a trained model, the zoo it learned from, and networks it never saw."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from triptych_gpt.experiments.baselines import identity, mean_of_finals, retrieval
 from triptych_gpt.experiments.prompted import prompted, starting_metrics
+from triptych_gpt.experiments.prompts import with_prompts
 from triptych_gpt.experiments.sweep import trained_best
 from triptych_gpt.experiments.update import Update
-from triptych_gpt.tasks import Metric, Prompts, Task
+from triptych_gpt.tasks import Metric, Task
 from triptych_gpt.trained import SamplerSettings, TrainedGpt
 from triptych_gpt.zoo.cohorts import recipe_digest
 from triptych_gpt.zoo.zoo import Zoo
 
-CANDIDATES = (
-    0.0,
-    0.01,
-    0.1,
-    0.5,
-)  # quantiles of the metric at which training runs end, beside their best checkpoint of all
+CANDIDATES = (0.0, 0.1, 0.5, 0.9, 1.0)  # quantiles of the metric at which training runs end
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,9 @@ class Amounts:
         for name in ("networks", "baseline_networks", "updates", "recursion_networks", "audit_samples", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        for name in ("prompts", "samples", "neighbour_prompts"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 2")
+        for name, least in (("prompts", 2), ("samples", 3), ("neighbour_prompts", 2)):  # three samples span a plane
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
         if any(not 1 <= steps <= 1000 for steps in self.sampler_steps):
             raise ValueError(f"sampler_steps {self.sampler_steps}: expected numbers of 1..1000")
 
@@ -90,31 +87,46 @@ class Bench:
             )
         self.metric  # noqa: B018 - refused now if the zoo or the task does not have it
 
+    def check(self) -> None:
+        """Raises ValueError where the zoo has too few unseen runs, before a folder knows the amounts."""
+        wanted = max(self.amounts.networks, self.amounts.baseline_networks)
+        for split, count in (("test", wanted), ("validation", self.amounts.baseline_networks)):
+            held = self.zoo.splits.get(split, 0)
+            if held < count:
+                raise ValueError(
+                    f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; ask for fewer, or collect more"
+                )
+
     @property
     def task(self) -> Task:
         return self.trained.task
 
     @cached_property
     def metric(self) -> Metric:
-        """The prompted metric, with prompts."""
-        for metric in self.task.metrics:
-            if metric.name == self.trained.metric and metric.name in self.zoo.better:
-                best = self.trained_best[metric.name]
-                return metric if metric.prompts else replace(metric, prompts=Prompts(best, best))
-        raise ValueError(
-            f"metric {self.trained.metric!r}: task {self.task.name} and {self.zoo.path} must both score it"
-        )
+        """The prompted metric, with prompts. Raises ValueError where the zoo or the task does not score it."""
+        if self.trained.metric not in self.zoo.better:
+            raise ValueError(
+                f"metric {self.trained.metric!r}: {self.zoo.path} records {', '.join(self.zoo.better)}; give the zoo that the "
+                "model was trained on"
+            )
+        return with_prompts(self.trained.metric, self.task.metrics, self.trained_best[self.trained.metric])
+
+    @cached_property
+    def training(self) -> Int[np.ndarray, " rows"]:
+        """Rows of the runs that the model was trained on, not those that the zoo has gained since."""
+        rows, known = self.zoo.runs_in("train"), self.trained.facts.get("zoo")
+        return rows if known is None else rows[: known["training_runs"]]
 
     @cached_property
     def trained_best(self) -> dict[str, float]:
-        return trained_best(self.zoo)
+        return trained_best(self.zoo, rows=self.training)
 
     def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
         """Untrained networks of the first runs of a split. Raises ValueError where it has fewer."""
-        rows = self.zoo.runs_in(split)
+        rows = self.training if split == "train" else self.zoo.runs_in(split)
         if count > len(rows):
             raise ValueError(f"{count:,} networks of {split} runs: {self.zoo.path} has {len(rows):,}; ask for fewer")
-        return self.zoo.theta(rows[:count], [0] * count)
+        return self.zoo.theta(rows[:count], [0] * count).to(self.trained.device)  # where it is scored
 
     @property
     def update(self) -> Update:
@@ -124,21 +136,20 @@ class Bench:
     def baselines(self) -> Mapping[str, Update]:
         """What could fake a headline number."""
         return {
-            "retrieval": retrieval(self.zoo, self.metric.name),
-            "mean of finals": mean_of_finals(self.zoo),
-            "mean of matched finals": mean_of_finals(self.zoo, self.task.symmetry),
+            "retrieval": retrieval(self.zoo, self.metric.name, rows=self.training),
+            "mean of finals": mean_of_finals(self.zoo, rows=self.training),
+            "mean of matched finals": mean_of_finals(self.zoo, self.task.symmetry, rows=self.training),
             "identity": identity(),
         }
 
     @cached_property
     def best_prompt(self) -> float:
-        """What to ask for when asking for the best: of a few values near the best of the zoo, the one whose updates of
+        """What to ask for when asking for the best: the task's own prompt, the best of the zoo, and
+        values at which training runs end, the one whose updates of
         validation networks score best. The thesis, too, asks for a value near the best. [thesis 3.4.1]
         """
-        finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.zoo.runs_in("train")), -1].double()
+        finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.training), -1].double()
         levels = torch.tensor(CANDIDATES, dtype=torch.float64)
-        if self.metric.better == "higher":
-            levels = 1 - levels
         found = [self.trained_best[self.metric.name], *torch.quantile(finals, levels).tolist()]
         candidates = list(dict.fromkeys([float(self.metric.prompts.best), *found]))
         theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))

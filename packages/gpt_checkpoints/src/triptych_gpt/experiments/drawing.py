@@ -17,7 +17,9 @@ AUDIT_KINDS = {"samples": "model", "held-out at the prompt's metric": "real", "h
 
 
 def drawn(name: str, result: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files of an experiment by name, without suffix; none for an experiment that has no figure."""
+    """PNG files of an experiment by name, without suffix; none for one that has no figure, or none for this task."""
+    if "none" in result:
+        return {}
     return {title: figure_png(figure) for title, figure in _FIGURES.get(name, lambda _: {})(result).items()}
 
 
@@ -56,7 +58,7 @@ def _neighbours(result: Mapping[str, Any]) -> dict[str, Any]:
                 "baselines": {
                     f"{update}, {words}": curve
                     for (update, words), curve in curves.items()
-                    if update == "identity" and "matched" not in words
+                    if update != "G.pt" and "matched" not in words
                 },
             }
         )

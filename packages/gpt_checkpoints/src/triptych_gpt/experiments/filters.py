@@ -18,12 +18,17 @@ def first_layer_filters(
     Raises ValueError where the first parameter is no matrix over the pixels of a square, grey image.
     """
     name, shape = next(iter(layout.shapes.items()))
-    side = math.isqrt(shape[-1]) if len(shape) == 2 else 0
-    if side < 2 or side**2 != shape[-1]:
+    side = _side(shape)
+    if not side:
         raise ValueError(
             f"{name}: shape {shape}, expected [units, side * side]; filters are shown of perceptrons on images"
         )
     return layout.unflatten(theta)[name].unflatten(-1, (side, side))
+
+
+def shows_filters(layout: ParameterLayout) -> bool:
+    """Whether `first_layer_filters` takes networks of this layout."""
+    return _side(next(iter(layout.shapes.values()))) > 0
 
 
 def filters_before_and_after(
@@ -46,3 +51,9 @@ def filters_before_and_after(
         for key, network, value in pairs
     }
     return plain({"metric": metric, "prompt": prompt, **shown})
+
+
+def _side(shape: tuple[int, ...]) -> int:
+    """Of the square images that a matrix of this shape is multiplied with; 0 for any other parameter."""
+    side = math.isqrt(shape[-1]) if len(shape) == 2 else 0
+    return side if side >= 2 and side**2 == shape[-1] else 0

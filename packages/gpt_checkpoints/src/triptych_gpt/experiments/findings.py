@@ -25,12 +25,19 @@ def interval(found: Mapping[str, Any] | None, form: str = ".3f", key: str = "val
 
 def _alignment(result: Mapping[str, Any]) -> list[str]:
     of = result["alignment"]
-    model, rest = of["G.pt"], {name: one for name, one in of.items() if name != "G.pt"}
-    others = ", ".join(f"{name} {one['r2']['value']:.2f}" for name, one in rest.items())
+    model, retrieval = of["G.pt"], of["retrieval"]["r2"]["value"]
+    others = ", ".join(
+        f"{name} {one['r2']['value']:.2f}" for name, one in of.items() if name not in ("G.pt", "retrieval")
+    )
+    beaten = (
+        "more than" if model["r2"]["low"] > retrieval else "less than" if model["r2"]["high"] < retrieval else "like"
+    )
+    diverged = f" {model['non_finite']} updates were not finite." if model["non_finite"] else ""
     return [
         f"Prompt alignment: R^2 {interval(model['r2'])} over {model['prompts']} prompts for {model['metric']}, mean of "
-        f"{model['networks']} unseen networks; {interval(model['r2_reachable'])} over prompts that some training checkpoint "
-        f"achieves. The same for {others}."
+        f"{model['networks']} networks of unseen runs; {interval(model['r2_reachable'])} over prompts that some training "
+        f"checkpoint achieves. That is {beaten} copying the training checkpoint nearest in metric, {retrieval:.2f}, which starts "
+        f"from nobody's network; {others}.{diverged}"
     ]
 
 
@@ -38,34 +45,45 @@ def _one_step(result: Mapping[str, Any]) -> list[str]:
     lines = []
     for metric, data in result["figures"].items():
         methods = {method["name"]: method for method in data["methods"]}
-        optimisers = [
-            method for method in data["methods"] if method["kind"] == "optimiser" and method["mean"] is not None
-        ]
-        best = min(optimisers, key=lambda method: method["mean"], default=None)
+        best = best_optimiser(data)
         beside = (
-            f"; the best of {len(optimisers)} tuned optimisers, {best['name']}, {interval(best, key='mean')}"
-            if best
-            else ""
+            f"; the best tuned optimiser's one step, {best['name']}'s, {interval(best, key='mean')}" if best else ""
         )
         baselines = ", ".join(
             f"{method['name']} {number(method['mean'])}" for method in data["methods"] if method["kind"] == "baseline"
         )
         lines.append(
-            f"One update from {result['networks']} unseen networks, asked for {result['prompt']:.3g}: {metric} "
-            f"{interval(methods['G.pt'], key='mean')} from {number(data['start'])}{beside}. Best training checkpoint "
-            f"{number(data['trained_best'])}; {baselines}."
+            f"One update of {result['networks']} networks of unseen runs, asked for a {result['asked']} of "
+            f"{result['prompt']:.3g}: {metric} {interval(methods['G.pt'], key='mean')} from {number(data['start'])}{beside}. Best "
+            f"training checkpoint {number(data['trained_best'])}; {baselines}."
         )
     return lines
 
 
+def best_optimiser(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The optimiser whose one step was best; None where there is none."""
+    found = [method for method in data["methods"] if method["kind"] == "optimiser" and method["mean"] is not None]
+    choose = min if data["better"] == "lower" else max
+    return choose(found, key=lambda method: method["mean"], default=None)
+
+
 def _curves(result: Mapping[str, Any]) -> list[str]:
+    if not result["curves"]:
+        return ["No optimiser is compared: the task is not supervised."]
+    level = result["one_step"]
+    if level["mean"] is None:
+        return [
+            f"None of {level['non_finite']} updates is finite: there is nothing that optimisers could catch up with."
+        ]
     caught = [
-        f"{curve['optimizer']} after {curve['caught_up']:,}" if curve["caught_up"] else f"{curve['optimizer']} never"
+        f"{curve['optimizer']} after {curve['caught_up']:,}" if curve["caught_up"] else f"{curve['optimizer']} not"
         for curve in result["curves"]
     ]
+    edges = [curve["optimizer"] for curve in result["curves"] if curve["at_edge"]]
+    at_edge = f" The grid's largest learning rate was best for {', '.join(edges)}." if edges else ""
     return [
-        f"Tuned optimisers catch up with that one update ({result['metric']} {number(result['one_step']['mean'])}) within "
-        f"{result['budget']:,} steps: {', '.join(caught)}."
+        f"Tuned optimisers at constant rates catch up with that one update ({result['metric']} {number(level['mean'])}) within "
+        f"{result['budget']:,} steps: {', '.join(caught)}.{at_edge}"
     ]
 
 
@@ -88,7 +106,14 @@ def _recursion(result: Mapping[str, Any]) -> list[str]:
 
 def _diversity(result: Mapping[str, Any]) -> list[str]:
     noise, starts = (number((result["diversity"][of] or {}).get("matched"), ".2f") for of in ("noise", "starts"))
-    return [f"Samples of one start lie {noise} apart (units matched), those of different starts {starts}."]
+    lands = result["landscapes"]
+    count = sum(len(land["samples"]) for land in lands)
+    accurate = sum(sum(land["accurate"]) for land in lands)
+    convex = " and ".join(f"{number(land['convex'], '.0%')}" for land in lands)
+    return [
+        f"Samples of one start lie {noise} apart (units matched), those of different starts {starts}. Of {count} samples "
+        f"{accurate} score in the plane of the figure nearly as they do; the metric curves upwards along both axes at {convex}."
+    ]
 
 
 def _audit(result: Mapping[str, Any]) -> list[str]:

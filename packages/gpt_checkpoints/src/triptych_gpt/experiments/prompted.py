@@ -65,9 +65,11 @@ def starting_metrics(
 
     Raises ValueError for a metric that the task does not have, and for networks that are not finite or score nothing finite.
     """
-    if metric not in task.metrics:
-        known = ", ".join(m.name for m in task.metrics)
-        raise ValueError(f"metric {metric.name!r}: task {task.name} scores {known}; give one of its `metrics`")
+    known = [scored.name for scored in task.metrics]
+    if metric.name not in known:
+        raise ValueError(
+            f"metric {metric.name!r}: task {task.name} scores {', '.join(known)}; give one of its `metrics`"
+        )
     found = measured(task, theta, networks_at_once=networks_at_once)
     bad = found[metric.name].isnan().nonzero()
     if len(bad):

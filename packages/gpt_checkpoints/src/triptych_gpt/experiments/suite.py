@@ -1,18 +1,18 @@
 """The figures of chapter 3 that one trained model suffices for, each as data that its figure and its table are drawn from."""
 
-import math
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from scipy.stats import t as student
 from torch import Tensor
-from triptych_common.metrics.bootstrap import bootstrap
 
 from triptych_gpt.experiments.alignment import alignment_of
 from triptych_gpt.experiments.bench import Bench
 from triptych_gpt.experiments.diversity import diversity
-from triptych_gpt.experiments.filters import filters_before_and_after
+from triptych_gpt.experiments.filters import filters_before_and_after, shows_filters
 from triptych_gpt.experiments.hand_designed import OPTIMIZERS, optimise, spaced_steps
 from triptych_gpt.experiments.landscape import landscape
 from triptych_gpt.experiments.neighbours import nearest_neighbour_scores
@@ -49,11 +49,12 @@ def one_step(bench: Bench) -> dict[str, Any]:
             )
         figures[metric.name] = {
             "metric": metric.name,
+            "better": metric.better,
             "start": float(start[metric.name].mean()),
             "trained_best": bench.trained_best.get(metric.name),
             "methods": methods,
         }
-    return {"networks": n, "prompt": bench.best_prompt, "figures": figures}
+    return {"networks": n, "asked": bench.metric.name, "prompt": bench.best_prompt, "figures": figures}
 
 
 def optimisation_curves(bench: Bench) -> dict[str, Any]:
@@ -66,10 +67,15 @@ def optimisation_curves(bench: Bench) -> dict[str, Any]:
     curves = []
     for name in _optimizers(bench):
         curve = optimise(bench.task, name, test, tuning, metric, steps, seed=bench.seed)
-        reach = curve.steps_to_reach(math.nan if level["mean"] is None else level["mean"])
-        curves.append({**curve.as_dict(), "caught_up": reach.step, "not_yet_after": reach.after})
+        at_edge = curve.as_dict()["tuned"]["learning_rate"] == max(point.learning_rate for point in curve.grid)
+        told = {"caught_up": None, "not_yet_after": None, "at_edge": at_edge}
+        if level["mean"] is not None:
+            reach = curve.steps_to_reach(level["mean"])
+            told |= {"caught_up": reach.step, "not_yet_after": reach.after}
+        curves.append({**curve.as_dict(), **told})
     return {
-        "metric": metric, "networks": n, "prompt": bench.best_prompt, "start": float(start[metric].mean()),
+        "metric": metric, "better": bench.metric.better, "networks": n, "prompt": bench.best_prompt,
+        "start": float(start[metric].mean()),
         "one_step": level, "trained_best": bench.trained_best[metric], "curves": curves, "budget": steps[-1],
     }  # fmt: skip
 
@@ -94,7 +100,10 @@ def prompt_alignment(bench: Bench) -> dict[str, Any]:
 
 def initialisers(bench: Bench) -> dict[str, Any]:
     """Recursive prompting from initialisers that the zoo does not have.  [Fig. 3.6]"""
-    starts = new_networks(bench.task, UNSEEN_SEED, bench.amounts.recursion_networks)
+    starts = {
+        name: theta.to(bench.trained.device)
+        for name, theta in new_networks(bench.task, UNSEEN_SEED, bench.amounts.recursion_networks).items()
+    }
     known = bench.zoo.facts.get("recipe", {}).get("initialiser", "default")
     found = recursive_prompting(
         bench.update, bench.task, bench.metric, starts, known=known, updates=bench.amounts.updates, prompt=bench.best_prompt,
@@ -133,7 +142,7 @@ def neighbours(bench: Bench) -> dict[str, Any]:
                 score.as_dict()
                 for score in nearest_neighbour_scores(
                     update, bench.zoo, bench.task.symmetry, bench.metric.name, prompts, tolerance=tolerance, rows=rows,
-                    every=bench.amounts.every,
+                    every=bench.amounts.every, training=bench.training,
                 )
             ]
             for name, update in updates.items()
@@ -153,19 +162,23 @@ def memorisation(bench: Bench) -> dict[str, Any]:
         raise ValueError(f"none of {count:,} updates is finite, so there is nothing to audit; train the model further")
     found = audit(
         new.theta[finite], bench.zoo, bench.task, bench.metric.name, target[finite], bench.trained.scale, seed=bench.seed,
-        every=bench.amounts.every,
+        every=bench.amounts.every, rows=bench.training,
     )  # fmt: skip
     return {"prompt": bench.best_prompt, "non_finite": int((~finite).sum()), **found.as_dict()}
 
 
 def sampler_steps(bench: Bench) -> dict[str, Any]:
-    """Prompt alignment and the best that is achieved, against denoising steps, for each sampler."""
+    """Prompt alignment on validation networks, and the best that is achieved, against denoising steps, for each sampler: ours
+    and, where diffusers is installed, UniPC as an example of its fast ones.
+    """
+    samplers = ("ddpm", "ddim", *(("unipc",) if find_spec("diffusers") else ()))
     updates = {
         (sampler, steps): bench.trained.update(
             SamplerSettings(sampler, steps, bench.settings.networks_at_once), bench.seed
         )
-        for sampler in ("ddpm", "ddim")
+        for sampler in samplers
         for steps in bench.amounts.sampler_steps
+        if sampler in ("ddpm", "ddim") or steps >= 5  # with fewer diffusers' would not begin at noise
     }
     theta = bench.starts("validation", min(bench.amounts.networks, 16))
     found = quality_against_steps(
@@ -177,11 +190,14 @@ def sampler_steps(bench: Bench) -> dict[str, Any]:
 
 def filters(bench: Bench) -> dict[str, Any]:
     """First-layer weights of an unseen network before and after one update, for networks that see square images."""
+    layout = bench.task.layout
+    if not shows_filters(layout):
+        return {"none": f"the first layer of {bench.task.name} does not look at square images"}
     theta = bench.starts("test", 1)
     before = starting_metrics(bench.task, theta, bench.metric)[bench.metric.name]
     new = prompted(bench.update, bench.task, theta, before, torch.full_like(before, bench.best_prompt), [0])
     return filters_before_and_after(
-        bench.task.layout, theta[0], new.theta[0], metric=bench.metric.name, before=float(before),
+        layout, theta[0], new.theta[0], metric=bench.metric.name, before=float(before),
         after=float(new.metrics[bench.metric.name]), prompt=bench.best_prompt,
     )  # fmt: skip
 
@@ -205,9 +221,17 @@ def _method(name: str, kind: str, values: Float[Tensor, " n"]) -> dict[str, Any]
 
 
 def _estimate(values: Float[Tensor, " n"]) -> dict[str, Any]:
-    """Mean and 95% interval over networks."""
-    found = bootstrap(lambda some: float(some.mean()), values.double(), repeats=1000 if len(values) > 1 else 0)
-    return plain({"mean": found.value, "low": found.low, "high": found.high})
+    """Mean and 95% interval over networks by Student's t, which is honest about few of them; those that are not finite are left
+    out and counted.
+    """
+    finite = values.double()[values.isfinite()]
+    n, mean, margin = len(finite), finite.mean() if len(finite) else torch.nan, torch.nan
+    if n > 1:
+        margin = float(student.ppf(0.975, n - 1)) * float(finite.std()) / n**0.5
+    return plain(
+        {"mean": float(mean), "low": float(mean) - margin, "high": float(mean) + margin, "networks": n,
+         "non_finite": len(values) - n}
+    )  # fmt: skip
 
 
 def _kl(bench: Bench) -> float:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from triptych_gpt.experiments.prompted import prompted, starting_metrics
@@ -90,11 +91,11 @@ def swept(
     return best + (worst - best)[:, None] * torch.linspace(0, 1, prompts, dtype=torch.float64)
 
 
-def trained_best(zoo: Zoo, split: str = "train") -> dict[str, float]:
-    """The best value of every metric among the checkpoints of a split."""
-    best = {}
+def trained_best(zoo: Zoo, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> dict[str, float]:
+    """The best value of every metric among the checkpoints of a split, or of the runs at `rows` alone."""
+    best, rows = {}, torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
     for name, better in zoo.better.items():
-        values = zoo.metrics(name)[torch.from_numpy(zoo.runs_in(split))]
+        values = zoo.metrics(name)[rows]
         values = values[values.isfinite()]
         best[name] = float(values.min() if better == "lower" else values.max())
     return best

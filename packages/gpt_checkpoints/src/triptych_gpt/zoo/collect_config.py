@@ -157,7 +157,7 @@ class CollectConfig(CommonOptions):
 PRESETS = {  # thesis 3.3: the released data sets' numbers of runs
     "mnist": CollectConfig(task="mnist_mlp", runs=10_728),
     "cifar10": CollectConfig(task="cifar_cnn", runs=56_840),
-    "laptop": CollectConfig(task="mnist_mlp_14", runs=1000),
+    "laptop": CollectConfig(task="mnist_mlp_14", runs=6000, checkpoints=40, early=True, split_every=20),
 }
 
 

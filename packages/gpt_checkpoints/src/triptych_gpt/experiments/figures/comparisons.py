@@ -10,10 +10,11 @@ from triptych_gpt.experiments.figures.style import (
     GREEN,
     GREY,
     INK,
-    MARKERS,
+    LINES,
     ORANGE,
     PALETTE,
     best_line,
+    distinct,
     intervals,
     legend,
     measure,
@@ -71,14 +72,13 @@ def optimisation_curves(data: Mapping[str, Any]) -> "Figure":
     """
     figure, (axes,) = panels()
     metric, level, lowest = data["metric"], data["one_step"], data["start"]
-    for curve, color, marker in zip(data["curves"], PALETTE[1:] * 3, MARKERS * 3, strict=False):
+    for curve, look in zip(data["curves"], distinct(PALETTE[1:]), strict=False):
         steps, caught = numbers([0, *curve["steps"]]), curve.get("caught_up")
         mean = numbers([data["start"], *curve["envelope"]["mean"]])
         error = np.nan_to_num(numbers([None, *curve["envelope"]["standard_error"]]))
         label = curve["optimizer"] + (f" (caught up after {caught:,})" if caught is not None else "")
-        style = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.2, "label": label}
-        axes.plot(steps, mean, **style)
-        axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
+        axes.plot(steps, mean, markersize=3, linewidth=1.2, label=label, **look)
+        axes.fill_between(steps, mean - error, mean + error, color=look["color"], alpha=0.15, linewidth=0)
         lowest = min(lowest, np.nanmin(mean))
     if level["mean"] is not None:
         axes.axhline(level["mean"], color=BLUE, linewidth=2, label="one update of G.pt")
@@ -129,21 +129,23 @@ def nearest_neighbours(data: Mapping[str, Any]) -> "Figure":
     """Share of unseen runs whose sample lies nearer to its own run than to the training set, against prompts.  [Fig. 3.9]
 
     data: {"metric", "prompts": [n], "scores": {name: {"value": [n], "low": [n] or None, "high": [n] or None}}, "baselines": the
-    same, optional and drawn dashed}; scores are fractions, such as those of raw distances, of matched ones, and of checkpoints
-    near the prompt.
+    same, optional, drawn broken and thinner, over the others, which they may meet at 0 and 100%}; scores are fractions, such as
+    those of raw distances, of matched ones, and of checkpoints near the prompt. Points that are None or not finite are left out.
     """
-    figure, (axes,) = panels()
+    baselines = data.get("baselines") or {}
+    figure, (axes,) = panels(size=(7.2, max(3.4, 0.9 + 0.2 * (len(data["scores"]) + len(baselines)))))
     prompts = numbers(data["prompts"])
-    scores = [(name, one, "-") for name, one in data["scores"].items()]
-    scores += [(name, one, "--") for name, one in (data.get("baselines") or {}).items()]
-    for (name, one, style), color, marker in zip(scores, PALETTE * 2, MARKERS * 2, strict=False):
-        value = 100 * numbers(one["value"])
-        axes.plot(
-            prompts, value, style, color=color, marker=marker, markersize=4, linewidth=1.2, label=name, clip_on=False
-        )
-        if one.get("low") is not None and one.get("high") is not None:
-            low, high = 100 * numbers(one["low"]), 100 * numbers(one["high"])
-            axes.fill_between(prompts, low, high, color=color, alpha=0.15, linewidth=0)
+    like_scores = distinct(
+        PALETTE[: max(4, len(data["scores"]))], LINES[1:]
+    )  # as many of an update: in the scores' colours
+    for curves, looks, width in ((data["scores"], distinct(), 1.6), (baselines, like_scores, 1.0)):
+        for (name, one), look in zip(curves.items(), looks, strict=False):
+            value = 100 * numbers(one["value"])
+            seen = np.isfinite(prompts) & np.isfinite(value)
+            axes.plot(prompts[seen], value[seen], **look, markersize=4, linewidth=width, label=name, clip_on=False)
+            if one.get("low") is not None and one.get("high") is not None:
+                low, high = (100 * numbers(one[end])[seen] for end in ("low", "high"))
+                axes.fill_between(prompts[seen], low, high, color=look["color"], alpha=0.15, linewidth=0)
     axes.set(xlabel=f"prompted {words(data['metric'])}", ylabel="nearest-neighbour score (%)", ylim=(0, 100))
     measure(axes.xaxis, data["metric"])
     legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))

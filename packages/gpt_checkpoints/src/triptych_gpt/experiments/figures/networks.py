@@ -56,7 +56,7 @@ def filters(data: Mapping[str, Any]) -> "Figure":
     """
     rows = [data["before"], data["after"]]
     images = [numbers(row["filters"]) for row in rows]
-    units, largest = len(images[0]), max(np.abs(one).max() for one in images)
+    units, largest = len(images[0]), np.nanmax(np.abs(images))
     figure, axes = panels(units, 2, size=(0.82 * units + 1.0, 2.3))
     for i, panel in enumerate(axes):
         image = images[i // units][i % units]

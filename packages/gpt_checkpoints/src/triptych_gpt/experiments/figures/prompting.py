@@ -118,11 +118,14 @@ def quality(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     for one in axes:
         one.set(xscale="log", xlabel="model evaluations for one update")
         one.xaxis.set_major_formatter(thousands)
-    low = min(row["alignment"]["r2"]["value"] for row in rows)
+    found = {
+        key: [row["alignment"][key]["value"] for row in rows if row["alignment"][key]["value"] is not None]
+        for key in ("r2", "achieved_at_best")
+    }
+    low, best = min(found["r2"], default=0), found["achieved_at_best"]
     axes[0].set(ylabel="prompt alignment (R²)", ylim=(max(low - 0.1, -3) if low < 0 else 0, 1.02))
     axes[1].set_ylabel(f"{words(metric)} at the best prompt")
-    best = [row["alignment"]["achieved_at_best"]["value"] for row in rows]
-    if min(best) > 0 and max(best) > 5 * min(best):
+    if best and min(best) > 0 and max(best) > 5 * min(best):
         axes[1].set_yscale("log")
     measure(axes[1].yaxis, metric)
     legend(axes[0], loc="lower right")

@@ -1,6 +1,7 @@
 """What the figures share: colours that colour-blind readers can tell apart, axes without clutter, words for metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = PALETTE = (
 PALE_BLUE = "#9db4cf"
 INK = "#1c1c1e"
 MARKERS = "os^DvPX"
+LINES = ("-", "--", ":", "-.")
 
 
 def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (7.2, 3.4)) -> tuple["Figure", list["Axes"]]:
@@ -30,6 +32,14 @@ def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (7.2,
         for side in ("top", "right"):
             one.spines[side].set_visible(False)
     return figure, axes
+
+
+def distinct(colors: Sequence[str] = PALETTE, lines: Sequence[str] = LINES) -> Iterator[dict[str, str]]:
+    """Colour, marker and line style of one curve after another: once the colours are used up the line style changes."""
+    markers = cycle(MARKERS)
+    for line in cycle(lines):
+        for color in colors:
+            yield {"color": color, "marker": next(markers), "linestyle": line}
 
 
 def legend(axes: "Axes", **options: Any) -> None:
@@ -56,8 +66,10 @@ def words(metric: str) -> str:
     return metric.replace("_", " ") + unit
 
 
-def shown(metric: str, value: float | int) -> str:
-    """A value of a metric to three digits, in the unit of `words`."""
+def shown(metric: str, value: float | int | None) -> str:
+    """A value of a metric to three digits, in the unit of `words`; a dash where there is none."""
+    if value is None:
+        return "–"
     return f"{(100 if metric.endswith('error') else 1) * value:.3g}"
 
 
