@@ -42,6 +42,7 @@ SIZES: dict[str, Size] = {
         _LAPTOP_ZOO,
         TRAIN_PRESETS["laptop"],
         Study(total_pairs=40_000, widths=(64, 128, 256), runs=(100, 400, 1600), chunk_size=208),
+        num_inference_steps=25,
         amounts=Amounts(audit_samples=64, every=4),
     ),
     "gpu": Size(

@@ -47,7 +47,7 @@ class GptTrainConfig(CommonOptions):
     """bring each run's units into the order of one reference network (Git Re-Basin)"""
     runs: int | None = None
     """train on the first so many training runs only"""
-    total_pairs: int = 320_000
+    total_pairs: int = 330_000
     """pairs of checkpoints to train on"""
     batch_size: int = 64
     """pairs per optimiser step, over all ranks"""
@@ -79,7 +79,7 @@ class GptTrainConfig(CommonOptions):
     """steps between rows of metrics.jsonl"""
     checkpoint_every: int = 500
     """steps between checkpoints"""
-    validation_every: int = 1000
+    validation_every: int = 2500
     """steps between validations, which decide what model is kept; 0: none, the last is kept"""
     validation_networks: int = 16
     """untrained networks of validation runs to prompt"""

@@ -58,7 +58,7 @@ def _neighbours(result: Mapping[str, Any]) -> dict[str, Any]:
                 "baselines": {
                     f"{update}, {words}": curve
                     for (update, words), curve in curves.items()
-                    if update != "G.pt" and "matched" not in words
+                    if update != "G.pt"
                 },
             }
         )
