@@ -40,11 +40,15 @@ SPIRALS = SupervisedTask(
 )
 """
 
-TRAIN = ("--width 16 --depth 1 --num-heads 2 --batch-size 16 --total-pairs 160 --warmup-pairs 16 --validation-every 5 "
-         "--validation-networks 2 --validation-inference-steps 2").split()  # fmt: skip
-FEW = ("--num-inference-steps 2 --amounts.networks 3 --amounts.prompts 3 --amounts.baseline-networks 2 "
-       "--amounts.optimizer-steps 3 --amounts.updates 1 --amounts.recursion-networks 2 --amounts.samples 3 "
-       "--amounts.audit-samples 3 --amounts.neighbour-prompts 2 --amounts.sampler-steps 1").split()  # fmt: skip
+TRAIN = [
+    "--width", "16", "--depth", "1", "--num-heads", "2", "--batch-size", "16", "--total-pairs", "160", "--warmup-pairs", "16",
+    "--validation-every", "5", "--validation-networks", "2", "--validation-inference-steps", "2",
+]  # fmt: skip
+FEW = [
+    "--num-inference-steps", "2", "--amounts.networks", "3", "--amounts.prompts", "3", "--amounts.baseline-networks", "2",
+    "--amounts.optimizer-steps", "3", "--amounts.updates", "1", "--amounts.recursion-networks", "2", "--amounts.samples", "3",
+    "--amounts.audit-samples", "3", "--amounts.neighbour-prompts", "2", "--amounts.sampler-steps", "1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,7 @@ def _neighbours(result: Mapping[str, Any]) -> dict[str, Any]:
                 "prompts": prompts,
                 "scores": {words: curve for (update, words), curve in curves.items() if update == "G.pt"},
                 "baselines": {
-                    f"{update}, {words}": curve
-                    for (update, words), curve in curves.items()
-                    if update != "G.pt"
+                    f"{update}, {words}": curve for (update, words), curve in curves.items() if update != "G.pt"
                 },
             }
         )
