@@ -139,13 +139,13 @@ def test_stratified_pairs_reach_evenly_over_the_metric_and_often_its_good_end(be
     assert (even.start < even.target).all()
     # Of values drawn uniformly over 0 .. 2, those in 1.25 .. 2 have checkpoint 1 nearest, which can be reached from 0 alone.
     first = ((even.start == 0) & (even.target == 1)).double().mean()
-    expected = 0.25 * 0.75 / 2 + 0.15 / (100 * 99 / 2)
+    expected = 0.3 * 0.75 / 2 + 0.2 / (100 * 99 / 2)
     assert abs(first - expected) < 4 * (expected / len(COUNTERS)) ** 0.5
     assert (plain.target == 1).double().mean() < 0.001
-    assert abs((even.start == 0).double().mean() - (0.85 + 0.15 * 2 / 100)) < 0.01
-    good = ((even.start == 0) & (even.target > 66)).double().mean()  # the better 33 of the 99 later checkpoints
-    evenly = 0.25 * (metric[0, 66] * sign / 2)
-    assert abs(good - (0.6 + float(evenly) + 0.15 * 2 / 100 / 3)) < 0.01
+    assert abs((even.start == 0).double().mean() - (0.8 + 0.2 * 2 / 100)) < 0.01
+    good = ((even.start == 0) & (even.target > 50)).double().mean()  # the better 49 of the 99 later checkpoints
+    evenly = 0.3 * (metric[0, 50] * sign / 2)
+    assert abs(good - (0.5 + float(evenly) + 0.2 * 2 / 100 / 2)) < 0.01
     assert chisquare(even.run.bincount().numpy()).pvalue > 1e-3
 
 

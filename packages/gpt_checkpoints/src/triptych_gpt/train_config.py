@@ -47,7 +47,7 @@ class GptTrainConfig(CommonOptions):
     """bring each run's units into the order of one reference network (Git Re-Basin)"""
     runs: int | None = None
     """train on the first so many training runs only"""
-    total_pairs: int = 330_000
+    total_pairs: int = 320_000
     """pairs of checkpoints to train on"""
     batch_size: int = 64
     """pairs per optimiser step, over all ranks"""

@@ -61,13 +61,13 @@ def stratified(metric: Float[Tensor, "runs checkpoints"], better: str = "lower")
     """A sampling that sees all of a metric's range, and much of its good end: among uniform pairs hardly a target is bad, since
     a run is through its bad values in a few steps.
 
-    A quarter of the pairs are those that prompting asks for: from the initialisation to the checkpoint whose metric comes nearest
-    to a value drawn uniformly between the run's best and worst. Three fifths lead from the initialisation to one of the run's
-    better third of checkpoints, the others are as in the thesis.
+    Three tenths of the pairs are those that prompting asks for: from the initialisation to the checkpoint whose metric comes
+    nearest to a value drawn uniformly between the run's best and worst. Half lead from the initialisation to one of the run's
+    better half of checkpoints, a fifth are as in the thesis.
     """
     low, high = metric.amin(1), metric.amax(1)
     later = metric[:, 1:].argsort(dim=1, descending=better == "higher", stable=True) + 1  # the best first
-    good = max(1, later.shape[1] // 3)
+    good = max(1, later.shape[1] // 2)
 
     def draw(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
         any_pair = thesis(seed, counters, runs, checkpoints)
@@ -75,8 +75,8 @@ def stratified(metric: Float[Tensor, "runs checkpoints"], better: str = "lower")
         asked = low[run] + (high - low)[run] * uniform(seed, "pairs stratified value", counters).float()
         nearest = 1 + (metric[run, 1:] - asked[:, None]).abs().argmin(1)
         among_good = later[run, _below(good, seed, "pairs stratified rank", counters)]
-        start = torch.where(kind < 0.85, 0, any_pair.start)
-        target = torch.where(kind < 0.25, nearest, torch.where(kind < 0.85, among_good, any_pair.target))
+        start = torch.where(kind < 0.8, 0, any_pair.start)
+        target = torch.where(kind < 0.3, nearest, torch.where(kind < 0.8, among_good, any_pair.target))
         return Draw(run, start, target)
 
     return draw
