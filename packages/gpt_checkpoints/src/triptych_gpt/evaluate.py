@@ -64,6 +64,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises what opening model, task and zoo raises, and ValueError where a folder holds another model's results.
     """
     bench = open_bench(config)
+    bench.check()
     identity = {
         "model": bench.trained.facts.get("zoo"),
         "weights": digest({name: value.cpu() for name, value in bench.trained.model.state_dict().items()})[:16],
@@ -104,6 +105,4 @@ def open_bench(config: EvaluateConfig) -> Bench:
     trained = load(config.model)
     with ranks(config.device) as among:
         trained.to(among.device)
-    bench = Bench(trained, Zoo(config.zoo), config.settings, config.amounts, config.seed)
-    bench.check()
-    return bench
+    return Bench(trained, Zoo(config.zoo), config.settings, config.amounts, config.seed)

@@ -98,10 +98,20 @@ def _recursion(result: Mapping[str, Any]) -> list[str]:
             f"{name} {number(mean[0], '.2f')} to {number(mean[1], '.2f')}, at best {number(best, '.2f')} after "
             f"{mean.index(best)}"
         )
-    return [
+    lines = [
         f"Recursion ({result['metric']}, start to first update, best of {len(result['curves'][known]['mean']) - 1}): "
         + "; ".join(parts) + "."
     ]  # fmt: skip
+    if "test_error" in result["curves"][known]["metrics"] and result["metric"] != "test_error":
+        errors = {name: curve["metrics"]["test_error"] for name, curve in result["curves"].items()}
+        told = [f"{name} {_mean_at(rows, 1)} to {_mean_at(rows, -1)}" for name, rows in errors.items()]
+        lines.append(f"Test error on the same way, after the first update and after the last: {', '.join(told)}.")
+    return lines
+
+
+def _mean_at(rows: list[list[float | None]], update: int) -> str:
+    values = [row[update] for row in rows if row[update] is not None]
+    return number(sum(values) / len(values) if values else None, ".1%")
 
 
 def _diversity(result: Mapping[str, Any]) -> list[str]:
