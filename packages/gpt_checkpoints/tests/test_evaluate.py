@@ -3,13 +3,14 @@
 import contextlib
 import io
 import json
+import subprocess
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from triptych_common import checkpoint
-from triptych_common.testing import run_cli
+from triptych_common.testing import run_cli, run_here
 from triptych_gpt import SamplerSettings, Zoo, cli, load
 from triptych_gpt.experiments.suite import SUITE
 from triptych_gpt.train import train
@@ -27,26 +28,10 @@ FEW = [
 ]  # fmt: skip
 
 
-class Done(NamedTuple):
-    """What a command line left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+command = partial(run_here, cli.run)
 
 
-def command(*words: object) -> Done:
-    """`triptych-gpt WORDS` in this process: every new one takes seconds to import torch."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            status = cli.run([str(word) for word in words])
-        except SystemExit as stop:
-            status = stop.code
-    return Done(status, out.getvalue(), errors.getvalue())
-
-
-def fails_with(done: Done, message: str, status: int = 1) -> None:
+def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
     """One clear line, and a status that is not zero."""
     assert done.returncode == status, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("warning: tokens of")]
@@ -90,7 +75,7 @@ def evaluated(place) -> Path:
     return place / "all"
 
 
-def evaluate(place: Path, out: Path, *options: object) -> Done:
+def evaluate(place: Path, out: Path, *options: object) -> subprocess.CompletedProcess:
     return command("evaluate", "--model", place / "gpt", "--zoo", place / "zoo", "--out", out, *FEW, *options)
 
 
@@ -168,25 +153,8 @@ def test_an_audit_says_what_it_found(place, tmp_path):
     assert told["median_distance"]["samples"]["value"] > 0
 
 
-OTHER_TASK = """
-import torch
-from torch import nn
-from triptych_gpt.tasks import Items, SupervisedTask
-
-def network():
-    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-
-def points(part):
-    inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    return Items(inputs, (inputs[:, 0] > 0).long())
-
-OTHER = SupervisedTask(name="other", network=network, data=points, epochs=2, batch_size=16)
-"""
-
-
-def test_a_model_and_a_zoo_that_do_not_belong_together_are_refused(place, tmp_path):
-    (tmp_path / "other.py").write_text(OTHER_TASK)
-    other = zoo_of(tmp_path / "other", task=f"{tmp_path / 'other.py'}:OTHER", epochs=None)
+def test_a_model_and_a_zoo_that_do_not_belong_together_are_refused(place, other_task, tmp_path):
+    other = zoo_of(tmp_path / "other", task=other_task, epochs=None)
     again = zoo_of(tmp_path / "again", seed=1, checkpoints=2)
     for name in ("evaluate", "audit"):
         words = [name, "--model", place / "gpt", "--out", tmp_path / "out"]

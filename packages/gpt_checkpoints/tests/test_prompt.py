@@ -6,17 +6,18 @@ import json
 import os
 import pickle
 import re
+import subprocess
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from triptych_common import checkpoint, data, randomness
-from triptych_common.testing import run_cli
+from triptych_common.testing import run_cli, run_here
 from triptych_gpt import Gpt, GptConfig, SamplerSettings, TrainedGpt, cli, convert, interop, load, open_task, prompt
 from triptych_gpt.interop import export_released
 from triptych_gpt.prompt import OutsideTrainedRange, UpdatesRejected, theta_of
@@ -30,23 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 FEW = ["--num-inference-steps", "3"]
 
 
-class Done(NamedTuple):
-    """What a command line left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def command(*words: object) -> Done:
-    """`triptych-gpt WORDS` in this process: every new one takes seconds to import torch."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            status = cli.run([str(word) for word in words])
-        except SystemExit as stop:
-            status = stop.code
-    return Done(status, out.getvalue(), errors.getvalue())
+command = partial(run_here, cli.run)
 
 
 def told(stderr: str) -> list[str]:
@@ -55,7 +40,7 @@ def told(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.strip() and not line.startswith(quiet)]
 
 
-def fails_with(done: Done, message: str, status: int = 1) -> None:
+def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
     """One clear line, progress aside, and a status that is not zero."""
     assert done.returncode == status, done.stderr
     assert len(told(done.stderr)) == 1, done.stderr
@@ -507,8 +492,7 @@ def test_a_released_model_becomes_a_model_file(tmp_path, monkeypatch):
     for table in (convert.PRESETS, interop.PRESETS):
         monkeypatch.setitem(table, "tiny_loss", config)
     for table in (convert.RELEASED, interop.RELEASED):
-        monkeypatch.setitem(table, "tiny_loss", interop.RELEASED["mnist_loss"])
-    monkeypatch.setitem(convert.TASKS, "tiny", "mnist_mlp_14")
+        monkeypatch.setitem(table, "tiny_loss", interop.RELEASED["mnist_loss"]._replace(task="mnist_mlp_14"))
     made = Gpt(config)
     for number, parameter in enumerate(made.parameters()):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))

@@ -7,14 +7,14 @@ import math
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch.func import functional_call
 from triptych_common import checkpoint
-from triptych_common.testing import run_cli, run_torchrun
+from triptych_common.testing import run_cli, run_here, run_torchrun
 from triptych_gpt import SamplerSettings, TrainedGpt, Zoo, cli, load
 from triptych_gpt.objective import Objective, TrainingZoo
 from triptych_gpt.tasks import open_task
@@ -35,26 +35,10 @@ SCORE = "validation/alignment"
 pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 
 
-class Done(NamedTuple):
-    """What a command line left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+command = partial(run_here, cli.run)
 
 
-def command(*words: object) -> Done:
-    """`triptych-gpt WORDS` in this process: every new one takes seconds to import torch."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            status = cli.run([str(word) for word in words])
-        except SystemExit as stop:
-            status = stop.code
-    return Done(status, out.getvalue(), errors.getvalue())
-
-
-def train(zoo: Path, out: Path, *options: object) -> Done:
+def train(zoo: Path, out: Path, *options: object) -> subprocess.CompletedProcess:
     return command("train", *TINY, "--zoo", zoo, "--out", out, *options)
 
 
@@ -65,7 +49,7 @@ def trained(zoo: Path, out: Path, *options: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def fails_with(done: "Done | subprocess.CompletedProcess[str]", message: str, status: int = 1) -> None:
+def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
     """One clear line, progress and warnings aside, and a status that is not zero."""
     assert done.returncode == status, done.stderr
     lines = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith(("training:", "warning: tokens of"))]
@@ -341,25 +325,8 @@ def test_bad_input_is_one_clear_line(zoo, tmp_path, options, status, message):
     assert not (tmp_path / "run").exists()  # which would refuse the corrected command
 
 
-OTHER_TASK = """
-import torch
-from torch import nn
-from triptych_gpt.tasks import Items, SupervisedTask
-
-def network():
-    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-
-def points(part):
-    inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    return Items(inputs, (inputs[:, 0] > 0).long())
-
-OTHER = SupervisedTask(name="other", network=network, data=points, epochs=1, batch_size=16)
-"""
-
-
-def test_a_task_that_is_not_the_zoos_is_refused(zoo, tmp_path):
-    (tmp_path / "other.py").write_text(OTHER_TASK)
-    done = train(zoo, tmp_path / "run", "--task", f"{tmp_path / 'other.py'}:OTHER")
+def test_a_task_that_is_not_the_zoos_is_refused(zoo, other_task, tmp_path):
+    done = train(zoo, tmp_path / "run", "--task", other_task)
     fails_with(done, "networks of 32 parameters, the zoo's have 2,080; give the zoo's own with --task")
 
 

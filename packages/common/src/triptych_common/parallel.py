@@ -5,7 +5,7 @@ Nothing here changes the names in a model's state dict, and a model file knows n
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +57,11 @@ class Ranks:
         """This rank's contiguous part of a range that is divisible by the number of ranks."""
         size = len(items) // self.world_size
         return items[self.rank * size : (self.rank + 1) * size]
+
+
+def onto(device: torch.device, value: Tensor) -> Tensor:
+    """A CPU tensor on a device; on its way to a GPU the CPU does not wait for it."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 @contextmanager
@@ -237,6 +242,15 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], among: Ranks) -> None:
+    """Replace gradients by their mean over ranks, in one exchange; for passes that no wrapper of the model has seen."""
+    if among.world_size > 1 and parameters:
+        gradients = [p.grad for p in parameters]
+        mean = among.sum(torch.cat([g.flatten() for g in gradients])) / among.world_size
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Helpers for tests: command lines as subprocesses, alone or under torchrun; stand-in weights."""
+"""Helpers for tests: command lines as subprocesses, alone or under torchrun, or here; stand-in weights."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -18,6 +20,17 @@ def run_cli(
     command = [sys.executable, "-m", module, *options]
     where = {"env": {**os.environ, **(env or {})}, "cwd": cwd, "text": True}
     return subprocess.run(command, capture_output=True, timeout=timeout, **where)
+
+
+def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess.CompletedProcess[str]":
+    """A package's command line in this process, where a new one would take seconds to import torch; captured likewise."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = run([str(word) for word in words])
+        except SystemExit as stop:
+            status = stop.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
 
 
 def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.diffusion import GaussianDiffusion, Loss
+from triptych_common.parallel import onto
 
 from triptych_dit.model import DiT
 from triptych_dit.train_config import TrainConfig
@@ -45,13 +46,9 @@ class Objective:
 
     def loss(self, network: nn.Module, examples: Examples, device: torch.device) -> Loss:
         """Loss of each example under `network`, which may be a parallel wrapper of the model."""
-        x_0, t, noise, labels = (_to(device, value) for value in examples)
+        x_0, t, noise, labels = (onto(device, value) for value in examples)
         x_t = self.diffusion.q_sample(x_0, t, noise)
         return self.diffusion.loss(network(x_t, t, labels), x_0, x_t, t, noise)
-
-
-def _to(device: torch.device, value: Tensor) -> Tensor:
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int) -> Int[Tensor, " batch"]:

@@ -56,9 +56,7 @@ def audit_command(config: AuditConfig) -> dict[str, Any]:
     Raises what opening model, task and zoo raises, OSError when the disk refuses.
     """
     bench = open_bench(config._evaluation())
-    if config.target is not None:
-        bench.best_prompt = float(config.target)
-    result = memorisation(bench)
+    result = memorisation(bench, config.target)
     write_json(config.out / "audit.json", {"experiment": "audit", "result": result, **provenance()})
     for name, png in drawn("audit", result).items():
         write_bytes(config.out / f"{name}.png", png)

@@ -9,8 +9,7 @@ from triptych_common.cli import CommonOptions, say
 from triptych_gpt.config import PRESETS
 from triptych_gpt.interop import RELEASED, load_released
 from triptych_gpt.trained import FILE_NAME, write_model
-
-TASKS = {"mnist": "mnist_mlp", "cifar10": "cifar_cnn", "cartpole": "cartpole"}
+from triptych_gpt.zoo.cohorts import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         "metric": known.metric,
         "better": known.better,
         "trained_range": None,  # not in the file
-        "task": {"task": TASKS[config.released.partition("_")[0]], "data": None, "epochs": None},
+        "task": asdict(TaskSpec(known.task)),
         "converted_from": config.checkpoint.name,
     }
     write_model(path, PRESETS[config.released], model.state_dict(), facts)

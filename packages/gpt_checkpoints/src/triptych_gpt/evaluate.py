@@ -19,7 +19,7 @@ from triptych_gpt.experiments.findings import findings
 from triptych_gpt.experiments.records import plain
 from triptych_gpt.experiments.suite import SUITE
 from triptych_gpt.trained import SamplerSettings, load
-from triptych_gpt.zoo.cohorts import recipe_digest
+from triptych_gpt.zoo.source import recipe_of
 from triptych_gpt.zoo.zoo import Zoo
 
 
@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "weights": digest({name: value.cpu() for name, value in bench.trained.model.state_dict().items()})[:16],
         "pairs_seen": bench.trained.facts.get("pairs_seen"),
         "validation": bench.trained.facts.get("validation"),
-        "zoo": {"recipe": recipe_digest(bench.zoo.facts.get("recipe", {}))[:16], "runs": bench.zoo.splits},
+        "zoo": {"recipe": recipe_of(bench.zoo), "runs": bench.zoo.splits},
         "sampler": asdict(config.settings),
         "amounts": asdict(config.amounts),
         "seed": config.seed,

@@ -20,19 +20,20 @@ from triptych_gpt.tokenizers.sequence import splits
 
 
 class Released(NamedTuple):
-    """What a released model's file does not say. scale: parameters are multiplied by it to be normalised."""
+    """What a released model's file does not say. scale: parameters are multiplied by it to be normalised; task: by name."""
 
     scale: float
     metric: str
     better: Literal["lower", "higher"]
+    task: str
 
 
 RELEASED = {
-    "mnist_loss": Released(4.185, "test_loss", "lower"),
-    "mnist_error": Released(4.185, "test_error", "lower"),
-    "cifar10_loss": Released(1.646, "test_loss", "lower"),
-    "cifar10_error": Released(1.646, "test_error", "lower"),
-    "cartpole": Released(2.06, "train_return", "higher"),
+    "mnist_loss": Released(4.185, "test_loss", "lower", "mnist_mlp"),
+    "mnist_error": Released(4.185, "test_error", "lower", "mnist_mlp"),
+    "cifar10_loss": Released(1.646, "test_loss", "lower", "cifar_cnn"),
+    "cifar10_error": Released(1.646, "test_error", "lower", "cifar_cnn"),
+    "cartpole": Released(2.06, "train_return", "higher", "cartpole"),
 }
 _FREQUENCIES = "scalar_embedder.frequencies"
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from triptych_common import randomness
 from triptych_common.diffusion import GaussianDiffusion, Loss, NoiseSchedule
+from triptych_common.parallel import onto
 
 from triptych_gpt.config import GptConfig
 from triptych_gpt.matching import match
@@ -19,9 +20,9 @@ from triptych_gpt.model import Gpt
 from triptych_gpt.scalars import MetricScale
 from triptych_gpt.tasks import Task
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.zoo.cohorts import TaskSpec, recipe_digest
+from triptych_gpt.zoo.cohorts import TaskSpec
 from triptych_gpt.zoo.pairs import Pairs, stratified
-from triptych_gpt.zoo.source import task_of
+from triptych_gpt.zoo.source import recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
 PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], which the noise schedule was made for
@@ -85,21 +86,21 @@ class TrainingZoo:
         found = [match(self.task.symmetry, some, last[0]) for some in last.split(256)]
         return {group: torch.cat([part[group] for part in found]) for group in found[0]}
 
+    @cached_property
     def model_config(self) -> GptConfig:
         """The shape of the model that this config and zoo ask for."""
         c = self.config
         return GptConfig(
             symmetry=self.task.symmetry, tokenizer=c.tokenizer, chunk_size=c.chunk_size, width=c.width, depth=c.depth,
             num_heads=c.num_heads, scalars=c.scalars, metric_factor=c.metric_factor,
-            metric_scale=MetricScale.of(self.values * c.metric_factor) if c.scalars == "normalised" else None,
+            metric_scale=MetricScale.of(self.values) if c.scalars == "normalised" else None,
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """The content that decides what is learned: which recipe's runs, and which of them."""
-        facts = self.zoo.facts
         return {
             "task": self.zoo.task,
-            "recipe": recipe_digest(facts.get("recipe", {}))[:16],
+            "recipe": recipe_of(self.zoo),
             "metric": self.metric,
             "checkpoints": self.zoo.checkpoints,
             "training_runs": len(self.rows),
@@ -112,12 +113,10 @@ class Objective:
 
     def __init__(self, data: TrainingZoo) -> None:
         self.data, self.config, self.diffusion = data, data.config, make_diffusion()
-        self.rows_of = {int(data.zoo.runs.run[row]): i for i, row in enumerate(data.rows.tolist())}
         sampling = self.config.pairs
         if sampling == "stratified":
             sampling = stratified(data.values, data.zoo.better[data.metric])
-        self.pairs = Pairs(data.zoo, "train", sampling, self.config.seed)
-        self.pairs.rows = data.rows
+        self.pairs = Pairs(data.zoo, "train", sampling, self.config.seed, runs=len(data.rows))
 
     def draw(self, counters: Sequence[int]) -> Examples:
         """The examples of some counters."""
@@ -125,8 +124,7 @@ class Objective:
         batch = self.pairs.draw(counters)
         both, symmetry = torch.stack([batch.theta, batch.theta_star], dim=1), data.task.symmetry
         if data.orders is not None:
-            rows = torch.tensor([self.rows_of[run] for run in batch.runs.tolist()])
-            both = symmetry.apply(both, {group: order[rows] for group, order in data.orders.items()})
+            both = symmetry.apply(both, {group: order[batch.places] for group, order in data.orders.items()})
         if self.config.augmented:
             both = symmetry.apply(both, symmetry.draw(seed, counters))
         theta, theta_star = (both.to(dtype) * data.scale).unbind(1)
@@ -137,14 +135,10 @@ class Objective:
 
     def loss(self, network: nn.Module, examples: Examples, device: torch.device) -> Loss:
         """Loss of each example under `network`, which may be a parallel wrapper of the model."""
-        theta, theta_star, metric, metric_star, t, noise = (_to(device, value) for value in examples)
+        theta, theta_star, metric, metric_star, t, noise = (onto(device, value) for value in examples)
         noised = self.diffusion.q_sample(theta_star, t, noise)
         output = network(noised, t, theta, metric, metric_star)
         return self.diffusion.loss(output, theta_star, noised, t, noise)
-
-
-def _to(device: torch.device, value: Tensor) -> Tensor:
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def training_flops(config: GptConfig) -> int:
@@ -164,7 +158,7 @@ def parameter_count(config: GptConfig) -> int:
 def plan(config: GptTrainConfig) -> dict[str, Any]:
     """What training would be: sizes and arithmetic."""
     data = TrainingZoo(replace(config, canonicalise=False))
-    shape = data.model_config()
+    shape = data.model_config
     flops = training_flops(shape)
     return {
         "config": asdict(config),

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common import foreign
 
-from triptych_gpt.experiments.prompted import measured
+from triptych_gpt.experiments.prompted import advanced, measured
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.trained import SamplerSettings, TrainedGpt
 
@@ -71,7 +71,8 @@ def prompt(
     not trained for, a network of another architecture, or one that is not finite or scores nothing finite; FileNotFoundError for
     an absent file.
     """
-    asked = _asked(trained, target)
+    asked, settings = _asked(trained, target), settings or SamplerSettings()
+    update = trained.update(settings, seed, progress)
     for name, value in (("recursive", recursive), ("samples", samples)):
         if value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
@@ -83,14 +84,17 @@ def prompt(
         )
     thetas, paths, rejected = theta.repeat(samples, 1), [scores[trained.metric]], torch.zeros(samples, dtype=torch.long)
     for step in range(recursive):
-        indices, metric = [i * _UPDATES + step for i in range(samples)], scores[trained.metric]
-        new = trained.sample(
-            thetas, metric, torch.full_like(metric, asked), settings=settings, seed=seed, indices=indices, progress=progress
-        )  # fmt: skip
-        found = measured(trained.task, new)
-        usable = ~found[trained.metric].isnan()
-        thetas = torch.where(usable[:, None], new, thetas)
-        scores = {name: torch.where(usable, values, scores[name]) for name, values in found.items()}
+        indices = [i * _UPDATES + step for i in range(samples)]
+        thetas, scores, usable = advanced(
+            update,
+            trained.task,
+            thetas,
+            scores,
+            trained.metric,
+            asked,
+            indices,
+            networks_at_once=settings.networks_at_once,
+        )
         paths.append(scores[trained.metric])
         rejected += ~usable
     if rejected.any():

@@ -1,6 +1,6 @@
 """`triptych-gpt prompt`: a network file in, networks that achieve a prompt out."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from triptych_common.run import provenance, write_json
 from triptych_gpt.experiments.records import plain
 from triptych_gpt.prompt import Answer, parse_target, prompt
 from triptych_gpt.trained import SamplerSettings, load
-
-PICKLES = (".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def prompt_command(config: PromptConfig) -> dict[str, Any]:
         raise ValueError("no target: say what to achieve, such as --target test_loss=0.3")
     trained = load(config.model)
     if config.task is not None:
-        trained.spec = type(trained.spec)(config.task, trained.spec.data, trained.spec.epochs)
+        trained.spec = replace(trained.spec, task=config.task)
     with ranks(config.device) as among:
         trained.to(among.device)
     network = config.checkpoint or _random(trained, config)

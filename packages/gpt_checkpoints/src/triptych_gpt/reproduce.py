@@ -134,8 +134,9 @@ def _study(config: ReproduceConfig) -> None:
     size, folder = SIZES[config.size], config.folder / "study"
     settings = config.evaluate_config().settings
     results = run_study(size.study, config.train_config(), folder, settings, size.amounts)
-    write_json(folder / "fig-3.7.json", {"experiment": "fig-3.7", "result": scaling(results), **provenance()})
-    for name, png in drawn("fig-3.7", scaling(results)).items():
+    result = scaling(results)
+    write_json(folder / "fig-3.7.json", {"experiment": "fig-3.7", "result": result, **provenance()})
+    for name, png in drawn("fig-3.7", result).items():
         write_bytes(folder / f"{name}.png", png)
 
 

@@ -1,5 +1,6 @@
 """Train a G.pt."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
         torch.set_float32_matmul_precision("high")
     data = TrainingZoo(config)
     check(config, data)
-    flops = training_flops(data.model_config())  # refuses, too, before there is a folder that knows this config
+    flops = training_flops(data.model_config)  # refuses, too, before there is a folder that knows this config
     identity = config.identity() | {"zoo": data.identity()}
     with (
         ranks(config.device) as among,
@@ -79,7 +80,7 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
 
 def make_state(config: GptTrainConfig, data: TrainingZoo, among: Ranks) -> TrainState:
     """A model freshly initialised, its average and AdamW, which decays linear weights only, as the config wants them run."""
-    model = Gpt(data.model_config())
+    model = Gpt(data.model_config)
     model.initialize_weights(randomness.generator(config.seed, "init"))
     model = model.to(config.dtype)
 
@@ -112,7 +113,7 @@ def save_average(
             "metric": data.metric,
             "better": data.zoo.better[data.metric],
             "trained_range": [low, high],
-            "task": {"task": data.spec.task, "data": data.spec.data, "epochs": data.spec.epochs},
+            "task": asdict(data.spec),
             "zoo": data.identity(),
             "seed": config.seed,
             "pairs_seen": state.samples_seen,

@@ -147,10 +147,12 @@ class TrainedGpt:
             steps = diffusers_steps(denoise, self.diffusion, noise, scheduler)
         return final(steps, progress)
 
-    def update(self, settings: SamplerSettings | None = None, seed: int = 0) -> Update:
+    def update(
+        self, settings: SamplerSettings | None = None, seed: int = 0, progress: Callable[[], None] = lambda: None
+    ) -> Update:
         """`sample` as experiments take it."""
         return lambda theta, metric, target, indices: self.sample(
-            theta, metric, target, settings=settings, seed=seed, indices=indices
+            theta, metric, target, settings=settings, seed=seed, indices=indices, progress=progress
         )
 
 

@@ -16,7 +16,7 @@ from triptych_gpt.experiments.sweep import trained_best
 from triptych_gpt.experiments.update import Update
 from triptych_gpt.tasks import Metric, Task
 from triptych_gpt.trained import SamplerSettings, TrainedGpt
-from triptych_gpt.zoo.cohorts import recipe_digest
+from triptych_gpt.zoo.source import recipe_of
 from triptych_gpt.zoo.zoo import Zoo
 
 CANDIDATES = (0.0, 0.1, 0.5, 0.9, 1.0)  # quantiles of the metric at which training runs end
@@ -79,8 +79,8 @@ class Bench:
                 f"{self.zoo.path}: networks of {self.zoo.layout.size:,} parameters, the model was trained on "
                 f"{self.trained.model.config.symmetry.layout.size:,}; give the zoo that it was trained on"
             )
-        recipe, known = recipe_digest(self.zoo.facts.get("recipe", {})), self.trained.facts.get("zoo")
-        if known and not recipe.startswith(known["recipe"]):  # a converted model's file does not know
+        known = self.trained.facts.get("zoo")
+        if known and known["recipe"] != recipe_of(self.zoo):  # a converted model's file does not know
             raise ValueError(
                 f"{self.zoo.path}: collected by another recipe than the zoo of the model, whose training runs it cannot hold; "
                 "give the zoo that it was trained on"
@@ -90,12 +90,8 @@ class Bench:
     def check(self) -> None:
         """Raises ValueError where the zoo has too few unseen runs, before a folder knows the amounts."""
         wanted = max(self.amounts.networks, self.amounts.baseline_networks)
-        for split, count in (("test", wanted), ("validation", self.amounts.baseline_networks)):
-            held = self.zoo.splits.get(split, 0)
-            if held < count:
-                raise ValueError(
-                    f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; ask for fewer, or collect more"
-                )
+        self._rows("test", wanted)
+        self._rows("validation", self.amounts.baseline_networks)
 
     @property
     def task(self) -> Task:
@@ -123,10 +119,15 @@ class Bench:
 
     def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
         """Untrained networks of the first runs of a split. Raises ValueError where it has fewer."""
-        rows = self.training if split == "train" else self.zoo.runs_in(split)
-        if count > len(rows):
-            raise ValueError(f"{count:,} networks of {split} runs: {self.zoo.path} has {len(rows):,}; ask for fewer")
-        return self.zoo.theta(rows[:count], [0] * count).to(self.trained.device)  # where it is scored
+        return self.zoo.theta(self._rows(split, count), [0] * count).to(self.trained.device)  # where it is scored
+
+    def _rows(self, split: str, count: int) -> Int[np.ndarray, " count"]:
+        held = len(self.training) if split == "train" else self.zoo.splits.get(split, 0)
+        if count > held:
+            raise ValueError(
+                f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; ask for fewer, or collect more"
+            )
+        return (self.training if split == "train" else self.zoo.runs_in(split))[:count]
 
     @property
     def update(self) -> Update:
@@ -144,9 +145,9 @@ class Bench:
 
     @cached_property
     def best_prompt(self) -> float:
-        """What to ask for when asking for the best: the task's own prompt, the best of the zoo, and
-        values at which training runs end, the one whose updates of
-        validation networks score best. The thesis, too, asks for a value near the best. [thesis 3.4.1]
+        """What to ask for when asking for the best: of the task's own prompt, the best of the zoo and values at which training
+        runs end, the one whose updates of validation networks score best. The thesis, too, asks for a value near the best.
+        [thesis 3.4.1]
         """
         finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.training), -1].double()
         levels = torch.tensor(CANDIDATES, dtype=torch.float64)

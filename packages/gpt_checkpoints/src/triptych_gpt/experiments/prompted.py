@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from triptych_gpt.experiments.update import Update
@@ -44,6 +44,35 @@ def prompted(
             f"an update gave networks of shape {tuple(theta_star.shape)} for {tuple(theta.shape)}; expected one for each"
         )
     return Updated(theta_star, measured(task, theta_star, networks_at_once=networks_at_once))
+
+
+class Advanced(NamedTuple):
+    """Networks after one more update, and every metric; those whose update was of no use (`usable`, on the CPU) are as before."""
+
+    theta: Float[Tensor, "n D"]
+    metrics: Mapping[str, Float[Tensor, " n"]]
+    usable: Bool[Tensor, " n"]
+
+
+def advanced(
+    update: Update,
+    task: Task,
+    theta: Float[Tensor, "n D"],
+    metrics: Mapping[str, Float[Tensor, " n"]],
+    metric: str,
+    prompt: float | int,
+    indices: Sequence[int],
+    *,
+    networks_at_once: int = 256,
+) -> Advanced:
+    """One step of recursive prompting: every network asked for the same value of a metric. One whose update is not finite, or
+    scores nothing finite, stays as it is.
+    """
+    target = torch.full((len(theta),), float(prompt), dtype=torch.float64)
+    new = prompted(update, task, theta, metrics[metric], target, indices, networks_at_once=networks_at_once)
+    usable = ~new.metrics[metric].isnan()
+    kept = {name: torch.where(usable, values, metrics[name]) for name, values in new.metrics.items()}
+    return Advanced(torch.where(usable.to(theta.device)[:, None], new.theta, theta), kept, usable)
 
 
 def measured(task: Task, theta: Float[Tensor, "n D"], *, networks_at_once: int = 256) -> dict[str, Float[Tensor, " n"]]:

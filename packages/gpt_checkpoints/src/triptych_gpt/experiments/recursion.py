@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from triptych_gpt.experiments.prompted import prompted, starting_metrics
+from triptych_gpt.experiments.prompted import advanced, starting_metrics
 from triptych_gpt.experiments.records import plain
 from triptych_gpt.experiments.update import Update
 from triptych_gpt.tasks.task import Metric, Task
@@ -109,12 +109,10 @@ def _follow(
     history, rejected, networks = [current], 0, len(theta)
     for number in range(updates):
         first = first_index + number * networks
-        target = torch.full((networks,), float(prompt), dtype=torch.float64)
         indices = range(first, first + networks)
-        new = prompted(update, task, theta, current[metric.name], target, indices, networks_at_once=networks_at_once)
-        usable = ~new.metrics[metric.name].isnan()
-        theta = torch.where(usable.to(theta.device)[:, None], new.theta, theta)
-        current = {name: torch.where(usable, values, current[name]) for name, values in new.metrics.items()}
+        theta, current, usable = advanced(
+            update, task, theta, current, metric.name, prompt, indices, networks_at_once=networks_at_once
+        )
         history.append(current)
         rejected += int((~usable).sum())
     return {name: torch.stack([one[name] for one in history], dim=1) for name in current}, rejected

@@ -16,11 +16,12 @@ from triptych_gpt.experiments.filters import filters_before_and_after, shows_fil
 from triptych_gpt.experiments.hand_designed import OPTIMIZERS, optimise, spaced_steps
 from triptych_gpt.experiments.landscape import landscape
 from triptych_gpt.experiments.neighbours import nearest_neighbour_scores
-from triptych_gpt.experiments.prompted import prompted, starting_metrics
+from triptych_gpt.experiments.prompted import Updated, prompted, starting_metrics
 from triptych_gpt.experiments.quality import kl_last_step, quality_against_steps
 from triptych_gpt.experiments.records import plain
 from triptych_gpt.experiments.recursion import new_networks, recursive_prompting
 from triptych_gpt.experiments.sweep import prompt_sweep
+from triptych_gpt.experiments.update import Update
 from triptych_gpt.memorization import audit
 from triptych_gpt.tasks import SupervisedTask
 from triptych_gpt.trained import SamplerSettings
@@ -36,7 +37,8 @@ def one_step(bench: Bench) -> dict[str, Any]:
     n = bench.amounts.baseline_networks
     test, tuning = bench.starts("test", n), bench.starts("validation", n)
     start = starting_metrics(bench.task, test, bench.metric)
-    found = {name: _at_best(bench, test, start, name) for name in ("G.pt", *bench.baselines)}
+    updates = {"G.pt": bench.update, **bench.baselines}
+    found = {name: _asked(bench, test, start, update).metrics for name, update in updates.items()}
     figures = {}
     for metric in bench.task.metrics:
         methods = [_method(name, "model" if name == "G.pt" else "baseline", values[metric.name])
@@ -62,7 +64,7 @@ def optimisation_curves(bench: Bench) -> dict[str, Any]:
     n, metric = bench.amounts.baseline_networks, bench.metric.name
     test, tuning = bench.starts("test", n), bench.starts("validation", n)
     start = starting_metrics(bench.task, test, bench.metric)
-    level = _estimate(_at_best(bench, test, start, "G.pt")[metric])
+    level = _estimate(_asked(bench, test, start, bench.update).metrics[metric])
     steps = spaced_steps(bench.amounts.optimizer_steps or bench.task.steps)
     curves = []
     for name in _optimizers(bench):
@@ -150,21 +152,21 @@ def neighbours(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memorisation(bench: Bench) -> dict[str, Any]:
-    """The audit of updates of unseen networks, one each, that ask for the best."""
+def memorisation(bench: Bench, prompt: float | int | None = None) -> dict[str, Any]:
+    """The audit of updates of unseen networks, one each, that ask for the best, or for `prompt`."""
+    prompt = bench.best_prompt if prompt is None else float(prompt)
     count = min(bench.amounts.audit_samples, len(bench.zoo.runs_in("test")))
     theta = bench.starts("test", count)
-    before = starting_metrics(bench.task, theta, bench.metric)[bench.metric.name]
-    target = torch.full_like(before, bench.best_prompt)
-    new = prompted(bench.update, bench.task, theta, before, target, range(count))
+    new = _asked(bench, theta, starting_metrics(bench.task, theta, bench.metric), bench.update, prompt)
     finite = new.theta.isfinite().all(1)
     if not finite.any():
         raise ValueError(f"none of {count:,} updates is finite, so there is nothing to audit; train the model further")
     found = audit(
-        new.theta[finite], bench.zoo, bench.task, bench.metric.name, target[finite], bench.trained.scale, seed=bench.seed,
+        new.theta[finite], bench.zoo, bench.task, bench.metric.name,
+        torch.full((int(finite.sum()),), prompt, dtype=torch.float64), bench.trained.scale, seed=bench.seed,
         every=bench.amounts.every, rows=bench.training,
     )  # fmt: skip
-    return {"prompt": bench.best_prompt, "non_finite": int((~finite).sum()), **found.as_dict()}
+    return {"prompt": prompt, "non_finite": int((~finite).sum()), **found.as_dict()}
 
 
 def sampler_steps(bench: Bench) -> dict[str, Any]:
@@ -194,22 +196,24 @@ def filters(bench: Bench) -> dict[str, Any]:
     if not shows_filters(layout):
         return {"none": f"the first layer of {bench.task.name} does not look at square images"}
     theta = bench.starts("test", 1)
-    before = starting_metrics(bench.task, theta, bench.metric)[bench.metric.name]
-    new = prompted(bench.update, bench.task, theta, before, torch.full_like(before, bench.best_prompt), [0])
+    start, name = starting_metrics(bench.task, theta, bench.metric), bench.metric.name
+    new = _asked(bench, theta, start, bench.update)
     return filters_before_and_after(
-        layout, theta[0], new.theta[0], metric=bench.metric.name, before=float(before),
-        after=float(new.metrics[bench.metric.name]), prompt=bench.best_prompt,
+        layout, theta[0], new.theta[0], metric=name, before=float(start[name]), after=float(new.metrics[name]),
+        prompt=bench.best_prompt,
     )  # fmt: skip
 
 
-def _at_best(
-    bench: Bench, theta: Float[Tensor, "n D"], start: Mapping[str, Tensor], name: str
-) -> Mapping[str, Float[Tensor, " n"]]:
-    """Every metric after one update that asks for the best."""
-    update = bench.update if name == "G.pt" else bench.baselines[name]
-    target = torch.full((len(theta),), bench.best_prompt, dtype=torch.float64)
-    before = start[bench.metric.name]
-    return prompted(update, bench.task, theta, before, target, range(len(theta))).metrics
+def _asked(
+    bench: Bench,
+    theta: Float[Tensor, "n D"],
+    start: Mapping[str, Float[Tensor, " n"]],
+    update: Update,
+    prompt: float | None = None,
+) -> Updated:
+    """One update that asks for the best, or for `prompt`, of networks that score `start`."""
+    target = torch.full((len(theta),), bench.best_prompt if prompt is None else prompt, dtype=torch.float64)
+    return prompted(update, bench.task, theta, start[bench.metric.name], target, range(len(theta)))
 
 
 def _optimizers(bench: Bench) -> tuple[str, ...]:

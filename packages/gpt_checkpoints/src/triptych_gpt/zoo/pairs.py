@@ -83,13 +83,17 @@ def stratified(metric: Float[Tensor, "runs checkpoints"], better: str = "lower")
 
 
 class PairBatch(NamedTuple):
-    """n pairs: theta at `checkpoints` of `runs` (numbers), theta_star at the later `checkpoints_star` of the same runs."""
+    """n pairs: theta at `checkpoints` of `runs` (numbers), theta_star at the later `checkpoints_star` of the same runs.
+
+    places: of these runs among all that pairs are drawn from.
+    """
 
     theta: Float[Tensor, "n D"]
     theta_star: Float[Tensor, "n D"]
     metrics: dict[str, Float[Tensor, " n"]]
     metrics_star: dict[str, Float[Tensor, " n"]]
     runs: Int[Tensor, " n"]
+    places: Int[Tensor, " n"]
     checkpoints: Int[Tensor, " n"]
     checkpoints_star: Int[Tensor, " n"]
 
@@ -97,15 +101,24 @@ class PairBatch(NamedTuple):
 class Pairs:
     """An endless sequence of pairs from the runs of one split of a zoo.
 
-    sampling: a name in SAMPLINGS, or a function of that kind. Raises ValueError for another name, or a split without runs.
+    sampling: a name in SAMPLINGS, or a function of that kind. runs: only the first so many. Raises ValueError for another name,
+    or a split without runs.
     """
 
-    def __init__(self, zoo: Zoo, split: str = "train", sampling: str | Sampling = "thesis", seed: int = 0) -> None:
+    def __init__(
+        self,
+        zoo: Zoo,
+        split: str = "train",
+        sampling: str | Sampling = "thesis",
+        seed: int = 0,
+        *,
+        runs: int | None = None,
+    ) -> None:
         if isinstance(sampling, str) and sampling not in SAMPLINGS:
             raise ValueError(f"sampling {sampling!r}: expected one of {', '.join(SAMPLINGS)}")
         self.zoo, self.split, self.seed = zoo, split, seed
         self.sampling: Sampling = SAMPLINGS[sampling] if isinstance(sampling, str) else sampling
-        self.rows = torch.from_numpy(zoo.runs_in(split))
+        self.rows = torch.from_numpy(zoo.runs_in(split)[:runs])
 
     def draw(
         self, counters: Sequence[int], out: tuple[Float[Tensor, "n D"], Float[Tensor, "n D"]] | None = None
@@ -125,6 +138,7 @@ class Pairs:
             metrics={name: values[rows, drawn.start] for name, values in metrics.items()},
             metrics_star={name: values[rows, drawn.target] for name, values in metrics.items()},
             runs=torch.from_numpy(self.zoo.runs.run)[rows],
+            places=drawn.run,
             checkpoints=drawn.start,
             checkpoints_star=drawn.target,
         )

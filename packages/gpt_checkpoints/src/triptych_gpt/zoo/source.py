@@ -5,6 +5,11 @@ from triptych_gpt.zoo.cohorts import TaskSpec, one_line, recipe_digest
 from triptych_gpt.zoo.zoo import Zoo
 
 
+def recipe_of(zoo: Zoo) -> str:
+    """What the zoo's runs are, as a short hash that models and results remember."""
+    return recipe_digest(zoo.facts.get("recipe", {}))[:16]
+
+
 def task_of(zoo: Zoo, task: str | None = None) -> tuple[Task, TaskSpec]:
     """The zoo's task, and how it was opened.
 
