@@ -25,15 +25,23 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
 
 
 def normal(
-    seed: int, stream: str, indices: Sequence[int], shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+    seed: int,
+    stream: str,
+    indices: Sequence[int],
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Float[Tensor, "batch *shape"]:
     """Standard normal noise, one tensor of `shape` for each index, drawn whole from that index's own generator.
 
-    Drawn in float32 and then cast, so a float64 run sees the numbers of a float32 run.
+    Drawn in float32 and then cast, so a float64 run sees the numbers of a float32 run. On another device it is drawn there, by
+    that device's generator: other numbers than the CPU's, of the same index alone.
     """
-    out = torch.empty(len(indices), *shape)
+    out = torch.empty(len(indices), *shape, device=device)
+    source = torch.Generator(device)
     for row, index in zip(out, indices, strict=True):
-        row.normal_(generator=generator(seed, stream, int(index)))
+        row.normal_(generator=source.manual_seed(_hash64(seed, stream, int(index)) >> 1))
     return out.to(dtype)
 
 

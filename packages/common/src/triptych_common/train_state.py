@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych_common import checkpoint
-from triptych_common.parallel import Execution, Ranks, distributed, local, prepare, whole
+from triptych_common.parallel import Execution, Ranks, average_gradients, distributed, local, prepare, whole
 
 COUNTERS = ("samples_seen", "step", "skipped", "skipped_in_a_row", "rollbacks", "rollbacks_in_a_row", "metered_steps")
 
@@ -46,8 +46,13 @@ class TrainState:
     execution: how `model` and `ema` are run, both from then on; a model to be sharded had better come on the CPU. Where
         they are sharded, calling either is an act of all ranks together, and so is every method but `counters`.
 
-    `parallel_model` is what a training step calls. `ema` is called as it is, without gradients.
-    Raises ValueError for a model without the blocks that `execution` needs, or a sharded one whose optimiser is made.
+    averaged_part: name of the submodule whose moving average is kept; the whole model by default.
+    several_passes: a step is more than one forward and backward pass, of parts of the model or differentiated twice, as in
+        adversarial training: the loop calls `model` itself, `optimise` after each pass, and `count` at the end.
+
+    `parallel_model` is what a training step calls otherwise. `ema` is called as it is, without gradients.
+    Raises ValueError for a model without the blocks that `execution` needs, or a sharded one whose optimiser is made or that
+    takes several passes.
     """
 
     model: nn.Module
@@ -58,6 +63,8 @@ class TrainState:
     grad_clip: float | None = 1.0
     learning_rate: Callable[[int], float] | None = None
     execution: Execution = field(default_factory=Execution)
+    averaged_part: str = ""
+    several_passes: bool = False
     samples_seen: int = 0
     step: int = 0
     skipped: int = 0
@@ -73,10 +80,12 @@ class TrainState:
         made = isinstance(self.optimizer, torch.optim.Optimizer)
         if made and self.sharded:
             raise ValueError("sharding replaces parameters: pass the function that makes the optimizer from them")
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if self.sharded and (self.several_passes or self.averaged_part):
+            raise ValueError("parallel 'fsdp' is not for training in several passes: use 'ddp'")
+        self.ema = copy.deepcopy(self.model.get_submodule(self.averaged_part)).requires_grad_(False).eval()
         prepare(self.model, self.among, self.execution)
         prepare(self.ema, self.among, replace(self.execution, activation_checkpointing=False, compile=False))
-        self.parallel_model = distributed(self.model, self.among)
+        self.parallel_model = self.model if self.several_passes else distributed(self.model, self.among)
         if not made:
             self.optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
 
@@ -88,10 +97,20 @@ class TrainState:
     def update(self, batch: Batch, metered: Mapping[str, Tensor]) -> bool:
         """Finish a step: clip, optimise, average, count; True if weights moved.
 
-        Non-finite gradients (told by their norm, which is the same on every rank) are thrown away and counted, and the
-        samples that made them stay counted as seen: a replay would make them again.
+        The samples of non-finite gradients stay counted as seen: a replay would make them again.
+        """
+        norm, finite = self.optimise()
+        self.count(batch, {**metered, "grad_norm": norm}, finite)
+        return finite
+
+    def optimise(self) -> tuple[Tensor, bool]:
+        """Clip and use the gradients there are, whose norm this returns, and whether they are finite: others are thrown away.
+
+        Parameters without a gradient stay. The norm, and so the answer, is the same on every rank.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if self.several_passes:
+            average_gradients(parameters, self.among)
         bound = math.inf if self.grad_clip is None else self.grad_clip
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, bound))
         finite = bool(torch.isfinite(norm))
@@ -100,15 +119,19 @@ class TrainState:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate(self.samples_seen)
             self.optimizer.step()
-            self._average(batch.size)
-            self._meter({**metered, "grad_norm": norm})
         self.optimizer.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def count(self, batch: Batch, metered: Mapping[str, Tensor], finite: bool) -> None:
+        """End a step whose gradients were all used (`finite`), or else one that is skipped: its numbers are not metered."""
+        if finite:
+            self._average(batch.size)
+            self._meter(metered)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.rollbacks_in_a_row = 0 if finite else self.rollbacks_in_a_row
         self.samples_seen += batch.size
         self.step += 1
-        return finite
 
     @torch.no_grad()
     def _average(self, batch_size: int) -> None:
@@ -116,9 +139,10 @@ class TrainState:
         if self.ema_rampup is not None:
             half_life = min(half_life, max(self.samples_seen, 1) * self.ema_rampup)
         decay = 0.5 ** (batch_size / half_life)
-        theirs = [local(p.detach()) for p in self.model.parameters()]
+        part = self.model.get_submodule(self.averaged_part)
+        theirs = [local(p.detach()) for p in part.parameters()]
         torch._foreach_lerp_([local(p) for p in self.ema.parameters()], theirs, 1 - decay)
-        for mine, other in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+        for mine, other in zip(self.ema.buffers(), part.buffers(), strict=True):
             mine.copy_(other)
 
     def _meter(self, values: Mapping[str, Tensor]) -> None:

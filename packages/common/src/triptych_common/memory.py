@@ -1,0 +1,20 @@
+"""The C library's memory: what to do about page faults in training on a CPU."""
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, instead of handing large tensors back to the system and asking for new pages.
+
+    Convolutional networks on a CPU run up to twice as fast, since glibc maps every tensor of more than 32 MB anew and each of
+    its pages then faults once. Other C libraries are left alone.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, _NEVER)
+            mallopt(_TRIM_THRESHOLD, _NEVER)

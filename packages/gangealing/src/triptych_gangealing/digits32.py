@@ -1,0 +1,196 @@
+"""Coloured jittered digits: an unaligned data set in which the place and colour of everything is known.
+
+Every MNIST digit is drawn many times, each time rotated, scaled, shifted and coloured anew on a background with a smooth
+gradient. Item i shows digit `i mod len(source)`; its jitter is a function of (seed, i) alone, and recorded.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from triptych_common.data import load
+from triptych_common.data.source import ImageSource
+from triptych_common.randomness import uniform
+
+CANVAS = 32  # shifts are in pixels of this canvas, of which an unscaled digit's own 28 x 28 cover 28 x 28
+DIGIT = 28
+MAX_ANGLE, MIN_SCALE, MAX_SHIFT_PX = math.pi / 3, 0.6, 4.0
+MIN_CONTRAST, MARGIN, MAX_GRADIENT = 0.4, 0.15, 0.16  # lumas, of 0 (black) .. 1 (white)
+LUMA = (0.299, 0.587, 0.114)
+RECIPE = 1  # of the pixels: goes into the fingerprint, and up with any change to them
+
+
+class Jitters(NamedTuple):
+    """How each of n items is drawn.
+
+    Convention: x to the right, y down; `shift_px` (x, y) is where the digit's middle lies from the canvas's, in pixels of a
+    32-pixel canvas, whatever the size drawn; a positive angle turns the digit counter-clockwise as one sees it.
+    Colours are RGB in 0..1: `background` at the canvas's middle, from where it brightens by gradient . (x, y), with x and y
+    from -1 to 1 across the canvas, and is clamped.
+    """
+
+    item: Int[Tensor, " n"]  # in this data set
+    digit: Int[Tensor, " n"]  # in its source
+    label: Int[Tensor, " n"]  # 0..9, also where one digit alone makes the data set
+    angle: Float[Tensor, " n"]  # radians
+    scale: Float[Tensor, " n"]
+    shift_px: Float[Tensor, "n 2"]
+    foreground: Float[Tensor, "n 3"]
+    background: Float[Tensor, "n 3"]
+    gradient: Float[Tensor, "n 2"]
+
+    def to(self, device: torch.device | str) -> "Jitters":
+        return Jitters(*(values.to(device) for values in self))
+
+
+def affine(jitters: Jitters) -> Float[Tensor, "n 2 3"]:
+    """Where each point of the canvas lies in the digit's own image: the ground truth of an alignment.
+
+    Convention: maps output (canvas) to input (digit) coordinates, (x, y, 1) to (x, y), x to the right and y down, -1 and 1
+    at the outer edges of the first and last pixel (align_corners=False): the theta of `torch.nn.functional.affine_grid`.
+    It does not depend on the size drawn.
+    """
+    cos, sin = jitters.angle.cos(), jitters.angle.sin()
+    turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    linear = turn * (CANVAS / (DIGIT * jitters.scale))[:, None, None]
+    shift = jitters.shift_px / (CANVAS / 2)
+    return torch.cat([linear, -linear @ shift[..., None]], dim=2)
+
+
+def render(
+    digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, size: int = CANVAS
+) -> UInt8[Tensor, "n 3 {size} {size}"]:
+    """Draw digits as their jitters say; antialiased, each pixel the mean of at least 2 x 2 points of an enlarged digit.
+
+    Ink that leaves the canvas is cut off at its border: some of it in about 1 item of 20, rarely enough to notice.
+    """
+    if size < 8:
+        raise ValueError(f"size {size}: expected at least 8, below which no digit can be read")
+    n, points = len(digits), max(2, math.ceil(64 / size))
+    jitters = jitters.to(digits.device)
+    enlarged = F.interpolate(digits.float() / 255, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
+    grid = F.affine_grid(affine(jitters), [n, 1, size * points, size * points], align_corners=False)
+    ink = F.avg_pool2d(F.grid_sample(enlarged, grid, align_corners=False), points)
+    middles = (torch.arange(size, device=digits.device) + 0.5) * 2 / size - 1
+    slope_x, slope_y = jitters.gradient[:, :, None].unbind(1)
+    brighter = (slope_y * middles)[:, :, None] + (slope_x * middles)[:, None, :]
+    background = (jitters.background[:, :, None, None] + brighter[:, None]).clamp(0, 1)
+    pixels = background + (jitters.foreground[:, :, None, None] - background) * ink
+    return (pixels * 255).round().to(torch.uint8)
+
+
+class Digits32(ImageSource):
+    """Coloured jittered digits, drawn when asked for: `copies` of every digit of one split of `source`.
+
+    source: mnist5k, which needs no download (100,000 items of its 4,000 training digits), or mnist. digit: this digit
+    alone, one class. size: pixels of the square canvas. Angles are uniform within 60 degrees, scales in 0.6 .. 1, shifts
+    within 4 px in x and y; lumas of digit and background differ by at least 0.4, either may be the lighter.
+    Raises ValueError for another source, split or digit, or no copies.
+    """
+
+    lossy = False
+
+    def __init__(
+        self,
+        split: str = "train",
+        digit: int | None = None,
+        source: str = "mnist5k",
+        copies: int = 25,
+        seed: int = 0,
+        size: int = CANVAS,
+    ) -> None:
+        if source not in ("mnist5k", "mnist"):
+            raise ValueError(f"digits32 of {source!r}: expected mnist5k or mnist")
+        if digit is not None and not 0 <= digit <= 9:
+            raise ValueError(f"digits32:{digit}: expected a digit, 0 to 9")
+        if copies < 1:
+            raise ValueError(f"digits32: copies {copies}, expected at least 1")
+        data = load(source, split)
+        chosen = data.labels == digit if digit is not None else torch.ones_like(data.labels, dtype=torch.bool)
+        self.digits, self._digit_labels = data.images[chosen], data.labels[chosen]
+        self.split, self.digit, self.source, self.copies, self.seed, self.size = (
+            split,
+            digit,
+            source,
+            copies,
+            seed,
+            size,
+        )
+        self.name = "digits32" if digit is None else f"digits32:{digit}"
+        self.class_names = tuple(map(str, range(10))) if digit is None else (str(digit),)
+        self.num_classes = len(self.class_names)
+        labels = self._digit_labels if digit is None else torch.zeros_like(self._digit_labels)
+        self.labels = labels.repeat(copies)
+
+    def jitters(self, indices: Sequence[int] | Tensor) -> Jitters:
+        """How items are drawn."""
+        item = torch.as_tensor(indices, dtype=torch.long).reshape(-1)
+        if len(item) and not 0 <= int(item.min()) <= int(item.max()) < len(self):
+            raise IndexError(f"{self.name}: items {int(item.min())}..{int(item.max())}, expected 0..{len(self) - 1}")
+
+        def draw(quantity: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+            stream = f"digits32/{self.source}/{self.split}/{quantity}"
+            return low + (high - low) * uniform(self.seed, stream, item.numpy())
+
+        digit = item % len(self.digits)
+        foreground_luma, background_luma = _lumas(draw("polarity"), draw("contrast"), draw("luma"))
+        direction, strength = draw("gradient direction", 0, 2 * math.pi), draw("gradient strength", 0, MAX_GRADIENT)
+        geometry = (
+            draw("angle", -MAX_ANGLE, MAX_ANGLE),
+            draw("scale", MIN_SCALE, 1),
+            torch.stack([draw(f"shift {axis}", -MAX_SHIFT_PX, MAX_SHIFT_PX) for axis in "xy"], dim=1),
+        )
+        colours = (
+            _coloured(foreground_luma, draw("foreground hue"), draw("foreground saturation"), 0.0),
+            _coloured(background_luma, draw("background hue"), draw("background saturation"), MARGIN),
+            strength[:, None] * torch.stack([direction.cos(), direction.sin()], dim=1),
+        )
+        return Jitters(item, digit, self._digit_labels[digit], *(values.float() for values in (*geometry, *colours)))
+
+    def batch(self, indices: Sequence[int] | Tensor) -> UInt8[Tensor, "n 3 height width"]:
+        """Items as pixels."""
+        jitters = self.jitters(indices)
+        return render(self.digits[jitters.digit], jitters, self.size)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.batch([index])[0].permute(1, 2, 0).contiguous().numpy())
+
+    def locate(self, index: int) -> str:
+        return f"{self.name}/{self.split}[{index}]"
+
+    def fingerprint(self) -> str:
+        """Over the digits, their labels, and every setting that decides pixels."""
+        settings = (RECIPE, self.split, self.digit, self.source, self.copies, self.seed, self.size)
+        digest = hashlib.sha256(repr(settings).encode())
+        digest.update(self._digit_labels.numpy())
+        digest.update(self.digits.contiguous().numpy())
+        return f"recipe:{digest.hexdigest()}"
+
+
+def _lumas(polarity: Tensor, contrast: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Lumas of digit and background from three uniform numbers; the background keeps MARGIN from black and white, so that
+    its gradient shows.
+    """
+    contrast = MIN_CONTRAST + contrast * (1 - MARGIN - MIN_CONTRAST)
+    background = MARGIN + place * (1 - MARGIN - contrast)
+    foreground = background + contrast
+    dark_on_light = polarity < 0.5
+    return torch.where(dark_on_light, 1 - foreground, foreground), torch.where(
+        dark_on_light, 1 - background, background
+    )
+
+
+def _coloured(luma: Tensor, hue: Tensor, saturation: Tensor, margin: float) -> Tensor:
+    """RGB of a given luma: from gray towards a hue, by a share of the way to the walls of the cube (margin .. 1 - margin)."""
+    sixths = hue[:, None] * 6 + luma.new_tensor([0.0, 4.0, 2.0])
+    pure = (((sixths % 6) - 3).abs() - 1).clamp(0, 1)
+    towards = pure - (pure @ luma.new_tensor(LUMA))[:, None]
+    room = torch.where(towards > 0, 1 - margin - luma[:, None], luma[:, None] - margin)
+    reach = (room / towards.abs().clamp(min=1e-9)).amin(dim=1)
+    return luma[:, None] + (saturation * reach)[:, None] * towards

@@ -1,0 +1,269 @@
+"""Adaptive discriminator augmentation: the differentiable "bgc" pipeline and the heuristic for its probability.
+
+From Karras et al., "Training generative adversarial networks with limited data" (2020), appendix B. All geometric
+transformations of a sample are composed into one matrix and executed once, all colour transformations into another.
+Every random choice is a function of (seed, stream/quantity, counter): a sample's result knows nothing of its batch.
+
+Convention: x right, y down, in pixels, origin at the image's centre; positive angles turn counter-clockwise as seen.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from triptych_common.randomness import uniform
+
+from triptych_gangealing.stylegan2.affine import transform
+
+# Homogeneous colours: the projection on the grey axis, and the infinitesimal turn about it.
+_EYE = torch.eye(4, dtype=torch.float64)
+_LUMA = torch.tensor([[1, 1, 1, 0]] * 3 + [[0, 0, 0, 0]], dtype=torch.float64) / 3
+_TURN = torch.tensor([[0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0] * 4], dtype=torch.float64) / math.sqrt(3)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Which transformations: for each a multiplier of p in 0..1 (0 is off), then the published strengths."""
+
+    x_flip: float = 0.0
+    rotate90: float = 0.0
+    integer_translation: float = 0.0
+    scale: float = 0.0
+    rotation: float = 0.0
+    anisotropic_scale: float = 0.0
+    fractional_translation: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    luma_flip: float = 0.0
+    hue: float = 0.0
+    saturation: float = 0.0
+
+    integer_translation_max: float = 0.125  # of the image's width and height
+    scale_std: float = 0.2  # in octaves: the factor is 2 ** N(0, std^2)
+    rotation_max: float = 1.0  # of half a turn
+    anisotropic_scale_std: float = 0.2  # octaves
+    fractional_translation_std: float = 0.125  # of the image's width and height
+    brightness_std: float = 0.2  # images span -1..1
+    contrast_std: float = 0.5  # octaves
+    hue_max: float = 1.0  # of half a turn
+    saturation_std: float = 1.0  # octaves
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, strength = getattr(self, field.name), field.name.endswith(("_max", "_std"))
+            if not 0 <= value <= (math.inf if strength else 1) or math.isinf(value):
+                expected = "a number of at least 0" if strength else "a multiplier of p in 0..1"
+                raise ValueError(f"augmentation {field.name}={value}: expected {expected}")
+
+
+_BLIT = dict.fromkeys(("x_flip", "rotate90", "integer_translation"), 1.0)
+_GEOM = dict.fromkeys(("scale", "rotation", "anisotropic_scale", "fractional_translation"), 1.0)
+_COLOR = dict.fromkeys(("brightness", "contrast", "luma_flip", "hue", "saturation"), 1.0)
+PRESETS = {
+    "blit": AugmentConfig(**_BLIT),
+    "geom": AugmentConfig(**_GEOM),
+    "color": AugmentConfig(**_COLOR),
+    "bg": AugmentConfig(**_BLIT, **_GEOM),
+    "bgc": AugmentConfig(**_BLIT, **_GEOM, **_COLOR),
+}
+BGC = PRESETS["bgc"]
+
+
+@dataclass(frozen=True)
+class AdaptiveProbability:
+    """The published heuristic: p rises while E[sign D(real)] is above target, else falls, by equal steps.  [section 3.1]
+
+    `target` of E[sign D(real)]; an adjustment every `interval` steps, such that p takes `ada_kimg` thousand images
+    from 0 to 1. As published p is clamped at 0 only; above 1 everything is applied, and p takes as long to come back.
+    """
+
+    target: float = 0.6
+    interval: int = 4
+    ada_kimg: float = 500
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.target <= 1:
+            raise ValueError(f"ADA target {self.target} is outside -1..1, the range of E[sign D(real)]")
+        if self.interval < 1 or not self.ada_kimg > 0:
+            raise ValueError(f"ADA interval {self.interval} and kimg {self.ada_kimg}: expected at least 1, above 0")
+
+    def is_due(self, step: int) -> bool:
+        """Whether p is adjusted after `step` finished steps."""
+        return step > 0 and step % self.interval == 0
+
+    def adjusted(self, p: float, sign_sum: float | int, count: float | int, batch_size: int) -> float:
+        """p after an adjustment, given the sum of sign D(real) and the number of logits since the last one.
+
+        Both are of the GLOBAL batch (all-reduced by the caller), `batch_size` too.
+        """
+        if count <= 0:
+            raise ValueError(f"{count} real logits since the last adjustment of p: expected at least one")
+        error = sign_sum / count - self.target
+        step = batch_size * self.interval / (self.ada_kimg * 1000)
+        return max(0.0, p + step * ((error > 0) - (error < 0)))
+
+
+def augment(
+    images: Float[Tensor, "n c h w"],
+    p: float | int | Float[Tensor, ""],
+    seed: int,
+    stream: str,
+    counters: Sequence[int],
+    config: AugmentConfig = BGC,
+) -> Float[Tensor, "n c h w"]:
+    """Augment images of about -1..1, each transformation of each sample applied with probability p * multiplier.
+
+    Image i is given the transformations of `counters[i]`, whatever its batch. Differentiable twice with respect to
+    images; p is a constant. Half precision is computed in float32. p = 0 returns `images` itself.
+    Raises ValueError for a p that is no probability (above 1 counts as 1), images smaller than 2x2, colour
+    transformations of other than 1 or 3 channels, or counters that do not match the images.
+    """
+    # numpy's integer arithmetic does not survive torch.compile, so there this is a break in the graph.
+    run = torch.compiler.disable(_augment) if torch.compiler.is_compiling() else _augment
+    return run(images, float(p), seed, stream, counters, config)
+
+
+def _augment(
+    images: Tensor, p: float, seed: int, stream: str, counters: Sequence[int], config: AugmentConfig
+) -> Tensor:
+    _check(images, p, counters, config)
+    if p == 0 or len(images) == 0:
+        return images
+    draws = _Draws(p, seed, stream, counters, config)
+    out = images if images.dtype in (torch.float32, torch.float64) else images.float()
+    with torch.autocast(images.device.type, enabled=False):
+        out = transform(out, _inverse_geometry(draws, *images.shape[-2:]))
+        out = _recolour(out, _colour(draws))
+    return out.to(images.dtype)
+
+
+def _check(images: Tensor, p: float, counters: Sequence[int], config: AugmentConfig) -> None:
+    channels, height, width = images.shape[1:]
+    if not 0 <= p < math.inf:
+        raise ValueError(f"augmentation probability {p}: expected a number of at least 0")
+    if len(counters) != len(images):
+        raise ValueError(f"{len(counters)} counters for {len(images)} images: expected one for each")
+    if min(height, width) < 2:
+        raise ValueError(f"images of {height}x{width} cannot be reflected at their edges: expected at least 2x2")
+    if channels not in (1, 3) and any(getattr(config, name) for name in _COLOR):
+        raise ValueError(f"colour augmentation of {channels} channels: expected 1 or 3; use preset 'bg' instead")
+
+
+class _Draws:
+    """The random choices of a batch: float64 on the CPU, one for each counter."""
+
+    def __init__(self, p: float, seed: int, stream: str, counters: Sequence[int], config: AugmentConfig) -> None:
+        self.p, self.seed, self.stream, self.counters, self.config = p, seed, stream, counters, config
+        self.n = len(counters)
+
+    def probability(self, name: str) -> float:
+        return min(self.p * getattr(self.config, name), 1.0)
+
+    def uniform(self, quantity: str) -> Float[Tensor, " n"]:
+        return uniform(self.seed, f"{self.stream}/{quantity}", self.counters)
+
+    def symmetric(self, quantity: str) -> Float[Tensor, " n"]:
+        """Uniform in -1..1."""
+        return 2 * self.uniform(quantity) - 1
+
+    def normal(self, quantity: str) -> Float[Tensor, " n"]:
+        return torch.special.ndtri(self.uniform(quantity).clamp(min=2.0**-54))
+
+    def gated(
+        self, name: str, value: Float[Tensor, " n"], neutral: float | int, probability: float | None = None
+    ) -> Float[Tensor, " n"]:
+        """`value` where the transformation is applied, else `neutral`; its gate is the quantity "name/gate"."""
+        probability = self.probability(name) if probability is None else probability
+        return torch.where(self.uniform(f"{name}/gate") < probability, value, neutral)
+
+
+def _matrices(size: int, entries: Mapping[tuple[int, int], Float[Tensor, " n"]]) -> Float[Tensor, "n k k"]:
+    """For each sample the identity with some entries replaced."""
+    first = next(iter(entries.values()))
+    out = torch.eye(size, dtype=first.dtype).repeat(len(first), 1, 1)
+    for (row, column), entry in entries.items():
+        out[:, row, column] = entry
+    return out
+
+
+def _shift(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, "n 3 3"]:
+    return _matrices(3, {(0, 2): x, (1, 2): y})
+
+
+def _turn(cos: Float[Tensor, " n"], sin: Float[Tensor, " n"]) -> Float[Tensor, "n 3 3"]:
+    return _matrices(3, {(0, 0): cos, (0, 1): sin, (1, 0): -sin, (1, 1): cos})
+
+
+def _inverse_geometry(draws: _Draws, height: int, width: int) -> Float[Tensor, "n 3 3"]:
+    """Output to input: the inverses of the drawn transformations, in the order in which they are applied."""
+    config, gated = draws.config, draws.gated
+    inverse = torch.eye(3, dtype=torch.float64)
+    if draws.probability("x_flip"):
+        sign = gated("x_flip", 1 - 2 * (draws.uniform("x_flip") < 0.5).double(), 1)
+        inverse = inverse @ _matrices(3, {(0, 0): sign})
+    if draws.probability("rotate90"):
+        angle = gated("rotate90", (4 * draws.uniform("rotate90")).floor(), 0) * (math.pi / 2)
+        inverse = inverse @ _turn(angle.cos().round(), -angle.sin().round())
+    if draws.probability("integer_translation"):
+        x, y = (config.integer_translation_max * draws.symmetric(f"integer_translation/{axis}") for axis in "xy")
+        x, y = (gated("integer_translation", shift.round(), 0) for shift in (x * width, y * height))
+        inverse = inverse @ _shift(-x, -y)
+    if draws.probability("scale"):
+        shrink = gated("scale", torch.exp2(-config.scale_std * draws.normal("scale")), 1)
+        inverse = inverse @ _matrices(3, {(0, 0): shrink, (1, 1): shrink})
+    if draws.probability("rotation"):
+        inverse = inverse @ _rotation_inverse(draws, "rotation_pre")
+    if draws.probability("anisotropic_scale"):
+        octaves = config.anisotropic_scale_std * draws.normal("anisotropic_scale")
+        shrink = gated("anisotropic_scale", torch.exp2(-octaves), 1)
+        inverse = inverse @ _matrices(3, {(0, 0): shrink, (1, 1): 1 / shrink})
+    if draws.probability("rotation"):
+        inverse = inverse @ _rotation_inverse(draws, "rotation_post")
+    if draws.probability("fractional_translation"):
+        x, y = (config.fractional_translation_std * draws.normal(f"fractional_translation/{axis}") for axis in "xy")
+        x, y = (gated("fractional_translation", shift, 0) for shift in (x * width, y * height))
+        inverse = inverse @ _shift(-x, -y)
+    return inverse.expand(draws.n, 3, 3)
+
+
+def _rotation_inverse(draws: _Draws, name: str) -> Float[Tensor, "n 3 3"]:
+    """One of the two rotations; each has the probability that makes p that of at least one of them."""
+    probability = 1 - math.sqrt(1 - draws.probability("rotation"))
+    angle = draws.gated(name, math.pi * draws.config.rotation_max * draws.symmetric(name), 0, probability)
+    return _turn(angle.cos(), -angle.sin())
+
+
+def _colour(draws: _Draws) -> Float[Tensor, "n 4 4"]:
+    """Homogeneous matrices on (red, green, blue, 1)."""
+    config, gated = draws.config, draws.gated
+    colour = torch.eye(4, dtype=torch.float64)
+    if draws.probability("brightness"):
+        add = gated("brightness", config.brightness_std * draws.normal("brightness"), 0)
+        colour = _matrices(4, {(0, 3): add, (1, 3): add, (2, 3): add}) @ colour
+    if draws.probability("contrast"):
+        gain = gated("contrast", torch.exp2(config.contrast_std * draws.normal("contrast")), 1)
+        colour = _matrices(4, {(0, 0): gain, (1, 1): gain, (2, 2): gain}) @ colour
+    if draws.probability("luma_flip"):
+        flip = gated("luma_flip", (draws.uniform("luma_flip") < 0.5).double(), 0)[:, None, None]
+        colour = (_EYE - 2 * flip * _LUMA) @ colour
+    if draws.probability("hue"):  # Rodrigues' rotation about the luma axis
+        angle = gated("hue", math.pi * config.hue_max * draws.symmetric("hue"), 0)[:, None, None]
+        colour = (_EYE + angle.sin() * _TURN + (1 - angle.cos()) * (_TURN @ _TURN)) @ colour
+    if draws.probability("saturation"):
+        gain = gated("saturation", torch.exp2(config.saturation_std * draws.normal("saturation")), 1)[:, None, None]
+        chroma = torch.diag(torch.tensor([1, 1, 1, 0])) - _LUMA
+        colour = (_EYE + (gain - 1) * chroma) @ colour
+    return colour.expand(draws.n, 4, 4)
+
+
+def _recolour(images: Float[Tensor, "n c h w"], colour: Float[Tensor, "n 4 4"]) -> Float[Tensor, "n c h w"]:
+    if (colour == _EYE).all():
+        return images
+    if images.shape[1] == 1:  # grey in, the mean of the resulting colour out
+        linear, offset = colour[:, :3, :3].sum((1, 2))[:, None, None] / 3, colour[:, :3, 3:].mean(1, keepdim=True)
+    else:
+        linear, offset = colour[:, :3, :3], colour[:, :3, 3:]
+    return torch.baddbmm(offset.to(images), linear.to(images), images.flatten(2)).view_as(images)

@@ -1,0 +1,89 @@
+"""Shapes of StyleGAN2's two networks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Architecture = Literal["skip", "resnet", "orig"]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    resolution: int = 32
+    """height and width of the images: a power of two, 8..1024"""
+    channel_base: int = 32768
+    """feature maps at resolution r: channel_base / r, at most channel_max; 16384 halves the published full width"""
+    channel_max: int = 512
+    """most feature maps of any layer"""
+    c_dim: int = 0
+    """number of classes of a conditional model; 0: unconditional"""
+    image_channels: int = 3
+    """colours of the images"""
+    conv_clamp: float | None = None
+    """bound on the activations of every convolution; 256 in mixed precision, None: none"""
+
+    def __post_init__(self) -> None:
+        if self.resolution not in (8, 16, 32, 64, 128, 256, 512, 1024):
+            raise ValueError(f"resolution {self.resolution}: expected a power of two from 8 to 1024")
+        for name in ("channel_max", "image_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.channel_base < self.resolution:
+            raise ValueError(f"channel_base {self.channel_base}: expected at least the resolution, {self.resolution}")
+        if self.c_dim < 0:
+            raise ValueError(f"c_dim {self.c_dim}: expected a number of classes, or 0 for an unconditional model")
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Those of the blocks: 4, 8 .. resolution."""
+        return tuple(2**i for i in range(2, self.resolution.bit_length()))
+
+    def channels_at(self, resolution: int) -> int:
+        """Feature maps at a resolution."""
+        return min(self.channel_base // resolution, self.channel_max)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig(_Shape):
+    """Shape of a generator.  [Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN"]"""
+
+    z_dim: int = 512
+    """dimensions of z"""
+    w_dim: int = 512
+    """dimensions of w"""
+    mapping_layers: int = 8
+    """layers from z to w"""
+    architecture: Architecture = "skip"
+    """how blocks make the image: a sum of RGB images, residual blocks, or plain ones"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("z_dim", "w_dim", "mapping_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+
+    @property
+    def num_ws(self) -> int:
+        """Number of style inputs: one for each convolution, the last layer's to RGB included."""
+        return 2 * len(self.resolutions)
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(_Shape):
+    """Shape of a discriminator.  [as above]"""
+
+    architecture: Architecture = "resnet"
+    """how blocks read the image: residual blocks, one RGB image for each, or plain ones"""
+    mapping_layers: int = 8
+    """layers of the class embedding of a conditional discriminator"""
+    mbstd_group_size: int = 4
+    """images over which the minibatch standard deviation is taken"""
+    mbstd_channels: int = 1
+    """feature maps that tell it; 0: none"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mbstd_group_size < 1 or self.mbstd_channels < 0 or self.mapping_layers < 1:
+            raise ValueError(
+                f"mbstd_group_size {self.mbstd_group_size}, mbstd_channels {self.mbstd_channels}, mapping_layers "
+                f"{self.mapping_layers}: expected at least 1, 0 and 1"
+            )

@@ -1,0 +1,197 @@
+"""StyleGAN2's generator.  [Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN"]
+
+Names of parameters are those of the files that stylegan2-ada-pytorch writes, which hold the resampling filter besides.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from triptych_common import randomness
+
+from triptych_gangealing.stylegan2 import ops
+from triptych_gangealing.stylegan2.config import GeneratorConfig
+from triptych_gangealing.stylegan2.layers import Conv2d, FullyConnected, Mapping
+
+Images = Float[Tensor, "batch channels height width"]
+Noise = str | Float[Tensor, "batch noise_size"]
+
+
+class StyledConv(nn.Module):
+    """Modulated 3x3 convolution, noise, bias and activation."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, resolution: int, config: GeneratorConfig, *, up: bool
+    ) -> None:
+        super().__init__()
+        self.resolution, self.resample, self.conv_clamp = resolution, "up" if up else "same", config.conv_clamp
+        self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+
+    def forward(self, x: Images, w: Float[Tensor, "batch w_dim"], noise: Noise, gain: float | int = 1.0) -> Images:
+        scale = gain * ops.ACTIVATION_GAINS["lrelu"]
+        x = ops.modulated_conv2d(x, self.weight, self.affine(w), resample=self.resample, gain=scale)
+        if isinstance(noise, Tensor):
+            noise = noise.view(-1, 1, self.resolution, self.resolution)
+            x = x + (noise * (self.noise_strength * scale)).to(x.dtype)
+        elif noise == "const":
+            x = x + (self.noise_const * (self.noise_strength * scale)).to(x.dtype)
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        return ops.bias_act(x, self.bias * scale, "lrelu", gain=1, clamp=clamp)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to an image, without demodulation."""
+
+    def __init__(self, in_channels: int, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.conv_clamp = config.conv_clamp
+        self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(config.image_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(config.image_channels))
+        self.weight_gain = 1 / math.sqrt(in_channels)
+
+    def forward(self, x: Images, w: Float[Tensor, "batch w_dim"]) -> Images:
+        x = ops.modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
+        return ops.bias_act(x, self.bias, clamp=self.conv_clamp)
+
+
+class SynthesisBlock(nn.Module):
+    """What happens at one resolution; the first starts from a learned constant."""
+
+    def __init__(self, resolution: int, config: GeneratorConfig) -> None:
+        super().__init__()
+        channels, last = config.channels_at(resolution), resolution == config.resolution
+        self.first, self.architecture = resolution == 4, config.architecture
+        if self.first:
+            self.const = nn.Parameter(torch.randn(channels, 4, 4))
+        else:
+            before = config.channels_at(resolution // 2)
+            self.conv0 = StyledConv(before, channels, resolution, config, up=True)
+            if config.architecture == "resnet":
+                self.skip = Conv2d(before, channels, 1, bias=False, resample="up")
+        self.conv1 = StyledConv(channels, channels, resolution, config, up=False)
+        self.torgb = ToRGB(channels, config) if last or config.architecture == "skip" else None
+        self.num_convs = 1 if self.first else 2
+
+    def forward(
+        self,
+        x: Images | None,
+        image: Images | None,
+        ws: Float[Tensor, "batch num_ws w_dim"],
+        noises: list[Noise],
+        dtype: torch.dtype,
+    ) -> tuple[Images, Images | None]:
+        w, noise = iter(ws.unbind(1)), iter(noises)
+        if x is None:
+            x = self.const.to(dtype).expand(len(ws), -1, -1, -1)
+            x = self.conv1(x, next(w), next(noise))
+        elif self.architecture == "resnet":
+            x = x.to(dtype)
+            skip = self.skip(x, gain=math.sqrt(0.5))
+            x = self.conv0(x, next(w), next(noise))
+            x = skip + self.conv1(x, next(w), next(noise), gain=math.sqrt(0.5))
+        else:
+            x = self.conv0(x.to(dtype), next(w), next(noise))
+            x = self.conv1(x, next(w), next(noise))
+        if image is not None:
+            image = ops.upsample2d(image)
+        if self.torgb is not None:
+            rgb = self.torgb(x, next(w)).to(ws.dtype)
+            image = rgb if image is None else image + rgb
+        return x, image
+
+
+class Synthesis(nn.Module):
+    """Styles to an image.
+
+    `bf16_resolutions`: how many of the highest resolutions run in bfloat16 (mixed precision); sums of images stay as they are.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config, self.bf16_resolutions = config, 0
+        for resolution in config.resolutions:
+            self.add_module(f"b{resolution}", SynthesisBlock(resolution, config))
+        convs = [r for r in config.resolutions for _ in range(1 if r == 4 else 2)]
+        self.noise_sizes = [r * r for r in convs]
+
+    def forward(self, ws: Float[Tensor, "batch num_ws w_dim"], *, noise: Noise = "const") -> Images:
+        """An image for each row of styles, about in [-1, 1].
+
+        noise: "const", the same for every image; "none"; or values for each image, `sum(noise_sizes)` of them, as `noise` draws.
+        Raises ValueError for another number of styles.
+        """
+        if ws.shape[1] != self.config.num_ws:
+            raise ValueError(f"{ws.shape[1]} styles for each image: expected {self.config.num_ws}")
+        noises = (
+            list(noise.split(self.noise_sizes, dim=1)) if isinstance(noise, Tensor) else [noise] * len(self.noise_sizes)
+        )
+        x = image = None
+        used = 0
+        for i, resolution in enumerate(self.config.resolutions):
+            block = getattr(self, f"b{resolution}")
+            low = i >= len(self.config.resolutions) - self.bf16_resolutions
+            here = slice(used, used + block.num_convs)
+            styles = ws[:, used : used + block.num_convs + 1]  # the last is the image's, and the next block's first
+            x, image = block(x, image, styles, noises[here], torch.bfloat16 if low else ws.dtype)
+            used += block.num_convs
+        return image
+
+    def noise(self, seed: int, stream: str, indices: range | list[int]) -> Float[Tensor, "batch noise_size"]:
+        """Noise inputs that belong to indices of a stream, on the device and of the type of the weights."""
+        weight = self.b4.const
+        return randomness.normal(
+            seed, stream, indices, (sum(self.noise_sizes),), dtype=weight.dtype, device=weight.device
+        )
+
+
+class Generator(nn.Module):
+    """Latents to images: `synthesis(styles(z))`."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mapping = Mapping(config.z_dim, config.c_dim, config.w_dim, config.mapping_layers)
+        self.synthesis = Synthesis(config)
+
+    @property
+    def num_ws(self) -> int:
+        """Number of styles of an image."""
+        return self.config.num_ws
+
+    def styles(
+        self,
+        z: Float[Tensor, "batch z_dim"],
+        c: Float[Tensor, "batch c_dim"] | None = None,
+        *,
+        truncation_psi: float | int = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Float[Tensor, "batch num_ws w_dim"]:
+        """The style of each layer: w repeated, the first `truncation_cutoff` (None: all) of them drawn towards the mean w.
+
+        c: one-hot classes, where the model is conditional. Raises ValueError where labels are missing or too many.
+        """
+        ws = self.mapping(z, c).unsqueeze(1).repeat(1, self.num_ws, 1)
+        if truncation_psi == 1:
+            return ws
+        cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+        truncated = self.mapping.w_avg.lerp(ws[:, :cutoff], float(truncation_psi))
+        return torch.cat([truncated, ws[:, cutoff:]], dim=1)
+
+    def forward(
+        self,
+        z: Float[Tensor, "batch z_dim"],
+        c: Float[Tensor, "batch c_dim"] | None = None,
+        *,
+        truncation_psi: float | int = 1.0,
+        truncation_cutoff: int | None = None,
+        noise: Noise = "const",
+    ) -> Images:
+        """Images of latents; see `styles` and `Synthesis`."""
+        ws = self.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+        return self.synthesis(ws, noise=noise)

@@ -1,0 +1,126 @@
+"""What the two networks are trained for: non-saturating losses, R1 and path lengths.
+
+Every random choice of a sample (latent, class, style mixing, noise, augmentation) is a function of (seed, stream, counter).
+[Karras et al. 2020, section 3; Karras et al. 2020, "Training GANs with Limited Data", ADA]
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from triptych_common import randomness
+from triptych_common.parallel import onto
+
+from triptych_gangealing.data import TrainingImages
+from triptych_gangealing.stylegan2.augment import PRESETS as PIPELINES
+from triptych_gangealing.stylegan2.augment import augment
+from triptych_gangealing.stylegan2.discriminator import Discriminator, grouped
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.train_config import GanTrainConfig
+
+Images = Float[Tensor, "batch channels height width"]
+
+
+class Objective:
+    """Losses of a run, each of the samples of some counters.
+
+    Means are over those samples alone: a caller that deals a batch to ranks or micro-batches weights them by their share.
+    """
+
+    def __init__(
+        self, config: GanTrainConfig, images: TrainingImages, generator: Generator, discriminator: Discriminator
+    ) -> None:
+        self.config, self.images = config, images
+        self.generator, self.discriminator = generator, discriminator
+        self.pipeline = PIPELINES[config.augment] if config.augment != "none" else None
+        weight = next(generator.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def generated(self, stream: str, counters: Sequence[int]) -> tuple[Images, Tensor | None, Tensor, Tensor]:
+        """Images of the samples of a stream, their classes, the styles they are made of, and w before mixing."""
+        seed, config = self.config.seed, self.config
+        c = self._classes(stream, counters)
+        z = self._latents(f"{stream}/z", counters)
+        w = self.generator.mapping(z, c)
+        ws = w.unsqueeze(1).repeat(1, self.generator.num_ws, 1)
+        if config.style_mixing > 0:
+            other = self.generator.mapping(self._latents(f"{stream}/z-mixed", counters), c)
+            layer = torch.arange(self.generator.num_ws)
+            mixed = randomness.uniform(seed, f"{stream}/mixed", counters) < config.style_mixing
+            cut = 1 + (randomness.uniform(seed, f"{stream}/cut", counters) * (len(layer) - 1)).long()
+            replaced = mixed[:, None] & (layer >= cut[:, None])
+            ws = torch.where(replaced.to(self.device)[:, :, None], other.unsqueeze(1), ws)
+        noise = self.generator.synthesis.noise(seed, f"{stream}/noise", counters)
+        return self.generator.synthesis(ws, noise=noise), c, ws, w
+
+    def real(self, counters: Sequence[int]) -> tuple[Images, Tensor | None]:
+        """Training images of some counters in [-1, 1], and their classes: every epoch in another order."""
+        items = randomness.shuffled(self.config.seed, "order", counters, len(self.images))
+        pixels = onto(self.device, self.images.batch(items))
+        return pixels.to(self.dtype) / 127.5 - 1, self._one_hot(self.images.labels[items])
+
+    def generator_loss(self, counters: Sequence[int], p: float) -> tuple[Tensor, Tensor]:
+        """-log sigmoid D(G(z)), the mean; and the mean w, of which the caller keeps a running average."""
+        counters = self._in_groups(counters)
+        images, c, _, w = self.generated("generator", counters)
+        logits = self._judged(images, c, "generator", counters, p)
+        return F.softplus(-logits).mean(), w.detach().mean(dim=0)
+
+    def discriminator_loss(self, counters: Sequence[int], p: float) -> tuple[Tensor, Tensor]:
+        """-log(1 - sigmoid D(G(z))) - log sigmoid D(real), the mean; and the mean sign of D(real)."""
+        counters = self._in_groups(counters)
+        with torch.no_grad():
+            images, c, _, _ = self.generated("discriminator", counters)
+        fake = self._judged(images, c, "discriminator/fake", counters, p)
+        real_images, real_c = self.real(counters)
+        real = self._judged(real_images, real_c, "discriminator/real", counters, p)
+        loss = F.softplus(fake).mean() + F.softplus(-real).mean()
+        return loss, real.detach().sign().mean()
+
+    def r1_penalty(self, counters: Sequence[int], p: float) -> Tensor:
+        """|gradient of D at real images|^2, the mean; through the augmentation.  [Mescheder et al. 2018]"""
+        counters = self._in_groups(counters)
+        images, c = self.real(counters)
+        images.requires_grad_(True)
+        logits = self._judged(images, c, "discriminator/real", counters, p)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+    def path_length_penalty(self, counters: Sequence[int], mean: Tensor) -> tuple[Tensor, Tensor]:
+        """(length - mean)^2, averaged, and the mean length. A length is |J^T y| of a random image y, J of the styles.
+
+        mean: running average of the lengths of earlier batches.  [Karras et al. 2020, eq. 4]
+        """
+        images, _, ws, _ = self.generated("path", counters)
+        shape = tuple(images.shape[1:])
+        y = randomness.normal(
+            self.config.seed, "path/y", counters, shape, dtype=self.dtype, device=self.device
+        ) / math.sqrt(shape[1] * shape[2])
+        (gradient,) = torch.autograd.grad((images * y).sum(), ws, create_graph=True)
+        lengths = gradient.square().sum(dim=2).mean(dim=1).sqrt()
+        return (lengths - mean).square().mean(), lengths.detach().mean()
+
+    def _judged(self, images: Images, c: Tensor | None, stream: str, counters: Sequence[int], p: float) -> Tensor:
+        if self.pipeline is not None and p > 0:
+            images = augment(images, p, self.config.seed, f"{stream}/augment", counters, self.pipeline)
+        return self.discriminator(images, c)
+
+    def _in_groups(self, counters: Sequence[int]) -> list[int]:
+        order = grouped(len(counters), self.discriminator.config.mbstd_group_size)
+        return [counters[i] for i in order]
+
+    def _latents(self, stream: str, counters: Sequence[int]) -> Float[Tensor, "batch z_dim"]:
+        z_dim = self.generator.config.z_dim
+        return randomness.normal(self.config.seed, stream, counters, (z_dim,), dtype=self.dtype).to(self.device)
+
+    def _classes(self, stream: str, counters: Sequence[int]) -> Tensor | None:
+        """Of randomly drawn training images, so that classes are as frequent as there."""
+        items = (randomness.uniform(self.config.seed, f"{stream}/class", counters) * len(self.images)).long()
+        return self._one_hot(self.images.labels[items])
+
+    def _one_hot(self, labels: Tensor) -> Tensor | None:
+        classes = self.generator.config.c_dim
+        return F.one_hot(labels, classes).to(self.device, self.dtype) if classes else None

@@ -1,0 +1,180 @@
+"""Pickle's stack machine over plain data: it imports nothing, and neither functions nor classes ever enter it.
+
+A pickle is a program that may import and call anything. Here the few names that it may use are given, each with a function
+that makes what it stands for; any other name, and every other way to reach one, is refused by name.
+"""
+
+import io
+import mmap
+import pickletools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LITERALS = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE",
+    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_PLAIN_KEYS = (str, int, float, bool, bytes, type(None))  # hashing a nested tuple may overflow the stack
+
+
+class Refused(ValueError):
+    """What a pickle asks for and may not have; the text says what."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name that a pickle would import."""
+
+    text: str
+
+
+class Machine:
+    """Runs one pickle.
+
+    calls: what names make, given arguments; None: a name that is only mentioned. build: sets the state of an object that a call
+    made, or raises Refused.
+    """
+
+    def __init__(self, calls: Mapping[str, Callable[..., Any] | None], build: Callable[[Any, Any], None]) -> None:
+        self.calls, self.build = calls, build
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, content: mmap.mmap | io.BytesIO) -> Any:
+        """What the pickle makes. Raises Refused, or whatever a damaged one leads to."""
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            if opcode.name in _LITERALS:
+                self.stack.append(_CONSTANTS.get(opcode.name, argument))
+            elif not (self._bookkeeping(opcode.name, argument) or self._container(opcode.name)):
+                self._object(opcode.name, argument)
+        raise ValueError("no end")
+
+    def _bookkeeping(self, opcode: str, argument: Any) -> bool:
+        match opcode:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                self.below.append(self.stack)
+                self.stack = []
+            case "POP":  # of a mark, where nothing is above it
+                self.stack.pop() if self.stack else self._marked()
+            case "POP_MARK":
+                self._marked()
+            case "DUP":
+                self.stack.append(self.stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case _:
+                return False
+        return True
+
+    def _container(self, opcode: str) -> bool:
+        match opcode:
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "EMPTY_SET":
+                empty = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[opcode]
+                self.stack.append(empty())
+            case "LIST":
+                self.stack.append(self._marked())
+            case "TUPLE":
+                self.stack.append(tuple(self._marked()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                n = int(opcode[-1])
+                self.stack[-n:] = [tuple(self._last(n))]
+            case "DICT":
+                self.stack.append(dict(pairs(self._marked())))
+            case "FROZENSET":
+                self.stack.append(frozenset(plain_keys(self._marked())))
+            case "APPEND" | "APPENDS":
+                items = self._marked() if opcode == "APPENDS" else [self.stack.pop()]
+                self._top(list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = self._marked() if opcode == "SETITEMS" else [self.stack.pop(-2), self.stack.pop()]
+                self._top(dict).update(dict(pairs(items)))
+            case "ADDITEMS":
+                items = self._marked()
+                self._top(set).update(plain_keys(items))
+            case _:
+                return False
+        return True
+
+    def _object(self, opcode: str, argument: Any) -> None:
+        match opcode:
+            case "GLOBAL":
+                self.stack.append(self._name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                module, name = self.stack.pop(-2), self.stack.pop()
+                self.stack.append(self._name(module, name))
+            case "REDUCE" | "NEWOBJ":
+                function, arguments = self.stack.pop(-2), self.stack.pop()
+                self.stack.append(self._call(function, arguments))
+            case "NEWOBJ_EX":
+                function, arguments, keywords = self.stack.pop(-3), self.stack.pop(-2), self.stack.pop()
+                if type(keywords) is not dict or keywords:
+                    raise Refused("calls a class with keywords")
+                self.stack.append(self._call(function, arguments))
+            case "BUILD":
+                state = self.stack.pop()
+                self.build(self.stack[-1], state)
+            case "INST":
+                self._name(*argument.split(" ", 1))
+                raise Refused("uses the pickle opcode INST, which no network needs; nothing was run")
+            case _:  # persistent ids, extension codes, OBJ, out-of-band buffers, Python 2's strings
+                argument = f" {argument}" if type(argument) is int else ""
+                raise Refused(f"uses the pickle opcode {opcode}{argument}, which no network needs; nothing was run")
+
+    def _marked(self) -> list[Any]:
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def _last(self, n: int) -> list[Any]:
+        if len(self.stack) < n:
+            raise ValueError("empty stack")
+        return self.stack[-n:]
+
+    def _top(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            raise Refused(f"fills a {type(self.stack[-1]).__name__} as if it were a {kind.__name__}")
+        return self.stack[-1]
+
+    def _name(self, module: Any, name: Any) -> Name:
+        text = f"{module}.{name}" if type(module) is type(name) is str else "?"
+        text = text.replace("numpy._core.", "numpy.core.")  # since numpy 2
+        if text not in self.calls:
+            raise Refused(
+                f"names {ascii(text[:100])[1:-1]}, which no network needs and which could run code; nothing was run"
+            )
+        return Name(text)
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        call = self.calls.get(function.text) if type(function) is Name else None
+        if call is None or type(arguments) is not tuple:
+            raise Refused("calls what is no function")
+        try:
+            return call(*arguments)
+        except Refused:
+            raise
+        except Exception as error:  # of whatever kind: the arguments are anyone's
+            raise Refused(f"calls {function.text} with arguments that make nothing") from error
+
+
+def pairs(items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Keys and values that follow one another."""
+    return zip(plain_keys(items[::2]), items[1::2], strict=True)
+
+
+def plain_keys(items: Iterable[Any]) -> list[Any]:
+    """The same, where all may be keys. Raises Refused otherwise."""
+    items = list(items)
+    for item in items:
+        if type(item) not in _PLAIN_KEYS:
+            raise Refused(f"has a {type(item).__name__} as a key")
+    return items

@@ -1,0 +1,186 @@
+"""Checkpoints of rosinality/stylegan2-pytorch, both ways: other names, and a few dimensions of length one more.
+
+Its up-convolution is the transposed one of NVIDIA's files, its modulation theirs; only the small constant in the
+demodulation is at another place, which moves outputs by a millionth.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triptych_common import randomness
+
+from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
+from triptych_gangealing.stylegan2.discriminator import Discriminator
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.shapes import FILTER, without_filters
+
+Tensors = Mapping[str, Tensor]
+Row = tuple[str, str, str]  # our name, theirs, and how theirs is shaped
+MEAN_OF = 10_000  # latents whose mean w stands in for an average that a file lacks
+
+_GENERATOR_FILTERS = {r"convs\.\d+\.conv\.blur\.kernel": 4.0, r"to_rgbs\.\d+\.upsample\.kernel": 4.0}
+_DISCRIMINATOR_FILTERS = {r"convs\.\d+\.(conv2|skip)\.0\.kernel": 1.0}
+
+
+def generator_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Tensors of a checkpoint's generator by NVIDIA's names; None where it has none.
+
+    The average is preferred over the generator in training; a bare state dict is one too. Without "latent_avg" there is no
+    "mapping.w_avg" either: see `mean_style`.
+    Raises ValueError, naming the tensor, for one that is missing, oddly shaped or unknown, or another filter than [1, 3, 3, 1].
+    """
+    state = next((content[key] for key in ("g_ema", "g") if isinstance(content.get(key), Mapping)), content)
+    if not any(str(name).endswith("input.input") for name in state):
+        return None
+    state = without_filters(_unwrapped(state), _GENERATOR_FILTERS)
+    layers, blocks = _count(state, r"style\.(\d+)\.weight"), _count(state, r"to_rgbs\.(\d+)\.conv\.weight")
+    tensors = _to_ours(state, _generator_rows(layers, blocks))
+    if isinstance(average := content.get("latent_avg"), Tensor):
+        tensors["mapping.w_avg"] = average.flatten()
+    return tensors
+
+
+def discriminator_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The same of its discriminator."""
+    state = content.get("d")
+    if not isinstance(state, Mapping) or not any(str(name).endswith("final_conv.0.weight") for name in state):
+        return None
+    state = without_filters(_unwrapped(state), _DISCRIMINATOR_FILTERS)
+    return _to_ours(state, _discriminator_rows(_count(state, r"convs\.(\d+)\.skip\.1\.weight")))
+
+
+@torch.no_grad()
+def mean_style(generator: Generator) -> Tensor:
+    """The mean w over `MEAN_OF` fixed latents."""
+    z = randomness.normal(0, "mean style", range(MEAN_OF), (generator.config.z_dim,))
+    return generator.mapping(z).mean(0)
+
+
+def to_rosinality(generator: Generator, discriminator: Discriminator | None = None) -> dict[str, Any]:
+    """A checkpoint that their code loads: "g_ema", "latent_avg" and, where given, "d"; with filters, as strict loading needs.
+
+    Raises ValueError for networks of a design that theirs have not.
+    """
+    config = generator.config
+    expected = {"architecture": "skip", "c_dim": 0, "image_channels": 3, "z_dim": config.w_dim}
+    _refuse_other(config, expected, "generator")
+    rows = list(_generator_rows(config.mapping_layers, len(config.resolutions) - 1))
+    state = _to_theirs(generator.state_dict(), rows)
+    for k in range(len(config.resolutions) - 1):
+        state |= {f"convs.{2 * k}.conv.blur.kernel": 4 * FILTER, f"to_rgbs.{k}.upsample.kernel": 4 * FILTER}
+    content: dict[str, Any] = {"g_ema": state, "latent_avg": generator.mapping.w_avg.detach().cpu().clone()}
+    if discriminator is not None:
+        content["d"] = _discriminator_state(discriminator)
+    return content
+
+
+def fixed_widths(config: GeneratorConfig) -> bool:
+    """Whether their code can build this network as it is: 512 feature maps up to 32x32, halved from there or from 64x64."""
+    widths = ({r: 512 if r <= 32 else 16384 * multiplier // r for r in config.resolutions} for multiplier in (1, 2))
+    return {r: config.channels_at(r) for r in config.resolutions} in list(widths)
+
+
+def _discriminator_state(discriminator: Discriminator) -> dict[str, Tensor]:
+    config = discriminator.config
+    expected = {"architecture": "resnet", "c_dim": 0, "image_channels": 3, "mbstd_group_size": 4, "mbstd_channels": 1}
+    _refuse_other(config, expected, "discriminator")
+    blocks = len(config.resolutions) - 1
+    state = _to_theirs(discriminator.state_dict(), _discriminator_rows(blocks))
+    return state | {
+        f"convs.{i}.{name}.0.kernel": FILTER.clone() for i in range(1, blocks + 1) for name in ("conv2", "skip")
+    }
+
+
+def _refuse_other(config: GeneratorConfig | DiscriminatorConfig, expected: Mapping[str, Any], what: str) -> None:
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"the {what} has {name} {getattr(config, name)}: rosinality's code knows only {value}; use --format safetensors"
+            )
+
+
+def _generator_rows(layers: int, blocks: int) -> Iterator[Row]:
+    for i in range(layers):  # their layer 0 is the normalisation
+        yield from ((f"mapping.fc{i}.{kind}", f"style.{i + 1}.{kind}", "same") for kind in ("weight", "bias"))
+    yield "synthesis.b4.const", "input.input", "batch"
+    resolutions = [2 ** (k + 3) for k in range(blocks)]
+    convs = [("b4.conv1", "conv1")]
+    convs += [(f"b{r}.conv{j}", f"convs.{2 * k + j}") for k, r in enumerate(resolutions) for j in (0, 1)]
+    for i, (ours, theirs) in enumerate(convs):
+        yield from _modulated(ours, theirs)
+        yield f"synthesis.{ours}.bias", f"{theirs}.activate.bias", "same"
+        yield f"synthesis.{ours}.noise_strength", f"{theirs}.noise.weight", "number"
+        yield f"synthesis.{ours}.noise_const", f"noises.noise_{i}", "map"
+    for ours, theirs in [
+        ("b4.torgb", "to_rgb1"),
+        *((f"b{r}.torgb", f"to_rgbs.{k}") for k, r in enumerate(resolutions)),
+    ]:
+        yield from _modulated(ours, theirs)
+        yield f"synthesis.{ours}.bias", f"{theirs}.bias", "image"
+
+
+def _modulated(ours: str, theirs: str) -> Iterator[Row]:
+    yield f"synthesis.{ours}.weight", f"{theirs}.conv.weight", "batch"
+    for kind in ("weight", "bias"):
+        yield f"synthesis.{ours}.affine.{kind}", f"{theirs}.conv.modulation.{kind}", "same"
+
+
+def _discriminator_rows(blocks: int) -> Iterator[Row]:
+    layers = [(f"b{2 ** (blocks + 2)}.fromrgb", "convs.0.0", "convs.0.1")]
+    for i in range(1, blocks + 1):
+        ours, theirs = f"b{2 ** (blocks + 3 - i)}", f"convs.{i}"
+        layers.append((f"{ours}.conv0", f"{theirs}.conv1.0", f"{theirs}.conv1.1"))
+        layers.append((f"{ours}.conv1", f"{theirs}.conv2.1", f"{theirs}.conv2.2"))
+        yield f"{ours}.skip.weight", f"{theirs}.skip.1.weight", "same"
+    layers.append(("b4.conv", "final_conv.0", "final_conv.1"))
+    layers += [("b4.fc", "final_linear.0", "final_linear.0"), ("b4.out", "final_linear.1", "final_linear.1")]
+    for ours, weight, bias in layers:
+        yield f"{ours}.weight", f"{weight}.weight", "same"
+        yield f"{ours}.bias", f"{bias}.bias", "same"
+
+
+def _longer(shape: Sequence[int], form: str) -> tuple[int, ...]:
+    """Their shape of a tensor of ours."""
+    before = {"same": (), "batch": (1,), "map": (1, 1), "number": (1,), "image": (1,)}[form]
+    return (*before, *shape, *((1, 1) if form == "image" else ()))
+
+
+def _shorter(shape: Sequence[int], form: str) -> tuple[int, ...]:
+    start = {"same": 0, "batch": 1, "map": 2, "number": 1, "image": 1}[form]
+    return tuple(shape[start:-2] if form == "image" else shape[start:])
+
+
+def _to_theirs(state: Tensors, rows: Iterator[Row] | Sequence[Row]) -> dict[str, Tensor]:
+    return {
+        theirs: state[ours].detach().cpu().reshape(_longer(state[ours].shape, form)).clone()
+        for ours, theirs, form in rows
+    }
+
+
+def _to_ours(state: Tensors, rows: Iterator[Row]) -> dict[str, Tensor]:
+    tensors, known = {}, set()
+    for ours, theirs, form in rows:
+        if theirs not in state:
+            raise ValueError(f"lacks {theirs}")
+        shape = tuple(state[theirs].shape)
+        if _longer(_shorter(shape, form), form) != shape:
+            raise ValueError(
+                f"{theirs} is {shape}, expected {_longer(('n',), form) if form == 'image' else 'ones in front'}"
+            )
+        tensors[ours] = state[theirs].reshape(_shorter(shape, form))
+        known.add(theirs)
+    unknown = next((name for name in state if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"{unknown[:100]} {tuple(state[unknown].shape)} is no part of rosinality's network")
+    return tensors
+
+
+def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {re.sub(r"^(module\.)+", "", str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _count(state: Tensors, pattern: str) -> int:
+    return sum(1 for name in state if re.fullmatch(pattern, name))

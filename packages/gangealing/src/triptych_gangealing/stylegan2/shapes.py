@@ -1,0 +1,158 @@
+"""What a network's tensors, by NVIDIA's names, say about its shape; and whether they are those of a config."""
+
+import re
+from collections.abc import Mapping
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from triptych_gangealing.stylegan2.config import Architecture, DiscriminatorConfig, GeneratorConfig
+from triptych_gangealing.stylegan2.discriminator import Discriminator
+from triptych_gangealing.stylegan2.generator import Generator
+
+Tensors = Mapping[str, Tensor]
+_LARGEST = 2**20  # of any number in a config
+FILTER = torch.outer(torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
+_NETWORKS = {GeneratorConfig: Generator, DiscriminatorConfig: Discriminator}
+
+
+def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
+    """The config that a generator's tensors fit; fields that are `known` are not inferred.
+
+    Raises ValueError, naming the tensor, where one that tells is missing, for feature maps that no config has, and for a known
+    field of another type.
+    """
+    resolutions = _resolutions(tensors, "synthesis.")
+    w_dim, features = _shape(tensors, "mapping.fc0.weight", 2)
+    c_dim = _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0
+    base, most = _widths({r: _shape(tensors, f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions})
+    architecture: Architecture = "orig"
+    if "synthesis.b4.torgb.weight" in tensors:
+        architecture = "skip"
+    elif "synthesis.b8.skip.weight" in tensors:
+        architecture = "resnet"
+    inferred = {
+        "resolution": resolutions[-1],
+        "channel_base": base,
+        "channel_max": most,
+        "z_dim": features - (w_dim if c_dim else 0),
+        "w_dim": w_dim,
+        "c_dim": c_dim,
+        "image_channels": _shape(tensors, f"synthesis.b{resolutions[-1]}.torgb.weight", 4)[0],
+        "mapping_layers": _count(tensors, r"mapping\.fc(\d+)\.weight"),
+        "architecture": architecture,
+    }
+    return GeneratorConfig(**{**inferred, **_checked(known)})
+
+
+def discriminator_config(tensors: Tensors, **known: object) -> DiscriminatorConfig:
+    """The same of a discriminator."""
+    resolutions = _resolutions(tensors, "")
+    widths = {r: _shape(tensors, f"b{r}.conv0.weight", 4)[0] for r in resolutions if r > 4}
+    widths[4] = _shape(tensors, "b4.conv.weight", 4)[0]
+    base, most = _widths(widths)
+    architecture: Architecture = "orig"
+    if "b4.fromrgb.weight" in tensors:
+        architecture = "skip"
+    elif "b8.skip.weight" in tensors:
+        architecture = "resnet"
+    inferred = {
+        "resolution": resolutions[-1],
+        "channel_base": base,
+        "channel_max": most,
+        "c_dim": _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0,
+        "image_channels": _shape(tensors, f"b{resolutions[-1]}.fromrgb.weight", 4)[1],
+        "mapping_layers": _count(tensors, r"mapping\.fc(\d+)\.weight") or 8,
+        "architecture": architecture,
+        "mbstd_channels": _shape(tensors, "b4.conv.weight", 4)[1] - widths[4],
+    }
+    return DiscriminatorConfig(**{**inferred, **_checked(known)})
+
+
+def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Generator | Discriminator:
+    """The network of a config with these tensors in float32, for evaluation.
+
+    Raises ValueError for the first tensor that is missing, of another shape, or no part of such a network.
+    """
+    network_class = _NETWORKS[type(config)]
+    with torch.device("meta"):  # shapes alone: a wrong config may be huge
+        expected = {name: tuple(value.shape) for name, value in network_class(config).state_dict().items()}
+    says = f"expected by its resolution {config.resolution}, channel_base {config.channel_base}, channel_max {config.channel_max}"
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"lacks {name} {shape}, {says}")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape} as {says}")
+    for name, value in tensors.items():
+        if name not in expected:
+            raise ValueError(f"{name[:100]} {tuple(value.shape)} is no part of the network {says}")
+    network = network_class(config)
+    network.load_state_dict({name: tensors[name].detach().to(torch.float32) for name in expected})
+    return network.requires_grad_(False).eval()
+
+
+def without_filters(tensors: Tensors, filters: Mapping[str, float]) -> dict[str, Tensor]:
+    """The tensors without resampling filters.
+
+    filters: a regular expression for the names of filters -> their sum. Raises ValueError for a filter other than [1, 3, 3, 1].
+    """
+    kept = {}
+    for name, value in tensors.items():
+        gain = next((gain for pattern, gain in filters.items() if re.fullmatch(pattern, name)), None)
+        if gain is None:
+            kept[name] = value
+        elif value.shape != FILTER.shape or not torch.allclose(value.float(), gain * FILTER, rtol=1e-3, atol=0):
+            raise ValueError(
+                f"{name[:100]} {tuple(value.shape)} is another filter than [1, 3, 3, 1], the only one here"
+            )
+    return kept
+
+
+def agrees(option: object, expected: object) -> bool:
+    """Whether an option in a file is what every network here has; it may be any plain data."""
+    if isinstance(expected, list):
+        return type(option) in (list, tuple) and len(option) == len(expected) and all(map(agrees, option, expected))
+    return type(option) in (str, int, float, bool) and option == expected
+
+
+def _checked(known: Mapping[str, object]) -> Mapping[str, object]:
+    for name, value in known.items():
+        if name == "architecture":
+            if type(value) is not str or value not in get_args(Architecture):
+                raise ValueError(f"its architecture is not one of {', '.join(get_args(Architecture))}")
+        elif name == "conv_clamp" and (value is None or (type(value) is float and value > 0)):
+            pass
+        elif type(value) is not int or not 0 <= value <= _LARGEST:
+            raise ValueError(f"its {name} is no whole number from 0 to {_LARGEST}")
+    return known
+
+
+def _resolutions(tensors: Tensors, prefix: str) -> list[int]:
+    pattern = re.compile(re.escape(prefix) + r"b(\d{1,4})\.")
+    found = sorted({int(match[1]) for name in tensors if (match := pattern.match(name))})
+    if found != [2**i for i in range(2, 2 + len(found))] or len(found) < 2:
+        raise ValueError(f"has blocks of resolution {found}, expected 4, 8 and so on; no StyleGAN2 network")
+    return found
+
+
+def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"lacks {name}")
+    if tensors[name].ndim != ndim:
+        raise ValueError(f"{name} is {tuple(tensors[name].shape)}, expected {ndim} dimensions")
+    return tuple(tensors[name].shape)
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+    return sum(1 for name in tensors if re.fullmatch(pattern, name))
+
+
+def _widths(channels: Mapping[int, int]) -> tuple[int, int]:
+    """channel_base and channel_max of the feature maps at each resolution."""
+    base, most = max(r * n for r, n in channels.items()), max(channels.values())
+    if any(min(base // r, most) != n for r, n in channels.items()):
+        raise ValueError(
+            f"has feature maps {dict(sorted(channels.items()))} by resolution, expected min(channel_base / resolution, channel_max)"
+        )
+    return base, most

@@ -1,0 +1,102 @@
+"""What a run shows of itself on the way: grids of samples, and distances to real images."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from triptych_common import randomness
+from triptych_common.images import image_grid, to_uint8, write_png
+from triptych_common.metrics.distances import frechet_distance, kernel_distance
+from triptych_common.parallel import Ranks
+from triptych_common.run import RunDirectory
+from triptych_common.training import TrainState
+
+from triptych_gangealing.data import TrainingImages
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.train_config import GanTrainConfig
+
+GRID = 80  # images in a grid
+AT_ONCE = 64
+
+
+@torch.inference_mode()
+def sample_images(
+    generator: Generator,
+    indices: range,
+    *,
+    seed: int = 0,
+    truncation_psi: float | int = 1.0,
+    labels: Tensor | None = None,
+    at_once: int = AT_ONCE,
+) -> UInt8[Tensor, "n channels height width"]:
+    """Images that belong to indices of the samples of a seed, on the CPU; classes in turn unless `labels` says which."""
+    weight = next(generator.parameters())
+    classes, out = generator.config.c_dim, []
+    for start in range(0, len(indices), at_once):
+        part = indices[start : start + at_once]
+        z = randomness.normal(seed, "sample/z", part, (generator.config.z_dim,), dtype=weight.dtype).to(weight.device)
+        c = None
+        if classes:
+            numbers = torch.tensor(part) % classes if labels is None else labels[start : start + at_once]
+            c = torch.nn.functional.one_hot(numbers, classes).to(weight)
+        noise = generator.synthesis.noise(seed, "sample/noise", part)
+        out.append(to_uint8(generator(z, c, truncation_psi=truncation_psi, noise=noise)).cpu())
+    return torch.cat(out)
+
+
+def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float[Tensor, "n dim"]]:
+    """Features of uint8 images (n, 3, h, w): of "digits32", or "inception", which asks for its weights.
+
+    Raises OSError with a remedy where these are absent.
+    """
+    if name == "digits32":
+        from triptych_gangealing.instrument import load_instrument
+
+        return load_instrument().features
+    from triptych_common.metrics.inception import load_inception
+
+    inception = load_inception(device=device)
+    return lambda images: torch.cat([inception(part)[0] for part in images.split(AT_ONCE)]).cpu()
+
+
+class Scores:
+    """Fréchet and kernel distance of a generator's images to as many of the training images."""
+
+    def __init__(self, config: GanTrainConfig, images: TrainingImages, among: Ranks) -> None:
+        self.among, self.seed = among, config.seed
+        self.features = feature_network(config.scores, among.device)
+        self.n = min(config.score_images, len(images)) // among.world_size * among.world_size
+        items = randomness.shuffled(config.seed, "score/real", range(self.n), len(images))
+        self.real = self._gathered(images.batch(items[list(among.share(range(self.n)))]))
+
+    def _gathered(self, images: Tensor) -> Float[Tensor, "n dim"]:
+        return torch.cat(self.among.gather(self.features(images).cpu()))
+
+    def __call__(self, generator: Generator) -> dict[str, float]:
+        """Every rank must call it."""
+        fake = self._gathered(sample_images(generator, self.among.share(range(self.n)), seed=self.seed))
+        return {
+            "score/frechet": frechet_distance(fake, self.real),
+            "score/kernel": kernel_distance(fake, self.real),
+        }
+
+
+def make_snapshots(config: GanTrainConfig, run: RunDirectory, images: TrainingImages) -> Callable[[TrainState], None]:
+    """A callback that draws a grid of the averaged generator's samples, always of the same latents, and logs scores."""
+    made: list[Scores] = []
+
+    def snapshot(state: TrainState) -> None:
+        last = state.samples_seen >= config.total_images
+        before = state.samples_seen - config.batch_size
+        if before // config.snapshot_every == state.samples_seen // config.snapshot_every and not last:
+            return
+        if state.among.is_main:
+            grid = image_grid(sample_images(state.ema, range(GRID), seed=config.seed), columns=10)
+            write_png(run.path / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=2)
+        if config.scores != "none":
+            if not made:
+                made.append(Scores(config, images, state.among))
+            run.log({"step": state.step, "images": state.samples_seen, **made[0](state.ema)})
+
+    return snapshot

@@ -1,0 +1,255 @@
+"""Train a StyleGAN2."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from triptych_common import randomness
+from triptych_common.cli import say
+from triptych_common.memory import keep_freed_memory
+from triptych_common.parallel import Ranks, ranks
+from triptych_common.progress import Progress
+from triptych_common.run import RunDirectory
+from triptych_common.training import Batch, TrainState, steps
+
+from triptych_gangealing.data import TrainingImages, open_images
+from triptych_gangealing.stylegan2.augment import AdaptiveProbability
+from triptych_gangealing.stylegan2.discriminator import Discriminator
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.layers import Conv2d
+from triptych_gangealing.stylegan2.objective import Objective
+from triptych_gangealing.stylegan2.snapshots import make_snapshots
+from triptych_gangealing.stylegan2.train_config import GanTrainConfig
+from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, write_network
+
+W_AVG_DECAY, PATH_LENGTH_DECAY = 0.995, 0.99
+
+
+def train_gan(config: GanTrainConfig) -> dict[str, Any]:
+    """Train to the end, or resume; returns where the networks are and the last metrics.
+
+    Raises ValueError for a config that does not fit data, run directory or ranks, Interrupted after a signal.
+    """
+    keep_freed_memory()
+    images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip)
+    identity = config.identity() | {"images": images.fingerprint()}
+    with (
+        ranks(config.device) as among,
+        RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run,
+    ):
+        config.check_groups(among.world_size)
+        state = make_state(config, among, images)
+        objective = Objective(config, images, state.model["generator"], state.model["discriminator"])
+        snapshot = make_snapshots(config, run, images)
+        plan = steps(
+            state,
+            run,
+            total_samples=config.total_images,
+            batch_size=config.batch_size,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            on_step=snapshot,
+        )
+        with Progress("training", config.total_images, "img", enabled=among.is_main) as progress:
+            for batch in plan:
+                adversarial_step(state, objective, batch)
+                progress.at(state.samples_seen)
+        save_networks(config, run, state, images)
+        rows = [row for row in run.metrics() if "loss/generator" in row]
+        return {
+            "generator": str(run.path / GENERATOR_FILE),
+            "discriminator": str(run.path / DISCRIMINATOR_FILE),
+            "metrics": str(run.metrics_path),
+            "last": rows[-1] if rows else None,
+        }
+
+
+class Statistics(nn.Module):
+    """What is kept about the batches seen, over all ranks: the augmentation's probability, and running means."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        for name, value in (("augment_p", p), ("path_length", 0.0), ("signs", 0.0), ("steps", 0.0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        for name in ("r1", "path_length_penalty"):  # the last ones, since most steps have none
+            self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
+
+
+class Pass(NamedTuple):
+    """One of a step's up to four passes: loss of some counters times `weight`, for one player, every `every` steps.
+
+    `loss` returns a mean over those counters and another such mean to be observed.
+    """
+
+    player: str
+    every: int
+    weight: float
+    loss: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+    stride: int = 1
+
+
+def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> None:
+    """Generator, its path lengths, discriminator, its gradient penalty: an optimiser step each.  [Karras et al. 2020]"""
+    config, statistics, among = objective.config, state.model["statistics"], state.among
+    p = float(statistics.augment_p)
+    passes = {
+        "generator": Pass("generator", 1, 1.0, partial(objective.generator_loss, p=p)),
+        "path_length": Pass(  # of half a batch
+            "generator",
+            config.path_length_every,
+            config.path_length_weight * config.path_length_every,
+            partial(objective.path_length_penalty, mean=statistics.path_length.to(objective.dtype)),
+            stride=2,
+        ),
+        "discriminator": Pass("discriminator", 1, 1.0, partial(objective.discriminator_loss, p=p)),
+        "r1": Pass(
+            "discriminator",
+            config.r1_every,
+            config.r1_gamma / 2 * config.r1_every,
+            lambda counters: (objective.r1_penalty(counters, p), torch.zeros(())),
+        ),
+    }
+    losses, observed, finite = {}, {}, True
+    for name, play in passes.items():
+        if batch.step % play.every == 0 and play.weight > 0:
+            losses[name], observed[name] = _pass(state, batch, play, config.micro_batch)
+            finite &= state.optimise()[1]
+    seen = {name: among.sum(value) / among.world_size for name, value in observed.items()}
+    if finite:
+        state.model["generator"].mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)
+        if "path_length" in seen:
+            statistics.path_length.lerp_(seen["path_length"].double(), 1 - PATH_LENGTH_DECAY)
+            statistics.path_length_penalty.copy_(losses["path_length"])
+        if "r1" in losses:
+            statistics.r1.copy_(losses["r1"])
+        _adapt(statistics, seen["discriminator"], config, batch)
+    metered = {
+        "loss/generator": losses["generator"],
+        "loss/discriminator": losses["discriminator"],
+        "r1": statistics.r1,
+        "path_length": statistics.path_length,
+        "path_length_penalty": statistics.path_length_penalty,
+        "augment_p": statistics.augment_p,
+        "sign_real": seen["discriminator"],
+    }
+    state.count(batch, metered, finite)
+
+
+def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
+    other = {"generator": "discriminator", "discriminator": "generator"}[play.player]
+    totals: tuple[Tensor, Tensor] | None = None
+    with _frozen(state.model[other]):
+        for counters, _ in batch.micro_batches(micro_batch):
+            counters, share = counters[:: play.stride], len(counters) / len(batch.counters)
+            loss, observed = play.loss(counters)
+            (loss * (play.weight * share)).backward()
+            parts = loss.detach() * share, observed * share
+            totals = parts if totals is None else (totals[0] + parts[0], totals[1] + parts[1])
+    return totals
+
+
+def _adapt(statistics: Statistics, sign: Tensor, config: GanTrainConfig, batch: Batch) -> None:
+    if config.augment == "none" or config.augment_p is not None:
+        return
+    statistics.signs += sign.double() * batch.size
+    statistics.steps += 1
+    rule = AdaptiveProbability(target=config.ada_target, interval=config.ada_every, ada_kimg=config.ada_images / 1000)
+    if statistics.steps >= config.ada_every:
+        count = float(statistics.steps) * batch.size
+        p = rule.adjusted(float(statistics.augment_p), float(statistics.signs), count, batch.size)
+        statistics.augment_p.fill_(p)
+        statistics.signs.zero_()
+        statistics.steps.zero_()
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Without gradients for its weights, though through them."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def make_state(config: GanTrainConfig, among: Ranks, images: TrainingImages) -> TrainState:
+    """Both networks, freshly initialised or taken over, the generator's average, and one Adam with a group for each."""
+    generator, discriminator = make_networks(config, images)
+    model = nn.ModuleDict(
+        {
+            "generator": generator.to(config.dtype),
+            "discriminator": discriminator.to(config.dtype),
+            "statistics": Statistics(config.augment_p or 0.0),
+        }
+    ).to(memory_format=torch.channels_last)
+
+    def optimizer(_: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(
+            [
+                _group(generator, config.lr, config.path_length_every),
+                _group(discriminator, config.discriminator_lr or config.lr, config.r1_every),
+            ],
+            fused=True,
+        )
+
+    return TrainState(
+        model,
+        optimizer,
+        among,
+        ema_half_life=config.ema_half_life_images,
+        ema_rampup=config.ema_rampup,
+        grad_clip=None,
+        averaged_part="generator",
+        several_passes=True,
+    )
+
+
+def _group(network: nn.Module, lr: float, every: int) -> dict[str, Any]:
+    """Adam's settings, corrected for the optimiser steps that regularisation adds.  [Karras et al. 2020, appendix B]"""
+    ratio = every / (every + 1)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return {"params": trained, "lr": lr * ratio, "betas": (0.0, 0.99**ratio), "eps": 1e-8}
+
+
+def make_networks(config: GanTrainConfig, images: TrainingImages) -> tuple[Generator, Discriminator]:
+    """Generator and discriminator of a run. Raises ValueError where those to start from do not fit its config."""
+    shapes = config.networks(c_dim=images.num_classes if config.conditional else 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
+        generator, discriminator = Generator(shapes[0]), Discriminator(shapes[1])
+    if config.init_from is not None:
+        from triptych_gangealing.stylegan2.fine_tune import take_over
+
+        take_over(config.init_from, generator, discriminator)
+    for layer in _convolutions(discriminator)[: config.freeze_d]:
+        layer.requires_grad_(False)
+    for network in (generator.synthesis, discriminator):
+        network.bf16_resolutions = config.bf16_resolutions
+    return generator, discriminator
+
+
+def _convolutions(discriminator: Discriminator) -> list[Conv2d]:
+    """Of the blocks, from the image inwards."""
+    blocks = [getattr(discriminator, f"b{r}") for r in discriminator.config.resolutions[:0:-1]]
+    return [layer for block in blocks for layer in block.modules() if isinstance(layer, Conv2d)]
+
+
+def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState, images: TrainingImages) -> None:
+    """Write the averaged generator, and the discriminator for fine-tuning."""
+    if not state.among.is_main:
+        return
+    facts = {
+        "data": config.data,
+        "images": images.fingerprint(),
+        "seed": config.seed,
+        "images_seen": state.samples_seen,
+    }
+    write_network(run.path / GENERATOR_FILE, state.ema, facts)
+    write_network(run.path / DISCRIMINATOR_FILE, state.model["discriminator"], facts)
+    say(f"generator: {run.path / GENERATOR_FILE}")

@@ -1,0 +1,274 @@
+"""Settings of an adversarial training run, and their presets."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from triptych_common.cli import CommonOptions
+
+from triptych_gangealing.stylegan2.config import Architecture, DiscriminatorConfig, GeneratorConfig
+
+
+@dataclass(frozen=True)
+class GanTrainConfig(CommonOptions):
+    """Train a StyleGAN2 on a named data set, a folder or a Hugging Face data set. Repeating the command resumes it."""
+
+    out: Path = Path("runs/gan")
+    """run directory"""
+    data: str = "digits32"
+    """digits32 (coloured jittered digits, made of the embedded mnist5k), digits32:3 (one digit), a named data set, a folder of
+    images, or hub:OWNER/NAME"""
+    resolution: int = 32
+    """height and width: images are cropped square and reduced to it"""
+    conditional: bool = False
+    """give both networks the images' classes"""
+    x_flip: bool = False
+    """mirrored images are images too; never for digits"""
+    total_images: int = 25_000_000
+    """real images to show the discriminator, repeats counted"""
+    batch_size: int = 32
+    """images per step, over all ranks"""
+    micro_batch: int | None = None
+    """images per backward pass and rank; smaller saves memory and accumulates gradients"""
+    channel_base: int = 16384
+    """feature maps at resolution r: channel_base / r, at most channel_max"""
+    channel_max: int = 512
+    """most feature maps of any layer"""
+    z_dim: int = 512
+    """dimensions of z, and of w"""
+    mapping_layers: int = 8
+    """layers from z to w"""
+    generator_architecture: Architecture = "skip"
+    """how the generator's blocks make the image"""
+    discriminator_architecture: Architecture = "resnet"
+    """how the discriminator's blocks read it"""
+    mbstd_group_size: int = 4
+    """images over which the discriminator sees a standard deviation"""
+    conv_clamp: float | None = None
+    """bound on activations, 256 in mixed precision"""
+    bf16_resolutions: int = 0
+    """how many of the highest resolutions run in bfloat16 (mixed precision); for GPUs"""
+    precision: Literal["float32", "float64"] = "float32"
+    """type of weights"""
+    lr: float = 0.0025
+    """Adam's learning rate for both networks, before the correction for lazy regularisation"""
+    discriminator_lr: float | None = None
+    """the discriminator's, where it differs"""
+    r1_gamma: float = 1.0
+    """weight of the gradient penalty on real images"""
+    r1_every: int = 16
+    """steps between gradient penalties, which then weigh as much more"""
+    path_length_weight: float = 2.0
+    """weight of the path length penalty; 0: none"""
+    path_length_every: int = 4
+    """steps between path length penalties"""
+    style_mixing: float = 0.9
+    """share of generated images whose later layers take another latent's style"""
+    ema_half_life_images: int = 10_000
+    """half-life of the generator's moving average"""
+    ema_rampup: float | None = None
+    """bound the half-life to this share of the images seen so far"""
+    augment: Literal["none", "blit", "geom", "color", "bg", "bgc"] = "bgc"
+    """augmentations in front of the discriminator (ADA)"""
+    augment_p: float | None = None
+    """their probability, fixed; by default adapted to ada_target"""
+    ada_target: float = 0.6
+    """mean sign of the discriminator on real images to steer for; above it, it overfits"""
+    ada_images: int = 500_000
+    """images in which the probability may move by one"""
+    ada_every: int = 4
+    """steps between adaptations"""
+    init_from: str | None = None
+    """fine-tune: a run folder, generator.safetensors, or a foreign checkpoint that `convert` reads"""
+    freeze_d: int = 0
+    """keep the discriminator's first layers as they are (FreezeD); 0: none"""
+    log_every: int = 50
+    """steps between rows of metrics.jsonl"""
+    checkpoint_every: int = 500
+    """steps between checkpoints"""
+    snapshot_every: int = 50_000
+    """images between grids of samples, and scores"""
+    scores: Literal["none", "digits32", "inception"] = "none"
+    """feature network whose Fréchet and kernel distances are logged with each snapshot"""
+    score_images: int = 2_000
+    """generated and real images of a score; published ones take 50,000"""
+    tensorboard: bool = False
+    """write TensorBoard events too (extra: tensorboard)"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "total_images", "batch_size", "lr", "r1_every", "path_length_every", "ema_half_life_images", "ada_images",
+            "ada_every", "log_every", "checkpoint_every", "snapshot_every", "score_images",
+        ):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
+        for name in ("r1_gamma", "path_length_weight", "freeze_d", "bf16_resolutions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
+        for name in ("style_mixing", "augment_p", "ada_target"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} {value}: expected a number in 0..1")
+        for name in ("discriminator_lr", "ema_rampup"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value}: expected a number above 0, or None for none")
+        if self.freeze_d and self.init_from is None:
+            raise ValueError("freeze_d is for fine-tuning: pass --init-from too")
+        self.networks(c_dim=0)
+        self.check_groups(ranks=1)
+
+    def check_groups(self, ranks: int) -> None:
+        """Raises ValueError where ranks or micro-batches would cut groups of the minibatch standard deviation apart."""
+        images = self.batch_size // ranks
+        part = min(self.micro_batch or images, images)
+        if part < 1 or part % min(self.mbstd_group_size, self.batch_size) or images % part:
+            raise ValueError(
+                f"batch_size {self.batch_size} on {ranks} ranks, {part} images at once: expected whole groups of "
+                f"{self.mbstd_group_size} (mbstd_group_size); change one of them, or micro_batch"
+            )
+
+    def networks(self, c_dim: int) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+        """Shapes of both networks, for a number of classes (0: unconditional)."""
+        shape = {
+            "resolution": self.resolution, "channel_base": self.channel_base, "channel_max": self.channel_max,
+            "c_dim": c_dim, "conv_clamp": self.conv_clamp,
+        }  # fmt: skip
+        generator = GeneratorConfig(
+            **shape, z_dim=self.z_dim, w_dim=self.z_dim, mapping_layers=self.mapping_layers,
+            architecture=self.generator_architecture,
+        )  # fmt: skip
+        discriminator = DiscriminatorConfig(
+            **shape, architecture=self.discriminator_architecture, mbstd_group_size=self.mbstd_group_size
+        )
+        return generator, discriminator
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: all but where it is written, the device and what is shown on the way."""
+        free = {"out", "device", "json", "dry_run", "micro_batch", "tensorboard"}
+        return {key: value for key, value in asdict(self).items() if key not in free}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints."""
+        from triptych_gangealing.stylegan2.discriminator import Discriminator
+        from triptych_gangealing.stylegan2.generator import Generator
+
+        generator, discriminator = self.networks(c_dim=0)
+        with torch.device("meta"):
+            networks = Generator(generator), Discriminator(discriminator)
+        counts = [sum(p.numel() for p in network.parameters()) for network in networks]
+        return {
+            "config": asdict(self) | {"out": str(self.out)},
+            "generator_parameters": counts[0],
+            "discriminator_parameters": counts[1],
+            "steps": math.ceil(self.total_images / self.batch_size),
+        }
+
+
+def auto(resolution: int, ranks: int = 1) -> GanTrainConfig:
+    """The published settings for data of no known kind, by resolution and number of GPUs.  [Karras et al. 2020, ADA; `auto`]"""
+    batch = max(min(ranks * min(4096 // resolution, 32), 64), ranks)
+    return GanTrainConfig(
+        resolution=resolution,
+        batch_size=batch,
+        mbstd_group_size=min(batch // ranks, 4),
+        channel_base=32768 if resolution >= 512 else 16384,
+        mapping_layers=2,
+        lr=0.002 if resolution >= 1024 else 0.0025,
+        r1_gamma=0.0002 * resolution**2 / batch,
+        ema_half_life_images=batch * 10_000 // 32,
+        ema_rampup=0.05,
+        **_MIXED,
+    )
+
+
+def start(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
+    """Defaults for a command line: "auto" depends on its resolution and on the number of ranks."""
+    if preset is not PRESETS["auto"]:
+        return preset
+    words = [part for word in argv for part in word.split("=", 1)]
+    try:
+        resolution = int(words[words.index("--resolution") + 1])
+        GeneratorConfig(resolution=resolution)
+    except (ValueError, IndexError):  # absent, or wrong: what parses the options will say so
+        return preset
+    return auto(resolution, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+_MIXED = {"conv_clamp": 256.0, "bf16_resolutions": 4 if torch.cuda.is_available() else 0}
+
+_DIGITS = GanTrainConfig(  # coloured jittered digits on two cores
+    data="digits32",
+    resolution=32,
+    total_images=400_000,
+    batch_size=32,
+    channel_base=1024,
+    channel_max=96,
+    z_dim=96,
+    mapping_layers=2,
+    r1_gamma=0.1,
+    path_length_weight=0.0,
+    ema_half_life_images=10_000,
+    ema_rampup=0.05,
+    augment="none",
+    log_every=50,
+    checkpoint_every=500,
+    snapshot_every=20_000,
+    scores="digits32",
+)
+
+PRESETS: dict[str, GanTrainConfig] = {
+    "auto": auto(256),
+    "paper256": GanTrainConfig(
+        resolution=256,
+        batch_size=64,
+        mbstd_group_size=8,
+        channel_base=16384,
+        mapping_layers=8,
+        lr=0.0025,
+        r1_gamma=1.0,
+        ema_half_life_images=20_000,
+        **_MIXED,
+    ),
+    "cifar": GanTrainConfig(
+        data="cifar10",
+        resolution=32,
+        total_images=100_000_000,
+        batch_size=64,
+        mbstd_group_size=32,
+        channel_base=32768,
+        mapping_layers=2,
+        lr=0.0025,
+        r1_gamma=0.01,
+        ema_half_life_images=500_000,
+        ema_rampup=0.05,
+        path_length_weight=0.0,
+        style_mixing=0.0,
+        **_MIXED,
+    ),
+    "digits32": _DIGITS,
+    "smoke": replace(
+        _DIGITS,
+        total_images=512,
+        batch_size=16,
+        channel_base=256,
+        channel_max=16,
+        z_dim=16,
+        path_length_weight=2.0,
+        augment="bgc",
+        ada_images=5_000,
+        log_every=4,
+        checkpoint_every=8,
+        snapshot_every=256,
+        score_images=64,
+    ),
+}
