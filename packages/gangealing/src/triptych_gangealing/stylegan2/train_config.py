@@ -149,7 +149,9 @@ class GanTrainConfig(CommonOptions):
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but where it is written, the device and what is shown on the way."""
-        free = {"out", "device", "json", "dry_run", "micro_batch", "tensorboard"}
+        free = {
+            "out", "device", "json", "dry_run", "micro_batch", "tensorboard", "snapshot_every", "scores", "score_images",
+        }  # fmt: skip
         return {key: value for key, value in asdict(self).items() if key not in free}
 
     @property
