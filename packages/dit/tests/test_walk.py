@@ -16,12 +16,12 @@ from PIL import Image
 from triptych_common.cli import main
 from triptych_common.images import to_uint8
 from triptych_common.testing import run_cli
+from triptych_common.video import course, write_video
 from triptych_dit import DiT, DiTConfig
 from triptych_dit.cli import COMMANDS
 from triptych_dit.samples_file import read_npz
 from triptych_dit.sampling import SamplerSettings, sample_images
-from triptych_dit.video import write_video
-from triptych_dit.walk import FrameNoise, WalkConfig, blended, course, film, slerp, stops_between_classes
+from triptych_dit.walk import FrameNoise, WalkConfig, blended, film, slerp, stops_between_classes
 from triptych_dit.weights import TrainedModel, make_diffusion, save_model
 
 SMALL = DiTConfig((4, 6), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
@@ -230,6 +230,6 @@ def test_without_pyav_the_remedies_are_named_before_the_work(models, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: mp4 needs a package: pip install 'triptych-dit[video]'; --format gif needs none"
+        "error: mp4 needs a package: pip install 'triptych-common[video]'; --format gif needs none"
     ]
     assert not (tmp_path / "out").exists()

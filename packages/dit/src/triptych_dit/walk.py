@@ -19,13 +19,13 @@ from triptych_common.parallel import ranks
 from triptych_common.progress import Progress
 from triptych_common.randomness import SampleNoise
 from triptych_common.run import RunDirectory
+from triptych_common.video import FORMATS, course, ends, import_av, write_video
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
 from triptych_dit.sample import ModelOptions, identity, place
 from triptych_dit.samples_file import read_npz, write_npz
 from triptych_dit.sampling import SamplerSettings, check_labels, evaluations, sample_images
-from triptych_dit.video import FORMATS, import_av, write_video
 from triptych_dit.weights import TrainedModel
 
 STRIP_LENGTH = 10
@@ -201,20 +201,6 @@ class FrameNoise(SampleNoise):
         drawn, x_T = super().draw(), self.x_T
         self.x_T = None
         return drawn if x_T is None else x_T.to(drawn)
-
-
-def course(stops: int, frames: int, *, loop: bool) -> Float[Tensor, "n 3"]:
-    """Every frame of a walk over `stops` as (stop, next stop, share of the way), `frames` of them from each stop on; it
-    ends on the last stop, or, looping, one frame before the first.
-    """
-    legs = [(i, i + 1) for i in range(stops - 1)] + ([(stops - 1, 0)] if loop else [])
-    rows = [(here, there, i / frames) for here, there in legs for i in range(frames)]
-    return torch.tensor(rows if loop else [*rows, (stops - 1, stops - 1, 0.0)], dtype=torch.float64)
-
-
-def ends(stops: Float[Tensor, "stops *shape"], leg: Float[Tensor, "n 3"]) -> tuple[Tensor, Tensor]:
-    """The stops before and after each frame."""
-    return stops[leg[:, 0].long()], stops[leg[:, 1].long()]
 
 
 def slerp(

@@ -13,8 +13,22 @@ def _train_gan() -> Command:
     return Command(GanTrainConfig, train_gan, PRESETS, default="digits32", start=start)
 
 
+def _generate() -> Command:
+    from triptych_gangealing.generate import GenerateConfig, generate
+
+    return Command(GenerateConfig, generate, {})
+
+
+def _convert() -> Command:
+    from triptych_gangealing.convert import ConvertConfig, convert
+
+    return Command(ConvertConfig, convert, {})
+
+
 COMMANDS = {
     "train-gan": ("train a StyleGAN2 on images, or resume", _train_gan),
+    "generate": ("draw images from a generator", _generate),
+    "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
 }
 
 

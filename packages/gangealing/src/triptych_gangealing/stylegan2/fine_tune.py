@@ -1,14 +1,13 @@
 """Starting from networks that exist: a finished run's, or somebody else's."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from triptych_common.cli import say
 
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_networks
+from triptych_gangealing.stylegan2.interop import open_networks
+from triptych_gangealing.stylegan2.weights import locate
 
 
 def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
@@ -17,12 +16,14 @@ def take_over(source: str, generator: Generator, discriminator: Discriminator) -
     A source without a discriminator leaves that one freshly initialised, and says so.
     Raises ValueError naming the first tensor that does not fit, FileNotFoundError where there is nothing.
     """
-    found = load_networks(Path(source))
-    _copy(found.generator, generator, source)
+    found = open_networks(locate(source))
+    if found.generator is None:
+        raise ValueError(f"{source}: holds no generator to start from")
+    _copy(found.generator()[0], generator, source)
     if found.discriminator is None:
         say(f"{source}: no discriminator in it; one is trained from scratch")
     else:
-        _copy(found.discriminator, discriminator, source)
+        _copy(found.discriminator()[0], discriminator, source)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 from triptych_common import randomness
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.metrics.distances import frechet_distance, kernel_distance
@@ -27,22 +28,29 @@ def sample_images(
     *,
     seed: int = 0,
     truncation_psi: float | int = 1.0,
+    truncation_cutoff: int | None = None,
     labels: Tensor | None = None,
     at_once: int = AT_ONCE,
 ) -> UInt8[Tensor, "n channels height width"]:
     """Images that belong to indices of the samples of a seed, on the CPU; classes in turn unless `labels` says which."""
-    weight = next(generator.parameters())
-    classes, out = generator.config.c_dim, []
+    weight, out = next(generator.parameters()), []
     for start in range(0, len(indices), at_once):
         part = indices[start : start + at_once]
         z = randomness.normal(seed, "sample/z", part, (generator.config.z_dim,), dtype=weight.dtype).to(weight.device)
-        c = None
-        if classes:
-            numbers = torch.tensor(part) % classes if labels is None else labels[start : start + at_once]
-            c = torch.nn.functional.one_hot(numbers, classes).to(weight)
+        c = classes_of(generator, part, None if labels is None else labels[start : start + at_once])
         noise = generator.synthesis.noise(seed, "sample/noise", part)
-        out.append(to_uint8(generator(z, c, truncation_psi=truncation_psi, noise=noise)).cpu())
+        ws = generator.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+        out.append(to_uint8(generator.synthesis(ws, noise=noise)).cpu())
     return torch.cat(out)
+
+
+def classes_of(generator: Generator, indices: range, labels: Tensor | None = None) -> Float[Tensor, "n c_dim"] | None:
+    """One-hot classes of images for a conditional generator: those of `labels`, or all in turn."""
+    classes = generator.config.c_dim
+    if not classes:
+        return None
+    numbers = torch.tensor(indices) % classes if labels is None else labels
+    return F.one_hot(numbers, classes).to(next(generator.parameters()))
 
 
 def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float[Tensor, "n dim"]]:

@@ -21,6 +21,20 @@ _KINDS = {
 }
 
 
+def locate(name: str) -> Path:
+    """The file of an embedded generator ("digits32", or "digits32-3" of one digit), or the path that `name` is.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    embedded = EMBEDDED / f"{name}.safetensors"
+    if embedded.is_file():
+        return embedded
+    if not Path(name).exists():
+        known = ", ".join(sorted(path.stem for path in EMBEDDED.glob("digits32*.safetensors")))
+        raise FileNotFoundError(f"{name}: no such file or folder, nor an embedded generator ({known})")
+    return Path(name)
+
+
 class Loaded(NamedTuple):
     """A network read from a file, and the facts of its making."""
 

@@ -1,17 +1,33 @@
-"""Frames as a film: MP4 through PyAV (extra: video), or an animated GIF through Pillow."""
+"""Frames of a walk, and frames as a film: MP4 through PyAV (extra: video), or an animated GIF through Pillow."""
 
 import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
+
 from triptych_common.images import gif_bytes
 from triptych_common.run import write_bytes
 
 FORMATS = ("mp4", "gif")
 SMALLEST_SIDE = 256  # smaller frames are enlarged, pixel by pixel: players blur what they scale, codecs what is tiny
+
+
+def course(stops: int, frames: int, *, loop: bool) -> Float[Tensor, "n 3"]:
+    """Every frame of a walk over `stops` as (stop, next stop, share of the way), `frames` of them from each stop on; it
+    ends on the last stop, or, looping, one frame before the first.
+    """
+    legs = [(i, i + 1) for i in range(stops - 1)] + ([(stops - 1, 0)] if loop else [])
+    rows = [(here, there, i / frames) for here, there in legs for i in range(frames)]
+    return torch.tensor(rows if loop else [*rows, (stops - 1, stops - 1, 0.0)], dtype=torch.float64)
+
+
+def ends(stops: Float[Tensor, "stops *shape"], leg: Float[Tensor, "n 3"]) -> tuple[Tensor, Tensor]:
+    """The stops before and after each frame."""
+    return stops[leg[:, 0].long()], stops[leg[:, 1].long()]
 
 
 def write_video(path: Path, frames: UInt8[Tensor, "n channels height width"], *, fps: int, loop: bool = False) -> None:
@@ -29,7 +45,9 @@ def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError("mp4 needs a package: pip install 'triptych-dit[video]'; --format gif needs none") from error
+        raise ImportError(
+            "mp4 needs a package: pip install 'triptych-common[video]'; --format gif needs none"
+        ) from error
     return av
 
 
