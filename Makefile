@@ -1,4 +1,5 @@
 # make setup | test | lint | bench | docs | reproduce-ch2 | reproduce-ch3 [SIZE=smoke|laptop|...] [ARGS=--all]
+#      train-generators | vendor-stylegan2-ada
 # PYTHON: interpreter to build .venv from. TORCH: another requirement for torch, such as a CPU build's version or wheel.
 PYTHON ?= python3
 TORCH ?=
@@ -8,7 +9,10 @@ BIN := .venv/bin
 STAMP := .venv/.triptych-setup
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
 
-.PHONY: setup test lint bench docs reproduce-ch2 reproduce-ch3 reproduce
+STYLEGAN2_ADA := third_party/stylegan2-ada-pytorch
+STYLEGAN2_ADA_COMMIT := d72cc7d041b42ec8e806021a205ed9349f87c6a4
+
+.PHONY: setup test lint bench docs reproduce-ch2 reproduce-ch3 reproduce train-generators vendor-stylegan2-ada
 
 setup: $(STAMP)
 
@@ -40,3 +44,16 @@ reproduce-ch3: setup
 	$(BIN)/triptych-gpt reproduce --size $(SIZE) $(ARGS)
 
 reproduce: reproduce-ch2 reproduce-ch3
+
+# The two small generators that ship with triptych-gangealing, trained again: hours on two cores. Resumes when repeated.
+train-generators: setup
+	$(BIN)/triptych-gangealing train-gan --preset digits32 --out runs/gan-digits32
+	$(BIN)/triptych-gangealing train-gan --preset digits32-3 --out runs/gan-digits32-3 --init-from runs/gan-digits32
+	$(BIN)/python -m triptych_gangealing.embed runs/gan-digits32 digits32
+	$(BIN)/python -m triptych_gangealing.embed runs/gan-digits32-3 digits32-3
+
+# NVIDIA's networks, for those who accept their licence (non-commercial): never a part of this repository.
+vendor-stylegan2-ada:
+	@test -d $(STYLEGAN2_ADA)/.git || git clone --quiet https://github.com/NVlabs/stylegan2-ada-pytorch $(STYLEGAN2_ADA)
+	git -C $(STYLEGAN2_ADA) checkout --quiet $(STYLEGAN2_ADA_COMMIT)
+	@echo "$(STYLEGAN2_ADA): read LICENSE.txt there; triptych_gangealing.stylegan2.vendored runs it in place of ours"

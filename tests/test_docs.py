@@ -10,10 +10,11 @@ import pytest
 from triptych_common.claims import Claim, claims_page, load_claims
 from triptych_dit.cli import COMMANDS as DIT_COMMANDS
 from triptych_dit.report import THESIS
+from triptych_gangealing.cli import COMMANDS as GANGEALING_COMMANDS
 from triptych_gpt.cli import COMMANDS as GPT_COMMANDS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"triptych-dit": DIT_COMMANDS, "triptych-gpt": GPT_COMMANDS}
+COMMANDS = {"triptych-dit": DIT_COMMANDS, "triptych-gpt": GPT_COMMANDS, "triptych-gangealing": GANGEALING_COMMANDS}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -28,7 +29,7 @@ def test_commands_named_exist(page):
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"\bmake ([a-z][\w-]*)", code):
         assert target in targets, f"{page.name}: make {target}"
-    for program, command in re.findall(r"\b(triptych-(?:dit|gpt)) ([a-z][\w-]*)", code):
+    for program, command in re.findall(r"\b(triptych-(?:dit|gpt|gangealing)) ([a-z][\w-]*)", code):
         assert command in COMMANDS[program], f"{page.name}: {program} {command}"
     for module in re.findall(r"python -m ([\w.]+)", code):
         assert subprocess.run([sys.executable, "-c", f"import importlib.util as u, sys; sys.exit(not u.find_spec('{module}'))"],
@@ -45,7 +46,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_options_named_are_options(page):
     code = code_of(page)
-    for program, command, options in re.findall(r"\b(triptych-(?:dit|gpt)) ([a-z]+)((?: +[^\n#`]+)?)", code):
+    for program, command, options in re.findall(
+        r"\b(triptych-(?:dit|gpt|gangealing)) ([a-z][a-z-]*)((?: +[^\n#`]+)?)", code
+    ):
         flags = re.findall(r"--([a-z][\w.-]*)", options)
         if not flags:
             continue

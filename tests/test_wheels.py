@@ -15,19 +15,22 @@ PROJECTS = {
     "triptych-common": ROOT / "packages/common",
     "triptych-dit": ROOT / "packages/dit",
     "triptych-gpt": ROOT / "packages/gpt_checkpoints",
+    "triptych-gangealing": ROOT / "packages/gangealing",
     "triptych": ROOT,
 }
 SMOKE = {
     "triptych-common": "from triptych_common.metrics import load_instrument; print(load_instrument('mnist_features').sha256)",
     "triptych-dit": "from triptych_dit import DiT, PRESETS; print(sum(p.numel() for p in DiT(PRESETS['digits']).parameters()))",
     "triptych-gpt": "from triptych_gpt.tasks import TASKS; print(TASKS['cifar_cnn'].layout.size)",
-    "triptych": "import triptych_dit.cli, triptych_gpt.cli, triptych_common; print('ok')",
+    "triptych-gangealing": "from triptych_gangealing import load_generator; print(load_generator('digits32').num_ws)",
+    "triptych": "import triptych_dit.cli, triptych_gpt.cli, triptych_gangealing.cli, triptych_common; print('ok')",
 }
 SCRIPTS = {  # commands, and a word of their help
     "triptych-common": {},
     "triptych-dit": {"triptych-dit": "reproduce"},
     "triptych-gpt": {"triptych-gpt": "collect"},
-    "triptych": {"triptych-dit": "reproduce", "triptych-gpt": "collect"},
+    "triptych-gangealing": {"triptych-gangealing": "generate"},
+    "triptych": {"triptych-dit": "reproduce", "triptych-gpt": "collect", "triptych-gangealing": "generate"},
 }
 
 

@@ -98,8 +98,7 @@ def test_resampling_against_scipy_step_by_step():
     matrix = torch.eye(3, dtype=torch.float64)
     matrix[:2] = torch.from_numpy(inverse)
     ours = affine._resample(x, matrix[None])[0, 0].numpy()
-    shift = 6 + 1 - 1  # convolve1d centres its twelve taps
-    expected = out[shift::2, shift::2][:height, :width]
+    expected = out[6::2, 6::2][:height, :width]  # convolve1d centres its twelve taps: the first pixel is at sample 6
     np.testing.assert_allclose(ours[6:-6, 6:-6], expected[6:-6, 6:-6], atol=1e-9)
 
 
@@ -319,13 +318,13 @@ def test_presets_are_unions():
 
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_first_and_second_derivatives(p):
-    x = images(4, 3, 5, 4).requires_grad_()
+    x = images(3, 3, 3, 4).requires_grad_()
 
     def squared(x):
         return run(x, p, BGC) ** 2  # augmenting is linear: of itself it has no second derivative
 
     assert torch.autograd.gradcheck(squared, x)
-    assert torch.autograd.gradgradcheck(squared, x)
+    assert torch.autograd.gradgradcheck(squared, x, fast_mode=True)
 
 
 def test_gradient_penalty_against_the_jacobian_written_out():

@@ -74,11 +74,9 @@ def module_state(parameters=(), buffers=(), modules=(), **attributes):
 
 def network(nvidia, **options):
     """A generator of two layers, as NVIDIA's code would pickle it."""
-    inner = persistent(
-        nvidia,
-        module_state({"weight": torch.arange(6.0).view(2, 3).T}, {"noise_const": torch.ones(4, 4).half()}, weight_gain=np.float64(0.25)),
-        class_name="SynthesisLayer",
-    )  # fmt: skip
+    parameters, buffers = {"weight": torch.arange(6.0).view(2, 3).T}, {"noise_const": torch.ones(4, 4).half()}
+    state = module_state(parameters, buffers, weight_gain=np.float64(0.25))
+    inner = persistent(nvidia, state, class_name="SynthesisLayer")
     kwargs = nvidia.EasyDict(z_dim=512, synthesis_kwargs=nvidia.EasyDict(channel_base=16384))
     state = module_state(buffers={"w_avg": torch.arange(3)}, modules={"b4": inner}, _init_kwargs=kwargs, z_dim=512)
     return persistent(nvidia, state, **options)
@@ -192,7 +190,7 @@ ATTACKS = {
         with_buffer(nvidia, Reduced(torch.storage._load_from_bytes, legacy_storage(touch(witness), zipped=True))),
         "names posix.system within a stored tensor",
     ),
-    "an array of objects": lambda nvidia, witness: (with_buffer(nvidia, object_array(witness)), "posix.system"),
+    "an array of objects": lambda nvidia, witness: (with_buffer(nvidia, object_array(witness)), "numpy.dtype 'O8'"),
     "a numpy scalar of objects": lambda nvidia, witness: (
         with_buffer(
             nvidia,
@@ -281,11 +279,11 @@ BY_HAND = {
     ),
     "a list as a key": (op("EMPTY_DICT") + op("EMPTY_LIST") + op("NONE") + op("SETITEM"), "a list as a key"),
     "a nested tuple as a key": (
-        op("EMPTY_DICT") + op("EMPTY_TUPLE") + op("TUPLE1") * 200_000 + op("NONE") + op("SETITEM"),
+        op("EMPTY_DICT") + op("EMPTY_TUPLE") + op("TUPLE1") * 100_000 + op("NONE") + op("SETITEM"),
         "a tuple as a key",
     ),
     "items for a function": (op("GLOBAL", b"builtins\nset\n") + op("NONE") + op("APPEND"), "fills a Name"),
-    "nesting without end": (op("EMPTY_LIST") + op("TUPLE1") * 300_000, "holds no networks"),
+    "nesting without end": (op("EMPTY_LIST") + op("TUPLE1") * 100_000, "holds no networks"),
     "a number of networks": (op("BININT1", b"\1"), "holds no networks"),
     "a persistent function": (
         op("GLOBAL", b"torch_utils.persistence\n_reconstruct_persistent_obj\n") + op("EMPTY_DICT") + op("TUPLE1") + op("REDUCE"),
@@ -351,6 +349,7 @@ def rebuilt(storage, offset, size, stride):
     return Reduced(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(
     ("offset", "size", "stride"),
     [
@@ -367,8 +366,7 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path, offset, size, stride):
     def make(nvidia):
         return with_buffer(nvidia, rebuilt(torch.arange(4.0).storage(), offset, size, stride))
 
-    with pytest.warns(UserWarning, match="TypedStorage"):
-        path = write(tmp_path / "a.pkl", make)
+    path = write(tmp_path / "a.pkl", make)
     assert "calls torch._utils._rebuild_tensor_v2 with arguments that make nothing" in refusal(path)
 
 

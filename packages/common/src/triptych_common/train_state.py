@@ -224,7 +224,7 @@ class TrainState:
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in parts["optimizer"].items():
             slot, name = key.split(".", 1)
-            slots.setdefault(position[id(by_name[name])], {})[slot] = value
+            slots.setdefault(position[id(by_name[name])], {})[slot] = _laid_out_as(by_name[name], value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})  # it knows which slots go where
         if counters is not None:
@@ -238,6 +238,13 @@ class TrainState:
             for name, p in self.model.named_parameters()
             if p in self.optimizer.state
         }
+
+
+def _laid_out_as(parameter: nn.Parameter, slot: Tensor) -> Tensor:
+    """An optimiser slot with the parameter's strides: fused optimisers on the CPU pair elements by place in memory, unchecked."""
+    if slot.shape != parameter.shape or slot.stride() == parameter.stride():
+        return slot
+    return torch.empty_like(parameter, dtype=slot.dtype, device=slot.device).copy_(slot)
 
 
 def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

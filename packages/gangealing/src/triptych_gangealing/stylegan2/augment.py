@@ -80,9 +80,9 @@ class AdaptiveProbability:
     from 0 to 1. As published p is clamped at 0 only; above 1 everything is applied, and p takes as long to come back.
     """
 
-    target: float = 0.6
+    target: float | int = 0.6
     interval: int = 4
-    ada_kimg: float = 500
+    ada_kimg: float | int = 500
 
     def __post_init__(self) -> None:
         if not -1 <= self.target <= 1:
@@ -94,7 +94,7 @@ class AdaptiveProbability:
         """Whether p is adjusted after `step` finished steps."""
         return step > 0 and step % self.interval == 0
 
-    def adjusted(self, p: float, sign_sum: float | int, count: float | int, batch_size: int) -> float:
+    def adjusted(self, p: float | int, sign_sum: float | int, count: float | int, batch_size: int) -> float:
         """p after an adjustment, given the sum of sign D(real) and the number of logits since the last one.
 
         Both are of the GLOBAL batch (all-reduced by the caller), `batch_size` too.

@@ -28,12 +28,12 @@ def take_over(source: str, generator: Generator, discriminator: Discriminator) -
 
 @torch.no_grad()
 def _copy(source: nn.Module, target: nn.Module, where: str) -> None:
-    theirs, kind = source.state_dict(), type(target).__name__.lower()
-    for name, tensor in target.state_dict().items():
-        if name not in theirs or theirs[name].shape != tensor.shape:
-            shape = tuple(theirs[name].shape) if name in theirs else "absent"
+    theirs, ours, kind = source.state_dict(), target.state_dict(), type(target).__name__.lower()
+    for name in [*ours, *theirs]:
+        has, wants = (tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours))
+        if has != wants:
             raise ValueError(
-                f"{where}: {kind} has {name} {shape}, this config wants {tuple(tensor.shape)}; "
-                "pass its own resolution, channels, z_dim and classes"
+                f"{where}: {kind} has {name} {has}, this config wants {wants}; "
+                "pass its own resolution, channels, z_dim, classes and architecture"
             )
-    target.load_state_dict({name: theirs[name] for name in target.state_dict()})
+    target.load_state_dict(theirs)

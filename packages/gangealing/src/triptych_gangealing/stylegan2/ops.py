@@ -2,10 +2,12 @@
 
 The filter is always [1, 3, 3, 1], normalised. Nothing here inserts zeros: twice up is a transposed convolution of each
 channel, twice down one with a stride, and a convolution after a two-fold upsampling is a transposed convolution too. Any
-rectangular size, floating type and device; everything may be differentiated twice.
+rectangular size, floating type, device and memory format (resampled on a CPU, images are channels last); everything may be
+differentiated twice.
 """
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,17 +15,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Images = Float[Tensor, "batch channels height width"]
+Resample = Literal["same", "up", "down"]
 
 
 def upsample2d(x: Images, gain: float | int = 1.0) -> Float[Tensor, "batch channels 2*height 2*width"]:
     """Twice up: zeros between the pixels, then the filter."""
-    weight = _filter(x, 4 * gain).expand(x.shape[1], 1, 4, 4)
+    x, weight = _channels_last(x), _filters(x, 4 * gain)
     return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=x.shape[1])
 
 
 def downsample2d(x: Images, gain: float | int = 1.0) -> Float[Tensor, "batch channels half_height half_width"]:
-    """Twice down: the filter, then every second pixel."""
-    weight = _filter(x, gain).expand(x.shape[1], 1, 4, 4)
+    """Twice down: the filter, then every second pixel; of an odd number, the last is left out."""
+    x, weight = _channels_last(x), _filters(x, gain)
     return F.conv2d(x, weight, stride=2, padding=1, groups=x.shape[1])
 
 
@@ -31,13 +34,19 @@ def blur2d(
     x: Images, padding: int = 0, gain: float | int = 1.0
 ) -> Float[Tensor, "batch channels new_height new_width"]:
     """The filter at every pixel: three rows and columns fewer, after zero padding on all sides."""
-    weight = _filter(x, gain).expand(x.shape[1], 1, 4, 4)
+    x, weight = _channels_last(x), _filters(x, gain)
     return F.conv2d(x, weight, padding=padding, groups=x.shape[1])
 
 
-def _filter(x: Tensor, gain: float | int = 1.0) -> Float[Tensor, "1 1 4 4"]:
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
-    return (gain * taps[:, None] * taps)[None, None]
+def _filters(x: Tensor, gain: float | int) -> Float[Tensor, "channels 1 4 4"]:
+    i = torch.arange(4, dtype=x.dtype, device=x.device)
+    taps = (1 + i * (3 - i)) / 8  # 1, 3, 3, 1, without a copy from the host, which would make it wait for the GPU
+    return (gain * taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
+
+
+def _channels_last(x: Images) -> Images:
+    """As a CPU convolves each channel by itself two to five times as fast, and all of what follows no slower."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2)}  # which keep unit variance
@@ -46,7 +55,7 @@ ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2)}  # which keep unit var
 def bias_act(
     x: Float[Tensor, "batch channels *rest"],
     bias: Float[Tensor, " channels"] | None = None,
-    activation: str = "linear",
+    activation: Literal["linear", "lrelu"] = "linear",
     gain: float | int | None = None,
     clamp: float | int | None = None,
 ) -> Float[Tensor, "batch channels *rest"]:
@@ -58,7 +67,7 @@ def bias_act(
     if bias is not None:
         x = x + bias.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
     if activation == "lrelu":
-        x = F.leaky_relu(x, 0.2)
+        x = F.leaky_relu(x, 0.2, inplace=bias is not None)  # of the sum, which nobody else holds
     gain = ACTIVATION_GAINS[activation] if gain is None else gain
     if gain != 1:
         x = x * gain
@@ -71,7 +80,7 @@ def modulated_conv2d(
     styles: Float[Tensor, "batch channels"],
     *,
     demodulate: bool = True,
-    resample: str = "same",
+    resample: Resample = "same",
     gain: float | int = 1.0,
 ) -> Float[Tensor, "batch out new_height new_width"]:
     """Convolution whose input maps are scaled by each image's styles, and whose output maps are scaled back to unit variance,
@@ -91,7 +100,7 @@ def modulated_conv2d(
 
 
 def conv2d(
-    x: Images, weight: Float[Tensor, "out channels k k"], *, resample: str = "same"
+    x: Images, weight: Float[Tensor, "out channels k k"], *, resample: Resample = "same"
 ) -> Float[Tensor, "batch out new_height new_width"]:
     """Convolution at the "same" resolution, or filtered and twice "up" or "down"; k is 1 or 3."""
     kernel_size = weight.shape[-1]

@@ -7,7 +7,7 @@ that makes what it stands for; any other name, and every other way to reach one,
 import io
 import mmap
 import pickletools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,23 +82,19 @@ class Machine:
             case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "EMPTY_SET":
                 empty = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[opcode]
                 self.stack.append(empty())
-            case "LIST":
-                self.stack.append(self._marked())
-            case "TUPLE":
-                self.stack.append(tuple(self._marked()))
+            case "LIST" | "TUPLE" | "DICT" | "FROZENSET":
+                items = self._marked()  # before `append` is looked up, since it changes the stack
+                made = _FILLED[opcode](items)
+                self.stack.append(made)
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 n = int(opcode[-1])
                 self.stack[-n:] = [tuple(self._last(n))]
-            case "DICT":
-                self.stack.append(dict(pairs(self._marked())))
-            case "FROZENSET":
-                self.stack.append(frozenset(plain_keys(self._marked())))
             case "APPEND" | "APPENDS":
                 items = self._marked() if opcode == "APPENDS" else [self.stack.pop()]
                 self._top(list).extend(items)
             case "SETITEM" | "SETITEMS":
                 items = self._marked() if opcode == "SETITEMS" else [self.stack.pop(-2), self.stack.pop()]
-                self._top(dict).update(dict(pairs(items)))
+                self._top(dict).update(dictionary(items))
             case "ADDITEMS":
                 items = self._marked()
                 self._top(set).update(plain_keys(items))
@@ -166,9 +162,9 @@ class Machine:
             raise Refused(f"calls {function.text} with arguments that make nothing") from error
 
 
-def pairs(items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    """Keys and values that follow one another."""
-    return zip(plain_keys(items[::2]), items[1::2], strict=True)
+def dictionary(items: Sequence[Any]) -> dict[Any, Any]:
+    """Of keys and values that follow one another."""
+    return dict(zip(plain_keys(items[::2]), items[1::2], strict=True))
 
 
 def plain_keys(items: Iterable[Any]) -> list[Any]:
@@ -178,3 +174,11 @@ def plain_keys(items: Iterable[Any]) -> list[Any]:
         if type(item) not in _PLAIN_KEYS:
             raise Refused(f"has a {type(item).__name__} as a key")
     return items
+
+
+_FILLED: dict[str, Callable[[list[Any]], Any]] = {
+    "LIST": list,
+    "TUPLE": tuple,
+    "DICT": dictionary,
+    "FROZENSET": lambda items: frozenset(plain_keys(items)),
+}

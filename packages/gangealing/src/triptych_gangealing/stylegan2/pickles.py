@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triptych_gangealing.stylegan2.pickle_machine import Machine, Name, Refused, pairs, plain_keys
+from triptych_gangealing.stylegan2.pickle_machine import Machine, Name, Refused, dictionary, plain_keys
 
 _SCALARS = (str, int, float, bool, type(None))
 _MOST_MODULES, _DEEPEST = 5000, 8  # of a network: ten times NVIDIA's largest
@@ -117,7 +117,7 @@ def _persistent(meta: Any) -> _Module:
 def _mapping(items: Any = ()) -> dict[Any, Any]:
     if type(items) is dict:
         return dict(items)
-    return dict(pairs([part for item in items for part in _pair(item)]))
+    return dictionary([part for item in items for part in _pair(item)])
 
 
 def _pair(item: Any) -> Sequence[Any]:

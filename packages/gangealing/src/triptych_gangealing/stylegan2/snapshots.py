@@ -71,9 +71,10 @@ def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float
 class Scores:
     """Fréchet and kernel distance of a generator's images to as many of the training images."""
 
-    def __init__(self, config: GanTrainConfig, images: TrainingImages, among: Ranks) -> None:
-        self.among, self.seed = among, config.seed
-        self.features = feature_network(config.scores, among.device)
+    def __init__(
+        self, features: Callable[[Tensor], Tensor], config: GanTrainConfig, images: TrainingImages, among: Ranks
+    ) -> None:
+        self.features, self.among, self.seed = features, among, config.seed
         self.n = min(config.score_images, len(images)) // among.world_size * among.world_size
         items = randomness.shuffled(config.seed, "score/real", range(self.n), len(images))
         self.real = self._gathered(images.batch(items[list(among.share(range(self.n)))]))
@@ -90,8 +91,14 @@ class Scores:
         }
 
 
-def make_snapshots(config: GanTrainConfig, run: RunDirectory, images: TrainingImages) -> Callable[[TrainState], None]:
-    """A callback that draws a grid of the averaged generator's samples, always of the same latents, and logs scores."""
+def make_snapshots(
+    config: GanTrainConfig, run: RunDirectory, images: TrainingImages, among: Ranks
+) -> Callable[[TrainState], None]:
+    """A callback that draws a grid of the averaged generator's samples, always of the same latents, and logs scores.
+
+    Raises OSError with a remedy where the scores' network is absent.
+    """
+    features = feature_network(config.scores, among.device) if config.scores != "none" else None
     made: list[Scores] = []
 
     def snapshot(state: TrainState) -> None:
@@ -102,9 +109,9 @@ def make_snapshots(config: GanTrainConfig, run: RunDirectory, images: TrainingIm
         if state.among.is_main:
             grid = image_grid(sample_images(state.ema, range(GRID), seed=config.seed), columns=10)
             write_png(run.path / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=2)
-        if config.scores != "none":
+        if features is not None:
             if not made:
-                made.append(Scores(config, images, state.among))
+                made.append(Scores(features, config, images, state.among))
             run.log({"step": state.step, "images": state.samples_seen, **made[0](state.ema)})
 
     return snapshot

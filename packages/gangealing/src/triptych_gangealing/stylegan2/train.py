@@ -36,35 +36,37 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
     keep_freed_memory()
     images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip)
     identity = config.identity() | {"images": images.fingerprint()}
-    with (
-        ranks(config.device) as among,
-        RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run,
-    ):
+    with ranks(config.device) as among:
         config.check_groups(among.world_size)
         state = make_state(config, among, images)
-        objective = Objective(config, images, state.model["generator"], state.model["discriminator"])
-        snapshot = make_snapshots(config, run, images)
-        plan = steps(
-            state,
-            run,
-            total_samples=config.total_images,
-            batch_size=config.batch_size,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            on_step=snapshot,
-        )
-        with Progress("training", config.total_images, "img", enabled=among.is_main) as progress:
-            for batch in plan:
-                adversarial_step(state, objective, batch)
-                progress.at(state.samples_seen)
-        save_networks(config, run, state, images)
-        rows = [row for row in run.metrics() if "loss/generator" in row]
-        return {
-            "generator": str(run.path / GENERATOR_FILE),
-            "discriminator": str(run.path / DISCRIMINATOR_FILE),
-            "metrics": str(run.metrics_path),
-            "last": rows[-1] if rows else None,
-        }
+        # Only now: what is refused above must not leave a folder that would refuse the corrected command.
+        with RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run:
+            _train(config, state, run, images)
+            rows = [row for row in run.metrics() if "loss/generator" in row]
+    return {
+        "generator": str(run.path / GENERATOR_FILE),
+        "discriminator": str(run.path / DISCRIMINATOR_FILE),
+        "metrics": str(run.metrics_path),
+        "last": rows[-1] if rows else None,
+    }
+
+
+def _train(config: GanTrainConfig, state: TrainState, run: RunDirectory, images: TrainingImages) -> None:
+    objective = Objective(config, images, state.model["generator"], state.model["discriminator"])
+    plan = steps(
+        state,
+        run,
+        total_samples=config.total_images,
+        batch_size=config.batch_size,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+        on_step=make_snapshots(config, run, images, state.among),
+    )
+    with Progress("training", config.total_images, "img", enabled=state.among.is_main) as progress:
+        for batch in plan:
+            adversarial_step(state, objective, batch)
+            progress.at(state.samples_seen)
+    save_networks(config, run, state, images)
 
 
 class Statistics(nn.Module):
@@ -122,9 +124,9 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
         state.model["generator"].mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)
         if "path_length" in seen:
             statistics.path_length.lerp_(seen["path_length"].double(), 1 - PATH_LENGTH_DECAY)
-            statistics.path_length_penalty.copy_(losses["path_length"])
+            statistics.path_length_penalty.copy_(among.sum(losses["path_length"]) / among.world_size)
         if "r1" in losses:
-            statistics.r1.copy_(losses["r1"])
+            statistics.r1.copy_(among.sum(losses["r1"]) / among.world_size)
         _adapt(statistics, seen["discriminator"], config, batch)
     metered = {
         "loss/generator": losses["generator"],
@@ -141,10 +143,14 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
 def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
     other = {"generator": "discriminator", "discriminator": "generator"}[play.player]
     totals: tuple[Tensor, Tensor] | None = None
+    first, samples = batch.step * batch.size, -(-batch.size // play.stride)  # of the batch of all ranks
     with _frozen(state.model[other]):
-        for counters, _ in batch.micro_batches(micro_batch):
-            counters, share = counters[:: play.stride], len(counters) / len(batch.counters)
-            loss, observed = play.loss(counters)
+        for part, _ in batch.micro_batches(micro_batch):
+            counters = part[(first - part.start) % play.stride :: play.stride]
+            share = len(counters) / samples * (batch.size / len(batch.counters))
+            loss, observed = play.loss(
+                counters or part[:1]
+            )  # one of no weight, since ranks must have the same gradients
             (loss * (play.weight * share)).backward()
             parts = loss.detach() * share, observed * share
             totals = parts if totals is None else (totals[0] + parts[0], totals[1] + parts[1])
@@ -227,7 +233,10 @@ def make_networks(config: GanTrainConfig, images: TrainingImages) -> tuple[Gener
         from triptych_gangealing.stylegan2.fine_tune import take_over
 
         take_over(config.init_from, generator, discriminator)
-    for layer in _convolutions(discriminator)[: config.freeze_d]:
+    layers = _convolutions(discriminator)
+    if config.freeze_d > len(layers):
+        raise ValueError(f"freeze_d {config.freeze_d}: expected at most {len(layers)}, which the discriminator has")
+    for layer in layers[: config.freeze_d]:
         layer.requires_grad_(False)
     for network in (generator.synthesis, discriminator):
         network.bf16_resolutions = config.bf16_resolutions

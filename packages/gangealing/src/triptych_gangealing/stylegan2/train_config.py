@@ -119,6 +119,8 @@ class GanTrainConfig(CommonOptions):
                 raise ValueError(f"{name} {value}: expected a number above 0, or None for none")
         if self.freeze_d and self.init_from is None:
             raise ValueError("freeze_d is for fine-tuning: pass --init-from too")
+        if self.augment == "none" and self.augment_p is not None:
+            raise ValueError(f"augment_p {self.augment_p}: of no augmentation; pass --augment bgc too")
         self.networks(c_dim=0)
         self.check_groups(ranks=1)
 
@@ -126,7 +128,7 @@ class GanTrainConfig(CommonOptions):
         """Raises ValueError where ranks or micro-batches would cut groups of the minibatch standard deviation apart."""
         images = self.batch_size // ranks
         part = min(self.micro_batch or images, images)
-        if part < 1 or part % min(self.mbstd_group_size, self.batch_size) or images % part:
+        if part < 1 or self.batch_size % ranks or part % min(self.mbstd_group_size, self.batch_size) or images % part:
             raise ValueError(
                 f"batch_size {self.batch_size} on {ranks} ranks, {part} images at once: expected whole groups of "
                 f"{self.mbstd_group_size} (mbstd_group_size); change one of them, or micro_batch"
@@ -151,6 +153,7 @@ class GanTrainConfig(CommonOptions):
         """What decides the result: all but where it is written, the device and what is shown on the way."""
         free = {
             "out", "device", "json", "dry_run", "micro_batch", "tensorboard", "snapshot_every", "scores", "score_images",
+            "total_images",  # nothing depends on it: a run may be prolonged
         }  # fmt: skip
         return {key: value for key, value in asdict(self).items() if key not in free}
 
@@ -197,12 +200,13 @@ def start(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
     """Defaults for a command line: "auto" depends on its resolution and on the number of ranks."""
     if preset is not PRESETS["auto"]:
         return preset
-    words = [part for word in argv for part in word.split("=", 1)]
-    try:
-        resolution = int(words[words.index("--resolution") + 1])
-        GeneratorConfig(resolution=resolution)
-    except (ValueError, IndexError):  # absent, or wrong: what parses the options will say so
-        return preset
+    words, resolution = [part for word in argv for part in word.split("=", 1)], preset.resolution
+    if "--resolution" in words:
+        try:
+            resolution = int(words[words.index("--resolution") + 1])
+            GeneratorConfig(resolution=resolution)
+        except (ValueError, IndexError):  # what parses the options will say so
+            return preset
     return auto(resolution, int(os.environ.get("WORLD_SIZE", 1)))
 
 
@@ -250,6 +254,7 @@ PRESETS: dict[str, GanTrainConfig] = {
         channel_base=32768,
         mapping_layers=2,
         lr=0.0025,
+        discriminator_architecture="orig",
         r1_gamma=0.01,
         ema_half_life_images=500_000,
         ema_rampup=0.05,
