@@ -103,10 +103,9 @@ def _write_own(built: Built, facts: dict[str, Any], config: ConvertConfig) -> tu
 def _write_rosinality(built: Built, facts: dict[str, Any], config: ConvertConfig) -> tuple[dict[str, float], list[str]]:
     path = config.out if config.out.suffix == ".pt" else config.out / _ROSINALITY_FILE
     content = rosinality.to_rosinality(*(network for network, _ in built.values()))
-    again = {
-        "generator": rosinality.generator_tensors(content),
-        "discriminator": rosinality.discriminator_tensors(content),
-    }
+    again = {"generator": rosinality.generator_tensors(content["g_ema"], content["latent_avg"])}
+    if "d" in content:
+        again["discriminator"] = rosinality.discriminator_tensors(content["d"])
     infer = {"generator": generator_config, "discriminator": discriminator_config}
     differences = {
         name: difference(build(infer[name](again[name]), again[name]), tensors, network.config)

@@ -73,19 +73,27 @@ def load_instrument(name: str, folder: Path = FOLDER) -> Instrument:
 
     Raises ValueError for an unknown name or a file whose hash differs.
     """
-    from safetensors.torch import load
-
     if name not in ARCHITECTURES:
         raise ValueError(f"instrument {name!r}: expected one of {', '.join(ARCHITECTURES)}")
+    network, sha256, record = load_frozen(name, ARCHITECTURES[name](), folder)
+    return Instrument(name, network[:-2] if name == "mnist_features" else network, sha256, record)
+
+
+def load_frozen(name: str, network: nn.Module, folder: Path) -> tuple[nn.Module, str, dict]:
+    """A network with the weights in `folder`, frozen, checked against the hash in the folder's instruments.json; that hash and
+    the network's record there.
+
+    Raises ValueError for a file whose hash differs.
+    """
+    from safetensors.torch import load
+
     record = json.loads((folder / "instruments.json").read_text())[name]
     content = (folder / f"{name}.safetensors").read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != record["sha256"]:
         raise ValueError(
             f"{folder / name}.safetensors: SHA-256 {sha256[:12]} differs from the recorded "
-            f"{record['sha256'][:12]}; reinstall triptych-common"
+            f"{record['sha256'][:12]}; reinstall the package"
         )
-    network = ARCHITECTURES[name]()
     network.load_state_dict(load(content))
-    network.requires_grad_(False).eval()
-    return Instrument(name, network[:-2] if name == "mnist_features" else network, sha256, record)
+    return network.requires_grad_(False).eval(), sha256, record

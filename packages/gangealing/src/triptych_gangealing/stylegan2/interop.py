@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from triptych_common import foreign
 
@@ -125,31 +126,33 @@ def _rosinality(path: Path) -> Source:
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a checkpoint with g_ema")
-    tensors = _located(path, lambda: rosinality.generator_tensors(content))
-    discriminator_tensors = _located(path, lambda: rosinality.discriminator_tensors(content))
-    if tensors is None and discriminator_tensors is None:
+    state, discriminator_state = rosinality.generator_state(content), rosinality.discriminator_state(content)
+    if state is None and discriminator_state is None:
         raise ValueError(f"{path}: holds no networks; expected a checkpoint with g_ema, as rosinality's code writes")
+    average = content.get("latent_avg")
+    average = average if isinstance(average, Tensor) else None
     found: dict[str, Any] = {"facts": {}}
-    if tensors is not None:
-        if lacks_mean := "mapping.w_avg" not in tensors:
+    if state is not None:
+        found["generator"] = lambda: _located(path, lambda: _rosinality_generator(state, average))
+        if average is None:
             found["facts"]["w_avg"] = f"mean of {rosinality.MEAN_OF} latents; the file has none"
-        found["generator"] = lambda: _located(path, lambda: _rosinality_generator(tensors, lacks_mean))
-    if discriminator_tensors is not None:
-        config = _located(path, lambda: discriminator_config(discriminator_tensors))
-        found["discriminator"] = lambda: _located(
-            path, lambda: (build(config, discriminator_tensors), discriminator_tensors)
-        )
+    if discriminator_state is not None:
+        found["discriminator"] = lambda: _located(path, lambda: _rosinality_discriminator(discriminator_state))
     return Source(path, "rosinality", **found)
 
 
-def _rosinality_generator(tensors: dict[str, Tensor], lacks_mean: bool) -> tuple[Generator, dict[str, Tensor]]:
+def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> tuple[Generator, dict[str, Tensor]]:
+    tensors = rosinality.generator_tensors(state, average)
     config = generator_config(tensors)
-    if lacks_mean:
-        tensors = {**tensors, "mapping.w_avg": tensors["mapping.fc0.bias"].new_zeros(config.w_dim)}
-    generator = build(config, tensors)
-    if lacks_mean:
+    generator = build(config, {"mapping.w_avg": torch.zeros(config.w_dim), **tensors})
+    if average is None:
         generator.mapping.w_avg.copy_(rosinality.mean_style(generator))
     return generator, tensors
+
+
+def _rosinality_discriminator(state: Mapping[str, Any]) -> tuple[Discriminator, dict[str, Tensor]]:
+    tensors = rosinality.discriminator_tensors(state)
+    return build(discriminator_config(tensors), tensors), tensors
 
 
 def _pickle(path: Path) -> Source:

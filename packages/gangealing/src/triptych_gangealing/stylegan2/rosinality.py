@@ -25,29 +25,31 @@ _GENERATOR_FILTERS = {r"convs\.\d+\.conv\.blur\.kernel": 4.0, r"to_rgbs\.\d+\.up
 _DISCRIMINATOR_FILTERS = {r"convs\.\d+\.(conv2|skip)\.0\.kernel": 1.0}
 
 
-def generator_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Tensors of a checkpoint's generator by NVIDIA's names; None where it has none.
+def generator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Their state dict of a checkpoint's generator, the average rather than the one in training; a bare one is one too."""
+    state = next((content[key] for key in ("g_ema", "g") if isinstance(content.get(key), Mapping)), content)
+    return state if any(str(name).endswith("input.input") for name in state) else None
 
-    The average is preferred over the generator in training; a bare state dict is one too. Without "latent_avg" there is no
-    "mapping.w_avg" either: see `mean_style`.
+
+def discriminator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Their state dict of a checkpoint's discriminator."""
+    state = content.get("d")
+    return state if isinstance(state, Mapping) else None
+
+
+def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> dict[str, Tensor]:
+    """A generator's tensors by NVIDIA's names. Without `latent_avg` there is no "mapping.w_avg" either: see `mean_style`.
+
     Raises ValueError, naming the tensor, for one that is missing, oddly shaped or unknown, or another filter than [1, 3, 3, 1].
     """
-    state = next((content[key] for key in ("g_ema", "g") if isinstance(content.get(key), Mapping)), content)
-    if not any(str(name).endswith("input.input") for name in state):
-        return None
     state = without_filters(_unwrapped(state), _GENERATOR_FILTERS)
     layers, blocks = _count(state, r"style\.(\d+)\.weight"), _count(state, r"to_rgbs\.(\d+)\.conv\.weight")
     tensors = _to_ours(state, _generator_rows(layers, blocks))
-    if isinstance(average := content.get("latent_avg"), Tensor):
-        tensors["mapping.w_avg"] = average.flatten()
-    return tensors
+    return tensors if latent_avg is None else {**tensors, "mapping.w_avg": latent_avg.flatten()}
 
 
-def discriminator_tensors(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The same of its discriminator."""
-    state = content.get("d")
-    if not isinstance(state, Mapping) or not any(str(name).endswith("final_conv.0.weight") for name in state):
-        return None
+def discriminator_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same of a discriminator."""
     state = without_filters(_unwrapped(state), _DISCRIMINATOR_FILTERS)
     return _to_ours(state, _discriminator_rows(_count(state, r"convs\.(\d+)\.skip\.1\.weight")))
 
@@ -73,7 +75,7 @@ def to_rosinality(generator: Generator, discriminator: Discriminator | None = No
         state |= {f"convs.{2 * k}.conv.blur.kernel": 4 * FILTER, f"to_rgbs.{k}.upsample.kernel": 4 * FILTER}
     content: dict[str, Any] = {"g_ema": state, "latent_avg": generator.mapping.w_avg.detach().cpu().clone()}
     if discriminator is not None:
-        content["d"] = _discriminator_state(discriminator)
+        content["d"] = _exported(discriminator)
     return content
 
 
@@ -83,7 +85,7 @@ def fixed_widths(config: GeneratorConfig) -> bool:
     return {r: config.channels_at(r) for r in config.resolutions} in list(widths)
 
 
-def _discriminator_state(discriminator: Discriminator) -> dict[str, Tensor]:
+def _exported(discriminator: Discriminator) -> dict[str, Tensor]:
     config = discriminator.config
     expected = {"architecture": "resnet", "c_dim": 0, "image_channels": 3, "mbstd_group_size": 4, "mbstd_channels": 1}
     _refuse_other(config, expected, "discriminator")

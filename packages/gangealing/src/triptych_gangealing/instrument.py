@@ -1,0 +1,122 @@
+"""The frozen instrument for coloured jittered digits: a feature network that also reads digit, place and colours.
+
+It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits, by `python -m triptych_gangealing.train_instrument`,
+and ships as safetensors; `weights/instruments.json` records SHA-256, held-out scores, command, seed and commit. Having
+to tell places and colours as well as digits, its features see what a classifier would be blind to.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from triptych_common.metrics.bootstrap import Estimate, bootstrap
+from triptych_common.metrics.distances import frechet_distance, kernel_distance
+from triptych_common.metrics.instruments import load_frozen, normalised
+from triptych_common.randomness import permutation
+
+from triptych_gangealing.digits32 import MAX_SHIFT_PX, Digits32
+from triptych_gangealing.stylegan2.weights import EMBEDDED
+
+NAME, SIZE, DIM = "digits32_features", 32, 64
+
+
+def feature_network() -> nn.Sequential:
+    """32x32 RGB digits to 64 features, then to 21 numbers: 10 logits, cosine and sine of the angle, scale, shift, two colours."""
+    layers: list[nn.Module] = []
+    for channels_in, channels_out, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
+        layers += [
+            nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.SiLU(),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, DIM), nn.SiLU(), nn.Linear(DIM, 21))
+
+
+class Reading(NamedTuple):
+    """What the instrument takes images for: digits and how they are drawn, as `Jitters` has it."""
+
+    logits: Float[Tensor, "n 10"]
+    angle: Float[Tensor, " n"]  # radians
+    scale: Float[Tensor, " n"]
+    shift_px: Float[Tensor, "n 2"]
+    foreground: Float[Tensor, "n 3"]
+    background: Float[Tensor, "n 3"]
+
+    @property
+    def labels(self) -> Int[Tensor, " n"]:
+        return self.logits.argmax(1)
+
+
+@dataclass(frozen=True)
+class Digits32Instrument:
+    """The frozen network with the facts a score must carry."""
+
+    network: nn.Sequential
+    sha256: str
+    record: dict
+
+    def features(self, images: Tensor) -> Float[Tensor, "n 64"]:
+        """Of uint8 images (n, 3, 32, 32), on the CPU. Raises ValueError for images of another shape or type."""
+        return self._run(self.network[:-2], images)
+
+    def read(self, images: Tensor) -> Reading:
+        """Digit, place and colours of uint8 images (n, 3, 32, 32). Raises as `features` does."""
+        return reading(self._run(self.network, images))
+
+    @torch.inference_mode()
+    def _run(self, network: nn.Module, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
+            raise ValueError(
+                f"instrument {NAME}: images are {images.dtype} {tuple(images.shape)}, expected uint8 (n, 3, {SIZE}, {SIZE})"
+            )
+        return torch.cat([network(normalised(part)) for part in images.cpu().split(256)])
+
+
+def reading(outputs: Float[Tensor, "n 21"]) -> Reading:
+    """The network's 21 numbers, in units."""
+    logits, turn, scale, shift, foreground, background = outputs.split([10, 2, 1, 2, 3, 3], dim=1)
+    return Reading(
+        logits, torch.atan2(turn[:, 1], turn[:, 0]), scale[:, 0], shift * MAX_SHIFT_PX, foreground, background
+    )
+
+
+@cache
+def load_instrument(folder: Path = EMBEDDED) -> Digits32Instrument:
+    """The instrument, checked against its recorded hash. Raises ValueError where that differs."""
+    return Digits32Instrument(*load_frozen(NAME, feature_network(), folder))
+
+
+class GanScores(NamedTuple):
+    """Distances of generated to held-out images in the instrument's features, each with its interval; `floor`: what as many
+    training images score, below which no generator need come.
+    """
+
+    n: int
+    frechet: Estimate
+    kernel: Estimate
+    floor_frechet: Estimate
+    floor_kernel: Estimate
+
+
+def gan_scores(images: UInt8[Tensor, "n 3 32 32"], digit: int | None = None, *, seed: int = 0) -> GanScores:
+    """Score generated coloured digits, of one digit or all, against as many items of the held-out digits, jittered anew.
+
+    Raises ValueError for fewer than 100 images.
+    """
+    n = len(images)
+    if n < 100:
+        raise ValueError(f"{n} images: expected at least 100, and 1,000 for scores that mean much")
+    instrument = load_instrument()
+
+    def real(split: str) -> Tensor:
+        digits = Digits32(split, digit, seed=seed + 1)  # jitters that no training run of seed 0 saw
+        return instrument.features(digits.batch(permutation(seed, f"score/{split}", 0, len(digits))[:n]))
+
+    held_out, train, made = real("held_out"), real("train"), instrument.features(images)
+    distances = frechet_distance, kernel_distance
+    scores = [bootstrap(d, x, held_out, repeats=50, seed=seed) for x in (made, train) for d in distances]
+    return GanScores(n, *scores)
