@@ -47,8 +47,8 @@ reproduce: reproduce-ch2 reproduce-ch3
 
 # The two small generators that ship with triptych-gangealing, trained again: hours on two cores. Resumes when repeated.
 train-generators: setup
-	$(BIN)/triptych-gangealing train-gan --preset digits32 --out runs/gan-digits32
-	$(BIN)/triptych-gangealing train-gan --preset digits32-3 --out runs/gan-digits32-3 --init-from runs/gan-digits32
+	$(BIN)/triptych-gangealing train-gan --preset digits32
+	$(BIN)/triptych-gangealing train-gan --preset digits32-3
 	$(BIN)/python -m triptych_gangealing.embed runs/gan-digits32 digits32
 	$(BIN)/python -m triptych_gangealing.embed runs/gan-digits32-3 digits32-3
 

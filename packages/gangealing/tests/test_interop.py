@@ -108,7 +108,7 @@ def ada_options(network: Generator | Discriminator) -> dict[str, Any]:
         "channel_base": c.channel_base,
         "channel_max": c.channel_max,
         "num_fp16_res": 4,
-        "conv_clamp": c.conv_clamp,
+        "conv_clamp": c.conv_clamp and int(c.conv_clamp),
     }
     mapping = {"mapping_kwargs": {"num_layers": c.mapping_layers}}
     if isinstance(network, Generator):
@@ -162,7 +162,7 @@ SHAPES = [
     {"architecture": "resnet"},
     {"architecture": "orig"},
     {"c_dim": 3},
-    {"conv_clamp": 256},
+    {"conv_clamp": 256.0},
     {"image_channels": 1},
     {"resolution": 8, "channel_base": 96},
 ]
@@ -239,6 +239,7 @@ def refusal(path: Path) -> str:
         ({"synthesis_kwargs": {"architecture": "resnet"}}, "lacks synthesis.b8.skip.weight"),
         ({"synthesis_kwargs": {"architecture": ["skip"]}}, "architecture is not one of skip, resnet, orig"),
         ({"init_res": [4, 8]}, "option 'init_res' is not known here"),
+        ({"synthesis_kwargs": {"conv_clamp": -1}}, "conv_clamp is"),
         ({"w_dim": torch.zeros(3)}, "w_dim is no whole number"),
         ({"synthesis_kwargs": {"kernel_size": torch.zeros(3)}}, "option kernel_size is not 3"),
     ],

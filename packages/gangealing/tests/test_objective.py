@@ -5,7 +5,6 @@ All in float64, on images of 8 x 8.
 
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from scipy import stats
 from torch import nn
 from triptych_common import randomness
 from triptych_common.parallel import Ranks
-from triptych_common.training import Batch
+from triptych_common.training import Batch, TrainState
 from triptych_gangealing.data import TrainingImages
 from triptych_gangealing.stylegan2 import train
 from triptych_gangealing.stylegan2.augment import PRESETS, augment
@@ -74,7 +73,7 @@ class LinearGenerator(Generator):
 
     def mapping(self, z, c):
         self.given.append(c)
-        return z
+        return z.clone().requires_grad_()
 
 
 class Painter(nn.Module):
@@ -125,14 +124,14 @@ def test_losses_of_a_linear_discriminator_are_the_non_saturating_ones():
     weight = objective.discriminator.weight.detach()
     logits = (fakes * weight).flatten(1).sum(1).detach().numpy()
     loss, mean_w = objective.generator_loss(counters, 0.0)
-    assert float(loss) == pytest.approx(float(softplus(-logits).mean()), rel=1e-12)
+    assert loss.item() == pytest.approx(float(softplus(-logits).mean()), rel=1e-12)
     latents = randomness.normal(SEED, "generator/z", counters, (5,), dtype=torch.float64)
     torch.testing.assert_close(mean_w, latents.mean(0), rtol=0, atol=1e-14)
 
     others = (objective.generated("discriminator", counters)[0] * weight).flatten(1).sum(1).detach().numpy()
     reals = (objective.real(counters)[0] * weight).flatten(1).sum(1).detach().numpy()
     loss, sign = objective.discriminator_loss(counters, 0.0)
-    assert float(loss) == pytest.approx(float(softplus(others).mean() + softplus(-reals).mean()), rel=1e-12)
+    assert loss.item() == pytest.approx(float(softplus(others).mean() + softplus(-reals).mean()), rel=1e-12)
     assert float(sign) == pytest.approx(float(np.sign(reals).mean()))
     assert np.unique(np.sign(reals)).tolist() == [-1, 1]  # or the line above could not tell
     loss.backward()
@@ -147,11 +146,11 @@ def test_losses_of_a_linear_discriminator_are_the_non_saturating_ones():
 def test_r1_is_the_squared_norm_of_a_known_gradient():
     objective, counters = linear(), range(12)
     weight = objective.discriminator.weight.detach()
-    assert float(objective.r1_penalty(counters, 0.0)) == pytest.approx(float(weight.square().sum()), rel=1e-12)
+    assert objective.r1_penalty(counters, 0.0).item() == pytest.approx(float(weight.square().sum()), rel=1e-12)
     quadratic = linear(power=2)  # whose gradient is weight * image
     expected = (quadratic.real(counters)[0] * weight).square().flatten(1).sum(1).mean()
     penalty = quadratic.r1_penalty(counters, 0.0)
-    assert float(penalty) == pytest.approx(float(expected), rel=1e-12)
+    assert penalty.item() == pytest.approx(float(expected), rel=1e-12)
     penalty.backward()  # d/dweight of mean(weight^2 image^2)
     by_hand = 2 * weight * quadratic.real(counters)[0].square().mean(0)
     torch.testing.assert_close(quadratic.discriminator.weight.grad, by_hand, rtol=0, atol=1e-12)
@@ -161,23 +160,20 @@ def test_r1_is_the_squared_norm_of_a_known_gradient():
 def test_r1_of_a_real_discriminator_by_finite_differences(p):
     """Through the augmentation and the minibatch standard deviation, for every pixel of a pair of images."""
     objective, _ = real_networks(config_of(augment="bgc", mbstd_group_size=2))
-    counters, epsilon, squares = [4, 5], 1e-5, 0.0
-    images = objective.real(counters)[0]
-
-    def judged(images):
-        if p:
-            images = augment(images, p, SEED, "discriminator/real/augment", counters, PRESETS["bgc"])
-        return float(objective.discriminator(images).sum().detach())
-
-    for index in range(images.numel()):
-        moved = [images.flatten().clone() for _ in range(2)]
-        moved[0][index] += epsilon
-        moved[1][index] -= epsilon
-        up, down = (judged(each.view_as(images)) for each in moved)
-        squares += ((up - down) / (2 * epsilon)) ** 2
+    counters, epsilon = [4, 5], 1e-5
+    images = objective.real(counters)[0].detach()
+    moves = epsilon * torch.eye(images.numel(), dtype=torch.float64).view(-1, *images.shape)
+    pairs = torch.cat([images + moves, images - moves])  # pairs, first or second, colour, row, column
+    batch = pairs.transpose(0, 1).flatten(0, 1)  # all the first ones, then all the second: image i is in group i mod n / 2
+    if p:
+        each = [counter for counter in counters for _ in pairs]
+        batch = augment(batch, p, SEED, "discriminator/real/augment", each, PRESETS["bgc"])
+    with torch.no_grad():
+        up, down = objective.discriminator(batch).view(2, -1).sum(0).chunk(2)
+    expected = float(((up - down) / (2 * epsilon)).square().sum()) / len(images)
     penalty = float(objective.r1_penalty(counters, p).detach())
     assert penalty > 1e-4
-    assert penalty == pytest.approx(squares / len(images), rel=1e-5)
+    assert penalty == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["r1", "path_length"])
@@ -212,7 +208,7 @@ def test_path_lengths_of_a_linear_generator_have_a_closed_form():
     matrices = objective.generator.matrices.detach()
     lengths = torch.einsum("lpw,np->nlw", matrices, y).square().sum(2).mean(1).sqrt()
     penalty, observed = objective.path_length_penalty(counters, mean)
-    assert float(penalty) == pytest.approx(float((lengths - 1.5).square().mean()), rel=1e-12)
+    assert penalty.item() == pytest.approx(float((lengths - 1.5).square().mean()), rel=1e-12)
     assert float(observed) == pytest.approx(float(lengths.mean()), rel=1e-12)
     penalty.backward()  # of length a in the matrix M: M^T y y / (layers * a), y the row
     outer = torch.einsum("n,np,lqw,nq->lpw", 2 * (lengths - 1.5) / lengths / (8 * STYLES), y, matrices, y)
@@ -388,6 +384,7 @@ def test_path_lengths_are_of_every_second_sample_however_a_batch_is_dealt(ranks,
     scale = torch.nn.Linear(1, 1, bias=False).double()
     values = torch.arange(100, dtype=torch.float64).square()
     model = nn.ModuleDict({"generator": scale, "discriminator": nn.Linear(1, 1)})
+    state = TrainState(model, torch.optim.SGD(model.parameters()), ALONE, ema_half_life=1, several_passes=True)
     seen, gradients, losses = [], [], []
 
     def loss(counters):
@@ -400,7 +397,7 @@ def test_path_lengths_are_of_every_second_sample_however_a_batch_is_dealt(ranks,
         batch = Batch(5, 8, range(40 + rank * size, 40 + (rank + 1) * size))
         scale.zero_grad()
         play = Pass("generator", 1, 10.0, loss, stride=2)
-        losses.append(train._pass(SimpleNamespace(model=model), batch, play, micro_batch)[1])
+        losses.append(train._pass(state, batch, play, micro_batch)[1])
         gradients.append(float(scale.weight.grad))
     expected = float(values[[40, 42, 44, 46]].mean())
     assert {40, 42, 44, 46} <= set(seen)

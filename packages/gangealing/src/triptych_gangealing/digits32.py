@@ -36,7 +36,7 @@ class Jitters(NamedTuple):
     """
 
     item: Int[Tensor, " n"]  # in this data set
-    digit: Int[Tensor, " n"]  # in its source
+    digit: Int[Tensor, " n"]  # in the data set's `digits`
     label: Int[Tensor, " n"]  # 0..9, also where one digit alone makes the data set
     angle: Float[Tensor, " n"]  # radians
     scale: Float[Tensor, " n"]
@@ -68,7 +68,8 @@ def render(
 ) -> UInt8[Tensor, "n 3 {size} {size}"]:
     """Draw digits as their jitters say; antialiased, each pixel the mean of at least 2 x 2 points of an enlarged digit.
 
-    Ink that leaves the canvas is cut off at its border: some of it in about 1 item of 20, rarely enough to notice.
+    The background goes on beyond the digit's own image. Ink that leaves the canvas is cut off at its border: in 1 item of 200,
+    and then at most a few hundredths of it. Raises ValueError for a size below 8.
     """
     if size < 8:
         raise ValueError(f"size {size}: expected at least 8, below which no digit can be read")
@@ -134,9 +135,11 @@ class Digits32(ImageSource):
         if len(item) and not 0 <= int(item.min()) <= int(item.max()) < len(self):
             raise IndexError(f"{self.name}: items {int(item.min())}..{int(item.max())}, expected 0..{len(self) - 1}")
 
-        def draw(quantity: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        counters = item.tolist()
+
+        def draw(quantity: str, low: float | int = 0, high: float | int = 1) -> Tensor:
             stream = f"digits32/{self.source}/{self.split}/{quantity}"
-            return low + (high - low) * uniform(self.seed, stream, item.numpy())
+            return low + (high - low) * uniform(self.seed, stream, counters)
 
         digit = item % len(self.digits)
         foreground_luma, background_luma = _lumas(draw("polarity"), draw("contrast"), draw("luma"))

@@ -17,7 +17,6 @@ from triptych_common.video import course, ends, import_av, write_video
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.interop import load_generator
 from triptych_gangealing.stylegan2.snapshots import classes_of, sample_images
-from triptych_gangealing.stylegan2.weights import locate
 
 GRID = 100  # images in grid.png
 VIDEO_SIDE = 4  # walks side by side, and one above another
@@ -69,7 +68,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if config.video == "mp4":
         import_av()
     with ranks(config.device) as among:
-        generator = load_generator(locate(config.generator)).to(among.device)
+        generator = load_generator(config.generator).to(among.device)
         labels = labels_of(generator, config)
         images = sample_images(
             generator, range(config.num_samples), seed=config.seed, truncation_psi=config.truncation_psi,

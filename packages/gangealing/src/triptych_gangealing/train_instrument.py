@@ -5,7 +5,6 @@ stays the same.
 """
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 

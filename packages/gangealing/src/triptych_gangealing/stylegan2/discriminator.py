@@ -29,7 +29,12 @@ class DiscriminatorBlock(nn.Module):
         if config.architecture == "resnet":
             self.skip = Conv2d(channels, after, 1, bias=False, resample="down")
 
-    def forward(self, x: Images | None, image: Images | None, dtype: torch.dtype) -> tuple[Images, Images | None]:
+    def forward(
+        self, x: Float[Tensor, "batch maps height width"] | None, image: Images | None, dtype: torch.dtype
+    ) -> tuple[
+        Float[Tensor, "batch new_maps new_height new_width"],
+        Float[Tensor, "batch channels new_height new_width"] | None,
+    ]:
         if x is not None:
             x = x.to(dtype)
         if self.fromrgb is not None:
@@ -58,7 +63,7 @@ class Epilogue(nn.Module):
         self.fc = FullyConnected(channels * 16, channels, activation="lrelu")
         self.out = FullyConnected(channels, channels if config.c_dim else 1)
 
-    def forward(self, x: Float[Tensor, "batch channels 4 4"], image: Images | None) -> Float[Tensor, "batch outputs"]:
+    def forward(self, x: Float[Tensor, "batch maps 4 4"], image: Images | None) -> Float[Tensor, "batch outputs"]:
         if self.fromrgb is not None:
             x = x + self.fromrgb(image)
         if self.config.mbstd_channels:

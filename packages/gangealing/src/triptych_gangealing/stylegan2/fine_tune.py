@@ -7,7 +7,6 @@ from triptych_common.cli import say
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.interop import open_networks
-from triptych_gangealing.stylegan2.weights import locate
 
 
 def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
@@ -16,7 +15,7 @@ def take_over(source: str, generator: Generator, discriminator: Discriminator) -
     A source without a discriminator leaves that one freshly initialised, and says so.
     Raises ValueError naming the first tensor that does not fit, FileNotFoundError where there is nothing.
     """
-    found = open_networks(locate(source))
+    found = open_networks(source)
     if found.generator is None:
         raise ValueError(f"{source}: holds no generator to start from")
     _copy(found.generator()[0], generator, source)

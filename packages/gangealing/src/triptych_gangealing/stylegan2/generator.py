@@ -32,7 +32,13 @@ class StyledConv(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
 
-    def forward(self, x: Images, w: Float[Tensor, "batch w_dim"], noise: Noise, gain: float | int = 1.0) -> Images:
+    def forward(
+        self,
+        x: Float[Tensor, "batch maps height width"],
+        w: Float[Tensor, "batch w_dim"],
+        noise: Noise,
+        gain: float | int = 1.0,
+    ) -> Float[Tensor, "batch new_maps new_height new_width"]:
         scale = gain * ops.ACTIVATION_GAINS["lrelu"]
         x = ops.modulated_conv2d(x, self.weight, self.affine(w), resample=self.resample, gain=scale)
         if isinstance(noise, Tensor):
@@ -55,7 +61,7 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.image_channels))
         self.weight_gain = 1 / math.sqrt(in_channels)
 
-    def forward(self, x: Images, w: Float[Tensor, "batch w_dim"]) -> Images:
+    def forward(self, x: Float[Tensor, "batch maps height width"], w: Float[Tensor, "batch w_dim"]) -> Images:
         x = ops.modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
         return ops.bias_act(x, self.bias, clamp=self.conv_clamp)
 
@@ -80,12 +86,15 @@ class SynthesisBlock(nn.Module):
 
     def forward(
         self,
-        x: Images | None,
+        x: Float[Tensor, "batch maps height width"] | None,
         image: Images | None,
         ws: Float[Tensor, "batch num_ws w_dim"],
         noises: list[Noise],
         dtype: torch.dtype,
-    ) -> tuple[Images, Images | None]:
+    ) -> tuple[
+        Float[Tensor, "batch new_maps new_height new_width"],
+        Float[Tensor, "batch channels new_height new_width"] | None,
+    ]:
         w, noise = iter(ws.unbind(1)), iter(noises)
         if x is None:
             x = self.const.to(dtype).expand(len(ws), -1, -1, -1)

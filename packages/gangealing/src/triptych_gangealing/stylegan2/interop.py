@@ -21,7 +21,7 @@ from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
 from triptych_gangealing.stylegan2.shapes import agrees, build, discriminator_config, generator_config, without_filters
-from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, read_network
+from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, locate, read_network
 
 _LEGACY_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
@@ -70,8 +70,8 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def load_generator(path: Path) -> Generator:
-    """The generator of a file, the averaged one where it has several.
+def load_generator(path: str | Path) -> Generator:
+    """The generator of a file, the averaged one where it has several, or one that ships ("digits32", "digits32-3").
 
     Raises FileNotFoundError where there is no file; ValueError, one line naming what is wrong, for one that is damaged, would run
     code, holds no generator, or one that contradicts its own settings.
@@ -82,7 +82,7 @@ def load_generator(path: Path) -> Generator:
     return source.generator()[0]
 
 
-def load_discriminator(path: Path) -> Discriminator:
+def load_discriminator(path: str | Path) -> Discriminator:
     """The same of its discriminator."""
     source = open_networks(path)
     if source.discriminator is None:
@@ -90,12 +90,11 @@ def load_discriminator(path: Path) -> Discriminator:
     return source.discriminator()[0]
 
 
-def open_networks(path: Path) -> Source:
+def open_networks(path: str | Path) -> Source:
     """What a file holds, by its content; of a folder, our own files in it. Raises as `load_generator`."""
+    path = locate(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return _own(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_TORCH))
     if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
@@ -214,7 +213,14 @@ def _fields(network: PickledNetwork, fields: Mapping[str, str]) -> dict[str, Any
         "b4.mbstd.group_size": "mbstd_group_size",
         "b4.mbstd.num_channels": "mbstd_channels",
     }
-    return found | {told[name]: value for name, value in network.settings.items() if name in told}
+    for name, field_name in told.items():
+        if name in network.settings:
+            value = network.settings[name]
+            given = found.get(field_name, value)
+            if given is not value and not agrees(given, value):
+                raise ValueError(f"its option {field_name} is not its module's {name}, {ascii(value)[:40]}")
+            found[field_name] = value
+    return found
 
 
 def _check_settings(network: Generator | Discriminator, settings: Mapping[str, Any]) -> None:

@@ -116,16 +116,19 @@ def agrees(option: object, expected: object) -> bool:
     return type(option) in (str, int, float, bool) and option == expected
 
 
-def _checked(known: Mapping[str, object]) -> Mapping[str, object]:
+def _checked(known: Mapping[str, object]) -> dict[str, object]:
+    fields = dict(known)
     for name, value in known.items():
         if name == "architecture":
             if type(value) is not str or value not in get_args(Architecture):
                 raise ValueError(f"its architecture is not one of {', '.join(get_args(Architecture))}")
-        elif name == "conv_clamp" and (value is None or (type(value) is float and value > 0)):
-            pass
+        elif name == "conv_clamp":
+            if value is not None and not (type(value) in (int, float) and 0 < value <= _LARGEST):
+                raise ValueError("its conv_clamp is neither None nor a positive number")
+            fields[name] = None if value is None else float(value)
         elif type(value) is not int or not 0 <= value <= _LARGEST:
             raise ValueError(f"its {name} is no whole number from 0 to {_LARGEST}")
-    return known
+    return fields
 
 
 def _resolutions(tensors: Tensors, prefix: str) -> list[int]:

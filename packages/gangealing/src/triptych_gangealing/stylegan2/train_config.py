@@ -213,6 +213,7 @@ def start(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
 _MIXED = {"conv_clamp": 256.0, "bf16_resolutions": 4 if torch.cuda.is_available() else 0}
 
 _DIGITS = GanTrainConfig(  # coloured jittered digits on two cores
+    out=Path("runs/gan-digits32"),
     data="digits32",
     resolution=32,
     total_images=400_000,
@@ -263,8 +264,12 @@ PRESETS: dict[str, GanTrainConfig] = {
         **_MIXED,
     ),
     "digits32": _DIGITS,
+    "digits32-3": replace(  # one digit, from the finished run of all
+        _DIGITS, data="digits32:3", out=Path("runs/gan-digits32-3"), init_from="runs/gan-digits32", total_images=48_000
+    ),
     "smoke": replace(
         _DIGITS,
+        out=Path("runs/gan-smoke"),
         total_images=512,
         batch_size=16,
         channel_base=256,

@@ -21,7 +21,7 @@ _KINDS = {
 }
 
 
-def locate(name: str) -> Path:
+def locate(name: str | Path) -> Path:
     """The file of an embedded generator ("digits32", or "digits32-3" of one digit), or the path that `name` is.
 
     Raises FileNotFoundError where there is neither.
