@@ -230,6 +230,6 @@ def test_without_pyav_the_remedies_are_named_before_the_work(models, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: mp4 needs a package: pip install 'triptych-common[video]'; --format gif needs none"
+        "error: mp4 needs a package: pip install 'triptych-common[video]'; gif needs none"
     ]
     assert not (tmp_path / "out").exists()

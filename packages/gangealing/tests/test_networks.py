@@ -113,7 +113,8 @@ def test_names_of_conditional_and_of_other_designs():
 def test_every_resolution_has_its_shapes(resolution, architecture):
     config = GeneratorConfig(resolution=resolution, architecture=architecture)
     generator = on_meta(Generator, config)
-    images = generator(torch.empty(2, 512, device="meta"), noise=torch.empty(2, sum(generator.synthesis.noise_sizes)))
+    z, noise = (torch.empty(2, n, device="meta") for n in (512, sum(generator.synthesis.noise_sizes)))
+    images = generator(z, noise=noise)
     assert images.shape == (2, 3, resolution, resolution)
     assert generator.num_ws == 2 * int(math.log2(resolution)) - 2
     assert generator.synthesis.noise_sizes[-1] == resolution**2

@@ -46,7 +46,7 @@ def import_av() -> Any:
         import av
     except ImportError as error:
         raise ImportError(
-            "mp4 needs a package: pip install 'triptych-common[video]'; --format gif needs none"
+            "mp4 needs a package: pip install 'triptych-common[video]'; gif needs none"
         ) from error
     return av
 

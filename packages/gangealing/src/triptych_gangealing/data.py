@@ -1,7 +1,6 @@
 """Images to train a generator on, whatever they come from, behind one class."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +9,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 from triptych_common.cli import say
-from triptych_common.data import DATASETS, ImageSource, in_memory, open_source
+from triptych_common.data import DATASETS, ImageDataset, ImageSource, ImageTooSmall, in_memory, open_source
 
 from triptych_gangealing.digits32 import Digits32
 
@@ -61,21 +60,38 @@ def open_images(
     Raises ValueError or OSError, one line, for what is absent, empty, damaged, smaller than `resolution`, or lacks classes.
     """
     if spec.partition(":")[0] == "digits32":
-        digits = _digits(spec, split, resolution)
-        images = TrainingImages(digits, digits.batch, resolution, x_flip=x_flip)
+        source = _digits(spec, split, resolution)
     else:
-        source = _Measured(open_source(spec, split, unconditional=not conditional))
-        held = in_memory(source, resolution, allow_upscale=spec in DATASETS, split=split)
-        if len(source.sizes) > 1:
-            widths, heights = zip(*source.sizes, strict=True)
-            say(
-                f"{spec}: pictures of {len(source.sizes)} sizes, {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}: "
-                f"of each the central square is reduced to {resolution}x{resolution}"
-            )
-        images = TrainingImages(held, lambda items: held.images[items], resolution, x_flip=x_flip)
-    if conditional and images.num_classes < 2:
+        source = open_source(spec, split, unconditional=not conditional)
+    if conditional and source.num_classes < 2:
         raise ValueError(f"data {spec!r}: has no classes for a conditional model; put each into a subfolder of its own")
-    return images
+    if isinstance(source, Digits32):
+        return TrainingImages(source, source.batch, resolution, x_flip=x_flip)
+    held = _read(source, spec, resolution, split)
+    return TrainingImages(held, lambda items: held.images[items], resolution, x_flip=x_flip)
+
+
+def _read(source: ImageSource, spec: str, resolution: int, split: str) -> ImageDataset:
+    """All pictures in memory; says so where they had several sizes."""
+    measured = _Measured(source)
+    try:
+        held = in_memory(measured, resolution, allow_upscale=spec in DATASETS, split=split)
+    except ImageTooSmall as error:
+        raise ValueError(
+            f"{error.path}: {_by(*measured.last)} pixels are fewer than the resolution {_by(resolution, resolution)}; "
+            "choose a smaller resolution or leave such pictures out"
+        ) from error
+    if len(measured.sizes) > 1:
+        widths, heights = zip(*measured.sizes, strict=True)
+        say(
+            f"{spec}: pictures of {len(measured.sizes)} sizes, {_by(min(widths), min(heights))} to "
+            f"{_by(max(widths), max(heights))}: of each the central square is reduced to {_by(resolution, resolution)}"
+        )
+    return held
+
+
+def _by(width: int, height: int) -> str:
+    return f"{width}x{height}"
 
 
 def _digits(spec: str, split: str, resolution: int) -> Digits32:
@@ -91,11 +107,13 @@ class _Measured(ImageSource):
     def __init__(self, source: ImageSource) -> None:
         self.name, self.labels, self.num_classes = source.name, source.labels, source.num_classes
         self.class_names, self.lossy, self._source = source.class_names, source.lossy, source
-        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.sizes: set[tuple[int, int]] = set()
+        self.last = (0, 0)
 
     def image(self, index: int) -> Image.Image:
         picture = self._source.image(index)
-        self.sizes[picture.size] += 1
+        self.last = picture.size
+        self.sizes.add(self.last)
         return picture
 
     def locate(self, index: int) -> str:
