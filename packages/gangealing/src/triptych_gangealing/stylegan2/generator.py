@@ -133,10 +133,15 @@ class Synthesis(nn.Module):
         """An image for each row of styles, about in [-1, 1].
 
         noise: "const", the same for every image; "none"; or values for each image, `sum(noise_sizes)` of them, as `noise` draws.
-        Raises ValueError for another number of styles.
+        Raises ValueError for another number of styles or of noise values, or another word.
         """
         if ws.shape[1] != self.config.num_ws:
             raise ValueError(f"{ws.shape[1]} styles for each image: expected {self.config.num_ws}")
+        if isinstance(noise, Tensor):
+            if noise.shape[1] != sum(self.noise_sizes):
+                raise ValueError(f"noise of {noise.shape[1]} values for each image: expected {sum(self.noise_sizes)}")
+        elif noise not in ("const", "none"):
+            raise ValueError(f"noise {noise!r}: expected 'const', 'none' or values for each image")
         noises = (
             list(noise.split(self.noise_sizes, dim=1)) if isinstance(noise, Tensor) else [noise] * len(self.noise_sizes)
         )
