@@ -8,6 +8,9 @@ from benchmarks.suites import (
     dit_loading,
     dit_sampling,
     dit_training,
+    gan_gpu,
+    gan_networks,
+    gan_ops,
     gpt_collect,
     gpt_gpu,
     gpt_pairs,
@@ -23,4 +26,7 @@ SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "gpt_pairs": gpt_pairs.jobs,
     "gpt_training": gpt_training.jobs,
     "gpt_gpu": gpt_gpu.jobs,
+    "gan_ops": gan_ops.jobs,
+    "gan_networks": gan_networks.jobs,
+    "gan_gpu": gan_gpu.jobs,
 }

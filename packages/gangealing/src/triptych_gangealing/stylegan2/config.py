@@ -87,3 +87,7 @@ class DiscriminatorConfig(_Shape):
                 f"mbstd_group_size {self.mbstd_group_size}, mbstd_channels {self.mbstd_channels}, mapping_layers "
                 f"{self.mapping_layers}: expected at least 1, 0 and 1"
             )
+        if self.mbstd_channels and self.channels_at(4) % self.mbstd_channels:
+            raise ValueError(
+                f"mbstd_channels {self.mbstd_channels}: expected a divisor of the {self.channels_at(4)} feature maps at 4x4"
+            )
