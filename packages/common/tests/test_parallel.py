@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from triptych_common import parallel, throughput
+from triptych_common import memory, parallel, throughput
 from triptych_common.parallel import Execution, Ranks, prepare, ranks
 from triptych_common.training import TrainState
 from triptych_common.transformer import Block
@@ -130,6 +130,31 @@ def test_an_optimizer_of_parameters_that_sharding_replaces_is_refused():
         )  # fmt: skip
 
 
+def test_gradients_are_averaged_in_one_exchange_whatever_their_layout():
+    """Ranks as a stand-in whose other member has twice this one's gradients; with real ones: the packages' own tests."""
+    exchanges = []
+
+    class Pair(Ranks):
+        def sum(self, tensor):
+            exchanges.append(tensor.numel())
+            return 3 * tensor
+
+    shapes = [(4, 3, 3, 3), (5,), ()]
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+    expected = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    for p, gradient in zip(parameters, expected, strict=True):
+        p.grad = gradient.clone()
+    parameters[0].grad = parameters[0].grad.to(memory_format=torch.channels_last)
+    parallel.average_gradients(parameters, Pair(0, 2, torch.device("cpu")))
+    assert exchanges == [108 + 5 + 1]
+    for p, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, 1.5 * gradient, rtol=0, atol=1e-15)
+    parallel.average_gradients(parameters, ALONE)
+    torch.testing.assert_close(parameters[1].grad, 1.5 * expected[1], rtol=0, atol=1e-15)
+    parallel.average_gradients([], Pair(0, 2, torch.device("cpu")))
+    assert len(exchanges) == 1
+
+
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A machine that says it has two GPUs."""
@@ -183,3 +208,33 @@ def test_peak_memory_is_what_the_kernel_counts():
     kib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
     assert throughput.peak_bytes(torch.device("cpu")) == pytest.approx(1024 * kib, rel=0.01)
     assert held.nbytes < 1024 * kib
+
+
+FAULTS = """
+import resource, sys
+import torch
+from triptych_common.memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for i in range(20):
+    if i == 10:  # by then the heap has grown as far as it will
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB, more than glibc keeps by itself
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's C library")
+def test_memory_that_was_freed_is_not_faulted_in_again():
+    faults = {}
+    for how in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        faults[how] = int(done.stdout)
+    assert faults["keep"] < faults["leave"] / 4
+
+
+def test_a_c_library_without_that_setting_is_left_alone(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    memory.keep_freed_memory()

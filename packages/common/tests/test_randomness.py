@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from triptych_common import randomness
 
@@ -13,6 +14,22 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 def test_float64_noise_is_the_float32_noise():
     single, double = (randomness.normal(0, "n", [5], (3, 7), dtype=d) for d in (torch.float32, torch.float64))
     assert torch.equal(single.double(), double)
+
+
+def test_noise_drawn_on_the_cpu_by_name_is_the_default():
+    default, named = (randomness.normal(0, "n", [5, 6], (3, 7), **d) for d in ({}, {"device": torch.device("cpu")}))
+    assert torch.equal(default, named)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_drawn_on_a_gpu_belongs_to_its_index_alone():
+    whole = randomness.normal(3, "noise", range(10), (3, 8, 8), device="cuda")
+    parts = [randomness.normal(3, "noise", range(i, min(i + 3, 10)), (3, 8, 8), device="cuda") for i in range(0, 10, 3)]
+    assert whole.device.type == "cuda"
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole[0], whole[1])
+    assert float(whole.mean()) == pytest.approx(0, abs=0.1)
+    assert float(whole.std()) == pytest.approx(1, abs=0.1)
 
 
 def test_streams_seeds_and_indices_differ():

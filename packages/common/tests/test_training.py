@@ -303,3 +303,131 @@ def test_rows_tell_throughput_and_memory(tmp_path):
     assert plain["memory/peak_bytes"] > 1e7
     assert told["time/tflops"] == pytest.approx(told["time/images_per_second"] * 3e9 / 1e12, rel=1e-3)
     assert told["time/mfu"] == pytest.approx(told["time/tflops"], rel=1e-3)
+
+
+# --- several passes a step, as in adversarial training
+
+
+def two_players(**options):
+    """A small model of two parts, each with passes of its own; the second part's average is kept."""
+    model = nn.ModuleDict({"critic": nn.Linear(3, 1), "painter": nn.BatchNorm1d(3)}).double()
+    rng = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5, generator=rng)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"ema_half_life": 16.0, "ema_rampup": None, "grad_clip": None, **options}
+    return TrainState(model, optimizer, ALONE, averaged_part="painter", several_passes=True, **settings)
+
+
+def play(state, batch, *, spoil=()):
+    """A step of two passes; returns what `optimise` said of each."""
+    x = randomness.normal(0, "x", batch.counters, (3,), dtype=torch.float64)
+    said = []
+    for part in ("critic", "painter"):
+        loss = state.model["critic"](state.model["painter"](x)).square().mean()
+        gradients = torch.autograd.grad(loss, list(state.model[part].parameters()))
+        for p, gradient in zip(state.model[part].parameters(), gradients, strict=True):
+            p.grad = gradient * (math.nan if part in spoil else 1)
+        said.append(state.optimise())
+    state.count(batch, {"loss": loss.detach()}, all(finite for _, finite in said))
+    return said
+
+
+def batch_of(step):
+    return Batch(step, 8, range(8 * step, 8 * step + 8))
+
+
+def test_each_pass_moves_its_own_part_and_one_count_ends_the_step():
+    state = two_players()
+    before = {name: value.clone() for name, value in state.model.named_parameters()}
+    x = randomness.normal(0, "x", range(8), (3,), dtype=torch.float64)
+    loss = state.model["critic"](state.model["painter"](x)).square().mean()
+    expected = torch.autograd.grad(loss, list(state.model["critic"].parameters()))
+    (norm, finite), (_, also) = play(state, batch_of(0))
+    assert (finite, also) == (True, True)
+    assert float(norm) == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)))
+    for (name, p), gradient in zip(state.model["critic"].named_parameters(), expected, strict=True):
+        torch.testing.assert_close(p, before[f"critic.{name}"] - 0.1 * gradient, rtol=0, atol=1e-14)
+    assert all(not torch.equal(p, before[f"painter.{name}"]) for name, p in state.model["painter"].named_parameters())
+    assert all(p.grad is None for p in state.model.parameters())
+    assert (state.step, state.samples_seen, state.metered_steps) == (1, 8, 1)
+    assert state.parallel_model is state.model
+
+
+def test_the_average_is_of_the_named_part_alone_with_its_buffers():
+    state = two_players()
+    expected = {name: value.clone() for name, value in state.model["painter"].named_parameters()}
+    assert state.ema.state_dict().keys() == state.model["painter"].state_dict().keys()
+    for step in range(4):
+        play(state, batch_of(step))
+        for name, p in state.model["painter"].named_parameters():
+            expected[name] = expected[name] * 0.5**0.5 + p.detach() * (1 - 0.5**0.5)  # two steps are a half-life
+    for name, p in state.ema.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-14)
+    for name, value in state.ema.named_buffers():
+        assert torch.equal(value, state.model["painter"].get_buffer(name))
+    assert int(state.ema.num_batches_tracked) == 8
+
+
+def test_a_pass_that_is_not_finite_is_thrown_away_and_the_step_skipped():
+    state = two_players()
+    play(state, batch_of(0))
+    before = {name: value.clone() for name, value in state.model.named_parameters()}
+    average = {name: value.clone() for name, value in state.ema.named_parameters()}
+    said = [finite for _, finite in play(state, batch_of(1), spoil=("painter",))]
+    assert said == [True, False]
+    for name, p in state.model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("painter")
+    assert all(torch.equal(p, average[name]) for name, p in state.ema.named_parameters())
+    assert all(p.grad is None for p in state.model.parameters())
+    assert (state.skipped, state.skipped_in_a_row, state.metered_steps, state.samples_seen) == (1, 1, 1, 16)
+    play(state, batch_of(2))
+    assert (state.skipped, state.skipped_in_a_row) == (1, 0)
+
+
+def test_several_passes_resume_bit_identical(tmp_path):
+    def run(path, stop_at=None):
+        state = two_players()
+        with RunDirectory(path, {}) as folder:
+            for batch in steps(state, folder, total_samples=64, batch_size=8, checkpoint_every=3, log_every=2):
+                play(state, batch, spoil=("critic",) if batch.step == 4 else ())
+                if batch.step == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped", stop_at=4)
+    assert same(run(tmp_path / "stopped"), whole)
+
+
+def test_several_passes_are_not_for_shards():
+    with pytest.raises(ValueError, match="parallel 'fsdp' is not for training in several passes: use 'ddp'"):
+        TrainState(
+            nn.Linear(2, 2), lambda parameters: torch.optim.SGD(parameters), Ranks(0, 2, torch.device("cpu")),
+            ema_half_life=1, execution=Execution("fsdp"), several_passes=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_laid_out_channels_last_resume_bit_identical(tmp_path, fused):
+    """A fused optimiser goes through memory in order: its slots must lie as the weights do, not as a file does."""
+
+    def run(path, stop_at=None):
+        model = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(randomness.normal(1, "weights", [p.ndim], p.shape)[0])
+        state = TrainState(model, torch.optim.Adam(model.parameters(), lr=0.1, fused=fused), ALONE, ema_half_life=16)
+        with RunDirectory(path, {}) as folder:
+            for batch in steps(state, folder, total_samples=64, batch_size=8, checkpoint_every=3, log_every=8):
+                state.model(randomness.normal(0, "x", batch.counters, (3, 5, 5))).square().mean().backward()
+                state.update(batch, {})
+                if batch.step == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped", stop_at=4)
+    assert same(run(tmp_path / "stopped"), whole)

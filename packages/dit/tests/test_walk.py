@@ -1,6 +1,5 @@
 """Walks: where they pass, what their frames are, and the films of them."""
 
-import io
 import json
 import math
 import subprocess
@@ -9,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from triptych_common.cli import main
 from triptych_common.images import to_uint8
 from triptych_common.testing import run_cli
-from triptych_common.video import course, write_video
 from triptych_dit import DiT, DiTConfig
 from triptych_dit.cli import COMMANDS
 from triptych_dit.samples_file import read_npz
@@ -61,11 +58,6 @@ def test_slerp_turns_evenly_from_end_to_end():
     wide = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     middle = slerp(wide[:1], wide[1:], torch.tensor([0.5]))
     assert float(middle.std()) == pytest.approx(1, abs=0.02)  # a straight line would pass at 0.71
-
-
-def test_a_course_stops_where_it_should():
-    assert course(3, 2, loop=False).tolist() == [[0, 1, 0], [0, 1, 0.5], [1, 2, 0], [1, 2, 0.5], [2, 2, 0]]
-    assert course(2, 2, loop=True).tolist() == [[0, 1, 0], [0, 1, 0.5], [1, 0, 0], [1, 0, 0.5]]
 
 
 def test_a_latent_walk_passes_through_the_samples_it_is_named_after():
@@ -113,41 +105,6 @@ def test_later_noise_is_the_same_for_all_frames():
     later = noise.draw()
     assert torch.equal(later[0], later[2])
     assert not torch.equal(later, noise.draw())
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(7, 11), (257, 301)])  # enlarged; odd sides
-def test_an_mp4_shows_the_frames(channels, size, tmp_path):
-    rng = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, 256, (6, channels, 3, 4), generator=rng).float()
-    frames = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").to(torch.uint8)
-    write_video(tmp_path / "x.mp4", frames, fps=12)
-    with av.open(str(tmp_path / "x.mp4")) as container:
-        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        assert container.streams.video[0].average_rate == 12
-    scale = max(1, -(-256 // min(size)))
-    height, width = size[0] * scale, size[1] * scale
-    assert len(shown) == 6
-    assert shown[0].shape == (height + height % 2, width + width % 2, 3)
-    centres = slice(scale // 2, None, scale)
-    for frame, image in zip(shown, frames, strict=True):
-        expected = image.expand(3, -1, -1).permute(1, 2, 0).numpy().astype(int)
-        got = frame[:height, :width][centres, centres].astype(int)
-        assert np.abs(got - expected).mean() < 6  # colour is stored at half the resolution
-
-
-@pytest.mark.parametrize("loop", [False, True])
-def test_a_gif_shows_the_frames(loop, tmp_path):
-    frames = (torch.arange(5)[:, None, None, None] * 50).expand(5, 1, 8, 8).to(torch.uint8)
-    write_video(tmp_path / "x.gif", frames, fps=10, loop=loop)
-    film = Image.open(io.BytesIO((tmp_path / "x.gif").read_bytes()))
-    assert film.n_frames == 5
-    assert film.size == (256, 256)
-    assert ("loop" in film.info) == loop
-    for i in range(5):
-        film.seek(i)
-        assert film.info["duration"] == 100
-        assert film.convert("L").getpixel((99, 9)) == pytest.approx(50 * i, abs=2)
 
 
 @pytest.fixture(scope="module")

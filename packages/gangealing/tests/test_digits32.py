@@ -45,10 +45,12 @@ def two() -> Tensor:
 
 def test_is_an_image_source_of_100_000_items(digits: Digits32) -> None:
     assert isinstance(digits, ImageSource)
-    assert len(digits) == len(digits.labels) == 100_000 and digits.num_classes == 10
+    assert len(digits) == len(digits.labels) == 100_000
+    assert digits.num_classes == 10
     assert len(Digits32("held_out", copies=3)) == 3_000
     picture = digits.image(31_250)
-    assert picture.mode == "RGB" and picture.size == (32, 32)
+    assert picture.mode == "RGB"
+    assert picture.size == (32, 32)
     assert np.array_equal(np.asarray(picture), digits.batch([31_250])[0].permute(1, 2, 0).numpy())
 
 
@@ -86,7 +88,9 @@ def test_jitters_fill_their_ranges(digits: Digits32) -> None:
         spread = (values.double().sort().values - low) / (high - low)
         uniform = torch.linspace(0, 1, len(values), dtype=torch.float64)
         assert (spread - uniform).abs().max() < 1.63 / math.sqrt(len(values))  # Kolmogorov-Smirnov, 1%
-    quantities = torch.stack([jitters.angle, jitters.scale, *jitters.shift_px.T, *jitters.foreground.T, *jitters.gradient.T])
+    quantities = torch.stack(
+        [jitters.angle, jitters.scale, *jitters.shift_px.T, *jitters.foreground.T, *jitters.gradient.T]
+    )
     related = torch.corrcoef(quantities) - torch.eye(len(quantities))
     related[4:7, 4:7] = 0  # the three parts of a colour
     assert related.abs().max() < 0.03
@@ -95,9 +99,11 @@ def test_jitters_fill_their_ranges(digits: Digits32) -> None:
 def test_colours_are_of_both_polarities_and_readable(digits: Digits32) -> None:
     jitters, luma = digits.jitters(range(20_000)), torch.tensor(LUMA)
     contrast = jitters.foreground @ luma - jitters.background @ luma
-    assert contrast.abs().min() > 0.399 and 0.45 < (contrast > 0).float().mean() < 0.55
+    assert contrast.abs().min() > 0.399
+    assert 0.45 < (contrast > 0).float().mean() < 0.55
     for colours in (jitters.foreground, jitters.background):
-        assert colours.min() >= 0 and colours.max() <= 1
+        assert colours.min() >= 0
+        assert colours.max() <= 1
         assert (colours.argmax(1).bincount(minlength=3) > 4_000).all()  # red, green and blue
 
 
@@ -132,7 +138,8 @@ def test_scipy_places_digits_there_too(digits: Digits32) -> None:
         digit_pixels = digits.digits[digit, 0].numpy() / 255.0
         values = map_coordinates(digit_pixels, [y, x], order=3, mode="grid-constant").clip(0, 1)
         expected = torch.from_numpy(values.reshape(32, 8, 32, 8).mean((1, 3)))
-        assert (image - expected).abs().max() < 0.08 and (image - expected).abs().mean() < 0.003
+        assert (image - expected).abs().max() < 0.08
+        assert (image - expected).abs().mean() < 0.003
 
 
 def test_pillow_turns_the_same_way(two: Tensor) -> None:
@@ -155,7 +162,8 @@ def test_the_recorded_map_undone_gives_the_digit_back(digits: Digits32) -> None:
     grid = torch.nn.functional.affine_grid(back, list(originals.shape), align_corners=False)
     undone = torch.nn.functional.grid_sample(drawn, grid, align_corners=False)
     difference = (undone - originals / 255).abs().mean((1, 2, 3))
-    assert difference.mean() < 0.015 and difference.max() < 0.03
+    assert difference.mean() < 0.015
+    assert difference.max() < 0.03
     wrong = (undone - originals.roll(1, 0) / 255).abs().mean((1, 2, 3))
     assert wrong.min() > 2 * difference.max()
 
@@ -182,8 +190,11 @@ def test_sizes_show_the_same_picture(digits: Digits32) -> None:
 
 def test_one_digit_alone() -> None:
     threes = Digits32(digit=3)
-    assert len(threes) == 400 * 25 and threes.num_classes == 1 and threes.class_names == ("3",)
-    assert threes.name == "digits32:3" and not threes.labels.any()
+    assert len(threes) == 400 * 25
+    assert threes.num_classes == 1
+    assert threes.class_names == ("3",)
+    assert threes.name == "digits32:3"
+    assert not threes.labels.any()
     jitters = threes.jitters(range(0, 10_000, 97))
     data = load("mnist5k")
     assert (jitters.label == 3).all()

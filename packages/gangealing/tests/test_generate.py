@@ -108,7 +108,11 @@ def test_truncation_draws_styles_towards_their_mean(files, tmp_path, psi):
 def test_a_cutoff_truncates_only_the_first_layers(files, tmp_path):
     whole, none, cut = (
         generated(files["quiet"], tmp_path / name, "--num-samples", "4", "--truncation-psi", "0", *options)
-        for name, options in (("all", []), ("none", ["--truncation-cutoff", "0"]), ("some", ["--truncation-cutoff", "2"]))
+        for name, options in (
+            ("all", []),
+            ("none", ["--truncation-cutoff", "0"]),
+            ("some", ["--truncation-cutoff", "2"]),
+        )
     )
     assert np.abs(none - np.stack([drawn(files["quiet"], i) for i in range(4)])).max() <= 1
     assert np.abs(cut - whole).max() > 5
@@ -137,11 +141,13 @@ def test_a_film_passes_through_its_latents_slowly_and_ends_where_it_began(files)
         assert (frames[8 * stop].int() - expected.int()).abs().max() <= 1
     steps = (frames.roll(-1, 0).int() - frames.int()).abs().double().mean(dim=(1, 2, 3)).view(3, 8)
     assert (steps > 0).all()  # the last leads back to the first
-    assert (steps[:, [0, 7]].amax(1) < steps[:, 2:6].amin(1)).all()
+    assert (steps[:, [0, 7]].amax(1) < 0.6 * steps[:, 2:6].amin(1)).all()
 
 
 def test_a_gif_has_every_frame_and_repeats(files, tmp_path):
-    done = generate(files["quiet"], tmp_path, "--num-samples", "1", "--video", "gif", "--keyframes", "2", "--frames", "5")
+    done = generate(
+        files["quiet"], tmp_path, "--num-samples", "1", "--video", "gif", "--keyframes", "2", "--frames", "5"
+    )
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "walk.gif") as gif:
         assert gif.n_frames == 10
@@ -221,7 +227,7 @@ def test_an_embedded_generator_is_small_knows_its_origin_and_draws(tmp_path, nam
     path = EMBEDDED / f"{name}.safetensors"
     assert path.stat().st_size < 5e6
     generator, facts = read_network(path)
-    assert {"data", "images", "seed", "images_seen"} <= facts.keys()
+    assert {"data", "seed", "images_seen", "command", "commit", "scores"} <= facts.keys()
     assert (generator.config.resolution, generator.config.c_dim) == (32, 0)
     images = generated(Path(name), tmp_path, "--num-samples", "8", "--truncation-psi", "0.7")
     assert images.shape == (8, 32, 32, 3)

@@ -164,7 +164,9 @@ def test_r1_of_a_real_discriminator_by_finite_differences(p):
     images = objective.real(counters)[0].detach()
     moves = epsilon * torch.eye(images.numel(), dtype=torch.float64).view(-1, *images.shape)
     pairs = torch.cat([images + moves, images - moves])  # pairs, first or second, colour, row, column
-    batch = pairs.transpose(0, 1).flatten(0, 1)  # all the first ones, then all the second: image i is in group i mod n / 2
+    batch = pairs.transpose(0, 1).flatten(
+        0, 1
+    )  # all the first ones, then all the second: image i is in group i mod n / 2
     if p:
         each = [counter for counter in counters for _ in pairs]
         batch = augment(batch, p, SEED, "discriminator/real/augment", each, PRESETS["bgc"])

@@ -32,7 +32,8 @@ TARGET = 0.2
 TINY = [
     "--preset", "smoke", "--resolution", "8", "--channel-base", "64", "--channel-max", "8", "--z-dim", "8",
     "--batch-size", "8", "--total-images", "96", "--checkpoint-every", "2", "--log-every", "3", "--snapshot-every", "48",
-    "--scores", "none", "--ada-images", "300", "--ada-target", str(TARGET), "--r1-every", "4", "--lr", "0.01",
+    "--scores", "none", "--augment", "bgc", "--ada-images", "300", "--ada-target", str(TARGET), "--style-mixing", "0.9",
+    "--path-length-weight", "2", "--r1-gamma", "0.1", "--r1-every", "4", "--lr", "0.01",
 ]  # fmt: skip
 STEPS = 12
 LAST = f"checkpoints/step-{STEPS:08d}.safetensors"
@@ -126,7 +127,9 @@ def test_a_run_leaves_networks_rows_and_pictures(pictures, whole):
     assert counters["samples_seen"] == 96
     for name, value in generator.state_dict().items():
         assert torch.equal(value, tensors[f"ema.{name}"]), name
-    assert not torch.equal(tensors["ema.synthesis.b8.conv1.weight"], tensors["model.generator.synthesis.b8.conv1.weight"])
+    assert not torch.equal(
+        tensors["ema.synthesis.b8.conv1.weight"], tensors["model.generator.synthesis.b8.conv1.weight"]
+    )
 
 
 def test_dry_run_tells_sizes_and_writes_nothing(pictures, whole, tmp_path):
@@ -331,7 +334,10 @@ def test_a_run_starts_from_rosinalitys_file(pictures, whole, tmp_path):
     done = command("convert", "--checkpoint", whole, "--format", "rosinality", "--out", tmp_path / "their.pt")
     assert done.returncode == 0, done.stderr
     trained(pictures, tmp_path / "tuned", "--init-from", tmp_path / "their.pt", *SHORT)
-    started, source = state_of(tmp_path / "tuned", 0, "model.generator."), network_tensors(whole / "generator.safetensors")
+    started, source = (
+        state_of(tmp_path / "tuned", 0, "model.generator."),
+        network_tensors(whole / "generator.safetensors"),
+    )
     assert started.keys() == source.keys()
     for name, value in source.items():
         torch.testing.assert_close(started[name], value, rtol=1e-6, atol=1e-6, msg=name)
@@ -425,7 +431,9 @@ def test_data_that_will_not_do_is_one_line_and_leaves_nothing(tmp_path, how, opt
 
 def test_the_corrected_command_runs_in_the_folder_of_the_refused_one(pictures, tmp_path):
     fails_with(train_gan(pictures, tmp_path / "run", "--conditional", *SHORT), "has no classes")
-    fails_with(train_gan(pictures, tmp_path / "run", "--init-from", tmp_path / "none", *SHORT), "no such file or folder")
+    fails_with(
+        train_gan(pictures, tmp_path / "run", "--init-from", tmp_path / "none", *SHORT), "no such file or folder"
+    )
     trained(pictures, tmp_path / "run", *SHORT)
 
 
@@ -469,11 +477,15 @@ def test_after_three_such_steps_the_weights_of_both_networks_are_rolled_back(pic
     assert (row["step"], row["skipped"], row["rollbacks"]) == (7, 3, 1)
     for part in ("model.", "ema.", "optimizer."):
         assert_equal(state_of(tmp_path, 7, part), state_of(tmp_path, 4, part))
-    assert checkpoint.read(checkpoint.steps_in(tmp_path / "checkpoints")[-1])[1]["samples_seen"] == 56  # not rolled back
+    assert (
+        checkpoint.read(checkpoint.steps_in(tmp_path / "checkpoints")[-1])[1]["samples_seen"] == 56
+    )  # not rolled back
 
 
 def test_a_diverging_run_stops_and_keeps_good_checkpoints(pictures, tmp_path):
-    fails_with(train_gan(pictures, tmp_path, "--lr", "1e30", "--total-images", "400"), "lower --lr. Went back as far as")
+    fails_with(
+        train_gan(pictures, tmp_path, "--lr", "1e30", "--total-images", "400"), "lower --lr. Went back as far as"
+    )
     for path in checkpoint.steps_in(tmp_path / "checkpoints"):
         assert all(bool(torch.isfinite(value).all()) for value in checkpoint.read(path)[0].values())
 
@@ -491,7 +503,7 @@ def test_the_probability_follows_the_logged_signs(pictures, tmp_path):
     trained(pictures, tmp_path, "--log-every", "1", "--total-images", "192", "--lr", "0.02")
     rows = metrics(tmp_path)
     p, expected, moves = 0.0, [], set()
-    for i, row in enumerate(rows):
+    for i in range(len(rows)):
         if i % 4 == 3:
             excess = np.mean([each["sign_real"] for each in rows[i - 3 : i + 1]]) - TARGET
             moved = max(0.0, p + np.sign(excess) * 4 * 8 / 300)
