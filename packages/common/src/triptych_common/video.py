@@ -45,9 +45,7 @@ def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError(
-            "mp4 needs a package: pip install 'triptych-common[video]'; gif needs none"
-        ) from error
+        raise ImportError("mp4 needs a package: pip install 'triptych-common[video]'; gif needs none") from error
     return av
 
 
