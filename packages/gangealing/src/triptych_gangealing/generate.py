@@ -28,8 +28,8 @@ class GenerateConfig(CommonOptions):
 
     out: Path = Path("runs/generated")
     """where to write grid.png, and what else is asked for"""
-    generator: str = "digits32"
-    """an embedded generator (digits32, digits32-3), a run folder, a network file, or a foreign checkpoint"""
+    generator: str = "runs/gan-digits32"
+    """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
     num_samples: int = 100
     """images to draw; the same numbers are the same images"""
     truncation_psi: float = 1.0

@@ -25,12 +25,16 @@ _MODULES = ("torch_utils", "dnnlib", "training")
 def vendored(network: Generator | Discriminator, folder: Path = FOLDER) -> nn.Module:
     """Their network with the shape and weights of ours, called as ours is.
 
-    Runs the code in `folder`. Raises FileNotFoundError where it was not fetched, ValueError where its tensors are not ours.
+    Runs the code in `folder`. Raises FileNotFoundError where it was not fetched, ImportError where it lacks a package of its own,
+    ValueError where its tensors are not ours.
     """
     if not (folder / "training" / "networks.py").is_file():
         raise FileNotFoundError(f"{folder}: no stylegan2-ada-pytorch there; run make vendor-stylegan2-ada")
     with _importable(folder):
-        networks = importlib.import_module("training.networks")
+        try:
+            networks = importlib.import_module("training.networks")
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{folder} needs a package: pip install {error.name}") from error
         theirs = _generator(networks, network) if isinstance(network, Generator) else _discriminator(networks, network)
     ours = network.state_dict()
     filters = {name for name in theirs.state_dict() if name.endswith("resample_filter")}

@@ -14,7 +14,7 @@ from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 
 GENERATOR_FILE, DISCRIMINATOR_FILE = "generator.safetensors", "discriminator.safetensors"
-EMBEDDED = Path(__file__).parent.parent / "weights"
+EMBEDDED, GENERATORS = Path(__file__).parent.parent / "weights", ("digits32", "digits32-3")
 _KINDS = {
     "StyleGAN2 generator": (Generator, GeneratorConfig),
     "StyleGAN2 discriminator": (Discriminator, DiscriminatorConfig),
@@ -26,12 +26,10 @@ def locate(name: str | Path) -> Path:
 
     Raises FileNotFoundError where there is neither.
     """
-    embedded = EMBEDDED / f"{name}.safetensors"
-    if embedded.is_file():
-        return embedded
+    if name in GENERATORS and (EMBEDDED / f"{name}.safetensors").is_file():
+        return EMBEDDED / f"{name}.safetensors"
     if not Path(name).exists():
-        known = ", ".join(sorted(path.stem for path in EMBEDDED.glob("digits32*.safetensors")))
-        raise FileNotFoundError(f"{name}: no such file or folder, nor an embedded generator ({known})")
+        raise FileNotFoundError(f"{name}: no such file or folder, nor an embedded generator ({', '.join(GENERATORS)})")
     return Path(name)
 
 
