@@ -5,6 +5,7 @@ and ships as safetensors; `weights/instruments.json` records SHA-256, held-out s
 to tell places and colours as well as digits, its features see what a classifier would be blind to.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,14 +19,20 @@ from triptych_common.metrics.distances import frechet_distance, kernel_distance
 from triptych_common.metrics.instruments import load_frozen, normalised
 from triptych_common.randomness import permutation
 
-from triptych_gangealing.digits32 import MAX_SHIFT_PX, Digits32
+from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32
 from triptych_gangealing.stylegan2.weights import EMBEDDED
 
 NAME, SIZE, DIM = "digits32_features", 32, 64
+PARTS = [10, 2, 1, 2, 3, 3, 2]  # of the outputs
+HELD_OUT_PER_DIGIT = 100
 
 
 def feature_network() -> nn.Sequential:
-    """32x32 RGB digits to 64 features, then to 21 numbers: 10 logits, cosine and sine of the angle, scale, shift, two colours."""
+    """32x32 RGB digits to 64 features, each of variance 1, then to 23 numbers: 10 logits, cosine and sine of the angle, scale,
+    shift, two colours, gradient. `[:-1]` are the features.
+
+    The last step is linear and the features are of one size, so that what is small in pixels, a hue say, is not so in them.
+    """
     layers: list[nn.Module] = []
     for channels_in, channels_out, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
         layers += [
@@ -33,7 +40,8 @@ def feature_network() -> nn.Sequential:
             nn.BatchNorm2d(channels_out),
             nn.SiLU(),
         ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, DIM), nn.SiLU(), nn.Linear(DIM, 21))
+    features = nn.Linear(64 * 4 * 4, DIM, bias=False), nn.BatchNorm1d(DIM, affine=False)
+    return nn.Sequential(*layers, nn.Flatten(), *features, nn.Linear(DIM, sum(PARTS)))
 
 
 class Reading(NamedTuple):
@@ -45,6 +53,7 @@ class Reading(NamedTuple):
     shift_px: Float[Tensor, "n 2"]
     foreground: Float[Tensor, "n 3"]
     background: Float[Tensor, "n 3"]
+    gradient: Float[Tensor, "n 2"]
 
     @property
     def labels(self) -> Int[Tensor, " n"]:
@@ -61,7 +70,7 @@ class Digits32Instrument:
 
     def features(self, images: Tensor) -> Float[Tensor, "n 64"]:
         """Of uint8 images (n, 3, 32, 32), on the CPU. Raises ValueError for images of another shape or type."""
-        return self._run(self.network[:-2], images)
+        return self._run(self.network[:-1], images)
 
     def read(self, images: Tensor) -> Reading:
         """Digit, place and colours of uint8 images (n, 3, 32, 32). Raises as `features` does."""
@@ -76,12 +85,11 @@ class Digits32Instrument:
         return torch.cat([network(normalised(part)) for part in images.cpu().split(256)])
 
 
-def reading(outputs: Float[Tensor, "n 21"]) -> Reading:
-    """The network's 21 numbers, in units."""
-    logits, turn, scale, shift, foreground, background = outputs.split([10, 2, 1, 2, 3, 3], dim=1)
-    return Reading(
-        logits, torch.atan2(turn[:, 1], turn[:, 0]), scale[:, 0], shift * MAX_SHIFT_PX, foreground, background
-    )
+def reading(outputs: Float[Tensor, "n 23"]) -> Reading:
+    """The network's 23 numbers, in units."""
+    logits, turn, scale, shift, foreground, background, gradient = outputs.split(PARTS, dim=1)
+    angle = torch.atan2(turn[:, 1], turn[:, 0])
+    return Reading(logits, angle, scale[:, 0], shift * MAX_SHIFT_PX, foreground, background, gradient * MAX_GRADIENT)
 
 
 @cache
@@ -113,7 +121,8 @@ def gan_scores(images: UInt8[Tensor, "n 3 32 32"], digit: int | None = None, *, 
     instrument = load_instrument()
 
     def real(split: str) -> Tensor:
-        digits = Digits32(split, digit, seed=seed + 1)  # jitters that no training run of seed 0 saw
+        copies = max(25, math.ceil(n / HELD_OUT_PER_DIGIT))  # enough for equal counts
+        digits = Digits32(split, digit, copies=copies, seed=seed + 1)  # jitters that no training run of seed 0 saw
         return instrument.features(digits.batch(permutation(seed, f"score/{split}", 0, len(digits))[:n]))
 
     held_out, train, made = real("held_out"), real("train"), instrument.features(images)

@@ -9,25 +9,41 @@ import sys
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.metrics.instruments import normalised
 from triptych_common.run import git_commit, write_bytes, write_json
 
-from triptych_gangealing.digits32 import MAX_SHIFT_PX, Digits32, Jitters
-from triptych_gangealing.instrument import NAME, feature_network, reading
+from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32, Jitters
+from triptych_gangealing.instrument import NAME, PARTS, feature_network, reading
 from triptych_gangealing.stylegan2.weights import EMBEDDED
 
-SEED, STEPS, BATCH = 7, 4_000, 100  # the seed is no generator's: its jitters are others
+SEED, STEPS, BATCH = 7, 2_800, 100  # the seed is no generator's: its jitters are others
 
 
-def loss_of(outputs: Tensor, truth: Jitters) -> Tensor:
-    """Cross-entropy of the digit, and squared errors of everything else, each over its own range."""
+def wanted(truth: Jitters) -> Float[Tensor, "n 13"]:
+    """What the outputs beside the logits should be."""
     turn = torch.stack([truth.angle.cos(), truth.angle.sin()], dim=1)
-    wanted = torch.cat(
-        [turn, truth.scale[:, None], truth.shift_px / MAX_SHIFT_PX, truth.foreground, truth.background], 1
-    )
-    return F.cross_entropy(outputs[:, :10], truth.label) + 2 * F.mse_loss(outputs[:, 10:], wanted) * wanted.shape[1] / 4
+    place = truth.scale[:, None], truth.shift_px / MAX_SHIFT_PX
+    return torch.cat([turn, *place, truth.foreground, truth.background, truth.gradient / MAX_GRADIENT], dim=1)
+
+
+def whitening(truth: Jitters) -> Float[Tensor, "13 13"]:
+    """Takes what is wanted to variance 1, and colours apart into brightness and two hues, which are small beside it and would
+    hardly count.
+    """
+    parts = wanted(truth).double().split(PARTS[1:], dim=1)
+    factors = [
+        torch.linalg.inv(torch.linalg.cholesky(torch.cov(part.T).reshape(part.shape[1], -1))).T for part in parts
+    ]
+    return torch.block_diag(*factors).float()
+
+
+def loss_of(outputs: Float[Tensor, "n 23"], truth: Jitters, whiten: Float[Tensor, "13 13"]) -> Tensor:
+    """Cross-entropy of the digit, and the squared error of everything else, whitened."""
+    errors = (outputs[:, PARTS[0] :] - wanted(truth)) @ whiten
+    return F.cross_entropy(outputs[:, : PARTS[0]], truth.label) + errors.square().sum(1).mean() / 4
 
 
 def train(network: nn.Module) -> None:
@@ -35,11 +51,12 @@ def train(network: nn.Module) -> None:
     digits = Digits32("train", copies=STEPS * BATCH // 4_000, seed=SEED)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=STEPS)
+    whiten = whitening(digits.jitters(range(20_000)))
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(SEED))
     network.train()
     for step in range(STEPS):
         items = order[step * BATCH : (step + 1) * BATCH]
-        loss = loss_of(network(normalised(digits.batch(items))), digits.jitters(items))
+        loss = loss_of(network(normalised(digits.batch(items))), digits.jitters(items), whiten)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -62,6 +79,7 @@ def held_out_scores(network: nn.Module) -> dict[str, float]:
         "shift_px": (found.shift_px - truth.shift_px).norm(dim=1).median().item(),
         "foreground": (found.foreground - truth.foreground).abs().median().item(),
         "background": (found.background - truth.background).abs().median().item(),
+        "gradient": (found.gradient - truth.gradient).abs().median().item(),
     }
 
 
