@@ -19,7 +19,7 @@ from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32, J
 from triptych_gangealing.instrument import NAME, PARTS, feature_network, reading
 from triptych_gangealing.stylegan2.weights import EMBEDDED
 
-SEED, STEPS, BATCH = 7, 4_000, 100  # the seed is no generator's: its jitters are others
+SEED, STEPS, BATCH = 7, 4_400, 100  # the seed is no generator's: its jitters are others
 
 
 def wanted(truth: Jitters) -> Float[Tensor, "n 13"]:
@@ -30,20 +30,17 @@ def wanted(truth: Jitters) -> Float[Tensor, "n 13"]:
 
 
 def whitening(truth: Jitters) -> Float[Tensor, "13 13"]:
-    """Takes what is wanted to variance 1, and colours apart into brightness and two hues, which are small beside it and would
-    hardly count.
+    """Takes what is wanted to unit covariance: hues, small beside brightness, count as much, and so does each colour where the
+    other is known.
     """
-    parts = wanted(truth).double().split(PARTS[1:], dim=1)
-    factors = [
-        torch.linalg.inv(torch.linalg.cholesky(torch.cov(part.T).reshape(part.shape[1], -1))).T for part in parts
-    ]
-    return torch.block_diag(*factors).float()
+    covariance = torch.cov(wanted(truth).double().T)
+    return torch.linalg.inv(torch.linalg.cholesky(covariance)).T.float()
 
 
 def loss_of(outputs: Float[Tensor, "n 23"], truth: Jitters, whiten: Float[Tensor, "13 13"]) -> Tensor:
     """Cross-entropy of the digit, and the squared error of everything else, whitened."""
     errors = (outputs[:, PARTS[0] :] - wanted(truth)) @ whiten
-    return F.cross_entropy(outputs[:, : PARTS[0]], truth.label) + errors.square().sum(1).mean() / 10
+    return F.cross_entropy(outputs[:, : PARTS[0]], truth.label) + errors.square().sum(1).mean() / 8
 
 
 def train(network: nn.Module) -> None:
