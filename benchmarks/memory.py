@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from triptych_common.memory import release_freed_memory
 
 from benchmarks.runner import Job
 
@@ -18,8 +19,7 @@ def peak_memory(job: Job, seed: int) -> int | None:
     """Bytes that preparing a job and calling it twice adds at most to a process; None where it fails, for a job
     of the GPU, whose tensors are counted as it is timed, and elsewhere than on Linux.
 
-    The process is a fork of this one: measure before anything is timed here, since a fork would use memory that has been
-    freed, and see no growth.
+    The process is a fork of this one, which first gives back what has been freed: it would use that again, and see no growth.
     """
     if sys.platform != "linux" or job.gpu or job.skip is not None:
         return None
@@ -39,6 +39,8 @@ def peak_memory(job: Job, seed: int) -> int | None:
 def _measure(job: Job, seed: int, out: Connection) -> None:
     sys.stderr = None  # a job's error is reported when it is timed
     torch.set_num_threads(1)  # threads of a pool do not survive a fork
+    release_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets how much it was at most
     before = _resident("VmRSS")
     call = job.prepare(seed)
     call()

@@ -7,12 +7,13 @@ activations, mapping or sums. A round of training is as many steps as pass until
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from triptych_common.data import ImageDataset
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks
 from triptych_common.training import Batch
@@ -137,30 +138,11 @@ def passes(
     return prepare
 
 
-@dataclass(frozen=True)
-class NoiseSource:
-    """As many pictures of noise as a run needs to have something to read."""
-
-    resolution: int
-    name: str = "noise"
-    num_classes: int = 1
-    class_names: tuple[str, ...] = ("noise",)
-    count: int = 64
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.zeros(self.count, dtype=torch.long)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def batch(self, items: Tensor) -> Tensor:
-        rng = torch.Generator().manual_seed(0)
-        pixels = torch.randint(256, (self.count, 3, self.resolution, self.resolution), generator=rng)
-        return pixels.to(torch.uint8)[items]
-
-    def fingerprint(self) -> str:
-        return f"noise:{self.count}"
+def noise(resolution: int) -> TrainingImages:
+    """Sixty-four pictures of noise: enough for a run to have something to read."""
+    pixels = torch.randint(256, (64, 3, resolution, resolution), generator=torch.Generator().manual_seed(0))
+    source = ImageDataset("noise", "train", pixels.to(torch.uint8), torch.zeros(64, dtype=torch.long), 1)
+    return TrainingImages(source, lambda items: source.images[items], resolution)
 
 
 def round_of(config: GanTrainConfig) -> int:
@@ -173,9 +155,7 @@ def training(config: GanTrainConfig, device: torch.device) -> Callable[[int], Ca
 
     def prepare(seed: int) -> Callable[[], Tensor]:
         keep_freed_memory()
-        source = NoiseSource(config.resolution)
-        pixels = source.batch(torch.arange(len(source)))
-        images = TrainingImages(source, lambda items: pixels[items], config.resolution)
+        images = noise(config.resolution)
         state = make_state(replace(config, seed=seed), Ranks(0, 1, device), images)
         objective = Objective(config, images, state.model["generator"], state.model["discriminator"])
 
