@@ -24,8 +24,9 @@ $(STAMP): requirements.txt $(PROJECTS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# A worker a core, with one thread each: twice as fast as one process with all threads. A file's tests share its fixtures.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
