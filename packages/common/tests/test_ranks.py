@@ -16,6 +16,7 @@ import pytest
 import torch
 from triptych_common import checkpoint
 from triptych_common.parallel import Execution
+from triptych_common.testing import logged
 
 DRIVER = Path(__file__).with_name("ranks_driver.py")
 spec = importlib.util.spec_from_file_location("ranks_driver", DRIVER)
@@ -71,11 +72,6 @@ def last(run: Path) -> Path:
     return checkpoint.steps_in(run / "checkpoints")[-1]
 
 
-def metrics(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
-
-
 def assert_close(a: Path, b: Path, atol: float) -> None:
     """Weights, average, its predictions, optimiser and counters agree."""
     for path_a, path_b in ((last(a), last(b)), (a / "averaged.safetensors", b / "averaged.safetensors")):
@@ -95,7 +91,7 @@ def assert_close(a: Path, b: Path, atol: float) -> None:
 def test_two_ranks_equal_one_process(on_two, alone, job):
     """Whole or sharded, accumulated, recomputed and compiled, or changed from one to the other half-way."""
     assert_close(on_two / job, alone, 1e-10)
-    for row, expected in zip(metrics(on_two / job), metrics(alone), strict=True):
+    for row, expected in zip(logged(on_two / job), logged(alone), strict=True):
         assert row == pytest.approx(expected, rel=1e-9)
     assert last(on_two / job).is_dir() == (job in ("fsdp", "fsdp-parts", "fsdp-compiled", "ddp-to-fsdp"))
 
@@ -105,7 +101,7 @@ def test_two_ranks_interrupted_end_bit_identical(on_two, job):
     names = [path.stem for path in checkpoint.steps_in(on_two / f"{job}-resumed" / "checkpoints")]
     assert names == ["step-00000004", "step-00000008", "step-00000010-extra"]
     assert_close(on_two / f"{job}-resumed", on_two / job, 0.0)
-    for row, expected in zip(metrics(on_two / f"{job}-resumed"), metrics(on_two / job), strict=True):
+    for row, expected in zip(logged(on_two / f"{job}-resumed"), logged(on_two / job), strict=True):
         assert row == pytest.approx(expected, rel=1e-12)
 
 
@@ -139,7 +135,7 @@ def test_bfloat16_keeps_float32_weights_and_learns_alike(on_two, alone, tmp_path
         assert {v.dtype for name, v in tensors.items() if not name.startswith("meter.")} == {torch.float32}
         exact, _ = checkpoint.read(last(alone))
         assert not torch.equal(tensors["model.out.weight"].double(), exact["model.out.weight"])
-        for row, expected in zip(metrics(run), metrics(alone), strict=True):
+        for row, expected in zip(logged(run), logged(alone), strict=True):
             assert row["loss"] == pytest.approx(expected["loss"], rel=0.02)
 
 

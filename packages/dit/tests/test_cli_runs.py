@@ -4,13 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from triptych_common import checkpoint
-from triptych_common.testing import run_cli, run_torchrun
+from triptych_common import checkpoint, testing
+from triptych_common.testing import logged, run_cli, run_torchrun
 
 TINY = [
     "--model.depth", "1", "--model.hidden-size", "16", "--model.num-heads", "2", "--model.patch-size", "7",
@@ -29,19 +30,7 @@ def run_script(script: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, timeout=300)
 
 
-def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """One clear line, progress aside, and a status that is not zero."""
-    assert done.returncode == status, done.stderr
-    lines = [
-        line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("training:", "sampling:"))
-    ]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
-
-
-def metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+fails_with = partial(testing.fails_with, quiet=("training:", "sampling:"))
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -51,7 +40,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert state_a == state_b
         assert tensors_a.keys() == tensors_b.keys()
         assert [name for name, value in tensors_a.items() if not torch.equal(value, tensors_b[name])] == []
-    assert metrics(a) == metrics(b)
+    assert logged(a) == logged(b)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +107,7 @@ def test_sigkill_in_the_middle_of_a_checkpoint_write_loses_nothing(whole, tmp_pa
     assert killed.returncode == -signal.SIGKILL
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.partial")] == ["step-00000016.safetensors.partial"]
     assert checkpoint.read(checkpoint.steps_in(tmp_path / "checkpoints")[-1])[1]["step"] == 8
-    assert metrics(tmp_path)[-1]["step"] == 15  # beyond the checkpoint: to be cut back
+    assert logged(tmp_path)[-1]["step"] == 15  # beyond the checkpoint: to be cut back
     assert train(tmp_path).returncode == 0
     assert_same_run(whole, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
@@ -140,7 +129,7 @@ def test_two_ranks_give_the_weights_of_one(tmp_path):
     tensors, others = checkpoint.read(one / path)[0], checkpoint.read(two / path)[0]
     for name, value in tensors.items():
         torch.testing.assert_close(others[name], value, rtol=0, atol=1e-10, msg=name)
-    for a, b in zip(metrics(one), metrics(two), strict=True):
+    for a, b in zip(logged(one), logged(two), strict=True):
         assert a == pytest.approx(b, rel=1e-9)
     parts = tmp_path / "parts"
     options = [

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from triptych_common import checkpoint
+from triptych_common import checkpoint, testing
 from triptych_common.cli import main
 from triptych_common.data import ImageFolder, open_source
 from triptych_common.run import write_json
@@ -111,11 +112,7 @@ def contents(out: Path) -> dict[str, tuple]:
     return found
 
 
-def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    assert done.returncode == status, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("encoding:")]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
+fails_with = partial(testing.fails_with, quiet=("encoding:",))
 
 
 def direct(images: Path, vae: Path, item: int, *, flipped: bool) -> Tensor:

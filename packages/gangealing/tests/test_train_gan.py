@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from scipy import linalg
-from triptych_common import checkpoint
+from triptych_common import checkpoint, testing
 from triptych_common.parallel import Ranks
-from triptych_common.testing import run_here, run_torchrun
+from triptych_common.testing import logged, run_here, run_torchrun
 from triptych_common.training import Batch
 from triptych_gangealing import cli
 from triptych_gangealing.data import open_images
@@ -52,24 +52,14 @@ def trained(data: Path, out: Path, *options: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """One clear line, progress aside, and a status that is not zero."""
-    assert done.returncode == status, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("training:")]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
-
-
-def metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+fails_with = partial(testing.fails_with, quiet=("training:",))
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Networks, the last checkpoint and metrics are bit-identical."""
     for name in ("generator.safetensors", "discriminator.safetensors", LAST):
         assert checkpoint.content_sha256(a / name) == checkpoint.content_sha256(b / name), name
-    assert metrics(a) == metrics(b)
+    assert logged(a) == logged(b)
 
 
 def write_pictures(folder: Path, count: int = 24, size: int = 8, mode: str = "RGB", seed: int = 0) -> Path:
@@ -110,7 +100,7 @@ def whole(pictures, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_networks_rows_and_pictures(pictures, whole):
-    rows = metrics(whole)
+    rows = logged(whole)
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     assert [row["images"] for row in rows] == [24, 48, 72, 96]
     for row in rows:
@@ -148,7 +138,7 @@ def test_scores_are_distances_between_generated_and_real_features(pictures, tmp_
 
     monkeypatch.setattr(snapshots, "feature_network", lambda name, device: features)
     trained(pictures, tmp_path, "--scores", "digits32", "--score-images", "2000", "--total-images", "64")
-    rows = [row for row in metrics(tmp_path) if "score/frechet" in row]
+    rows = [row for row in logged(tmp_path) if "score/frechet" in row]
     assert [row["images"] for row in rows] == [48, 64]  # when due, and at the end
     generator = read_network(tmp_path / "generator.safetensors").network
     images = open_images(str(pictures), 8)
@@ -186,7 +176,7 @@ def test_a_run_killed_and_interrupted_ends_bit_identical(pictures, whole, tmp_pa
         return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300)
 
     assert stopped(3, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert [row["step"] for row in metrics(tmp_path)] == [3]  # beyond the checkpoint of step 2: to be cut back
+    assert [row["step"] for row in logged(tmp_path)] == [3]  # beyond the checkpoint of step 2: to be cut back
     fails_with(stopped(9, signal.SIGTERM), f"stopped at step 9 of {STEPS}, saved in", 128 + signal.SIGTERM)
     assert checkpoint.steps_in(tmp_path / "checkpoints")[-1].name == "step-00000009-extra.safetensors"
     trained(pictures, tmp_path)
@@ -238,13 +228,13 @@ def assert_equal_to_rounding(a: Path, b: Path) -> None:
     assert tensors.keys() == others.keys()
     for name, value in tensors.items():
         torch.testing.assert_close(others[name], value, rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-    for row, other in zip(metrics(a), metrics(b), strict=True):
+    for row, other in zip(logged(a), logged(b), strict=True):
         assert row == pytest.approx(other, rel=1e-8)
 
 
 def test_the_run_compared_uses_everything(exact):
     """Or the next two tests would show little."""
-    rows = metrics(exact)
+    rows = logged(exact)
     assert rows[-1]["augment_p"] > 0.1
     assert rows[-1]["r1"] > 0
     assert rows[-1]["path_length_penalty"] > 0
@@ -316,7 +306,7 @@ def test_a_run_starts_from_another_runs_networks(pictures, whole, tmp_path):
     for part in ("model.generator.", "ema."):
         assert_equal(state_of(tmp_path, 0, part), network_tensors(whole / "generator.safetensors"))
     assert_equal(state_of(tmp_path, 0, "model.discriminator."), network_tensors(whole / "discriminator.safetensors"))
-    assert metrics(tmp_path)[-1]["images"] == 8
+    assert logged(tmp_path)[-1]["images"] == 8
 
 
 def test_a_generator_alone_gets_a_fresh_discriminator_and_says_so(pictures, whole, tmp_path):
@@ -462,7 +452,7 @@ def not_a_number(monkeypatch, steps):
 def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted(pictures, tmp_path, monkeypatch):
     not_a_number(monkeypatch, {4})
     trained(pictures, tmp_path)
-    rows = metrics(tmp_path)
+    rows = logged(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 1, 1, 1]
     assert rows[-1]["rollbacks"] == 0
     assert rows[-1]["images"] == 96
@@ -473,7 +463,7 @@ def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted(pictures, 
 def test_after_three_such_steps_the_weights_of_both_networks_are_rolled_back(pictures, tmp_path, monkeypatch):
     not_a_number(monkeypatch, {4, 5, 6})
     trained(pictures, tmp_path, "--total-images", "56")
-    row = metrics(tmp_path)[-1]
+    row = logged(tmp_path)[-1]
     assert (row["step"], row["skipped"], row["rollbacks"]) == (7, 3, 1)
     for part in ("model.", "ema.", "optimizer."):
         assert_equal(state_of(tmp_path, 7, part), state_of(tmp_path, 4, part))
@@ -495,13 +485,13 @@ def test_a_diverging_run_stops_and_keeps_good_checkpoints(pictures, tmp_path):
 
 def test_a_fixed_probability_stays(pictures, tmp_path):
     trained(pictures, tmp_path, "--augment-p", "0.25")
-    assert [row["augment_p"] for row in metrics(tmp_path)] == [0.25] * 4
+    assert [row["augment_p"] for row in logged(tmp_path)] == [0.25] * 4
 
 
 def test_the_probability_follows_the_logged_signs(pictures, tmp_path):
     """Every four steps up where the mean sign of D(real) was above the target, else down, by images / ada_images."""
     trained(pictures, tmp_path, "--log-every", "1", "--total-images", "192", "--lr", "0.02")
-    rows = metrics(tmp_path)
+    rows = logged(tmp_path)
     p, expected, moves = 0.0, [], set()
     for i in range(len(rows)):
         if i % 4 == 3:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triptych_common import checkpoint
+from triptych_common import checkpoint, testing
 from triptych_common.testing import run_cli, run_here
 from triptych_gpt import SamplerSettings, Zoo, cli, load
 from triptych_gpt.experiments.suite import SUITE
@@ -31,12 +31,7 @@ FEW = [
 command = partial(run_here, cli.run)
 
 
-def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """One clear line, and a status that is not zero."""
-    assert done.returncode == status, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("warning: tokens of")]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
+fails_with = partial(testing.fails_with, quiet=("warning: tokens of",))
 
 
 def strict(text: str) -> dict:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.func import functional_call
-from triptych_common import checkpoint
-from triptych_common.testing import run_cli, run_here, run_torchrun
+from triptych_common import checkpoint, testing
+from triptych_common.testing import logged, run_cli, run_here, run_torchrun
 from triptych_gpt import SamplerSettings, TrainedGpt, Zoo, cli, load
 from triptych_gpt.objective import Objective, TrainingZoo
 from triptych_gpt.tasks import open_task
@@ -49,21 +49,11 @@ def trained(zoo: Path, out: Path, *options: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
-    """One clear line, progress and warnings aside, and a status that is not zero."""
-    assert done.returncode == status, done.stderr
-    lines = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith(("training:", "warning: tokens of"))]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
-
-
-def metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+fails_with = partial(testing.fails_with, quiet=("training:", "warning: tokens of"))
 
 
 def scores(out: Path) -> dict[int, float]:
-    return {row["step"]: row[SCORE] for row in metrics(out) if SCORE in row}
+    return {row["step"]: row[SCORE] for row in logged(out) if SCORE in row}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -73,7 +63,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert facts_a == facts_b
         assert tensors_a.keys() == tensors_b.keys()
         assert [key for key, value in tensors_a.items() if not torch.equal(value, tensors_b[key])] == []
-    assert metrics(a) == metrics(b)
+    assert logged(a) == logged(b)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +145,7 @@ def test_validating_more_often_trains_no_differently(zoo, whole, tmp_path):
     trained(zoo, tmp_path, "--validation-every", "19")
     assert list(scores(tmp_path)) == [19, 38]
     assert scores(tmp_path)[38] == scores(whole)[38]
-    learned = [[row for row in metrics(out) if "loss" in row] for out in (whole, tmp_path)]
+    learned = [[row for row in logged(out) if "loss" in row] for out in (whole, tmp_path)]
     assert learned[0] == learned[1]
 
 
@@ -237,8 +227,8 @@ def assert_equal_to_rounding(a: Path, b: Path) -> None:
         for key, value in tensors.items():
             torch.testing.assert_close(others[key], value, rtol=0, atol=1e-10, msg=key)
         assert facts["scale"] == other_facts["scale"]
-    assert len(metrics(a)) == len(metrics(b))
-    for row, other in zip(metrics(a), metrics(b), strict=True):
+    assert len(logged(a)) == len(logged(b))
+    for row, other in zip(logged(a), logged(b), strict=True):
         rel = 1e-4 if SCORE in row else 1e-9  # networks are scored in float32
         assert row == pytest.approx(other, rel=rel)
 
@@ -271,7 +261,7 @@ def test_parts_of_a_batch_give_what_the_whole_does(zoo, exact, tmp_path):
 )
 def test_every_kind_of_model_trains_and_loads(zoo, tmp_path, options):
     result = trained(zoo, tmp_path, *options, "--total-pairs", "100", "--log-every", "1")
-    losses = [row["loss"] for row in metrics(tmp_path) if "loss" in row]
+    losses = [row["loss"] for row in logged(tmp_path) if "loss" in row]
     assert len(losses) == 7
     assert all(math.isfinite(loss) for loss in losses)
     gpt = load(result["model"])

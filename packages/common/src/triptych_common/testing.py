@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def run_cli(
@@ -31,6 +33,22 @@ def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess
         except SystemExit as stop:
             status = stop.code
     return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
+
+
+def fails_with(
+    done: "subprocess.CompletedProcess[str]", message: str, status: int = 1, *, quiet: tuple[str, ...] = ()
+) -> None:
+    """A command ended with a status and one clear line, which holds `message`; lines that begin with `quiet` ones aside."""
+    assert done.returncode == status, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(quiet)]
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl without what differs from time to time: speed and memory."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":

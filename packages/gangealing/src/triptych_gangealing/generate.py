@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from triptych_common import randomness
 from triptych_common.cli import CommonOptions, say
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import ranks
@@ -16,7 +15,7 @@ from triptych_common.video import course, ends, import_av, write_video
 
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.interop import load_generator
-from triptych_gangealing.stylegan2.snapshots import classes_of, sample_images
+from triptych_gangealing.stylegan2.snapshots import classes_of, latents_of, sample_images
 
 GRID = 100  # images in grid.png
 VIDEO_SIDE = 4  # walks side by side, and one above another
@@ -104,9 +103,9 @@ def labels_of(generator: Generator, config: GenerateConfig) -> Tensor | None:
 @torch.inference_mode()
 def film(generator: Generator, config: GenerateConfig) -> UInt8[Tensor, "frames channels height width"]:
     """Walks between the styles of latents, straight in w, with the same noise in every frame; the last leg leads back."""
-    weight, walks = next(generator.parameters()), VIDEO_SIDE**2
+    walks = VIDEO_SIDE**2
     count = walks * config.keyframes
-    z = randomness.normal(config.seed, "sample/z", range(count), (generator.config.z_dim,)).to(weight)
+    z = latents_of(generator, range(count), config.seed)
     numbers = None if config.label is None else torch.full((count,), config.label)
     c = classes_of(generator, range(count), numbers)
     psi: dict[str, Any] = {"truncation_psi": config.truncation_psi, "truncation_cutoff": config.truncation_cutoff}

@@ -27,11 +27,6 @@ def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
     w_dim, features = _shape(tensors, "mapping.fc0.weight", 2)
     c_dim = _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0
     base, most = _widths({r: _shape(tensors, f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions})
-    architecture: Architecture = "orig"
-    if "synthesis.b4.torgb.weight" in tensors:
-        architecture = "skip"
-    elif "synthesis.b8.skip.weight" in tensors:
-        architecture = "resnet"
     inferred = {
         "resolution": resolutions[-1],
         "channel_base": base,
@@ -41,7 +36,7 @@ def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
         "c_dim": c_dim,
         "image_channels": _shape(tensors, f"synthesis.b{resolutions[-1]}.torgb.weight", 4)[0],
         "mapping_layers": _count(tensors, r"mapping\.fc(\d+)\.weight"),
-        "architecture": architecture,
+        "architecture": _architecture(tensors, "synthesis.b4.torgb.weight", "synthesis.b8.skip.weight"),
     }
     return GeneratorConfig(**{**inferred, **_checked(known)})
 
@@ -52,11 +47,6 @@ def discriminator_config(tensors: Tensors, **known: object) -> DiscriminatorConf
     widths = {r: _shape(tensors, f"b{r}.conv0.weight", 4)[0] for r in resolutions if r > 4}
     widths[4] = _shape(tensors, "b4.conv.weight", 4)[0]
     base, most = _widths(widths)
-    architecture: Architecture = "orig"
-    if "b4.fromrgb.weight" in tensors:
-        architecture = "skip"
-    elif "b8.skip.weight" in tensors:
-        architecture = "resnet"
     inferred = {
         "resolution": resolutions[-1],
         "channel_base": base,
@@ -64,7 +54,7 @@ def discriminator_config(tensors: Tensors, **known: object) -> DiscriminatorConf
         "c_dim": _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0,
         "image_channels": _shape(tensors, f"b{resolutions[-1]}.fromrgb.weight", 4)[1],
         "mapping_layers": _count(tensors, r"mapping\.fc(\d+)\.weight") or 8,
-        "architecture": architecture,
+        "architecture": _architecture(tensors, "b4.fromrgb.weight", "b8.skip.weight"),
         "mbstd_channels": _shape(tensors, "b4.conv.weight", 4)[1] - widths[4],
     }
     return DiscriminatorConfig(**{**inferred, **_checked(known)})
@@ -145,6 +135,11 @@ def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
     if tensors[name].ndim != ndim:
         raise ValueError(f"{name} is {tuple(tensors[name].shape)}, expected {ndim} dimensions")
     return tuple(tensors[name].shape)
+
+
+def _architecture(tensors: Tensors, of_skip: str, of_resnet: str) -> Architecture:
+    """By the tensors that only the one and only the other design has."""
+    return "skip" if of_skip in tensors else "resnet" if of_resnet in tensors else "orig"
 
 
 def _count(tensors: Tensors, pattern: str) -> int:

@@ -33,15 +33,20 @@ def sample_images(
     at_once: int = AT_ONCE,
 ) -> UInt8[Tensor, "n channels height width"]:
     """Images that belong to indices of the samples of a seed, on the CPU; classes in turn unless `labels` says which."""
-    weight, out = next(generator.parameters()), []
+    out = []
     for start in range(0, len(indices), at_once):
         part = indices[start : start + at_once]
-        z = randomness.normal(seed, "sample/z", part, (generator.config.z_dim,), dtype=weight.dtype).to(weight.device)
+        z = latents_of(generator, part, seed)
         c = classes_of(generator, part, None if labels is None else labels[start : start + at_once])
         noise = generator.synthesis.noise(seed, "sample/noise", part)
         ws = generator.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
         out.append(to_uint8(generator.synthesis(ws, noise=noise)).cpu())
     return torch.cat(out)
+
+
+def latents_of(generator: Generator, indices: range, seed: int) -> Float[Tensor, "n z_dim"]:
+    """Latents that belong to indices of the samples of a seed, where the generator's weights are."""
+    return randomness.normal(seed, "sample/z", indices, (generator.config.z_dim,)).to(next(generator.parameters()))
 
 
 def classes_of(generator: Generator, indices: range, labels: Tensor | None = None) -> Float[Tensor, "n c_dim"] | None:

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 
@@ -89,37 +91,38 @@ class VendoredDiscriminator(nn.Module):
 def _generator(networks: object, network: Generator) -> nn.Module:
     config = network.config
     return networks.Generator(
+        **_images(config),
         z_dim=config.z_dim,
-        c_dim=config.c_dim,
         w_dim=config.w_dim,
-        img_resolution=config.resolution,
-        img_channels=config.image_channels,
         mapping_kwargs={"num_layers": config.mapping_layers},
-        synthesis_kwargs={
-            "channel_base": config.channel_base,
-            "channel_max": config.channel_max,
-            "architecture": config.architecture,
-            "conv_clamp": config.conv_clamp,
-        },
+        synthesis_kwargs=_layers(config),
     )
 
 
 def _discriminator(networks: object, network: Discriminator) -> nn.Module:
     config = network.config
     return networks.Discriminator(
-        c_dim=config.c_dim,
-        img_resolution=config.resolution,
-        img_channels=config.image_channels,
-        architecture=config.architecture,
-        channel_base=config.channel_base,
-        channel_max=config.channel_max,
-        conv_clamp=config.conv_clamp,
+        **_images(config),
+        **_layers(config),
         mapping_kwargs={"num_layers": config.mapping_layers},
         epilogue_kwargs={
             "mbstd_group_size": config.mbstd_group_size,
             "mbstd_num_channels": config.mbstd_channels,
         },
     )
+
+
+def _images(config: GeneratorConfig | DiscriminatorConfig) -> dict[str, Any]:
+    return {"c_dim": config.c_dim, "img_resolution": config.resolution, "img_channels": config.image_channels}
+
+
+def _layers(config: GeneratorConfig | DiscriminatorConfig) -> dict[str, Any]:
+    return {
+        "channel_base": config.channel_base,
+        "channel_max": config.channel_max,
+        "architecture": config.architecture,
+        "conv_clamp": config.conv_clamp,
+    }
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from triptych_common import checkpoint
 
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
@@ -40,16 +39,10 @@ class Loaded(NamedTuple):
     facts: dict[str, Any]
 
 
-def write_network(
-    path: Path,
-    network: Generator | Discriminator,
-    facts: Mapping[str, Any],
-    tensors: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a network, or other weights (`tensors`) of its shape. Raises OSError when the disk refuses."""
+def write_network(path: Path, network: Generator | Discriminator, facts: Mapping[str, Any]) -> None:
+    """Write a network. Raises OSError when the disk refuses."""
     kind = "StyleGAN2 generator" if isinstance(network, Generator) else "StyleGAN2 discriminator"
-    tensors = network.state_dict() if tensors is None else tensors
-    checkpoint.write(path, tensors, {"kind": kind, "config": asdict(network.config), **facts})
+    checkpoint.write(path, network.state_dict(), {"kind": kind, "config": asdict(network.config), **facts})
 
 
 def read_network(path: Path) -> Loaded:
