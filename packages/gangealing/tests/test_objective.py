@@ -248,6 +248,17 @@ def test_style_mixing_never_or_always(share):
     assert bool((ws[:, 0] == ws[:, -1]).all()) != bool(share)
 
 
+@pytest.mark.parametrize("noise", [True, False])
+def test_noise_can_be_left_out_of_training(noise):
+    """Without it, strengths get no gradient: they stay at zero, where a generator gives the same with noise and without."""
+    objective, _ = real_networks(config_of(noise=noise), few_images((0, 0)))
+    strengths = [p for name, p in objective.generator.named_parameters() if name.endswith("noise_strength")]
+    objective.generator_loss(range(8), 0.0)[0].backward()
+    moved = [p.grad is not None and float(p.grad) != 0 for p in strengths]
+    assert len(moved) == 3
+    assert all(moved) if noise else not any(moved)
+
+
 def test_a_sample_is_the_same_in_any_batch():
     labels = (0, 1, 2, 1, 0, 2, 2)
     images = few_images(labels)

@@ -81,6 +81,13 @@ def test_networks_have_the_published_sizes():
     assert half["steps"] == 25_000_000 // 64 + (25_000_000 % 64 > 0)
 
 
+def test_the_discriminator_may_be_wider():
+    alike = resolved("--preset", "digits32")
+    wider = resolved("--preset", "digits32", "--discriminator-channel-base", "2048")
+    assert wider["generator_parameters"] == alike["generator_parameters"]
+    assert wider["discriminator_parameters"] > alike["discriminator_parameters"]
+
+
 def test_a_dry_run_writes_nothing(tmp_path):
     assert resolved("--preset", "smoke", "--out", str(tmp_path / "run"))["steps"] == 32
     assert not (tmp_path / "run").exists()
@@ -163,3 +170,9 @@ def test_identity_is_all_that_decides_the_result():
     for changed in ({"lr": 0.1}, {"seed": 1}, {"batch_size": 32}, {"augment_p": 0.5}, {"x_flip": True},
                     {"init_from": "x"}, {"ema_rampup": None}, {"precision": "float64"}, {"checkpoint_every": 9}):  # fmt: skip
         assert replace(config, **changed).identity() != config.identity()
+
+
+def test_the_gradient_penalty_may_weigh_less_later():
+    config = replace(PRESETS["smoke"], r1_gamma=2.0, r1_gamma_later=0.1, r1_gamma_switch=64)
+    assert [config.gamma(images) for images in (0, 63, 64, 1000)] == [2.0, 2.0, 0.1, 0.1]
+    assert replace(config, r1_gamma_later=None).gamma(1000) == 2.0

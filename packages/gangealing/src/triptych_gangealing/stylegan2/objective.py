@@ -53,8 +53,9 @@ class Objective:
             cut = 1 + (randomness.uniform(seed, f"{stream}/cut", counters) * (len(layer) - 1)).long()
             replaced = mixed[:, None] & (layer >= cut[:, None])
             ws = torch.where(replaced.to(self.device)[:, :, None], other.unsqueeze(1), ws)
-        noise = self.generator.synthesis.noise(seed, f"{stream}/noise", counters)
-        return self.generator.synthesis(ws, noise=noise), c, ws, w
+        synthesis = self.generator.synthesis
+        noise = synthesis.noise(seed, f"{stream}/noise", counters) if config.noise else "none"
+        return synthesis(ws, noise=noise), c, ws, w
 
     def real(self, counters: Sequence[int]) -> tuple[Images, Tensor | None]:
         """Training images of some counters in [-1, 1], and their classes: every epoch in another order."""

@@ -66,7 +66,7 @@ def _train(config: GanTrainConfig, state: TrainState, run: RunDirectory, images:
         for batch in plan:
             adversarial_step(state, objective, batch)
             progress.at(state.samples_seen)
-    save_networks(config, run, state, images)
+    save_networks(config, run, state)
 
 
 class Statistics(nn.Module):
@@ -110,7 +110,7 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
         "r1": Pass(
             "discriminator",
             config.r1_every,
-            config.r1_gamma / 2 * config.r1_every,
+            config.gamma(batch.step * batch.size) / 2 * config.r1_every,
             lambda counters: (objective.r1_penalty(counters, p), torch.zeros(())),
         ),
     }
@@ -148,9 +148,8 @@ def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) 
         for part, _ in batch.micro_batches(micro_batch):
             counters = part[(first - part.start) % play.stride :: play.stride]
             share = len(counters) / samples * (batch.size / len(batch.counters))
-            loss, observed = play.loss(
-                counters or part[:1]
-            )  # one of no weight, since ranks must have the same gradients
+            # Where it has none, one of no weight: ranks must have the same gradients.
+            loss, observed = play.loss(counters or part[:1])
             (loss * (play.weight * share)).backward()
             parts = loss.detach() * share, observed * share
             totals = parts if totals is None else (totals[0] + parts[0], totals[1] + parts[1])
@@ -249,13 +248,13 @@ def _convolutions(discriminator: Discriminator) -> list[Conv2d]:
     return [layer for block in blocks for layer in block.modules() if isinstance(layer, Conv2d)]
 
 
-def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState, images: TrainingImages) -> None:
+def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState) -> None:
     """Write the averaged generator, and the discriminator for fine-tuning."""
     if not state.among.is_main:
         return
     facts = {
         "data": config.data,
-        "images": images.fingerprint(),
+        "images": run.identity["images"],
         "seed": config.seed,
         "images_seen": state.samples_seen,
     }

@@ -38,6 +38,8 @@ class GanTrainConfig(CommonOptions):
     """feature maps at resolution r: channel_base / r, at most channel_max"""
     channel_max: int = 512
     """most feature maps of any layer"""
+    discriminator_channel_base: int | None = None
+    """channel_base of the discriminator where it is another"""
     z_dim: int = 512
     """dimensions of z, and of w"""
     mapping_layers: int = 8
@@ -60,6 +62,10 @@ class GanTrainConfig(CommonOptions):
     """the discriminator's, where it differs"""
     r1_gamma: float = 1.0
     """weight of the gradient penalty on real images"""
+    r1_gamma_later: float | None = None
+    """its weight from `r1_gamma_switch` on: a penalty that steadies the beginning holds the discriminator back later"""
+    r1_gamma_switch: int = 0
+    """real images after which `r1_gamma_later` holds"""
     r1_every: int = 16
     """steps between gradient penalties, which then weigh as much more"""
     path_length_weight: float = 2.0
@@ -68,6 +74,8 @@ class GanTrainConfig(CommonOptions):
     """steps between path length penalties"""
     style_mixing: float = 0.9
     """share of generated images whose later layers take another latent's style"""
+    noise: bool = True
+    """feed noise to the generator's layers; without, its strengths stay at their zeros (for images without texture)"""
     ema_half_life_images: int = 10_000
     """half-life of the generator's moving average"""
     ema_rampup: float | None = None
@@ -106,8 +114,15 @@ class GanTrainConfig(CommonOptions):
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in ("r1_gamma", "path_length_weight", "freeze_d", "bf16_resolutions"):
-            if getattr(self, name) < 0:
+        for name in (
+            "r1_gamma",
+            "r1_gamma_later",
+            "r1_gamma_switch",
+            "path_length_weight",
+            "freeze_d",
+            "bf16_resolutions",
+        ):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
         for name in ("style_mixing", "augment_p", "ada_target"):
             value = getattr(self, name)
@@ -134,6 +149,11 @@ class GanTrainConfig(CommonOptions):
                 f"{self.mbstd_group_size} (mbstd_group_size); change one of them, or micro_batch"
             )
 
+    def gamma(self, images: int) -> float:
+        """Weight of the gradient penalty after so many real images."""
+        later = self.r1_gamma_later is not None and images >= self.r1_gamma_switch
+        return self.r1_gamma_later if later else self.r1_gamma
+
     def networks(self, c_dim: int) -> tuple[GeneratorConfig, DiscriminatorConfig]:
         """Shapes of both networks, for a number of classes (0: unconditional)."""
         shape = {
@@ -144,6 +164,7 @@ class GanTrainConfig(CommonOptions):
             **shape, z_dim=self.z_dim, w_dim=self.z_dim, mapping_layers=self.mapping_layers,
             architecture=self.generator_architecture,
         )  # fmt: skip
+        shape["channel_base"] = self.discriminator_channel_base or self.channel_base
         discriminator = DiscriminatorConfig(
             **shape, architecture=self.discriminator_architecture, mbstd_group_size=self.mbstd_group_size
         )
@@ -225,6 +246,7 @@ _DIGITS = GanTrainConfig(  # coloured jittered digits on two cores
     r1_gamma=0.02,
     path_length_weight=0.0,
     style_mixing=0.5,
+    noise=False,
     ema_half_life_images=10_000,
     ema_rampup=0.05,
     augment="none",
