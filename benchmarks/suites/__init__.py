@@ -15,6 +15,7 @@ from benchmarks.suites import (
     gpt_gpu,
     gpt_pairs,
     gpt_training,
+    warp,
 )
 
 SUITES: dict[str, Callable[[], Sequence[Job]]] = {
@@ -29,4 +30,5 @@ SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "gan_ops": gan_ops.jobs,
     "gan_networks": gan_networks.jobs,
     "gan_gpu": gan_gpu.jobs,
+    "warp": warp.jobs,
 }

@@ -42,7 +42,7 @@ class TrainState:
         half-life / ema_rampup samples have been seen, the half-life is ema_rampup times those seen, so that the average
         forgets its random start at any length of run.  [Karras et al. 2024, EDM; rampup None: constant]
     grad_clip: bound on the global gradient norm; None: none.
-    learning_rate: of the samples seen before a step.
+    learning_rate: of the samples seen before a step; a group of the optimizer's parameters may scale it by its `lr_factor`.
     execution: how `model` and `ema` are run, both from then on; a model to be sharded had better come on the CPU. Where
         they are sharded, calling either is an act of all ranks together, and so is every method but `counters`.
 
@@ -117,7 +117,7 @@ class TrainState:
         if finite:
             if self.learning_rate is not None:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate(self.samples_seen)
+                    group["lr"] = self.learning_rate(self.samples_seen) * group.get("lr_factor", 1.0)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite

@@ -19,6 +19,43 @@ def _generate() -> Command:
     return Command(GenerateConfig, generate, {})
 
 
+def _train_encoder() -> Command:
+    from triptych_gangealing.simclr import EncoderTrainConfig, run
+
+    return Command(EncoderTrainConfig, run, {})
+
+
+def _train() -> Command:
+    from triptych_gangealing.train import train
+    from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
+
+    return Command(AlignTrainConfig, train, PRESETS, default="digits32")
+
+
+def _align() -> Command:
+    from triptych_gangealing.align import AlignConfig, align
+
+    return Command(AlignConfig, align, {})
+
+
+def _average() -> Command:
+    from triptych_gangealing.align import AverageConfig, write_average
+
+    return Command(AverageConfig, write_average, {})
+
+
+def _propagate() -> Command:
+    from triptych_gangealing.align import PropagateConfig, propagate_to_folder
+
+    return Command(PropagateConfig, propagate_to_folder, {})
+
+
+def _correspond() -> Command:
+    from triptych_gangealing.align import CorrespondConfig, correspond
+
+    return Command(CorrespondConfig, correspond, {})
+
+
 def _convert() -> Command:
     from triptych_gangealing.convert import ConvertConfig, convert
 
@@ -28,6 +65,12 @@ def _convert() -> Command:
 COMMANDS = {
     "train-gan": ("train a StyleGAN2 on images, or resume", _train_gan),
     "generate": ("draw images from a generator", _generate),
+    "train-encoder": ("train a small encoder on a generator's images, to compare images by", _train_encoder),
+    "train": ("learn to align images from a generator, or resume", _train),
+    "align": ("align a folder of pictures", _align),
+    "average": ("the average of a folder's aligned pictures", _average),
+    "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
+    "correspond": ("points of one picture in another", _correspond),
     "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
 }
 

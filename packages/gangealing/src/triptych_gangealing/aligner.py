@@ -1,0 +1,155 @@
+"""A trained alignment: transformer, modes, and the classifier of real images, in one file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from triptych_common import checkpoint
+
+from triptych_gangealing.latents import Directions, Mode
+from triptych_gangealing.losses import total_variation
+from triptych_gangealing.spatial_transformer import (
+    ClusterClassifier,
+    SpatialTransformer,
+    SpatialTransformerConfig,
+    reduced,
+)
+from triptych_gangealing.warp import Warp
+
+FILE, _KIND = "aligner.safetensors", "GANgealing aligner"
+RESAMPLED = 2  # times input_size: as large as images need to be for the flow network's look at them
+
+Images = Float[Tensor, "n 3 height width"]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Warps from congealed to image coordinates, cluster and mirroring of each image."""
+
+    warp: Warp
+    cluster: Int[Tensor, " n"]
+    flipped: Bool[Tensor, " n"]
+    roughness: Float[Tensor, " n"]
+    """total variation of the flow: large where an image fits badly"""
+
+    @classmethod
+    def cat(cls, parts: Sequence["Alignment"]) -> "Alignment":
+        """Those of several batches as one."""
+        names = "cluster", "flipped", "roughness"
+        together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(Warp.cat([part.warp for part in parts]), **together)
+
+    def select(self, indices: Int[Tensor, " m"]) -> "Alignment":
+        """Those of some of the images."""
+        rest = (value[indices] for value in (self.cluster, self.flipped, self.roughness))
+        return Alignment(self.warp.select(indices), *rest)
+
+    def to(self, device: torch.device | str) -> "Alignment":
+        return Alignment(*(value.to(device) for value in (self.warp, self.cluster, self.flipped, self.roughness)))
+
+
+class Aligner(nn.Module):
+    """Brings images of any size, values in [-1, 1], into joint alignment."""
+
+    def __init__(
+        self, transformer: SpatialTransformer, mode: Mode, classifier: ClusterClassifier | None = None
+    ) -> None:
+        super().__init__()
+        self.transformer, self.mode, self.classifier = transformer, mode, classifier
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def config(self) -> SpatialTransformerConfig:
+        """Shape of the transformer."""
+        return self.transformer.config
+
+    @torch.inference_mode()
+    def align(
+        self,
+        images: Images,
+        *,
+        iterations: int = 1,
+        flips: bool = False,
+        cluster: Int[Tensor, " n"] | None = None,
+        at_once: int = 64,
+    ) -> Alignment:
+        """Warps of images; clusters are the classifier's where none are given.
+
+        flips: mirror images whose flow is smoother then. Raises ValueError as the transformer does.
+        """
+        parts = [
+            self._align(
+                images[i : i + at_once], iterations, flips, None if cluster is None else cluster[i : i + at_once]
+            )
+            for i in range(0, len(images), at_once)
+        ]
+        return Alignment.cat(parts)
+
+    def reduced(self, images: Images) -> Float[Tensor, "n 3 new_height new_width"]:
+        """Images no larger than what the transformer looks at twice: fine detail is sampled from the originals."""
+        side = RESAMPLED * self.config.input_size
+        return images if images.shape[-1] <= side else reduced(images, side)
+
+    def clusters(self, images: Images) -> Int[Tensor, " n"]:
+        """Cluster of each image; of a single one, 0. Raises ValueError where several have no classifier."""
+        if self.config.heads == 1:
+            return torch.zeros(len(images), dtype=torch.long, device=images.device)
+        if self.classifier is None:
+            raise ValueError(
+                f"{self.config.heads} clusters and no classifier: pass the clusters, or train the classifier"
+            )
+        return self.classifier(images).argmax(1)
+
+    def _align(self, images: Images, iterations: int, flips: bool, cluster: Tensor | None) -> Alignment:
+        cluster = self.clusters(images) if cluster is None else cluster
+        if flips:
+            aligned, flipped = self.transformer.align_flips(images, iterations=iterations, head=cluster)
+        else:
+            aligned = self.transformer(images, iterations=iterations, head=cluster)
+            flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        roughness = torch.zeros(len(images)) if aligned.delta is None else total_variation(aligned.delta)
+        return Alignment(aligned.warp, cluster, flipped, roughness)
+
+
+def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> None:
+    """Write an aligner. Raises OSError when the disk refuses."""
+    state = {
+        "kind": _KIND,
+        "config": asdict(aligner.config),
+        "has_classifier": aligner.classifier is not None,
+        "facts": dict(facts),
+    }
+    checkpoint.write(path, aligner.state_dict(), state)
+
+
+def load_aligner(path: str | Path) -> Aligner:
+    """An aligner from its file or run folder, on the CPU, for evaluation.
+
+    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: no such file; expected {FILE} of a triptych-gangealing train run, or its folder"
+        )
+    tensors, state = checkpoint.read(file)
+    if state.get("kind") != _KIND:
+        raise ValueError(f"{file}: no aligner; expected {FILE} of a triptych-gangealing train run")
+    config = SpatialTransformerConfig.from_json(state["config"])
+    directions = Directions(
+        tensors["mode.mean"], tensors["mode.components"], torch.ones(len(tensors["mode.components"]))
+    )
+    classifier = ClusterClassifier(config) if state["has_classifier"] else None
+    aligner = Aligner(SpatialTransformer(config), Mode(directions, config.heads), classifier)
+    try:
+        aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{file}: made by another version of triptych ({' '.join(str(error).split())[:200]})"
+        ) from error
+    aligner.facts = state["facts"]
+    return aligner.requires_grad_(False).eval()

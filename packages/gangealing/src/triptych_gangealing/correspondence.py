@@ -1,0 +1,46 @@
+"""Points of one image in another: into congealed space, and out of it again.  [thesis 4.4.2]
+
+Of the four ways to mirror a pair, neither, either or both, the released code takes the one with the smoothest flows together: as
+the sum has one term for each image, that is each image's own choice, `Aligner.align(flips=True)`.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from triptych_gangealing.aligner import Alignment
+from triptych_gangealing.warp import Mapped, to_normalised, to_pixels
+
+Size = tuple[int, int]
+
+
+class Transferred(NamedTuple):
+    """Points in pixels of the image they were transferred to."""
+
+    points: Float[Tensor, "n k 2"]
+    reliable: Bool[Tensor, "n k"]  # the way there could be inverted, and ends within the image
+
+
+def transfer(
+    source: Alignment, target: Alignment, points: Float[Tensor, "n k 2"], source_size: Size, target_size: Size
+) -> Transferred:
+    """Points of n source images, (x, y) in their pixels, to the target images.
+
+    A warp of a mirrored image leads to the original, so nothing here asks which are. Sizes are (height, width).
+    Raises ValueError for pairs of different clusters: congealed spaces of two have nothing in common.
+    """
+    if bool((source.cluster != target.cluster).any()):
+        pair = int((source.cluster != target.cluster).nonzero()[0])
+        raise ValueError(
+            f"pair {pair}: clusters {int(source.cluster[pair])} and {int(target.cluster[pair])}; points can be "
+            "transferred within one cluster only"
+        )
+    congealed = source.warp.inverse().map_points(to_normalised(points, source_size))
+    found: Mapped = target.warp.map_points(congealed.points)
+    return Transferred(to_pixels(found.points, target_size), congealed.converged & found.converged & found.inside)
+
+
+def same_cluster(source: Alignment, target: Alignment) -> Bool[Tensor, " n"]:
+    """Which pairs points can be transferred between."""
+    return source.cluster == target.cluster

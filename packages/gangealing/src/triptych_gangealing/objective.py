@@ -1,0 +1,143 @@
+"""What GANgealing minimises: how far a warped sample is from its target, and how rough its flow.  [thesis 4.3]"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from triptych_common import randomness
+
+from triptych_gangealing.latents import Mode, mixed
+from triptych_gangealing.losses import flow_identity, psi_schedule, total_variation
+from triptych_gangealing.perceptual import PerceptualDistance
+from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.snapshots import classes_of
+from triptych_gangealing.train_config import AlignTrainConfig
+
+Images = Float[Tensor, "n 3 height width"]
+
+
+class Choice(NamedTuple):
+    """The cluster of each image, and whether it is the mirror image that belongs there."""
+
+    cluster: Int[Tensor, " n"]
+    flipped: Bool[Tensor, " n"]
+
+
+class Terms(NamedTuple):
+    """Of each image: distance to its target, total variation and mean square of its flow."""
+
+    distance: Float[Tensor, " n"]
+    tv: Float[Tensor, " n"]
+    identity: Float[Tensor, " n"]
+
+
+class Objective:
+    """Samples of a frozen generator as functions of (seed, stream, counter), and the loss of aligning them."""
+
+    def __init__(self, config: AlignTrainConfig, generator: Generator, distance: PerceptualDistance) -> None:
+        if config.cutoff > generator.num_ws:
+            raise ValueError(
+                f"cutoff {config.cutoff}: expected 0 to {generator.num_ws}, the number of the generator's styles"
+            )
+        if generator.config.resolution < config.input_size:
+            raise ValueError(
+                f"input_size {config.input_size}: the generator's images have {generator.config.resolution} pixels; "
+                f"pass --input-size {generator.config.resolution} or less"
+            )
+        self.config, self.generator, self.distance = config, generator, distance
+
+    @torch.no_grad()
+    def samples(self, counters: Sequence[int], stream: str = "align") -> tuple[Float[Tensor, "n w"], Images]:
+        """Styles and images, unaligned."""
+        weight, seed = next(self.generator.parameters()), self.config.seed
+        z = randomness.normal(seed, f"{stream}/z", counters, (self.generator.config.z_dim,)).to(weight)
+        w = self.generator.mapping(z, classes_of(self.generator, counters))
+        ws = w[:, None].expand(-1, self.generator.num_ws, -1)
+        return w, self._images(ws, counters, f"{stream}/noise")
+
+    def targets(
+        self,
+        w: Float[Tensor, "n w"],
+        c: Float[Tensor, "n w"],
+        psi: float,
+        counters: Sequence[int],
+        stream: str = "align",
+    ) -> Images:
+        """The pose of c, or of a point on the way to it, with the appearance of w, as small as what is compared with them.
+
+        Noise is drawn again: shared, it would tell the transformer where things lay.
+        """
+        ws = mixed(w, c, num_ws=self.generator.num_ws, cutoff=self.config.cutoff, psi=psi)
+        return reduced(self._images(ws, counters, f"{stream}/target-noise"), self.config.input_size)
+
+    def terms(
+        self,
+        transformer: SpatialTransformer,
+        mode: Mode,
+        w: Float[Tensor, "n w"],
+        images: Images,
+        choice: Choice,
+        psi: float,
+        counters: Sequence[int],
+        stream: str = "align",
+    ) -> Terms:
+        """What aligning images to the clusters chosen for them costs."""
+        images = torch.where(choice.flipped[:, None, None, None], images.flip(3), images)
+        aligned = transformer(images, iterations=self.config.iterations, head=choice.cluster)
+        size = (self.config.input_size, self.config.input_size)
+        warped = aligned.warp.sample(images, size, padding=self.config.padding)
+        distance = self.distance(warped, self.targets(w, mode(choice.cluster), psi, counters, stream))
+        if aligned.delta is None:
+            return Terms(distance, torch.zeros_like(distance), torch.zeros_like(distance))
+        return Terms(distance, total_variation(aligned.delta), flow_identity(aligned.delta))
+
+    @torch.no_grad()
+    def choose(
+        self,
+        transformer: SpatialTransformer,
+        mode: Mode,
+        w: Float[Tensor, "n w"],
+        images: Images,
+        psi: float,
+        counters: Sequence[int],
+        stream: str = "align",
+    ) -> Choice:
+        """The cluster, and side, to which each image comes nearest: the minimum of equation 4.6, and what its gradient is of."""
+        n, clusters = len(images), self.config.clusters
+        choices = [
+            Choice(torch.full((n,), k, device=images.device), torch.full((n,), flip, device=images.device))
+            for flip in ((False, True) if self.config.flips else (False,))
+            for k in range(clusters)
+        ]
+        if len(choices) == 1:
+            return choices[0]
+        found = torch.stack(
+            [self.terms(transformer, mode, w, images, c, psi, counters, stream).distance for c in choices]
+        )
+        best = found.argmin(0)
+        return Choice(best % clusters, best >= clusters)
+
+    def loss(
+        self, transformer: SpatialTransformer, mode: Mode, counters: Sequence[int], images_seen: int
+    ) -> dict[str, Tensor]:
+        """Mean loss of some counters ("loss", to be differentiated) and what it is made of."""
+        psi = psi_schedule(images_seen, self.config.psi_images)
+        w, images = self.samples(counters)
+        choice = self.choose(transformer, mode, w, images, psi, counters)
+        terms = self.terms(transformer, mode, w, images, choice, psi, counters)
+        distance, tv, identity = (term.mean() for term in terms)
+        shares = torch.bincount(choice.cluster, minlength=self.config.clusters) / len(counters)
+        return {
+            "loss": distance + self.config.tv_weight * tv + self.config.identity_weight * identity,
+            "distance": distance,
+            "tv": tv,
+            "identity": identity,
+            "smallest_cluster": shares.min(),
+        }
+
+    def _images(self, ws: Float[Tensor, "n num_ws w"], counters: Sequence[int], stream: str) -> Images:
+        noise = self.generator.synthesis.noise(self.config.seed, stream, counters)
+        return self.generator.synthesis(ws, noise=noise)

@@ -1,0 +1,188 @@
+"""The spatial transformer: an image to the warp that brings it into alignment.  [thesis 4.3.1]
+
+A similarity network looks at the image and turns, scales and shifts it; a flow network looks at what comes out and displaces
+each point. Both end in layers of zeros, so that training starts from the identity.
+
+Convention: that of `triptych_gangealing.warp`. Warps map output (aligned) to input coordinates, (x, y), -1 and 1 at the outer
+edges of the image, whatever its shape: networks see an oblong image squeezed to a square, and a similarity is one of that.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from triptych_gangealing.alignment_networks import (
+    PRESETS,
+    SMALLEST,
+    FlowNetwork,
+    SimilarityNetwork,
+    SimilarityTrunk,
+    SpatialTransformerConfig,
+    chosen,
+)
+from triptych_gangealing.losses import total_variation
+from triptych_gangealing.stylegan2.layers import FullyConnected
+from triptych_gangealing.warp import Affine, Flow, Warp
+
+__all__ = [
+    "PRESETS",
+    "Aligned",
+    "ClusterClassifier",
+    "Similarity",
+    "SpatialTransformer",
+    "SpatialTransformerConfig",
+    "reduced",
+]
+
+Images = Float[Tensor, "n channels height width"]
+
+
+class Similarity(NamedTuple):
+    """Rotation (radians), logarithm of the scale and shift (normalised units) of n similarities, output to input."""
+
+    rotation: Float[Tensor, " n"]
+    log_scale: Float[Tensor, " n"]
+    shift: Float[Tensor, "n 2"]
+
+    def affine(self) -> Affine:
+        return Affine.similarity(self.rotation, self.log_scale, self.shift)
+
+    def after(self, first: "Similarity") -> "Similarity":
+        """The similarity that takes a point through `first`, then through this one: matrices self @ first.
+
+        A rotation is the sum of both, so it may exceed pi.
+        """
+        x, y = first.shift.unbind(1)
+        cos, sin = self.rotation.cos(), self.rotation.sin()
+        turned = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=1)
+        shift = self.log_scale.exp()[:, None] * turned + self.shift
+        return Similarity(self.rotation + first.rotation, self.log_scale + first.log_scale, shift)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Warps of n images, or of n x heads: those of an image in turn, then those of the next.
+
+    similarity: what the similarity network found, all iterations together. delta: what the flow network did, as the warp's Flow
+    has it, in normalised units. Either is None where the transformer has no such network.
+    """
+
+    warp: Warp
+    similarity: Similarity | None
+    delta: Float[Tensor, "n 2 rows columns"] | None
+
+
+class SpatialTransformer(nn.Module):
+    """Images of any size, values in [-1, 1], to warps that align them."""
+
+    def __init__(self, config: SpatialTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.similarity = SimilarityNetwork(config) if "similarity" in config.transforms else None
+        self.flow = FlowNetwork(config) if "flow" in config.transforms else None
+
+    def forward(self, images: Images, *, iterations: int = 1, head: Int[Tensor, " n"] | None = None) -> Aligned:
+        """Warps of the images, by each image's `head`, or by all heads.
+
+        iterations: how often the similarity network looks, each time at the original image as so far aligned. Flow follows once.
+        Raises ValueError for images of other channels, heads out of range, or iterations of no similarity network.
+        """
+        self._check(images, iterations, head)
+        heads, seen = self.config.heads, reduced(images, self.config.input_size)
+        similarity = delta = None
+        rows = torch.arange(heads, device=images.device).repeat(len(images)) if head is None else head
+        if self.similarity is not None:
+            similarity = self._similarity(chosen(self.similarity(seen), head))
+            images = images.repeat_interleave(heads, dim=0) if head is None and heads > 1 else images
+            for _ in range(iterations - 1):
+                seen = self._seen(images, similarity)
+                similarity = similarity.after(self._similarity(chosen(self.similarity(seen), rows)))
+            if self.flow is not None:
+                seen = self._seen(images, similarity)
+        if self.flow is not None:
+            delta = self.flow(seen, rows if similarity is not None else head)
+        stages = (() if delta is None else (Flow(delta),)) + (() if similarity is None else (similarity.affine(),))
+        return Aligned(Warp(stages), similarity, delta)
+
+    def align_flips(
+        self, images: Images, *, iterations: int = 1, head: Int[Tensor, " n"] | None = None
+    ) -> tuple[Aligned, Bool[Tensor, " rows"]]:
+        """Warps of the images or of their mirror images, whichever's flow is smoother, and which were mirrored.
+
+        The warps lead to the original images either way; of a mirrored one, similarity and delta are of its mirror image.
+        Raises as `forward`, and ValueError without a flow network.
+        """
+        if self.flow is None:
+            raise ValueError(
+                "flips: a transformer without flow has no measure of which is better; expected transforms with flow"
+            )
+        plain = self(images, iterations=iterations, head=head)
+        mirrored = self(images.flip(3), iterations=iterations, head=head)
+        flipped = total_variation(mirrored.delta) < total_variation(plain.delta)
+        delta = torch.where(flipped[:, None, None, None], mirrored.delta, plain.delta)
+        similarity = None
+        if self.similarity is not None:
+            pairs = zip(mirrored.similarity, plain.similarity, strict=True)
+            similarity = Similarity(*(torch.where(flipped.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+            matrix = similarity.affine().matrix
+        else:
+            matrix = torch.eye(2, 3, dtype=delta.dtype, device=delta.device).repeat(len(delta), 1, 1)
+        to_original = torch.where(flipped[:, None, None], matrix.new_tensor([[-1.0], [1.0]]), 1.0)
+        return Aligned(Warp((Flow(delta), Affine(matrix * to_original))), similarity, delta), flipped
+
+    def _seen(self, images: Images, similarity: Similarity) -> Float[Tensor, "n channels size size"]:
+        size = (self.config.input_size, self.config.input_size)
+        return Warp((similarity.affine(),)).sample(images, size, padding=self.config.padding)
+
+    @staticmethod
+    def _similarity(raw: Float[Tensor, "n 4"]) -> Similarity:
+        return Similarity(math.pi * raw[:, 0].tanh(), raw[:, 1], raw[:, 2:])
+
+    def _check(self, images: Tensor, iterations: int, head: Tensor | None) -> None:
+        config = self.config
+        if images.shape[1] != config.image_channels:
+            raise ValueError(f"images of {images.shape[1]} channels: expected {config.image_channels}")
+        if iterations < 1 or (iterations > 1 and self.similarity is None):
+            raise ValueError(
+                f"iterations {iterations}: expected {'1' if self.similarity is None else 'at least 1'}"
+                f"{', as the transformer has no similarity network' if self.similarity is None else ''}"
+            )
+        if head is not None and len(head) and not 0 <= int(head.min()) <= int(head.max()) < config.heads:
+            raise ValueError(f"head {int(head.min())}..{int(head.max())}: expected 0 to {config.heads - 1}")
+
+
+class ClusterClassifier(nn.Module):
+    """Images to logits over classes: by default one for each head of a transformer, whose similarity trunk this repeats."""
+
+    def __init__(self, config: SpatialTransformerConfig, num_classes: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = SimilarityTrunk(config)
+        self.head = FullyConnected(config.channels_at(SMALLEST), config.heads if num_classes is None else num_classes)
+
+    @classmethod
+    def from_transformer(cls, transformer: SpatialTransformer, num_classes: int | None = None) -> "ClusterClassifier":
+        """One that starts from a copy of a transformer's trunk; its last layer is random.  [thesis 4.3.2]
+
+        Raises ValueError for a transformer without a similarity network.
+        """
+        if transformer.similarity is None:
+            raise ValueError("classifier: the transformer has no similarity network to start from")
+        classifier = cls(transformer.config, num_classes).to(next(transformer.parameters()))
+        classifier.trunk.load_state_dict(transformer.similarity.trunk.state_dict())
+        return classifier
+
+    def forward(self, images: Images) -> Float[Tensor, "n classes"]:
+        return self.head(self.trunk(reduced(images, self.config.input_size)))
+
+
+def reduced(images: Images, size: int) -> Float[Tensor, "n channels {size} {size}"]:
+    """Images of `size` x `size`: reduced with an antialiasing tent filter, enlarged bilinearly, or as they are."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)

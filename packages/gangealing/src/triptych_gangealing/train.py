@@ -1,0 +1,161 @@
+"""Train a spatial transformer and the modes it aligns to, from a frozen generator: GANgealing.  [thesis 4.3]"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from triptych_common import checkpoint, randomness
+from triptych_common.cli import say
+from triptych_common.images import image_grid, to_uint8, write_png
+from triptych_common.memory import keep_freed_memory
+from triptych_common.parallel import Ranks, ranks
+from triptych_common.progress import Progress
+from triptych_common.run import RunDirectory
+from triptych_common.training import Batch, TrainState, steps
+
+from triptych_gangealing.aligner import FILE, Aligner, write_aligner
+from triptych_gangealing.clustering import starting_modes, train_classifier
+from triptych_gangealing.latents import Mode, pca
+from triptych_gangealing.objective import Objective
+from triptych_gangealing.perceptual import open_distance
+from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.interop import load_generator
+from triptych_gangealing.train_config import AlignTrainConfig
+
+SHOWN = 10  # images in a snapshot
+
+
+def train(config: AlignTrainConfig) -> dict[str, Any]:
+    """Train to the end, or resume; returns where the aligner is and the last metrics.
+
+    Raises ValueError for a config that does not fit generator, run directory or ranks, Interrupted after a signal.
+    """
+    keep_freed_memory()
+    generator = load_generator(config.generator)
+    distance = open_distance(config.distance, weights=config.distance_weights)
+    with ranks(config.device) as among:
+        generator, distance = (network.to(among.device, config.dtype) for network in (generator, distance))
+        objective = Objective(config, generator, distance)
+        identity = config.identity() | {"generator": digest_of(generator), "distance": digest_of(distance)}
+        with RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run:
+            state = make_state(objective, among, run.path)
+            optimise(objective, state, run)
+            rows = [row for row in run.metrics() if "loss" in row]
+        transformer, mode = state.ema["transformer"], state.ema["mode"]
+        classifier = None
+        if config.clusters > 1:
+            classifier = train_classifier(objective, transformer, mode, config.out / "classifier", among)
+        path = config.out / FILE
+        if among.is_main:
+            write_aligner(path, Aligner(transformer, mode, classifier), facts_of(config, identity))
+    say(f"aligner: {path}")
+    return {"aligner": str(path), "metrics": str(run.metrics_path), "last": rows[-1] if rows else None}
+
+
+def optimise(objective: Objective, state: TrainState, run: RunDirectory) -> None:
+    """Every step of the run that is left."""
+    config = objective.config
+    plan = steps(
+        state,
+        run,
+        total_samples=config.total_images,
+        batch_size=config.batch_size,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+        on_step=make_snapshots(objective, run.path),
+    )
+    with Progress("training", config.total_images, "img", enabled=state.among.is_main) as progress:
+        for batch in plan:
+            step(objective, state, batch)
+            progress.at(state.samples_seen)
+
+
+def step(objective: Objective, state: TrainState, batch: Batch) -> None:
+    """One optimiser step of transformer and modes."""
+    transformer, mode = state.model["transformer"], state.model["mode"]
+    totals: dict[str, torch.Tensor] = {}
+    for counters, _ in batch.micro_batches(objective.config.micro_batch):
+        found = objective.loss(transformer, mode, counters, state.samples_seen)
+        share = len(counters) / len(batch.counters)
+        (found["loss"] * share).backward()
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + value.detach() * share
+    _, finite = state.optimise()
+    state.count(batch, totals, finite)
+
+
+def make_state(objective: Objective, among: Ranks, folder: Path) -> TrainState:
+    """Transformer and modes at their start, their average, and one Adam with a learning rate for each."""
+    config, generator = objective.config, objective.generator
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
+        transformer = SpatialTransformer(config.transformer())
+    if among.is_main:
+        pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
+    among.barrier()
+    directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
+    mode = Mode(directions, config.clusters)
+    mode.alpha.data.copy_(starting_modes(objective, directions))
+    model = nn.ModuleDict({"transformer": transformer, "mode": mode}).to(among.device, config.dtype)
+    groups = [
+        {"params": list(transformer.parameters()), "lr": config.lr},
+        {"params": list(mode.parameters()), "lr": config.mode_lr, "lr_factor": config.mode_lr / config.lr},
+    ]
+    return TrainState(
+        model,
+        torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True),
+        among,
+        ema_half_life=config.ema_half_life_images,
+        ema_rampup=None,
+        grad_clip=None,
+        learning_rate=config.rate,
+        several_passes=True,
+    )
+
+
+def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState], None]:
+    """A callback that draws samples, what they are warped to, and their targets, of the averaged weights."""
+    config = objective.config
+
+    @torch.inference_mode()
+    def snapshot(state: TrainState) -> None:
+        before = state.samples_seen - config.batch_size
+        due = before // config.snapshot_every != state.samples_seen // config.snapshot_every
+        if not state.among.is_main or not (due or state.samples_seen >= config.total_images):
+            return
+        transformer, mode = state.ema["transformer"], state.ema["mode"]
+        counters = range(SHOWN)
+        w, images = objective.samples(counters, "shown")
+        choice = objective.choose(transformer, mode, w, images, 0.0, counters, "shown")
+        seen = torch.where(choice.flipped[:, None, None, None], images.flip(3), images)
+        size = (config.input_size, config.input_size)
+        warp = transformer(seen, iterations=config.iterations, head=choice.cluster).warp
+        rows = [
+            reduced(images, config.input_size),
+            warp.sample(seen, size, padding=config.padding),
+            objective.targets(w, mode(choice.cluster), 0.0, counters, "shown"),
+        ]
+        grid = image_grid(to_uint8(torch.cat(rows)).cpu(), columns=SHOWN)
+        write_png(folder / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=max(1, 64 // size[0]))
+
+    return snapshot
+
+
+def digest_of(network: Generator | nn.Module) -> str:
+    """Of its weights."""
+    return checkpoint.digest({name: value.cpu().contiguous() for name, value in network.state_dict().items()})
+
+
+def facts_of(config: AlignTrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    """What an aligner says of itself."""
+    kept = "generator", "distance", "seed"
+    return {name: identity[name] for name in kept} | {
+        "trained_on": config.generator,
+        "padding": config.padding,
+        "iterations": config.iterations,
+        "flips": config.flips,
+        "total_images": config.total_images,
+    }

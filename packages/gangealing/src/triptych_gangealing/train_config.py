@@ -1,0 +1,200 @@
+"""Settings of a spatial transformer's training, and their presets."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from triptych_common.cli import CommonOptions
+
+from triptych_gangealing.alignment_networks import SpatialTransformerConfig
+from triptych_gangealing.spatial_transformer import SpatialTransformer
+
+
+@dataclass(frozen=True)
+class AlignTrainConfig(CommonOptions):
+    """Train a spatial transformer and the mode it aligns images to, from a frozen generator. Repeating the command resumes it."""
+
+    out: Path = Path("runs/align")
+    """run directory"""
+    generator: str = "digits32"
+    """a run folder of train-gan, a network file, a foreign checkpoint, or the name of an embedded generator"""
+    distance: str = "simclr:runs/encoder-digits32"
+    """what aligned image and target are compared by: lpips, ssl-vgg, or simclr:PATH with an encoder of train-encoder"""
+    distance_weights: Path | None = None
+    """file of the VGG weights of lpips and ssl-vgg"""
+    transforms: Literal["similarity,flow", "similarity", "flow"] = "similarity,flow"
+    """stages of the transformer"""
+    input_size: int = 128
+    """height and width at which the transformer reads images and writes them"""
+    flow_size: int = 16
+    """height and width of the flow before it is upsampled"""
+    channel_multiplier: float = 0.5
+    """width of the transformer's layers"""
+    channel_max: int = 512
+    """most feature maps of any of its layers"""
+    padding: Literal["border", "reflection", "zeros"] = "reflection"
+    """what an image shows beyond its edges"""
+    iterations: int = 1
+    """times the similarity stage is applied in training"""
+    clusters: int = 1
+    """modes, each with a transformer head of its own; images go to whichever fits"""
+    flips: bool = False
+    """try each image mirrored too"""
+    cutoff: int = 5
+    """layers of the generator that take the target's pose from the mode; the others keep the image's own style"""
+    components: int = 1
+    """principal directions of W in which the mode is learned; 0: fixed at the mean"""
+    pca_samples: int = 1_000_000
+    """styles for their principal directions"""
+    psi_images: int = 6_000_000
+    """images over which targets go from the images' own poses to the mode's, by a cosine"""
+    total_images: int = 60_000_000
+    """generated images to train on"""
+    batch_size: int = 40
+    """images per step, over all ranks"""
+    micro_batch: int | None = None
+    """images per backward pass and rank; smaller saves memory and accumulates gradients"""
+    lr: float = 1e-3
+    """Adam's learning rate, of the transformer"""
+    mode_lr: float = 1e-2
+    """of the modes' coefficients"""
+    constant_images: int = 6_000_000
+    """images before the learning rates start to fall"""
+    restart_images: int = 1_500_000
+    """first period of the cosine they then fall by; each is twice the one before and starts at 0.9 of its rate"""
+    tv_weight: float = 1000.0
+    """weight of the flow's total variation"""
+    identity_weight: float = 1.0
+    """weight of the flow's mean square"""
+    ema_half_life_images: int = 12_500
+    """half-life of the moving average of transformer and modes"""
+    init_images: int = 50_000
+    """styles among which k-means++ looks for the modes to start from"""
+    classifier_images: int = 1_000_000
+    """generated images to train the classifier of clusters on, after the transformer"""
+    precision: Literal["float32", "float64"] = "float32"
+    """arithmetic of the networks"""
+    log_every: int = 100
+    """steps between rows of metrics.jsonl"""
+    checkpoint_every: int = 1_000
+    """steps between checkpoints"""
+    snapshot_every: int = 200_000
+    """images between pictures of what is aligned"""
+    tensorboard: bool = False
+    """write TensorBoard events too (extra: tensorboard)"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "clusters", "iterations", "total_images", "batch_size", "lr", "mode_lr", "restart_images", "pca_samples",
+            "ema_half_life_images", "init_images", "classifier_images", "log_every", "checkpoint_every", "snapshot_every",
+            "channel_multiplier",
+        ):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
+        for name in ("cutoff", "components", "psi_images", "constant_images", "tv_weight", "identity_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
+        if self.clusters > 1 and self.components == 0:
+            raise ValueError(f"clusters {self.clusters}, components 0: modes fixed at the mean would all be one")
+        self.transformer()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: all but where it is written, the device and what is shown on the way."""
+        free = {"out", "device", "json", "dry_run", "micro_batch", "tensorboard", "snapshot_every", "total_images"}
+        return {key: value for key, value in asdict(self).items() if key not in free}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    def rate(self, images: int) -> float:
+        """The transformer's learning rate after so many images: constant, then cosines with warm restarts."""
+        images, period, peak = images - self.constant_images, self.restart_images, self.lr
+        if images < 0:
+            return self.lr
+        while images >= period:
+            images, period, peak = images - period, period * 2, peak * 0.9
+        return peak * (1 + math.cos(math.pi * images / period)) / 2
+
+    def transformer(self) -> SpatialTransformerConfig:
+        """Shape of the transformer."""
+        return SpatialTransformerConfig(
+            input_size=self.input_size,
+            channel_max=self.channel_max,
+            channel_multiplier=self.channel_multiplier,
+            heads=self.clusters,
+            transforms=tuple(self.transforms.split(",")),
+            flow_size=self.flow_size,
+            flow_upsampling=max(1, self.input_size // self.flow_size),
+            padding=self.padding,
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints."""
+        with torch.device("meta"):
+            network = SpatialTransformer(self.transformer())
+        return {
+            "config": asdict(self) | {"out": str(self.out)},
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "steps": math.ceil(self.total_images / self.batch_size),
+        }
+
+
+_SSL = AlignTrainConfig(distance="ssl-vgg")
+_BORDER = replace(_SSL, padding="border")
+
+PRESETS: dict[str, AlignTrainConfig] = {
+    "digits32": AlignTrainConfig(
+        out=Path("runs/align-digits32"),
+        generator="digits32-3",
+        input_size=32,
+        flow_size=8,
+        channel_max=32,
+        channel_multiplier=2.0,
+        padding="border",
+        cutoff=4,
+        tv_weight=60.0,  # steps of a flow on a grid four times coarser are four times longer: 1000 / 16
+        pca_samples=50_000,
+        psi_images=30_000,
+        total_images=60_000,
+        batch_size=32,
+        constant_images=30_000,
+        restart_images=30_000,
+        ema_half_life_images=2_000,
+        init_images=1_000,
+        classifier_images=30_000,
+        log_every=50,
+        checkpoint_every=250,
+        snapshot_every=10_000,
+    ),
+    "bicycle": replace(_SSL, out=Path("runs/align-bicycle"), generator="bicycle.pkl"),
+    "cat": replace(_BORDER, out=Path("runs/align-cat"), generator="cat.pkl"),
+    "dog": replace(_BORDER, out=Path("runs/align-dog"), generator="dog.pkl"),
+    "tv": replace(_SSL, out=Path("runs/align-tv"), generator="tv.pkl"),
+    "celeba": replace(_BORDER, out=Path("runs/align-celeba"), generator="celeba.pkl", cutoff=6, components=512),
+    "cub": replace(_BORDER, out=Path("runs/align-cub"), generator="cub.pkl"),
+    "car": replace(_SSL, out=Path("runs/align-car"), generator="car.pkl", cutoff=6, components=5, clusters=4),
+    "horse": replace(_SSL, out=Path("runs/align-horse"), generator="horse.pkl", clusters=4),
+}
+PRESETS["digits32-all"] = replace(
+    PRESETS["digits32"], out=Path("runs/align-digits32-all"), generator="digits32", clusters=10, components=16
+)
+PRESETS["smoke"] = replace(
+    PRESETS["digits32"],
+    out=Path("runs/align-smoke"),
+    channel_max=8,
+    pca_samples=200,
+    psi_images=32,
+    total_images=64,
+    batch_size=8,
+    constant_images=32,
+    restart_images=32,
+    init_images=40,
+    classifier_images=32,
+    log_every=2,
+    checkpoint_every=4,
+    snapshot_every=64,
+)

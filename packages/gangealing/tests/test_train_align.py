@@ -1,0 +1,349 @@
+"""`triptych-gangealing train` at a tiny size: its loss, clusters, interruption, ranks, bad input."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from triptych_common import checkpoint, randomness, testing
+from triptych_common.testing import logged, run_here, run_torchrun
+from triptych_gangealing import cli, clustering
+from triptych_gangealing.aligner import load_aligner
+from triptych_gangealing.clustering import purity, starting_modes
+from triptych_gangealing.latents import Mode, pca
+from triptych_gangealing.objective import Choice, Objective
+from triptych_gangealing.perceptual import Encoder, EncoderConfig, open_distance, write_encoder
+from triptych_gangealing.spatial_transformer import SpatialTransformer
+from triptych_gangealing.stylegan2.config import GeneratorConfig
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.interop import load_generator
+from triptych_gangealing.stylegan2.weights import write_network
+from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
+
+STEPS = 8
+LAST = f"checkpoints/step-{STEPS:08d}.safetensors"
+TINY = [
+    "--preset", "smoke", "--input-size", "16", "--flow-size", "4", "--components", "3", "--pca-samples", "60", "--cutoff", "4",
+    "--batch-size", "4", "--total-images", "32", "--checkpoint-every", "2", "--log-every", "2", "--snapshot-every", "16",
+    "--psi-images", "16", "--constant-images", "16", "--restart-images", "8", "--init-images", "12",
+    "--classifier-images", "16", "--ema-half-life-images", "8",
+]  # fmt: skip
+
+command = partial(run_here, cli.run)
+fails_with = partial(testing.fails_with, quiet=("training",))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> list[str]:
+    """A generator and an encoder of random weights, as options."""
+    folder = tmp_path_factory.mktemp("given")
+    torch.manual_seed(3)
+    generator = Generator(GeneratorConfig(16, channel_base=64, channel_max=8, z_dim=6, w_dim=6, mapping_layers=2))
+    with torch.no_grad():
+        for name, value in generator.named_parameters():
+            if name.endswith("noise_strength"):
+                value.fill_(0.1)
+    write_network(folder / "generator.safetensors", generator, {})
+    write_encoder(folder / "encoder.safetensors", Encoder(EncoderConfig((4, 6))), {})
+    return [
+        "--generator",
+        str(folder / "generator.safetensors"),
+        "--distance",
+        f"simclr:{folder / 'encoder.safetensors'}",
+    ]
+
+
+def trained(given: list[str], out: Path, *options: object) -> dict:
+    """The result of a run that must succeed."""
+    done = command("train", *TINY, *given, "--out", out, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory) -> Path:
+    """An uninterrupted run of three clusters."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert trained(given, out, "--clusters", 3)["last"]["step"] == STEPS
+    return out
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("aligner.safetensors", LAST, "classifier/checkpoints/step-00000004.safetensors"):
+        assert checkpoint.content_sha256(a / name) == checkpoint.content_sha256(b / name), name
+    assert logged(a) == logged(b)
+    assert logged(a / "classifier") == logged(b / "classifier")
+
+
+def objective_of(given: list[str], **options: object) -> Objective:
+    config = AlignTrainConfig(
+        generator=given[1], distance=given[3], input_size=16, flow_size=4, channel_max=8, channel_multiplier=2.0, cutoff=4,
+        components=3, pca_samples=60, init_images=12, **options,
+    )  # fmt: skip
+    generator, distance = load_generator(config.generator).double(), open_distance(config.distance).double()
+    return Objective(config, generator, distance)
+
+
+def networks_of(objective: Objective) -> tuple[SpatialTransformer, Mode]:
+    """A transformer whose last layers are not zero, and modes apart from one another."""
+    torch.manual_seed(5)
+    transformer = SpatialTransformer(objective.config.transformer()).double()
+    with torch.no_grad():
+        transformer.similarity.head.weight.normal_().mul_(0.05)
+        transformer.flow.delta[-1].weight.normal_().mul_(0.05)
+    mode = Mode(pca(objective.generator, 60, 3), objective.config.clusters).double()
+    mode.alpha.data.normal_()
+    return transformer, mode
+
+
+# --- schedules
+
+
+def test_learning_rates_are_constant_then_fall_by_cosines_with_warm_restarts():
+    config = AlignTrainConfig(lr=0.1, constant_images=100, restart_images=50)
+    expected = {0: 0.1, 99: 0.1, 100: 0.1, 125: 0.05, 150: 0.09, 200: 0.045, 249: None, 250: 0.081, 350: 0.0405}
+    for images, rate in expected.items():
+        if rate is not None:
+            assert config.rate(images) == pytest.approx(rate, rel=1e-12), images
+    assert config.rate(249) == pytest.approx(0.09 * (1 + math.cos(math.pi * 0.99)) / 2, rel=1e-12)
+
+
+def test_the_published_schedule_ends_where_the_rate_is_zero():
+    """Constant for 150,000 steps of 40 images, then periods of 37,500 steps, each twice the last."""
+    config = PRESETS["cat"]
+    for step in (150_000 + 37_500, 150_000 + 37_500 * 3, 150_000 + 37_500 * 7):
+        assert config.rate(step * 40 - 1) < 1e-9
+        assert config.rate(step * 40) > 1e-4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_says_what_it_would_train(name):
+    done = command("train", "--preset", name, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    parameters = json.loads(done.stdout.splitlines()[-1])["parameters"]
+    assert parameters < 1_000_000 if name.startswith(("digits", "smoke")) else parameters >= 43_000_000
+
+
+# --- the loss
+
+
+def test_the_loss_is_that_of_the_nearest_cluster_and_so_is_its_gradient(given):
+    """Against all clusters differentiated at once and the minimum taken of them (equation 4.6)."""
+    objective = objective_of(given, clusters=3, tv_weight=7.0, identity_weight=0.5, psi_images=100)
+    transformer, mode = networks_of(objective)
+    counters, psi = range(5, 11), (1 + math.cos(math.pi * 0.3)) / 2
+    found = objective.loss(transformer, mode, counters, 30)
+    found["loss"].backward()
+    gradients = [p.grad.clone() for p in (*transformer.parameters(), mode.alpha)]
+    for parameter in (*transformer.parameters(), mode.alpha):
+        parameter.grad = None
+
+    w, images = objective.samples(counters)
+    everything = []
+    for k in range(3):
+        choice = Choice(torch.full((6,), k), torch.zeros(6, dtype=torch.bool))
+        everything.append(objective.terms(transformer, mode, w, images, choice, psi, counters))
+    distances = torch.stack([terms.distance for terms in everything])
+    winner = distances.argmin(0)
+    assert len(winner.unique()) > 1  # or this would show little
+    totals = torch.stack([t.distance + 7.0 * t.tv + 0.5 * t.identity for t in everything])
+    expected = totals.gather(0, winner[None]).mean()
+    expected.backward()
+    torch.testing.assert_close(
+        found["loss"], expected.detach().requires_grad_(), rtol=1e-12, atol=0, check_stride=False
+    )
+    for gradient, parameter in zip(gradients, (*transformer.parameters(), mode.alpha), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-10)
+    assert float(mode.alpha.grad.abs().sum()) > 0
+
+
+def test_mirror_images_are_chosen_where_they_fit_better(given):
+    objective = objective_of(given, flips=True)
+    transformer, mode = networks_of(objective)
+    counters = range(12)
+    w, images = objective.samples(counters)
+    choice = objective.choose(transformer, mode, w, images, 0.0, counters)
+    sides = []
+    for flipped in (False, True):
+        seen = images.flip(3) if flipped else images
+        plain = Choice(torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.bool))
+        sides.append(objective.terms(transformer, mode, w, seen, plain, 0.0, counters).distance)
+    assert torch.equal(choice.flipped, sides[1] < sides[0])
+    assert 0 < int(choice.flipped.sum()) < 12
+
+
+def test_at_psi_one_a_target_is_the_image_but_for_its_noise(given):
+    objective = objective_of(given)
+    with torch.no_grad():
+        for name, value in objective.generator.named_parameters():
+            if name.endswith("noise_strength"):
+                value.zero_()
+    w, images = objective.samples(range(4))
+    c = torch.zeros_like(w)
+    torch.testing.assert_close(objective.targets(w, c, 1.0, range(4)), images, rtol=0, atol=1e-12)
+    assert float((objective.targets(w, c, 0.5, range(4)) - images).abs().max()) > 1e-3
+
+
+# --- clusters
+
+
+def test_k_means_plus_plus_draws_in_proportion_to_the_distance_from_the_nearest(given, monkeypatch):
+    """Over evenly spread draws the second mode is drawn as often as its distance to the first asks for."""
+    objective = objective_of(given, clusters=2)
+    directions = pca(objective.generator, 60, 3)
+    w, images = objective.samples(range(12), "k-means++")
+    alphas = directions.coefficients(w.float())
+    distance = torch.stack([objective.distance(images, images[i : i + 1].expand_as(images)) for i in range(12)])
+    counts, real, second_draw = torch.zeros(12, 12), randomness.uniform, [0.0]
+
+    def drawn(seed, stream, indices):
+        return torch.tensor([0.3, second_draw[0]]) if stream == "k-means++" else real(seed, stream, indices)
+
+    monkeypatch.setattr(clustering.randomness, "uniform", drawn)
+    for draw in range(60):
+        second_draw[0] = (draw + 0.5) / 60
+        found = starting_modes(objective, directions)
+        first, second = (int((alphas - row).square().sum(1).argmin()) for row in found)
+        counts[first, second] += 1
+    assert counts.sum(1).nonzero().flatten().tolist() == [3]  # 0.3 of 12
+    expected = 60 * distance[3] / distance[3].sum()
+    assert float((counts[3] - expected.float()).abs().max()) <= 1.0
+    assert counts[3, 3] == 0
+
+
+def test_the_classifier_learns_the_clusters_of_generated_images(given, tmp_path):
+    trained(given, tmp_path, "--clusters", 2, "--classifier-images", 1200, "--log-every", 50, "--lr", 0.01)
+    rows = logged(tmp_path / "classifier")
+    objective = objective_of(given, clusters=2)
+    aligner = load_aligner(tmp_path)
+    objective.generator.float(), objective.distance.float()
+    w, images = objective.samples(range(200), "held out")
+    choice = objective.choose(aligner.transformer, aligner.mode, w, images, 0.0, range(200), "held out")
+    commonest = float(torch.bincount(choice.cluster).max() / 200)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert float((aligner.clusters(images) == choice.cluster).float().mean()) >= commonest
+
+
+def test_purity_by_hand():
+    clusters, labels = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([4, 4, 1, 1, 2, 0])
+    assert purity(clusters, labels) == pytest.approx((2 + 1 + 1) / 6)
+
+
+# --- runs
+
+
+def test_a_run_leaves_an_aligner_rows_and_pictures(given, whole):
+    rows = logged(whole)
+    assert [row["images"] for row in rows] == [8, 16, 24, 32]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert [path.name for path in sorted((whole / "samples").iterdir())] == [
+        "images-000000016.png",
+        "images-000000032.png",
+    ]
+    aligner = load_aligner(whole)
+    assert aligner.config.heads == 3
+    assert aligner.classifier is not None
+    assert aligner.facts["padding"] == "border"
+    tensors, _ = checkpoint.read(whole / LAST)
+    for name, value in aligner.transformer.state_dict().items():
+        torch.testing.assert_close(value, tensors[f"ema.transformer.{name}"], rtol=0, atol=0)
+    assert not torch.equal(
+        tensors["model.mode.alpha"],
+        checkpoint.read(whole / "checkpoints/step-00000006.safetensors")[0]["model.mode.alpha"],
+    )
+
+
+INTERRUPT = """
+import os, sys
+from triptych_common.run import RunDirectory
+
+step, signum, part, real_log = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], RunDirectory.log
+
+def log(self, row):
+    real_log(self, row)
+    if row["step"] == step and self.path.name.endswith(part):
+        os.kill(os.getpid(), signum)
+
+RunDirectory.log = log
+from triptych_gangealing.cli import run
+sys.exit(run(sys.argv[4:]))
+"""
+
+
+def test_a_run_killed_and_interrupted_ends_bit_identical(given, whole, tmp_path):
+    out = tmp_path / "run"
+
+    def stopped(step: int, signum: signal.Signals, part: str) -> "subprocess.CompletedProcess[str]":
+        words = ["-c", INTERRUPT, step, int(signum), part, "train", *TINY, *given, "--out", out, "--clusters", 3]
+        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300)
+
+    assert stopped(4, signal.SIGKILL, "run").returncode == -signal.SIGKILL
+    fails_with(stopped(6, signal.SIGTERM, "run"), f"stopped at step 6 of {STEPS}", 128 + signal.SIGTERM)
+    fails_with(stopped(2, signal.SIGTERM, "classifier"), "stopped at step 2 of 4", 128 + signal.SIGTERM)
+    trained(given, out, "--clusters", 3)
+    assert_same_run(whole, out)
+
+
+EXACT = ["--precision", "float64", "--clusters", "2"]
+
+
+@pytest.fixture(scope="module")
+def exact(given, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "exact"
+    trained(given, out, *EXACT)
+    return out
+
+
+def assert_equal_to_rounding(a: Path, b: Path) -> None:
+    (tensors, counters), (others, other_counters) = checkpoint.read(a / LAST), checkpoint.read(b / LAST)
+    assert counters == other_counters
+    for name, value in tensors.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+    for row, other in zip(logged(a), logged(b), strict=True):
+        row.pop("smallest_cluster"), other.pop("smallest_cluster")  # of a rank's or a part's images
+        assert row == pytest.approx(other, rel=1e-7)
+
+
+def test_two_ranks_train_as_one_does(given, exact, tmp_path):
+    done = run_torchrun(2, "triptych_gangealing.cli", "train", *TINY, *given, "--out", str(tmp_path), *EXACT)
+    assert done.returncode == 0, done.stderr
+    assert_equal_to_rounding(exact, tmp_path)
+
+
+def test_parts_of_a_batch_train_as_the_whole_does(given, exact, tmp_path):
+    trained(given, tmp_path, *EXACT, "--micro-batch", 2)
+    assert_equal_to_rounding(exact, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--input-size", "32"], "input_size 32: the generator's images have 16 pixels; pass --input-size 16 or less"),
+        (["--cutoff", "9"], "cutoff 9: expected 0 to 6, the number of the generator's styles"),
+        (["--components", "7"], "7 principal directions of 60 samples: expected 0 to 6"),
+        (["--clusters", "2", "--components", "0"], "modes fixed at the mean would all be one"),
+        (["--distance", "vgg"], "perceptual distance 'vgg': expected lpips, ssl-vgg, or simclr:PATH"),
+        (["--generator", "nowhere.pkl"], "nowhere.pkl: no such file or folder, nor an embedded generator"),
+        (["--lr", "0"], "lr 0.0: expected a number above 0"),
+        (["--flow-size", "3"], "flow_size 3: expected a power of two"),
+    ],
+)
+def test_bad_settings_get_one_line(given, tmp_path, options, message):
+    done = command("train", *TINY, *given, "--out", tmp_path / "run", *options)
+    testing.fails_with(done, message, done.returncode)
+    assert done.returncode in (1, 2)
+
+
+def test_another_generator_is_another_run(given, whole, tmp_path):
+    torch.manual_seed(4)
+    generator = Generator(GeneratorConfig(16, channel_base=64, channel_max=8, z_dim=6, w_dim=6, mapping_layers=2))
+    write_network(tmp_path / "other.safetensors", generator, {})
+    done = command(
+        "train", *TINY, *given, "--out", whole, "--clusters", 3, "--generator", tmp_path / "other.safetensors"
+    )
+    fails_with(done, "generator=")
