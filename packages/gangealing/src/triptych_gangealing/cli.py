@@ -56,6 +56,12 @@ def _correspond() -> Command:
     return Command(CorrespondConfig, correspond, {})
 
 
+def _pck() -> Command:
+    from triptych_gangealing.evaluate import PckConfig, evaluate
+
+    return Command(PckConfig, evaluate, {})
+
+
 def _convert() -> Command:
     from triptych_gangealing.convert import ConvertConfig, convert
 
@@ -71,6 +77,7 @@ COMMANDS = {
     "average": ("the average of a folder's aligned pictures", _average),
     "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
     "correspond": ("points of one picture in another", _correspond),
+    "pck": ("score an aligner on digits whose correspondences are known, beside baselines", _pck),
     "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
 }
 

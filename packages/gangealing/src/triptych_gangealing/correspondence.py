@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from triptych_gangealing.aligner import Alignment
-from triptych_gangealing.warp import Mapped, to_normalised, to_pixels
+from triptych_gangealing.warp import Warp, to_normalised, to_pixels
 
 Size = tuple[int, int]
 
@@ -25,20 +25,28 @@ class Transferred(NamedTuple):
 def transfer(
     source: Alignment, target: Alignment, points: Float[Tensor, "n k 2"], source_size: Size, target_size: Size
 ) -> Transferred:
-    """Points of n source images, (x, y) in their pixels, to the target images.
+    """Points of n source images, (x, y) in their pixels, to the target images. Sizes are (height, width).
 
-    A warp of a mirrored image leads to the original, so nothing here asks which are. Sizes are (height, width).
     Raises ValueError for pairs of different clusters: congealed spaces of two have nothing in common.
     """
-    if bool((source.cluster != target.cluster).any()):
-        pair = int((source.cluster != target.cluster).nonzero()[0])
+    apart = source.cluster != target.cluster
+    if bool(apart.any()):
+        pair = int(apart.nonzero()[0])
         raise ValueError(
             f"pair {pair}: clusters {int(source.cluster[pair])} and {int(target.cluster[pair])}; points can be "
             "transferred within one cluster only"
         )
-    congealed = source.warp.inverse().map_points(to_normalised(points, source_size))
-    found: Mapped = target.warp.map_points(congealed.points)
-    return Transferred(to_pixels(found.points, target_size), congealed.converged & found.converged & found.inside)
+    return between(source.warp, target.warp, points, source_size, target_size)
+
+
+def between(
+    source: Warp, target: Warp, points: Float[Tensor, "n k 2"], source_size: Size, target_size: Size
+) -> Transferred:
+    """The same by warps, whatever they come from. One of a mirrored image leads to the original, so nothing asks which are."""
+    congealed = source.inverse().map_points(to_normalised(points, source_size))
+    found = target.map_points(congealed.points)
+    pixels = to_pixels(found.points, target_size).to(points)
+    return Transferred(pixels, congealed.converged & found.converged & found.inside)
 
 
 def same_cluster(source: Alignment, target: Alignment) -> Bool[Tensor, " n"]:

@@ -1,0 +1,148 @@
+"""How well digits are aligned: PCK on exact pairs, errors of known poses, sharpness of the average; ours beside baselines."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from triptych_common.cli import CommonOptions, say
+from triptych_common.metrics.bootstrap import Estimate
+from triptych_common.run import write_json
+
+from triptych_gangealing.aligner import load_aligner
+from triptych_gangealing.baselines import Congealing, moments
+from triptych_gangealing.correspondence import between
+from triptych_gangealing.digits32 import Digits32, Jitters, render
+from triptych_gangealing.keypoints.synthetic import Pairs, pairs, white_on_black
+from triptych_gangealing.pck import PckTable, box_size, pck
+from triptych_gangealing.pose import PoseErrors, Sharpness, pose_errors, sharpness
+from triptych_gangealing.warp import Warp
+
+FITTED = 400  # training images that classical Congealing is fitted to
+Images = UInt8[Tensor, "n 3 size size"]
+Method = Callable[[Images], Warp]
+
+
+@dataclass(frozen=True)
+class PckConfig(CommonOptions):
+    """Score an aligner on held-out coloured digits whose correspondences and jitters are known, beside baselines."""
+
+    out: Path = Path("runs/pck")
+    """where to write pck.json"""
+    aligner: Path | None = Path("runs/align-digits32")
+    """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
+    digit: int | None = 3
+    """digit to align; None: all"""
+    pairs: int = 300
+    """pairs of images for PCK"""
+    images: int = 500
+    """images for errors of pose and sharpness"""
+    elastic_px: float = 2.5
+    """largest displacement between the two images of a pair but for their jitters, in pixels of a 28-pixel digit"""
+    grey: bool = False
+    """plain white digits on black instead of coloured ones, where the baselines are strong"""
+    iterations: int = 1
+    """times the aligner's similarity network looks"""
+    baselines: Literal["all", "none"] = "all"
+    """score moments and classical Congealing too"""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "images", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.digit is not None and not 0 <= self.digit <= 9:
+            raise ValueError(f"digit {self.digit}: expected 0 to 9, or None for all")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one method."""
+
+    pck: PckTable
+    pose: PoseErrors
+    sharpness: Sharpness
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Images of held-out digits, the jitters they were drawn with, and the digits themselves."""
+
+    images: Images
+    jitters: Jitters
+    digits: UInt8[Tensor, "n 1 28 28"]
+
+
+def score(method: Method, several: Pairs, posed: Posed, seed: int = 0) -> Scores:
+    """A method that warps images to alignment, on pairs and on posed digits."""
+    source, target = method(several.source), method(several.target)
+    size = (several.source.shape[-1],) * 2
+    found = between(source, target, several.source_points, size, size).points
+    sizes = {"target box": box_size(several.target_boxes), "image": torch.full((len(several),), float(size[0]))}
+    table = pck(found, several.target_points, several.valid, sizes, seed=seed)
+    warp = method(posed.images)
+    return Scores(
+        table, pose_errors(posed.jitters, warp, seed=seed), sharpness(posed.digits, posed.jitters, warp, seed=seed)
+    )
+
+
+def posed_digits(n: int, seed: int, digit: int | None, *, grey: bool = False, split: str = "held_out") -> Posed:
+    """n digits of a split, each in another place. Raises ValueError for a digit or split there is not."""
+    one_copy = len(Digits32(split, digit, copies=1))
+    items = Digits32(split, digit, copies=-(-n // one_copy), seed=seed)
+    jitters = items.jitters(range(n))
+    digits = items.digits[torch.arange(n) % one_copy]
+    drawn = render(digits, white_on_black(jitters) if grey else jitters)
+    return Posed(drawn, jitters, digits)
+
+
+def baselines(config: PckConfig) -> dict[str, Method]:
+    """What a learned alignment must beat. Congealing is fitted to training images of the same kind."""
+    training = posed_digits(FITTED, config.seed, config.digit, grey=config.grey, split="train").images
+    return {
+        "none": lambda images: Warp.identity(len(images)),
+        "moments": lambda images: moments(images),
+        "moments, upright": lambda images: moments(images, resolve="upright"),
+        "Congealing": Congealing.fit(training).align,
+    }
+
+
+def evaluate(config: PckConfig) -> dict[str, Any]:
+    """Score and write pck.json. Raises ValueError or OSError for what is no aligner."""
+    methods: dict[str, Method] = baselines(config) if config.baselines == "all" else {}
+    if config.aligner is not None:
+        aligner = load_aligner(config.aligner)
+
+        def ours(images: Images) -> Warp:
+            return aligner.align(images.float() / 127.5 - 1, iterations=config.iterations).warp
+
+        methods["GANgealing"] = ours
+    several = pairs(config.pairs, config.seed, config.digit, elastic_px=config.elastic_px, grey=config.grey)
+    posed = posed_digits(config.images, config.seed + 1, config.digit, grey=config.grey)
+    found = {name: score(method, several, posed, config.seed) for name, method in methods.items()}
+    for name, scores in found.items():
+        say(f"{name}: {summary(scores)}")
+    result = {name: as_dict(scores) for name, scores in found.items()}
+    settings = {**asdict(config), "out": str(config.out), "aligner": str(config.aligner)}
+    write_json(config.out / "pck.json", {"config": settings, "scores": result})
+    say(f"scores: {config.out / 'pck.json'}")
+    return {"scores": result, "file": str(config.out / "pck.json")}
+
+
+def summary(scores: Scores) -> str:
+    """One line."""
+    at = scores.pck["target box", "per point", 0.1]
+    return (
+        f"PCK@0.1 {at}, rotation {scores.pose.rotation_deg} degrees, log scale {scores.pose.log_scale}, "
+        f"shift {scores.pose.shift_px} px, sharpness {scores.sharpness.ratio}"
+    )
+
+
+def as_dict(scores: Scores) -> dict[str, Any]:
+    """For JSON."""
+    pose = {field.name: getattr(scores.pose, field.name) for field in fields(scores.pose)}
+    plain = {name: value._asdict() if isinstance(value, Estimate) else value for name, value in pose.items()}
+    sharp = scores.sharpness._asdict() | {"ratio": scores.sharpness.ratio._asdict()}
+    return {"pck": scores.pck.as_dict(), "pose": plain, "sharpness": sharp}
