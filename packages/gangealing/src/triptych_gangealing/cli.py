@@ -62,6 +62,12 @@ def _pck() -> Command:
     return Command(PckConfig, evaluate, {})
 
 
+def _reproduce() -> Command:
+    from triptych_gangealing.reproduce import ReproduceConfig, reproduce
+
+    return Command(ReproduceConfig, reproduce, {})
+
+
 def _convert() -> Command:
     from triptych_gangealing.convert import ConvertConfig, convert
 
@@ -78,6 +84,7 @@ COMMANDS = {
     "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
     "correspond": ("points of one picture in another", _correspond),
     "pck": ("score an aligner on digits whose correspondences are known, beside baselines", _pck),
+    "reproduce": ("chapter 4 end to end, with a report", _reproduce),
     "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
 }
 

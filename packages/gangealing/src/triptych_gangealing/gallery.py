@@ -1,0 +1,89 @@
+"""Pictures of a reproduction: before and after, averages, matches, an edit on real digits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from triptych_common.images import image_grid, png_bytes, to_uint8
+
+from triptych_gangealing.aligner import load_aligner
+from triptych_gangealing.correspondence import between
+from triptych_gangealing.edit import average, propagate
+from triptych_gangealing.evaluate import posed_digits
+from triptych_gangealing.figures import matches_figure
+from triptych_gangealing.sizes import DIGIT, Size
+from triptych_gangealing.warp import centres, to_pixels
+
+COLUMNS = 12
+SCALE = 3  # screen pixels of a pixel
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """PNG files as bytes."""
+
+    before_after: bytes
+    averages: bytes
+    edit: bytes
+    clusters: bytes
+    matches: bytes
+    edited: int
+
+
+def make_gallery(folder: Path, size: Size, *, seed: int) -> Gallery:
+    """Of the two alignments in a folder, on held-out digits that neither has seen."""
+    one, clustered = load_aligner(folder / "one"), load_aligner(folder / "clustered")
+    posed = posed_digits(size.shown, seed + 2, DIGIT)
+    images = posed.images.float() / 127.5 - 1
+    found = one.align(images, iterations=size.iterations)
+    aligned = found.warp.sample(images, padding="border")
+    mean = average(aligned, found.warp.inside(tuple(images.shape[2:])))
+    edit = star(images.shape[-1])
+    drawn = propagate(edit, found.warp, images)
+    shown = slice(0, COLUMNS)
+    several = posed_digits(size.shown, seed + 3, None)
+    pictures = several.images.float() / 127.5 - 1
+    grouped = clustered.align(pictures)
+    rows = []
+    for cluster in range(clustered.config.heads):
+        members = (grouped.cluster == cluster).nonzero().flatten()[: COLUMNS - 1]
+        warped = grouped.warp.select(members).sample(pictures[members]) if len(members) else pictures[:0]
+        everybody = (grouped.cluster == cluster).nonzero().flatten()
+        middle = grouped.warp.select(everybody).sample(pictures[everybody]).mean(0) if len(members) else pictures[0] * 0
+        blank = torch.zeros(COLUMNS - 1 - len(members), *pictures.shape[1:])
+        rows.append(torch.cat([middle[None], warped, blank]))
+    grid = centres((6, 6), images).view(1, -1, 2) * 0.6
+    source, target = found.warp.select([0]), found.warp.select([1])
+    side = tuple(images.shape[2:])
+    points = to_pixels(source.map_points(grid).points, side)
+    transferred = between(source, target, points, side, side)
+    reliable = transferred.reliable[0]
+    matches = matches_figure(
+        posed.images[0], posed.images[1], points[0, reliable], transferred.points[0, reliable], ("one digit", "another")
+    )
+    return Gallery(
+        _png(image_grid(to_uint8(torch.cat([images[shown], aligned[shown]])), columns=COLUMNS)),
+        _png(image_grid(to_uint8(torch.stack([images.mean(0), mean])), columns=2), scale=6),
+        _png(image_grid(to_uint8(torch.cat([images[shown], drawn[shown]])), columns=COLUMNS)),
+        _png(image_grid(to_uint8(torch.cat(rows)), columns=COLUMNS)),
+        matches,
+        size.shown,
+    )
+
+
+def star(size: int) -> Float[Tensor, "4 {size} {size}"]:
+    """A small yellow disc with a red rim, to be drawn on the average: RGB in [-1, 1], alpha in 0..1."""
+    points = centres((size, size), torch.zeros(()))
+    distance = (points - torch.tensor([0.0, -0.35])).norm(dim=-1)
+    colour = torch.where(
+        (distance < 0.12)[None],
+        torch.tensor([1.0, 0.9, -1.0])[:, None, None],
+        torch.tensor([1.0, -1, -1])[:, None, None],
+    )
+    return torch.cat([colour, (distance < 0.2).float()[None]])
+
+
+def _png(image: UInt8[Tensor, "3 height width"], scale: int = SCALE) -> bytes:
+    return png_bytes(image, scale=scale)
