@@ -12,7 +12,7 @@ PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
 STYLEGAN2_ADA := third_party/stylegan2-ada-pytorch
 STYLEGAN2_ADA_COMMIT := d72cc7d041b42ec8e806021a205ed9349f87c6a4
 
-.PHONY: setup test lint bench docs reproduce-ch2 reproduce-ch3 reproduce train-generators vendor-stylegan2-ada
+.PHONY: setup test lint bench docs reproduce-ch2 reproduce-ch3 reproduce-ch4 reproduce train-generators vendor-stylegan2-ada
 
 setup: $(STAMP)
 
@@ -43,6 +43,9 @@ reproduce-ch2: setup
 
 reproduce-ch3: setup
 	$(BIN)/triptych-gpt reproduce --size $(SIZE) $(ARGS)
+
+reproduce-ch4: setup
+	$(BIN)/triptych-gangealing reproduce --size $(SIZE) $(ARGS)
 
 reproduce: reproduce-ch2 reproduce-ch3
 

@@ -188,6 +188,14 @@ def test_align_writes_what_it_found_and_lists_what_it_could_not_read(tmp_path, f
     assert read(tmp_path / "out/average.png").shape == (SIZE, SIZE, 3)
 
 
+def test_two_pictures_never_become_one(tmp_path, folder):
+    Image.fromarray(smooth_picture(16, 16, 9)).save(folder / "a.jpg")
+    done = command("align", "--aligner", written(tmp_path, aligner_of()), "--images", folder, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out/aligned").rglob("*.png")}
+    assert names == {"a.jpg.png", "a.png.png", "b.png", "c.png", "d.png"}
+
+
 def test_one_average_for_each_cluster_there_is(tmp_path, folder):
     aligner = aligner_of(heads=3)
     aligner.classifier.head.weight.data.zero_()
@@ -204,7 +212,7 @@ def test_one_average_for_each_cluster_there_is(tmp_path, folder):
         "0.5",
     )
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["average.png"]  # all are of cluster 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["average-2.png"]  # all are of cluster 2
     assert load_aligner(tmp_path).clusters(torch.zeros(2, 3, 16, 16)).tolist() == [2, 2]
 
 
@@ -275,6 +283,11 @@ def test_bad_input_gets_one_line(tmp_path, folder):
     fails_with(command("align", *use, "--images", tmp_path / "nowhere"), "nowhere: no such folder")
     fails_with(command("align", *use, "--images", spoiled), "none of 1 pictures can be read")
     fails_with(command("align", *use, "--aligner", tmp_path / "empty"), "aligner.safetensors: no such file")
+    fails_with(command("align", *use, "--limit", "0"), "limit 0: expected at least 1", 2)
+    fails_with(
+        command("propagate", *use, "--out", tmp_path, "--images", tmp_path / "pictures", "--edit", folder / "a.png"),
+        "would overwrite",
+    )
     fails_with(command("average", *use, "--keep", "0"), "keep 0.0: expected a share above 0, at most 1", 2)
     fails_with(
         command("correspond", "--aligner", aligner, "--source", tmp_path / "no.png", "--target", folder / "a.png"),

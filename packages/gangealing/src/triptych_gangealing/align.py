@@ -1,18 +1,25 @@
 """Commands that use an aligner on people's own pictures: align a folder, average it, draw on all of it, match two of it."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import say
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.run import write_text
 
-from triptych_gangealing.aligner import Aligner, Alignment, load_aligner
+from triptych_gangealing.align_config import (
+    AlignConfig,
+    AverageConfig,
+    CorrespondConfig,
+    FolderOptions,
+    PropagateConfig,
+)
+from triptych_gangealing.aligner import Aligner, Alignment
 from triptych_gangealing.correspondence import transfer
 from triptych_gangealing.edit import as_edit, average, propagate
 from triptych_gangealing.pictures import Folder, Picture, align_pictures, read_picture, warped
@@ -20,96 +27,6 @@ from triptych_gangealing.warp import to_normalised, to_pixels
 
 SHOWN = 10  # pictures in rows of a grid
 CELL_PX = 96  # of them
-
-
-@dataclass(frozen=True)
-class UseOptions(CommonOptions):
-    """What every use of an aligner takes."""
-
-    aligner: Path = Path("runs/align-digits32")
-    """run folder of triptych-gangealing train, or its aligner.safetensors"""
-    iterations: int = 1
-    """times the similarity network looks; 3 were published for most data sets"""
-    flips: bool = False
-    """mirror pictures whose flow is smoother then"""
-    size: int | None = None
-    """height and width of what is aligned; default: the transformer's input size"""
-    padding: Literal["trained", "border", "reflection", "zeros"] = "trained"
-    """what a picture shows beyond its edges; trained: as in training"""
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-
-    def open(self) -> tuple[Aligner, int, str]:
-        """The aligner, the size of its outputs, and the padding."""
-        aligner = load_aligner(self.aligner)
-        padding = aligner.facts["padding"] if self.padding == "trained" else self.padding
-        return aligner, self.size or aligner.config.input_size, padding
-
-
-@dataclass(frozen=True)
-class FolderOptions(UseOptions):
-    """What every use of an aligner on a folder takes."""
-
-    images: Path = Path("images")
-    """folder of pictures"""
-    limit: int | None = None
-    """the first so many of them only"""
-
-
-@dataclass(frozen=True)
-class AlignConfig(FolderOptions):
-    """Align a folder of pictures: OUT/aligned, OUT/grid.png, OUT/average.png, OUT/alignment.jsonl."""
-
-    out: Path = Path("runs/aligned")
-    """where to write"""
-
-
-@dataclass(frozen=True)
-class AverageConfig(FolderOptions):
-    """The average of a folder's aligned pictures, to draw on: OUT/average.png, one for each cluster."""
-
-    out: Path = Path("runs/average")
-    """where to write"""
-    keep: float = 1.0
-    """share of the pictures that count, those with the smoothest flows"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep {self.keep}: expected a share above 0, at most 1")
-
-
-@dataclass(frozen=True)
-class PropagateConfig(FolderOptions):
-    """What is drawn on the average aligned picture, in every picture of a folder: OUT/pictures, or OUT/points.json."""
-
-    out: Path = Path("runs/propagated")
-    """where to write"""
-    edit: Path | None = None
-    """RGBA picture of the size of average.png: what to lay over it"""
-    points: Path | None = None
-    """JSON list of [x, y] in pixels of average.png, the centre of the first pixel at 0"""
-    cluster: int = 0
-    """whose average was drawn on; pictures of others stay as they are"""
-
-
-@dataclass(frozen=True)
-class CorrespondConfig(UseOptions):
-    """Points of one picture in another: OUT/matches.png, OUT/matches.json."""
-
-    out: Path = Path("runs/matches")
-    """where to write"""
-    source: Path = Path("a.png")
-    """picture to take points from"""
-    target: Path = Path("b.png")
-    """picture to find them in"""
-    points: Path | None = None
-    """JSON list of [x, y] in pixels of the source; default: a grid of them"""
-    spacing: int = 8
-    """points of that grid a side"""
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
@@ -121,7 +38,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     pictures, found = _aligned(aligner, config)
     images = to_uint8(warped(pictures, found.warp, size, padding))
     for picture, image in zip(pictures, images, strict=True):
-        write_png((config.out / "aligned" / picture.name).with_suffix(".png"), image)
+        write_png(_named(config.out / "aligned", picture, pictures), image)
     rows = [
         {
             "picture": picture.name,
@@ -134,7 +51,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     ]
     write_text(config.out / "alignment.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_png(config.out / "grid.png", before_and_after(pictures, images))
-    averages = _write_averages(config.out, pictures, found, size, padding)
+    averages = _write_averages(config.out, pictures, found, size, padding, heads=aligner.config.heads)
     files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
     return _told({name: str(config.out / file) for name, file in files.items()} | averages) | {
         "pictures": len(pictures)
@@ -146,7 +63,16 @@ def write_average(config: AverageConfig) -> dict[str, Any]:
     aligner, size, padding = config.open()
     pictures, found = _aligned(aligner, config)
     best = found.roughness.argsort(stable=True)[: max(1, round(config.keep * len(pictures)))].sort().values
-    return _told(_write_averages(config.out, [pictures[i] for i in best.tolist()], found.select(best), size, padding))
+    return _told(
+        _write_averages(
+            config.out,
+            [pictures[i] for i in best.tolist()],
+            found.select(best),
+            size,
+            padding,
+            heads=aligner.config.heads,
+        )
+    )
 
 
 def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
@@ -163,12 +89,16 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
     points = None if config.points is None else _read_points(config.points)
     pictures, found = _aligned(aligner, config)
     here = [i for i in range(len(pictures)) if int(found.cluster[i]) == config.cluster]
+    if not here:
+        raise ValueError(
+            f"cluster {config.cluster}: none of {len(pictures):,} pictures is of it; average says which are"
+        )
     if edit is not None:
         for i, picture in enumerate(pictures):
             image = picture.values()
             if i in here:
                 image = propagate(edit, found.warp.select([i]), image)
-            write_png((config.out / "pictures" / picture.name).with_suffix(".png"), to_uint8(image)[0])
+            write_png(_named(config.out / "pictures", picture, pictures), to_uint8(image)[0])
         return _told({"pictures": str(config.out / "pictures")}) | {"edited": len(here)}
     places = {}
     for i in here:
@@ -225,20 +155,32 @@ def before_and_after(
     return image_grid(to_uint8(torch.cat([above, below])), columns=min(SHOWN, len(pictures)))
 
 
+def _named(folder: Path, picture: Picture, pictures: Sequence[Picture]) -> Path:
+    """Where a picture's own goes: a.jpg to a.png, or to a.jpg.png beside another a."""
+    path = Path(picture.name)
+    alone = sum(Path(other.name).with_suffix("") == path.with_suffix("") for other in pictures) == 1
+    return folder / (path.with_suffix(".png") if alone else path.with_name(path.name + ".png"))
+
+
 def _aligned(aligner: Aligner, config: FolderOptions) -> tuple[list[Picture], Alignment]:
+    for name in ("aligned", "pictures"):
+        if (config.out / name).resolve() == config.images.resolve():
+            raise ValueError(f"out {config.out}: would overwrite {config.images}; choose another")
     folder = Folder(config.images, config.limit)
     pictures = list(folder)
     folder.complain()
     return pictures, align_pictures(aligner, pictures, iterations=config.iterations, flips=config.flips)
 
 
-def _write_averages(out: Path, pictures: list[Picture], found: Alignment, size: int, padding: str) -> dict[str, str]:
-    clusters, files = found.cluster.unique().tolist(), {}
-    for cluster in clusters:
+def _write_averages(
+    out: Path, pictures: list[Picture], found: Alignment, size: int, padding: str, *, heads: int
+) -> dict[str, str]:
+    files = {}
+    for cluster in found.cluster.unique().tolist():
         members = (found.cluster == cluster).nonzero().flatten().tolist()
         warp = found.warp.select(members)
         images = warped([pictures[i] for i in members], warp, size, padding)
-        name = "average" if len(clusters) == 1 else f"average-{cluster}"
+        name = "average" if heads == 1 else f"average-{cluster}"
         write_png(out / f"{name}.png", to_uint8(average(images, warp.inside((size, size)))))
         files[name] = str(out / f"{name}.png")
     return files

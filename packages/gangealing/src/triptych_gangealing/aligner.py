@@ -77,7 +77,7 @@ class Aligner(nn.Module):
         cluster: Int[Tensor, " n"] | None = None,
         at_once: int = 64,
     ) -> Alignment:
-        """Warps of images; clusters are the classifier's where none are given.
+        """Warps of images, where these are; clusters are the classifier's where none are given.
 
         flips: mirror images whose flow is smoother then. Raises ValueError as the transformer does.
         """
@@ -111,7 +111,7 @@ class Aligner(nn.Module):
         else:
             aligned = self.transformer(images, iterations=iterations, head=cluster)
             flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        roughness = torch.zeros(len(images)) if aligned.delta is None else total_variation(aligned.delta)
+        roughness = images.new_zeros(len(images)) if aligned.delta is None else total_variation(aligned.delta)
         return Alignment(aligned.warp, cluster, flipped, roughness)
 
 

@@ -33,25 +33,29 @@ def _train() -> Command:
 
 
 def _align() -> Command:
-    from triptych_gangealing.align import AlignConfig, align
+    from triptych_gangealing.align import align
+    from triptych_gangealing.align_config import AlignConfig
 
     return Command(AlignConfig, align, {})
 
 
 def _average() -> Command:
-    from triptych_gangealing.align import AverageConfig, write_average
+    from triptych_gangealing.align import write_average
+    from triptych_gangealing.align_config import AverageConfig
 
     return Command(AverageConfig, write_average, {})
 
 
 def _propagate() -> Command:
-    from triptych_gangealing.align import PropagateConfig, propagate_to_folder
+    from triptych_gangealing.align import propagate_to_folder
+    from triptych_gangealing.align_config import PropagateConfig
 
     return Command(PropagateConfig, propagate_to_folder, {})
 
 
 def _correspond() -> Command:
-    from triptych_gangealing.align import CorrespondConfig, correspond
+    from triptych_gangealing.align import correspond
+    from triptych_gangealing.align_config import CorrespondConfig
 
     return Command(CorrespondConfig, correspond, {})
 

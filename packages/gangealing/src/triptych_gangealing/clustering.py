@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common import randomness
+from triptych_common import checkpoint, randomness
 from triptych_common.parallel import Ranks
 from triptych_common.progress import Progress
 from triptych_common.run import RunDirectory
@@ -75,7 +75,10 @@ def train_classifier(
         ema_half_life=config.ema_half_life_images,
         several_passes=True,
     )
-    identity = config.identity() | {"classifier_of": "the transformer beside"}
+    identity = config.identity() | {
+        "transformer": checkpoint.digest(_weights(transformer)),
+        "mode": checkpoint.digest(_weights(mode)),
+    }
     with RunDirectory(out, identity, is_main=among.is_main) as run:
         plan = steps(
             state, run, total_samples=config.classifier_images, batch_size=config.batch_size,
@@ -94,6 +97,10 @@ def train_classifier(
                 state.count(batch, {"loss": loss, "accuracy": right}, finite)
                 progress.at(state.samples_seen)
     return state.ema
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
 
 
 def purity(clusters: Int[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:

@@ -47,8 +47,3 @@ def between(
     found = target.map_points(congealed.points)
     pixels = to_pixels(found.points, target_size).to(points)
     return Transferred(pixels, congealed.converged & found.converged & found.inside)
-
-
-def same_cluster(source: Alignment, target: Alignment) -> Bool[Tensor, " n"]:
-    """Which pairs points can be transferred between."""
-    return source.cluster == target.cluster

@@ -3,10 +3,9 @@
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
-from triptych_gangealing.warp import Warp
-
-Size = tuple[int, int]
+from triptych_gangealing.warp import Warp, centres
 
 
 def average(
@@ -28,11 +27,12 @@ def propagate(
     the inverse is not found, or leads out of the edit, the picture stays.
     """
     n, _, height, width = images.shape
-    back = warp.inverse()
-    found = back.map_points(_pixels(height, width, images).expand(n, -1, -1))
+    places = centres((height, width), images).view(1, -1, 2).expand(n, -1, -1)
+    found = warp.inverse().map_points(places)
     shown = (found.converged & found.inside).view(n, 1, height, width)
     premultiplied = torch.cat([(edit[:3] + 1) / 2 * edit[3:], edit[3:]])[None].expand(n, -1, -1, -1)
-    layer = back.sample(premultiplied, (height, width), padding="zeros") * shown
+    grid = found.points.view(n, height, width, 2).to(premultiplied)
+    layer = F.grid_sample(premultiplied, grid, align_corners=False) * shown
     alpha = layer[:, 3:].clamp(0, 1)
     mixed = (images + 1) / 2 * (1 - alpha) + layer[:, :3]
     return mixed * 2 - 1
@@ -42,9 +42,3 @@ def as_edit(pixels: UInt8[Tensor, "4 height width"]) -> Float[Tensor, "4 height 
     """An RGBA picture in the values `propagate` takes."""
     values = pixels.float() / 255
     return torch.cat([values[:3] * 2 - 1, values[3:]])
-
-
-def _pixels(height: int, width: int, like: Tensor) -> Float[Tensor, "1 k 2"]:
-    from triptych_gangealing.warp import centres
-
-    return centres((height, width), like).view(1, -1, 2)

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from triptych_common.cli import CommonOptions, say
 from triptych_common.metrics.bootstrap import Estimate
+from triptych_common.parallel import ranks
 from triptych_common.run import write_json
 
 from triptych_gangealing.aligner import load_aligner
@@ -113,7 +114,12 @@ def evaluate(config: PckConfig) -> dict[str, Any]:
     """Score and write pck.json. Raises ValueError or OSError for what is no aligner."""
     methods: dict[str, Method] = baselines(config) if config.baselines == "all" else {}
     if config.aligner is not None:
-        aligner = load_aligner(config.aligner)
+        with ranks(config.device) as among:
+            aligner = load_aligner(config.aligner).to(among.device)
+        if config.digit is None and aligner.config.heads > 1:
+            raise ValueError(
+                "pck: points of different clusters cannot be transferred; pass --digit, or an aligner of one cluster"
+            )
 
         def ours(images: Images) -> Warp:
             return aligner.align(images.float() / 127.5 - 1, iterations=config.iterations).warp

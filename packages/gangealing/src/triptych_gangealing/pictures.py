@@ -86,16 +86,18 @@ def align_pictures(
     aligner: Aligner, pictures: Sequence[Picture], *, iterations: int = 1, flips: bool = False, at_once: int = 64
 ) -> Alignment:
     """Warps from congealed coordinates to those of each picture. Pictures may differ in size."""
-    device = next(aligner.parameters()).device
-    framed, ways = zip(*(squared(picture) for picture in pictures), strict=True)
-    seen = [aligner.reduced(image) for image in framed]
+    seen, ways = [], []
+    for picture in pictures:  # one at a time: whole photographs take hundreds of megabytes each
+        framed, way = squared(picture)
+        seen.append(aligner.reduced(framed))
+        ways.append(way)
     by_size: dict[int, list[int]] = {}
     for index, image in enumerate(seen):
         by_size.setdefault(image.shape[-1], []).append(index)
     parts = []
     for indices in by_size.values():
-        images = torch.cat([seen[i] for i in indices]).to(device)
-        parts.append(aligner.align(images, iterations=iterations, flips=flips, at_once=at_once).to("cpu"))
+        images = torch.cat([seen[i] for i in indices])
+        parts.append(aligner.align(images, iterations=iterations, flips=flips, at_once=at_once))
     order = torch.tensor([i for indices in by_size.values() for i in indices])
     found = Alignment.cat(parts).select(order.argsort())
     back = Warp((Affine(torch.cat([way.matrix for way in ways])),))

@@ -162,6 +162,8 @@ def _ablations(report: Report, results: dict[str, Any], config: "ReproduceConfig
 def _claims(report: Report, config: "ReproduceConfig") -> None:
     if not config.claims.exists():
         return
-    rows = [[c.item, c.title, c.verdict, c.size, c.interval] for c in load_claims(config.claims).values() if c.chapter == 4]
+    rows = [
+        [c.item, c.title, c.verdict, c.size, c.interval] for c in load_claims(config.claims).values() if c.chapter == 4
+    ]
     report.heading("The thesis's claims")
     report.table(["item", "title", "verdict", "size", "found"], rows, "From claims.toml.")

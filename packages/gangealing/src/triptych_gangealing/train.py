@@ -47,7 +47,9 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
         transformer, mode = state.ema["transformer"], state.ema["mode"]
         classifier = None
         if config.clusters > 1:
-            classifier = train_classifier(objective, transformer, mode, config.out / "classifier", among)
+            # In a folder of this length of training: prolonged, the transformer has clusters of its own.
+            folder = config.out / "classifier" / f"images-{state.samples_seen:09d}"
+            classifier = train_classifier(objective, transformer, mode, folder, among)
         path = config.out / FILE
         if among.is_main:
             write_aligner(path, Aligner(transformer, mode, classifier), facts_of(config, identity))

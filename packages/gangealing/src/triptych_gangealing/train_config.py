@@ -50,8 +50,8 @@ class AlignTrainConfig(CommonOptions):
     """styles for their principal directions"""
     psi_images: int = 6_000_000
     """images over which targets go from the images' own poses to the mode's, by a cosine"""
-    total_images: int = 60_000_000
-    """generated images to train on"""
+    total_images: int = 52_500_000
+    """generated images to train on; the default ends where the learning rate reaches zero"""
     batch_size: int = 40
     """images per step, over all ranks"""
     micro_batch: int | None = None
@@ -98,11 +98,22 @@ class AlignTrainConfig(CommonOptions):
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
         if self.clusters > 1 and self.components == 0:
             raise ValueError(f"clusters {self.clusters}, components 0: modes fixed at the mean would all be one")
+        if self.clusters > 1 and "similarity" not in self.transforms:
+            raise ValueError(
+                f"clusters {self.clusters}, transforms {self.transforms}: the classifier starts from the similarity network"
+            )
+        if self.clusters > self.init_images:
+            raise ValueError(f"init_images {self.init_images}: expected at least as many as clusters, {self.clusters}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch {self.micro_batch}: expected at least 1")
         self.transformer()
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but where it is written, the device and what is shown on the way."""
-        free = {"out", "device", "json", "dry_run", "micro_batch", "tensorboard", "snapshot_every", "total_images"}
+        free = {
+            "out", "device", "json", "dry_run", "micro_batch", "tensorboard", "snapshot_every", "total_images",
+            "distance_weights",  # the run knows the distance's digest
+        }  # fmt: skip
         return {key: value for key, value in asdict(self).items() if key not in free}
 
     @property
@@ -137,7 +148,7 @@ class AlignTrainConfig(CommonOptions):
         with torch.device("meta"):
             network = SpatialTransformer(self.transformer())
         return {
-            "config": asdict(self) | {"out": str(self.out)},
+            "config": asdict(self) | {"out": str(self.out), "distance_weights": str(self.distance_weights)},
             "parameters": sum(p.numel() for p in network.parameters()),
             "steps": math.ceil(self.total_images / self.batch_size),
         }

@@ -1,0 +1,111 @@
+"""Settings of the commands that use an aligner."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from triptych_common.cli import CommonOptions
+from triptych_common.parallel import ranks
+
+from triptych_gangealing.aligner import Aligner, load_aligner
+
+
+@dataclass(frozen=True)
+class UseOptions(CommonOptions):
+    """What every use of an aligner takes."""
+
+    aligner: Path = Path("runs/align-digits32")
+    """run folder of triptych-gangealing train, or its aligner.safetensors"""
+    iterations: int = 1
+    """times the similarity network looks; 3 were published for most data sets"""
+    flips: bool = False
+    """mirror pictures whose flow is smoother then"""
+    size: int | None = None
+    """height and width of what is aligned; default: the transformer's input size"""
+    padding: Literal["trained", "border", "reflection", "zeros"] = "trained"
+    """what a picture shows beyond its edges; trained: as in training"""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+
+    def open(self) -> tuple[Aligner, int, str]:
+        """The aligner, the size of its outputs, and the padding."""
+        with ranks(self.device) as among:
+            aligner = load_aligner(self.aligner).to(among.device)
+        padding = aligner.facts["padding"] if self.padding == "trained" else self.padding
+        return aligner, self.size or aligner.config.input_size, padding
+
+
+@dataclass(frozen=True)
+class FolderOptions(UseOptions):
+    """What every use of an aligner on a folder takes."""
+
+    images: Path = Path("images")
+    """folder of pictures"""
+    limit: int | None = None
+    """the first so many of them only"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit {self.limit}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class AlignConfig(FolderOptions):
+    """Align a folder of pictures: OUT/aligned, OUT/grid.png, OUT/average.png, OUT/alignment.jsonl."""
+
+    out: Path = Path("runs/aligned")
+    """where to write"""
+
+
+@dataclass(frozen=True)
+class AverageConfig(FolderOptions):
+    """The average of a folder's aligned pictures, to draw on: OUT/average.png, one for each cluster."""
+
+    out: Path = Path("runs/average")
+    """where to write"""
+    keep: float = 1.0
+    """share of the pictures that count, those with the smoothest flows"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep {self.keep}: expected a share above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class PropagateConfig(FolderOptions):
+    """What is drawn on the average aligned picture, in every picture of a folder: OUT/pictures, or OUT/points.json."""
+
+    out: Path = Path("runs/propagated")
+    """where to write"""
+    edit: Path | None = None
+    """RGBA picture of the size of average.png: what to lay over it"""
+    points: Path | None = None
+    """JSON list of [x, y] in pixels of average.png, the centre of the first pixel at 0"""
+    cluster: int = 0
+    """whose average was drawn on; pictures of others stay as they are"""
+
+
+@dataclass(frozen=True)
+class CorrespondConfig(UseOptions):
+    """Points of one picture in another: OUT/matches.png, OUT/matches.json."""
+
+    out: Path = Path("runs/matches")
+    """where to write"""
+    source: Path = Path("a.png")
+    """picture to take points from"""
+    target: Path = Path("b.png")
+    """picture to find them in"""
+    points: Path | None = None
+    """JSON list of [x, y] in pixels of the source; default: a grid of them"""
+    spacing: int = 8
+    """points of that grid a side"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spacing < 1:
+            raise ValueError(f"spacing {self.spacing}: expected at least 1")
