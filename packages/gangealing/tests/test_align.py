@@ -17,7 +17,7 @@ from triptych_gangealing.aligner import Aligner, Alignment, load_aligner, write_
 from triptych_gangealing.correspondence import transfer
 from triptych_gangealing.edit import average, propagate
 from triptych_gangealing.latents import Directions, Mode
-from triptych_gangealing.pictures import Picture, align_pictures, squared
+from triptych_gangealing.pictures import Picture, align_pictures, squared, warped
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels
 
@@ -100,6 +100,17 @@ def test_an_oblong_picture_is_turned_without_being_squeezed():
     middle = torch.tensor([[[0.0, 0.0], [0.5, 0.0]]])  # aligned: the middle, and 4 of 16 pixels right of it
     at = to_pixels(found.warp.map_points(middle).points, (8, 16))
     torch.testing.assert_close(at, torch.tensor([[[7.5, 3.5], [7.5, 7.5]]]), rtol=0, atol=1e-4)
+
+
+def test_photographs_do_not_alias():
+    """Stripes one pixel wide, thirty times reduced, are grey; and a ramp stays where it is."""
+    pixels = torch.zeros(3, 480, 480, dtype=torch.uint8)
+    pixels[0, :, ::2] = 255
+    pixels[1] = (torch.arange(480)[:, None] / 479 * 255).round().to(torch.uint8)
+    found = warped([Picture("x", pixels)], Warp.identity(1), SIZE, "border")[0]
+    assert float(found[0].abs().max()) < 0.02
+    ramp = ((torch.arange(SIZE) + 0.5) * 30 - 0.5) / 479 * 2 - 1
+    torch.testing.assert_close(found[1, 1:-1, 8], ramp[1:-1], rtol=0, atol=0.02)
 
 
 # --- correspondence, average, edits

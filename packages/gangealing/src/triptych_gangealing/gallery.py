@@ -9,12 +9,13 @@ from torch import Tensor
 from triptych_common.images import image_grid, png_bytes, to_uint8
 
 from triptych_gangealing.aligner import load_aligner
+from triptych_gangealing.baselines import ink
 from triptych_gangealing.correspondence import between
-from triptych_gangealing.edit import average, propagate
+from triptych_gangealing.edit import propagate
 from triptych_gangealing.evaluate import posed_digits
 from triptych_gangealing.figures import matches_figure
 from triptych_gangealing.sizes import DIGIT, Size
-from triptych_gangealing.warp import centres, to_pixels
+from triptych_gangealing.warp import Warp, centres, to_pixels
 
 COLUMNS = 12
 SCALE = 3  # screen pixels of a pixel
@@ -38,9 +39,10 @@ def make_gallery(folder: Path, size: Size, *, seed: int) -> Gallery:
     posed = posed_digits(size.shown, seed + 2, DIGIT)
     images = posed.images.float() / 127.5 - 1
     found = one.align(images, iterations=size.iterations)
-    aligned = found.warp.sample(images, padding="border")
-    mean = average(aligned, found.warp.inside(tuple(images.shape[2:])))
-    edit = star(images.shape[-1])
+    aligned = found.warp.sample(images, padding=one.facts["padding"])
+    # Of ink: half of all digits are darker than their ground, so that an average in colour is grey however well they align.
+    before, after = (strokes.mean(0).expand(3, -1, -1) * 2 - 1 for strokes in (ink(images), _inked(images, found.warp)))
+    edit = disc(images.shape[-1])
     drawn = propagate(edit, found.warp, images)
     shown = slice(0, COLUMNS)
     several = posed_digits(size.shown, seed + 3, None)
@@ -51,7 +53,8 @@ def make_gallery(folder: Path, size: Size, *, seed: int) -> Gallery:
         members = (grouped.cluster == cluster).nonzero().flatten()[: COLUMNS - 1]
         warped = grouped.warp.select(members).sample(pictures[members]) if len(members) else pictures[:0]
         everybody = (grouped.cluster == cluster).nonzero().flatten()
-        middle = grouped.warp.select(everybody).sample(pictures[everybody]).mean(0) if len(members) else pictures[0] * 0
+        strokes = _inked(pictures[everybody], grouped.warp.select(everybody)) if len(members) else pictures[:1, :1] * 0
+        middle = strokes.mean(0).expand(3, -1, -1) * 2 - 1
         blank = torch.zeros(COLUMNS - 1 - len(members), *pictures.shape[1:])
         rows.append(torch.cat([middle[None], warped, blank]))
     grid = centres((6, 6), images).view(1, -1, 2) * 0.6
@@ -65,15 +68,15 @@ def make_gallery(folder: Path, size: Size, *, seed: int) -> Gallery:
     )
     return Gallery(
         _png(image_grid(to_uint8(torch.cat([images[shown], aligned[shown]])), columns=COLUMNS)),
-        _png(image_grid(to_uint8(torch.stack([images.mean(0), mean])), columns=2), scale=6),
+        _png(image_grid(to_uint8(torch.stack([before, after])), columns=2), scale=6),
         _png(image_grid(to_uint8(torch.cat([images[shown], drawn[shown]])), columns=COLUMNS)),
         _png(image_grid(to_uint8(torch.cat(rows)), columns=COLUMNS)),
         matches,
-        size.shown,
+        COLUMNS,
     )
 
 
-def star(size: int) -> Float[Tensor, "4 {size} {size}"]:
+def disc(size: int) -> Float[Tensor, "4 {size} {size}"]:
     """A small yellow disc with a red rim, to be drawn on the average: RGB in [-1, 1], alpha in 0..1."""
     points = centres((size, size), torch.zeros(()))
     distance = (points - torch.tensor([0.0, -0.35])).norm(dim=-1)
@@ -83,6 +86,10 @@ def star(size: int) -> Float[Tensor, "4 {size} {size}"]:
         torch.tensor([1.0, -1, -1])[:, None, None],
     )
     return torch.cat([colour, (distance < 0.2).float()[None]])
+
+
+def _inked(images: Float[Tensor, "n 3 height width"], warp: Warp) -> Float[Tensor, "n 1 height width"]:
+    return warp.sample(ink(images), padding="zeros")
 
 
 def _png(image: UInt8[Tensor, "3 height width"], scale: int = SCALE) -> bytes:

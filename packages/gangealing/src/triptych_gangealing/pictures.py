@@ -15,6 +15,8 @@ from triptych_common.data.decoding import UnreadableImage, decode, to_tensor
 from triptych_gangealing.aligner import Aligner, Alignment
 from triptych_gangealing.warp import Affine, Warp
 
+LARGEST = 4  # times the output's size: of pictures as they are sampled
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -107,6 +109,17 @@ def align_pictures(
 def warped(pictures: Sequence[Picture], warp: Warp, size: int, padding: str) -> Float[Tensor, "n 3 size size"]:
     """Each picture as its warp shows it, in [-1, 1]."""
     parts = [
-        warp.select([i]).sample(picture.values(), (size, size), padding=padding) for i, picture in enumerate(pictures)
+        warp.select([i]).sample(_no_larger(picture, LARGEST * size), (size, size), padding=padding)
+        for i, picture in enumerate(pictures)
     ]
     return torch.cat(parts)
+
+
+def _no_larger(picture: Picture, side: int) -> Float[Tensor, "1 3 new_height new_width"]:
+    """Photographs are brought near the output's size first: the sampler's pyramid ends at 5.7 times it. Warps fit any size."""
+    height, width = picture.size
+    share = side / max(height, width)
+    if share >= 1:
+        return picture.values()
+    smaller = max(1, round(height * share)), max(1, round(width * share))
+    return F.interpolate(picture.values(), smaller, mode="bilinear", align_corners=False, antialias=True)

@@ -37,7 +37,7 @@ def write_report(path: Path, config: "ReproduceConfig", results: dict[str, Any],
             gallery.before_after,
             f"Held-out digits {results['digit']} that nothing was trained on: as they are, and aligned.",
         ),
-        (gallery.averages, "The average of such digits, before and after."),
+        (gallery.averages, "The average ink of such digits, before and after."),
         pixels=True,
     )
     _scores(report, results)
@@ -64,6 +64,8 @@ def findings(results: dict[str, Any]) -> list[str]:
     for what, read, larger in (
         ("PCK@0.1 (exact pairs, target box, per point)", lambda s: s["pck"][AT], True),
         ("mean error in rotation, degrees,", lambda s: s["pose"]["rotation_deg"], False),
+        ("mean error in log scale", lambda s: s["pose"]["log_scale"], False),
+        ("mean error in shift, pixels,", lambda s: s["pose"]["shift_px"], False),
     ):
         others = {name: read(score) for name, score in scores.items() if name not in (OURS, "none")}
         best = (max if larger else min)(others, key=lambda name: others[name]["value"])
@@ -72,7 +74,9 @@ def findings(results: dict[str, Any]) -> list[str]:
             f"{_verdict(read(ours), others[best], larger)}."
         )
     ratio = ours["sharpness"]["ratio"]
-    lines.append(f"The average of aligned digits is {_text(ratio)} times as sharp as that of digits never jittered.")
+    lines.append(
+        f"The average of aligned digits is {_text(ratio)} times as sharp as that of digits never jittered (aim: 0.7)."
+    )
     k_means = clusters["k-means, moments-aligned pixels"]
     purity = clusters[OURS]["purity"]
     lines.append(
@@ -139,7 +143,7 @@ def _clusters(report: Report, results: dict[str, Any], gallery: Gallery) -> None
         f"{results['clusters']['clusters']} clusters of held-out coloured digits, against the true digits; 95% intervals.",
     )  # fmt: skip
     report.figures(
-        (gallery.clusters, "A row a cluster: its average, then members, aligned. Nothing selected."), pixels=True
+        (gallery.clusters, "A row a cluster: its average ink, then members, aligned. Nothing selected."), pixels=True
     )
 
 

@@ -20,7 +20,7 @@ from triptych_gangealing.simclr import EncoderTrainConfig
 from triptych_gangealing.simclr import run as train_encoder
 from triptych_gangealing.sizes import DIGIT, SIZES
 from triptych_gangealing.stylegan2.interop import load_generator
-from triptych_gangealing.train import train
+from triptych_gangealing.train import digest_of, train
 from triptych_gangealing.train_config import AlignTrainConfig
 
 
@@ -93,8 +93,13 @@ class ReproduceConfig(CommonOptions):
             name: {k: v for k, v in self.align_config(name).identity().items() if k not in placed}
             for name in ("one", "clustered")
         }
-        generators = {"generator": self.generator, "digit_generator": self.digit_generator}
-        return {"size": self.size, "encoder": self.encoder_config().identity(), **alignments, **generators}
+        size = SIZES[self.size]
+        amounts = {
+            name: getattr(size, name)
+            for name in ("ablation_images", "pairs", "images", "cluster_images", "shown", "iterations")
+        }
+        digests = {name: digest_of(load_generator(getattr(self, name))) for name in ("generator", "digit_generator")}
+        return {"size": self.size, "encoder": self.encoder_config().identity(), **alignments, **amounts, **digests}
 
     def resolved(self) -> dict[str, Any]:
         return {
@@ -139,7 +144,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
 
 
 def _trained(config: AlignTrainConfig) -> None:
-    """An alignment, trained where it is missing."""
+    """An alignment, trained where it is missing: what decides about it is part of the reproduction's identity."""
     if not (config.out / FILE).exists():
         train(config)
 
