@@ -77,16 +77,15 @@ class Aligner(nn.Module):
         cluster: Int[Tensor, " n"] | None = None,
         at_once: int = 64,
     ) -> Alignment:
-        """Warps of images, where these are; clusters are the classifier's where none are given.
+        """Warps of images, kept where these are while the networks stay where they are; clusters are the classifier's where none are given.
 
         flips: mirror images whose flow is smoother then. Raises ValueError as the transformer does.
         """
-        parts = [
-            self._align(
-                images[i : i + at_once], iterations, flips, None if cluster is None else cluster[i : i + at_once]
-            )
-            for i in range(0, len(images), at_once)
-        ]
+        device, parts = next(self.parameters()).device, []
+        for i in range(0, len(images), at_once):
+            known = None if cluster is None else cluster[i : i + at_once].to(device)
+            found = self._align(images[i : i + at_once].to(device), iterations, flips, known)
+            parts.append(found.to(images.device))
         return Alignment.cat(parts)
 
     def reduced(self, images: Images) -> Float[Tensor, "n 3 new_height new_width"]:

@@ -76,8 +76,8 @@ def train_classifier(
         several_passes=True,
     )
     identity = config.identity() | {
-        "transformer": checkpoint.digest(_weights(transformer)),
-        "mode": checkpoint.digest(_weights(mode)),
+        "transformer": checkpoint.digest(transformer.state_dict()),
+        "mode": checkpoint.digest(mode.state_dict()),
     }
     with RunDirectory(out, identity, is_main=among.is_main) as run:
         plan = steps(
@@ -88,7 +88,6 @@ def train_classifier(
             for batch in plan:
                 w, images = objective.samples(batch.counters, "classifier")
                 choice = objective.choose(transformer, mode, w, images, 0.0, batch.counters, "classifier")
-                images = torch.where(choice.flipped[:, None, None, None], images.flip(3), images)
                 logits = classifier(images)
                 loss = F.cross_entropy(logits, choice.cluster)
                 loss.backward()
@@ -97,10 +96,6 @@ def train_classifier(
                 state.count(batch, {"loss": loss, "accuracy": right}, finite)
                 progress.at(state.samples_seen)
     return state.ema
-
-
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
 
 
 def purity(clusters: Int[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:

@@ -25,6 +25,10 @@ class Choice(NamedTuple):
     cluster: Int[Tensor, " n"]
     flipped: Bool[Tensor, " n"]
 
+    def turned(self, images: Images) -> Images:
+        """Each image as it belongs there."""
+        return torch.where(self.flipped[:, None, None, None], images.flip(3), images)
+
 
 class Terms(NamedTuple):
     """Of each image: distance to its target, total variation and mean square of its flow."""
@@ -85,7 +89,7 @@ class Objective:
         stream: str = "align",
     ) -> Terms:
         """What aligning images to the clusters chosen for them costs."""
-        images = torch.where(choice.flipped[:, None, None, None], images.flip(3), images)
+        images = choice.turned(images)
         aligned = transformer(images, iterations=self.config.iterations, head=choice.cluster)
         size = (self.config.input_size, self.config.input_size)
         warped = aligned.warp.sample(images, size, padding=self.config.padding)
@@ -105,19 +109,25 @@ class Objective:
         counters: Sequence[int],
         stream: str = "align",
     ) -> Choice:
-        """The cluster, and side, to which each image comes nearest: the minimum of equation 4.6, and what its gradient is of."""
-        n, clusters = len(images), self.config.clusters
-        choices = [
-            Choice(torch.full((n,), k, device=images.device), torch.full((n,), flip, device=images.device))
-            for flip in ((False, True) if self.config.flips else (False,))
-            for k in range(clusters)
-        ]
-        if len(choices) == 1:
-            return choices[0]
-        found = torch.stack(
-            [self.terms(transformer, mode, w, images, c, psi, counters, stream).distance for c in choices]
-        )
-        best = found.argmin(0)
+        """The cluster, and side, to which each image comes nearest: the minimum of equation 4.6, and what its gradient is of.
+
+        Up to rounding, the distances are those of `terms` for every cluster in turn; what an image has in common with itself in
+        other clusters is computed once. With `assignment` "similarity" they are those without the flow.
+        """
+        n, clusters, config = len(images), self.config.clusters, self.config
+        sides = (images, images.flip(3)) if config.flips else (images,)
+        if clusters * len(sides) == 1:
+            return Choice(*(torch.zeros(n, dtype=kind, device=images.device) for kind in (torch.long, torch.bool)))
+        size = (config.input_size, config.input_size)
+        centres = mode(torch.arange(clusters, device=images.device)).repeat(n, 1)
+        again = [counter for counter in counters for _ in range(clusters)]
+        targets = self.targets(w.repeat_interleave(clusters, 0), centres, psi, again, stream)
+        with_flow, found = config.assignment == "whole", []
+        for side in sides:
+            warp = transformer(side, iterations=config.iterations, with_flow=with_flow).warp
+            warped = warp.sample(side.repeat_interleave(clusters, 0), size, padding=config.padding)
+            found.append(self.distance(warped, targets).view(n, clusters))
+        best = torch.cat(found, 1).argmin(1)
         return Choice(best % clusters, best >= clusters)
 
     def loss(

@@ -86,14 +86,17 @@ class SpatialTransformer(nn.Module):
         self.similarity = SimilarityNetwork(config) if "similarity" in config.transforms else None
         self.flow = FlowNetwork(config) if "flow" in config.transforms else None
 
-    def forward(self, images: Images, *, iterations: int = 1, head: Int[Tensor, " n"] | None = None) -> Aligned:
+    def forward(
+        self, images: Images, *, iterations: int = 1, head: Int[Tensor, " n"] | None = None, with_flow: bool = True
+    ) -> Aligned:
         """Warps of the images, by each image's `head`, or by all heads.
 
-        iterations: how often the similarity network looks, each time at the original image as so far aligned. Flow follows once.
-        Raises ValueError for images of other channels, heads out of range, or iterations of no similarity network.
+        iterations: how often the similarity network looks, each time at the original image as so far aligned. Flow follows once,
+        unless left out where there is a similarity network. Raises ValueError for images of other channels, heads out of range, or iterations of no similarity network.
         """
         self._check(images, iterations, head)
         heads, seen = self.config.heads, reduced(images, self.config.input_size)
+        flow = self.flow if with_flow or self.similarity is None else None
         similarity = delta = None
         rows = torch.arange(heads, device=images.device).repeat(len(images)) if head is None else head
         if self.similarity is not None:
@@ -102,10 +105,10 @@ class SpatialTransformer(nn.Module):
             for _ in range(iterations - 1):
                 seen = self._seen(images, similarity)
                 similarity = similarity.after(self._similarity(chosen(self.similarity(seen), rows)))
-            if self.flow is not None:
+            if flow is not None:
                 seen = self._seen(images, similarity)
-        if self.flow is not None:
-            delta = self.flow(seen, rows if similarity is not None else head)
+        if flow is not None:
+            delta = flow(seen, rows if similarity is not None else head)
         stages = (() if delta is None else (Flow(delta),)) + (() if similarity is None else (similarity.affine(),))
         return Aligned(Warp(stages), similarity, delta)
 

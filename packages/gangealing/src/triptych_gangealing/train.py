@@ -132,7 +132,7 @@ def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState],
         counters = range(SHOWN)
         w, images = objective.samples(counters, "shown")
         choice = objective.choose(transformer, mode, w, images, 0.0, counters, "shown")
-        seen = torch.where(choice.flipped[:, None, None, None], images.flip(3), images)
+        seen = choice.turned(images)
         size = (config.input_size, config.input_size)
         warp = transformer(seen, iterations=config.iterations, head=choice.cluster).warp
         rows = [
@@ -148,7 +148,7 @@ def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState],
 
 def digest_of(network: Generator | nn.Module) -> str:
     """Of its weights."""
-    return checkpoint.digest({name: value.cpu().contiguous() for name, value in network.state_dict().items()})
+    return checkpoint.digest(network.state_dict())
 
 
 def facts_of(config: AlignTrainConfig, identity: dict[str, Any]) -> dict[str, Any]:

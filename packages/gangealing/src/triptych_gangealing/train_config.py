@@ -40,6 +40,8 @@ class AlignTrainConfig(CommonOptions):
     """times the similarity stage is applied in training"""
     clusters: int = 1
     """modes, each with a transformer head of its own; images go to whichever fits"""
+    assignment: Literal["whole", "similarity"] = "whole"
+    """what decides on an image's cluster: the whole warp as in the thesis, or, faster, its similarity stage alone"""
     flips: bool = False
     """try each image mirrored too"""
     cutoff: int = 5
