@@ -22,7 +22,7 @@ SMOKE = {
     "triptych-common": "from triptych_common.metrics import load_instrument; print(load_instrument('mnist_features').sha256)",
     "triptych-dit": "from triptych_dit import DiT, PRESETS; print(sum(p.numel() for p in DiT(PRESETS['digits']).parameters()))",
     "triptych-gpt": "from triptych_gpt.tasks import TASKS; print(TASKS['cifar_cnn'].layout.size)",
-    "triptych-gangealing": "from triptych_gangealing.instrument import load_instrument; print(load_instrument().sha256)",
+    "triptych-gangealing": "from triptych_gangealing import load_generator; print(load_generator('digits32-3').num_ws)",
     "triptych": "import triptych_dit.cli, triptych_gpt.cli, triptych_gangealing.cli, triptych_common; print('ok')",
 }
 SCRIPTS = {  # commands, and a word of their help

@@ -27,7 +27,7 @@ class GenerateConfig(CommonOptions):
 
     out: Path = Path("runs/generated")
     """where to write grid.png, and what else is asked for"""
-    generator: str = "runs/gan-digits32"
+    generator: str = "digits32"
     """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
     num_samples: int = 100
     """images to draw; the same numbers are the same images"""
