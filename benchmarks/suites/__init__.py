@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.runner import Job
 from benchmarks.suites import (
+    alignment,
     dit_gpu,
     dit_loading,
     dit_sampling,
@@ -31,4 +32,5 @@ SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "gan_networks": gan_networks.jobs,
     "gan_gpu": gan_gpu.jobs,
     "warp": warp.jobs,
+    "alignment": alignment.jobs,
 }

@@ -37,6 +37,16 @@ def test_content_hash_is_the_same_however_often_it_is_written(tmp_path):
     assert checkpoint.content_sha256(tmp_path / "other.safetensors") not in hashes
 
 
+def test_a_digest_is_of_names_types_shapes_and_values_however_they_lie():
+    values = torch.arange(24.0).view(1, 2, 3, 4)
+    known = checkpoint.digest({"w": values})
+    strided = values.to(memory_format=torch.channels_last).requires_grad_()
+    assert not strided.is_contiguous()
+    assert checkpoint.digest({"w": strided}) == known
+    others = [{"v": values}, {"w": values.double()}, {"w": values.view(2, 12)}, {"w": values + 1}]
+    assert known not in [checkpoint.digest(other) for other in others]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "tensor", "state", "empty"])
 def test_damage_is_found_and_the_remedy_named(tmp_path, damage):
     for step in (1, 2):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from triptych_common.images import image_grid, png_bytes, to_uint8
+from triptych_common.images import from_uint8, image_grid, png_bytes, to_uint8
 from triptych_common.progress import Progress, Stopwatch
 from triptych_common.report import Report, figure_png
 
@@ -17,6 +17,15 @@ def test_to_uint8_is_the_released_rule():
     assert to_uint8(values).tolist() == [0, 0, 64, 128, 191, 255, 255]  # 127.5 x + 128, clamped, truncated
     levels = torch.arange(256)
     assert torch.equal(to_uint8(levels / 127.5 - 1).long(), levels)  # 8-bit data survive scaling and back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_from_uint8_is_to_uint8_undone(dtype):
+    levels = torch.arange(256, dtype=torch.uint8)
+    values = from_uint8(levels, dtype)
+    assert (values.dtype, values[0], values[255]) == (dtype, -1, 1)
+    assert values.tolist() == pytest.approx([(2 * n - 255) / 255 for n in range(256)], abs=torch.finfo(dtype).eps)
+    assert torch.equal(to_uint8(values), levels)
 
 
 def test_grid_puts_images_in_reading_order():

@@ -10,7 +10,7 @@ from triptych_common import checkpoint, randomness
 from triptych_common.errors import Diverged, Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync
 from triptych_common.run import RunDirectory
-from triptych_common.training import Batch, TrainState, steps
+from triptych_common.training import Batch, TrainState, is_due, steps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -431,3 +431,8 @@ def test_weights_laid_out_channels_last_resume_bit_identical(tmp_path, fused):
     with pytest.raises(Interrupted):
         run(tmp_path / "stopped", stop_at=4)
     assert same(run(tmp_path / "stopped"), whole)
+
+
+def test_what_is_done_every_so_many_samples_is_due_once_for_each_multiple_and_at_the_end():
+    due = [seen for seen in range(6, 61, 6) if is_due(seen, every=16, batch_size=6, total_samples=60)]
+    assert due == [18, 36, 48, 60]

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from triptych_common import checkpoint, data
-from triptych_common.testing import run_cli, run_torchrun
+from triptych_common.testing import run_cli, run_signalled, run_torchrun
 from triptych_dit import autoencoder as module
 from triptych_dit.autoencoder import Autoencoder, load_autoencoder, scaled_sample
 from triptych_dit.autoencoder_config import AutoencoderTrainConfig
@@ -234,27 +234,8 @@ def test_training_ends_in_a_folder_that_plain_diffusers_opens(whole):
     assert (whole / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
 
 
-SIGNAL_AT_STEP_12 = """
-import os, signal, sys
-from triptych_common.run import RunDirectory
-
-real_log = RunDirectory.log
-
-def log_and_signal(self, row):
-    real_log(self, row)
-    if row["step"] == 12:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-RunDirectory.log = log_and_signal
-from triptych_dit.cli import COMMANDS
-from triptych_common.cli import main
-sys.exit(main("triptych-dit", COMMANDS, sys.argv[1:]))
-"""
-
-
 def test_interrupted_and_resumed_it_ends_in_the_same_weights(whole, tmp_path):
-    command = [sys.executable, "-c", SIGNAL_AT_STEP_12, "autoencoder", *TINY, "--out", str(tmp_path)]
-    stopped = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    stopped = run_signalled(12, signal.SIGTERM, "triptych_dit.cli", "autoencoder", *TINY, "--out", tmp_path)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "stopped at step 12 of 16" in stopped.stderr
     assert not (tmp_path / "vae").exists()

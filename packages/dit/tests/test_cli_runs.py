@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from triptych_common import checkpoint, testing
-from triptych_common.testing import logged, run_cli, run_torchrun
+from triptych_common.testing import logged, run_cli, run_signalled, run_torchrun
 
 TINY = [
     "--model.depth", "1", "--model.hidden-size", "16", "--model.num-heads", "2", "--model.patch-size", "7",
@@ -53,28 +53,10 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
-SIGNAL_AT_STEP_10 = """
-import os, sys
-from triptych_common.run import RunDirectory
-
-real_log = RunDirectory.log
-
-def log_and_signal(self, row):
-    real_log(self, row)
-    if row["step"] == 10:
-        os.kill(os.getpid(), int(sys.argv[1]))
-
-RunDirectory.log = log_and_signal
-from triptych_dit.cli import COMMANDS
-from triptych_common.cli import main
-sys.exit(main("triptych-dit", COMMANDS, sys.argv[2:]))
-"""
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resuming_ends_bit_identical(whole, tmp_path, signum):
     options = ["train", "--preset", "digits", *TINY, "--out", str(tmp_path)]
-    stopped = run_script(SIGNAL_AT_STEP_10, str(int(signum)), *options)
+    stopped = run_signalled(10, signum, "triptych_dit.cli", *options)
     fails_with(stopped, "stopped at step 10 of 40, saved in", 128 + signum)
     assert "repeat the command to go on" in stopped.stderr
     assert checkpoint.steps_in(tmp_path / "checkpoints")[-1].name == "step-00000010-extra.safetensors"

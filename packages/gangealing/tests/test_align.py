@@ -38,8 +38,9 @@ def aligner_of(heads: int = 1, rotation: float = 0.0, log_scale: float = 0.0, sh
     return aligner.requires_grad_(False).eval()
 
 
-def written(path: Path, aligner: Aligner) -> Path:
-    write_aligner(path / "aligner.safetensors", aligner, {"padding": "border", "generator": "none"})
+def written(path: Path, aligner: Aligner, **facts) -> Path:
+    usual = {"padding": "border", "iterations": 1, "flips": False, "generator": "none"}
+    write_aligner(path / "aligner.safetensors", aligner, usual | facts)
     return path
 
 
@@ -273,6 +274,22 @@ def test_correspond_draws_and_lists_matches(tmp_path, folder):
     assert np.array(matches["target_points"]) == pytest.approx(np.array(matches["source_points"]), abs=1e-3)
     assert all(matches["reliable"])
     assert read(tmp_path / "out/matches.png").std() > 10
+
+
+def test_pictures_are_looked_at_as_in_training_unless_told_otherwise(tmp_path, folder):
+    """Once more turned by 20 degrees a look: corners tell how often it looked."""
+
+    def corners(out: str, *options: str) -> list:
+        done = run_here(cli.run, "align", "--images", folder, "--out", tmp_path / out, *options)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line)["corners"] for line in (tmp_path / out / "alignment.jsonl").read_text().splitlines()]
+
+    turning = aligner_of(rotation=math.radians(20))
+    once, twice = (
+        ("--aligner", written(tmp_path / str(iterations), turning, iterations=iterations)) for iterations in (1, 2)
+    )
+    assert corners("a", *once) != corners("b", *twice)
+    assert corners("c", *once, "--iterations", "2") == corners("b", *twice)
 
 
 def test_bad_input_gets_one_line(tmp_path, folder):

@@ -147,19 +147,20 @@ def test_mode_starts_at_the_mean_and_moves_along_directions():
     directions = directions_of()
     mode = Mode(directions, modes=2)
     assert torch.equal(mode(), directions.mean.repeat(2, 1))
-    with torch.no_grad():
-        mode.alpha.copy_(torch.tensor([[1.0, 0, -2], [0, 3, 0]]))
+    mode.begin(mode.origins, torch.tensor([[1.0, 0, -2], [0, 3, 0]]))
     expected = directions.mean + directions.components[0] - 2 * directions.components[2]
     torch.testing.assert_close(mode(0), expected)
     torch.testing.assert_close(mode(torch.tensor([1, 0, 0])), torch.stack([mode(1), expected, expected]))
     torch.testing.assert_close(mode()[1], directions.mean + 3 * directions.components[1])
+    mode.begin(torch.eye(12)[:2], mode.alpha)
+    torch.testing.assert_close(mode(1), torch.eye(12)[1] + 3 * directions.components[1])
 
 
 def test_only_alpha_is_learned_and_by_the_chain_rule():
     directions = directions_of()
     mode = Mode(directions, modes=2)
     assert [name for name, _ in mode.named_parameters()] == ["alpha"]
-    assert set(mode.state_dict()) == {"alpha", "mean", "components"}
+    assert set(mode.state_dict()) == {"alpha", "origins", "components"}
     upstream = torch.randn(12, generator=torch.Generator().manual_seed(3))
     (mode(1) * upstream).sum().backward()
     torch.testing.assert_close(mode.alpha.grad[1], directions.components @ upstream)

@@ -1,17 +1,17 @@
 """`triptych-gangealing train` at a tiny size: its loss, clusters, interruption, ranks, bad input."""
 
+import copy
 import json
 import math
 import signal
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from triptych_common import checkpoint, randomness, testing
-from triptych_common.testing import logged, run_here, run_torchrun
+from triptych_common.testing import logged, run_here, run_signalled, run_torchrun
 from triptych_gangealing import cli, clustering
 from triptych_gangealing.aligner import load_aligner
 from triptych_gangealing.clustering import purity, starting_modes
@@ -164,6 +164,22 @@ def test_the_loss_is_that_of_the_nearest_cluster_and_so_is_its_gradient(given):
     assert float(mode.alpha.grad.abs().sum()) > 0
 
 
+def test_assignment_by_similarity_leaves_the_flow_out(given):
+    objective = objective_of(given, clusters=3, assignment="similarity")
+    transformer, mode = networks_of(objective)
+    transformer.flow.delta[-1].weight.data *= 30.0  # so that it matters
+    counters = range(12)
+    w, images = objective.samples(counters)
+    found = objective.choose(transformer, mode, w, images, 0.0, counters)
+    whole = objective_of(given, clusters=3).choose(transformer, mode, w, images, 0.0, counters)
+    still = copy.deepcopy(transformer)
+    for parameter in still.flow.delta.parameters():
+        parameter.data.zero_()
+    alike = objective_of(given, clusters=3).choose(still, mode, w, images, 0.0, counters)
+    assert torch.equal(found.cluster, alike.cluster)
+    assert not torch.equal(found.cluster, whole.cluster)  # or this would show little
+
+
 def test_mirror_images_are_chosen_where_they_fit_better(given):
     objective = objective_of(given, flips=True)
     transformer, mode = networks_of(objective)
@@ -209,13 +225,37 @@ def test_k_means_plus_plus_draws_in_proportion_to_the_distance_from_the_nearest(
     monkeypatch.setattr(clustering.randomness, "uniform", drawn)
     for draw in range(60):
         second_draw[0] = (draw + 0.5) / 60
-        found = starting_modes(objective, directions)
+        found = starting_modes(objective, directions)["alpha"]
         first, second = (int((alphas - row).square().sum(1).argmin()) for row in found)
         counts[first, second] += 1
     assert counts.sum(1).nonzero().flatten().tolist() == [3]  # 0.3 of 12
     expected = 60 * distance[3] / distance[3].sum()
     assert float((counts[3] - expected.float()).abs().max()) <= 1.0
     assert counts[3, 3] == 0
+
+
+def test_a_mode_may_start_at_the_sample_that_is_nearest_to_all_others(given):
+    objective = objective_of(given, origin="sample")
+    w, images = objective.samples(range(12), "k-means++")
+    distances = [objective.distance(images, images[i : i + 1].expand_as(images)).sum() for i in range(12)]
+    found = starting_modes(objective, pca(objective.generator, 60, 3))
+    typical = int(torch.stack(distances).argmin())
+    torch.testing.assert_close(found["origins"], w[typical : typical + 1].float(), rtol=0, atol=0)
+    assert not found["alpha"].any()
+
+
+def test_several_modes_start_at_samples_or_at_the_nearest_points_to_them(given):
+    found, nearest = (
+        starting_modes(objective, pca(objective.generator, 60, 3))
+        for objective in (objective_of(given, clusters=3, origin=origin) for origin in ("sample", "mean"))
+    )
+    directions = pca(objective_of(given).generator, 60, 3)
+    w, _ = objective_of(given).samples(range(12), "k-means++")
+    rows = [int((w.float() - row).square().sum(1).argmin()) for row in found["origins"]]
+    assert len(set(rows)) == 3
+    assert torch.equal(found["origins"], w[rows].float())
+    torch.testing.assert_close(nearest["alpha"], directions.coefficients(w[rows].float()))
+    assert torch.equal(nearest["origins"], directions.mean.repeat(3, 1))
 
 
 def test_the_classifier_learns_the_clusters_of_generated_images(given, tmp_path):
@@ -262,29 +302,12 @@ def test_a_run_leaves_an_aligner_rows_and_pictures(given, whole):
     )
 
 
-INTERRUPT = """
-import os, sys
-from triptych_common.run import RunDirectory
-
-step, signum, part, real_log = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], RunDirectory.log
-
-def log(self, row):
-    real_log(self, row)
-    if row["step"] == step and self.path.name.endswith(part):
-        os.kill(os.getpid(), signum)
-
-RunDirectory.log = log
-from triptych_gangealing.cli import run
-sys.exit(run(sys.argv[4:]))
-"""
-
-
 def test_a_run_killed_and_interrupted_ends_bit_identical(given, whole, tmp_path):
     out = tmp_path / "run"
 
-    def stopped(step: int, signum: signal.Signals, part: str) -> "subprocess.CompletedProcess[str]":
-        words = ["-c", INTERRUPT, step, int(signum), part, "train", *TINY, *given, "--out", out, "--clusters", 3]
-        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300)
+    def stopped(step: int, signum: signal.Signals, folder: str) -> "subprocess.CompletedProcess[str]":
+        words = ["train", *TINY, *given, "--out", out, "--clusters", 3]
+        return run_signalled(step, signum, "triptych_gangealing.cli", *words, folder=folder)
 
     assert stopped(4, signal.SIGKILL, "run").returncode == -signal.SIGKILL
     fails_with(stopped(6, signal.SIGTERM, "run"), f"stopped at step 6 of {STEPS}", 128 + signal.SIGTERM)

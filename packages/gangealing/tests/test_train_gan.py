@@ -4,7 +4,6 @@ import contextlib
 import json
 import signal
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 from scipy import linalg
 from triptych_common import checkpoint, testing
 from triptych_common.parallel import Ranks
-from triptych_common.testing import logged, run_here, run_torchrun
+from triptych_common.testing import logged, run_here, run_signalled, run_torchrun
 from triptych_common.training import Batch
 from triptych_gangealing import cli
 from triptych_gangealing.data import open_images
@@ -153,27 +152,10 @@ def test_scores_are_distances_between_generated_and_real_features(pictures, tmp_
 # --- going on
 
 
-INTERRUPT = """
-import os, sys
-from triptych_common.run import RunDirectory
-
-step, signum, real_log = int(sys.argv[1]), int(sys.argv[2]), RunDirectory.log
-
-def log(self, row):
-    real_log(self, row)
-    if row["step"] == step:
-        os.kill(os.getpid(), signum)
-
-RunDirectory.log = log
-from triptych_gangealing.cli import run
-sys.exit(run(sys.argv[3:]))
-"""
-
-
 def test_a_run_killed_and_interrupted_ends_bit_identical(pictures, whole, tmp_path):
     def stopped(step: int, signum: signal.Signals) -> "subprocess.CompletedProcess[str]":
-        words = ["-c", INTERRUPT, step, int(signum), "train-gan", *TINY, "--data", pictures, "--out", tmp_path]
-        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300)
+        words = ["train-gan", *TINY, "--data", pictures, "--out", tmp_path]
+        return run_signalled(step, signum, "triptych_gangealing.cli", *words)
 
     assert stopped(3, signal.SIGKILL).returncode == -signal.SIGKILL
     assert [row["step"] for row in logged(tmp_path)] == [3]  # beyond the checkpoint of step 2: to be cut back

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from triptych_common import checkpoint, testing
-from triptych_common.testing import run_cli, run_here
+from triptych_common.testing import run_cli, run_here, strict_json
 from triptych_gpt import SamplerSettings, Zoo, cli, load
 from triptych_gpt.experiments.suite import SUITE
 from triptych_gpt.train import train
@@ -32,13 +31,6 @@ command = partial(run_here, cli.run)
 
 
 fails_with = partial(testing.fails_with, quiet=("warning: tokens of",))
-
-
-def strict(text: str) -> dict:
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def zoo_of(folder: Path, **options: object) -> Path:
@@ -64,7 +56,7 @@ def evaluated(place) -> Path:
     options = ["--model", "gpt", "--zoo", "zoo", "--out", "all", *FEW, "--json"]
     done = run_cli("triptych_gpt.cli", "evaluate", *options, cwd=place)
     assert done.returncode == 0, done.stderr
-    told = strict(done.stdout)["findings"]
+    told = strict_json(done.stdout)["findings"]
     assert any(line.startswith("Prompt alignment: R^2 ") for line in told)
     assert all(line in done.stderr for line in told)
     return place / "all"
@@ -77,7 +69,7 @@ def evaluate(place: Path, out: Path, *options: object) -> subprocess.CompletedPr
 def test_every_experiment_leaves_strict_json_and_its_figures(evaluated):
     assert {path.stem for path in evaluated.glob("*.json")} == {*SUITE, "config"}
     for name in SUITE:
-        written = strict((evaluated / f"{name}.json").read_text())
+        written = strict_json((evaluated / f"{name}.json").read_text())
         assert written["experiment"] == name
         assert written["result"]
         assert written["commit"]
@@ -90,7 +82,7 @@ def test_results_are_those_of_the_model_and_the_zoo(evaluated, place):
     """Numbers that can be had another way."""
     zoo, gpt = Zoo(place / "zoo"), load(place / "gpt")
     losses, test = zoo.metrics("test_loss"), torch.from_numpy(zoo.runs_in("test"))
-    step = strict((evaluated / "fig-3.3.json").read_text())["result"]
+    step = strict_json((evaluated / "fig-3.3.json").read_text())["result"]
     shown = step["figures"]["test_loss"]
     assert shown["start"] == pytest.approx(float(losses[test[:2], 0].mean()), rel=1e-5)
     assert shown["trained_best"] == pytest.approx(float(losses[zoo.runs_in("train")].min()))
@@ -100,10 +92,10 @@ def test_results_are_those_of_the_model_and_the_zoo(evaluated, place):
     asked = torch.full((2,), step["prompt"])
     new = gpt.sample(theta, losses[test[:2], 0], asked, settings=SamplerSettings(num_inference_steps=2))
     assert methods["G.pt"] == pytest.approx(float(gpt.task.evaluate(new)["test_loss"].mean()), rel=1e-4)
-    alignment = strict((evaluated / "fig-3.5.json").read_text())["result"]["alignment"]
+    alignment = strict_json((evaluated / "fig-3.5.json").read_text())["result"]["alignment"]
     assert (alignment["G.pt"]["networks"], alignment["G.pt"]["prompts"]) == (3, 3)
     assert {"identity", "retrieval", "mean of finals", "mean of matched finals"} < alignment.keys()
-    audit = strict((evaluated / "audit.json").read_text())["result"]
+    audit = strict_json((evaluated / "audit.json").read_text())["result"]
     groups = {group["name"]: group for group in audit["groups"]}
     assert groups["samples"]["networks"] == 4
     assert groups["retrieval"]["median_distance"]["value"] == pytest.approx(0, abs=1e-3)
@@ -139,7 +131,7 @@ def test_an_audit_says_what_it_found(place, tmp_path):
                "--num-inference-steps", "2", "--json"]  # fmt: skip
     done = run_cli("triptych_gpt.cli", "audit", *map(str, options), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told, written = strict(done.stdout), strict((tmp_path / "new" / "audit.json").read_text())["result"]
+    told, written = strict_json(done.stdout), strict_json((tmp_path / "new" / "audit.json").read_text())["result"]
     assert written["prompt"] == 1.5
     assert told["verdict"] == written["verdict"]
     assert told["verdict"]
@@ -197,7 +189,7 @@ def test_a_model_that_went_astray_is_told_of_in_words(place, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "G.pt" not in done.stderr
     for name in some:
-        strict((tmp_path / "out" / f"{name}.json").read_text())
+        strict_json((tmp_path / "out" / f"{name}.json").read_text())
     for name, message in nothing_to_show.items():
         fails_with(command("evaluate", *options, *FEW, "--out", tmp_path / "out", "--experiments", name), message)
 

@@ -124,10 +124,10 @@ def remedy(path: Path) -> str:
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 of a text and of names, types, shapes and bytes of tensors (contiguous, on the CPU)."""
+    """SHA-256 of a text and of names, types, shapes and bytes of tensors, wherever and in whatever order they lie."""
     sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().cpu().contiguous()
         sha256.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()

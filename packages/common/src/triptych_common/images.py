@@ -17,6 +17,11 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+def from_uint8(images: UInt8[Tensor, "*shape"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """0..255 to [-1, 1], where 0 is -1 and 255 is 1, computed in `dtype`; `to_uint8` takes float32 back."""
+    return images.to(dtype) / 127.5 - 1
+
+
 def image_grid(
     images: UInt8[Tensor, "n channels height width"], columns: int, *, padding: int = 2, background: int = 128
 ) -> UInt8[Tensor, "channels grid_height grid_width"]:

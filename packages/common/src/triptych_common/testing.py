@@ -1,14 +1,34 @@
-"""Helpers for tests: command lines as subprocesses, alone or under torchrun, or here; stand-in weights."""
+"""Helpers for tests: command lines as subprocesses, alone, signalled or under torchrun, or here; their files; stand-in weights."""
 
 import contextlib
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}  # for env
+
+_SIGNALLED = """
+import os, runpy, sys
+from triptych_common.run import RunDirectory
+
+module, step, signum, folder, real_log = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], RunDirectory.log
+
+def log(self, row):
+    real_log(self, row)
+    if row["step"] == step and self.path.name.endswith(folder):
+        os.kill(os.getpid(), signum)
+
+RunDirectory.log = log
+del sys.argv[1:5]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
 def run_cli(
@@ -22,6 +42,14 @@ def run_cli(
     command = [sys.executable, "-m", module, *options]
     where = {"env": {**os.environ, **(env or {})}, "cwd": cwd, "text": True}
     return subprocess.run(command, capture_output=True, timeout=timeout, **where)
+
+
+def run_signalled(
+    step: int, signum: signal.Signals, module: str, *options: object, folder: str = "", timeout: int = 300
+) -> "subprocess.CompletedProcess[str]":
+    """`run_cli` of a process that sends itself a signal when a run directory, whose name ends in `folder`, has a step's row."""
+    words = [sys.executable, "-c", _SIGNALLED, module, step, int(signum), folder, *options]
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=timeout)
 
 
 def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess.CompletedProcess[str]":
@@ -49,6 +77,21 @@ def logged(run: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl without what differs from time to time: speed and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+
+
+def strict_json(text: str) -> Any:
+    """JSON as other programs read it: NaN and Infinity, which Python writes and reads, raise AssertionError."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def assert_self_contained(page: str, *, pictures: int) -> None:
+    """An HTML page holds so many PNG pictures, and refers to nothing outside itself."""
+    assert page.count("data:image/png;base64,") == pictures
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page.replace("\n", " ")) == []
 
 
 def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":

@@ -24,7 +24,7 @@ from triptych_common.run import RunDirectory
 from triptych_common.throughput import peak_bytes
 from triptych_common.train_state import Batch, TrainState
 
-__all__ = ["Batch", "TrainState", "steps"]
+__all__ = ["Batch", "TrainState", "is_due", "steps"]
 
 
 def steps(
@@ -84,6 +84,12 @@ def steps(
                     f"stopped at step {state.step:,} of {total_steps:,}, saved in {run.path}; repeat the command to go on",
                     signum,
                 )
+
+
+def is_due(samples_seen: int, *, every: int, batch_size: int, total_samples: int) -> bool:
+    """Whether the step that ended at `samples_seen` samples reached a multiple of `every`, or the end of the run."""
+    before = samples_seen - batch_size
+    return before // every != samples_seen // every or samples_seen >= total_samples
 
 
 def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:

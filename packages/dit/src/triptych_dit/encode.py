@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from triptych_common.cli import CommonOptions, say
 from triptych_common.data import ImageSource, UnreadableImage, open_source
+from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks, ranks
 from triptych_common.progress import Progress
 from triptych_common.run import RunDirectory
@@ -261,7 +262,7 @@ def encode_images(
     autoencoder: Autoencoder, pixels: UInt8[Tensor, "n channels height width"], *, flips: bool
 ) -> Float[Tensor, "n flips moments latent_height latent_width"]:
     """Posterior moments of images and, as a second entry, of their mirror images, on the autoencoder's device."""
-    images = pixels.to(autoencoder.device, non_blocking=True).float() / 127.5 - 1
+    images = from_uint8(pixels.to(autoencoder.device, non_blocking=True))
     views = [images, images.flip(-1)] if flips else [images]
     return torch.stack([autoencoder.moments(view) for view in views], dim=1)
 

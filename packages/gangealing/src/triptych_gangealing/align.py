@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from triptych_common.cli import say
-from triptych_common.images import image_grid, to_uint8, write_png
-from triptych_common.run import write_text
+from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
+from triptych_common.run import write_bytes, write_text
 
 from triptych_gangealing.align_config import (
     AlignConfig,
@@ -20,8 +20,9 @@ from triptych_gangealing.align_config import (
     PropagateConfig,
 )
 from triptych_gangealing.aligner import Aligner, Alignment
-from triptych_gangealing.correspondence import transfer
+from triptych_gangealing.correspondence import middle_points, transfer
 from triptych_gangealing.edit import as_edit, average, propagate
+from triptych_gangealing.figures import matches_figure
 from triptych_gangealing.pictures import Folder, Picture, align_pictures, read_picture, warped
 from triptych_gangealing.warp import to_normalised, to_pixels
 
@@ -34,8 +35,9 @@ def align(config: AlignConfig) -> dict[str, Any]:
 
     Raises ValueError or OSError for what is no aligner, or a folder none of whose pictures can be read.
     """
-    aligner, size, padding = config.open()
-    pictures, found = _aligned(aligner, config)
+    aligner, options = config.open()
+    size, padding = config.shown(aligner)
+    pictures, found = _aligned(aligner, config, options)
     images = to_uint8(warped(pictures, found.warp, size, padding))
     for picture, image in zip(pictures, images, strict=True):
         write_png(_named(config.out / "aligned", picture, pictures), image)
@@ -60,8 +62,9 @@ def align(config: AlignConfig) -> dict[str, Any]:
 
 def write_average(config: AverageConfig) -> dict[str, Any]:
     """Write the average aligned picture of each cluster. Raises as `align`."""
-    aligner, size, padding = config.open()
-    pictures, found = _aligned(aligner, config)
+    aligner, options = config.open()
+    size, padding = config.shown(aligner)
+    pictures, found = _aligned(aligner, config, options)
     best = found.roughness.argsort(stable=True)[: max(1, round(config.keep * len(pictures)))].sort().values
     return _told(
         _write_averages(
@@ -82,12 +85,13 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
     """
     if (config.edit is None) == (config.points is None):
         raise ValueError("propagate: expected one of --edit PICTURE and --points FILE")
-    aligner, size, _ = config.open()
+    aligner, options = config.open()
+    size = config.size or aligner.config.input_size
     if not 0 <= config.cluster < aligner.config.heads:
         raise ValueError(f"cluster {config.cluster}: expected 0 to {aligner.config.heads - 1}")
     edit = None if config.edit is None else _read_edit(config.edit, size)
     points = None if config.points is None else _read_points(config.points)
-    pictures, found = _aligned(aligner, config)
+    pictures, found = _aligned(aligner, config, options)
     here = [i for i in range(len(pictures)) if int(found.cluster[i]) == config.cluster]
     if not here:
         raise ValueError(
@@ -114,14 +118,11 @@ def correspond(config: CorrespondConfig) -> dict[str, Any]:
 
     Raises ValueError for pictures of different clusters, else as `align`.
     """
-    aligner, _, _ = config.open()
+    aligner, options = config.open()
     source, target = read_picture(config.source), read_picture(config.target)
-    options = {"iterations": config.iterations, "flips": config.flips}
     here, there = (align_pictures(aligner, [picture], **options) for picture in (source, target))
     if config.points is None:
-        steps = (torch.arange(config.spacing) + 0.5) * 2 / config.spacing - 1
-        grid = torch.stack(torch.meshgrid(0.6 * steps, 0.6 * steps, indexing="xy"), dim=-1).view(1, -1, 2)
-        start = here.warp.map_points(grid)
+        start = here.warp.map_points(middle_points(config.spacing))
         points = to_pixels(start.points, source.size)[:, start.inside[0]]
     else:
         points = _read_points(config.points)
@@ -134,10 +135,10 @@ def correspond(config: CorrespondConfig) -> dict[str, Any]:
         "reliable": found.reliable[0].tolist(),
     }
     write_text(config.out / "matches.json", json.dumps(matches, indent=1))
-    from triptych_gangealing.figures import draw_matches
-
     reliable = found.reliable[0]
-    draw_matches(config.out / "matches.png", source, target, points[0, reliable], found.points[0, reliable])
+    ends = points[0, reliable], found.points[0, reliable]
+    picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
+    write_bytes(config.out / "matches.png", picture)
     return _told({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
 
 
@@ -151,7 +152,7 @@ def before_and_after(
         return interpolate(image, (CELL_PX, CELL_PX), mode="bilinear", antialias=True)
 
     above = torch.cat([cell(picture.values()) for picture in pictures[:SHOWN]])
-    below = torch.cat([cell(image[None].float() / 127.5 - 1) for image in aligned[:SHOWN]])
+    below = torch.cat([cell(from_uint8(image[None])) for image in aligned[:SHOWN]])
     return image_grid(to_uint8(torch.cat([above, below])), columns=min(SHOWN, len(pictures)))
 
 
@@ -162,14 +163,14 @@ def _named(folder: Path, picture: Picture, pictures: Sequence[Picture]) -> Path:
     return folder / (path.with_suffix(".png") if alone else path.with_name(path.name + ".png"))
 
 
-def _aligned(aligner: Aligner, config: FolderOptions) -> tuple[list[Picture], Alignment]:
+def _aligned(aligner: Aligner, config: FolderOptions, options: dict[str, Any]) -> tuple[list[Picture], Alignment]:
     for name in ("aligned", "pictures"):
         if (config.out / name).resolve() == config.images.resolve():
             raise ValueError(f"out {config.out}: would overwrite {config.images}; choose another")
     folder = Folder(config.images, config.limit)
     pictures = list(folder)
     folder.complain()
-    return pictures, align_pictures(aligner, pictures, iterations=config.iterations, flips=config.flips)
+    return pictures, align_pictures(aligner, pictures, **options)
 
 
 def _write_averages(

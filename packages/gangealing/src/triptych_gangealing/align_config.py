@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from triptych_common.cli import CommonOptions
 from triptych_common.parallel import ranks
@@ -16,26 +16,23 @@ class UseOptions(CommonOptions):
 
     aligner: Path = Path("runs/align-digits32")
     """run folder of triptych-gangealing train, or its aligner.safetensors"""
-    iterations: int = 1
-    """times the similarity network looks; 3 were published for most data sets"""
-    flips: bool = False
-    """mirror pictures whose flow is smoother then"""
-    size: int | None = None
-    """height and width of what is aligned; default: the transformer's input size"""
-    padding: Literal["trained", "border", "reflection", "zeros"] = "trained"
-    """what a picture shows beyond its edges; trained: as in training"""
+    iterations: int | None = None
+    """times the similarity network looks; default: as in training. 3 were published for most data sets"""
+    flips: Literal["trained", "yes", "no"] = "trained"
+    """mirror pictures whose flow is smoother then; trained: where the training did"""
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.iterations is not None and self.iterations < 1:
+            raise ValueError(f"iterations {self.iterations}: expected at least 1")
 
-    def open(self) -> tuple[Aligner, int, str]:
-        """The aligner, the size of its outputs, and the padding."""
+    def open(self) -> tuple[Aligner, dict[str, Any]]:
+        """The aligner, and the options with which it is to look at pictures."""
         with ranks(self.device) as among:
             aligner = load_aligner(self.aligner).to(among.device)
-        padding = aligner.facts["padding"] if self.padding == "trained" else self.padding
-        return aligner, self.size or aligner.config.input_size, padding
+        return aligner, {
+            "iterations": self.iterations or aligner.facts["iterations"],
+            "flips": aligner.facts["flips"] if self.flips == "trained" else self.flips == "yes",
+        }
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,31 @@ class FolderOptions(UseOptions):
     """folder of pictures"""
     limit: int | None = None
     """the first so many of them only"""
+    size: int | None = None
+    """height and width of the aligned pictures and their average; default: the transformer's input size"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit {self.limit}: expected at least 1")
+        for name in ("limit", "size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
 
 @dataclass(frozen=True)
-class AlignConfig(FolderOptions):
+class WarpedOptions(FolderOptions):
+    """What every command that shows aligned pictures takes."""
+
+    padding: Literal["trained", "border", "reflection", "zeros"] = "trained"
+    """what a picture shows beyond its edges; trained: as in training"""
+
+    def shown(self, aligner: Aligner) -> tuple[int, str]:
+        """Height and width of aligned pictures, and the padding."""
+        padding = aligner.facts["padding"] if self.padding == "trained" else self.padding
+        return self.size or aligner.config.input_size, padding
+
+
+@dataclass(frozen=True)
+class AlignConfig(WarpedOptions):
     """Align a folder of pictures: OUT/aligned, OUT/grid.png, OUT/average.png, OUT/alignment.jsonl."""
 
     out: Path = Path("runs/aligned")
@@ -62,7 +75,7 @@ class AlignConfig(FolderOptions):
 
 
 @dataclass(frozen=True)
-class AverageConfig(FolderOptions):
+class AverageConfig(WarpedOptions):
     """The average of a folder's aligned pictures, to draw on: OUT/average.png, one for each cluster."""
 
     out: Path = Path("runs/average")

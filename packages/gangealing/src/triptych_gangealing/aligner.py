@@ -77,7 +77,7 @@ class Aligner(nn.Module):
         cluster: Int[Tensor, " n"] | None = None,
         at_once: int = 64,
     ) -> Alignment:
-        """Warps of images, kept where these are while the networks stay where they are; clusters are the classifier's where none are given.
+        """Warps of images, on their device, the networks staying on theirs; clusters are the classifier's where none are given.
 
         flips: mirror images whose flow is smoother then. Raises ValueError as the transformer does.
         """
@@ -140,7 +140,7 @@ def load_aligner(path: str | Path) -> Aligner:
         raise ValueError(f"{file}: no aligner; expected {FILE} of a triptych-gangealing train run")
     config = SpatialTransformerConfig.from_json(state["config"])
     directions = Directions(
-        tensors["mode.mean"], tensors["mode.components"], torch.ones(len(tensors["mode.components"]))
+        tensors["mode.origins"][0], tensors["mode.components"], torch.ones(len(tensors["mode.components"]))
     )
     classifier = ClusterClassifier(config) if state["has_classifier"] else None
     aligner = Aligner(SpatialTransformer(config), Mode(directions, config.heads), classifier)

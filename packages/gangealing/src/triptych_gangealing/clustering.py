@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import checkpoint, randomness
 from triptych_common.parallel import Ranks
@@ -13,48 +13,89 @@ from triptych_common.run import RunDirectory
 from triptych_common.training import TrainState, steps
 
 from triptych_gangealing.latents import Directions, Mode
-from triptych_gangealing.objective import Objective
+from triptych_gangealing.objective import Objective, accumulate
 from triptych_gangealing.perceptual import Features
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced
 
 AT_ONCE = 256
+START, STREAM = "start.safetensors", "k-means++"
+
+
+def start(objective: Objective, directions: Directions, among: Ranks, folder: Path) -> dict[str, Tensor]:
+    """Where modes start ("origins", "alpha"), found once in a run and kept in its folder."""
+    path = folder / START
+    if among.is_main and not path.exists():
+        checkpoint.write(path, starting_modes(objective, directions), {"kind": "starting modes"})
+    among.barrier()
+    return checkpoint.read(path)[0]
 
 
 @torch.no_grad()
-def starting_modes(objective: Objective, directions: Directions) -> Float[Tensor, "modes N"]:
-    """Coefficients of the modes to start from: one at the mean; several by k-means++ over images of styles drawn.
+def starting_modes(objective: Objective, directions: Directions) -> dict[str, Tensor]:
+    """Modes to start from: "origins" (modes, w), "alpha" (modes, N).
 
-    The first is drawn evenly, each other with a probability in proportion to its distance from the nearest so far. Perceptual
-    distances are sums of squares, so they stand for the squares of k-means++.  [Arthur and Vassilvitskii 2007]
+    One starts at the mean of W, several at styles that k-means++ finds, or rather the nearest points to them that their
+    directions reach from the mean. With `origin` "sample" one starts at a typical style, several at the very styles found.
     """
     config, count = objective.config, len(directions.components)
-    if config.clusters == 1:
-        return torch.zeros(1, count)
-    draws = randomness.uniform(config.seed, "k-means++", range(config.clusters)).double()
+    still = torch.zeros(config.clusters, count)
+    mean = directions.mean.repeat(config.clusters, 1)
+    if config.clusters == 1 and config.origin == "mean":
+        return {"origins": mean, "alpha": still}
+    chosen = [_typical(objective)] if config.clusters == 1 else _spread(objective)
+    w = torch.cat([objective.samples(range(item, item + 1), STREAM)[0] for item in chosen]).cpu().float()
+    if config.origin == "sample":
+        return {"origins": w, "alpha": still}
+    return {"origins": mean, "alpha": directions.coefficients(w)}
+
+
+def _spread(objective: Objective) -> list[int]:
+    """As many samples as clusters, apart from one another, by k-means++.  [Arthur and Vassilvitskii 2007]
+
+    The first is drawn evenly, each other with a probability in proportion to its distance from the nearest so far. Perceptual
+    distances are sums of squares, so they stand for the squares of k-means++.
+    """
+    config = objective.config
+    draws = randomness.uniform(config.seed, STREAM, range(config.clusters)).double()
     n = config.init_images
     chosen, nearest = [], torch.ones(n, dtype=torch.float64)
     for draw in draws:
         share = nearest.cumsum(0) / nearest.sum()
         item = int(torch.searchsorted(share, draw.clamp(max=1 - 1e-12), right=True).clamp(max=n - 1))
         chosen.append(item)
-        centre = _features(objective, range(item, item + 1))
-        found = [_distance(objective, range(i, min(i + AT_ONCE, n)), centre).cpu() for i in range(0, n, AT_ONCE)]
-        distance = torch.cat(found).double()
+        distance = _distances(objective, _features(objective, range(item, item + 1)))
         nearest = distance if len(chosen) == 1 else torch.minimum(nearest, distance)
         nearest[chosen] = 0.0
-    w = torch.cat([objective.samples(range(item, item + 1), "k-means++")[0] for item in chosen])
-    return directions.coefficients(w.cpu().float())
+    return chosen
+
+
+def _typical(objective: Objective) -> int:
+    """The sample with the least sum of distances to all others: the one nearest to the mean of their features."""
+    n, total = objective.config.init_images, None
+    for items in _portions(n):
+        sums = [level.double().sum(0, keepdim=True) for level in _features(objective, items)]
+        total = sums if total is None else [old + new for old, new in zip(total, sums, strict=True)]
+    dtype = objective.config.dtype
+    return int(_distances(objective, tuple((level / n).to(dtype) for level in total)).argmin())
+
+
+def _portions(n: int) -> list[range]:
+    return [range(i, min(i + AT_ONCE, n)) for i in range(0, n, AT_ONCE)]
 
 
 def _features(objective: Objective, items: range) -> Features:
-    images = objective.samples(items, "k-means++")[1]
+    images = objective.samples(items, STREAM)[1]
     return objective.distance.features(reduced(images, objective.config.input_size))
 
 
-def _distance(objective: Objective, items: range, centre: Features) -> Float[Tensor, " items"]:
-    found = _features(objective, items)
-    repeated = tuple(there.expand_as(here) for here, there in zip(found, centre, strict=True))
-    return objective.distance.between(found, repeated)
+def _distances(objective: Objective, centre: Features) -> Float[Tensor, " samples"]:
+    """Of all samples to a centre."""
+    found = []
+    for items in _portions(objective.config.init_images):
+        here = _features(objective, items)
+        there = tuple(level.expand_as(like) for level, like in zip(centre, here, strict=True))
+        found.append(objective.distance.between(here, there).cpu().double())
+    return torch.cat(found)
 
 
 def train_classifier(
@@ -75,6 +116,14 @@ def train_classifier(
         ema_half_life=config.ema_half_life_images,
         several_passes=True,
     )
+
+    def losses(counters: range) -> dict[str, Tensor]:
+        w, images = objective.samples(counters, "classifier")
+        cluster = objective.choose(transformer, mode, w, images, 0.0, counters, "classifier").cluster
+        logits = classifier(images)  # as they come, as it will see them, whichever side fitted
+        right = (logits.argmax(1) == cluster).to(logits.dtype).mean()
+        return {"loss": F.cross_entropy(logits, cluster), "accuracy": right}
+
     identity = config.identity() | {
         "transformer": checkpoint.digest(transformer.state_dict()),
         "mode": checkpoint.digest(mode.state_dict()),
@@ -86,14 +135,9 @@ def train_classifier(
         )  # fmt: skip
         with Progress("training the classifier", config.classifier_images, "img", enabled=among.is_main) as progress:
             for batch in plan:
-                w, images = objective.samples(batch.counters, "classifier")
-                choice = objective.choose(transformer, mode, w, images, 0.0, batch.counters, "classifier")
-                logits = classifier(images)
-                loss = F.cross_entropy(logits, choice.cluster)
-                loss.backward()
+                totals = accumulate(batch, config.micro_batch, losses)
                 _, finite = state.optimise()
-                right = (logits.argmax(1) == choice.cluster).to(loss.dtype).mean()
-                state.count(batch, {"loss": loss, "accuracy": right}, finite)
+                state.count(batch, totals, finite)
                 progress.at(state.samples_seen)
     return state.ema
 

@@ -6,11 +6,12 @@ the sum has one term for each image, that is each image's own choice, `Aligner.a
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from triptych_gangealing.aligner import Alignment
-from triptych_gangealing.warp import Warp, to_normalised, to_pixels
+from triptych_gangealing.warp import Warp, centres, to_normalised, to_pixels
 
 Size = tuple[int, int]
 
@@ -20,6 +21,11 @@ class Transferred(NamedTuple):
 
     points: Float[Tensor, "n k 2"]
     reliable: Bool[Tensor, "n k"]  # the way there could be inverted, and ends within the image
+
+
+def middle_points(side: int) -> Float[Tensor, "1 k 2"]:
+    """side x side points spread over the middle of congealed space, where objects are; normalised, row by row."""
+    return centres((side, side), torch.empty(())).view(1, -1, 2) * 0.6
 
 
 def transfer(

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from triptych_common.cli import CommonOptions, say
+from triptych_common.images import from_uint8
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_common.parallel import ranks
 from triptych_common.run import write_json
@@ -90,13 +91,26 @@ def score(method: Method, several: Pairs, posed: Posed, seed: int = 0) -> Scores
 
 
 def posed_digits(n: int, seed: int, digit: int | None, *, grey: bool = False, split: str = "held_out") -> Posed:
-    """n digits of a split, each in another place. Raises ValueError for a digit or split there is not."""
-    one_copy = len(Digits32(split, digit, copies=1))
-    items = Digits32(split, digit, copies=-(-n // one_copy), seed=seed)
-    jitters = items.jitters(range(n))
-    digits = items.digits[torch.arange(n) % one_copy]
+    """n digits of a split, each in another place; of all digits, the ten take turns.
+
+    More are the same and others besides. Raises ValueError for a digit or split there is not.
+    """
+    order = _by_turns(Digits32(split, digit, copies=1).labels)
+    items = Digits32(split, digit, copies=-(-n // len(order)), seed=seed)
+    row = torch.arange(n)
+    jitters = items.jitters(row - row % len(order) + order[row % len(order)])
+    digits = items.digits[jitters.digit]
     drawn = render(digits, white_on_black(jitters) if grey else jitters)
     return Posed(drawn, jitters, digits)
+
+
+def _by_turns(labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Rows in an order in which classes alternate: the data set has all its zeros first, and a part of it would be zeros."""
+    rank = torch.zeros_like(labels)
+    for label in labels.unique():
+        here = labels == label
+        rank[here] = torch.arange(int(here.sum()))
+    return (rank * (labels.max() + 1) + labels).argsort()
 
 
 def baselines(config: PckConfig) -> dict[str, Method]:
@@ -122,7 +136,7 @@ def evaluate(config: PckConfig) -> dict[str, Any]:
             )
 
         def ours(images: Images) -> Warp:
-            return aligner.align(images.float() / 127.5 - 1, iterations=config.iterations).warp
+            return aligner.align(from_uint8(images), iterations=config.iterations).warp
 
         methods["GANgealing"] = ours
     several = pairs(config.pairs, config.seed, config.digit, elastic_px=config.elastic_px, grey=config.grey)

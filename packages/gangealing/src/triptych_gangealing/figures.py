@@ -1,21 +1,8 @@
 """Pictures of correspondences."""
 
-from pathlib import Path
-
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from triptych_common.report import figure_png
-from triptych_common.run import write_bytes
-
-from triptych_gangealing.pictures import Picture
-
-
-def draw_matches(
-    path: Path, source: Picture, target: Picture, here: Float[Tensor, "k 2"], there: Float[Tensor, "k 2"]
-) -> None:
-    """Write `matches_figure` of two pictures."""
-    names = source.name, target.name
-    write_bytes(path, matches_figure(source.pixels, target.pixels, here, there, names))
 
 
 def matches_figure(

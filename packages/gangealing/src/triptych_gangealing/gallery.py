@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from triptych_common.images import image_grid, png_bytes, to_uint8
+from triptych_common.images import from_uint8, image_grid, png_bytes, to_uint8
 
 from triptych_gangealing.aligner import load_aligner
 from triptych_gangealing.baselines import ink
-from triptych_gangealing.correspondence import between
+from triptych_gangealing.correspondence import between, middle_points
 from triptych_gangealing.edit import propagate
 from triptych_gangealing.evaluate import posed_digits
 from triptych_gangealing.figures import matches_figure
@@ -37,7 +37,7 @@ def make_gallery(folder: Path, size: Size, *, seed: int) -> Gallery:
     """Of the two alignments in a folder, on held-out digits that neither has seen."""
     one, clustered = load_aligner(folder / "one"), load_aligner(folder / "clustered")
     posed = posed_digits(size.shown, seed + 2, DIGIT)
-    images = posed.images.float() / 127.5 - 1
+    images = from_uint8(posed.images)
     found = one.align(images, iterations=size.iterations)
     aligned = found.warp.sample(images, padding=one.facts["padding"])
     # Of ink: half of all digits are darker than their ground, so that an average in colour is grey however well they align.
@@ -46,21 +46,20 @@ def make_gallery(folder: Path, size: Size, *, seed: int) -> Gallery:
     drawn = propagate(edit, found.warp, images)
     shown = slice(0, COLUMNS)
     several = posed_digits(size.shown, seed + 3, None)
-    pictures = several.images.float() / 127.5 - 1
+    pictures = from_uint8(several.images)
     grouped = clustered.align(pictures)
     rows = []
     for cluster in range(clustered.config.heads):
-        members = (grouped.cluster == cluster).nonzero().flatten()[: COLUMNS - 1]
-        warped = grouped.warp.select(members).sample(pictures[members]) if len(members) else pictures[:0]
-        everybody = (grouped.cluster == cluster).nonzero().flatten()
-        strokes = _inked(pictures[everybody], grouped.warp.select(everybody)) if len(members) else pictures[:1, :1] * 0
+        members = (grouped.cluster == cluster).nonzero().flatten()
+        first = members[: COLUMNS - 1]
+        warped = grouped.warp.select(first).sample(pictures[first]) if len(members) else pictures[:0]
+        strokes = _inked(pictures[members], grouped.warp.select(members)) if len(members) else pictures[:1, :1] * 0
         middle = strokes.mean(0).expand(3, -1, -1) * 2 - 1
-        blank = torch.zeros(COLUMNS - 1 - len(members), *pictures.shape[1:])
+        blank = torch.zeros(COLUMNS - 1 - len(first), *pictures.shape[1:])
         rows.append(torch.cat([middle[None], warped, blank]))
-    grid = centres((6, 6), images).view(1, -1, 2) * 0.6
     source, target = found.warp.select([0]), found.warp.select([1])
     side = tuple(images.shape[2:])
-    points = to_pixels(source.map_points(grid).points, side)
+    points = to_pixels(source.map_points(middle_points(6)).points, side)
     transferred = between(source, target, points, side, side)
     reliable = transferred.reliable[0]
     matches = matches_figure(

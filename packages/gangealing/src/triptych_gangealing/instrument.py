@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from triptych_common.images import from_uint8
 from triptych_common.metrics.bootstrap import Estimate, bootstrap
 from triptych_common.metrics.distances import frechet_distance, kernel_distance
-from triptych_common.metrics.instruments import load_frozen, normalised
+from triptych_common.metrics.instruments import load_frozen
 from triptych_common.randomness import permutation
 
 from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32
@@ -82,7 +83,7 @@ class Digits32Instrument:
             raise ValueError(
                 f"instrument {NAME}: images are {images.dtype} {tuple(images.shape)}, expected uint8 (n, 3, {SIZE}, {SIZE})"
             )
-        return torch.cat([network(normalised(part)) for part in images.cpu().split(256)])
+        return torch.cat([network(from_uint8(part)) for part in images.cpu().split(256)])
 
 
 def reading(outputs: Float[Tensor, "n 23"]) -> Reading:

@@ -72,22 +72,29 @@ def pca(generator: Generator, n_samples: int, count: int, seed: int = 0, *, fold
 
 
 class Mode(nn.Module):
-    """K learned points of W: c_k = mean + alpha_k components, which start at the mean.
+    """K learned points of W: c_k = origin_k + alpha_k components, which start at the mean.
 
-    `alpha` alone is learned. Set it to `directions.coefficients(w)` to start elsewhere.
+    `alpha` alone is learned. `begin` starts elsewhere.
     """
 
     def __init__(self, directions: Directions, modes: int = 1) -> None:
         super().__init__()
         if modes < 1:
             raise ValueError(f"{modes} modes: expected at least 1")
-        self.register_buffer("mean", directions.mean.clone())
+        self.register_buffer("origins", directions.mean.repeat(modes, 1))
         self.register_buffer("components", directions.components.clone())
         self.alpha = nn.Parameter(torch.zeros(modes, len(directions.components)))
 
     def forward(self, k: Int[Tensor, "*batch"] | int | None = None) -> Float[Tensor, "*rows w"]:
         """c of mode k: one of them, one for each element of k, or all of them in turn."""
-        return self.mean + (self.alpha if k is None else self.alpha[k]) @ self.components
+        origins, alpha = (self.origins, self.alpha) if k is None else (self.origins[k], self.alpha[k])
+        return origins + alpha @ self.components
+
+    @torch.no_grad()
+    def begin(self, origins: Float[Tensor, "modes w"], alpha: Float[Tensor, "modes N"]) -> None:
+        """Start there: for the thesis's c, origins at the mean of W, alpha the coefficients of a point."""
+        self.origins.copy_(origins)
+        self.alpha.copy_(alpha)
 
 
 def mixed(
@@ -140,7 +147,7 @@ def _fit(generator: Generator, n_samples: int, seed: int) -> Directions:
 def _key(generator: Generator, n_samples: int, seed: int) -> str:
     """What a fitted result depends on, hashed; of the generator, its mapping network alone."""
     weights = {name: value for name, value in generator.mapping.state_dict().items() if name != "w_avg"}
-    sha256 = checkpoint.digest({name: value.detach().cpu().contiguous() for name, value in weights.items()})
+    sha256 = checkpoint.digest(weights)
     facts = {"mapping_sha256": sha256, "n_samples": n_samples, "seed": seed, "recipe": [RECIPE, CHUNK]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

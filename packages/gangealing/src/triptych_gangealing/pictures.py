@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from triptych_common.cli import say
 from triptych_common.data import ImageFolder
 from triptych_common.data.decoding import UnreadableImage, decode, to_tensor
+from triptych_common.images import from_uint8
 
 from triptych_gangealing.aligner import Aligner, Alignment
 from triptych_gangealing.warp import Affine, Warp
@@ -32,7 +33,7 @@ class Picture:
 
     def values(self) -> Float[Tensor, "1 3 height width"]:
         """In [-1, 1]."""
-        return self.pixels[None].float() / 127.5 - 1
+        return from_uint8(self.pixels[None])
 
 
 class Folder:

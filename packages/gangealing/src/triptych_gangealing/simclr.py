@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common import checkpoint
 from triptych_common.cli import CommonOptions, say
+from triptych_common.images import from_uint8
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, ranks
 from triptych_common.progress import Progress
@@ -232,8 +233,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
             f"images of {shape[0]} x {shape[1]} x {shape[1]}: expected 3 channels, and at least {least} pixels for "
             f"{len(config.widths)} stages (widths)"
         )
-    weights = {name: value.cpu().contiguous() for name, value in generator.state_dict().items()}
-    origin = {"generator_sha256": checkpoint.digest(weights)}
+    origin = {"generator_sha256": checkpoint.digest(generator.state_dict())}
     with ranks(config.device) as among:
         if among.world_size > 1:
             raise ValueError(
@@ -270,8 +270,8 @@ def fit(
     )  # fmt: skip
     with Progress("training", config.total_images, "img") as progress:
         for batch in plan:
-            images = pool[shuffled(config.seed, "simclr/order", batch.counters, len(pool))].to(among.device)
-            images = images.to(torch.float32) / 127.5 - 1
+            drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
+            images = from_uint8(pool[drawn].to(among.device))
             views = [make_views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
             loss, found = contrast_maps(state.parallel_model, *views, config.temperature)
             loss.backward()

@@ -40,7 +40,7 @@ SIZES: dict[str, Size] = {
         cluster_images=40,
         shown=12,
     ),
-    "laptop": Size(_ENCODER, PRESETS["digits32"], PRESETS["digits32-all"], ablation_images=15_000),
+    "laptop": Size(_ENCODER, PRESETS["digits32"], PRESETS["digits32-all"], ablation_images=12_000, iterations=3),
     "gpu": Size(
         replace(_ENCODER, pool_images=50_000, total_images=512_000, batch_size=512),
         replace(

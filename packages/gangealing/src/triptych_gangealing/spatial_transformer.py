@@ -91,8 +91,9 @@ class SpatialTransformer(nn.Module):
     ) -> Aligned:
         """Warps of the images, by each image's `head`, or by all heads.
 
-        iterations: how often the similarity network looks, each time at the original image as so far aligned. Flow follows once,
-        unless left out where there is a similarity network. Raises ValueError for images of other channels, heads out of range, or iterations of no similarity network.
+        iterations: how often the similarity network looks, each time at the original image as so far aligned. with_flow: whether
+        flow follows; without a similarity network it always does. Raises ValueError for images of other channels, heads out of
+        range, or iterations of no similarity network.
         """
         self._check(images, iterations, head)
         heads, seen = self.config.heads, reduced(images, self.config.input_size)

@@ -13,12 +13,12 @@ from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, ranks
 from triptych_common.progress import Progress
 from triptych_common.run import RunDirectory
-from triptych_common.training import Batch, TrainState, steps
+from triptych_common.training import Batch, TrainState, is_due, steps
 
 from triptych_gangealing.aligner import FILE, Aligner, write_aligner
-from triptych_gangealing.clustering import starting_modes, train_classifier
+from triptych_gangealing.clustering import start, train_classifier
 from triptych_gangealing.latents import Mode, pca
-from triptych_gangealing.objective import Objective
+from triptych_gangealing.objective import Objective, accumulate
 from triptych_gangealing.perceptual import open_distance
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
@@ -78,13 +78,11 @@ def optimise(objective: Objective, state: TrainState, run: RunDirectory) -> None
 def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     """One optimiser step of transformer and modes."""
     transformer, mode = state.model["transformer"], state.model["mode"]
-    totals: dict[str, torch.Tensor] = {}
-    for counters, _ in batch.micro_batches(objective.config.micro_batch):
-        found = objective.loss(transformer, mode, counters, state.samples_seen)
-        share = len(counters) / len(batch.counters)
-        (found["loss"] * share).backward()
-        for name, value in found.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() * share
+    seen = state.samples_seen
+    totals = accumulate(
+        batch, objective.config.micro_batch, lambda counters: objective.loss(transformer, mode, counters, seen)
+    )
+    totals["smallest_cluster"] = totals.pop("cluster_shares").min()
     _, finite = state.optimise()
     state.count(batch, totals, finite)
 
@@ -100,7 +98,7 @@ def make_state(objective: Objective, among: Ranks, folder: Path) -> TrainState:
     among.barrier()
     directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     mode = Mode(directions, config.clusters)
-    mode.alpha.data.copy_(starting_modes(objective, directions))
+    mode.begin(**start(objective, directions, among, folder))
     model = nn.ModuleDict({"transformer": transformer, "mode": mode}).to(among.device, config.dtype)
     groups = [
         {"params": list(transformer.parameters()), "lr": config.lr},
@@ -124,9 +122,9 @@ def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState],
 
     @torch.inference_mode()
     def snapshot(state: TrainState) -> None:
-        before = state.samples_seen - config.batch_size
-        due = before // config.snapshot_every != state.samples_seen // config.snapshot_every
-        if not state.among.is_main or not (due or state.samples_seen >= config.total_images):
+        seen, every = state.samples_seen, config.snapshot_every
+        due = is_due(seen, every=every, batch_size=config.batch_size, total_samples=config.total_images)
+        if not state.among.is_main or not due:
             return
         transformer, mode = state.ema["transformer"], state.ema["mode"]
         counters = range(SHOWN)

@@ -48,6 +48,9 @@ class AlignTrainConfig(CommonOptions):
     """layers of the generator that take the target's pose from the mode; the others keep the image's own style"""
     components: int = 1
     """principal directions of W in which the mode is learned; 0: fixed at the mean"""
+    origin: Literal["mean", "sample"] = "mean"
+    """where those directions go from: the mean of W, as in the thesis, or a typical sample (several modes: samples by k-means++).
+    The mean is no likely image where, for one, light objects on dark ground are as frequent as dark on light"""
     pca_samples: int = 1_000_000
     """styles for their principal directions"""
     psi_images: int = 6_000_000
@@ -73,7 +76,7 @@ class AlignTrainConfig(CommonOptions):
     ema_half_life_images: int = 12_500
     """half-life of the moving average of transformer and modes"""
     init_images: int = 50_000
-    """styles among which k-means++ looks for the modes to start from"""
+    """styles among which modes are sought to start from, by k-means++, or as the most typical"""
     classifier_images: int = 1_000_000
     """generated images to train the classifier of clusters on, after the transformer"""
     precision: Literal["float32", "float64"] = "float32"
@@ -98,8 +101,10 @@ class AlignTrainConfig(CommonOptions):
         for name in ("cutoff", "components", "psi_images", "constant_images", "tv_weight", "identity_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
-        if self.clusters > 1 and self.components == 0:
-            raise ValueError(f"clusters {self.clusters}, components 0: modes fixed at the mean would all be one")
+        if self.clusters > 1 and self.components == 0 and self.origin == "mean":
+            raise ValueError(
+                f"clusters {self.clusters}, components 0: modes fixed at the mean would all be one; pass --origin sample"
+            )
         if self.clusters > 1 and "similarity" not in self.transforms:
             raise ValueError(
                 f"clusters {self.clusters}, transforms {self.transforms}: the classifier starts from the similarity network"
@@ -156,8 +161,9 @@ class AlignTrainConfig(CommonOptions):
         }
 
 
-_SSL = AlignTrainConfig(distance="ssl-vgg")
-_BORDER = replace(_SSL, padding="border")
+# What the released scripts train the thesis's data sets with, and what its Table 4.1 has for cats; see cat-ssl.
+_LPIPS = AlignTrainConfig(distance="lpips", tv_weight=2500.0)
+_BORDER = replace(_LPIPS, padding="border")
 
 PRESETS: dict[str, AlignTrainConfig] = {
     "digits32": AlignTrainConfig(
@@ -168,32 +174,49 @@ PRESETS: dict[str, AlignTrainConfig] = {
         channel_max=32,
         channel_multiplier=2.0,
         padding="border",
-        cutoff=4,
-        tv_weight=60.0,  # steps of a flow on a grid four times coarser are four times longer: 1000 / 16
+        cutoff=5,
+        components=0,
+        origin="sample",
         pca_samples=50_000,
-        psi_images=30_000,
-        total_images=60_000,
-        batch_size=32,
-        constant_images=30_000,
-        restart_images=30_000,
+        psi_images=8_000,
+        total_images=48_000,
+        batch_size=16,
+        lr=2e-3,
+        constant_images=24_000,
+        restart_images=24_000,
         ema_half_life_images=2_000,
         init_images=1_000,
-        classifier_images=30_000,
-        log_every=50,
-        checkpoint_every=250,
+        classifier_images=4_000,
+        log_every=100,
+        checkpoint_every=500,
         snapshot_every=10_000,
     ),
-    "bicycle": replace(_SSL, out=Path("runs/align-bicycle"), generator="bicycle.pkl"),
+    "bicycle": replace(_LPIPS, out=Path("runs/align-bicycle"), generator="bicycle.pkl"),
     "cat": replace(_BORDER, out=Path("runs/align-cat"), generator="cat.pkl"),
     "dog": replace(_BORDER, out=Path("runs/align-dog"), generator="dog.pkl"),
-    "tv": replace(_SSL, out=Path("runs/align-tv"), generator="tv.pkl"),
+    "tv": replace(_LPIPS, out=Path("runs/align-tv"), generator="tv.pkl"),
     "celeba": replace(_BORDER, out=Path("runs/align-celeba"), generator="celeba.pkl", cutoff=6, components=512),
     "cub": replace(_BORDER, out=Path("runs/align-cub"), generator="cub.pkl"),
-    "car": replace(_SSL, out=Path("runs/align-car"), generator="car.pkl", cutoff=6, components=5, clusters=4),
-    "horse": replace(_SSL, out=Path("runs/align-horse"), generator="horse.pkl", clusters=4),
+    "car": replace(
+        _LPIPS, out=Path("runs/align-car"), generator="car.pkl", cutoff=6, components=5, clusters=4, flips=True
+    ),
+    "horse": replace(_LPIPS, out=Path("runs/align-horse"), generator="horse.pkl", clusters=4, flips=True),
 }
+PRESETS["cat-ssl"] = replace(  # where Table 4.3 starts from
+    PRESETS["cat"], out=Path("runs/align-cat-ssl"), distance="ssl-vgg", tv_weight=1000.0
+)
 PRESETS["digits32-all"] = replace(
-    PRESETS["digits32"], out=Path("runs/align-digits32-all"), generator="digits32", clusters=10, components=16
+    PRESETS["digits32"],
+    out=Path("runs/align-digits32-all"),
+    generator="digits32",
+    clusters=10,
+    components=16,
+    origin="mean",
+    assignment="similarity",
+    psi_images=3_000,
+    total_images=12_000,
+    constant_images=6_000,
+    restart_images=6_000,
 )
 PRESETS["smoke"] = replace(
     PRESETS["digits32"],

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.metrics.instruments import normalised
+from triptych_common.images import from_uint8
 from triptych_common.run import git_commit, write_bytes, write_json
 
 from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32, Jitters
@@ -53,7 +53,7 @@ def train(network: nn.Module) -> None:
     network.train()
     for step in range(STEPS):
         items = order[step * BATCH : (step + 1) * BATCH]
-        loss = loss_of(network(normalised(digits.batch(items))), digits.jitters(items), whiten)
+        loss = loss_of(network(from_uint8(digits.batch(items))), digits.jitters(items), whiten)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -67,7 +67,7 @@ def held_out_scores(network: nn.Module) -> dict[str, float]:
     digits = Digits32("held_out", copies=5, seed=SEED)
     truth = digits.jitters(range(len(digits)))
     with torch.inference_mode():
-        outputs = torch.cat([network(normalised(digits.batch(part))) for part in truth.item.split(500)])
+        outputs = torch.cat([network(from_uint8(digits.batch(part))) for part in truth.item.split(500)])
     found = reading(outputs)
     return {
         "digit_accuracy": (found.labels == truth.label).double().mean().item(),

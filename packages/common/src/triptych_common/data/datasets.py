@@ -23,6 +23,7 @@ from triptych_common.data.files import read_mnist
 from triptych_common.data.folder import ImageFolder
 from triptych_common.data.hub import HubImages, is_saved_dataset
 from triptych_common.data.source import ImageSource
+from triptych_common.images import from_uint8
 from triptych_common.progress import Progress
 from triptych_common.randomness import permutation
 
@@ -53,7 +54,7 @@ class ImageDataset(ImageSource):
 
     def scaled(self, indices: Sequence[int] | Tensor | slice = slice(None)) -> Float[Tensor, "n channels height width"]:
         """Images as float32 in [-1, 1]: 0 -> -1, 255 -> 1."""
-        return self.images[indices].to(torch.float32) / 127.5 - 1
+        return from_uint8(self.images[indices])
 
     def image(self, index: int) -> Image.Image:
         pixels = self.images[index]

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from triptych_common.images import from_uint8
+
 FOLDER = Path(__file__).parent / "weights"
 
 
@@ -60,12 +62,7 @@ class Instrument:
             raise ValueError(
                 f"instrument {self.name}: images are {images.dtype} {tuple(images.shape)}, expected uint8 (n, 1, 28, 28)"
             )
-        return torch.cat([self.network(normalised(part)) for part in images.split(256)])
-
-
-def normalised(images: Tensor) -> Tensor:
-    """What the instruments see: float32 in [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1
+        return torch.cat([self.network(from_uint8(part)) for part in images.split(256)])
 
 
 def load_instrument(name: str, folder: Path = FOLDER) -> Instrument:

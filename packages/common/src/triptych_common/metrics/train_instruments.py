@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych_common.data import load
-from triptych_common.metrics.instruments import ARCHITECTURES, FOLDER, normalised
+from triptych_common.images import from_uint8
+from triptych_common.metrics.instruments import ARCHITECTURES, FOLDER
 from triptych_common.randomness import generator, shuffled
 
 SEED, EPOCHS, BATCH = 0, 60, 100
@@ -46,7 +47,7 @@ def train(network: nn.Module, name: str) -> None:
     network.train()
     for step in range(steps):
         items = shuffled(SEED, f"instrument/{name}/order", range(step * BATCH, (step + 1) * BATCH), len(data))
-        logits = network(augmented(normalised(data.images[items]), rng))
+        logits = network(augmented(from_uint8(data.images[items]), rng))
         loss = F.cross_entropy(logits, data.labels[items], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -70,7 +71,7 @@ def main(folder: Path) -> None:
         train(network, name)
         network.eval()
         with torch.inference_mode():
-            correct = network(normalised(held_out.images)).argmax(1) == held_out.labels
+            correct = network(from_uint8(held_out.images)).argmax(1) == held_out.labels
         content = save(network.state_dict())
         (folder / f"{name}.safetensors").write_bytes(content)
         records[name] = {

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import randomness
+from triptych_common.images import from_uint8
 from triptych_common.parallel import onto
 
 from triptych_gangealing.data import TrainingImages
@@ -61,7 +62,7 @@ class Objective:
         """Training images of some counters in [-1, 1], and their classes: every epoch in another order."""
         items = randomness.shuffled(self.config.seed, "order", counters, len(self.images))
         pixels = onto(self.device, self.images.batch(items))
-        return pixels.to(self.dtype) / 127.5 - 1, self._one_hot(self.images.labels[items])
+        return from_uint8(pixels, self.dtype), self._one_hot(self.images.labels[items])
 
     def generator_loss(self, counters: Sequence[int], p: float) -> tuple[Tensor, Tensor]:
         """-log sigmoid D(G(z)), the mean; and the mean w, of which the caller keeps a running average."""

@@ -11,7 +11,7 @@ from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.metrics.distances import frechet_distance, kernel_distance
 from triptych_common.parallel import Ranks
 from triptych_common.run import RunDirectory
-from triptych_common.training import TrainState
+from triptych_common.training import TrainState, is_due
 
 from triptych_gangealing.data import TrainingImages
 from triptych_gangealing.stylegan2.generator import Generator
@@ -107,9 +107,8 @@ def make_snapshots(
     made: list[Scores] = []
 
     def snapshot(state: TrainState) -> None:
-        last = state.samples_seen >= config.total_images
-        before = state.samples_seen - config.batch_size
-        if before // config.snapshot_every == state.samples_seen // config.snapshot_every and not last:
+        sizes = {"batch_size": config.batch_size, "total_samples": config.total_images}
+        if not is_due(state.samples_seen, every=config.snapshot_every, **sizes):
             return
         if state.among.is_main:
             grid = image_grid(sample_images(state.ema, range(GRID), seed=config.seed), columns=10)
