@@ -1,4 +1,4 @@
-# make setup | test | lint | bench | docs | reproduce-ch2 | reproduce-ch3 [SIZE=smoke|laptop|...] [ARGS=--all]
+# make setup | test | lint | bench | docs | reproduce-ch2 | reproduce-ch3 | reproduce-ch4 | reproduce [SIZE=smoke|laptop|...] [ARGS=--all]
 #      train-generators | vendor-stylegan2-ada
 # PYTHON: interpreter to build .venv from. TORCH: another requirement for torch, such as a CPU build's version or wheel.
 PYTHON ?= python3
@@ -39,7 +39,7 @@ docs: setup
 	$(BIN)/python -m triptych_common.claims claims.toml docs/claims.md
 
 reproduce-ch2: setup
-	$(BIN)/triptych-dit reproduce --size $(SIZE) $(ARGS)
+	$(BIN)/triptych-dit study --size $(SIZE) $(ARGS)
 
 reproduce-ch3: setup
 	$(BIN)/triptych-gpt reproduce --size $(SIZE) $(ARGS)
@@ -47,7 +47,7 @@ reproduce-ch3: setup
 reproduce-ch4: setup
 	$(BIN)/triptych-gangealing reproduce --size $(SIZE) $(ARGS)
 
-reproduce: reproduce-ch2 reproduce-ch3
+reproduce: reproduce-ch2 reproduce-ch3 reproduce-ch4
 
 # The two small generators that ship with triptych-gangealing, trained again: hours on two cores. Resumes when repeated.
 train-generators: setup

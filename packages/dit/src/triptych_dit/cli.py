@@ -50,10 +50,10 @@ def _export() -> Command:
     return Command(ExportConfig, export, {})
 
 
-def _reproduce() -> Command:
-    from triptych_dit.reproduce import ReproduceConfig, reproduce
+def _study() -> Command:
+    from triptych_dit.study.command import StudyConfig, study
 
-    return Command(ReproduceConfig, reproduce, {})
+    return Command(StudyConfig, study, {})
 
 
 COMMANDS = {
@@ -64,7 +64,8 @@ COMMANDS = {
     "walk": ("film a walk between noises, or between classes", _walk),
     "evaluate": ("score samples: two npz files as the ADM suite does, or digits", _evaluate),
     "export": ("carry a model to diffusers, to the released DiT's format, or from them", _export),
-    "reproduce": ("chapter 2 on real digits: train, sample, score, report", _reproduce),
+    "study": ("chapter 2 as named experiments over shared models, and a report", _study),
+    "reproduce": ("another name of study", _study),
 }
 
 

@@ -1,0 +1,258 @@
+"""The study's parts: statistics, the matched U-Net, scores, the ledger, what is asked for."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from triptych_common import data, testing
+from triptych_common.claims import load_claims
+from triptych_common.metrics import frechet_distance
+from triptych_dit import cli, gflops
+from triptych_dit.study import statistics
+from triptych_dit.study.command import StudyConfig
+from triptych_dit.study.digits import padded_digits, without_margin
+from triptych_dit.study.experiments import EXPERIMENTS
+from triptych_dit.study.ledger import FIELDS, record, verdicts
+from triptych_dit.study.scoring import METRICS, StudyScorer, score_of
+from triptych_dit.study.sizes import SIZES, Model
+from triptych_dit.study.statistics import FAILS, HOLDS, UNCLEAR, Score, SeedNoise, compare
+from triptych_dit.study.unet import UNet, matched, unet_gflops
+from triptych_dit.training_data import open_training_data
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*words: object):
+    return testing.run_here(lambda argv: cli.main("triptych-dit", cli.COMMANDS, argv), *words)
+
+
+def around(value: float, deviation: float, seed: int = 0, n: int = 4000) -> Score:
+    """A score with normal replicates of exactly that spread."""
+    draws = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Score(value, tuple((value + deviation * (draws - draws.mean()) / draws.std()).tolist()))
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 10, 100])
+def test_students_quantile_is_scipys(degrees):
+    assert statistics.student(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-3)
+
+
+def test_correlation_and_its_interval_are_scipys_where_samples_have_no_noise():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=9)
+    y = -2 * x + rng.normal(size=9)
+    found = statistics.correlation(x.tolist(), [Score(float(v)) for v in y])
+    expected = stats.pearsonr(x, y)
+    interval = expected.confidence_interval(0.95)
+    assert found.value == pytest.approx(expected.statistic)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-3)
+
+
+def test_noise_of_samples_widens_a_correlations_interval():
+    x = [0.0, 1.0, 2.0, 3.0, 4.0]
+    values = [5.0, 4.2, 2.9, 2.1, 0.7]
+    calm = statistics.correlation(x, [around(v, 1e-6, seed=i) for i, v in enumerate(values)])
+    noisy = statistics.correlation(x, [around(v, 1.0, seed=i) for i, v in enumerate(values)])
+    assert noisy.high > calm.high
+    assert noisy.value == pytest.approx(calm.value)
+    assert statistics.correlation(x[:3], [Score(v) for v in values[:3]]).low is None
+    assert statistics.correlation(x, [Score(1.0)] * 5).value == 0.0  # no variation, no correlation
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sign", "verdict"),
+    [
+        (0.6, 0.9, 1, HOLDS),
+        (0.1, 0.4, 1, FAILS),
+        (0.4, 0.9, 1, UNCLEAR),
+        (-0.9, -0.6, -1, HOLDS),
+        (0.6, 0.9, -1, FAILS),
+    ],
+)
+def test_a_correlation_is_strong_where_its_whole_interval_is(low, high, sign, verdict):
+    assert statistics.strong_verdict(statistics.Estimate((low + high) / 2, low, high), sign) == verdict
+
+
+def test_differences_of_distances_are_logarithmic_and_follow_the_closed_form():
+    a, b = around(10.0, 1.0, seed=1), around(20.0, 3.0, seed=2)
+    found = compare(("a", a), ("b", b), "frechet")
+    assert found.difference.value == pytest.approx(math.log(2))
+    margin = 1.96 * math.sqrt((1 / 10) ** 2 + (3 / 20) ** 2)  # the delta method, independent samples
+    assert found.difference.high - found.difference.value == pytest.approx(margin, rel=0.05)
+    assert found.verdict == HOLDS
+    assert compare(("b", b), ("a", a), "frechet").verdict == FAILS
+
+
+def test_paired_replicates_cancel_what_two_sets_share():
+    a = around(10.0, 2.0, seed=1)
+    b = Score(10.5, tuple(v * 1.05 for v in a.replicates))
+    assert compare(("a", a), ("b", b), "frechet").verdict == HOLDS
+    assert compare(("a", a), ("b", around(10.5, 2.1, seed=2)), "frechet").verdict == UNCLEAR
+
+
+def test_the_noise_of_seeds_can_take_a_verdict_back():
+    a, b = around(10.0, 0.1, seed=1), around(13.0, 0.1, seed=2)
+    pairs = [(Score(10.0), Score(14.0)), (Score(20.0), Score(15.0))]
+    noise = statistics.seed_noise(pairs, "frechet")
+    logs = [math.log(10 / 14), math.log(20 / 15)]
+    assert noise == pytest.approx((math.sqrt(sum(x**2 / 2 for x in logs) / 2), 2))
+    assert compare(("a", a), ("b", b), "frechet").verdict == HOLDS
+    with_seeds = compare(("a", a), ("b", b), "frechet", noise)
+    assert with_seeds.verdict == UNCLEAR
+    margin = stats.t.ppf(0.975, 2) * noise.deviation * math.sqrt(2)
+    assert with_seeds.difference.high - with_seeds.difference.value == pytest.approx(margin, rel=0.01)
+
+
+def test_rates_compare_as_they_are():
+    found = compare(
+        ("a", Score(0.8, deviation=0.01)), ("b", Score(0.7, deviation=0.02)), "precision", SeedNoise(0.0, 0)
+    )
+    assert found.difference.value == pytest.approx(0.1)
+    assert found.difference.high - found.difference.value == pytest.approx(1.96 * math.hypot(0.01, 0.02))
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [([], UNCLEAR), ([HOLDS, HOLDS], HOLDS), ([HOLDS, UNCLEAR], UNCLEAR), ([HOLDS, UNCLEAR, FAILS], FAILS)],
+)
+def test_a_claim_of_parts(parts, whole):
+    assert statistics.overall(parts) == whole
+
+
+@pytest.mark.parametrize("name", ["laptop", "laptop-pixels", "gpu"])
+def test_the_unet_costs_what_the_dit_costs(name):
+    size = SIZES[name]
+    shape = size.shape(Model(size.unet))
+    assert unet_gflops(matched(shape)) == pytest.approx(gflops(shape), rel=0.1)
+
+
+def test_the_unets_cost_is_that_of_its_products():
+    """By hooks on every convolution and linear map; attention's two products are all that is left."""
+    config = matched(SIZES["laptop"].shape(Model(SIZES["laptop"].unet)))
+    model, products = UNet(config).eval(), []
+
+    def count(layer, inputs, output):
+        products.append(
+            output[0].numel() * layer.weight[0].numel() if output.ndim == 4 else output.numel() * layer.weight.shape[1]
+        )
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        out = model(torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.tensor([10]))
+    assert out.shape == (1, 8, 8, 8)
+    left = unet_gflops(config) - sum(products) / 1e9
+    assert 0 <= left < 0.05 * unet_gflops(config)
+
+
+def test_digits_get_a_margin_and_lose_it_again(tmp_path):
+    folder = padded_digits(tmp_path / "digits32", "mnist5k")
+    held_out = data.load("mnist5k", "held_out")
+    read = open_training_data(str(folder), SIZES["smoke-pixels"].models["S/16"], "held_out")
+    assert read.shape == (1, 32, 32)
+    assert read.labels.bincount().tolist() == [100] * 10
+    assert torch.equal(without_margin(read.dataset.images), held_out.images[held_out.labels.argsort(stable=True)])
+    assert not bool(read.dataset.images[..., :2, :].any())
+
+
+def test_scores_pair_and_real_digits_score_well():
+    scorer = StudyScorer("mnist5k", seed=0, repeats=4)
+    train = scorer.digits.train
+    items = torch.cat([(train.labels == c).nonzero().flatten()[:20] for c in range(10)])
+    images, labels = train.images[items], train.labels[items]
+    real, noised = scorer.score(images, labels), scorer.score((images // 2), labels)
+    expected = frechet_distance(scorer.digits.features(images), scorer.digits.features(scorer.digits.held_out.images))
+    assert real["frechet"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert real["accuracy"]["value"] > 0.97
+    assert 8 < real["digit_score"]["value"] <= 10
+    assert real["frechet"]["value"] < noised["frechet"]["value"]
+    rows, _ = scorer._rows(2, 200, 1000)
+    right = scorer.digits.classifier(images).argmax(1) == labels
+    assert real["accuracy"]["replicates"][2] == pytest.approx(float(right[rows].float().mean()))
+    assert set(real) == {*METRICS, "accuracy", "n"}
+    assert len(score_of(real, "recall").replicates) == 4
+
+
+def test_the_ledger_takes_verdicts_and_keeps_all_else(tmp_path):
+    ledger = tmp_path / "claims.toml"
+    ledger.write_text((ROOT / "claims.toml").read_text())
+    before = load_claims(ledger)
+    row = ("undecided", "laptop", 'says "1.2 times" [0.9, 1.5]', "triptych-dit study --size laptop --seed 0")
+    record(ledger, {"dit.fig-2.5": dict(zip(FIELDS, row, strict=True))})
+    after = load_claims(ledger)
+    assert after["dit.fig-2.5"].interval == 'says "1.2 times" [0.9, 1.5]'
+    assert (after["dit.fig-2.5"].verdict, after["dit.fig-2.5"].size) == ("undecided", "laptop")
+    assert {id: claim for id, claim in after.items() if id != "dit.fig-2.5"} == {
+        id: claim for id, claim in before.items() if id != "dit.fig-2.5"
+    }
+    lines = zip((ROOT / "claims.toml").read_text().splitlines(), ledger.read_text().splitlines(), strict=True)
+    assert sum(a != b for a, b in lines) <= 4
+    with pytest.raises(ValueError, match=r"has no claim 'dit\.fig-9'"):
+        record(ledger, {"dit.fig-9": dict(zip(FIELDS, row, strict=True))})
+
+
+def test_figure_2_2_needs_both_of_its_halves():
+    left, right = {"verdicts": {"dit.fig-2.2": HOLDS, "dit.fig-2.6": HOLDS}}, {"verdicts": {"dit.fig-2.2": UNCLEAR}}
+    assert verdicts({"scaling": left}) == {"dit.fig-2.6": HOLDS}
+    assert verdicts({"scaling": left, "unet": right}) == {"dit.fig-2.2": UNCLEAR, "dit.fig-2.6": HOLDS}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_is_a_study(name):
+    config = StudyConfig(size=name)
+    bench = config.bench()
+    for experiment in config.chosen:
+        for draw in EXPERIMENTS[experiment].needs(bench):
+            train = bench.train_config(draw.model)
+            assert draw.images in (*train.snapshots, train.total_images)
+            assert train.total_images % train.batch_size == 0
+            bench.sampling(draw).config.check(train.model)
+
+
+def test_the_paper_sizes_print_the_theses_runs():
+    plan = StudyConfig(size="paper").resolved()
+    assert plan["models"].keys() == {
+        *(f"{w}/{p}" for w in ("S", "B", "L", "XL") for p in (8, 4, 2)),
+        "XL/2 adaln", "XL/2 cross-attention", "XL/2 in-context",
+    }  # fmt: skip
+    assert plan["models"]["XL/2"]["images"] == 7_000_000 * 256
+    assert plan["models"]["S/8"]["images"] == 400_000 * 256
+    trains = [line for line in plan["run_first"] if " train " in line]
+    longest = next(line for line in trains if "--preset DiT-XL/2 " in line)
+    assert str(400_000 * 256) in longest
+    assert str(2_350_000 * 256) in longest
+    samples = [line for line in plan["run_first"] if " sample " in line]
+    assert any(
+        "--guidance-scale 1.5 --guidance-channels 3" in line and "--num-samples 50000" in line for line in samples
+    )
+    assert any("--num-inference-steps 1000" in line and "--num-samples 10000" in line for line in samples)
+    for line in plan["run_first"]:  # they are commands that the program takes
+        words = line.split("triptych_dit.cli ")[1].split()
+        done = run(*words, "--device", "cpu", "--dry-run")
+        assert done.returncode == 0 or "no model" in done.stderr or "ILSVRC2012" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "huge"], "size 'huge': expected one of smoke, smoke-pixels, laptop"),
+        (["--only", "everything"], "experiment 'everything': expected one of gallery, block-designs"),
+        (
+            ["--size", "paper", "--only", "gallery"],
+            "experiment 'gallery': not for size paper; expected one of block-designs",
+        ),
+        (["--workers", "0"], "workers 0: expected at least 1"),
+        (["--latents", "here"], "latents here: for the paper sizes alone"),
+    ],
+)
+def test_bad_requests_are_one_line(tmp_path, words, message):
+    testing.fails_with(run("study", "--out", tmp_path, *words), message, 2)
+
+
+def test_missing_latents_are_one_line(tmp_path):
+    done = run("study", "--size", "paper", "--out", tmp_path, "--latents", tmp_path / "none")
+    testing.fails_with(done, "no latent cache; pass --latents, or make it: torchrun", 1, quiet=("chapter 2",))
