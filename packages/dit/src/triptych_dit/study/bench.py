@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from triptych_common.work import on_gpu
+
 from triptych_dit.flops import gflops
 from triptych_dit.sample import SampleConfig
 from triptych_dit.sampling import SamplerSettings
@@ -13,7 +15,7 @@ from triptych_dit.study.adm import AdmScorer
 from triptych_dit.study.scoring import METRICS, StudyScorer, score_of
 from triptych_dit.study.sizes import Model, Size
 from triptych_dit.study.statistics import Comparison, Score, SeedNoise, compare, seed_noise
-from triptych_dit.study.work import Sampling, Training, on_gpu
+from triptych_dit.study.work import Sampling, Training
 from triptych_dit.train import snapshot_path
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
 from triptych_dit.weights import FILE_NAME

@@ -10,6 +10,7 @@ from typing import Any
 from triptych_common.cli import CommonOptions, say
 from triptych_common.progress import Stopwatch
 from triptych_common.run import RunDirectory, provenance, write_bytes, write_json
+from triptych_common.work import default_workers, on_gpu, run_all
 
 from triptych_dit.encode import EncodeConfig, encode
 from triptych_dit.flops import gflops, parameter_count
@@ -22,7 +23,7 @@ from triptych_dit.study.findings import findings
 from triptych_dit.study.ledger import claims, verdicts
 from triptych_dit.study.plan import commands
 from triptych_dit.study.sizes import SIZES, Model
-from triptych_dit.study.work import Training, default_workers, on_gpu, run_all
+from triptych_dit.study.work import Training
 from triptych_dit.train_autoencoder import train_autoencoder
 
 PAPER_VAE = "stabilityai/sd-vae-ft-mse"
