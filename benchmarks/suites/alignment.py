@@ -133,7 +133,7 @@ def training(config: AlignTrainConfig, sampler: Sampler | None = None) -> Callab
             for _ in range(STEPS):
                 counters = range(state.samples_seen, state.samples_seen + config.batch_size)
                 step(objective, state, Batch(state.step, config.batch_size, counters))
-            return state.model["mode"].alpha.detach().clone()
+            return state.model["transformer"].similarity.head.weight.detach().clone()
 
         if sampler is None:
             return once

@@ -45,7 +45,7 @@ def test_training_steps_run_and_learn_in_every_way():
     assert [row["unit"] for row in result["jobs"]] == ["steps"] * 3
     first, second = (alignment.training(config)(0) for _ in range(2))
     assert torch.equal(first(), second())
-    assert not torch.equal(first(), second() * 0)  # the mode moves
+    assert first().any()  # it began as zeros
 
 
 def test_the_sizes_are_the_presets_and_the_papers():

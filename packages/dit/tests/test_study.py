@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy import stats
 from triptych_common import data, testing
-from triptych_common.claims import load_claims
+from triptych_common.claims import FOUND, load_claims, record
 from triptych_common.metrics import frechet_distance
 from triptych_dit import cli, gflops
 from triptych_dit.study import statistics
 from triptych_dit.study.command import StudyConfig
 from triptych_dit.study.digits import padded_digits, without_margin
 from triptych_dit.study.experiments import EXPERIMENTS
-from triptych_dit.study.ledger import FIELDS, record, verdicts
+from triptych_dit.study.ledger import verdicts
 from triptych_dit.study.scoring import METRICS, StudyScorer, score_of
 from triptych_dit.study.sizes import SIZES, Model
 from triptych_dit.study.statistics import FAILS, HOLDS, UNCLEAR, Score, SeedNoise, compare
@@ -182,7 +182,7 @@ def test_the_ledger_takes_verdicts_and_keeps_all_else(tmp_path):
     ledger.write_text((ROOT / "claims.toml").read_text())
     before = load_claims(ledger)
     row = ("undecided", "laptop", 'says "1.2 times" [0.9, 1.5]', "triptych-dit study --size laptop --seed 0")
-    record(ledger, {"dit.fig-2.5": dict(zip(FIELDS, row, strict=True))})
+    record(ledger, {"dit.fig-2.5": dict(zip(FOUND, row, strict=True))})
     after = load_claims(ledger)
     assert after["dit.fig-2.5"].interval == 'says "1.2 times" [0.9, 1.5]'
     assert (after["dit.fig-2.5"].verdict, after["dit.fig-2.5"].size) == ("undecided", "laptop")
@@ -192,7 +192,7 @@ def test_the_ledger_takes_verdicts_and_keeps_all_else(tmp_path):
     lines = zip((ROOT / "claims.toml").read_text().splitlines(), ledger.read_text().splitlines(), strict=True)
     assert sum(a != b for a, b in lines) <= 4
     with pytest.raises(ValueError, match=r"has no claim 'dit\.fig-9'"):
-        record(ledger, {"dit.fig-9": dict(zip(FIELDS, row, strict=True))})
+        record(ledger, {"dit.fig-9": dict(zip(FOUND, row, strict=True))})
 
 
 def test_figure_2_2_needs_both_of_its_halves():

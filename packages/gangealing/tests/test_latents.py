@@ -156,11 +156,17 @@ def test_mode_starts_at_the_mean_and_moves_along_directions():
     torch.testing.assert_close(mode(1), torch.eye(12)[1] + 3 * directions.components[1])
 
 
+def test_modes_are_evened_out_by_what_they_have_above_an_equal_share():
+    mode = Mode(directions_of(), modes=4)
+    mode.even_out(torch.tensor([0.5, 0.25, 0.25, 0.0]), 0.1)
+    torch.testing.assert_close(mode.handicap, torch.tensor([0.1, 0.0, 0.0, -0.1]))
+
+
 def test_only_alpha_is_learned_and_by_the_chain_rule():
     directions = directions_of()
     mode = Mode(directions, modes=2)
     assert [name for name, _ in mode.named_parameters()] == ["alpha"]
-    assert set(mode.state_dict()) == {"alpha", "origins", "components"}
+    assert set(mode.state_dict()) == {"alpha", "origins", "components", "handicap"}
     upstream = torch.randn(12, generator=torch.Generator().manual_seed(3))
     (mode(1) * upstream).sum().backward()
     torch.testing.assert_close(mode.alpha.grad[1], directions.components @ upstream)

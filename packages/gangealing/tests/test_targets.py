@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triptych_common.claims import load_claims
+from triptych_common.claims import load_claims, record, record_results
 from triptych_common.testing import fails_with, run_here
 from triptych_gangealing import ablations, cli, ledger
 from triptych_gangealing.digits32 import render
@@ -165,25 +165,25 @@ def written(folder: Path, size: str = "laptop") -> Path:
 
 def test_a_verdict_enters_its_row_and_no_other(copied, tmp_path):
     before, text = load_claims(copied), copied.read_text().splitlines()
-    ledger.main(written(tmp_path), copied)
+    record_results(written(tmp_path), copied, 4)
     after, new_text = load_claims(copied), copied.read_text().splitlines()
     assert [claim for claim in after if after[claim] != before[claim]] == ["gangealing.table-4.3"]
     assert after["gangealing.table-4.3"].interval == 'a "quoted" 0.5 [0.4, 0.6] \\ more'
     assert after["gangealing.table-4.3"].claim == before["gangealing.table-4.3"].claim
     assert len(new_text) == len(text)
     assert sum(a != b for a, b in zip(text, new_text, strict=True)) == 4
-    ledger.main(written(tmp_path), copied)
+    record_results(written(tmp_path), copied, 4)
     assert copied.read_text().splitlines() == new_text
 
 
 def test_what_decides_nothing_stays_out(copied, tmp_path):
     before = copied.read_text()
     with pytest.raises(ValueError, match="decides no claim of chapter 4"):
-        ledger.main(written(tmp_path, "smoke"), copied)
+        record_results(written(tmp_path, "smoke"), copied, 4)
     with pytest.raises(ValueError, match=r"has no claim 'gangealing\.fig-9'"):
-        ledger.record(copied, {"gangealing.fig-9": {}})
+        record(copied, {"gangealing.fig-9": {}})
     with pytest.raises(ValueError, match="expected one of not run"):
-        ledger.record(copied, {"gangealing.fig-4.1": {"verdict": "yes", "size": "", "interval": "", "command": ""}})
+        record(copied, {"gangealing.fig-4.1": {"verdict": "yes", "size": "", "interval": "", "command": ""}})
     assert copied.read_text() == before
 
 

@@ -8,8 +8,10 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from triptych_common import checkpoint, randomness, testing
 from triptych_common.testing import logged, run_here, run_signalled, run_torchrun
 from triptych_gangealing import cli, clustering
@@ -244,18 +246,41 @@ def test_a_mode_may_start_at_the_sample_that_is_nearest_to_all_others(given):
     assert not found["alpha"].any()
 
 
-def test_several_modes_start_at_samples_or_at_the_nearest_points_to_them(given):
-    found, nearest = (
-        starting_modes(objective, pca(objective.generator, 60, 3))
-        for objective in (objective_of(given, clusters=3, origin=origin) for origin in ("sample", "mean"))
-    )
-    directions = pca(objective_of(given).generator, 60, 3)
-    w, _ = objective_of(given).samples(range(12), "k-means++")
-    rows = [int((w.float() - row).square().sum(1).argmin()) for row in found["origins"]]
+def test_several_modes_start_at_samples_nearest_to_the_centres_of_k_means(given):
+    """Of features spelled out: each level's pixels weigh as much as the perceptual distance lets them."""
+    objective = objective_of(given, clusters=3, origin="sample")
+    w, images = objective.samples(range(12), "k-means++")
+    levels = objective.distance.features(images)
+    rows = np.concatenate([level.flatten(1).numpy() / np.sqrt(level[0, 0].numel()) for level in levels], 1)
+    centres = KMeans(3, n_init=10, random_state=objective.config.seed).fit(rows).cluster_centers_
+    expected = np.square(rows[:, None] - centres).sum(2).argmin(0)
+    found = starting_modes(objective, pca(objective.generator, 60, 3))
+    torch.testing.assert_close(found["origins"], w[torch.from_numpy(expected)].float(), rtol=0, atol=0)
+    assert len(set(expected.tolist())) == 3
+
+
+def test_several_modes_start_at_the_nearest_points_to_samples(given):
+    objective, directions = objective_of(given, clusters=3), pca(objective_of(given).generator, 60, 3)
+    found = starting_modes(objective, directions)
+    alphas = directions.coefficients(objective.samples(range(12), "k-means++")[0].float())
+    rows = [int((alphas - row).square().sum(1).argmin()) for row in found["alpha"]]
     assert len(set(rows)) == 3
-    assert torch.equal(found["origins"], w[rows].float())
-    torch.testing.assert_close(nearest["alpha"], directions.coefficients(w[rows].float()))
-    assert torch.equal(nearest["origins"], directions.mean.repeat(3, 1))
+    torch.testing.assert_close(found["alpha"], alphas[rows])
+    assert torch.equal(found["origins"], directions.mean.repeat(3, 1))
+
+
+def test_a_cluster_that_takes_too_much_becomes_less_attractive(given):
+    objective = objective_of(given, clusters=3)
+    transformer, mode = networks_of(objective)
+    counters = range(12)
+    w, images = objective.samples(counters)
+    before = torch.bincount(objective.choose(transformer, mode, w, images, 0.0, counters).cluster, minlength=3) / 12
+    for _ in range(300):
+        chosen = objective.choose(transformer, mode, w, images, 0.0, counters).cluster
+        mode.even_out(torch.bincount(chosen, minlength=3) / 12, 0.02)
+    after = torch.bincount(chosen, minlength=3) / 12
+    assert float(before.max()) > 0.4
+    assert float((after - 1 / 3).abs().max()) <= 1 / 12 + 1e-6
 
 
 def test_the_classifier_learns_the_clusters_of_generated_images(given, tmp_path):
@@ -353,7 +378,7 @@ def test_parts_of_a_batch_train_as_the_whole_does(given, exact, tmp_path):
         (["--input-size", "32"], "input_size 32: the generator's images have 16 pixels; pass --input-size 16 or less"),
         (["--cutoff", "9"], "cutoff 9: expected 0 to 6, the number of the generator's styles"),
         (["--components", "7"], "7 principal directions of 60 samples: expected 0 to 6"),
-        (["--clusters", "2", "--components", "0"], "modes fixed at the mean would all be one"),
+        (["--clusters", "2", "--components", "0", "--origin", "mean"], "modes fixed at the mean would all be one"),
         (["--distance", "vgg"], "perceptual distance 'vgg': expected lpips, ssl-vgg, or simclr:PATH"),
         (["--generator", "nowhere.pkl"], "nowhere.pkl: no such file or folder, nor an embedded generator"),
         (["--clusters", "2", "--transforms", "flow"], "the classifier starts from the similarity network"),

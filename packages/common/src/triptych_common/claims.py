@@ -1,14 +1,18 @@
 """The ledger of the thesis's figures and tables, `claims.toml`, and the page generated from it."""
 
+import json
+import re
 import sys
 import tomllib
 from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from triptych_common.run import write_text
 
 VERDICTS = ("not run", "confirmed", "refuted", "undecided", "not applicable")
+FOUND = ("verdict", "size", "interval", "command")  # what a run says of a claim
 KINDS = ("ordering", "number", "gallery", "diagram", "setting")
 
 
@@ -51,6 +55,50 @@ def load_claims(path: Path) -> dict[str, Claim]:
             raise ValueError(f"{path}: claim {row['id']!r} stands twice")
         claims[row["id"]] = Claim(**row)
     return claims
+
+
+def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
+    """Write what was found into the ledger's rows; all else in the file stays as it is.
+
+    Raises ValueError for a claim that the ledger lacks, or what it would not take.
+    """
+    known = load_claims(ledger)
+    if missing := sorted(found.keys() - known.keys()):
+        raise ValueError(f"{ledger}: has no claim {missing[0]!r}; expected a ledger with {', '.join(found)}")
+    head, *blocks = ledger.read_text().split("[[claim]]\n")
+    for i, block in enumerate(blocks):
+        claim = tomllib.loads(block)["id"]
+        values = found.get(claim)
+        for name in FOUND if values else ():
+            replace(known[claim], **values)  # refuses what is no verdict
+            line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
+            block = re.sub(rf'^{name} = ".*"$', lambda _, line=line: line, block, flags=re.MULTILINE)
+        blocks[i] = block
+    write_text(ledger, "[[claim]]\n".join([head, *blocks]))
+
+
+def record_results(results: Path, ledger: Path, chapter: int) -> None:
+    """What a chapter's run found, results.json, into the ledger.
+
+    Raises ValueError for another chapter's results, and for those of a smoke run, which decide nothing.
+    """
+    content = json.loads(results.read_text())
+    if content.get("chapter") != chapter or not content.get("claims") or content["size"].startswith("smoke"):
+        raise ValueError(
+            f"{results}: decides no claim of chapter {chapter}; expected its results.json, of a size larger than smoke"
+        )
+    record(ledger, content["claims"])
+    print(f"wrote {', '.join(content['claims'])} into {ledger}; now: make docs")
+
+
+def run_record(chapter: int, module: str) -> None:
+    """`record_results` as a command of two words: python -m MODULE RESULTS.json claims.toml."""
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: python -m {module} RESULTS.json claims.toml")
+    try:
+        record_results(*map(Path, sys.argv[1:]), chapter)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def claims_page(claims: dict[str, Claim]) -> str:

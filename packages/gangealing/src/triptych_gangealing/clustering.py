@@ -35,14 +35,14 @@ def starting_modes(objective: Objective, directions: Directions) -> dict[str, Te
     """Modes to start from: "origins" (modes, w), "alpha" (modes, N).
 
     One starts at the mean of W, several at styles that k-means++ finds, or rather the nearest points to them that their
-    directions reach from the mean. With `origin` "sample" one starts at a typical style, several at the very styles found.
+    directions reach from the mean. With `origin` "sample" they start at typical styles.
     """
     config, count = objective.config, len(directions.components)
     still = torch.zeros(config.clusters, count)
     mean = directions.mean.repeat(config.clusters, 1)
     if config.clusters == 1 and config.origin == "mean":
         return {"origins": mean, "alpha": still}
-    chosen = [_typical(objective)] if config.clusters == 1 else _spread(objective)
+    chosen = _typical(objective) if config.origin == "sample" else _spread(objective)
     w = torch.cat([objective.samples(range(item, item + 1), STREAM)[0] for item in chosen]).cpu().float()
     if config.origin == "sample":
         return {"origins": w, "alpha": still}
@@ -69,14 +69,19 @@ def _spread(objective: Objective) -> list[int]:
     return chosen
 
 
-def _typical(objective: Objective) -> int:
-    """The sample with the least sum of distances to all others: the one nearest to the mean of their features."""
-    n, total = objective.config.init_images, None
-    for items in _portions(n):
-        sums = [level.double().sum(0, keepdim=True) for level in _features(objective, items)]
-        total = sums if total is None else [old + new for old, new in zip(total, sums, strict=True)]
-    dtype = objective.config.dtype
-    return int(_distances(objective, tuple((level / n).to(dtype) for level in total)).argmin())
+def _typical(objective: Objective) -> list[int]:
+    """The samples nearest to the centres that k-means finds among their features; of one cluster, nearest to their mean."""
+    from sklearn.cluster import KMeans  # takes a second to import
+
+    config = objective.config
+    features = torch.cat([_flat(_features(objective, items)) for items in _portions(config.init_images)])
+    model = KMeans(config.clusters, n_init=10, random_state=config.seed).fit(features.numpy())
+    return torch.from_numpy(model.transform(features.numpy())).argmin(0).tolist()
+
+
+def _flat(features: Features) -> Float[Tensor, "n values"]:
+    """Rows whose squared distances are the perceptual ones, up to a factor: those are means over pixels, summed over maps."""
+    return torch.cat([level.flatten(1) / level[0, 0].numel() ** 0.5 for level in features], 1).double().cpu()
 
 
 def _portions(n: int) -> list[range]:

@@ -74,7 +74,8 @@ def pca(generator: Generator, n_samples: int, count: int, seed: int = 0, *, fold
 class Mode(nn.Module):
     """K learned points of W: c_k = origin_k + alpha_k components, which start at the mean.
 
-    `alpha` alone is learned. `begin` starts elsewhere.
+    `alpha` alone is learned. `begin` starts elsewhere. handicap: logarithms of what each mode's distances are multiplied by where
+    images choose among modes, 0 unless `even_out` is called.
     """
 
     def __init__(self, directions: Directions, modes: int = 1) -> None:
@@ -83,6 +84,7 @@ class Mode(nn.Module):
             raise ValueError(f"{modes} modes: expected at least 1")
         self.register_buffer("origins", directions.mean.repeat(modes, 1))
         self.register_buffer("components", directions.components.clone())
+        self.register_buffer("handicap", torch.zeros(modes))
         self.alpha = nn.Parameter(torch.zeros(modes, len(directions.components)))
 
     def forward(self, k: Int[Tensor, "*batch"] | int | None = None) -> Float[Tensor, "*rows w"]:
@@ -95,6 +97,15 @@ class Mode(nn.Module):
         """Start there: for the thesis's c, origins at the mean of W, alpha the coefficients of a point."""
         self.origins.copy_(origins)
         self.alpha.copy_(alpha)
+
+    @torch.no_grad()
+    def even_out(self, shares: Float[Tensor, " modes"], pull: float) -> None:
+        """Make modes that had more than an equal share of a batch less attractive, and others more.
+
+        Modes whose images are easily met, of little ink say, otherwise take everything. As experts are balanced without a loss
+        of their own.  [Wang et al. 2024, "Auxiliary-loss-free load balancing"]
+        """
+        self.handicap += pull * (shares.to(self.handicap) * len(self.handicap) - 1)
 
 
 def mixed(

@@ -3,22 +3,14 @@
 `python -m triptych_gangealing.ledger RESULTS.json claims.toml` writes it there; `make docs` then renews the ledger's page.
 """
 
-import json
-import re
-import sys
-import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from triptych_common.claims import load_claims
-from triptych_common.run import write_text
+from triptych_common.claims import FOUND, run_record
 
 from triptych_gangealing import ablations
 from triptych_gangealing.targets import AT, Target, text
 
-FIELDS = ("verdict", "size", "interval", "command")
 AIMS = {  # ids of galleries, whose claims no number of the thesis measures, and the aims that stand for them
     "gangealing.fig-4.1": ("rotation_deg", "log_scale", "shift_px", "sharpness"),
     "gangealing.fig-4.3": ("pck", "purity"),
@@ -42,7 +34,7 @@ def claims(results: Mapping[str, Any], aims: list[Target]) -> dict[str, dict[str
         found[claim] = (verdict, "on coloured digits: " + " ".join(by_name[name].line for name in names))
     found[TABLE] = table(results["ablations"], results["ablation_images"])
     return {
-        claim: dict(zip(FIELDS, (verdict, results["size"], interval, command), strict=True))
+        claim: dict(zip(FOUND, (verdict, results["size"], interval, command), strict=True))
         for claim, (verdict, interval) in found.items()
     }
 
@@ -74,40 +66,5 @@ def table(rows: Mapping[str, Any], images: int) -> tuple[str, str]:
     )
 
 
-def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
-    """Write what was found into the ledger's rows; all else in the file stays as it is.
-
-    Raises ValueError for a claim that the ledger lacks, or what it would not take.
-    """
-    known = load_claims(ledger)
-    if missing := sorted(found.keys() - known.keys()):
-        raise ValueError(f"{ledger}: has no claim {missing[0]!r}; expected a ledger with {', '.join(found)}")
-    head, *blocks = ledger.read_text().split("[[claim]]\n")
-    for i, block in enumerate(blocks):
-        values = found.get(tomllib.loads(block)["id"])
-        for name in FIELDS if values else ():
-            replace(known[tomllib.loads(block)["id"]], **values)  # refuses what is no verdict
-            line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
-            block = re.sub(rf'^{name} = ".*"$', lambda _, line=line: line, block, flags=re.MULTILINE)
-        blocks[i] = block
-    write_text(ledger, "[[claim]]\n".join([head, *blocks]))
-
-
-def main(results: Path, ledger: Path) -> None:
-    """Raises ValueError for results that decide nothing."""
-    content = json.loads(results.read_text())
-    if content.get("chapter") != 4 or not content.get("claims") or content["size"] == "smoke":
-        raise ValueError(
-            f"{results}: decides no claim of chapter 4; expected results.json of reproduce, of size laptop or gpu"
-        )
-    record(ledger, content["claims"])
-    print(f"wrote {', '.join(content['claims'])} into {ledger}; now: make docs")
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m triptych_gangealing.ledger RESULTS.json claims.toml")
-    try:
-        main(*map(Path, sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_record(4, "triptych_gangealing.ledger")

@@ -128,7 +128,7 @@ class Objective:
             warp = transformer(side, iterations=config.iterations, with_flow=with_flow).warp
             warped = warp.sample(side.repeat_interleave(clusters, 0), size, padding=config.padding)
             found.append(self.distance(warped, targets).view(n, clusters))
-        best = torch.cat(found, 1).argmin(1)
+        best = (torch.cat(found, 1) * mode.handicap.exp().repeat(len(sides))).argmin(1)
         return Choice(best % clusters, best >= clusters)
 
     def loss(

@@ -82,7 +82,9 @@ def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     totals = accumulate(
         batch, objective.config.micro_batch, lambda counters: objective.loss(transformer, mode, counters, seen)
     )
-    totals["smallest_cluster"] = totals.pop("cluster_shares").min()
+    shares = state.among.sum(totals.pop("cluster_shares")) / state.among.world_size
+    mode.even_out(shares, objective.config.balance)
+    totals["smallest_cluster"], totals["largest_cluster"] = shares.min(), shares.max()
     _, finite = state.optimise()
     state.count(batch, totals, finite)
 

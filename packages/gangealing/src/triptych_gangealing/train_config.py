@@ -42,6 +42,8 @@ class AlignTrainConfig(CommonOptions):
     """modes, each with a transformer head of its own; images go to whichever fits"""
     assignment: Literal["whole", "similarity"] = "whole"
     """what decides on an image's cluster: the whole warp as in the thesis, or, faster, its similarity stage alone"""
+    balance: float = 0.0
+    """how fast clusters that take more than an equal share of a batch become less attractive; 0: never, as in the thesis"""
     flips: bool = False
     """try each image mirrored too"""
     cutoff: int = 5
@@ -98,7 +100,15 @@ class AlignTrainConfig(CommonOptions):
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in ("cutoff", "components", "psi_images", "constant_images", "tv_weight", "identity_weight"):
+        for name in (
+            "cutoff",
+            "components",
+            "psi_images",
+            "constant_images",
+            "tv_weight",
+            "identity_weight",
+            "balance",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
         if self.clusters > 1 and self.components == 0 and self.origin == "mean":
@@ -212,8 +222,7 @@ PRESETS["digits32-all"] = replace(
     generator="digits32",
     clusters=10,
     iterations=1,
-    components=16,
-    origin="mean",
+    balance=0.02,
     assignment="similarity",
     psi_images=3_000,
     total_images=12_000,
