@@ -42,7 +42,7 @@ def points(part):
     return Items(inputs, (inputs[:, 0] * inputs[:, 1] > 0).long())
 
 def slow(inputs, rng):
-    time.sleep(0.2)
+    time.sleep(0.5)
     return inputs
 
 TINY = SupervisedTask(name="tiny", network=network, data=points, epochs=3, batch_size=16)
