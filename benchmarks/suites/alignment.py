@@ -63,6 +63,18 @@ def sampling_by(sampler: Sampler) -> AbstractContextManager[object]:
     )
 
 
+def replaced(once: Callable[[], Tensor], sampler: Sampler | None) -> Callable[[], Tensor]:
+    """The same with another sampling; with the package's own where there is none."""
+    if sampler is None:
+        return once
+
+    def otherwise() -> Tensor:
+        with sampling_by(sampler):
+            return once()
+
+    return otherwise
+
+
 def transformer_of(config: SpatialTransformerConfig, seed: int) -> SpatialTransformer:
     """Of random weights, in the last layers too, which at the start of training are zero."""
     torch.manual_seed(seed)
@@ -91,14 +103,7 @@ def aligning(size: Size, sampler: Sampler | None = None) -> Callable[[int], Call
         def once() -> Tensor:
             return transformer(images).warp.sample(images, out, padding="border")
 
-        if sampler is None:
-            return once
-
-        def replaced() -> Tensor:
-            with sampling_by(sampler):
-                return once()
-
-        return replaced
+        return replaced(once, sampler)
 
     return prepare
 
@@ -135,14 +140,7 @@ def training(config: AlignTrainConfig, sampler: Sampler | None = None) -> Callab
                 step(objective, state, Batch(state.step, config.batch_size, counters))
             return state.model["transformer"].similarity.head.weight.detach().clone()
 
-        if sampler is None:
-            return once
-
-        def replaced() -> Tensor:
-            with sampling_by(sampler):
-                return once()
-
-        return replaced
+        return replaced(once, sampler)
 
     return prepare
 

@@ -23,6 +23,7 @@ from triptych_gangealing.simclr import (
     EncoderTrainConfig,
     contrast_maps,
     fit,
+    make_encoder,
     make_views,
     nt_xent,
     recoloured,
@@ -339,8 +340,9 @@ def test_after_training_colours_matter_less_than_place(tmp_path: Path) -> None:
         tmp_path, widths=(8, 16, 24, 32), pool_images=1000, batch_size=32, total_images=32 * 70, checkpoint_every=100, lr=0.005
     )  # fmt: skip
     pool = Digits32("train", copies=1, seed=3).batch(range(0, 4000, 4))
+    trained = make_encoder(config)
     with RunDirectory(config.out, {}) as directory:
-        trained = fit(config, directory, pool, Ranks(0, 1, torch.device("cpu")))
+        fit(config, directory, pool, Ranks(0, 1, torch.device("cpu")), trained)
     digits = Digits32("held_out", copies=1, seed=4)
     items = torch.arange(0, 1000, 10)
     jitters, colours = digits.jitters(items), digits.jitters((items + 1) % 1000)

@@ -153,6 +153,9 @@ def test_a_gallery_is_what_its_aims_say(met, verdict):
 def copied(tmp_path) -> Path:
     path = tmp_path / "claims.toml"
     path.write_text((ROOT / "claims.toml").read_text())
+    record(
+        path, {"gangealing.table-4.3": {"verdict": "refuted", "size": "laptop", "interval": "x", "command": "make y"}}
+    )
     return path
 
 
@@ -171,7 +174,8 @@ def test_a_verdict_enters_its_row_and_no_other(copied, tmp_path):
     assert after["gangealing.table-4.3"].interval == 'a "quoted" 0.5 [0.4, 0.6] \\ more'
     assert after["gangealing.table-4.3"].claim == before["gangealing.table-4.3"].claim
     assert len(new_text) == len(text)
-    assert sum(a != b for a, b in zip(text, new_text, strict=True)) == 4
+    changed = {old.split(" = ")[0] for old, new in zip(text, new_text, strict=True) if old != new}
+    assert changed == {"verdict", "interval", "command"}
     record_results(written(tmp_path), copied, 4)
     assert copied.read_text().splitlines() == new_text
 
@@ -236,9 +240,9 @@ def test_rows_on_digits_keep_every_proportion(tmp_path):
     for row in config.rows():
         short = config.ablation_config(row)
         share = short.total_images / whole.total_images
-        assert share == 0.25
+        assert 0.1 < share < 0.5
         for name in ("psi_images", "constant_images", "restart_images", "ema_half_life_images"):
-            assert getattr(short, name) == share * getattr(whole, name), name
+            assert abs(getattr(short, name) - share * getattr(whole, name)) <= 0.5, name
         folders.add(short.out.name)
     assert len(folders) == len(config.rows()) == len(ablations.FIRST) + len(ablations.LPIPS)
     assert config.ablation_config("LPIPS, complete").tv_weight == 2.5 * whole.tv_weight

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from triptych_common import checkpoint
 
+from triptych_gangealing.descriptor import Groups
 from triptych_gangealing.latents import Directions, Mode
 from triptych_gangealing.losses import total_variation
 from triptych_gangealing.spatial_transformer import (
@@ -56,7 +57,7 @@ class Aligner(nn.Module):
     """Brings images of any size, values in [-1, 1], into joint alignment."""
 
     def __init__(
-        self, transformer: SpatialTransformer, mode: Mode, classifier: ClusterClassifier | None = None
+        self, transformer: SpatialTransformer, mode: Mode, classifier: ClusterClassifier | Groups | None = None
     ) -> None:
         super().__init__()
         self.transformer, self.mode, self.classifier = transformer, mode, classifier
@@ -120,6 +121,7 @@ def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> Non
         "kind": _KIND,
         "config": asdict(aligner.config),
         "has_classifier": aligner.classifier is not None,
+        "groups": aligner.classifier.shape() if isinstance(aligner.classifier, Groups) else None,
         "facts": dict(facts),
     }
     checkpoint.write(path, aligner.state_dict(), state)
@@ -143,6 +145,8 @@ def load_aligner(path: str | Path) -> Aligner:
         tensors["mode.origins"][0], tensors["mode.components"], torch.ones(len(tensors["mode.components"]))
     )
     classifier = ClusterClassifier(config) if state["has_classifier"] else None
+    if state.get("groups") is not None:
+        classifier = Groups.from_shape(state["groups"])
     aligner = Aligner(SpatialTransformer(config), Mode(directions, config.heads), classifier)
     try:
         aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})

@@ -42,7 +42,8 @@ def starting_modes(objective: Objective, directions: Directions) -> dict[str, Te
     mean = directions.mean.repeat(config.clusters, 1)
     if config.clusters == 1 and config.origin == "mean":
         return {"origins": mean, "alpha": still}
-    chosen = _typical(objective) if config.origin == "sample" else _spread(objective)
+    typical = config.origin == "sample" or objective.groups is not None
+    chosen = _typical(objective) if typical else _spread(objective)
     w = torch.cat([objective.samples(range(item, item + 1), STREAM)[0] for item in chosen]).cpu().float()
     if config.origin == "sample":
         return {"origins": w, "alpha": still}
@@ -70,13 +71,27 @@ def _spread(objective: Objective) -> list[int]:
 
 
 def _typical(objective: Objective) -> list[int]:
-    """The samples nearest to the centres that k-means finds among their features; of one cluster, nearest to their mean."""
-    from sklearn.cluster import KMeans  # takes a second to import
+    """Of each part of the samples the one nearest to its mean, by their features.
 
+    Parts are those that k-means finds among the same features; with `assignment` "descriptor" the halves of groups that lie nearer
+    to their centres: the mean, and with it the sample, then has a pose in the middle of all poses.
+    """
     config = objective.config
     features = torch.cat([_flat(_features(objective, items)) for items in _portions(config.init_images)])
-    model = KMeans(config.clusters, n_init=10, random_state=config.seed).fit(features.numpy())
-    return torch.from_numpy(model.transform(features.numpy())).argmin(0).tolist()
+    if objective.groups is None:
+        from sklearn.cluster import KMeans  # takes a second to import
+
+        model = KMeans(config.clusters, n_init=10, random_state=config.seed).fit(features.numpy())
+        return torch.from_numpy(model.transform(features.numpy())).argmin(0).tolist()
+    images = (objective.samples(items, STREAM)[1].float() for items in _portions(config.init_images))
+    logits = torch.cat([objective.groups(part).cpu() for part in images])
+    cluster, chosen = logits.argmax(1), []
+    for k in range(config.clusters):
+        here = (cluster == k).nonzero()[:, 0]
+        here = here if len(here) else logits[:, k].argmax()[None]
+        here = here[logits[here, k].argsort(descending=True)[: -(-len(here) // 2)]]
+        chosen.append(int(here[(features[here] - features[here].mean(0)).square().sum(1).argmin()]))
+    return chosen
 
 
 def _flat(features: Features) -> Float[Tensor, "n values"]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from triptych_common import randomness
 from triptych_common.training import Batch
 
+from triptych_gangealing.descriptor import Groups
 from triptych_gangealing.latents import Mode, mixed
 from triptych_gangealing.losses import flow_identity, psi_schedule, total_variation
 from triptych_gangealing.perceptual import PerceptualDistance
@@ -53,6 +54,7 @@ class Objective:
                 f"pass --input-size {generator.config.resolution} or less"
             )
         self.config, self.generator, self.distance = config, generator, distance
+        self.groups: Groups | None = None  # with `assignment` "descriptor"; found where training starts
 
     @torch.no_grad()
     def samples(self, counters: Sequence[int], stream: str = "align") -> tuple[Float[Tensor, "n w"], Images]:
@@ -113,12 +115,16 @@ class Objective:
         """The cluster, and side, to which each image comes nearest: the minimum of equation 4.6, and what its gradient is of.
 
         Up to rounding, the distances are those of `terms` for every cluster in turn; what an image has in common with itself in
-        other clusters is computed once. With `assignment` "similarity" they are those without the flow.
+        other clusters is computed once. With `assignment` "similarity" they are those without the flow, with "descriptor" those of
+        the images' descriptions to the centres of groups.
         """
         n, clusters, config = len(images), self.config.clusters, self.config
         sides = (images, images.flip(3)) if config.flips else (images,)
         if clusters * len(sides) == 1:
             return Choice(*(torch.zeros(n, dtype=kind, device=images.device) for kind in (torch.long, torch.bool)))
+        if self.groups is not None:
+            cluster = self.groups(images.float()).argmax(1)
+            return Choice(cluster, torch.zeros_like(cluster, dtype=torch.bool))
         size = (config.input_size, config.input_size)
         centres = mode(torch.arange(clusters, device=images.device)).repeat(n, 1)
         again = [counter for counter in counters for _ in range(clusters)]

@@ -95,7 +95,8 @@ def _clusters(report: Report, results: dict[str, Any], gallery: Gallery) -> None
     ]  # fmt: skip
     report.table(
         ["method", "purity", "normalised mutual information", "largest cluster"], rows,
-        f"{results['clusters']['clusters']} clusters of held-out coloured digits, against the true digits; 95% intervals.",
+        f"{results['clusters']['clusters']} clusters of held-out coloured digits, against the true digits; 95% intervals. "
+        "Clusters were found in generated images, without a label; the settings, under config, say how.",
     )  # fmt: skip
     report.figures(
         (gallery.clusters, "A row a cluster: its average ink, then members, aligned. Nothing selected."), pixels=True

@@ -9,7 +9,8 @@ from typing import Any
 from triptych_common.cli import CommonOptions, say
 from triptych_common.images import from_uint8
 from triptych_common.progress import Stopwatch
-from triptych_common.run import RunDirectory, provenance, write_bytes, write_json
+from triptych_common.report import publish
+from triptych_common.run import RunDirectory, provenance, write_json
 from triptych_common.work import default_workers, on_gpu, run_all
 
 from triptych_gangealing import ablations
@@ -168,9 +169,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         results = assemble(config, scores, clusters, table, gallery, clock.seconds)
         write_json(run.path / "results.json", results)
         write_report(run.path / "report.html", config, results, gallery)
-    for name in ("report.html", "results.json"):
-        write_bytes(config.out / name, (config.folder / name).read_bytes())
-        say(f"wrote {config.out / name} (size {config.size})")
+    publish(config.folder, config.out, config.size)
     return results
 
 

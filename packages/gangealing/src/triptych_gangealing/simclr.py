@@ -8,7 +8,7 @@ forget where things lie, and take over the blindness to colours that the maps th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -245,21 +245,38 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
                     generator.to(among.device), range(config.pool_images), seed=config.seed,
                     truncation_psi=config.truncation_psi,
                 )  # fmt: skip
-                encoder = fit(config, directory, pool, among)
+                encoder = make_encoder(config)
+                fit(config, directory, pool, among, encoder)
                 write_encoder(config.out / ENCODER_FILE, encoder, {**origin, "trained": config.identity()})
     return read_encoder(config.out).encoder
 
 
-def fit(
-    config: EncoderTrainConfig, directory: RunDirectory, pool: UInt8[Tensor, "n 3 height width"], among: Ranks
-) -> Encoder:
-    """An encoder trained on views of the images of a pool, from wherever the run directory stands."""
+def make_encoder(config: EncoderTrainConfig) -> Encoder:
+    """As it is before training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source_of(config.seed, "simclr/init").initial_seed())
-        encoder = Encoder(config.encoder()).to(among.device, memory_format=torch.channels_last)
+        return Encoder(config.encoder())
+
+
+def fit(
+    config: EncoderTrainConfig,
+    directory: RunDirectory,
+    pool: UInt8[Tensor, "n 3 height width"],
+    among: Ranks,
+    network: nn.Module,
+    *,
+    views: Callable[[Images, EncoderTrainConfig, list[int]], Images] | None = None,
+    contrast: Callable[[nn.Module, Images, Images, float], tuple[Tensor, Tensor]] = contrast_maps,
+) -> None:
+    """Train a network on views of the images of a pool, from wherever the run directory stands; frozen in the end.
+
+    views: what makes them, by default `make_views`. contrast: its loss of two views, and the share of views found.
+    """
+    views = make_views if views is None else views
+    network.to(among.device, memory_format=torch.channels_last)
     state = TrainState(
-        encoder,
-        torch.optim.AdamW(encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
+        network,
+        torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
         among,
         ema_half_life=config.batch_size,  # unused: the learning rate ends at 0
         learning_rate=config.learning_rate,
@@ -272,9 +289,9 @@ def fit(
         for batch in plan:
             drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
             images = from_uint8(pool[drawn].to(among.device))
-            views = [make_views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
-            loss, found = contrast_maps(state.parallel_model, *views, config.temperature)
+            both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
+            loss, found = contrast(state.parallel_model, *both, config.temperature)
             loss.backward()
             state.update(batch, {"loss": loss, "found": found})
             progress.at(state.samples_seen)
-    return encoder.requires_grad_(False).eval()
+    network.requires_grad_(False).eval()

@@ -33,14 +33,14 @@ SIZES: dict[str, Size] = {
     "smoke": Size(
         _SMOKE_ENCODER,
         PRESETS["smoke"],
-        replace(PRESETS["smoke"], clusters=3, components=4),
+        replace(PRESETS["smoke"], clusters=3, assignment="descriptor", descriptor_images=64),
         ablation_images=16,
         pairs=8,
         images=12,
         cluster_images=40,
         shown=12,
     ),
-    "laptop": Size(_ENCODER, PRESETS["digits32"], PRESETS["digits32-all"], ablation_images=12_000, iterations=3),
+    "laptop": Size(_ENCODER, PRESETS["digits32"], PRESETS["digits32-all"], ablation_images=8_000, iterations=3),
     "gpu": Size(
         replace(_ENCODER, pool_images=50_000, total_images=512_000, batch_size=512),
         replace(
@@ -50,7 +50,7 @@ SIZES: dict[str, Size] = {
         replace(
             PRESETS["digits32-all"], channel_max=128, batch_size=256, total_images=2_000_000, psi_images=500_000,
             constant_images=1_000_000, restart_images=1_000_000, ema_half_life_images=20_000, pca_samples=1_000_000,
-            init_images=20_000, classifier_images=500_000,
+            init_images=20_000, descriptor_images=1_000_000,
         ),
         ablation_images=500_000,
         pairs=1_000,

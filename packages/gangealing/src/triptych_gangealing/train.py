@@ -17,6 +17,7 @@ from triptych_common.training import Batch, TrainState, is_due, steps
 
 from triptych_gangealing.aligner import FILE, Aligner, write_aligner
 from triptych_gangealing.clustering import start, train_classifier
+from triptych_gangealing.descriptor import open_groups
 from triptych_gangealing.latents import Mode, pca
 from triptych_gangealing.objective import Objective, accumulate
 from triptych_gangealing.perceptual import open_distance
@@ -45,8 +46,8 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
             optimise(objective, state, run)
             rows = [row for row in run.metrics() if "loss" in row]
         transformer, mode = state.ema["transformer"], state.ema["mode"]
-        classifier = None
-        if config.clusters > 1:
+        classifier = objective.groups
+        if config.clusters > 1 and classifier is None:
             # In a folder of this length of training: prolonged, the transformer has clusters of its own.
             folder = config.out / "classifier" / f"images-{state.samples_seen:09d}"
             classifier = train_classifier(objective, transformer, mode, folder, among)
@@ -99,6 +100,11 @@ def make_state(objective: Objective, among: Ranks, folder: Path) -> TrainState:
         pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     among.barrier()
     directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
+    if config.assignment == "descriptor" and config.clusters > 1:
+        objective.groups = open_groups(
+            generator, objective.distance.trunk, clusters=config.clusters, images=config.descriptor_images, seed=config.seed,
+            folder=folder, among=among,
+        )  # fmt: skip
     mode = Mode(directions, config.clusters)
     mode.begin(**start(objective, directions, among, folder))
     model = nn.ModuleDict({"transformer": transformer, "mode": mode}).to(among.device, config.dtype)

@@ -40,8 +40,11 @@ class AlignTrainConfig(CommonOptions):
     """times the similarity stage is applied in training"""
     clusters: int = 1
     """modes, each with a transformer head of its own; images go to whichever fits"""
-    assignment: Literal["whole", "similarity"] = "whole"
-    """what decides on an image's cluster: the whole warp as in the thesis, or, faster, its similarity stage alone"""
+    assignment: Literal["whole", "similarity", "descriptor"] = "whole"
+    """what decides on an image's cluster: the whole warp as in the thesis, or, faster, its similarity stage alone; or, of real
+    images too, a descriptor that knows no pose, trained beforehand from the encoder of simclr: for objects that lie every way up"""
+    descriptor_images: int = 64_000
+    """generated images to train that descriptor on, repeats counted"""
     balance: float = 0.0
     """how fast clusters that take more than an equal share of a batch become less attractive; 0: never, as in the thesis"""
     flips: bool = False
@@ -96,7 +99,7 @@ class AlignTrainConfig(CommonOptions):
         for name in (
             "clusters", "iterations", "total_images", "batch_size", "lr", "mode_lr", "restart_images", "pca_samples",
             "ema_half_life_images", "init_images", "classifier_images", "log_every", "checkpoint_every", "snapshot_every",
-            "channel_multiplier",
+            "channel_multiplier", "descriptor_images",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
@@ -118,6 +121,14 @@ class AlignTrainConfig(CommonOptions):
         if self.clusters > 1 and "similarity" not in self.transforms:
             raise ValueError(
                 f"clusters {self.clusters}, transforms {self.transforms}: the classifier starts from the similarity network"
+            )
+        if self.assignment == "descriptor" and not self.distance.startswith("simclr:"):
+            raise ValueError(
+                f"assignment descriptor, distance {self.distance}: it starts from an encoder; pass --distance simclr:PATH"
+            )
+        if self.assignment == "descriptor" and self.flips:
+            raise ValueError(
+                "assignment descriptor, flips: a descriptor does not tell an image from its mirror image; pass one"
             )
         if self.clusters > self.init_images:
             raise ValueError(f"init_images {self.init_images}: expected at least as many as clusters, {self.clusters}")
@@ -222,12 +233,11 @@ PRESETS["digits32-all"] = replace(
     generator="digits32",
     clusters=10,
     iterations=1,
-    balance=0.02,
-    assignment="similarity",
-    psi_images=3_000,
-    total_images=12_000,
-    constant_images=6_000,
-    restart_images=6_000,
+    assignment="descriptor",
+    psi_images=6_000,
+    total_images=24_000,
+    constant_images=12_000,
+    restart_images=12_000,
 )
 PRESETS["smoke"] = replace(
     PRESETS["digits32"],
