@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import randomness
 from triptych_common.data import ImageFolder
-from triptych_common.images import to_uint8, write_png
+from triptych_common.images import from_uint8, to_uint8, write_png
 from triptych_dit.autoencoder import scaled_sample
 from triptych_dit.latents import LatentCache, write_manifest, write_shard
 
@@ -70,7 +70,7 @@ def batches(
 
 def load_pictures(source: ImageFolder, indices: Tensor, flipped: Tensor, *_: Any) -> Tensor:
     images = torch.stack([source.read(index, SIDE) for index in indices.tolist()])
-    return torch.where(flipped[:, None, None, None], images.flip(-1), images).float() / 127.5 - 1
+    return from_uint8(torch.where(flipped[:, None, None, None], images.flip(-1), images))
 
 
 def load_moments(cache: LatentCache, indices: Tensor, flipped: Tensor, *_: Any) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triptych_common.run import write_text
+from triptych_common.cli import say
+from triptych_common.run import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,3 +94,10 @@ def figure_png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def publish(folder: Path, out: Path, size: str) -> None:
+    """A finished reproduction's report and results, from its folder to where the latest of any size lies."""
+    for name in ("report.html", "results.json"):
+        write_bytes(out / name, (folder / name).read_bytes())
+        say(f"wrote {out / name} (size {size})")

@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     bench.check()
     identity = {
         "model": bench.trained.facts.get("zoo"),
-        "weights": digest({name: value.cpu() for name, value in bench.trained.model.state_dict().items()})[:16],
+        "weights": digest(bench.trained.model.state_dict())[:16],
         "pairs_seen": bench.trained.facts.get("pairs_seen"),
         "validation": bench.trained.facts.get("validation"),
         "zoo": {"recipe": recipe_of(bench.zoo), "runs": bench.zoo.splits},

@@ -8,6 +8,7 @@ from typing import Any
 
 from triptych_common.cli import CommonOptions, say
 from triptych_common.progress import Stopwatch
+from triptych_common.report import publish
 from triptych_common.run import RunDirectory, provenance, write_bytes, write_json
 
 from triptych_gpt.evaluate import EvaluateConfig, evaluate
@@ -104,9 +105,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         results = assemble(config, example, clock.seconds)
         write_json(run.path / "results.json", results)
         write_report(run.path / "report.html", config, results)
-    for name in ("report.html", "results.json"):
-        write_bytes(config.out / name, (config.folder / name).read_bytes())
-        say(f"wrote {config.out / name} (size {config.size})")
+    publish(config.folder, config.out, config.size)
     return results
 
 

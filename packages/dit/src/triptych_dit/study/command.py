@@ -9,6 +9,7 @@ from typing import Any
 
 from triptych_common.cli import CommonOptions, say
 from triptych_common.progress import Stopwatch
+from triptych_common.report import publish
 from triptych_common.run import RunDirectory, provenance, write_bytes, write_json
 from triptych_common.work import default_workers, on_gpu, run_all
 
@@ -167,9 +168,7 @@ def study(config: StudyConfig) -> dict[str, Any]:
         results = assemble(config, bench, clock.seconds)
         write_json(run.path / "results.json", results)
         write_report(run.path / "report.html", config, results)
-    for name in ("report.html", "results.json"):
-        write_bytes(config.out / name, (config.folder / name).read_bytes())
-        say(f"wrote {config.out / name} (size {config.size})")
+    publish(config.folder, config.out, config.size)
     return results
 
 

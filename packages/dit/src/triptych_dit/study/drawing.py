@@ -46,12 +46,13 @@ def _figure(width: float = 7.2, columns: int = 1, height: float = 3.6) -> tuple[
 
 
 def _plain_ticks(axes: "Axes") -> None:
-    """1, 2 and 5 of every decade of logarithmic axes, as numbers."""
+    """1, 2 and 5 of every decade of logarithmic axes, as numbers; over many decades 1 alone, so that they have room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
         if scale == "log":
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
             axis.set_tick_params(labelsize=7)

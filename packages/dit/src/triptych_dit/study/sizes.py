@@ -66,6 +66,11 @@ class Size:
     side: int = 32  # of the images
     left_out: tuple[str, ...] = ()  # experiments that have no sense at this size
 
+    def __post_init__(self) -> None:
+        for name, images in (("base.total_images", self.base.total_images), ("main_images", self.main_images)):
+            if images % self.base.batch_size:
+                raise ValueError(f"{name} {images}: expected whole batches of {self.base.batch_size}, as stages are")
+
     def grid(self, everything: bool) -> dict[str, DiTConfig]:
         return self.models | self.more if everything else self.models
 
@@ -100,10 +105,11 @@ _WIDER = {"XL": (6, 112, 4)}
 _BASE = (
     replace(  # a constant rate, as in the thesis: a run that goes on is the longer run, so stages are runs of their own
         TRAIN_PRESETS["digits"],
-        total_images=48_000,
+        total_images=61_440,
         batch_size=64,
-        lr=2e-3,
+        lr=5e-3,
         lr_schedule="constant",
+        warmup_images=6_400,
         snapshots=(),
         checkpoint_every=250,
     )
@@ -114,7 +120,7 @@ _LAPTOP = Size(
     _grid(_LATENTS, _WIDTHS, (4, 2, 1)),
     _grid(_LATENTS, _WIDER, (4, 2, 1)),
     main="L/1",
-    main_images=120_000,
+    main_images=153_600,
     designs="B/2",
     unet="L/2",
     repeated=("S/4", "S/2", "B/4", "B/2"),
