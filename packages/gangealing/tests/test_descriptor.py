@@ -116,6 +116,13 @@ def test_views_are_functions_of_seed_and_index_and_move_things() -> None:
     place = (spread.sum((1, 2)) * torch.arange(32.0)).sum(1) / weight
     assert 1.0 < float(place.std()) < 4.0  # shifts of at most 4 pixels, times the scale
     assert float(weight.max() / weight.min()) > 2.5  # scales from 0.67 to 1.49
+    away = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")).flatten(1)
+    shares = spread[:, 0].flatten(1) / spread[:, 0].sum((1, 2))[:, None]
+    centred = away - (shares @ away.T)[:, :, None]
+    axes = torch.linalg.eigvalsh((shares[:, None] * centred) @ centred.mT).sqrt()
+    slender = axes[:, 1] / axes[:, 0]
+    # A bar of 12 by 4 pixels keeps its proportions however it is turned and scaled; sheared and stretched, it does not.
+    assert float(slender.quantile(0.9) / slender.quantile(0.1)) > 1.4
 
 
 def test_groups_are_those_of_k_means_and_are_kept(
@@ -200,8 +207,10 @@ def test_a_run_with_a_descriptor_and_the_same_on_two_ranks(given: list[str], tmp
     assert len(aligner.mode().unique(dim=0)) == 3
     both = run_torchrun(2, "triptych_gangealing.cli", "train", *TINY, *given, "--out", str(tmp_path / "two"))
     assert both.returncode == 0, both.stderr
-    kept = [checkpoint.content_sha256(tmp_path / run / descriptor.GROUPS) for run in ("one", "two")]
-    assert kept[0] == kept[1]
+    kept = [checkpoint.read(tmp_path / run / descriptor.GROUPS)[0] for run in ("one", "two")]
+    torch.testing.assert_close(
+        *kept, rtol=1e-4, atol=1e-5
+    )  # up to sums that other numbers of threads round differently
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """What an image shows, whatever its pose and colours: where clusters of objects, rather than of poses, start from.
 
 The perceptual distance must see poses, so what it finds alike before anything is aligned are like poses. A copy of its encoder is
-trained on to recognise samples in views that are turned, scaled, moved and recoloured, and k-means groups samples by what it then
-says of them. No label is used. Ours: the thesis starts from the perceptual distance, and its objects all stand upright.
+trained on to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and k-means groups samples by what
+it then says of them. No label is used. Ours: the thesis starts from the perceptual distance, and its objects all stand upright.
 """
 
 import math
@@ -28,8 +28,9 @@ from triptych_gangealing.stylegan2.snapshots import sample_images
 from triptych_gangealing.warp import Affine, Warp
 
 GROUPS = "groups.safetensors"
-BATCH, TEMPERATURE, POOL = 128, 0.1, 8_000
+BATCH, TEMPERATURE, POOL = 64, 0.2, 8_000
 MAX_ANGLE, MAX_LOG_SCALE, MAX_SHIFT = math.pi / 3, 0.4, 0.25  # of views; the shift in normalised units
+MAX_SHEAR, MAX_LOG_ASPECT = 0.5, 0.4  # x by so much of y; height over width
 HIDDEN, DIM = 128, 64
 AT_ONCE = 256
 
@@ -117,14 +118,23 @@ def _train(groups: Groups, generator: Generator, images: int, seed: int, folder:
 
 
 def posed_views(images: Images, config: EncoderTrainConfig, indices: list[int]) -> Images:
-    """Views of `make_views` of images that were turned, scaled and moved before; a function of (seed, index) too."""
+    """Views of `make_views` of images that were turned, scaled, sheared and moved before; a function of (seed, index) too.
+
+    Shear and aspect are what writing differs in besides pose: what ignores them groups by what is written.
+    """
 
     def draw(quantity: str) -> Float[Tensor, " n"]:
         return (randomness.uniform(config.seed, f"descriptor/{quantity}", indices) * 2 - 1).to(images)
 
     shift = MAX_SHIFT * torch.stack([draw("x"), draw("y")], dim=1)
     pose = Affine.similarity(MAX_ANGLE * draw("angle"), MAX_LOG_SCALE * draw("scale"), shift)
-    return make_views(Warp((pose,)).sample(images, padding="border"), config, indices)
+    wider, still = (MAX_LOG_ASPECT / 2 * draw("aspect")).exp(), torch.zeros_like(shift[:, 0])
+    rows = [
+        torch.stack([wider, wider * MAX_SHEAR * draw("shear"), still], 1),
+        torch.stack([still, 1 / wider, still], 1),
+    ]
+    warp = Warp((pose, Affine(torch.stack(rows, 1))))
+    return make_views(warp.sample(images, padding="border"), config, indices)
 
 
 def contrast(

@@ -211,7 +211,7 @@ def _scored(config: PckConfig) -> dict[str, Any]:
 def _clusters(config: ReproduceConfig, aligner: Aligner) -> dict[str, Any]:
     """Purity and mutual information of the clusters of held-out digits, and of k-means'."""
     n, heads = SIZES[config.size].cluster_images, aligner.config.heads
-    training = posed_digits(max(n, 2 * heads), config.seed, None, split="train")
+    training = posed_digits(4 * n, config.seed, None, split="train")
     held_out = posed_digits(n, config.seed + 1, None)
     ours = aligner.align(from_uint8(held_out.images)).cluster
     theirs = kmeans_clusters(training, held_out, heads, config.seed)

@@ -43,7 +43,7 @@ class AlignTrainConfig(CommonOptions):
     assignment: Literal["whole", "similarity", "descriptor"] = "whole"
     """what decides on an image's cluster: the whole warp as in the thesis, or, faster, its similarity stage alone; or, of real
     images too, a descriptor that knows no pose, trained beforehand from the encoder of simclr: for objects that lie every way up"""
-    descriptor_images: int = 64_000
+    descriptor_images: int = 128_000
     """generated images to train that descriptor on, repeats counted"""
     balance: float = 0.0
     """how fast clusters that take more than an equal share of a batch become less attractive; 0: never, as in the thesis"""
