@@ -51,12 +51,9 @@ def save_vae(folder: Path, seed: int = 0, scale: float = 0.5) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As torchrun gives each rank, so that bytes can be compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def as_ranks_do():
+    with testing.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from triptych_gangealing.pose import (
     Pose,
     mean_gradient,
     mode,
+    own_pose_errors,
     pose_errors,
     poses,
     residuals,
@@ -293,6 +294,24 @@ def test_pose_errors_average_and_bracket() -> None:
     assert errors.rotation_deg.value == pytest.approx(float(spread.mean()))
     half_width = (errors.rotation_deg.high - errors.rotation_deg.low) / 2
     assert half_width == pytest.approx(1.96 * float(spread.std()) / math.sqrt(200), rel=0.35)
+
+
+def test_what_writers_do_is_no_error_beside_a_digits_own_mode() -> None:
+    """Twenty digits five times each, aligned but for a lean of each digit's own, and ten that are seen once."""
+    _, jitters = items(110)
+    digit = torch.cat([torch.arange(100) % 20, torch.arange(20, 30)])
+    warp = undoing(jitters._replace(digit=digit), angle=digit * 0.05)
+    jitters = jitters._replace(digit=digit)
+    errors = own_pose_errors(jitters, warp)
+    assert errors is not None
+    assert errors.n == 100
+    assert errors.rotation_deg.value < 1e-4
+    assert pose_errors(jitters, warp).rotation_deg.value > 10
+    noise = 0.1 * torch.randn(110, generator=torch.Generator().manual_seed(0))
+    noisy = own_pose_errors(jitters, undoing(jitters, angle=digit * 0.05 + noise))
+    assert noisy is not None
+    assert 2.0 < noisy.rotation_deg.value < 5.0  # 4.6 beside the truth; beside modes of five less
+    assert own_pose_errors(Jitters(*(values[100:] for values in jitters)), warp.select(slice(100, 110))) is None
 
 
 def test_every_group_has_its_own_mode() -> None:

@@ -32,7 +32,7 @@ def near(value: float | int, margin: float = 0.01) -> dict[str, float]:
 
 def scored(pck: float, rotation: float | int, scale: float, shift: float | int, ratio: float) -> dict:
     pose = {"rotation_deg": near(rotation), "log_scale": near(scale), "shift_px": near(shift)}
-    return {"pck": {AT: near(pck)}, "pose": pose, "sharpness": {"ratio": near(ratio)}}
+    return {"pck": {AT: near(pck)}, "pose": pose, "own_pose": pose, "sharpness": {"ratio": near(ratio)}}
 
 
 def results_of(ours: dict, purity: float = 0.6, **further: object) -> dict:

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,19 @@ def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> 
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes as each rank of torchrun does, so that bytes can be compared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random_inception_weights(path: Path, seed: int = 0) -> Path:

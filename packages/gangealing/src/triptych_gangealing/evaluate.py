@@ -20,7 +20,7 @@ from triptych_gangealing.correspondence import between
 from triptych_gangealing.digits32 import Digits32, Jitters, render
 from triptych_gangealing.keypoints.synthetic import Pairs, pairs, white_on_black
 from triptych_gangealing.pck import PckTable, box_size, pck
-from triptych_gangealing.pose import PoseErrors, Sharpness, pose_errors, sharpness
+from triptych_gangealing.pose import PoseErrors, Sharpness, own_pose_errors, pose_errors, sharpness
 from triptych_gangealing.warp import Warp
 
 FITTED = 400  # training images that classical Congealing is fitted to
@@ -65,6 +65,7 @@ class Scores:
 
     pck: PckTable
     pose: PoseErrors
+    own_pose: PoseErrors | None  # beside each digit's own mode; without digits drawn several times there is none
     sharpness: Sharpness
 
 
@@ -85,9 +86,8 @@ def score(method: Method, several: Pairs, posed: Posed, seed: int = 0) -> Scores
     sizes = {"target box": box_size(several.target_boxes), "image": torch.full((len(several),), float(size[0]))}
     table = pck(found, several.target_points, several.valid, sizes, seed=seed)
     warp = method(posed.images)
-    return Scores(
-        table, pose_errors(posed.jitters, warp, seed=seed), sharpness(posed.digits, posed.jitters, warp, seed=seed)
-    )
+    across, own = (measure(posed.jitters, warp, seed=seed) for measure in (pose_errors, own_pose_errors))
+    return Scores(table, across, own, sharpness(posed.digits, posed.jitters, warp, seed=seed))
 
 
 def posed_digits(n: int, seed: int, digit: int | None, *, grey: bool = False, split: str = "held_out") -> Posed:
@@ -162,7 +162,11 @@ def summary(scores: Scores) -> str:
 
 def as_dict(scores: Scores) -> dict[str, Any]:
     """For JSON."""
-    pose = {field.name: getattr(scores.pose, field.name) for field in fields(scores.pose)}
-    plain = {name: value._asdict() if isinstance(value, Estimate) else value for name, value in pose.items()}
+
+    def plain(errors: PoseErrors) -> dict[str, Any]:
+        found = {field.name: getattr(errors, field.name) for field in fields(errors)}
+        return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in found.items()}
+
     sharp = scores.sharpness._asdict() | {"ratio": scores.sharpness.ratio._asdict()}
-    return {"pck": scores.pck.as_dict(), "pose": plain, "sharpness": sharp}
+    own = None if scores.own_pose is None else plain(scores.own_pose)
+    return {"pck": scores.pck.as_dict(), "pose": plain(scores.pose), "own_pose": own, "sharpness": sharp}

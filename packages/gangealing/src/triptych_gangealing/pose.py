@@ -128,6 +128,18 @@ def pose_errors(
     return PoseErrors(n, *scores)
 
 
+def own_pose_errors(jitters: Jitters, warp: Warp, *, repeats: int = 100, seed: int = 0) -> PoseErrors | None:
+    """`pose_errors` beside each digit's own mode, of digits that were drawn at least three times; None where there are none.
+
+    What writers do drops out, so that jitters alone are left. A mode of few views lies near each of them: all methods gain by that.
+    """
+    rows = (torch.bincount(jitters.digit)[jitters.digit] >= 3).nonzero().flatten()
+    if not len(rows):
+        return None
+    several = Jitters(*(values[rows] for values in jitters))
+    return pose_errors(several, warp.select(rows), several.digit, repeats=repeats, seed=seed)
+
+
 def wrapped(angle: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """Angles in -pi .. pi."""
     return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
