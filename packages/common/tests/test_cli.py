@@ -64,6 +64,15 @@ def test_flags_override_the_preset_wherever_it_stands(argv, capsys):
     assert "a line for people" in captured.err
 
 
+@pytest.mark.parametrize("seed", [0, 1, 4])
+def test_what_is_said_after_a_command_goes_to_stdout_again(seed, capsys):
+    """However a --json command ended: main may be called by a program that goes on."""
+    call("work", "--json", "--seed", str(seed))
+    capsys.readouterr()
+    say("a line after it")
+    assert capsys.readouterr() == ("a line after it\n", "")
+
+
 def test_dry_run_prints_and_does_nothing(capsys):
     assert call("work", "--dry-run", "--inner.depth", "7") == 0
     assert json.loads(capsys.readouterr().out) == {"lr": 0.1, "depth": 7}

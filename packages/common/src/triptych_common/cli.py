@@ -9,7 +9,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     try:
         command = commands[argv[0]][1]()
         config = parse(f"{prog} {argv[0]}", command, argv[1:])
-        return _run(command, config)
+        with _stdout_kept(config.json):
+            return _run(command, config)
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code, prefix="")
     except KeyboardInterrupt:
@@ -128,9 +129,18 @@ def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | No
     return rest, preset
 
 
-def _run(command: Command, config: CommonOptions) -> int:
+@contextlib.contextmanager
+def _stdout_kept(kept: bool) -> Iterator[None]:
+    """While a command runs that keeps stdout for its result, `say` writes to stderr."""
     global _to_stderr
-    _to_stderr = config.json
+    before, _to_stderr = _to_stderr, kept
+    try:
+        yield
+    finally:
+        _to_stderr = before
+
+
+def _run(command: Command, config: CommonOptions) -> int:
     if config.dry_run:
         result = config.resolved()
         if not config.json:
