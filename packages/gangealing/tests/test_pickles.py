@@ -332,6 +332,8 @@ def test_any_truncation_is_refused(tmp_path):
 def test_any_flipped_byte_is_read_or_refused(tmp_path):
     """Never another error, and nothing imported."""
     whole = write(tmp_path / "a.pkl", lambda nvidia: {"G": network(nvidia)}).read_bytes()
+    with contextlib.suppress(ValueError):
+        load_pickle(tmp_path / "a.pkl")  # what torch imports when it is first used
     path, before = tmp_path / "b.pkl", set(sys.modules)
     for at in range(2, len(whole), 41):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
