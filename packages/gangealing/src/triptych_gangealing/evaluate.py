@@ -84,7 +84,8 @@ def score(method: Method, several: Pairs, posed: Posed, seed: int = 0) -> Scores
     size = (several.source.shape[-1],) * 2
     found = between(source, target, several.source_points, size, size).points
     sizes = {"target box": box_size(several.target_boxes), "image": torch.full((len(several),), float(size[0]))}
-    table = pck(found, several.target_points, several.valid, sizes, seed=seed)
+    of_digit = several.source_jitters.digit
+    table = pck(found, several.target_points, several.valid, sizes, seed=seed, groups=of_digit)
     warp = method(posed.images)
     across, own = (measure(posed.jitters, warp, seed=seed) for measure in (pose_errors, own_pose_errors))
     return Scores(table, across, own, sharpness(posed.digits, posed.jitters, warp, seed=seed))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate, bootstrap
 
@@ -72,13 +72,14 @@ def pck(
     *,
     repeats: int = 200,
     seed: int = 0,
+    groups: Int[Tensor, " n"] | None = None,
 ) -> PckTable:
     """Score predicted points against true ones, both in the target's pixels.
 
     valid: which points count; a counted prediction that is not finite is a miss. sizes: what alpha is a share of, by name:
     {"target box": box_size(boxes), "image": longer sides}; every one is scored per point and per image. An image without
     valid points is in neither average. Intervals resample images, not points, since points of one image are right or
-    wrong together; `repeats` 0 for none.
+    wrong together, and whole groups of images where these are given, such as those of one object; `repeats` 0 for none.
     Raises ValueError for shapes that differ, no valid point, or an alpha or size that is not positive.
     """
     n, k = valid.shape
@@ -91,6 +92,7 @@ def pck(
     if not alphas or min(alphas) <= 0:
         raise ValueError(f"alphas {tuple(alphas)}: expected shares above 0, such as 0.1")
     counted = valid.any(1)
+    together = None if groups is None else groups[counted]
     distance = torch.linalg.vector_norm(predicted.double() - target.double(), dim=-1)
     scores = []
     for threshold, size in sizes.items():
@@ -101,7 +103,8 @@ def pck(
                 radius = alpha * size.double()
                 hits = (distance <= radius[:, None]) & valid  # never true of NaN
                 tally = torch.stack([hits.sum(1), valid.sum(1)], dim=1)[counted].double()
-                estimate = _bounded(bootstrap(_AVERAGES[average], tally, repeats=repeats, seed=seed), len(tally))
+                estimate = bootstrap(_AVERAGES[average], tally, repeats=repeats, seed=seed, groups=together)
+                estimate = _bounded(estimate, len(tally) if together is None else len(together.unique()))
                 scores.append(Score(threshold, average, float(alpha), float(radius[counted].mean()), estimate))
     return PckTable(int(counted.sum()), int(valid.sum()), tuple(scores))
 

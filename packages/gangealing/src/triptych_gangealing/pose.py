@@ -106,9 +106,9 @@ class PoseErrors:
 def pose_errors(
     jitters: Jitters, warp: Warp, groups: Int[Tensor, " n"] | None = None, *, repeats: int = 100, seed: int = 0
 ) -> PoseErrors:
-    """Errors of warps of images drawn with these jitters; intervals resample images, beside the mode of all of them.
+    """Errors of warps of images drawn with these jitters; intervals resample digits, each with all of its images.
 
-    (Medians minimise the mean distance from themselves, so that to first order a resample's own mode would change nothing.)
+    (The mode stays that of all: medians minimise the mean distance from themselves, so that to first order a resample's own mode would change nothing.)
     Digits themselves lean and differ in size by their writers' hands, which no jitter records: a perfect alignment of what is
     seen leaves some degrees. Raises ValueError for fewer than two images, or other than one warp an image.
     """
@@ -121,7 +121,8 @@ def pose_errors(
         return some.quantile(0.5)
 
     def estimate(score: Callable[[Tensor], Tensor], column: int) -> Estimate:
-        found = bootstrap(lambda some: float(score(some)), errors[:, column], repeats=repeats, seed=seed)
+        some = errors[:, column]
+        found = bootstrap(lambda part: float(score(part)), some, repeats=repeats, seed=seed, groups=jitters.digit)
         return found if found.low is None else found._replace(low=max(found.low, 0.0))
 
     scores = [estimate(score, column) for score in (torch.mean, median) for column in range(3)]
@@ -167,7 +168,8 @@ def sharpness(
 
     Both averages are of ink, white on black, whatever colours the warps were found by: half of all digits are darker than their
     ground, and their average in colour is grey mist however well they are aligned. Digits shown larger have longer outlines
-    on the canvas, so the ratio is to un-jittered digits drawn in the very pose that the aligned ones share.
+    on the canvas, so the ratio is to un-jittered digits drawn in the very pose that the aligned ones share. The interval
+    resamples digits.
     """
     drawn = render(digits, white_on_black(jitters))[:, :1].float() / 255
     aligned = warp.to(dtype=torch.float32).sample(drawn, padding="zeros")
@@ -186,5 +188,6 @@ def sharpness(
         ours, theirs = both.mean(0).split(1)
         return float(mean_gradient(ours) / mean_gradient(theirs))
 
-    ratio = bootstrap(gain, torch.cat([aligned, at_mode], dim=1), repeats=repeats, seed=seed)
+    both = torch.cat([aligned, at_mode], dim=1)
+    ratio = bootstrap(gain, both, repeats=repeats, seed=seed, groups=jitters.digit)
     return Sharpness(*(float(mean_gradient(stack.mean(0))) for stack in (aligned, at_mode, upright)), ratio)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from triptych_common.randomness import generator
@@ -28,12 +28,21 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"
 
 
-def bootstrap(score: Callable[..., float], *samples: Tensor, repeats: int = 100, seed: int = 0) -> Estimate:
+def bootstrap(
+    score: Callable[..., float],
+    *samples: Tensor,
+    repeats: int = 100,
+    seed: int = 0,
+    groups: Int[Tensor, " n"] | None = None,
+) -> Estimate:
     """`score(*samples)` with value +- 1.96 bootstrap standard deviations, each sample's rows resampled on their own.
 
     The interval is centred on the score, not taken from the resampled scores' percentiles: duplicates in a resample
     shift biased scores such as the Fréchet distance upward, while their spread errs, if at all, on the wide side. No
     repeats, no interval.
+
+    groups: of each row of the samples, which all have as many; rows of a group are drawn together, as several pictures of one
+    object must be, which resemble each other more than those of another.
 
     Raises ValueError for one repeat, which has no spread.
     """
@@ -43,10 +52,16 @@ def bootstrap(score: Callable[..., float], *samples: Tensor, repeats: int = 100,
     if repeats == 0:
         return Estimate(value)
     rng = generator(seed, "bootstrap")
-    scores = torch.tensor(
-        [score(*(s[torch.randint(len(s), (len(s),), generator=rng)] for s in samples)) for _ in range(repeats)],
-        dtype=torch.float64,
-    )
+    members = None if groups is None else [(groups == group).nonzero().flatten() for group in groups.unique()]
+
+    def resampled() -> list[Tensor]:
+        if members is None:
+            return [s[torch.randint(len(s), (len(s),), generator=rng)] for s in samples]
+        drawn = torch.randint(len(members), (len(members),), generator=rng).tolist()
+        rows = torch.cat([members[group] for group in drawn])
+        return [s[rows] for s in samples]
+
+    scores = torch.tensor([score(*resampled()) for _ in range(repeats)], dtype=torch.float64)
     margin = 1.96 * float(scores.std())
     return Estimate(value, value - margin, value + margin)
 
