@@ -6,11 +6,12 @@ proposed pairs decide. So results do not depend on block size or device, and cop
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SPARE = 4  # proposals beyond those needed: rivals that float32 may rank wrongly
 CHUNK = 4096
+EXACT = "donot_use_mm_for_euclid_dist"
 
 
 def nearest_distances(
@@ -36,6 +37,18 @@ def precision_recall(
     if not bool(torch.isfinite(real).all() and torch.isfinite(fake).all()):
         raise ValueError("features hold NaN or infinity; the images or the network that made them are broken")
     return _covered(fake, real, k, chunk), _covered(real, fake, k, chunk)
+
+
+def coverage(
+    points: Float[Tensor, "n dim"], by: Float[Tensor, "m dim"], *, k: int = 3
+) -> Bool[Tensor, "n m"]:
+    """Which balls of `by`, each reaching to its k-th nearest other, hold which points. For sets of thousands: n x m distances.
+
+    `precision_recall` asks whether any does.
+    """
+    radii = _squared_radii(by, by, k + 1, CHUNK)
+    rows = (torch.cdist(part, by.double(), compute_mode=EXACT).square() <= radii for part in points.double().split(CHUNK))
+    return torch.cat(list(rows))
 
 
 def _covered(points: Tensor, by: Tensor, k: int, chunk: int) -> Tensor:

@@ -44,7 +44,7 @@ class Bench:
     """A study's folder: where its models and samples lie, what they cost, what they score.
 
     grid: names of the models that are compared, with their shapes. data: what they are trained on; vae: where the autoencoder of
-    their latents lies, None for pixels.
+    their latents lies, None for pixels; decoder: another with the same encoder, to draw samples with.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class Bench:
         reference: Path | None,
         seed: int,
         device: str,
+        decoder: str | None = None,
     ) -> None:
         self.size, self.folder, self.data, self.vae, self.seed, self.device = size, folder, data, vae, seed, device
+        self.decoder = decoder or vae
         self.grid = size.grid(everything)
         if reference is None:
             self.scorer = StudyScorer(size.data, seed, size.repeats)
@@ -87,7 +89,7 @@ class Bench:
             **{field.name: getattr(draw.settings, field.name) for field in fields(SamplerSettings)},
             out=self.folder / "samples" / draw.folder,
             checkpoint=str(self.weights(draw.model, draw.images)),
-            vae=self.vae,
+            vae=self.decoder,
             num_samples=draw.n,
             seed=self.seed,
             device=self.device,
@@ -136,19 +138,28 @@ class Bench:
     def compare(
         self, better: Draw, worse: Draw, metric: str = FRECHET, *, seeds: bool = True, **about: Any
     ) -> Comparison:
-        """seeds: whether the two are different trainings, so that the noise of seeds counts."""
-        noise = {"noise": self.noise(metric)} if seeds else {}
+        """seeds: whether the two are different trainings, so that the noise of seeds counts, each side's at its own stage."""
+        noises = {"noises": tuple(self.noise(draw.images, metric) for draw in (better, worse))} if seeds else {}
         pair = ((draw.model.title, self.score(draw, metric)) for draw in (better, worse))
-        return compare(*pair, metric, **noise, **about)
+        return compare(*pair, metric, **noises, **about)
 
-    def noise(self, metric: str = FRECHET) -> SeedNoise:
-        pairs = [tuple(self.score(draw, metric) for draw in pair) for pair in self._seed_pairs]
+    def noise(self, images: int, metric: str = FRECHET) -> SeedNoise:
+        """Of training seeds after so many images, a stage's."""
+        pairs = [tuple(self.score(draw, metric) for draw in pair) for pair in self._seed_pairs[images]]
         return seed_noise(pairs, metric)
 
+    def noises(self) -> list[dict[str, Any]]:
+        """Of every stage, for a report."""
+        return [{"images": images, **self.noise(images)._asdict()} for images in self._seed_pairs]
+
     @cached_property
-    def _seed_pairs(self) -> list[tuple[Draw, Draw]]:
-        return [(self.draw(Model(name)), self.draw(Model(name, seed=1))) for name in self.size.repeated]
+    def _seed_pairs(self) -> dict[int, list[tuple[Draw, Draw]]]:
+        size = self.size
+        return {
+            size.count(stage): [(self.draw(Model(n), stage), self.draw(Model(n, seed=1), stage)) for n in size.repeated]
+            for stage in size.stages
+        }
 
     def repeated(self) -> Sequence[Draw]:
         """What the noise of seeds is measured on."""
-        return [draw for pair in self._seed_pairs for draw in pair]
+        return [draw for pairs in self._seed_pairs.values() for pair in pairs for draw in pair]

@@ -72,7 +72,7 @@ def draw_gallery(bench: Bench) -> Pictures:
     counts = [*config.snapshots, config.total_images]
     models = [load_model(bench.weights(main, count)) for count in counts]
     settings, labels = guided(bench).settings, torch.arange(10)
-    over_training = [sample_images(m, labels, settings, seed=bench.seed, vae=bench.vae) for m in models]
+    over_training = [sample_images(m, labels, settings, seed=bench.seed, vae=bench.decoder) for m in models]
     losses: dict[str, list[float]] = {}
     for name, split in (("train", "train"), ("held-out", "held_out")):
         examples = open_training_data(bench.data if split == "train" else _held_out(bench), config.model, split)
@@ -90,7 +90,7 @@ def draw_gallery(bench: Bench) -> Pictures:
         trained=models[-1],
         settings=settings,
         seed=bench.seed,
-        vae=bench.vae,
+        vae=bench.decoder,
     )
 
 

@@ -34,6 +34,8 @@ class Size:
     models: by name, "SIZE/PATCH"; more: those that --all adds. base: what all their training runs have in common.
     main: the model of the gallery, guidance and samplers, trained on `main_images` in all. stages: shares of
     `base.total_images` at which quality is measured. repeated: models trained with a second seed, for the noise of seeds.
+    Every model is wider than its patches hold values, as in the thesis: the noise it predicts could not pass through a
+    narrower one, whose samples then explode.
     """
 
     data: str
@@ -70,6 +72,9 @@ class Size:
         for name, images in (("base.total_images", self.base.total_images), ("main_images", self.main_images)):
             if images % self.base.batch_size:
                 raise ValueError(f"{name} {images}: expected whole batches of {self.base.batch_size}, as stages are")
+        for name, shape in self.grid(True).items():
+            if not _passes_noise(shape):
+                raise ValueError(f"{name}: {_values(shape)} values a patch, expected fewer than its width {shape.hidden_size}")
 
     def grid(self, everything: bool) -> dict[str, DiTConfig]:
         return self.models | self.more if everything else self.models
@@ -91,11 +96,22 @@ class Size:
 
 
 def _grid(base: DiTConfig, widths: dict[str, tuple[int, int, int]], patches: tuple[int, ...]) -> dict[str, DiTConfig]:
-    return {
+    """Every width with every patch whose noise it can pass on."""
+    shapes = {
         f"{name}/{patch}": replace(base, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
         for name, (depth, width, heads) in widths.items()
         for patch in patches
     }
+    return {name: shape for name, shape in shapes.items() if _passes_noise(shape)}
+
+
+def _values(shape: DiTConfig) -> int:
+    """Numbers of a patch."""
+    return shape.patch_size**2 * shape.in_channels
+
+
+def _passes_noise(shape: DiTConfig) -> bool:
+    return _values(shape) < shape.hidden_size
 
 
 _LATENTS = DiTConfig((8, 8), 4, num_classes=10)  # of 32 x 32 pixels: digits with a margin of two pixels on every side
@@ -123,20 +139,20 @@ _LAPTOP = Size(
     main_images=153_600,
     designs="B/2",
     unet="L/2",
-    repeated=("S/4", "S/2", "B/4", "B/2"),
+    repeated=("S/2", "S/1", "B/2", "L/4"),
     compute=("S/1", "B/1", "L/1"),
     autoencoder=replace(AUTOENCODER_PRESETS["digits"], total_images=9_600),
 )
 _SMOKE = replace(
     _LAPTOP,
     base=replace(_BASE, total_images=1_280, warmup_images=640, ema_half_life_images=640, log_every=5, checkpoint_every=10),
-    models=_grid(_LATENTS, {"S": (1, 16, 1), "B": (2, 32, 1)}, (4, 2)),
-    more=_grid(_LATENTS, {"S": (1, 16, 1), "B": (2, 32, 1)}, (1,)),
+    models=_grid(_LATENTS, {"S": (1, 24, 1), "B": (2, 32, 1)}, (2, 1)),
+    more=_grid(_LATENTS, {"L": (2, 80, 1)}, (4,)),
     main="B/2",
     main_images=6_400,
     designs="S/2",
     unet="B/2",
-    repeated=("S/4",),
+    repeated=("S/2",),
     compute=("S/2", "B/2"),
     autoencoder=AUTOENCODER_PRESETS["digits-smoke"],
     stages=(0.5, 1.0),
@@ -154,23 +170,26 @@ _SMOKE = replace(
 
 
 def _of_pixels(size: Size) -> Size:
-    """The same study of pixels: patches of four times the side, so as many tokens."""
+    """The same study of pixels: patches of four times the side, so as many tokens, of models wide enough for them."""
 
     def pixels(grid: dict[str, DiTConfig]) -> dict[str, DiTConfig]:
-        return {
+        shapes = {
             _coarser(name): replace(c, input_size=(32, 32), in_channels=1, patch_size=4 * c.patch_size)
             for name, c in grid.items()
         }
+        return {name: shape for name, shape in shapes.items() if _passes_noise(shape)}
 
+    models, more = pixels(size.models), pixels(size.more)
+    finest = list(dict.fromkeys(f"{name.split('/')[0]}/4" for name in models))
     return replace(
         size,
-        models=pixels(size.models),
-        more=pixels(size.more),
-        main=_coarser(size.main),
-        designs=_coarser(size.designs),
-        unet=_coarser(size.main),  # a smaller U-Net of 32 x 32 pixels would be hardly one
-        repeated=tuple(map(_coarser, size.repeated)),
-        compute=tuple(map(_coarser, size.compute)),
+        models=models,
+        more=more,
+        main=finest[-1],
+        designs=finest[-2],
+        unet=finest[-1],  # a smaller U-Net of 32 x 32 pixels would be hardly one
+        repeated=tuple(finest[:-1]),
+        compute=tuple(finest),
         autoencoder=None,
     )
 

@@ -19,12 +19,13 @@ class Score:
 
     replicates: the same metric of bootstrap resamples. Replicate r of two sets of equal size resamples the same sample
     numbers and the same real digits, so that differences are paired. deviation: one standard deviation where there are no
-    replicates.
+    replicates. trials: of a share, of how many; its interval then stays within 0..1, and never closes at either.
     """
 
     value: float
     replicates: tuple[float, ...] = ()
     deviation: float = 0.0
+    trials: int = 0
 
     @property
     def spread(self) -> float:
@@ -33,11 +34,16 @@ class Score:
 
     @property
     def estimate(self) -> Estimate:
-        return Estimate(self.value, self.value - 1.96 * self.spread, self.value + 1.96 * self.spread)
+        low, high = self.value - 1.96 * self.spread, self.value + 1.96 * self.spread
+        if self.trials:
+            unseen = 3 / self.trials if self.value in (0.0, 1.0) else 0.0  # rule of three
+            low, high = max(low - unseen, 0.0), min(high + unseen, 1.0)
+        return Estimate(self.value, low, high)
 
 
 class SeedNoise(NamedTuple):
-    """How much retraining with another seed moves a metric: one standard deviation, from so many pairs of runs."""
+    """How much retraining with another seed moves a metric after some number of images: one standard deviation, from so many
+    pairs of runs."""
 
     deviation: float
     pairs: int
@@ -65,10 +71,14 @@ class Comparison:
 
 
 def compare(
-    better: tuple[str, Score], worse: tuple[str, Score], metric: str, noise: SeedNoise = NO_SEEDS, **about: Any
+    better: tuple[str, Score],
+    worse: tuple[str, Score],
+    metric: str,
+    noises: tuple[SeedNoise, SeedNoise] = (NO_SEEDS, NO_SEEDS),
+    **about: Any,
 ) -> Comparison:
     """`better` and `worse` are names with scores. The interval, of 95%, holds the noise of sampling (paired where both have as
-    many replicates) and, where it is known, that of training seeds, by Student's t with as many degrees as pairs.
+    many replicates) and, where it is known, each side's of training seeds, by Student's t with as many degrees as pairs.
     """
     (name, a), (other, b) = better, worse
     logarithmic = metric in LOWER_IS_BETTER
@@ -81,7 +91,8 @@ def compare(
         sampled = _deviation([scales[0] * x + scales[1] * y for x, y in zip(a.replicates, b.replicates, strict=True)])
     else:
         sampled = math.hypot(scales[0] * a.spread, scales[1] * b.spread)
-    margin = student(noise.pairs) * math.sqrt(sampled**2 + 2 * noise.deviation**2)
+    pairs = min(noise.pairs for noise in noises)
+    margin = student(pairs) * math.sqrt(sampled**2 + sum(noise.deviation**2 for noise in noises))
     difference = Estimate(value, value - margin, value + margin)
     return Comparison(name, other, difference, sign_verdict(difference), about)
 
