@@ -20,7 +20,7 @@ from triptych_common.metrics.distances import (
 )
 from triptych_common.metrics.inception import Inception, load_inception
 from triptych_common.metrics.instruments import Instrument, load_instrument
-from triptych_common.metrics.neighbours import nearest_distances, precision_recall
+from triptych_common.metrics.neighbours import coverage, nearest_distances, precision_recall
 from triptych_common.metrics.npz import NpzImages
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "adm_scores",
     "bootstrap",
     "bootstrap_rate",
+    "coverage",
     "fit_gaussian",
     "frechet_distance",
     "frechet_influence",
