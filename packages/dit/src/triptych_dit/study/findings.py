@@ -23,6 +23,13 @@ def measured(results: Mapping[str, Result]) -> dict[str, str]:
     words: dict[str, str] = {}
     if "block-designs" in results:
         words["dit.fig-2.5"] = _designs(results["block-designs"])
+    if "gallery" in results:
+        words["dit.fig-2.1"] = f"Drawn, nothing selected. {_gallery(results['gallery'])}"
+    if "visual-scaling" in results:
+        words["dit.fig-2.7"] = "Drawn, with one noise and class through every model; Figure 2.8 is the measured form."
+    if "guidance" in results:
+        table = next(iter(results["guidance"]["verdicts"]))
+        words[table] = _guidance(results["guidance"]) + _of_photographs(results["guidance"])
     if "compute" in results:
         words["dit.fig-2.11"] = _compute(results["compute"])
     if "scaling" in results:
@@ -30,7 +37,7 @@ def measured(results: Mapping[str, Result]) -> dict[str, str]:
         words["dit.fig-2.6"] = f"At each of {len(_stages(scaling))} stages: {counted(scaling['comparisons'])}."
         words["dit.fig-2.8"] = _correlations(scaling, ["frechet"]) + _similar(scaling)
         words["dit.fig-2.9"] = _correlations(scaling, list(METRICS))
-        words["dit.fig-2.10"] = f"At equal training compute, larger against smaller: {counted(scaling['budgets'])}."
+        words["dit.fig-2.10"] = f"At no more training compute, larger against smaller: {counted(scaling['budgets'])}."
         if "unet" in results:
             words["dit.fig-2.2"] = f"Left: {_final(scaling)} Right: {_unet(results['unet'])}"
     return words
@@ -98,10 +105,11 @@ def _final(result: Result) -> str:
 
 def _scaling(result: Result) -> str:
     noise = result["noise"]
+    moved = ", ".join(f"{100 * math.expm1(stage['deviation']):.0f}%" for stage in noise)
     seeds = (
-        f" Another training seed moves a distance by {100 * math.expm1(noise['deviation']):.0f}% (one deviation, from "
-        f"{noise['pairs']} small models); all intervals include that."
-        if noise["pairs"]
+        f" Another training seed moves a distance by {moved} at the {len(noise)} stages (one deviation, from {noise[0]['pairs']} "
+        "models trained twice); comparisons of models include that."
+        if noise[0]["pairs"]
         else " The noise of training seeds is in no interval."
     )
     return f"{_final(result)} {_correlations(result, ['frechet'])}{_similar(result)}{seeds}"
@@ -148,8 +156,31 @@ def _guidance(result: Result) -> str:
     return (
         f"Guidance {scale:g} on one trained model, as in the thesis's Table 2.2: lowers the Fréchet distance: "
         f"{words[told['frechet']['verdict']]}; raises precision: {words[told['precision']['verdict']]}; costs recall: "
-        f"{words[told['recall']['verdict']]}; raises the digit score: {words[told['digit_score']['verdict']]}."
+        f"{words[told['recall']['verdict']]}; raises the digit score: {words[told['digit_score']['verdict']]}.{_fewer(result)}"
     )
+
+
+def _fewer(result: Result) -> str:
+    """Guidance on all channels but one against on all."""
+    if not result["fewer"]:
+        return ""
+    words = {HOLDS: "lower", FAILS: "higher", UNCLEAR: "not told apart"}
+    told = ", ".join(
+        f"at {c['about']['scale']:g} {words[c['verdict']]} ({factor(_negated(c['difference']))})"
+        for c in result["fewer"]
+    )
+    fewer = next(row["channels"] for row in result["rows"] if row["channels"] != "all")
+    return f" On {fewer} of {result['channels']} channels instead of all the Fréchet distance is {told}."
+
+
+def _negated(difference: Mapping[str, float]) -> dict[str, float]:
+    return {"value": -difference["value"], "low": -difference["high"], "high": -difference["low"]}
+
+
+def _of_photographs(result: Result) -> str:
+    if result["side"] in (256, 512):
+        return f" That it is ahead of the other models of the table, as published, {next(iter(result['verdicts'].values()))}."
+    return " The table compares models of ImageNet, which no digit decides."
 
 
 def _unet(result: Result) -> str:
@@ -162,13 +193,25 @@ def _unet(result: Result) -> str:
 
 def _samplers(result: Result) -> str:
     best = min(result["rows"], key=lambda row: row["frechet"]["value"])
-    fewest = min(row["steps"] for row in result["rows"])
-    first = min((row for row in result["rows"] if row["steps"] == fewest), key=lambda row: row["frechet"]["value"])
+    told = {}
+    for c in result["comparisons"]:
+        better, worse = c["about"]["pair"]
+        sampler, other = better.split(",")[0], worse.split(",")[0]
+        kind = "more steps are better" if sampler == other else f"in few steps others are better than {other}"
+        told.setdefault((kind, c["about"]["of"]), []).append(c)
+    parts = [
+        f"{kind}, by {metric.replace('frechet', 'Fréchet distance')}: {_tally(each)}"
+        for (kind, metric), each in told.items()
+    ]
     return (
-        f"Samplers: lowest Fréchet distance by {best['sampler']} in {best['steps']} steps, {shown(best['frechet'])}; in "
-        f"{fewest} steps by {first['sampler']}, {shown(first['frechet'])}. The lowest of {len(result['rows'])} is chosen after "
-        "the fact."
+        f"Samplers: {'; '.join(parts)}. Lowest of {len(result['rows'])} Fréchet distances, chosen after the fact: "
+        f"{best['sampler']} in {best['steps']} steps, {shown(best['frechet'])}."
     )
+
+
+def _tally(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    found = Counter(c["verdict"] for c in comparisons)
+    return f"{found[HOLDS]} of {len(comparisons)} hold, {found[FAILS]} reversed"
 
 
 def _stages(result: Result) -> set[int]:

@@ -9,9 +9,9 @@ from typing import Any
 from triptych_common.claims import FOUND, run_record
 
 from triptych_dit.study.findings import measured
-from triptych_dit.study.statistics import FAILS, HOLDS, UNCLEAR, overall
+from triptych_dit.study.statistics import FAILS, HOLDS, SHOWN, UNCLEAR, overall
 
-IN_THE_LEDGER = {HOLDS: "confirmed", FAILS: "refuted", UNCLEAR: "undecided"}
+IN_THE_LEDGER = {HOLDS: "confirmed", FAILS: "refuted", UNCLEAR: "undecided", SHOWN: "undecided"}
 
 
 def verdicts(experiments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

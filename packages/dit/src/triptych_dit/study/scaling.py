@@ -10,7 +10,7 @@ from triptych_common.images import image_grid, png_bytes
 from triptych_common.run import write_bytes
 
 from triptych_dit.flops import gflops
-from triptych_dit.samples_file import read_npz
+from triptych_dit.samples_file import read_batches
 from triptych_dit.study.bench import Bench, Draw
 from triptych_dit.study.scoring import METRICS
 from triptych_dit.study.sizes import Model
@@ -18,6 +18,7 @@ from triptych_dit.study.statistics import (
     FAILS,
     HOLDS,
     LOWER_IS_BETTER,
+    SHOWN,
     UNCLEAR,
     correlation,
     overall,
@@ -25,7 +26,7 @@ from triptych_dit.study.statistics import (
 )
 
 SIMILAR = 1.5  # GFLOPs, and Fréchet distances, within this factor are called similar
-SHOWN = 10  # samples of each model in the picture
+FIRST = 10  # samples of each model in the picture
 
 
 def needs_scaling(bench: Bench) -> list[Draw]:
@@ -34,16 +35,15 @@ def needs_scaling(bench: Bench) -> list[Draw]:
 
 
 def neighbours(bench: Bench) -> Iterator[tuple[str, str, str]]:
-    """(what grows, larger, smaller): models that are next to each other in size or patch."""
+    """(what grows, larger, smaller): models of the grid that are next to each other in size or patch."""
     widths, patches = (list(dict.fromkeys(name.split("/")[i] for name in bench.grid)) for i in (0, 1))
     widths.sort(key=lambda width: max(gflops(c) for n, c in bench.grid.items() if n.startswith(f"{width}/")))
     patches.sort(key=int, reverse=True)
-    for patch in patches:
-        for small, large in pairwise(widths):
-            yield "model size", f"{large}/{patch}", f"{small}/{patch}"
-    for width in widths:
-        for coarse, fine in pairwise(patches):
-            yield "tokens", f"{width}/{fine}", f"{width}/{coarse}"
+    rows = [("model size", [f"{width}/{patch}" for width in widths]) for patch in patches]
+    rows += [("tokens", [f"{width}/{patch}" for patch in patches]) for width in widths]
+    for grows, names in rows:
+        for smaller, larger in pairwise(name for name in names if name in bench.grid):
+            yield grows, larger, smaller
 
 
 def scaling(bench: Bench) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def scaling(bench: Bench) -> dict[str, Any]:
         "correlations": correlations,
         "similar": similar,
         "budgets": budgets,
-        "noise": bench.noise()._asdict(),
+        "noise": bench.noises(),
         "verdicts": {
             "dit.fig-2.2": overall(c.verdict for c in final),
             "dit.fig-2.6": overall(c.verdict for c in comparisons),
@@ -161,7 +161,10 @@ def needs_visual_scaling(bench: Bench) -> list[Draw]:
 def visual_scaling(bench: Bench) -> dict[str, Any]:
     """Figure 2.7: a row a model, cheapest first; a column has one class, starting noise and sampling noise."""
     names = sorted(bench.grid, key=lambda name: gflops(bench.grid[name]))
-    images = torch.cat([read_npz(bench.samples(bench.draw(Model(name))))[0][:SHOWN] for name in names])
+    images = torch.cat([next(read_batches(bench.samples(bench.draw(Model(name))), FIRST)) for name in names])
     path = bench.folder / "figures" / "visual-scaling.png"
-    write_bytes(path, png_bytes(image_grid(images, columns=SHOWN), scale=2))
-    return {"models": [{"model": name, "gflops": gflops(bench.grid[name])} for name in names], "verdicts": {}}
+    write_bytes(path, png_bytes(image_grid(images, columns=FIRST), scale=2))
+    return {
+        "models": [{"model": name, "gflops": gflops(bench.grid[name])} for name in names],
+        "verdicts": {"dit.fig-2.7": SHOWN},
+    }

@@ -84,7 +84,13 @@ class StudyScorer:
         Raises what reading the file raises.
         """
         kept = samples.with_name("scores.json")
-        asked = {"version": VERSION, "dataset": self.dataset, "seed": self.seed, "repeats": self.repeats, "metrics": [*METRICS, "accuracy"]}
+        asked = {
+            "version": VERSION,
+            "dataset": self.dataset,
+            "seed": self.seed,
+            "repeats": self.repeats,
+            "metrics": [*METRICS, "accuracy"],
+        }
         if kept.exists() and (known := _read(kept))["asked"] == asked:
             return known["scores"]
         images, labels = read_npz(samples)

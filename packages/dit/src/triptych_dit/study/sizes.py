@@ -74,7 +74,9 @@ class Size:
                 raise ValueError(f"{name} {images}: expected whole batches of {self.base.batch_size}, as stages are")
         for name, shape in self.grid(True).items():
             if not _passes_noise(shape):
-                raise ValueError(f"{name}: {_values(shape)} values a patch, expected fewer than its width {shape.hidden_size}")
+                raise ValueError(
+                    f"{name}: {_values(shape)} values a patch, expected fewer than its width {shape.hidden_size}"
+                )
 
     def grid(self, everything: bool) -> dict[str, DiTConfig]:
         return self.models | self.more if everything else self.models

@@ -9,6 +9,7 @@ import torch
 from triptych_common.metrics import Estimate
 
 HOLDS, FAILS, UNCLEAR = "holds at this size", "does not hold at this size", "cannot be told apart from noise"
+SHOWN = "nothing measured here decides it"
 STRONG = 0.5  # a correlation beyond this is called strong
 LOWER_IS_BETTER = ("frechet", "spatial_frechet")
 
@@ -105,9 +106,9 @@ def sign_verdict(difference: Estimate) -> str:
 def overall(verdicts: Iterable[str]) -> str:
     """Of a claim that consists of several: it holds where all do, and does not where any does not."""
     found = list(verdicts)
-    if not found:
-        return UNCLEAR
-    return FAILS if FAILS in found else HOLDS if set(found) == {HOLDS} else UNCLEAR
+    if len(set(found)) == 1:
+        return found[0]
+    return FAILS if FAILS in found else UNCLEAR
 
 
 def seed_noise(pairs: Sequence[tuple[Score, Score]], metric: str) -> SeedNoise:
