@@ -20,6 +20,7 @@ from triptych_common.metrics import (
     adm_scores,
     bootstrap,
     bootstrap_rate,
+    coverage,
     fit_gaussian,
     frechet_distance,
     frechet_influence,
@@ -367,6 +368,8 @@ def test_precision_and_recall_equal_brute_force_even_far_from_the_origin(offset)
     assert recall.tolist() == brute_force(real, fake, 3)
     assert 0 < precision.mean() < 1
     assert 0 < recall.mean() < 1
+    assert torch.equal(coverage(fake, real, k=3).any(1), precision.bool())
+    assert torch.equal(coverage(real, fake, k=3).any(1), recall.bool())
 
 
 def test_the_float32_product_alone_would_err_far_from_the_origin():

@@ -1,6 +1,7 @@
 """The study's parts: statistics, the matched U-Net, scores, the ledger, what is asked for."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ from triptych_common import data, testing
 from triptych_common.claims import FOUND, load_claims, record
 from triptych_common.metrics import frechet_distance
 from triptych_dit import cli, gflops
-from triptych_dit.study import statistics
+from triptych_dit.study import experiments, statistics
 from triptych_dit.study.command import StudyConfig
 from triptych_dit.study.digits import padded_digits, without_margin
 from triptych_dit.study.experiments import EXPERIMENTS
 from triptych_dit.study.ledger import verdicts
 from triptych_dit.study.scoring import METRICS, StudyScorer, score_of
 from triptych_dit.study.sizes import SIZES, Model
-from triptych_dit.study.statistics import FAILS, HOLDS, UNCLEAR, Score, SeedNoise, compare
+from triptych_dit.study.statistics import FAILS, HOLDS, SHOWN, UNCLEAR, Score, SeedNoise, compare
 from triptych_dit.study.unet import UNet, matched, unet_gflops
 from triptych_dit.training_data import open_training_data
 
@@ -100,15 +101,25 @@ def test_the_noise_of_seeds_can_take_a_verdict_back():
     logs = [math.log(10 / 14), math.log(20 / 15)]
     assert noise == pytest.approx((math.sqrt(sum(x**2 / 2 for x in logs) / 2), 2))
     assert compare(("a", a), ("b", b), "frechet").verdict == HOLDS
-    with_seeds = compare(("a", a), ("b", b), "frechet", noise)
+    with_seeds = compare(("a", a), ("b", b), "frechet", (noise, noise))
     assert with_seeds.verdict == UNCLEAR
     margin = stats.t.ppf(0.975, 2) * noise.deviation * math.sqrt(2)
     assert with_seeds.difference.high - with_seeds.difference.value == pytest.approx(margin, rel=0.01)
+    at_other_stages = compare(("a", a), ("b", b), "frechet", (SeedNoise(0.3, 2), SeedNoise(0.4, 2))).difference
+    assert at_other_stages.high - at_other_stages.value == pytest.approx(stats.t.ppf(0.975, 2) * 0.5, rel=0.01)
+
+
+def test_the_interval_of_a_share_stays_a_share_and_never_closes():
+    assert Score(0.99, deviation=0.02, trials=100).estimate.high == 1.0
+    assert Score(0.01, deviation=0.02, trials=100).estimate.low == 0.0
+    assert Score(0.0, (0.0, 0.0), trials=100).estimate == (0.0, 0.0, 0.03)
+    assert Score(1.0, (1.0, 1.0), trials=100).estimate == pytest.approx((1.0, 0.97, 1.0))
+    assert Score(0.01, deviation=0.02).estimate.low < 0
 
 
 def test_rates_compare_as_they_are():
     found = compare(
-        ("a", Score(0.8, deviation=0.01)), ("b", Score(0.7, deviation=0.02)), "precision", SeedNoise(0.0, 0)
+        ("a", Score(0.8, deviation=0.01)), ("b", Score(0.7, deviation=0.02)), "precision", (SeedNoise(0.0, 0),) * 2
     )
     assert found.difference.value == pytest.approx(0.1)
     assert found.difference.high - found.difference.value == pytest.approx(1.96 * math.hypot(0.01, 0.02))
@@ -116,7 +127,14 @@ def test_rates_compare_as_they_are():
 
 @pytest.mark.parametrize(
     ("parts", "whole"),
-    [([], UNCLEAR), ([HOLDS, HOLDS], HOLDS), ([HOLDS, UNCLEAR], UNCLEAR), ([HOLDS, UNCLEAR, FAILS], FAILS)],
+    [
+        ([], UNCLEAR),
+        ([HOLDS, HOLDS], HOLDS),
+        ([HOLDS, UNCLEAR], UNCLEAR),
+        ([HOLDS, UNCLEAR, FAILS], FAILS),
+        ([SHOWN], SHOWN),
+        ([HOLDS, SHOWN], UNCLEAR),
+    ],
 )
 def test_a_claim_of_parts(parts, whole):
     assert statistics.overall(parts) == whole
@@ -152,7 +170,7 @@ def test_the_unets_cost_is_that_of_its_products():
 def test_digits_get_a_margin_and_lose_it_again(tmp_path):
     folder = padded_digits(tmp_path / "digits32", "mnist5k")
     held_out = data.load("mnist5k", "held_out")
-    read = open_training_data(str(folder), SIZES["smoke-pixels"].models["S/16"], "held_out")
+    read = open_training_data(str(folder), SIZES["smoke-pixels"].models["S/4"], "held_out")
     assert read.shape == (1, 32, 32)
     assert read.labels.bincount().tolist() == [100] * 10
     assert torch.equal(without_margin(read.dataset.images), held_out.images[held_out.labels.argsort(stable=True)])
@@ -170,11 +188,59 @@ def test_scores_pair_and_real_digits_score_well():
     assert real["accuracy"]["value"] > 0.97
     assert 8 < real["digit_score"]["value"] <= 10
     assert real["frechet"]["value"] < noised["frechet"]["value"]
-    rows, _ = scorer._rows(2, 200, 1000)
+    rows, _ = scorer._rows(200, 1000)
     right = scorer.digits.classifier(images).argmax(1) == labels
-    assert real["accuracy"]["replicates"][2] == pytest.approx(float(right[rows].float().mean()))
+    assert real["accuracy"]["replicates"][2] == pytest.approx(float(right[rows[2]].float().mean()))
     assert set(real) == {*METRICS, "accuracy", "n"}
     assert len(score_of(real, "recall").replicates) == 4
+
+
+def test_replicates_spread_as_scores_of_fresh_samples_do():
+    """Ten sets of 400 digits that share none; replicates hold the noise of the real digits besides, so they may spread more."""
+    scorer = StudyScorer("mnist5k", seed=0, repeats=60)
+    train = scorer.digits.train
+    parts = torch.randperm(4000, generator=torch.Generator().manual_seed(0)).split(400)
+    scores = [scorer.score(train.images[part], train.labels[part]) for part in parts]
+    for metric in ("frechet", "spatial_frechet", "precision", "recall"):
+        found = [score_of(each, metric) for each in scores]
+        actual = float(torch.tensor([score.value for score in found]).std())
+        spread = sum(score.spread for score in found) / len(found)
+        assert 0.7 < spread / actual < 2.6, metric
+
+
+def test_no_model_is_narrower_than_its_patches():
+    """The thesis's smallest has 256 values a patch for a width of 384."""
+    size = SIZES["laptop"]
+    assert {"L/4", "L/2", "L/1", "S/2", "S/1"} < size.models.keys()
+    assert "S/4" not in size.models
+    narrow = replace(size.models["S/2"], patch_size=4)
+    with pytest.raises(ValueError, match="S/4: 64 values a patch, expected fewer than its width 32"):
+        replace(size, models={**size.models, "S/4": narrow})
+    for each in SIZES.values():
+        for shape in each.grid(True).values():
+            assert shape.hidden_size > shape.patch_size**2 * shape.in_channels
+
+
+@pytest.mark.parametrize(
+    ("fid", "inception", "verdict"),
+    [((2.1, 2.25), (270, 280), HOLDS), ((2.1, 2.4), (270, 280), UNCLEAR), ((2.1, 2.25), (240, 260), FAILS)],
+)
+def test_table_2_2_is_decided_by_the_best_of_its_other_models(fid, inception, verdict):
+    """2.30 of StyleGAN-XL, 267.75 of its Inception Scores."""
+
+    def score(metric):
+        low, high = {"frechet": fid, "digit_score": inception}[metric]
+        return Score((low + high) / 2, deviation=(high - low) / 2 / 1.96)
+
+    assert experiments.against_rivals(256, score) == verdict
+    assert experiments.against_rivals(32, score) == SHOWN
+
+
+def test_the_papers_headline_is_guided_on_three_channels():
+    bench = StudyConfig(size="paper").bench()
+    guided = [draw for draw in EXPERIMENTS["guidance"].needs(bench) if draw.settings.guidance_scale == 1.5]
+    on = {(draw.images, draw.settings.guidance_channels) for draw in guided}
+    assert on == {(7_000_000 * 256, "all"), (7_000_000 * 256, 3), (2_350_000 * 256, 3)}
 
 
 def test_the_ledger_takes_verdicts_and_keeps_all_else(tmp_path):

@@ -45,7 +45,7 @@ def kill_when(out: Path, there: Callable[[], bool]) -> None:
 def test_one_experiment_reports_on_itself_alone(whole):
     results = json.loads((whole / "results.json").read_text())
     assert results["experiments"].keys() == {"unet"}
-    assert {path.name for path in (whole / "smoke/models").iterdir()} == {"B-2", "U-Net-like-B-2", "S-4", "S-4-seed-+1"}
+    assert {path.name for path in (whole / "smoke/models").iterdir()} == {"B-2", "U-Net-like-B-2", "S-2", "S-2-seed-+1"}
     assert results["verdicts"] == {}  # the other half of Figure 2.2 has not run
     page = (whole / "report.html").read_text()
     assert "Against a U-Net" in page

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from triptych_common.metrics import Estimate
@@ -17,7 +18,7 @@ from triptych_dit.study.scaling import (
     visual_scaling,
 )
 from triptych_dit.study.sizes import Model
-from triptych_dit.study.statistics import LOWER_IS_BETTER, SHOWN, overall, sign_verdict
+from triptych_dit.study.statistics import LOWER_IS_BETTER, SHOWN, Score, overall, sign_verdict
 from triptych_dit.study.unet import matched, unet_gflops
 
 
@@ -120,7 +121,11 @@ def guidance(bench: Bench) -> dict[str, Any]:
         "fewer": [c.as_dict() for c in fewer],
         "channels": bench.grid[size.main].in_channels,
         "side": size.side,
-        "verdicts": {"dit.table-2.3" if size.side == 512 else "dit.table-2.2": _against_rivals(bench, guided)},
+        "verdicts": {
+            "dit.table-2.3" if size.side == 512 else "dit.table-2.2": against_rivals(
+                size.side, partial(bench.score, guided)
+            )
+        },
         "direction": overall(c.verdict for c in comparisons),
     }
 
@@ -131,11 +136,12 @@ RIVALS = {  # by side: the best published scores that the tables' claims are aga
 }
 
 
-def _against_rivals(bench: Bench, guided: Draw) -> str:
-    """Whether the guided model is ahead of what the table lists, as the thesis claims; digits do not decide that."""
+def against_rivals(side: int, score: Callable[[str], Score]) -> str:
+    """Whether scores, by metric, are ahead of all that the table of this side lists, as the thesis claims of its guided model;
+    digits do not decide that."""
     found = []
-    for metric, best in RIVALS.get(bench.size.side, {}).items():
-        ours, sign = bench.score(guided, metric).estimate, -1 if metric in LOWER_IS_BETTER else 1
+    for metric, best in RIVALS.get(side, {}).items():
+        ours, sign = score(metric).estimate, -1 if metric in LOWER_IS_BETTER else 1
         low, high = sorted(sign * (bound - best) for bound in (ours.low, ours.high))
         found.append(sign_verdict(Estimate(sign * (ours.value - best), low, high)))
     return overall(found) if found else SHOWN
