@@ -107,8 +107,8 @@ def _scaling(result: Result) -> str:
     noise = result["noise"]
     moved = ", ".join(f"{100 * math.expm1(stage['deviation']):.0f}%" for stage in noise)
     seeds = (
-        f" Another training seed moves a distance by {moved} at the {len(noise)} stages (one deviation, from {noise[0]['pairs']} "
-        "models trained twice); comparisons of models include that."
+        f" Another training seed moves a distance by {moved} at the {len(noise)} stages (one deviation; models trained twice: "
+        f"{noise[0]['pairs']}); comparisons of models include that."
         if noise[0]["pairs"]
         else " The noise of training seeds is in no interval."
     )

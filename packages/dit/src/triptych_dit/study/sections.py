@@ -149,10 +149,10 @@ def _unet(report: Report, config: "StudyConfig", results: Result, result: Result
     )
     _figures(report, "unet", result, {"unet": caption})
     report.table(
-        ("FID of the U-Net over the DiT's", "thesis", "ours", "our setting"),
+        ("images", "FID of the U-Net over the DiT's, thesis", "ours", "our setting"),
         [
-            ("", "1.59 (LDM-4 3.60, 103.6 GFLOPs; XL/2 2.27, 118.6)", factor(c["difference"]),
-             f"{config.size}: {c['better']}, {c['about']['images']:,} images")
+            (f"{c['about']['images']:,}", "1.59 (LDM-4 3.60, 103.6 GFLOPs; XL/2 2.27, 118.6)", factor(c["difference"]),
+             f"{config.size}: {c['better']}")
             for c in result["comparisons"]
         ],
         "The thesis's are both guided, each trained in its own way. Here nothing is tuned for either.",
