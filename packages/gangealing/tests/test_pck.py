@@ -94,6 +94,25 @@ def test_intervals_resample_images() -> None:
     assert inside >= 53
 
 
+def test_images_of_one_object_are_resampled_together(scene: dict[str, Tensor]) -> None:
+    """Each image five times over: as wide as once if they are of one object, sqrt(5) narrower if they are not."""
+
+    def width(copies: int, objects: Tensor | None) -> float:
+        repeated = {name: torch.cat([values] * copies) for name, values in scene.items()}
+        size = {"target box": box_size(repeated["boxes"])}
+        table = pck(
+            repeated["predicted"], repeated["target"], repeated["valid"], size, [0.1], repeats=600, groups=objects
+        )
+        value, low, high = table["target box", "per point", 0.1]
+        assert value == pytest.approx(score(scene, repeats=0)["target box", "per point", 0.1].value)
+        return high - low
+
+    once = width(1, None)
+    assert width(1, torch.arange(N)) == pytest.approx(once, rel=0.15)
+    assert width(5, torch.arange(N).repeat(5)) == pytest.approx(once, rel=0.15)
+    assert width(5, torch.arange(5 * N)) == pytest.approx(once / math.sqrt(5), rel=0.15)
+
+
 def test_intervals_stay_within_bounds_and_never_close_at_them(scene: dict[str, Tensor]) -> None:
     perfect = score({**scene, "predicted": scene["target"]})["image", "per image", 0.01]
     assert perfect.value == perfect.high == 1

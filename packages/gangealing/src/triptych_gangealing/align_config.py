@@ -9,6 +9,30 @@ from triptych_common.parallel import ranks
 
 from triptych_gangealing.aligner import Aligner, load_aligner
 
+Flips = Literal["trained", "yes", "no"]
+
+
+def open_aligner(
+    path: Path, device: str, iterations: int | None = None, flips: Flips = "trained"
+) -> tuple[Aligner, dict[str, Any]]:
+    """An aligner on a device, and the options with which it is to look at pictures: as in training where nothing else is said.
+
+    Raises as `load_aligner`, and ValueError for flips or several looks of a transformer that can neither.
+    """
+    with ranks(device) as among:
+        aligner = load_aligner(path).to(among.device)
+    options = {
+        "iterations": aligner.facts["iterations"] if iterations is None else iterations,
+        "flips": aligner.facts["flips"] if flips == "trained" else flips == "yes",
+    }
+    if options["flips"] and aligner.transformer.flow is None:
+        raise ValueError("flips yes: a transformer without flow has no measure of which is better; pass --flips no")
+    if options["iterations"] > 1 and aligner.transformer.similarity is None:
+        raise ValueError(
+            f"iterations {options['iterations']}: a transformer of flow alone looks once; pass --iterations 1"
+        )
+    return aligner, options
+
 
 @dataclass(frozen=True)
 class UseOptions(CommonOptions):
@@ -18,7 +42,7 @@ class UseOptions(CommonOptions):
     """run folder of triptych-gangealing train, or its aligner.safetensors"""
     iterations: int | None = None
     """times the similarity network looks; default: as in training. 3 were published for most data sets"""
-    flips: Literal["trained", "yes", "no"] = "trained"
+    flips: Flips = "trained"
     """mirror pictures whose flow is smoother then; trained: where the training did"""
 
     def __post_init__(self) -> None:
@@ -27,12 +51,7 @@ class UseOptions(CommonOptions):
 
     def open(self) -> tuple[Aligner, dict[str, Any]]:
         """The aligner, and the options with which it is to look at pictures."""
-        with ranks(self.device) as among:
-            aligner = load_aligner(self.aligner).to(among.device)
-        return aligner, {
-            "iterations": self.iterations or aligner.facts["iterations"],
-            "flips": aligner.facts["flips"] if self.flips == "trained" else self.flips == "yes",
-        }
+        return open_aligner(self.aligner, self.device, self.iterations, self.flips)
 
 
 @dataclass(frozen=True)

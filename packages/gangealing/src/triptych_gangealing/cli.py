@@ -66,6 +66,12 @@ def _pck() -> Command:
     return Command(PckConfig, evaluate, {})
 
 
+def _clusters() -> Command:
+    from triptych_gangealing.cluster_scores import ClustersConfig, score_clusters
+
+    return Command(ClustersConfig, score_clusters, {})
+
+
 def _reproduce() -> Command:
     from triptych_gangealing.reproduce import ReproduceConfig, reproduce
 
@@ -88,6 +94,7 @@ COMMANDS = {
     "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
     "correspond": ("points of one picture in another", _correspond),
     "pck": ("score an aligner on digits whose correspondences are known, beside baselines", _pck),
+    "clusters": ("score an aligner's clusters of digits against the true ones, beside k-means", _clusters),
     "reproduce": ("chapter 4 end to end, with a report", _reproduce),
     "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
 }

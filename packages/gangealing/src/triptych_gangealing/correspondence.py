@@ -20,7 +20,8 @@ class Transferred(NamedTuple):
     """Points in pixels of the image they were transferred to."""
 
     points: Float[Tensor, "n k 2"]
-    reliable: Bool[Tensor, "n k"]  # the way there could be inverted, and ends within the image
+    reliable: Bool[Tensor, "n k"]
+    """the way could be inverted, and lies within both images and congealed space; of a flow that folds it is one of several"""
 
 
 def middle_points(side: int) -> Float[Tensor, "1 k 2"]:
@@ -49,7 +50,9 @@ def between(
     source: Warp, target: Warp, points: Float[Tensor, "n k 2"], source_size: Size, target_size: Size
 ) -> Transferred:
     """The same by warps, whatever they come from. One of a mirrored image leads to the original, so nothing asks which are."""
-    congealed = source.inverse().map_points(to_normalised(points, source_size))
+    start = to_normalised(points, source_size)
+    congealed = source.inverse().map_points(start)
     found = target.map_points(congealed.points)
     pixels = to_pixels(found.points, target_size).to(points)
-    return Transferred(pixels, congealed.converged & found.converged & found.inside)
+    within = (start.abs() <= 1).all(-1) & congealed.inside & found.inside
+    return Transferred(pixels, congealed.converged & found.converged & within)

@@ -24,7 +24,8 @@ def propagate(
     """Pictures in [-1, 1] with an edit laid over them: RGB in [-1, 1], alpha in 0..1, in congealed coordinates.
 
     Each pixel of a picture looks up where it is in congealed space, by the inverse of its warp: no holes, no splatting. Where
-    the inverse is not found, or leads out of the edit, the picture stays.
+    the inverse is not found, or leads out of the edit, the picture stays. Where a flow folds, several places lead to one pixel,
+    which shows what lies at one of them.
     """
     n, _, height, width = images.shape
     places = centres((height, width), images).view(1, -1, 2).expand(n, -1, -1)

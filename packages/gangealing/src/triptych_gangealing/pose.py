@@ -108,7 +108,8 @@ def pose_errors(
 ) -> PoseErrors:
     """Errors of warps of images drawn with these jitters; intervals resample digits, each with all of its images.
 
-    (The mode stays that of all: medians minimise the mean distance from themselves, so that to first order a resample's own mode would change nothing.)
+    groups: each has its own mode, clusters say. (Modes stay those of all images: medians minimise the mean distance from
+    themselves, so that to first order a resample's own mode would change nothing.)
     Digits themselves lean and differ in size by their writers' hands, which no jitter records: a perfect alignment of what is
     seen leaves some degrees. Raises ValueError for fewer than two images, or other than one warp an image.
     """
@@ -129,16 +130,24 @@ def pose_errors(
     return PoseErrors(n, *scores)
 
 
-def own_pose_errors(jitters: Jitters, warp: Warp, *, repeats: int = 100, seed: int = 0) -> PoseErrors | None:
+def own_pose_errors(
+    jitters: Jitters, warp: Warp, groups: Int[Tensor, " n"] | None = None, *, repeats: int = 100, seed: int = 0
+) -> PoseErrors | None:
     """`pose_errors` beside each digit's own mode, of digits that were drawn at least three times; None where there are none.
 
+    groups: a digit has its own mode in each of them, where it was drawn at least three times.
     What writers do drops out, so that jitters alone are left. A mode of few views lies near each of them: all methods gain by that.
     """
-    rows = (torch.bincount(jitters.digit)[jitters.digit] >= 3).nonzero().flatten()
+    own = (
+        jitters.digit
+        if groups is None
+        else torch.stack([jitters.digit, groups], 1).unique(dim=0, return_inverse=True)[1]
+    )
+    rows = (torch.bincount(own)[own] >= 3).nonzero().flatten()
     if not len(rows):
         return None
     several = Jitters(*(values[rows] for values in jitters))
-    return pose_errors(several, warp.select(rows), several.digit, repeats=repeats, seed=seed)
+    return pose_errors(several, warp.select(rows), own[rows], repeats=repeats, seed=seed)
 
 
 def wrapped(angle: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:

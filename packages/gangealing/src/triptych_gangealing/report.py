@@ -78,7 +78,8 @@ def _scores(report: Report, results: dict[str, Any]) -> None:
         report.table(
             header,
             rows,
-            "One held-out digit twice, under two elastic deformations, jitters and colours; 95% intervals.",
+            "One held-out digit twice, under two elastic deformations, jitters and colours; 95% intervals resample digits, each "
+            "with all its pairs.",
         )
         rows = [
             [NAMES.get(name, name), *(text(score["pose"][part]) for part in POSE),
@@ -88,7 +89,8 @@ def _scores(report: Report, results: dict[str, Any]) -> None:
         report.table(
             ["method", *POSE.values(), "sharpness"], rows,
             "Between different digits no correspondence is true: mean errors of pose beside the shared mode, which holds the "
-            "writers' own slant and size too, and the average's mean gradient over that of un-jittered digits.",
+            "writers' own slant and size too, and the average's mean gradient over that of un-jittered digits; 95% intervals "
+            "resample digits, each with all of its pictures.",
         )  # fmt: skip
         if any(score["own_pose"] is None for score in scores.values()):
             continue
@@ -109,8 +111,9 @@ def _clusters(report: Report, results: dict[str, Any], gallery: Gallery) -> None
     ]  # fmt: skip
     report.table(
         ["method", "purity", "normalised mutual information", "largest cluster"], rows,
-        f"{results['clusters']['clusters']} clusters of held-out coloured digits, against the true digits; 95% intervals. "
-        "Clusters were found in generated images, without a label; the settings, under config, say how.",
+        f"{results['clusters']['clusters']} clusters of held-out coloured digits, against the true digits; 95% intervals, "
+        "which resample digits. Clusters were found in generated images, without a label, by k-means of what a contrastive "
+        "descriptor says, whose views are turned, scaled and moved as far as these digits are: alignment has no part in them.",
     )  # fmt: skip
     report.figures(
         (gallery.clusters, "A row a cluster: its average ink, then members, aligned. Nothing selected."), pixels=True

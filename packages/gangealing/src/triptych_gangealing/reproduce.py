@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import CommonOptions, say
-from triptych_common.images import from_uint8
 from triptych_common.progress import Stopwatch
 from triptych_common.report import publish
 from triptych_common.run import RunDirectory, provenance, write_json
 from triptych_common.work import default_workers, on_gpu, run_all
 
 from triptych_gangealing import ablations
-from triptych_gangealing.aligner import FILE, Aligner, load_aligner
-from triptych_gangealing.cluster_scores import cluster_scores, kmeans_clusters
-from triptych_gangealing.evaluate import PckConfig, evaluate, posed_digits
+from triptych_gangealing.aligner import FILE, load_aligner
+from triptych_gangealing.cluster_scores import compare_clusters
+from triptych_gangealing.evaluate import PckConfig, evaluate
 from triptych_gangealing.gallery import Gallery, make_gallery
 from triptych_gangealing.ledger import claims
 from triptych_gangealing.paper import DATASETS, paper_runs, reproduce_paper
@@ -162,7 +161,9 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
             align_all(config, [row for row in asked if not _was_scored(config, row)])
         with clock("scores"):
             scores = {name: _scored(config.pck_config(grey=name == "grey")) for name in ("coloured", "grey")}
-            clusters = _clusters(config, load_aligner(config.folder / "clustered"))
+            clusters = compare_clusters(
+                load_aligner(config.folder / "clustered"), SIZES[config.size].cluster_images, config.seed
+            )
             table = {row: _ablated(config, row) for row in asked}
         with clock("pictures", afresh=True):
             gallery = make_gallery(config.folder, SIZES[config.size], seed=config.seed)
@@ -208,21 +209,6 @@ def _scored(config: PckConfig) -> dict[str, Any]:
     return json.loads((config.out / "pck.json").read_text())["scores"]
 
 
-def _clusters(config: ReproduceConfig, aligner: Aligner) -> dict[str, Any]:
-    """Purity and mutual information of the clusters of held-out digits, and of k-means'."""
-    n, heads = SIZES[config.size].cluster_images, aligner.config.heads
-    training = posed_digits(4 * n, config.seed, None, split="train")
-    held_out = posed_digits(n, config.seed + 1, None)
-    ours = aligner.align(from_uint8(held_out.images)).cluster
-    theirs = kmeans_clusters(training, held_out, heads, config.seed)
-    labels = held_out.jitters.label
-    return {
-        "clusters": heads,
-        "GANgealing": cluster_scores(ours, labels, seed=config.seed).as_dict(),
-        "k-means, moments-aligned pixels": cluster_scores(theirs, labels, seed=config.seed).as_dict(),
-    }
-
-
 def _ablated(config: ReproduceConfig, row: str) -> dict[str, Any]:
     """Scores of a row of Table 4.3. Raises ValueError for LPIPS by other weights than it was trained with."""
     settings, scores = config.ablation_config(row), _ablation_scores(config, row)
@@ -263,6 +249,7 @@ def assemble(
         "clusters": clusters,
         "ablations": table,
         "ablation_images": SIZES[config.size].ablation_images,
+        "complete_images": config.align_config("one").total_images,
         "edited": gallery.edited,
         "training": {name: config.align_config(name).identity() for name in ("one", "clustered")},
         "seconds": seconds,

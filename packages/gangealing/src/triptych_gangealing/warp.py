@@ -28,7 +28,8 @@ class Mapped(NamedTuple):
 
     points: Float[Tensor, "n k 2"]  # normalised
     residual: Float[Tensor, "n k"]  # of inverse flows, the largest: how far from the point asked for, normalised
-    converged: Bool[Tensor, "n k"]  # residual at most TOLERANCE: not where a flow folds
+    converged: Bool[Tensor, "n k"]
+    """residual at most TOLERANCE: this is an answer. Where a flow folds there are several, and it is one of them"""
     inside: Bool[Tensor, "n k"]  # of the image they arrive in, edges included
 
 
@@ -83,7 +84,10 @@ class Warp:
         return Warp(self.stages + other.stages)
 
     def inverse(self) -> "Warp":
-        """From input to output: `w.inverse().sample(w.sample(x))` is about x. Raises ValueError for a singular stage."""
+        """From input to output: `w.inverse().sample(w.sample(x))` is about x, but where a flow folds.
+
+        Raises ValueError for a singular stage.
+        """
         return Warp(tuple(stage.inverse() for stage in reversed(self.stages)))
 
     def mirror(self) -> "Warp":

@@ -163,8 +163,8 @@ class InverseFlow:
         """p, and how far p + delta(p) is from q.
 
         The iteration is p <- p + s (q - p - delta(p)), with s = 1 where that brings it nearer, else half as much, and again:
-        it finds its way wherever the flow does not fold. A step with the flow's slope at the end gives the last digits, and
-        the derivatives of the implicit function.
+        it finds its way wherever the flow does not fold, and where it does, one of several answers, or none. A step with the
+        flow's slope at the end gives the last digits, and the derivatives of the implicit function.
         """
         with torch.no_grad():
             found, before = self._iterate(points)
