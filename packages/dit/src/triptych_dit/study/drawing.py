@@ -78,8 +78,9 @@ def _panels(result: Mapping[str, Any]) -> bytes:
         for row in result["rows"]
     ]
     sizes, patches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("size", "patch"))
-    figure, axes = _figure(2.6 * (len(sizes) + len(patches)), len(sizes) + len(patches), 3.2)
     chosen = [("patch", p, "size") for p in patches] + [("size", s, "patch") for s in sizes]
+    chosen = [(k, v, by) for k, v, by in chosen if len({row[by] for row in rows if row[k] == v}) > 1]
+    figure, axes = _figure(2.6 * len(chosen), len(chosen), 3.2)
     for each, (key, value, by) in zip(axes, chosen, strict=True):
         _lines(each, [row for row in rows if row[key] == value], "images", by=by)
         each.set(title=value, xlabel="images", yscale="log")
