@@ -185,6 +185,22 @@ def test_more_ranks_than_gpus_are_refused(two_gpus, monkeypatch, name, message):
         pass
 
 
+@pytest.mark.parametrize(("name", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
+def test_ranks_wait_for_one_that_prepares_something(two_gpus, monkeypatch, name, backend):
+    """For hours; NCCL by itself gives up after ten minutes."""
+    for key, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    joined = []
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *args, **options: joined.append((args, options)))
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: None)
+    with ranks(name):
+        pass
+    (((chosen,), options),) = joined
+    assert chosen == backend
+    assert options["timeout"].total_seconds() >= 2 * 3600
+
+
 def test_peak_rates_are_known_by_name_and_unknown_otherwise(monkeypatch):
     assert throughput.peak_flops(torch.device("cpu"), "bf16") is None
     gpu, peaks = torch.device("cuda", 0), {}

@@ -1,7 +1,9 @@
 """Using an aligner on pictures: against closed forms of known warps, and as commands, misused too."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +14,13 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from triptych_common.testing import fails_with, run_here
-from triptych_gangealing import cli
+from triptych_gangealing import align as commands
+from triptych_gangealing import cli, pictures
 from triptych_gangealing.aligner import Aligner, Alignment, load_aligner, write_aligner
 from triptych_gangealing.correspondence import transfer
-from triptych_gangealing.edit import average, propagate
+from triptych_gangealing.edit import RunningAverage, propagate
 from triptych_gangealing.latents import Directions, Mode
-from triptych_gangealing.pictures import Picture, align_pictures, squared, warped
+from triptych_gangealing.pictures import Folder, Picture, align_pictures, png_names, squared, warped
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels
 
@@ -84,12 +87,12 @@ def test_a_squared_picture_and_the_way_back_from_it(size):
 
 def test_pictures_are_aligned_alike_together_or_alone():
     aligner = aligner_of(rotation=0.3, shift=(0.2, -0.1))
-    pictures = [
+    both = [
         Picture(str(i), torch.from_numpy(smooth_picture(*s, i)).permute(2, 0, 1))
         for i, s in enumerate([(9, 9), (12, 20)])
     ]
-    together = align_pictures(aligner, pictures)
-    for i, picture in enumerate(pictures):
+    together = align_pictures(aligner, both)
+    for i, picture in enumerate(both):
         alone = align_pictures(aligner, [picture])
         torch.testing.assert_close(together.warp.select([i]).grid((5, 5)), alone.warp.grid((5, 5)), rtol=0, atol=1e-5)
 
@@ -108,7 +111,7 @@ def test_photographs_do_not_alias():
     pixels = torch.zeros(3, 480, 480, dtype=torch.uint8)
     pixels[0, :, ::2] = 255
     pixels[1] = (torch.arange(480)[:, None] / 479 * 255).round().to(torch.uint8)
-    found = warped([Picture("x", pixels)], Warp.identity(1), SIZE, "border")[0]
+    found = warped(Picture("x", pixels), Warp.identity(1), SIZE, "border")[0]
     assert float(found[0].abs().max()) < 0.02
     ramp = ((torch.arange(SIZE) + 0.5) * 30 - 0.5) / 479 * 2 - 1
     torch.testing.assert_close(found[1, 1:-1, 8], ramp[1:-1], rtol=0, atol=0.02)
@@ -147,6 +150,19 @@ def test_a_mirrored_partner_needs_nothing_else():
     torch.testing.assert_close(found.points, torch.tensor([[[13.0, 5.0]]]), rtol=0, atol=1e-5)
 
 
+def test_a_point_is_reliable_only_within_both_images_and_congealed_space():
+    """The source was reduced to its half and moved right: its left half comes from outside of congealed space."""
+    wide = Warp((Affine(torch.tensor([[[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]])),))
+    narrow = Warp((Affine(torch.tensor([[[0.25, 0.0, 0.0], [0.0, 1.0, 0.0]]])),))
+    points = torch.tensor(
+        [[[11.5, 7.5], [2.0, 7.5], [30.0, 7.5], [11.5, -3.0]]]
+    )  # the third and fourth: no pixels of the source
+    size = (SIZE, SIZE)
+    found = transfer(alignment_of(wide), alignment_of(narrow), points, size, size)
+    assert (found.points[0, :2] >= 0).all()  # both arrive within the target
+    assert found.reliable[0].tolist() == [True, False, False, False]
+
+
 def test_points_of_two_clusters_are_refused():
     warp = Warp.identity(1)
     with pytest.raises(ValueError, match="pair 0: clusters 0 and 2; points can be transferred within one cluster only"):
@@ -156,10 +172,17 @@ def test_points_of_two_clusters_are_refused():
 def test_an_average_is_of_those_that_reach():
     images, inside = torch.rand(3, 3, 2, 2), torch.tensor([1.0, 1, 0])[:, None, None, None].expand(-1, 1, 2, 2).clone()
     inside[:, :, 0, 0] = 0
-    found = average(images, inside)
+    running = RunningAverage()
+    for i in range(3):  # one after another
+        running.add(images[i : i + 1], inside[i : i + 1])
+    found = running.result()
     torch.testing.assert_close(found[:, 1, 1], images[:2, :, 1, 1].mean(0))
     torch.testing.assert_close(found[:, 0, 0], images[:, :, 0, 0].mean(0))  # nobody's: everybody's
-    torch.testing.assert_close(average(images), images.mean(0))
+    together = RunningAverage()
+    together.add(images, inside)
+    torch.testing.assert_close(together.result(), found)
+    with pytest.raises(ValueError, match="an average of no images"):
+        RunningAverage().result()
 
 
 @pytest.mark.parametrize("shift_px", [0, 3])
@@ -175,6 +198,58 @@ def test_an_edit_lands_where_the_warp_came_from(shift_px):
     region = (slice(None), slice(5, 8), slice(4 + shift_px, 9 + shift_px))
     expected[0][region] = 0.25 * images[0][region] + 0.75 * colour
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+# --- folders
+
+
+def test_every_picture_has_a_png_of_its_own():
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.jpeg", "more/a.jpg", "c.webp", "c.webp.jpg", "d.JPG"]
+    found = png_names(names)
+    assert found[:5] == ["a.jpg.png", "a.png.png", "a.jpg.png.png", "b.png", "more/a.png"]
+    assert found[7] == "d.png"
+    assert len(set(found)) == len(names)
+    many = [f"{i}.{suffix}" for i in range(20_000) for suffix in ("jpg", "png")]  # in seconds, not hours
+    assert len(set(png_names(many))) == len(many)
+
+
+def test_a_folder_is_read_twice_one_picture_at_a_time(folder):
+    """What went, or became another, meanwhile is told and left out."""
+    (folder / "broken.png").write_bytes(b"no picture")
+    found = Folder(folder)
+    assert [picture.name for picture in found] == ["a.png", "b.png", "d.png", "more/c.png"]
+    assert len(found.unreadable) == 1
+    assert [(seen.png, seen.size) for seen in found.seen][1] == ("b.png", (16, 24))
+    (folder / "a.png").unlink()
+    Image.fromarray(smooth_picture(9, 9)).save(folder / "d.png")
+    assert [(i, picture.name) for i, picture in found.again()] == [(1, "b.png"), (3, "more/c.png")]
+    assert len(found.unreadable) == 1
+    for name in ("b.png", "more/c.png"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="none of 4 pictures could be read a second time"):
+        list(found.again())
+
+
+def test_no_two_whole_pictures_are_held_at_once(tmp_path, folder, monkeypatch):
+    """When a picture is decoded, all before it are gone, in both passes."""
+    alive: list[weakref.ref] = []
+    most = 0
+    whole = pictures.to_tensor
+
+    def counted(*args, **options):
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(each() is not None for each in alive))
+        made = whole(*args, **options)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(pictures, "to_tensor", counted)
+    aligner = written(tmp_path, aligner_of())
+    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(alive) == 8  # four pictures, twice
+    assert most <= 1  # the one that the loop just had
 
 
 # --- commands
@@ -195,7 +270,7 @@ def test_align_writes_what_it_found_and_lists_what_it_could_not_read(tmp_path, f
     aligned, original = read(tmp_path / "out/aligned/a.png").astype(int), read(folder / "a.png").astype(int)
     assert np.abs(aligned[:, :14] - original[:, 2:]).max() <= 1  # a quarter of half the side is 2 pixels
     rows = [json.loads(line) for line in (tmp_path / "out/alignment.jsonl").read_text().splitlines()]
-    assert rows[0]["picture"] == "a.png"
+    assert (rows[0]["picture"], rows[0]["aligned"]) == ("a.png", "a.png")
     assert rows[0]["corners"][0] == pytest.approx([1.5, -0.5], abs=1e-4)
     assert read(tmp_path / "out/average.png").shape == (SIZE, SIZE, 3)
 
@@ -206,6 +281,89 @@ def test_two_pictures_never_become_one(tmp_path, folder):
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "out/aligned").rglob("*.png")}
     assert names == {"a.jpg.png", "a.png.png", "b.png", "c.png", "d.png"}
+    rows = [json.loads(line) for line in (tmp_path / "out/alignment.jsonl").read_text().splitlines()]
+    assert {row["picture"]: row["aligned"] for row in rows}["a.jpg"] == "a.jpg.png"
+
+
+def test_a_picture_that_goes_meanwhile_is_listed(tmp_path, folder, monkeypatch):
+    aligner = written(tmp_path, aligner_of())
+    found = commands.align_folder
+
+    def and_then_one_goes(*args, **options):
+        alignment = found(*args, **options)
+        (folder / "b.png").unlink()
+        return alignment
+
+    monkeypatch.setattr(commands, "align_folder", and_then_one_goes)
+    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "b.png" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["pictures"] == 3
+    rows = [json.loads(line)["picture"] for line in (tmp_path / "out/alignment.jsonl").read_text().splitlines()]
+    assert rows == ["a.png", "d.png", "more/c.png"]
+
+
+def test_the_smoothest_of_each_cluster_are_kept():
+    """Ranked with one another the second cluster would have none."""
+    cluster, roughness = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0.1, 0.4, 0.2, 0.3, 9.0, 8.0])
+    found = replace(alignment_of(Warp.identity(6)), cluster=cluster, roughness=roughness)
+    assert commands.smoothest(found, 0.5) == {0, 2, 5}
+    assert commands.smoothest(found, 0.01) == {0, 5}
+    assert commands.smoothest(found, 1.0) == set(range(6))
+
+
+def test_a_part_by_smoothness_needs_a_flow(tmp_path, folder):
+    torch.manual_seed(0)
+    config = replace(CONFIG, transforms=("similarity",))
+    mode = Mode(Directions(torch.zeros(4), torch.eye(4)[:1], torch.ones(1)), 1)
+    aligner = written(tmp_path, Aligner(SpatialTransformer(config), mode).requires_grad_(False).eval())
+    words = ["--aligner", aligner, "--images", folder, "--out", tmp_path / "out"]
+    fails_with(command("average", *words, "--keep", "0.5"), "keep 0.5: a transformer without flow has no measure")
+    fails_with(command("average", *words, "--flips", "yes"), "flips yes: a transformer without flow has no measure")
+    assert not (tmp_path / "out").exists()
+    assert command("average", *words).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["align", "average", "propagate"])
+def test_nothing_is_written_among_the_pictures(tmp_path, folder, name):
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    Image.new("RGBA", (SIZE, SIZE)).save(tmp_path / "edit.png")
+    (tmp_path / "link").symlink_to(folder)
+    words = ["--aligner", written(tmp_path, aligner_of())] + ["--edit", tmp_path / "edit.png"] * (name == "propagate")
+    for images, out in ((folder, folder), (folder, folder / "more"), (tmp_path / "link", folder / "new")):
+        done = command(name, *words, "--images", images, "--out", out)
+        fails_with(done, f"out {out}: lies in {images}, among the pictures to be read; choose a folder elsewhere")
+    assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("wrong", ["NaN", "Infinity", "1e9", "1e39"])
+def test_points_that_are_nowhere_are_refused(tmp_path, folder, wrong):
+    (tmp_path / "points.json").write_text(f"[[1, 2], [{wrong}, 0]]")
+    aligner = written(tmp_path, aligner_of())
+    words = ["--aligner", aligner, "--out", tmp_path / "out", "--points", tmp_path / "points.json"]
+    for command_words in (
+        ["propagate", "--images", folder],
+        ["correspond", "--source", folder / "a.png", "--target", folder / "d.png"],
+    ):
+        done = command(*command_words, *words)
+        fails_with(done, "points.json: point 1 is [")
+        assert "expected finite pixels of a picture; correct it, or leave it out" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_edit_that_cannot_be_read_is_named(tmp_path, folder):
+    aligner = written(tmp_path, aligner_of())
+    Image.fromarray(smooth_picture(64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    words = ["--aligner", aligner, "--images", folder, "--out", tmp_path / "out"]
+    fails_with(command("propagate", *words, "--edit", tmp_path / "cut.png"), "cut.png: no picture, or cut short (")
+    for path in ("no.png", "pictures"):
+        fails_with(
+            command("propagate", *words, "--edit", tmp_path / path), f"{path}: no such picture; expected an RGBA one"
+        )
+    fails_with(command("propagate", *words, "--points", tmp_path / "no.json"), "no.json: no such file; expected a JSON")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_average_for_each_cluster_there_is(tmp_path, folder):

@@ -386,12 +386,34 @@ def test_parts_of_a_batch_train_as_the_whole_does(given, exact, tmp_path):
         (["--micro-batch", "-1"], "micro_batch -1: expected at least 1"),
         (["--lr", "0"], "lr 0.0: expected a number above 0"),
         (["--flow-size", "3"], "flow_size 3: expected a power of two"),
+        (["--transforms", "flow", "--iterations", "2"],
+         "iterations 2, transforms flow: only the similarity network looks repeatedly; pass --iterations 1"),
+        (["--assignment", "descriptor", "--clusters", "9", "--descriptor-images", "8"],
+         "clusters 9, descriptor_images 8: groups are sought among so many images, at most 8000; pass --descriptor-images 9"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_get_one_line(given, tmp_path, options, message):
     done = command("train", *TINY, *given, "--out", tmp_path / "run", *options)
     testing.fails_with(done, message, done.returncode)
     assert done.returncode in (1, 2)
+
+
+def test_a_generator_of_grey_images_is_refused_before_anything_is_written(given, tmp_path):
+    shape = GeneratorConfig(16, channel_base=64, channel_max=8, z_dim=6, w_dim=6, mapping_layers=2, image_channels=1)
+    write_network(tmp_path / "grey.safetensors", Generator(shape), {})
+    words = ["--generator", tmp_path / "grey.safetensors", "--out", tmp_path / "run"]
+    testing.fails_with(
+        command("train", *TINY, *given, *words), "its images have 1 channels, expected 3; train one on RGB"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_setting_does_not_bar_the_corrected_one(given, tmp_path):
+    words = [*TINY, *given, "--out", tmp_path / "run", "--transforms", "flow"]
+    assert command("train", *words, "--iterations", "2").returncode == 2
+    assert not (tmp_path / "run").exists()
+    done = command("train", *words, "--iterations", "1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_weights_of_a_published_distance_may_lie_anywhere(given, tmp_path):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
+# The backends' own limits, 10 and 30 minutes, are for steps of training; one rank may prepare something alone for longer while
+# the others wait at a barrier: statistics of a million samples, a descriptor, a reference set.
+LONGEST_WAIT = timedelta(hours=6)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -77,9 +81,9 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
         yield Ranks(0, 1, chosen)
         return
     if chosen.type == "cuda":  # bound to its GPU: NCCL would otherwise guess it from the global rank
-        dist.init_process_group("nccl", device_id=chosen)
+        dist.init_process_group("nccl", device_id=chosen, timeout=LONGEST_WAIT)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), world_size, chosen)
     finally:

@@ -1,13 +1,13 @@
 """Commands that use an aligner on people's own pictures: align a folder, average it, draw on all of it, match two of it."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import interpolate
 from triptych_common.cli import say
 from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
 from triptych_common.run import write_bytes, write_text
@@ -21,13 +21,14 @@ from triptych_gangealing.align_config import (
 )
 from triptych_gangealing.aligner import Aligner, Alignment
 from triptych_gangealing.correspondence import middle_points, transfer
-from triptych_gangealing.edit import as_edit, average, propagate
+from triptych_gangealing.edit import RunningAverage, as_edit, propagate
 from triptych_gangealing.figures import matches_figure
-from triptych_gangealing.pictures import Folder, Picture, align_pictures, read_picture, warped
-from triptych_gangealing.warp import to_normalised, to_pixels
+from triptych_gangealing.pictures import Folder, align_folder, align_pictures, read_picture, warped
+from triptych_gangealing.warp import Warp, to_normalised, to_pixels
 
 SHOWN = 10  # pictures in rows of a grid
 CELL_PX = 96  # of them
+FARTHEST_PX = 1e6  # from a picture's corner that a point may be: beyond any picture, and exact enough in float32
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
@@ -37,45 +38,62 @@ def align(config: AlignConfig) -> dict[str, Any]:
     """
     aligner, options = config.open()
     size, padding = config.shown(aligner)
-    pictures, found = _aligned(aligner, config, options)
-    images = to_uint8(warped(pictures, found.warp, size, padding))
-    for picture, image in zip(pictures, images, strict=True):
-        write_png(_named(config.out / "aligned", picture, pictures), image)
-    rows = [
-        {
+    folder, found = _aligned(aligner, config, options)
+    averages, rows, cells = Averages(heads=aligner.config.heads), [], []
+    for i, picture in folder.again():
+        warp = found.warp.select([i])
+        image = warped(picture, warp, size, padding)
+        png = folder.seen[i].png
+        write_png(config.out / "aligned" / png, to_uint8(image)[0])
+        averages.add(int(found.cluster[i]), image, warp)
+        if len(cells) < SHOWN:
+            cells.append((_cell(picture.values()), _cell(from_uint8(to_uint8(image)))))
+        row = {
             "picture": picture.name,
+            "aligned": png,
             "cluster": int(found.cluster[i]),
             "flipped": bool(found.flipped[i]),
             "roughness": float(found.roughness[i]),
             "corners": to_pixels(_corners(found, i), picture.size).tolist(),
         }
-        for i, picture in enumerate(pictures)
-    ]
-    write_text(config.out / "alignment.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_png(config.out / "grid.png", before_and_after(pictures, images))
-    averages = _write_averages(config.out, pictures, found, size, padding, heads=aligner.config.heads)
+        rows.append(json.dumps(row) + "\n")
+    write_text(config.out / "alignment.jsonl", "".join(rows))
+    columns = [torch.cat(cell) for cell in zip(*cells, strict=True)]  # before above after
+    write_png(config.out / "grid.png", image_grid(to_uint8(torch.cat(columns)), columns=len(cells)))
     files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
-    return _told({name: str(config.out / file) for name, file in files.items()} | averages) | {
-        "pictures": len(pictures)
-    }
+    paths = {name: str(config.out / file) for name, file in files.items()}
+    return _told(paths | averages.write(config.out)) | {"pictures": len(rows)}
 
 
 def write_average(config: AverageConfig) -> dict[str, Any]:
-    """Write the average aligned picture of each cluster. Raises as `align`."""
+    """Write the average aligned picture of each cluster, of its smoothest flows where not all are kept.
+
+    Raises ValueError for a part of what a transformer without flow aligned, else as `align`.
+    """
     aligner, options = config.open()
-    size, padding = config.shown(aligner)
-    pictures, found = _aligned(aligner, config, options)
-    best = found.roughness.argsort(stable=True)[: max(1, round(config.keep * len(pictures)))].sort().values
-    return _told(
-        _write_averages(
-            config.out,
-            [pictures[i] for i in best.tolist()],
-            found.select(best),
-            size,
-            padding,
-            heads=aligner.config.heads,
+    if config.keep < 1 and aligner.transformer.flow is None:
+        raise ValueError(
+            f"keep {config.keep}: a transformer without flow has no measure of which fit; leave --keep out, or pass 1"
         )
-    )
+    size, padding = config.shown(aligner)
+    folder, found = _aligned(aligner, config, options)
+    kept = smoothest(found, config.keep)
+    averages = Averages(heads=aligner.config.heads)
+    for i, picture in folder.again():
+        if i in kept:
+            warp = found.warp.select([i])
+            averages.add(int(found.cluster[i]), warped(picture, warp, size, padding), warp)
+    return _told(averages.write(config.out))
+
+
+def smoothest(found: Alignment, share: float) -> set[int]:
+    """Of each cluster this share of the pictures, at least one: those with the smoothest flows."""
+    kept: set[int] = set()
+    for cluster in found.cluster.unique():
+        here = (found.cluster == cluster).nonzero().flatten()
+        best = found.roughness[here].argsort(stable=True)[: max(1, round(share * len(here)))]
+        kept.update(here[best].tolist())
+    return kept
 
 
 def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
@@ -91,26 +109,35 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
         raise ValueError(f"cluster {config.cluster}: expected 0 to {aligner.config.heads - 1}")
     edit = None if config.edit is None else _read_edit(config.edit, size)
     points = None if config.points is None else _read_points(config.points)
-    pictures, found = _aligned(aligner, config, options)
-    here = [i for i in range(len(pictures)) if int(found.cluster[i]) == config.cluster]
+    folder, found = _aligned(aligner, config, options)
+    here = (found.cluster == config.cluster).nonzero().flatten().tolist()
     if not here:
         raise ValueError(
-            f"cluster {config.cluster}: none of {len(pictures):,} pictures is of it; average says which are"
+            f"cluster {config.cluster}: none of {len(found.cluster):,} pictures is of it; average says which are"
         )
     if edit is not None:
-        for i, picture in enumerate(pictures):
-            image = picture.values()
-            if i in here:
-                image = propagate(edit, found.warp.select([i]), image)
-            write_png(_named(config.out / "pictures", picture, pictures), to_uint8(image)[0])
-        return _told({"pictures": str(config.out / "pictures")}) | {"edited": len(here)}
+        return _edited(config.out / "pictures", edit, set(here), folder, found)
     places = {}
     for i in here:
-        mapped = found.warp.select([i]).map_points(to_normalised(points, (size, size)))
-        pixels = to_pixels(mapped.points, pictures[i].size)[0]
-        places[pictures[i].name] = {"points": pixels.tolist(), "inside": mapped.inside[0].tolist()}
-    write_text(config.out / "points.json", json.dumps(places, indent=1))
+        seen, mapped = folder.seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
+        places[seen.name] = {
+            "points": to_pixels(mapped.points, seen.size)[0].tolist(),
+            "inside": mapped.inside[0].tolist(),
+        }
+    write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
     return _told({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
+
+
+def _edited(
+    out: Path, edit: Float[Tensor, "4 size size"], here: set[int], folder: Folder, found: Alignment
+) -> dict[str, Any]:
+    edited = 0
+    for i, picture in folder.again():
+        image = picture.values()
+        if i in here:
+            image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
+        write_png(out / folder.seen[i].png, to_uint8(image)[0])
+    return _told({"pictures": str(out)}) | {"edited": edited}
 
 
 def correspond(config: CorrespondConfig) -> dict[str, Any]:
@@ -134,7 +161,7 @@ def correspond(config: CorrespondConfig) -> dict[str, Any]:
         "target_points": found.points[0].tolist(),
         "reliable": found.reliable[0].tolist(),
     }
-    write_text(config.out / "matches.json", json.dumps(matches, indent=1))
+    write_text(config.out / "matches.json", json.dumps(matches, indent=1, allow_nan=False))
     reliable = found.reliable[0]
     ends = points[0, reliable], found.points[0, reliable]
     picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
@@ -142,60 +169,50 @@ def correspond(config: CorrespondConfig) -> dict[str, Any]:
     return _told({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
 
 
-def before_and_after(
-    pictures: list[Picture], aligned: UInt8[Tensor, "n 3 size size"]
-) -> UInt8[Tensor, "3 height width"]:
-    """Some pictures as they are, and aligned, below one another."""
-    from torch.nn.functional import interpolate
+class Averages:
+    """The average aligned picture of each cluster, as pictures come; `average.png`, or one for each cluster of several heads."""
 
-    def cell(image: Float[Tensor, "1 3 height width"]) -> Tensor:
-        return interpolate(image, (CELL_PX, CELL_PX), mode="bilinear", antialias=True)
+    def __init__(self, *, heads: int) -> None:
+        self.heads, self.of = heads, dict[int, RunningAverage]()
 
-    above = torch.cat([cell(picture.values()) for picture in pictures[:SHOWN]])
-    below = torch.cat([cell(from_uint8(image[None])) for image in aligned[:SHOWN]])
-    return image_grid(to_uint8(torch.cat([above, below])), columns=min(SHOWN, len(pictures)))
+    def add(self, cluster: int, aligned: Float[Tensor, "1 3 size size"], warp: Warp) -> None:
+        """One more picture, and the warp that shows it."""
+        inside = warp.inside((aligned.shape[2], aligned.shape[3]))
+        self.of.setdefault(cluster, RunningAverage()).add(aligned, inside)
+
+    def write(self, out: Path) -> dict[str, str]:
+        """Files by name."""
+        files = {}
+        for cluster, average in sorted(self.of.items()):
+            name = "average" if self.heads == 1 else f"average-{cluster}"
+            write_png(out / f"{name}.png", to_uint8(average.result()))
+            files[name] = str(out / f"{name}.png")
+        return files
 
 
-def _named(folder: Path, picture: Picture, pictures: Sequence[Picture]) -> Path:
-    """Where a picture's own goes: a.jpg to a.png, or to a.jpg.png beside another a."""
-    path = Path(picture.name)
-    alone = sum(Path(other.name).with_suffix("") == path.with_suffix("") for other in pictures) == 1
-    return folder / (path.with_suffix(".png") if alone else path.with_name(path.name + ".png"))
+def _cell(image: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side side"]:
+    return interpolate(image, (CELL_PX, CELL_PX), mode="bilinear", antialias=True)
 
 
-def _aligned(aligner: Aligner, config: FolderOptions, options: dict[str, Any]) -> tuple[list[Picture], Alignment]:
-    for name in ("aligned", "pictures"):
-        if (config.out / name).resolve() == config.images.resolve():
-            raise ValueError(f"out {config.out}: would overwrite {config.images}; choose another")
+def _aligned(aligner: Aligner, config: FolderOptions, options: dict[str, Any]) -> tuple[Folder, Alignment]:
     folder = Folder(config.images, config.limit)
-    pictures = list(folder)
-    folder.complain()
-    return pictures, align_pictures(aligner, pictures, **options)
-
-
-def _write_averages(
-    out: Path, pictures: list[Picture], found: Alignment, size: int, padding: str, *, heads: int
-) -> dict[str, str]:
-    files = {}
-    for cluster in found.cluster.unique().tolist():
-        members = (found.cluster == cluster).nonzero().flatten().tolist()
-        warp = found.warp.select(members)
-        images = warped([pictures[i] for i in members], warp, size, padding)
-        name = "average" if heads == 1 else f"average-{cluster}"
-        write_png(out / f"{name}.png", to_uint8(average(images, warp.inside((size, size)))))
-        files[name] = str(out / f"{name}.png")
-    return files
+    found = align_folder(aligner, folder, **options)
+    return folder, found
 
 
 def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    if not path.is_file():
+        raise FileNotFoundError(f"edit {path}: no such picture; expected an RGBA one such as PNG, drawn on the average")
     try:
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: no picture; expected an RGBA one such as PNG") from error
+    except Exception as error:  # of a damaged file, decoders raise anything
+        raise ValueError(
+            f"edit {path}: no picture, or cut short ({' '.join(str(error).split())}); expected RGBA such as PNG: save it again"
+        ) from error
     if pixels.shape[1:] != (size, size):
         height, width = pixels.shape[1:]
         raise ValueError(
@@ -206,12 +223,20 @@ def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
 
 
 def _read_points(path: Path) -> Float[Tensor, "1 k 2"]:
+    if not path.is_file():
+        raise FileNotFoundError(f"points {path}: no such file; expected a JSON list of [x, y]")
     try:
         points = torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a JSON list of [x, y]") from error
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise ValueError(f"{path}: expected a JSON list of [x, y], found shape {tuple(points.shape)}")
+    wrong = ~(points.abs() <= FARTHEST_PX).all(1)  # NaN too
+    if bool(wrong.any()):
+        number = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{path}: point {number} is {points[number].tolist()}, expected finite pixels of a picture; correct it, or leave it out"
+        )
     return points[None]
 
 

@@ -58,6 +58,8 @@ class UseOptions(CommonOptions):
 class FolderOptions(UseOptions):
     """What every use of an aligner on a folder takes."""
 
+    out: Path = Path("runs/aligned")
+    """where to write"""
     images: Path = Path("images")
     """folder of pictures"""
     limit: int | None = None
@@ -70,6 +72,18 @@ class FolderOptions(UseOptions):
         for name in ("limit", "size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+
+    def open(self) -> tuple[Aligner, dict[str, Any]]:
+        """As `UseOptions.open`; raises ValueError where what is written would lie among what is read."""
+        out, images = self.out.resolve(), self.images.resolve()
+        if out == images or images in out.parents:
+            raise ValueError(
+                f"out {self.out}: lies in {self.images}, among the pictures to be read; choose a folder elsewhere"
+            )
+        for written in (out / "aligned", out / "pictures"):
+            if written == images or written in images.parents:
+                raise ValueError(f"out {self.out}: would overwrite {self.images}; choose another")
+        return super().open()
 
 
 @dataclass(frozen=True)
@@ -88,9 +102,6 @@ class WarpedOptions(FolderOptions):
 @dataclass(frozen=True)
 class AlignConfig(WarpedOptions):
     """Align a folder of pictures: OUT/aligned, OUT/grid.png, OUT/average.png, OUT/alignment.jsonl."""
-
-    out: Path = Path("runs/aligned")
-    """where to write"""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,29 @@ from torch.nn import functional as F
 from triptych_gangealing.warp import Warp, centres
 
 
-def average(
-    aligned: Float[Tensor, "n 3 height width"], inside: Float[Tensor, "n 1 height width"] | None = None
-) -> Float[Tensor, "3 height width"]:
-    """The mean of aligned images, of each pixel over those whose own pixels reach there; over all where none do."""
-    if inside is None:
-        return aligned.mean(0)
-    weights = torch.where(inside.sum(0, keepdim=True) > 0, inside, 1.0)
-    return (aligned * weights).sum(0) / weights.sum(0)
+class RunningAverage:
+    """The mean of aligned images as they come: of each pixel over those whose own pixels reach there; over all where none do."""
+
+    def __init__(self) -> None:
+        self.n: int = 0
+        self.plain: Tensor | float = 0.0  # sums in float64: of all, of those that reach, and how many these are
+        self.reaching: Tensor | float = 0.0
+        self.weight: Tensor | float = 0.0
+
+    def add(self, aligned: Float[Tensor, "n 3 height width"], inside: Float[Tensor, "n 1 height width"]) -> None:
+        """Images, and 1 where a pixel comes from within its image, else 0."""
+        values, weights = aligned.double(), inside.double()
+        self.n += len(values)
+        self.plain = self.plain + values.sum(0)
+        self.reaching = self.reaching + (values * weights).sum(0)
+        self.weight = self.weight + weights.sum(0)
+
+    def result(self) -> Float[Tensor, "3 height width"]:
+        """Raises ValueError before the first image."""
+        if not self.n:
+            raise ValueError("an average of no images: add at least one")
+        mean = torch.where(self.weight > 0, self.reaching / self.weight.clamp(min=1), self.plain / self.n)
+        return mean.float()
 
 
 def propagate(

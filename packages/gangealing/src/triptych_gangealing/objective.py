@@ -48,6 +48,11 @@ class Objective:
             raise ValueError(
                 f"cutoff {config.cutoff}: expected 0 to {generator.num_ws}, the number of the generator's styles"
             )
+        if generator.config.image_channels != 3:
+            raise ValueError(
+                f"generator {config.generator}: its images have {generator.config.image_channels} channels, expected 3; train one "
+                "on RGB images"
+            )
         if generator.config.resolution < config.input_size:
             raise ValueError(
                 f"input_size {config.input_size}: the generator's images have {generator.config.resolution} pixels; "

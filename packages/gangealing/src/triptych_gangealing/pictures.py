@@ -1,8 +1,14 @@
-"""People's own pictures, of any size: squared for the transformer, and warps that lead back to their own pixels."""
+"""People's own pictures, of any size: squared for the transformer, and warps that lead back to their own pixels.
 
-from collections.abc import Iterator, Sequence
+A folder is read twice, one picture at a time: first what the transformer looks at, much smaller, is kept of each; then each is read
+again where its pixels are needed. So memory does not grow with the number of whole photographs.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -36,33 +42,77 @@ class Picture:
         return from_uint8(self.pixels[None])
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of a picture that was read once: its name, that of a PNG made of it, and its (height, width)."""
+
+    name: str
+    png: str
+    size: tuple[int, int]
+
+
 class Folder:
     """A folder's pictures in the order of their names; what cannot be read is left out, and listed in `unreadable`.
 
-    limit: the first so many only. Raises FileNotFoundError for no folder, ValueError for one without pictures.
+    Iterated, it reads one picture after another; `seen` then holds those that could be read. limit: the first so many only.
+    Raises FileNotFoundError for no folder, ValueError for one without pictures.
     """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.source = ImageFolder(root, unconditional=True)
-        self.count = len(self.source) if limit is None else min(limit, len(self.source))
+        self.names = self.source.files[: len(self.source) if limit is None else limit]
+        self.pngs = dict(zip(self.names, png_names(self.names), strict=True))
+        self.seen: list[Seen] = []
         self.unreadable: list[str] = []
 
     def __iter__(self) -> Iterator[Picture]:
+        self.seen.clear()
         self.unreadable.clear()
-        for index in range(self.count):
+        for index, name in enumerate(self.names):
             try:
-                image = self.source.image(index)
+                picture = Picture(name, to_tensor(self.source.image(index), 3))
             except (UnreadableImage, OSError) as error:
                 self.unreadable.append(" ".join(str(error).split()))
                 continue
-            yield Picture(self.source.files[index], to_tensor(image, 3))
+            self.seen.append(Seen(name, self.pngs[name], picture.size))
+            yield picture
+
+    def again(self) -> Iterator[tuple[int, Picture]]:
+        """Those in `seen`, read once more, each with its number there; what went or changed meanwhile is said, and left out.
+
+        Raises ValueError where nothing is left.
+        """
+        left = 0
+        for number, seen in enumerate(self.seen):
+            path = self.source.root / seen.name
+            try:
+                picture = Picture(seen.name, to_tensor(decode(path.read_bytes(), str(path)), 3))
+                if picture.size != seen.size:
+                    raise UnreadableImage(str(path), "another size than a moment ago; it was replaced meanwhile")
+            except (UnreadableImage, OSError) as error:
+                say(f"left out: {' '.join(str(error).split())}")
+                continue
+            left += 1
+            yield number, picture
+        if not left:
+            raise ValueError(f"{self.source.root}: none of {len(self.seen):,} pictures could be read a second time")
 
     def complain(self) -> None:
         """Say which pictures were left out. Raises ValueError where none could be read."""
-        if len(self.unreadable) == self.count:
-            raise ValueError(f"none of {self.count:,} pictures can be read; the first: {self.unreadable[0]}")
+        if not self.seen:
+            raise ValueError(f"none of {len(self.names):,} pictures can be read; the first: {self.unreadable[0]}")
         for line in self.unreadable:
             say(f"left out: {line}")
+
+
+def png_names(names: Sequence[str]) -> list[str]:
+    """What PNGs made of files are called, each differently: of a.jpg a.png, or a.jpg.png beside another that would be a.png."""
+    short = [Path(name).with_suffix(".png").as_posix() for name in names]
+    count, long = Counter(short), {f"{name}.png" for name in names}
+    return [
+        brief if count[brief] == 1 and brief not in long else f"{name}.png"
+        for brief, name in zip(short, names, strict=True)
+    ]
 
 
 def read_picture(path: Path) -> Picture:
@@ -86,34 +136,47 @@ def squared(picture: Picture) -> tuple[Float[Tensor, "1 3 side side"], Affine]:
 
 
 def align_pictures(
-    aligner: Aligner, pictures: Sequence[Picture], *, iterations: int = 1, flips: bool = False, at_once: int = 64
+    aligner: Aligner, pictures: Iterable[Picture], *, iterations: int = 1, flips: bool = False, at_once: int = 64
 ) -> Alignment:
-    """Warps from congealed coordinates to those of each picture. Pictures may differ in size."""
+    """Warps from congealed coordinates to those of each picture, of which only its reduced square is kept. Sizes may differ.
+
+    Raises ValueError for no pictures.
+    """
     seen, ways = [], []
     for picture in pictures:  # one at a time: whole photographs take hundreds of megabytes each
         framed, way = squared(picture)
         seen.append(aligner.reduced(framed))
         ways.append(way)
+    if not seen:
+        raise ValueError("no pictures: expected at least one to align")
     by_size: dict[int, list[int]] = {}
     for index, image in enumerate(seen):
         by_size.setdefault(image.shape[-1], []).append(index)
-    parts = []
+    parts, order = [], []
     for indices in by_size.values():
-        images = torch.cat([seen[i] for i in indices])
-        parts.append(aligner.align(images, iterations=iterations, flips=flips, at_once=at_once))
-    order = torch.tensor([i for indices in by_size.values() for i in indices])
-    found = Alignment.cat(parts).select(order.argsort())
+        for i in range(0, len(indices), at_once):
+            some = indices[i : i + at_once]
+            images = torch.cat([seen[index] for index in some])
+            parts.append(aligner.align(images, iterations=iterations, flips=flips, at_once=at_once))
+            order += some
+    found = Alignment.cat(parts).select(torch.tensor(order).argsort())
     back = Warp((Affine(torch.cat([way.matrix for way in ways])),))
     return Alignment(found.warp.compose(back), found.cluster, found.flipped, found.roughness)
 
 
-def warped(pictures: Sequence[Picture], warp: Warp, size: int, padding: str) -> Float[Tensor, "n 3 size size"]:
-    """Each picture as its warp shows it, in [-1, 1]."""
-    parts = [
-        warp.select([i]).sample(_no_larger(picture, LARGEST * size), (size, size), padding=padding)
-        for i, picture in enumerate(pictures)
-    ]
-    return torch.cat(parts)
+def align_folder(aligner: Aligner, folder: Folder, **options: Any) -> Alignment:
+    """`align_pictures` of `folder.seen`; says what cannot be read. Raises ValueError where nothing can."""
+
+    def pictures() -> Iterator[Picture]:
+        yield from folder
+        folder.complain()
+
+    return align_pictures(aligner, pictures(), **options)
+
+
+def warped(picture: Picture, warp: Warp, size: int, padding: str) -> Float[Tensor, "1 3 {size} {size}"]:
+    """A picture as its warp shows it, in [-1, 1]."""
+    return warp.sample(_no_larger(picture, LARGEST * size), (size, size), padding=padding)
 
 
 def _no_larger(picture: Picture, side: int) -> Float[Tensor, "1 3 new_height new_width"]:

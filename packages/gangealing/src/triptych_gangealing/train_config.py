@@ -9,6 +9,7 @@ import torch
 from triptych_common.cli import CommonOptions
 
 from triptych_gangealing.alignment_networks import SpatialTransformerConfig
+from triptych_gangealing.descriptor import POOL
 from triptych_gangealing.spatial_transformer import SpatialTransformer
 
 
@@ -121,6 +122,16 @@ class AlignTrainConfig(CommonOptions):
         if self.clusters > 1 and "similarity" not in self.transforms:
             raise ValueError(
                 f"clusters {self.clusters}, transforms {self.transforms}: the classifier starts from the similarity network"
+            )
+        if self.iterations > 1 and "similarity" not in self.transforms:
+            raise ValueError(
+                f"iterations {self.iterations}, transforms {self.transforms}: only the similarity network looks repeatedly; pass "
+                "--iterations 1"
+            )
+        if self.assignment == "descriptor" and self.clusters > max(1, min(POOL, self.descriptor_images)):
+            raise ValueError(
+                f"clusters {self.clusters}, descriptor_images {self.descriptor_images}: groups are sought among so many images, at "
+                f"most {POOL}; pass --descriptor-images {self.clusters} or more, or fewer --clusters"
             )
         if self.assignment == "descriptor" and not self.distance.startswith("simclr:"):
             raise ValueError(
