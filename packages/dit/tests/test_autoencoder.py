@@ -44,8 +44,8 @@ def images() -> Tensor:
 def test_it_does_what_plain_diffusers_does(folder, images):
     ours, plain = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder)
     assert ours.facts() == {
-        "spec": str(folder), "sha256": ours.sha256, "scale_factor": 0.5, "shift_factor": 0.25, "downsampling": 4,
-        "latent_channels": 4,
+        "spec": str(folder), "sha256": ours.sha256, "encoder_sha256": ours.encoder_sha256, "scale_factor": 0.5,
+        "shift_factor": 0.25, "downsampling": 4, "latent_channels": 4,
     }  # fmt: skip
     assert ours.image_channels == 3
     with torch.no_grad():

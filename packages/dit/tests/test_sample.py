@@ -241,6 +241,28 @@ def test_a_moved_autoencoder_is_named_and_another_refused(latent_model, vae, tmp
     assert run("--vae", str(moved))[0] == 0
 
 
+def test_another_decoder_of_the_same_encoder_draws_too(latent_model, vae, tmp_path, capsys):
+    """As stabilityai's ft-MSE and ft-EMA: latents are the same, pictures are not; another encoder is another model's."""
+    for name in ("decoder", "encoder"):
+        theirs = AutoencoderKL.from_pretrained(vae)
+        with torch.no_grad():
+            next(getattr(theirs, name).parameters()).mul_(1.5)
+        theirs.save_pretrained(tmp_path / name)
+    words = command(latent_model, tmp_path / "out", "--num-samples", "2")
+    assert main("triptych-dit", COMMANDS, words) == 0
+    first, _ = read_npz(tmp_path / "out/samples.npz")
+    again = [*words, "--vae", str(tmp_path / "decoder")]
+    assert main("triptych-dit", COMMANDS, again) == 1  # another request, so nothing is lost
+    assert "decoder=" in capsys.readouterr().err
+    again[again.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    assert main("triptych-dit", COMMANDS, again) == 0
+    other, _ = read_npz(tmp_path / "other/samples.npz")
+    assert not torch.equal(first, other)
+    again[-1], again[again.index(str(tmp_path / "other"))] = str(tmp_path / "encoder"), str(tmp_path / "third")
+    assert main("triptych-dit", COMMANDS, again) == 1
+    assert "pass --vae with the folder" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")

@@ -44,11 +44,15 @@ class Claim:
 def load_claims(path: Path) -> dict[str, Claim]:
     """Rows of the ledger by id.
 
-    Raises ValueError for a row that lacks a key, has one too many, or repeats an id.
+    Raises ValueError for what is no ledger, and for a row that lacks a key, has one too many, or repeats an id.
     """
     names = {field.name for field in fields(Claim)}
     claims: dict[str, Claim] = {}
-    for row in tomllib.loads(Path(path).read_text())["claim"]:
+    try:
+        rows = tomllib.loads(Path(path).read_text())["claim"]
+    except (ValueError, KeyError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables ({error})") from error
+    for row in rows:
         if row.keys() != names:
             raise ValueError(f"{path}: claim {row.get('id')!r}: keys differ by {sorted(row.keys() ^ names)}")
         if row["id"] in claims:

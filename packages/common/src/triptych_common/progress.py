@@ -81,7 +81,10 @@ class Stopwatch:
 
     def __init__(self, path: Path, *, finished: bool = False) -> None:
         self.path, self.finished = path, finished
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged, expected JSON; delete it, the time so far is lost with it") from error
 
     @contextmanager
     def __call__(self, stage: str, *, afresh: bool = False) -> Iterator[None]:

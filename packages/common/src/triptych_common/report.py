@@ -2,10 +2,12 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from triptych_common.cli import say
 from triptych_common.run import write_bytes, write_text
@@ -46,7 +48,10 @@ src="data:image/png;base64,{{ f.data }}"><figcaption>{{ f.caption }}</figcaption
 {% elif part.kind == "table" %}
 <div class="scroll"><table><caption>{{ part.text }}</caption><thead><tr>{% for h in part.header %}<th>{{ h }}</th>{% endfor %}</tr>
 </thead><tbody>{% for row in part.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
-</div>{% endif %}{% endfor %}
+</div>{% elif part.kind == "links" %}
+<details><summary>{{ part.text }}</summary><ul>{% for label, links in part.rows %}<li>{{ label }}:
+{% for name, path in links.items() %}<a href="{{ path | urlencode }}">{{ name }}</a> {% endfor %}</li>{% endfor %}</ul></details>
+{% endif %}{% endfor %}
 </body>
 </html>
 """
@@ -80,6 +85,17 @@ class Report:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
         self.parts.append({"kind": "table", "header": header, "rows": rows, "text": caption})
 
+    def links(self, summary: str, rows: Sequence[tuple[str, Mapping[str, str]]]) -> None:
+        """A list that opens on request: a label each, and links by name to files beside the page.
+
+        Raises ValueError for a path that is not relative to the page's folder.
+        """
+        for _, links in rows:
+            for path in links.values():
+                if path.startswith("/") or ".." in path or ":" in path:
+                    raise ValueError(f"link {path}: expected a path below the page's folder")
+        self.parts.append({"kind": "links", "rows": rows, "text": summary})
+
     def html(self) -> str:
         from jinja2 import Environment
 
@@ -97,7 +113,10 @@ def figure_png(figure: "Figure") -> bytes:
 
 
 def publish(folder: Path, out: Path, size: str) -> None:
-    """A finished reproduction's report and results, from its folder to where the latest of any size lies."""
+    """A finished reproduction's report and results, from its folder to where the latest of any size lies; links follow."""
+    base = f"{folder.relative_to(out).as_posix()}/"
+    page = (folder / "report.html").read_text().replace('<a href="', f'<a href="{escape(quote(base))}')
+    write_text(out / "report.html", page)
+    write_bytes(out / "results.json", (folder / "results.json").read_bytes())
     for name in ("report.html", "results.json"):
-        write_bytes(out / name, (folder / name).read_bytes())
         say(f"wrote {out / name} (size {size})")

@@ -89,9 +89,12 @@ def strict_json(text: str) -> Any:
 
 
 def assert_self_contained(page: str, *, pictures: int) -> None:
-    """An HTML page holds so many PNG pictures, and refers to nothing outside itself."""
+    """An HTML page holds so many PNG pictures, loads nothing from outside itself, and links to files below it alone."""
     assert page.count("data:image/png;base64,") == pictures
-    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page.replace("\n", " ")) == []
+    page = page.replace("\n", " ")
+    assert re.findall(r'src="(?!data:)[^"]*"', page) == []
+    assert re.findall(r"<(?!a )[^>]*href=", page) == []
+    assert re.findall(r'href="(?:/|[^"]*:|[^"]*\.\.)[^"]*"', page) == []
 
 
 def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":

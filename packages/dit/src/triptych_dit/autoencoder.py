@@ -18,6 +18,8 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' bounds; untrained networks can 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _DECODED_PIXELS = 2**20  # at once: 16 images of 256 x 256, about 4 GB with Stable Diffusion's decoder
 
+ENCODING = ("encoder.", "quant_conv.")
+
 
 class Autoencoder:
     """A frozen autoencoder: images in [-1, 1], posterior moments, and the scaled latents a DiT works in.
@@ -42,7 +44,10 @@ class Autoencoder:
         self._vae = vae.cpu().requires_grad_(False).eval()
         for part in self._vae.children():
             part.float()
-        self.sha256 = checkpoint.digest(self._vae.state_dict())  # names and float32 content: whatever the file's format
+        weights = self._vae.state_dict()
+        self.sha256 = checkpoint.digest(weights)  # names and float32 content: whatever the file's format
+        encoding = {name: value for name, value in weights.items() if name.startswith(ENCODING)}
+        self.encoder_sha256 = checkpoint.digest(encoding)  # what latents depend on: fine-tuned decoders share it
         for name, part in self._vae.named_children():
             part.to(self.device, dtype if name in ("encoder", "quant_conv") else torch.float32)
 
@@ -53,7 +58,7 @@ class Autoencoder:
 
     def facts(self) -> dict[str, Any]:
         """What a cache of latents and a model trained on them must carry; JSON-able."""
-        names = ("spec", "sha256", "scale_factor", "shift_factor", "downsampling", "latent_channels")
+        names = ("spec", "sha256", "encoder_sha256", "scale_factor", "shift_factor", "downsampling", "latent_channels")
         return {name: getattr(self, name) for name in names}
 
     @torch.inference_mode()

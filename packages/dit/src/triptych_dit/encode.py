@@ -161,8 +161,11 @@ def cache_facts(source: ImageSource, autoencoder: Autoencoder, config: EncodeCon
 
 
 def identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts that a repeated command must repeat: all but where source and autoencoder lie."""
-    by_place = {"autoencoder": ("spec",), "source": ("spec", "class_names")}  # the fingerprint covers class names
+    """The facts that a repeated command must repeat: all but where source and autoencoder lie, and what follows from the others."""
+    by_place = {
+        "autoencoder": ("spec", "encoder_sha256"),
+        "source": ("spec", "class_names"),
+    }  # the fingerprint covers class names
     return facts | {
         part: {key: value for key, value in facts[part].items() if key not in by_place[part]}
         for part in by_place.keys() & facts.keys()

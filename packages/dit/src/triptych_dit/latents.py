@@ -78,7 +78,7 @@ class LatentCache:
         mine = self.facts["autoencoder"]
         if autoencoder is None:
             raise ValueError(f"{self.folder}: latents of the autoencoder {mine['spec']}, but pixels are expected")
-        for name in mine.keys() - {"spec"}:
+        for name in mine.keys() - {"spec", "encoder_sha256"}:
             if mine[name] != autoencoder.get(name):
                 raise ValueError(
                     f"{self.folder}: encoded by the autoencoder {mine['spec']} with {name} {mine[name]}, not "

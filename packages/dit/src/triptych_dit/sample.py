@@ -91,8 +91,9 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     steps = evaluations(trained, config)
     finished = (config.out / "samples.npz").exists()
     with ranks(config.device) as among:
-        if not finished:
+        if not finished or config.vae is not None:
             place(trained, among, config)
+            request |= _other_decoder(trained, among, config)
         with RunDirectory(config.out, request, is_main=among.is_main) as run:
             among.barrier()  # the main rank has checked the folder
             if not finished:
@@ -150,6 +151,15 @@ def place(trained: TrainedModel, among: Ranks, config: Any) -> None:
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
     prepare(trained.model, among, Execution(precision=config.precision or stored, compile=config.compile_blocks))
     autoencoder_of(trained, among.device, config.vae)
+
+
+def _other_decoder(trained: TrainedModel, among: Ranks, config: Any) -> dict[str, str]:
+    """What is part of a request where another decoder draws than the one in training."""
+    known, autoencoder = (
+        (trained.facts.get("autoencoder") or {}).get("sha256"),
+        autoencoder_of(trained, among.device, config.vae),
+    )
+    return {} if autoencoder is None or known in (None, autoencoder.sha256) else {"decoder": autoencoder.sha256}
 
 
 def _sample_missing(

@@ -193,20 +193,21 @@ def decoded(
 def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None = None) -> "Autoencoder | None":
     """The autoencoder of a model's latents, loaded once; None for a model of pixels.
 
-    vae: where it lies now, a folder or a name on the hub; by default where it lay in training.
+    vae: where it lies now, a folder or a name on the hub; by default where it lay in training. Another decoder will do if its
+    encoder is the same, such as stabilityai's ft-MSE and ft-EMA.
 
     Raises ValueError for another autoencoder, or one for a model of pixels, and what `load_autoencoder` raises.
     """
     facts = trained.facts.get("autoencoder")
     if facts is not None:
-        return _autoencoder(vae or facts["spec"], facts["sha256"], device)
+        return _autoencoder(vae or facts["spec"], facts["sha256"], facts.get("encoder_sha256"), device)
     if vae is not None:
         raise ValueError(f"vae {vae}: this model draws pixels and needs none; leave --vae out")
     return None
 
 
 @lru_cache(maxsize=1)
-def _autoencoder(spec: str, sha256: str | None, device: torch.device) -> "Autoencoder":
+def _autoencoder(spec: str, sha256: str | None, encoder_sha256: str | None, device: torch.device) -> "Autoencoder":
     from triptych_dit.autoencoder import load_autoencoder
 
     remedy = "pass --vae with the folder or hub name of the autoencoder that the model's latents are of"
@@ -214,7 +215,8 @@ def _autoencoder(spec: str, sha256: str | None, device: torch.device) -> "Autoen
         found = load_autoencoder(spec, device=device)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; or {remedy}") from error
-    if sha256 is not None and found.sha256 != sha256:  # released checkpoints name theirs without a hash
+    same = found.sha256 == sha256 or found.encoder_sha256 == encoder_sha256
+    if sha256 is not None and not same:  # released checkpoints name theirs without a hash
         raise ValueError(f"autoencoder {spec}: sha256 is {found.sha256[:12]}, the model's is {sha256[:12]}; {remedy}")
     return found
 

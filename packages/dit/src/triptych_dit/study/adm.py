@@ -1,6 +1,6 @@
 """The study's scorer for photographs: the ADM suite in place of the frozen digit instruments, behind the same call."""
 
-import json
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,8 @@ from triptych_common.metrics import Estimate, Inception, NpzImages, adm_scores, 
 from triptych_common.metrics.adm import ImageFeatures
 from triptych_common.parallel import ranks
 from triptych_common.run import write_json
+
+from triptych_dit.study.scoring import read_scores
 
 NAMES = {"frechet": "fid", "spatial_frechet": "sfid", "digit_score": "inception_score"}  # the others have one name
 
@@ -30,6 +32,12 @@ class AdmScorer:
         self.path, self.device, self.seed, self.repeats = reference, device, seed, repeats
 
     @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the reference file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @cached_property
     def _loaded(self) -> _Loaded:
         with ranks(self.device) as among:
             inception = load_inception(None, device=among.device)
@@ -41,8 +49,8 @@ class AdmScorer:
         Raises OSError for no reference or no Inception weights, ValueError for files that cannot be scored.
         """
         kept = samples.with_name("scores.json")
-        asked = {"reference": self.path.name, "seed": self.seed, "repeats": self.repeats}
-        if kept.exists() and (known := json.loads(kept.read_text()))["asked"] == asked:
+        asked = {"reference": self.digest, "seed": self.seed, "repeats": self.repeats}
+        if kept.exists() and (known := read_scores(kept))["asked"] == asked:
             return known["scores"]
         inception, source = self._loaded.inception, NpzImages(samples)
         found = image_features(source, inception)

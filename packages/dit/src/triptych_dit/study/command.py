@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from triptych_common.claims import load_claims
 from triptych_common.cli import CommonOptions, say
 from triptych_common.progress import Stopwatch
 from triptych_common.report import publish
-from triptych_common.run import RunDirectory, provenance, write_bytes, write_json
+from triptych_common.run import RunDirectory, git_commit, provenance, write_bytes, write_json
 from triptych_common.work import default_workers, on_gpu, run_all
 
 from triptych_dit.encode import EncodeConfig, encode
+from triptych_dit.encode import identity as encode_identity
 from triptych_dit.flops import gflops, parameter_count
-from triptych_dit.latents import is_latent_cache
+from triptych_dit.latents import LatentCache, is_latent_cache
 from triptych_dit.study.bench import Bench, Draw
 from triptych_dit.study.digits import padded_digits
 from triptych_dit.study.drawing import drawn
@@ -37,9 +39,10 @@ class StudyConfig(CommonOptions):
     out: Path = Path("runs/ch2")
     """everything goes to OUT/SIZE; OUT/report.html is the latest finished size"""
     size: str = "laptop"
-    """smoke (a minute), laptop (under twenty minutes on two cores), in latents as the thesis is; smoke-pixels and laptop-pixels
-    do without an autoencoder; gpu (MNIST in pixels, hours on one GPU, resumable at any time); paper and paper-512 (the thesis's
-    settings on ImageNet latents: --dry-run prints what to run under torchrun, then repeat it without)"""
+    """smoke (a minute), laptop (a quarter of an hour on two cores, half as long again on slow ones), in latents as the thesis
+    is; smoke-pixels and laptop-pixels do without an autoencoder; gpu (MNIST in pixels, hours on one GPU, resumable at any time);
+    paper and paper-512 (the thesis's settings on ImageNet latents: --dry-run prints what to run under torchrun, then repeat it
+    without)"""
     only: tuple[str, ...] = ()
     """experiments to run: gallery, block-designs, scaling, compute, guidance, visual-scaling, unet, samplers; all by default"""
     all: bool = False
@@ -51,7 +54,9 @@ class StudyConfig(CommonOptions):
     latents: str | None = None
     """paper sizes: cache of ImageNet's latents; latents/imagenet-256 or -512 by default"""
     vae: str | None = None
-    """paper sizes: its autoencoder, stabilityai/sd-vae-ft-mse by default as in Figure 2.9; sd-vae-ft-ema is the other"""
+    """paper sizes: its autoencoder, stabilityai/sd-vae-ft-mse by default as in Figure 2.9"""
+    decoder: str | None = None
+    """paper sizes: another autoencoder of the same encoder to draw samples with, such as stabilityai/sd-vae-ft-ema"""
     reference: Path | None = None
     """paper sizes: the ADM suite's reference file, by default VIRTUAL_imagenet256_labeled.npz or VIRTUAL_imagenet512.npz"""
 
@@ -66,7 +71,7 @@ class StudyConfig(CommonOptions):
                     f"experiment {name!r}: not for size {self.size}; expected one of {', '.join(self.offered)}"
                 )
         if SIZES[self.size].reference is None:
-            for name in ("latents", "vae", "reference"):
+            for name in ("latents", "vae", "decoder", "reference"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} {getattr(self, name)}: for the paper sizes alone; leave --{name} out")
         if self.workers is not None and self.workers < 1:
@@ -94,12 +99,18 @@ class StudyConfig(CommonOptions):
             places = {"data": str(self.folder / "digits32"), "vae": None}
         reference = size.reference and (self.reference or Path(size.reference))
         return Bench(
-            size, self.folder, everything=self.all, **places, reference=reference, seed=self.seed, device=self.device
-        )
+            size, self.folder, everything=self.all, **places, decoder=self.decoder, reference=reference, seed=self.seed,
+            device=self.device,
+        )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, wherever it lies; --all, --only and --workers change what is done, not what comes of it."""
-        return {"size": self.size, "seed": self.seed, **_settings(self.size)}
+        """What decides the result, wherever it lies; --all, --only and --workers change what is done, not what comes of it.
+
+        Raises what reading the latents' index or the reference raises, of paper sizes.
+        """
+        bench = self.bench()
+        made = {} if bench.size.reference is None else given(bench)
+        return {"size": self.size, "seed": self.seed, **_settings(self.size), **made}
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
@@ -146,14 +157,16 @@ def study(config: StudyConfig) -> dict[str, Any]:
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("study is for one process; use triptych-dit train and sample under torchrun")
+    bench = config.bench()
+    if config.claims.exists():
+        load_claims(config.claims)  # what is wrong with it is said before the work
+    if bench.size.reference is not None:
+        check_data(bench)
     with RunDirectory(config.folder, config.identity()) as run:
         clock = Stopwatch(run.path / "seconds.json")
         say(f"chapter 2, size {config.size}: {run.path}")
-        bench = config.bench()
         if bench.size.reference is None:
             make_data(config, bench, clock)
-        else:
-            check_data(bench)
         draws = list(dict.fromkeys(draw for name in config.chosen for draw in EXPERIMENTS[name].needs(bench)))
         workers = config.workers or default_workers(config.device)
         one_thread = not on_gpu(config.device)
@@ -183,6 +196,13 @@ def check_data(bench: Bench) -> None:
         )
 
 
+def given(bench: Bench) -> dict[str, Any]:
+    """What was made or fetched beforehand: latents and reference by content, the decoder by its name."""
+    index = encode_identity(LatentCache(Path(bench.data)).facts)
+    latents = {name: value for name, value in index.items() if name != "shards"}
+    return {"latents": latents, "decoder": bench.decoder, "reference": bench.scorer.digest}
+
+
 def make_data(config: StudyConfig, bench: Bench, clock: Stopwatch) -> None:
     """Digits with a margin; an autoencoder, and its latents of them, where the size has one."""
     size = bench.size
@@ -205,10 +225,16 @@ def make_data(config: StudyConfig, bench: Bench, clock: Stopwatch) -> None:
 
 def measure(config: StudyConfig, bench: Bench, name: str) -> None:
     """Write experiments/NAME.json and its figures."""
-    result = EXPERIMENTS[name].measure(bench)
+    result = EXPERIMENTS[name].measure(bench) | {"made": made_by(config)}
     write_json(config.folder / "experiments" / f"{name}.json", result)
     for title, png in drawn(name, result).items():
         write_bytes(config.folder / "figures" / f"{title}.png", png)
+
+
+def made_by(config: StudyConfig) -> dict[str, str]:
+    """The command that makes an experiment's result, and the commit that measured it."""
+    words = f"triptych-dit study --size {config.size}{' --all' * config.all} --seed {config.seed}"
+    return {"command": words, "commit": git_commit()}
 
 
 def assemble(config: StudyConfig, bench: Bench, seconds: dict[str, float]) -> dict[str, Any]:
@@ -228,11 +254,7 @@ def assemble(config: StudyConfig, bench: Bench, seconds: dict[str, float]) -> di
         "seed": config.seed,
         "findings": findings(experiments),
         "verdicts": verdicts(experiments),
-        "claims": claims(
-            experiments,
-            config.size,
-            f"triptych-dit study --size {config.size}{' --all' * config.all} --seed {config.seed}",
-        ),
+        "claims": claims(experiments, config.size),
         "experiments": experiments,
         "model": {
             "name": main.name,

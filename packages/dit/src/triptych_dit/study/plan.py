@@ -16,7 +16,7 @@ def commands(data: str, vae: str, side: int, trainings: Sequence[Training], samp
     return [
         f"{LAUNCH} encode --source ILSVRC2012/train --image-size {side} --vae {vae} --out {data}",
         *(train_command(unit) for unit in trainings if not unit.done),
-        *(sample_command(unit) for unit in samplings if not unit.done),
+        *(sample_command(unit) for unit in samplings if not unit.drawn),
     ]
 
 

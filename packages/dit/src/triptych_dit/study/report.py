@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from triptych_dit.study.command import StudyConfig
 
 Result = Mapping[str, Any]
+FILES = ("grid.png", "samples.npz", "scores.json")
 
 
 def write_report(path: Path, config: "StudyConfig", results: dict[str, Any]) -> None:
@@ -22,11 +23,12 @@ def write_report(path: Path, config: "StudyConfig", results: dict[str, Any]) -> 
     hardware = results["hardware"]
     space = "latents of an autoencoder trained on the spot" if results["autoencoder"] else results["space"]
     minutes = sum(results["seconds"].values()) / 60
+    subject = "ImageNet" if config.size.startswith("paper") else "digits"
     report = Report(
-        title="Diffusion transformers on digits: what of chapter 2 holds at this size",
+        title=f"Diffusion transformers on {subject}: what of chapter 2 holds at this size",
         subtitle=f"Chapter 2 (DiT), size {config.size}, seed {config.seed}: {len(results['models'])} models trained on {space} of "
         f"{results['training']['data']}, the largest shown here of {model['parameters']:,} parameters on {model['images']:,} "
-        f"images (repeats counted); {minutes:.1f} minutes on {hardware['cores']} cores, "
+        f"images (repeats counted); {minutes:.1f} minutes, without what was cut short by a kill, on {hardware['cores']} cores, "
         f"{hardware.get('gpu', hardware['cpu'])}.",
         findings=results["findings"],
     )
@@ -38,12 +40,34 @@ def write_report(path: Path, config: "StudyConfig", results: dict[str, Any]) -> 
     for name, section in SECTIONS.items():
         if name in experiments:
             section(report, config, results, experiments[name])
-    report.text(
-        "Samples of every row of these tables lie in the run's folder, in samples/MODEL/IMAGES-SAMPLER-STEPS-...-nCOUNT: "
-        "samples.npz, grid.png and scores.json with every bootstrap replicate."
-    )
+    _samples(report, config, experiments)
     _made(report, config, results)
     report.write(path)
+
+
+def _samples(report: Report, config: "StudyConfig", experiments: Mapping[str, Result]) -> None:
+    """Links to what every row of every table was measured on."""
+    listed = {row["samples"]: row for result in experiments.values() for row in _listed(result)}
+    links = [
+        (
+            " / ".join(Path(path).parts[1:-1]),
+            {
+                file.name: file.as_posix()
+                for file in map(Path(path).with_name, FILES)
+                if (config.folder / file).exists()
+            },
+        )
+        for path in sorted(listed)
+    ]
+    report.links(
+        f"Samples of all {len(links)} rows: model / images-sampler-steps-nCOUNT, with every bootstrap replicate", links
+    )
+
+
+def _listed(result: Result) -> list[Result]:
+    rows = result.get("rows", [])
+    places = result.get("samples", {})
+    return [{"samples": path} for path in places.values()] if isinstance(rows, dict) else rows
 
 
 def _verdicts_table(report: Report, config: "StudyConfig", results: Result) -> None:
@@ -67,7 +91,9 @@ def _made(report: Report, config: "StudyConfig", results: Result) -> None:
     report.heading("How this was made")
     report.code(f"make reproduce-ch2 SIZE={config.size}\n{results['command']}")
     pairs = {
-        "commit": results["commit"],
+        "commit": ", ".join(
+            sorted({results["commit"], *(e["made"]["commit"] for e in results["experiments"].values())})
+        ),
         "versions": results["versions"],
         "hardware": results["hardware"],
         "main model": {key: results["model"][key] for key in ("name", "parameters", "gflops_per_forward", "images")},

@@ -91,7 +91,7 @@ class StudyScorer:
             "repeats": self.repeats,
             "metrics": [*METRICS, "accuracy"],
         }
-        if kept.exists() and (known := _read(kept))["asked"] == asked:
+        if kept.exists() and (known := read_scores(kept))["asked"] == asked:
             return known["scores"]
         images, labels = read_npz(samples)
         scores = self.score(without_margin(images), labels)
@@ -171,7 +171,8 @@ def score_of(scores: dict[str, Any], metric: str) -> Score:
     return Score(found["value"], tuple(found["replicates"]), found.get("deviation", 0.0), found.get("trials", 0))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_scores(path: Path) -> dict[str, Any]:
+    """What a scorer kept. Raises ValueError for a damaged file."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:

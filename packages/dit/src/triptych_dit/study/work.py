@@ -48,8 +48,12 @@ class Sampling:
     cost: float
 
     @property
+    def drawn(self) -> bool:
+        return (self.config.out / "samples.npz").exists()
+
+    @property
     def done(self) -> bool:
-        return (self.config.out / "scores.json").exists() and (self.config.out / "samples.npz").exists()
+        return self.drawn and (self.config.out / "scores.json").exists()
 
     def __call__(self) -> None:
         if self.unet:
