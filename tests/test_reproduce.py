@@ -1,9 +1,11 @@
 """`make reproduce-ch2 SIZE=smoke`, without the network."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from triptych_common.run import flatten
@@ -37,6 +39,10 @@ def test_report_is_self_contained_and_complete(out):
     for needed in ("Fréchet distance", *results["verdicts"], "make reproduce-ch2 SIZE=smoke", "SHA-256", "thesis"):
         assert needed in page
     assert str(out) not in page.replace(results["command"], "")
+    for folder in (out, out / "smoke"):
+        links = re.findall(r'href="([^"]*)"', (folder / "report.html").read_text())
+        assert len(links) > 90
+        assert all((folder / unquote(link)).is_file() for link in links)
 
 
 def test_results_are_strict_json_with_intervals_instruments_and_ids(out):
@@ -58,6 +64,9 @@ def test_results_are_strict_json_with_intervals_instruments_and_ids(out):
             for metric in METRICS:
                 assert row[metric]["low"] <= row[metric]["value"] <= row[metric]["high"]
     assert {row["channels"] for row in experiments["guidance"]["rows"]} == {"all", 3}
+    for result in experiments.values():
+        made = {"command": "triptych-dit study --size smoke --seed 0", "commit": results["commit"]}
+        assert result["made"] == made
     assert results["seed"] == 0
     assert results["commit"]
 

@@ -2,14 +2,17 @@
 
 import io
 import json
+import re
 import sys
+from urllib.parse import unquote
 
 import pytest
 import torch
 from PIL import Image
 from triptych_common.images import from_uint8, image_grid, png_bytes, to_uint8
 from triptych_common.progress import Progress, Stopwatch
-from triptych_common.report import Report, figure_png
+from triptych_common.report import Report, figure_png, publish
+from triptych_common.testing import assert_self_contained
 
 
 def test_to_uint8_is_the_released_rule():
@@ -64,6 +67,24 @@ def test_report_escapes_text_and_embeds_pictures(tmp_path):
         assert text in page
 
 
+def test_links_of_a_published_report_lead_where_its_own_do(tmp_path):
+    out, folder = tmp_path / "runs", tmp_path / "runs/small size"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples/a b.png").write_bytes(b"x")
+    (folder / "results.json").write_text("{}")
+    report = Report("title", "sub", [])
+    report.links("all <samples>", [("first", {"picture": "samples/a b.png"})])
+    report.write(folder / "report.html")
+    publish(folder, out, "small")
+    for page in (folder / "report.html", out / "report.html"):
+        assert_self_contained(page.read_text(), pictures=0)
+        (link,) = re.findall(r'href="([^"]*)"', page.read_text())
+        assert (page.parent / unquote(link)).read_bytes() == b"x"
+    for path in ("/etc/passwd", "../up", "https://example.org"):
+        with pytest.raises(ValueError, match="expected a path below the page's folder"):
+            report.links("", [("", {"": path})])
+
+
 def test_progress_without_a_terminal_prints_plain_lines(capsys, monkeypatch):
     monkeypatch.setattr(Progress, "PLAIN_INTERVAL", 0.0)
     with Progress("training", 100, "img") as progress:
@@ -109,6 +130,12 @@ def test_a_stopwatch_adds_up_what_is_resumed_and_forgets_what_is_done_afresh(tmp
     spend(done, 5.0, "training")
     spend(done, 4.0, "more")
     assert done.seconds == json.loads(path.read_text()) == {"training": 6.0, "drawing": 2.0, "more": 4.0}
+
+
+def test_a_damaged_stopwatch_is_named(tmp_path):
+    (tmp_path / "seconds.json").write_text('{"training": ')
+    with pytest.raises(ValueError, match=r"seconds.json: damaged, expected JSON; delete it"):
+        Stopwatch(tmp_path / "seconds.json")
 
 
 def test_a_stopwatch_counts_a_stage_that_is_interrupted(tmp_path):

@@ -1,18 +1,21 @@
 """The study's parts: statistics, the matched U-Net, scores, the ledger, what is asked for."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from scipy import stats
 from triptych_common import data, testing
 from triptych_common.claims import FOUND, load_claims, record
 from triptych_common.metrics import frechet_distance
 from triptych_dit import cli, gflops
-from triptych_dit.study import experiments, statistics
+from triptych_dit.study import experiments, ledger, statistics
 from triptych_dit.study.command import StudyConfig
 from triptych_dit.study.digits import padded_digits, without_margin
 from triptych_dit.study.experiments import EXPERIMENTS
@@ -244,21 +247,21 @@ def test_the_papers_headline_is_guided_on_three_channels():
 
 
 def test_the_ledger_takes_verdicts_and_keeps_all_else(tmp_path):
-    ledger = tmp_path / "claims.toml"
-    ledger.write_text((ROOT / "claims.toml").read_text())
-    before = load_claims(ledger)
+    file = tmp_path / "claims.toml"
+    file.write_text((ROOT / "claims.toml").read_text())
+    before = load_claims(file)
     row = ("undecided", "laptop", 'says "1.2 times" [0.9, 1.5]', "triptych-dit study --size laptop --seed 0")
-    record(ledger, {"dit.fig-2.5": dict(zip(FOUND, row, strict=True))})
-    after = load_claims(ledger)
+    record(file, {"dit.fig-2.5": dict(zip(FOUND, row, strict=True))})
+    after = load_claims(file)
     assert after["dit.fig-2.5"].interval == 'says "1.2 times" [0.9, 1.5]'
     assert (after["dit.fig-2.5"].verdict, after["dit.fig-2.5"].size) == ("undecided", "laptop")
     assert {id: claim for id, claim in after.items() if id != "dit.fig-2.5"} == {
         id: claim for id, claim in before.items() if id != "dit.fig-2.5"
     }
-    lines = zip((ROOT / "claims.toml").read_text().splitlines(), ledger.read_text().splitlines(), strict=True)
+    lines = zip((ROOT / "claims.toml").read_text().splitlines(), file.read_text().splitlines(), strict=True)
     assert sum(a != b for a, b in lines) <= 4
     with pytest.raises(ValueError, match=r"has no claim 'dit\.fig-9'"):
-        record(ledger, {"dit.fig-9": dict(zip(FOUND, row, strict=True))})
+        record(file, {"dit.fig-9": dict(zip(FOUND, row, strict=True))})
 
 
 def test_figure_2_2_needs_both_of_its_halves():
@@ -319,6 +322,54 @@ def test_bad_requests_are_one_line(tmp_path, words, message):
     testing.fails_with(run("study", "--out", tmp_path, *words), message, 2)
 
 
+@pytest.mark.parametrize("content", ["a = 1", "[[claim", None])
+def test_what_is_no_ledger_is_said_before_the_work(tmp_path, content):
+    file = tmp_path / "claims.toml"
+    file.write_text(content) if content else file.mkdir()
+    done = run("study", "--size", "smoke", "--out", tmp_path / "out", "--claims", file)
+    testing.fails_with(done, f"{file}: no ledger, expected TOML with [[claim]] tables")
+    assert not (tmp_path / "out").exists()
+
+
+def test_paper_sizes_are_what_they_were_given(tmp_path):
+    """Latents and reference by content, wherever they lie: others, or another decoder, are another study."""
+    AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=8,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    for i in range(4):
+        folder = tmp_path / "pictures" / f"class-{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    for side in (8, 16):
+        words = ("--source", tmp_path / "pictures", "--vae", tmp_path / "vae", "--image-size", side)
+        done = run("encode", *words, "--out", tmp_path / f"latents-{side}")
+        assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "latents-16", tmp_path / "moved")
+    for name, content in (("a", b"1"), ("b", b"2"), ("copy", b"1")):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+
+    def identity(latents="latents-16", reference="a.npz", **settings):
+        config = StudyConfig(size="paper", latents=str(tmp_path / latents), reference=tmp_path / reference, **settings)
+        return config.identity()
+
+    assert identity() == identity(latents="moved", reference="copy.npz")
+    for other in ({"latents": "latents-8"}, {"reference": "b.npz"}, {"decoder": "elsewhere"}, {"vae": "elsewhere"}):
+        assert identity() != identity(**other)
+
+
+def test_a_claims_command_is_that_of_its_experiment(monkeypatch):
+    monkeypatch.setattr(ledger, "measured", lambda experiments: dict.fromkeys(("dit.fig-2.6", "dit.fig-2.5"), "words"))
+    experiments = {
+        "scaling": {"verdicts": {"dit.fig-2.6": HOLDS}, "made": {"command": "study --all", "commit": "a"}},
+        "block-designs": {"verdicts": {"dit.fig-2.5": UNCLEAR}, "made": {"command": "study", "commit": "b"}},
+    }
+    found = ledger.claims(experiments, "laptop")
+    assert found["dit.fig-2.6"] == dict(zip(FOUND, ("confirmed", "laptop", "words", "study --all"), strict=True))
+    assert found["dit.fig-2.5"]["command"] == "study"
+
+
 def test_missing_latents_are_one_line(tmp_path):
     done = run("study", "--size", "paper", "--out", tmp_path, "--latents", tmp_path / "none")
-    testing.fails_with(done, "no latent cache; pass --latents, or make it: torchrun", 1, quiet=("chapter 2",))
+    testing.fails_with(done, "no latent cache; pass --latents, or make it: torchrun", 1)
+    assert not list(tmp_path.iterdir())
