@@ -53,7 +53,9 @@ def test_report_is_self_contained_and_complete(out):
     for needed in (
         "PCK-Transfer on grey digits",
         "Congealing",
-        "k-means",
+        "k-means on a contrastive descriptor",
+        "k-means, moments-aligned pixels",
+        "intervals resample digits, each with all its pairs",
         "Table 4.3",
         "67.2",
         "LPIPS, no style mixing: no VGG weights were given (--lpips-weights)",
@@ -72,6 +74,7 @@ def test_results_are_strict_json_with_intervals(out):
         found = score["pck"]["target box, per point, 0.1"]
         assert found["low"] <= found["value"] <= found["high"]
     assert results["clusters"]["clusters"] == 3
+    assert results["claims"]["gangealing.table-4.3"]["verdict"] == "undecided"
     assert set(results["ablations"]) == set(ablations.FIRST)
     assert results["commit"]
 

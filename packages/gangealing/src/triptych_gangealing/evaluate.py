@@ -100,7 +100,8 @@ class Posed:
 def score(method: Method, several: Pairs, posed: Posed, seed: int = 0) -> Scores:
     """A method that warps images to alignment, on pairs and on posed digits.
 
-    Points of a pair in two clusters cannot be transferred, and count as misses. Errors of pose are beside each cluster's own mode.
+    Points of a pair in two clusters cannot be transferred, and count as misses. Errors of pose are beside each cluster's own mode,
+    near which the pictures of a small one lie in any case.
     """
     source, target = method(several.source), method(several.target)
     size = (several.source.shape[-1],) * 2
