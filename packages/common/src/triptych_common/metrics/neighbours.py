@@ -39,15 +39,15 @@ def precision_recall(
     return _covered(fake, real, k, chunk), _covered(real, fake, k, chunk)
 
 
-def coverage(
-    points: Float[Tensor, "n dim"], by: Float[Tensor, "m dim"], *, k: int = 3
-) -> Bool[Tensor, "n m"]:
+def coverage(points: Float[Tensor, "n dim"], by: Float[Tensor, "m dim"], *, k: int = 3) -> Bool[Tensor, "n m"]:
     """Which balls of `by`, each reaching to its k-th nearest other, hold which points. For sets of thousands: n x m distances.
 
     `precision_recall` asks whether any does.
     """
     radii = _squared_radii(by, by, k + 1, CHUNK)
-    rows = (torch.cdist(part, by.double(), compute_mode=EXACT).square() <= radii for part in points.double().split(CHUNK))
+    rows = (
+        torch.cdist(part, by.double(), compute_mode=EXACT).square() <= radii for part in points.double().split(CHUNK)
+    )
     return torch.cat(list(rows))
 
 
