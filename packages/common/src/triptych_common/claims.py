@@ -49,15 +49,20 @@ def load_claims(path: Path) -> dict[str, Claim]:
     names = {field.name for field in fields(Claim)}
     claims: dict[str, Claim] = {}
     try:
-        rows = tomllib.loads(Path(path).read_text())["claim"]
-    except (ValueError, KeyError, IsADirectoryError) as error:
+        rows = tomllib.loads(Path(path).read_text()).get("claim")
+    except (ValueError, IsADirectoryError) as error:
         raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables")
     for row in rows:
         if row.keys() != names:
             raise ValueError(f"{path}: claim {row.get('id')!r}: keys differ by {sorted(row.keys() ^ names)}")
         if row["id"] in claims:
             raise ValueError(f"{path}: claim {row['id']!r} stands twice")
-        claims[row["id"]] = Claim(**row)
+        try:
+            claims[row["id"]] = Claim(**row)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return claims
 
 

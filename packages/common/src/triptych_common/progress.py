@@ -82,8 +82,9 @@ class Stopwatch:
     def __init__(self, path: Path, *, finished: bool = False) -> None:
         self.path, self.finished = path, finished
         try:
-            self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            self.seconds: dict[str, float] = {stage: float(seconds) for stage, seconds in kept.items()}
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged, expected JSON; delete it, the time so far is lost with it") from error
 
     @contextmanager

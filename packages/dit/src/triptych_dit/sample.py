@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import groupby
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from triptych_common import checkpoint
 from triptych_common.cli import CommonOptions, say
@@ -93,24 +93,31 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     with ranks(config.device) as among:
         if not finished or config.vae is not None:
             place(trained, among, config)
-            request |= _other_decoder(trained, among, config)
+            request |= other_decoder(trained, among, config)
         with RunDirectory(config.out, request, is_main=among.is_main) as run:
             among.barrier()  # the main rank has checked the folder
             if not finished:
-                _sample_missing(trained, labels, config, steps, among)
+
+                def draw(batch: range, step: Callable[[], None]) -> UInt8[Tensor, "batch channels height width"]:
+                    some = None if labels is None else labels[batch.start : batch.stop]
+                    images = sample_images(
+                        trained, some, config, count=len(batch), seed=config.seed, first_index=batch.start,
+                        vae=config.vae, progress=step,
+                    )  # fmt: skip
+                    return to_uint8(images)
+
+                draw_missing(config, draw, steps, among)
                 among.barrier()
             result = {"samples": str(run.path / "samples.npz"), "grid": str(run.path / "grid.png")}
             if among.is_main:
-                _gather(config, labels)
+                gather(config, labels)
             among.barrier()
             if config.images:
                 _write_images(run.path, trained, labels, among)
                 result["images"] = str(run.path / "images")
                 among.barrier()
             if among.is_main:
-                images = next(read_batches(run.path / "samples.npz", GRID))
-                columns = min(10, len(config.labels) or trained.model.config.num_classes or 10, len(images))
-                write_png(run.path / "grid.png", image_grid(images, columns=columns))
+                write_grid(run.path, len(config.labels) or trained.model.config.num_classes or 10)
                 write_json(run.path / "samples.json", {**request, **result})
                 for file in result.values():
                     say(f"wrote {file}")
@@ -153,19 +160,23 @@ def place(trained: TrainedModel, among: Ranks, config: Any) -> None:
     autoencoder_of(trained, among.device, config.vae)
 
 
-def _other_decoder(trained: TrainedModel, among: Ranks, config: Any) -> dict[str, str]:
+def other_decoder(trained: TrainedModel, among: Ranks, config: Any) -> dict[str, str]:
     """What is part of a request where another decoder draws than the one in training."""
-    known, autoencoder = (
-        (trained.facts.get("autoencoder") or {}).get("sha256"),
-        autoencoder_of(trained, among.device, config.vae),
-    )
-    return {} if autoencoder is None or known in (None, autoencoder.sha256) else {"decoder": autoencoder.sha256}
+    facts, autoencoder = trained.facts.get("autoencoder"), autoencoder_of(trained, among.device, config.vae)
+    if autoencoder is None:
+        return {}
+    released = facts["sha256"] is None  # which only has a name
+    same = autoencoder.spec == facts["spec"] if released else autoencoder.sha256 == facts["sha256"]
+    return {} if same else {"decoder": autoencoder.sha256}
 
 
-def _sample_missing(
-    trained: TrainedModel, labels: Tensor | None, config: SampleConfig, steps: int, among: Ranks
+def draw_missing(
+    config: SampleConfig, draw: Callable[[range, Callable[[], None]], Tensor], steps: int, among: Ranks
 ) -> None:
-    """Make what no part file holds yet; ranks take turns at batches of consecutive indices."""
+    """Make what no part file holds yet; ranks take turns at batches of consecutive indices.
+
+    draw: images, uint8, of the samples with these indices; it calls its second argument after each of `steps` steps.
+    """
     done = {index for start, end, _ in _parts(config.out) for index in range(start, end)}
     missing = [index for index in range(config.num_samples) if index not in done]
     batches = list(_consecutive(missing, config.batch_size))
@@ -174,12 +185,8 @@ def _sample_missing(
     total = sum(map(len, mine)) * steps
     with Progress("sampling", total, "image steps", enabled=among.is_main) as progress:
         for batch in mine:
-            images = sample_images(
-                trained, None if labels is None else labels[batch.start : batch.stop], config, count=len(batch),
-                seed=config.seed, first_index=batch.start, vae=config.vae, progress=partial(progress.advance, len(batch)),
-            )  # fmt: skip
-            part = config.out / "parts" / f"{batch.start:08d}-{batch.stop:08d}.npz"
-            write_npz(part, [to_uint8(images)], len(images))
+            images = draw(batch, partial(progress.advance, len(batch)))
+            write_npz(config.out / "parts" / f"{batch.start:08d}-{batch.stop:08d}.npz", [images], len(images))
 
 
 def _consecutive(indices: Sequence[int], size: int) -> Iterator[range]:
@@ -193,13 +200,19 @@ def _parts(out: Path) -> list[tuple[int, int, Path]]:
     return [(*map(int, path.stem.split("-")), path) for path in sorted((out / "parts").glob("*-*.npz"))]
 
 
-def _gather(config: SampleConfig, labels: Tensor | None) -> None:
+def gather(config: SampleConfig, labels: Int[Tensor, " n"] | None) -> None:
     """All parts as one file, one part at a time in memory; the parts are removed once it stands."""
     path = config.out / "samples.npz"
     if not path.exists():
         batches = (read_npz(part)[0] for _, _, part in _parts(config.out))
         write_npz(path, batches, config.num_samples, labels)
     shutil.rmtree(config.out / "parts", ignore_errors=True)
+
+
+def write_grid(out: Path, columns: int) -> None:
+    """OUT/grid.png: the first of OUT/samples.npz, at most ten in a row."""
+    images = next(read_batches(out / "samples.npz", GRID))
+    write_png(out / "grid.png", image_grid(images, columns=min(10, columns, len(images))))
 
 
 def _write_images(out: Path, trained: TrainedModel, labels: Tensor | None, among: Ranks) -> None:

@@ -200,24 +200,31 @@ def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None 
     """
     facts = trained.facts.get("autoencoder")
     if facts is not None:
-        return _autoencoder(vae or facts["spec"], facts["sha256"], facts.get("encoder_sha256"), device)
+        found = _autoencoder(vae or facts["spec"], facts["sha256"], facts.get("encoder_sha256"), device)
+        for name in ("scale_factor", "shift_factor") if facts["sha256"] else ():
+            ours, theirs = facts.get(name), getattr(found, name)
+            if ours not in (None, theirs):
+                raise ValueError(f"autoencoder {found.spec}: {name} is {theirs}, the model's is {ours}; {_REMEDY}")
+        return found
     if vae is not None:
         raise ValueError(f"vae {vae}: this model draws pixels and needs none; leave --vae out")
     return None
+
+
+_REMEDY = "pass --vae with the folder or hub name of the autoencoder that the model's latents are of"
 
 
 @lru_cache(maxsize=1)
 def _autoencoder(spec: str, sha256: str | None, encoder_sha256: str | None, device: torch.device) -> "Autoencoder":
     from triptych_dit.autoencoder import load_autoencoder
 
-    remedy = "pass --vae with the folder or hub name of the autoencoder that the model's latents are of"
     try:
         found = load_autoencoder(spec, device=device)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{error}; or {remedy}") from error
+        raise ValueError(f"{error}; or {_REMEDY}") from error
     same = found.sha256 == sha256 or found.encoder_sha256 == encoder_sha256
     if sha256 is not None and not same:  # released checkpoints name theirs without a hash
-        raise ValueError(f"autoencoder {spec}: sha256 is {found.sha256[:12]}, the model's is {sha256[:12]}; {remedy}")
+        raise ValueError(f"autoencoder {spec}: sha256 is {found.sha256[:12]}, the model's is {sha256[:12]}; {_REMEDY}")
     return found
 
 

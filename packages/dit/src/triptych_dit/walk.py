@@ -23,7 +23,7 @@ from triptych_common.video import FORMATS, course, ends, import_av, write_video
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
-from triptych_dit.sample import ModelOptions, identity, place
+from triptych_dit.sample import ModelOptions, identity, other_decoder, place
 from triptych_dit.samples_file import read_npz, write_npz
 from triptych_dit.sampling import SamplerSettings, check_labels, evaluations, sample_images
 from triptych_dit.weights import TrainedModel
@@ -99,8 +99,9 @@ def walk(config: WalkConfig) -> dict[str, Any]:
     steps = evaluations(trained, config)
     finished = (config.out / "walk.npz").exists()
     with ranks(config.device) as among:
-        if not finished:
+        if not finished or config.vae is not None:
             place(trained, among, config)
+            request |= other_decoder(trained, among, config)
         with RunDirectory(config.out, request) as run:
             if not finished:
                 images = film(trained, config, noises, mixtures, steps)

@@ -1,8 +1,10 @@
 """The command `triptych-dit study`: chapter 2, whole or in parts, from nothing to a report. Repeating it resumes it."""
 
 import json
+import math
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from triptych_dit.study.work import Training
 from triptych_dit.train_autoencoder import train_autoencoder
 
 PAPER_VAE = "stabilityai/sd-vae-ft-mse"
+MADE_BY = ("shards", "command", "commit", "versions", "hardware")  # of a cache: how it came about, not what it holds
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,10 @@ def check_data(bench: Bench) -> None:
 
 
 def given(bench: Bench) -> dict[str, Any]:
-    """What was made or fetched beforehand: latents and reference by content, the decoder by its name."""
-    index = encode_identity(LatentCache(Path(bench.data)).facts)
-    latents = {name: value for name, value in index.items() if name != "shards"}
-    return {"latents": latents, "decoder": bench.decoder, "reference": bench.scorer.digest}
+    """What was made or fetched beforehand: latents and reference by content, autoencoder and decoder by name."""
+    manifest = encode_identity(LatentCache(Path(bench.data)).facts)
+    latents = {name: value for name, value in manifest.items() if name not in MADE_BY}
+    return {"latents": latents, "vae": bench.vae, "decoder": bench.decoder, "reference": bench.scorer.digest}
 
 
 def make_data(config: StudyConfig, bench: Bench, clock: Stopwatch) -> None:
@@ -224,30 +227,57 @@ def make_data(config: StudyConfig, bench: Bench, clock: Stopwatch) -> None:
 
 
 def measure(config: StudyConfig, bench: Bench, name: str) -> None:
-    """Write experiments/NAME.json and its figures."""
-    result = EXPERIMENTS[name].measure(bench) | {"made": made_by(config)}
-    write_json(config.folder / "experiments" / f"{name}.json", result)
+    """Write experiments/NAME.json and its figures; what comes out as it did before keeps the command and commit it came with."""
+    path = config.folder / "experiments" / f"{name}.json"
+    result = EXPERIMENTS[name].measure(bench)
+    before = read_result(path) if path.exists() else {}
+    made = before.pop("made", None)
+    if made is None or not alike(before, json.loads(json.dumps(result))):
+        before, made = result, made_by(config)
+    result = before | {"made": made}
+    write_json(path, result)
     for title, png in drawn(name, result).items():
         write_bytes(config.folder / "figures" / f"{title}.png", png)
 
 
 def made_by(config: StudyConfig) -> dict[str, str]:
     """The command that makes an experiment's result, and the commit that measured it."""
-    words = f"triptych-dit study --size {config.size}{' --all' * config.all} --seed {config.seed}"
-    return {"command": words, "commit": git_commit()}
+    words = ["triptych-dit", "study", "--size", config.size, *["--all"] * config.all]
+    for name in ("latents", "vae", "decoder", "reference"):
+        if (value := getattr(config, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return {"command": shlex.join([*words, "--seed", str(config.seed)]), "commit": git_commit()}
+
+
+def alike(before: Any, now: Any) -> bool:
+    """Whether two JSON trees agree to rounding: linear algebra on many threads may differ in the last digit."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(alike(value, now[key]) for key, value in before.items())
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(alike, before, now))
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now, rel_tol=1e-5, abs_tol=1e-5)
+    return before == now
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `measure` wrote. Raises ValueError for a damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, expected JSON; delete it and repeat the command") from error
 
 
 def assemble(config: StudyConfig, bench: Bench, seconds: dict[str, float]) -> dict[str, Any]:
     """The content of results.json: every experiment that this folder has, what it found, and what was run."""
     folder = config.folder / "experiments"
     experiments = {
-        name: json.loads((folder / f"{name}.json").read_text())
-        for name in EXPERIMENTS
-        if (folder / f"{name}.json").exists()
+        name: read_result(folder / f"{name}.json") for name in EXPERIMENTS if (folder / f"{name}.json").exists()
     }
     main = Model(bench.size.main)
     training = bench.train_config(main)
     logs = sorted((config.folder / "models").glob("*/metrics.jsonl"))
+    runs = [*config.folder.glob("models/*/config.json"), *config.folder.glob("samples/*/*/config.json")]
     return {
         "chapter": 2,
         "size": config.size,
@@ -268,6 +298,7 @@ def assemble(config: StudyConfig, bench: Bench, seconds: dict[str, float]) -> di
         "autoencoder": _settings(config.size)["autoencoder"],
         "models": {log.parent.name: round(_seconds(log), 1) for log in logs},
         "seconds": seconds,
+        "commits": sorted({read_result(run)["commit"] for run in runs}),
         **provenance(),
     }
 

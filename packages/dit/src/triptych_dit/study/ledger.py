@@ -27,14 +27,20 @@ def verdicts(experiments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def claims(experiments: Mapping[str, Mapping[str, Any]], size: str) -> dict[str, dict[str, str]]:
     """Verdict, size, interval and command of each claim that the experiments speak of, by id. What nothing measured decides, such
-    as a gallery, is undecided; of several experiments the last one's command stands, which --all makes no shorter.
+    as a gallery, is undecided; a claim of several experiments has the commands of all, where they differ.
     """
     words = measured(experiments)
-    command = {claim: result["made"]["command"] for result in experiments.values() for claim in result["verdicts"]}
     return {
-        claim: dict(zip(FOUND, (IN_THE_LEDGER[verdict], size, words[claim], command[claim]), strict=True))
+        claim: dict(
+            zip(FOUND, (IN_THE_LEDGER[verdict], size, words[claim], _commands(claim, experiments)), strict=True)
+        )
         for claim, verdict in verdicts(experiments).items()
     }
+
+
+def _commands(claim: str, experiments: Mapping[str, Mapping[str, Any]]) -> str:
+    made = [result["made"]["command"] for result in experiments.values() if claim in result["verdicts"]]
+    return "; ".join(dict.fromkeys(made))
 
 
 if __name__ == "__main__":

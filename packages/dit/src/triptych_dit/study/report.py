@@ -46,28 +46,24 @@ def write_report(path: Path, config: "StudyConfig", results: dict[str, Any]) -> 
 
 
 def _samples(report: Report, config: "StudyConfig", experiments: Mapping[str, Result]) -> None:
-    """Links to what every row of every table was measured on."""
-    listed = {row["samples"]: row for result in experiments.values() for row in _listed(result)}
-    links = [
-        (
-            " / ".join(Path(path).parts[1:-1]),
-            {
-                file.name: file.as_posix()
-                for file in map(Path(path).with_name, FILES)
-                if (config.folder / file).exists()
-            },
-        )
-        for path in sorted(listed)
-    ]
-    report.links(
-        f"Samples of all {len(links)} rows: model / images-sampler-steps-nCOUNT, with every bootstrap replicate", links
-    )
+    """Links to what every row of every table was measured on, experiment by experiment."""
+    report.heading("Samples")
+    report.text("A set a line: model / images-sampler-steps-nCOUNT; scores.json holds every bootstrap replicate.")
+    for name, result in experiments.items():
+        links = [(" / ".join(Path(path).parts[1:-1]), _files(config.folder, Path(path))) for path in _sets(result)]
+        if links:
+            report.links(f"{name}: {len(links)} sets", links)
 
 
-def _listed(result: Result) -> list[Result]:
-    rows = result.get("rows", [])
-    places = result.get("samples", {})
-    return [{"samples": path} for path in places.values()] if isinstance(rows, dict) else rows
+def _sets(result: Result) -> list[str]:
+    """Paths of an experiment's samples, each once; a gallery has rows of real digits too, and lists its own."""
+    paths = result["samples"].values() if "samples" in result else [row["samples"] for row in result.get("rows", [])]
+    return sorted(set(paths))
+
+
+def _files(folder: Path, samples: Path) -> dict[str, str]:
+    there = [samples.with_name(name) for name in FILES if (folder / samples.with_name(name)).exists()]
+    return {path.name: path.as_posix() for path in there}
 
 
 def _verdicts_table(report: Report, config: "StudyConfig", results: Result) -> None:
@@ -91,9 +87,8 @@ def _made(report: Report, config: "StudyConfig", results: Result) -> None:
     report.heading("How this was made")
     report.code(f"make reproduce-ch2 SIZE={config.size}\n{results['command']}")
     pairs = {
-        "commit": ", ".join(
-            sorted({results["commit"], *(e["made"]["commit"] for e in results["experiments"].values())})
-        ),
+        "commit": results["commit"],
+        **_other_commits(results),
         "versions": results["versions"],
         "hardware": results["hardware"],
         "main model": {key: results["model"][key] for key in ("name", "parameters", "gflops_per_forward", "images")},
@@ -114,3 +109,13 @@ def _made(report: Report, config: "StudyConfig", results: Result) -> None:
             for k, v in pairs.items()
         ],
     )
+
+
+def _other_commits(results: Result) -> dict[str, Any]:
+    """Of experiments, and of the models and samples that they are about, which were made at other commits than the page."""
+    experiments = {name: result["made"]["commit"] for name, result in results["experiments"].items()}
+    pairs = {
+        "commit, of experiments": {name: commit for name, commit in experiments.items() if commit != results["commit"]},
+        "commits, of models and samples": ", ".join(c for c in results["commits"] if c != results["commit"]),
+    }
+    return {what: value for what, value in pairs.items() if value}

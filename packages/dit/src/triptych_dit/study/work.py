@@ -1,13 +1,17 @@
 """Units of a study's work: training runs, and samples with their scores, each a file that is made once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from triptych_common import checkpoint
 from triptych_common.parallel import ranks
+from triptych_common.run import RunDirectory
 
-from triptych_dit.sample import SampleConfig, sample
-from triptych_dit.samples_file import write_npz
+from triptych_dit.sample import SampleConfig, draw_missing, gather, identity, sample, write_grid
 from triptych_dit.study.adm import AdmScorer
 from triptych_dit.study.scoring import StudyScorer
 from triptych_dit.train import train
@@ -66,15 +70,19 @@ class Sampling:
 def _sample_unet(config: SampleConfig) -> None:
     from triptych_dit.study.unet import load_unet, sample_unet
 
-    path = config.out / "samples.npz"
-    if path.exists():
-        return
     trained = load_unet(Path(config.checkpoint))
-    labels = torch.arange(config.num_samples) % (trained.model.config.num_embeddings - 1)
-    with ranks(config.device) as among:
+    classes = trained.model.config.num_embeddings - 1
+    labels = torch.arange(config.num_samples) % classes
+    weights = checkpoint.digest(trained.model.state_dict())
+    request = identity(config, trained) | {"num_samples": config.num_samples, "model_sha256": weights}
+    with ranks(config.device) as among, RunDirectory(config.out, request, is_main=among.is_main):
         trained.model.to(among.device)
-        batches = (
-            sample_unet(trained, part, config, seed=config.seed, first_index=config.batch_size * i, vae=config.vae)
-            for i, part in enumerate(labels.split(config.batch_size))
-        )
-        write_npz(path, batches, config.num_samples, labels)
+
+        def draw(batch: range, step: Callable[[], None]) -> UInt8[Tensor, "batch channels height width"]:
+            some = labels[batch.start : batch.stop]
+            return sample_unet(trained, some, config, seed=config.seed, first_index=batch.start, vae=config.vae)
+
+        if not (config.out / "samples.npz").exists():
+            draw_missing(config, draw, 1, among)
+        gather(config, labels)
+        write_grid(config.out, classes)
