@@ -263,6 +263,34 @@ def test_another_decoder_of_the_same_encoder_draws_too(latent_model, vae, tmp_pa
     assert "pass --vae with the folder" in capsys.readouterr().err
 
 
+def test_a_decoder_of_another_scale_is_refused(latent_model, vae, tmp_path, capsys):
+    """Its weights alone would do; its latents are not the model's."""
+    theirs = AutoencoderKL.from_pretrained(vae)
+    theirs.register_to_config(scaling_factor=2 * theirs.config.scaling_factor)
+    theirs.save_pretrained(tmp_path / "vae")
+    words = command(latent_model, tmp_path / "out", "--num-samples", "2", "--vae", str(tmp_path / "vae"))
+    assert main("triptych-dit", COMMANDS, words) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "vae: scale_factor is " in message
+    assert "pass --vae with the folder" in message
+
+
+def test_models_of_earlier_caches_take_their_own_autoencoder_alone(vae, tmp_path, capsys):
+    """Before encoders had a digest of their own."""
+    facts = {k: v for k, v in load_autoencoder(str(vae)).facts().items() if k != "encoder_sha256"}
+    model = tmp_path / "model.safetensors"
+    save_model(model, random_model(dtype=torch.float32), {"predict": "noise", "autoencoder": facts})
+    theirs = AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        next(theirs.decoder.parameters()).mul_(1.5)
+    theirs.save_pretrained(tmp_path / "decoder")
+    words = command(model, tmp_path / "out", "--num-samples", "2")
+    assert main("triptych-dit", COMMANDS, [*words, "--vae", str(tmp_path / "decoder")]) == 1
+    assert "decoder: sha256 is " in capsys.readouterr().err
+    assert main("triptych-dit", COMMANDS, words) == 0
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")

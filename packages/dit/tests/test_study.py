@@ -14,12 +14,14 @@ from scipy import stats
 from triptych_common import data, testing
 from triptych_common.claims import FOUND, load_claims, record
 from triptych_common.metrics import frechet_distance
+from triptych_common.run import RunDirectory
 from triptych_dit import cli, gflops
-from triptych_dit.study import experiments, ledger, statistics
+from triptych_dit.study import command, experiments, ledger, statistics
 from triptych_dit.study.command import StudyConfig
 from triptych_dit.study.digits import padded_digits, without_margin
-from triptych_dit.study.experiments import EXPERIMENTS
+from triptych_dit.study.experiments import EXPERIMENTS, Experiment
 from triptych_dit.study.ledger import verdicts
+from triptych_dit.study.report import write_report
 from triptych_dit.study.scoring import METRICS, StudyScorer, score_of
 from triptych_dit.study.sizes import SIZES, Model
 from triptych_dit.study.statistics import FAILS, HOLDS, SHOWN, UNCLEAR, Score, SeedNoise, compare
@@ -322,7 +324,7 @@ def test_bad_requests_are_one_line(tmp_path, words, message):
     testing.fails_with(run("study", "--out", tmp_path, *words), message, 2)
 
 
-@pytest.mark.parametrize("content", ["a = 1", "[[claim", None])
+@pytest.mark.parametrize("content", ["a = 1", "[[claim", "claim = 1", "claim = [1]", None])
 def test_what_is_no_ledger_is_said_before_the_work(tmp_path, content):
     file = tmp_path / "claims.toml"
     file.write_text(content) if content else file.mkdir()
@@ -356,6 +358,14 @@ def test_paper_sizes_are_what_they_were_given(tmp_path):
     assert identity() == identity(latents="moved", reference="copy.npz")
     for other in ({"latents": "latents-8"}, {"reference": "b.npz"}, {"decoder": "elsewhere"}, {"vae": "elsewhere"}):
         assert identity() != identity(**other)
+    both = {"vae": "elsewhere", "decoder": "its own"}
+    assert identity(**both) != identity(decoder="its own")
+    words = ("--size", "paper", "--out", tmp_path / "out", "--latents", tmp_path / "latents-16")
+    with RunDirectory(tmp_path / "out/paper", identity()):
+        pass
+    done = run("study", *words, "--reference", tmp_path / "b.npz")
+    testing.fails_with(done, "paper: holds a run with reference='6b86b273ff34")  # SHA-256 of b"1"
+    assert "or use another --out" in done.stderr
 
 
 def test_a_claims_command_is_that_of_its_experiment(monkeypatch):
@@ -367,6 +377,79 @@ def test_a_claims_command_is_that_of_its_experiment(monkeypatch):
     found = ledger.claims(experiments, "laptop")
     assert found["dit.fig-2.6"] == dict(zip(FOUND, ("confirmed", "laptop", "words", "study --all"), strict=True))
     assert found["dit.fig-2.5"]["command"] == "study"
+    for name in experiments:  # a claim of two
+        experiments[name]["verdicts"] = {"dit.fig-2.5": UNCLEAR}
+    assert ledger.claims(experiments, "laptop")["dit.fig-2.5"]["command"] == "study --all; study"
+
+
+def test_what_comes_out_as_before_keeps_its_command_and_commit(tmp_path, monkeypatch):
+    value, commit = [1.0], ["before"]
+    monkeypatch.setitem(command.EXPERIMENTS, "scaling", Experiment(list, lambda bench: {"rows": ({"x": value[0]},)}))
+    monkeypatch.setattr(command, "git_commit", lambda: commit[0])
+    monkeypatch.setattr(command, "drawn", lambda name, result: {})
+    file = tmp_path / "smoke/experiments/scaling.json"
+
+    def made(**options):
+        config = StudyConfig(out=tmp_path, size="smoke", **options)
+        command.measure(config, config.bench(), "scaling")
+        return command.read_result(file)["made"]
+
+    first = {"command": "triptych-dit study --size smoke --all --seed 0", "commit": "before"}
+    assert made(all=True) == first
+    commit[0] = "after"
+    assert made() == first
+    value[0] *= 1 + 1e-9
+    assert made() == first  # linear algebra on many threads
+    value[0] *= 1.001
+    assert made() == {"command": "triptych-dit study --size smoke --seed 0", "commit": "after"}
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"scaling\.json: damaged, expected JSON; delete it and repeat the command"):
+        made()
+
+
+def test_the_command_of_a_paper_size_names_what_it_was_given():
+    config = StudyConfig(size="paper", vae="mine", decoder="stabilityai/sd-vae-ft-ema", reference=Path("a b.npz"))
+    words = (
+        "triptych-dit study --size paper --vae mine --decoder stabilityai/sd-vae-ft-ema --reference 'a b.npz' --seed 0"
+    )
+    assert command.made_by(config)["command"] == words
+
+
+def test_another_decoder_draws_and_nothing_else():
+    plain, other = (StudyConfig(size="paper", decoder=name).resolved() for name in (None, "stabilityai/sd-vae-ft-ema"))
+    for before, line in zip(plain["run_first"], other["run_first"], strict=True):
+        changed = before.replace("--vae stabilityai/sd-vae-ft-mse", "--vae stabilityai/sd-vae-ft-ema")
+        assert line == (changed if " sample " in line else before)
+
+
+def test_the_plan_leaves_out_what_is_drawn(tmp_path):
+    """Samples are drawn under torchrun, and scored by the study itself."""
+    before = StudyConfig(size="paper-512", out=tmp_path).resolved()["run_first"]
+    drawn = next(line for line in before if " sample " in line)
+    folder = Path(drawn.split("--out ")[1].split()[0])
+    folder.mkdir(parents=True)
+    (folder / "samples.npz").touch()
+    assert StudyConfig(size="paper-512", out=tmp_path).resolved()["run_first"] == [x for x in before if x != drawn]
+
+
+def test_the_page_names_its_subject_and_other_commits(tmp_path):
+    results = {
+        "experiments": {"samplers-before": {"made": {"command": "study", "commit": "older"}, "verdicts": {}}},
+        "verdicts": {}, "findings": [], "models": {}, "seconds": {"training": 60.0}, "space": "latents of vae",
+        "autoencoder": None, "model": {"name": "XL/2", "parameters": 1, "gflops_per_forward": 1, "images": 1, "config": {}},
+        "training": {"data": "here"}, "hardware": {"cores": 2, "cpu": "one"}, "versions": {}, "command": "study",
+        "commit": "now", "commits": ["now", "oldest"],
+    }  # fmt: skip
+    for size, subject in (("paper-512", "ImageNet"), ("laptop", "digits")):
+        write_report(tmp_path / "report.html", StudyConfig(size=size, claims=tmp_path / "none"), results)
+        page = (tmp_path / "report.html").read_text()
+        assert f"<h1>Diffusion transformers on {subject}: what of chapter 2 holds at this size</h1>" in page
+        assert "1.0 minutes, without what was cut short by a kill" in page
+        for cells in (
+            ("commit, of experiments", "samplers-before older"),
+            ("commits, of models and samples", "oldest"),
+        ):
+            assert "".join(f"<td>{cell}</td>" for cell in cells) in page
 
 
 def test_missing_latents_are_one_line(tmp_path):

@@ -6,11 +6,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from triptych_common.run import flatten
 from triptych_common.testing import run_cli
+from triptych_dit.samples_file import read_npz
+from triptych_dit.study import unet
+from triptych_dit.study.command import StudyConfig
+from triptych_dit.study.sizes import Model
 
 STUDY = ["study", "--size", "smoke", "--only", "unet", "--workers", "2", "--claims", "none"]
 
@@ -26,7 +31,8 @@ def whole(tmp_path_factory) -> Path:
 def found(out: Path) -> dict:
     """Everything measured: the experiment's result, and every replicate of every score."""
     files = [out / "smoke/experiments/unet.json", *sorted((out / "smoke/samples").rglob("scores.json"))]
-    return {str(path.relative_to(out)): flatten(json.loads(path.read_text())) for path in files}
+    contents = {str(path.relative_to(out)): flatten(json.loads(path.read_text())) for path in files}
+    return {name: {k: v for k, v in content.items() if not k.startswith("made.")} for name, content in contents.items()}
 
 
 def kill_when(out: Path, there: Callable[[], bool]) -> None:
@@ -73,3 +79,30 @@ def test_another_number_of_workers_changes_nothing(whole, tmp_path):
     done = run_cli("triptych_dit.cli", *alone, "--out", str(tmp_path), timeout=900)
     assert done.returncode == 0, done.stderr
     assert found(tmp_path) == found(whole)
+
+
+def test_the_unets_samples_resume_by_batches(whole, tmp_path, monkeypatch):
+    bench = StudyConfig(out=whole, size="smoke", device="cpu").bench()
+    unit = bench.sampling(bench.draw(Model("B/2", unet=True)))
+    assert unit.done
+    ours = replace(unit, config=replace(unit.config, out=tmp_path, batch_size=20))
+    drawn, real = [], unet.sample_unet
+
+    def cut_short(*args, first_index, **options):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(first_index)
+        return real(*args, first_index=first_index, **options)
+
+    monkeypatch.setattr(unet, "sample_unet", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        ours()
+    assert not ours.drawn
+    drawn[:1] = []
+    ours()
+    assert drawn == [20, 40]  # the first two stood
+    (images, labels), (expected, expected_labels) = (read_npz(u.config.out / "samples.npz") for u in (ours, unit))
+    assert labels.tolist() == expected_labels.tolist()
+    assert (images.int() - expected.int()).abs().max() <= 1  # batches of 20 instead of one of 50
+    assert (tmp_path / "grid.png").exists()
+    assert not (tmp_path / "parts").exists()
