@@ -43,6 +43,12 @@ def test_report_is_self_contained_and_complete(out):
         links = re.findall(r'href="([^"]*)"', (folder / "report.html").read_text())
         assert len(links) > 90
         assert all((folder / unquote(link)).is_file() for link in links)
+        names = [link.rsplit("/", 1)[1] for link in links]
+        assert names.count("grid.png") == names.count("samples.npz") == names.count("scores.json")
+    rows = {name: e.get("rows", []) for name, e in results["experiments"].items()}
+    for name in EXPERIMENTS - {"gallery", "visual-scaling"}:
+        assert f"<summary>{name}: {len({row['samples'] for row in rows[name]})} sets</summary>" in page
+    assert "<summary>gallery: 2 sets</summary>" in page
 
 
 def test_results_are_strict_json_with_intervals_instruments_and_ids(out):
