@@ -90,7 +90,7 @@ def test_the_thesis_numbers_of_the_report_are_those_of_the_ledger():
 def test_a_verdict_needs_its_evidence(tmp_path):
     row = tomllib.loads((ROOT / "claims.toml").read_text())["claim"][0]
     with pytest.raises(ValueError, match="without size and command"):
-        Claim(**{**row, "verdict": "confirmed"})
+        Claim(**{**row, "verdict": "confirmed", "size": "", "command": ""})
     with pytest.raises(ValueError, match="expected one of not run"):
         Claim(**{**row, "verdict": "yes"})
     (tmp_path / "c.toml").write_text('[[claim]]\nid = "x"\n')
