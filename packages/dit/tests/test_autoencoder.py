@@ -41,6 +41,20 @@ def images() -> Tensor:
     return torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+@pytest.mark.parametrize(
+    ("part", "encodes"), [("encoder", True), ("quant_conv", True), ("decoder", False), ("post_quant_conv", False)]
+)
+def test_the_encoders_digest_is_of_what_latents_depend_on(folder, images, part, encodes):
+    """A change anywhere changes the whole's; moments change exactly where the encoder's does."""
+    theirs = AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        next(getattr(theirs, part).parameters()).mul_(1.5)
+    ours, other = load_autoencoder(str(folder)), Autoencoder(theirs, "theirs")
+    assert ours.sha256 != other.sha256
+    assert (ours.encoder_sha256 == other.encoder_sha256) == (not encodes)
+    assert torch.equal(ours.moments(images), other.moments(images)) == (not encodes)
+
+
 def test_it_does_what_plain_diffusers_does(folder, images):
     ours, plain = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder)
     assert ours.facts() == {

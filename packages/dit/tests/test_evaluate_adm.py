@@ -123,11 +123,17 @@ def test_the_studys_scorer_gives_the_commands_scores(folder, monkeypatch):
     monkeypatch.setattr(
         adm, "load_inception", lambda path, device: load_inception(folder / "weights.pth", device=device)
     )
+    (folder / "elsewhere").mkdir()
+    other = Path(shutil.copy(folder / "samples.npz", folder / "elsewhere/reference.npz"))  # another, of the same name
+    assert AdmScorer(other, "cpu", 0, 0)(samples)["frechet"]["value"] == pytest.approx(0, abs=1e-3)
     images = torch.from_numpy(np.load(folder / "reference.npz")["arr_0"]).permute(0, 3, 1, 2)
     pool = load_inception(folder / "weights.pth")(images)[0].double()
     np.savez(folder / "few.npz", mu=pool.mean(0).numpy(), sigma=np.cov(pool.numpy().T))
     with pytest.raises(ValueError, match=r"few\.npz: holds neither images nor statistics enough for sfid"):
         AdmScorer(folder / "few.npz", "cpu", 0, 0)(samples)
+    samples.with_name("scores.json").write_text('{"asked": ')
+    with pytest.raises(ValueError, match=r"scores\.json: damaged, expected JSON; delete it"):
+        AdmScorer(other, "cpu", 0, 0)(samples)
 
 
 def test_a_reference_of_statistics_alone(folder, features, capsys):

@@ -322,6 +322,14 @@ def test_another_request_is_refused_by_the_field_that_differs(images, vae, copy,
             encode(config_of(images, vae, copy, **change))
 
 
+def test_caches_name_their_encoder_and_earlier_ones_go_on_without(images, vae, copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert manifest["autoencoder"].pop("encoder_sha256") == load_autoencoder(str(vae)).encoder_sha256
+    write_json(copy / "manifest.json", manifest)
+    LatentCache(copy).check(load_autoencoder(str(vae)).facts())
+    assert encode(config_of(images, vae, copy))["items"] == 17
+
+
 def test_an_autoencoder_must_be_the_one_that_encoded(vae, whole):
     cache = LatentCache(whole)
     mine = load_autoencoder(str(vae)).facts()

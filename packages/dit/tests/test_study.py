@@ -366,6 +366,8 @@ def test_paper_sizes_are_what_they_were_given(tmp_path):
     done = run("study", *words, "--reference", tmp_path / "b.npz")
     testing.fails_with(done, "paper: holds a run with reference='6b86b273ff34")  # SHA-256 of b"1"
     assert "or use another --out" in done.stderr
+    done = run("study", *words, "--reference", tmp_path / "none.npz")
+    testing.fails_with(done, "none.npz: no such reference; fetch it from the ADM suite, pass --reference")
 
 
 def test_a_claims_command_is_that_of_its_experiment(monkeypatch):
@@ -434,7 +436,10 @@ def test_the_plan_leaves_out_what_is_drawn(tmp_path):
 
 def test_the_page_names_its_subject_and_other_commits(tmp_path):
     results = {
-        "experiments": {"samplers-before": {"made": {"command": "study", "commit": "older"}, "verdicts": {}}},
+        "experiments": {
+            "first": {"made": {"command": "study --all", "commit": "older"}, "verdicts": {}},
+            "second": {"made": {"command": "study", "commit": "now"}, "verdicts": {}},
+        },
         "verdicts": {}, "findings": [], "models": {}, "seconds": {"training": 60.0}, "space": "latents of vae",
         "autoencoder": None, "model": {"name": "XL/2", "parameters": 1, "gflops_per_forward": 1, "images": 1, "config": {}},
         "training": {"data": "here"}, "hardware": {"cores": 2, "cpu": "one"}, "versions": {}, "command": "study",
@@ -446,7 +451,8 @@ def test_the_page_names_its_subject_and_other_commits(tmp_path):
         assert f"<h1>Diffusion transformers on {subject}: what of chapter 2 holds at this size</h1>" in page
         assert "1.0 minutes, without what was cut short by a kill" in page
         for cells in (
-            ("commit, of experiments", "samplers-before older"),
+            ("command, of experiments", "first `study --all`, second `study`"),
+            ("commit, of experiments", "first older"),
             ("commits, of models and samples", "oldest"),
         ):
             assert "".join(f"<td>{cell}</td>" for cell in cells) in page

@@ -112,9 +112,13 @@ def _made(report: Report, config: "StudyConfig", results: Result) -> None:
 
 
 def _other_commits(results: Result) -> dict[str, Any]:
-    """Of experiments, and of the models and samples that they are about, which were made at other commits than the page."""
-    experiments = {name: result["made"]["commit"] for name, result in results["experiments"].items()}
+    """Of experiments, and of the models and samples that they are about, which were made at other commits than the page; and the
+    experiments' commands, where these differ."""
+    made = {name: result["made"] for name, result in results["experiments"].items()}
+    experiments = {name: each["commit"] for name, each in made.items()}
+    commands = {name: f"`{each['command']}`" for name, each in made.items()}
     pairs = {
+        "command, of experiments": commands if len(set(commands.values())) > 1 else {},
         "commit, of experiments": {name: commit for name, commit in experiments.items() if commit != results["commit"]},
         "commits, of models and samples": ", ".join(c for c in results["commits"] if c != results["commit"]),
     }
