@@ -93,6 +93,10 @@ def test_a_verdict_needs_its_evidence(tmp_path):
         Claim(**{**row, "verdict": "confirmed", "size": "", "command": ""})
     with pytest.raises(ValueError, match="expected one of not run"):
         Claim(**{**row, "verdict": "yes"})
+    yes = (ROOT / "claims.toml").read_text().replace('verdict = "not run"', 'verdict = "yes"', 1)
+    (tmp_path / "c.toml").write_text(yes)
+    with pytest.raises(ValueError, match=r"c\.toml: claim \S+: verdict 'yes', expected one of not run"):
+        load_claims(tmp_path / "c.toml")
     (tmp_path / "c.toml").write_text('[[claim]]\nid = "x"\n')
     with pytest.raises(ValueError, match="keys differ"):
         load_claims(tmp_path / "c.toml")

@@ -132,8 +132,9 @@ def test_a_stopwatch_adds_up_what_is_resumed_and_forgets_what_is_done_afresh(tmp
     assert done.seconds == json.loads(path.read_text()) == {"training": 6.0, "drawing": 2.0, "more": 4.0}
 
 
-def test_a_damaged_stopwatch_is_named(tmp_path):
-    (tmp_path / "seconds.json").write_text('{"training": ')
+@pytest.mark.parametrize("content", ['{"training": ', "[1.0]", '{"training": null}'])
+def test_a_damaged_stopwatch_is_named(tmp_path, content):
+    (tmp_path / "seconds.json").write_text(content)
     with pytest.raises(ValueError, match=r"seconds.json: damaged, expected JSON; delete it"):
         Stopwatch(tmp_path / "seconds.json")
 

@@ -443,7 +443,7 @@ def test_the_page_names_its_subject_and_other_commits(tmp_path):
         "verdicts": {}, "findings": [], "models": {}, "seconds": {"training": 60.0}, "space": "latents of vae",
         "autoencoder": None, "model": {"name": "XL/2", "parameters": 1, "gflops_per_forward": 1, "images": 1, "config": {}},
         "training": {"data": "here"}, "hardware": {"cores": 2, "cpu": "one"}, "versions": {}, "command": "study",
-        "commit": "now", "commits": ["now", "oldest"],
+        "commit": "now", "commits": ["now", "oldest"], "decoder": "another vae",
     }  # fmt: skip
     for size, subject in (("paper-512", "ImageNet"), ("laptop", "digits")):
         write_report(tmp_path / "report.html", StudyConfig(size=size, claims=tmp_path / "none"), results)
@@ -454,6 +454,8 @@ def test_the_page_names_its_subject_and_other_commits(tmp_path):
             ("command, of experiments", "first `study --all`, second `study`"),
             ("commit, of experiments", "first older"),
             ("commits, of models and samples", "oldest"),
+            ("autoencoder", "latents of vae"),
+            ("decoder of the samples", "another vae"),
         ):
             assert "".join(f"<td>{cell}</td>" for cell in cells) in page
 

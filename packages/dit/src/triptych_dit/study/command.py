@@ -294,6 +294,7 @@ def assemble(config: StudyConfig, bench: Bench, seconds: dict[str, float]) -> di
             "images": training.total_images,
         },
         "space": "pixels" if bench.vae is None else f"latents of {bench.vae}" if bench.size.reference else "latents",
+        "decoder": bench.decoder if bench.size.reference else None,
         "training": _settings(config.size)["base"] | {"data": bench.size.data},
         "autoencoder": _settings(config.size)["autoencoder"],
         "models": {log.parent.name: round(_seconds(log), 1) for log in logs},

@@ -94,7 +94,8 @@ def _made(report: Report, config: "StudyConfig", results: Result) -> None:
         "main model": {key: results["model"][key] for key in ("name", "parameters", "gflops_per_forward", "images")},
         "its shape": results["model"]["config"],
         "training, of all models": results["training"],
-        "autoencoder": results["autoencoder"] or {"none": results["space"]},
+        "autoencoder": results["autoencoder"] or results["space"],
+        **({"decoder of the samples": results["decoder"]} if results["decoder"] else {}),
         "seconds": results["seconds"],
         "seconds of training, one model": results["models"],
     }
