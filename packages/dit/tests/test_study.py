@@ -200,6 +200,13 @@ def test_scores_pair_and_real_digits_score_well():
     assert len(score_of(real, "recall").replicates) == 4
 
 
+@pytest.mark.parametrize("content", ['{"asked": ', '{"asked": {}}', "[1]"])
+def test_damaged_scores_are_named(tmp_path, content):
+    (tmp_path / "scores.json").write_text(content)
+    with pytest.raises(ValueError, match=r"scores\.json: damaged, expected a scorer's JSON; delete it"):
+        StudyScorer("mnist5k", seed=0, repeats=2)(tmp_path / "samples.npz")
+
+
 def test_replicates_spread_as_scores_of_fresh_samples_do():
     """Ten sets of 400 digits that share none; replicates hold the noise of the real digits besides, so they may spread more."""
     scorer = StudyScorer("mnist5k", seed=0, repeats=60)

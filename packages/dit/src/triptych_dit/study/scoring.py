@@ -174,6 +174,7 @@ def score_of(scores: dict[str, Any], metric: str) -> Score:
 def read_scores(path: Path) -> dict[str, Any]:
     """What a scorer kept. Raises ValueError for a damaged file."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, expected JSON; delete it, and it is made again") from error
+        known = json.loads(path.read_text())
+        return {name: known[name] for name in ("asked", "scores")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, expected a scorer's JSON; delete it, and it is made again") from error
