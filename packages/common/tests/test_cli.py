@@ -103,6 +103,11 @@ def test_debug_shows_the_traceback(monkeypatch):
         main("prog", COMMANDS, ["work", "--seed", "1"])
 
 
+def test_a_long_name_stands_apart_from_its_summary(capsys):
+    assert main("prog", {"a": COMMANDS["work"], "train-something-long": COMMANDS["work"]}, ["--help"]) == 0
+    assert "  train-something-long  do a thing" in capsys.readouterr().out
+
+
 def test_overview_and_help_list_what_there_is(capsys):
     assert call("--help") == 0
     assert "do a thing" in capsys.readouterr().out

@@ -153,7 +153,8 @@ def _run(command: Command, config: CommonOptions) -> int:
 
 
 def _overview(prog: str, commands: Commands) -> str:
-    rows = [f"  {name:<12}{summary}" for name, (summary, _) in commands.items()]
+    width = 2 + max(map(len, commands))
+    rows = [f"  {name:<{width}}{summary}" for name, (summary, _) in commands.items()]
     return "\n".join(
         [
             f"usage: {prog} COMMAND [--preset NAME] [OPTIONS]",
