@@ -277,6 +277,10 @@ def test_figure_2_2_needs_both_of_its_halves():
     left, right = {"verdicts": {"dit.fig-2.2": HOLDS, "dit.fig-2.6": HOLDS}}, {"verdicts": {"dit.fig-2.2": UNCLEAR}}
     assert verdicts({"scaling": left}) == {"dit.fig-2.6": HOLDS}
     assert verdicts({"scaling": left, "unet": right}) == {"dit.fig-2.2": UNCLEAR, "dit.fig-2.6": HOLDS}
+    assert list(verdicts({"a": {"verdicts": dict.fromkeys(("dit.fig-2.10", "dit.fig-2.9"), HOLDS)}})) == [
+        "dit.fig-2.9",
+        "dit.fig-2.10",
+    ]
 
 
 @pytest.mark.parametrize("name", SIZES)

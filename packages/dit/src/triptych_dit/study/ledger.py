@@ -3,6 +3,7 @@
 `python -m triptych_dit.study.ledger RESULTS.json claims.toml` writes it there; `make docs` then renews the ledger's page.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,12 @@ def verdicts(experiments: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             found.setdefault(claim, []).append(verdict)
     if len(found.get("dit.fig-2.2", [])) == 1:
         del found["dit.fig-2.2"]
-    return {claim: overall(each) for claim, each in sorted(found.items())}
+    return {claim: overall(each) for claim, each in sorted(found.items(), key=_place)}
+
+
+def _place(item: tuple[str, Any]) -> list[str | int]:
+    """Figure 2.2 before 2.10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]
 
 
 def claims(experiments: Mapping[str, Mapping[str, Any]], size: str) -> dict[str, dict[str, str]]:
