@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' bounds; untrained networks can leave them
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _DECODED_PIXELS = 2**20  # at once: 16 images of 256 x 256, about 4 GB with Stable Diffusion's decoder
-
-ENCODING = ("encoder.", "quant_conv.")
+_ENCODING = ("encoder", "quant_conv")  # parts that latents depend on
 
 
 class Autoencoder:
@@ -46,10 +45,10 @@ class Autoencoder:
             part.float()
         weights = self._vae.state_dict()
         self.sha256 = checkpoint.digest(weights)  # names and float32 content: whatever the file's format
-        encoding = {name: value for name, value in weights.items() if name.startswith(ENCODING)}
-        self.encoder_sha256 = checkpoint.digest(encoding)  # what latents depend on: fine-tuned decoders share it
+        encoding = {name: value for name, value in weights.items() if name.split(".")[0] in _ENCODING}
+        self.encoder_sha256 = checkpoint.digest(encoding)  # which fine-tuned decoders share
         for name, part in self._vae.named_children():
-            part.to(self.device, dtype if name in ("encoder", "quant_conv") else torch.float32)
+            part.to(self.device, dtype if name in _ENCODING else torch.float32)
 
     @property
     def module(self) -> "AutoencoderKL":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from triptych_common.metrics.bootstrap import Estimate, bootstrap
+from triptych_common.metrics.bootstrap import Estimate, as_share, bootstrap
 
 ALPHAS = (0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
 BOX, IMAGE = "target box", "image"
@@ -104,7 +104,7 @@ def pck(
                 hits = (distance <= radius[:, None]) & valid  # never true of NaN
                 tally = torch.stack([hits.sum(1), valid.sum(1)], dim=1)[counted].double()
                 estimate = bootstrap(_AVERAGES[average], tally, repeats=repeats, seed=seed, groups=together)
-                estimate = _bounded(estimate, len(tally) if together is None else len(together.unique()))
+                estimate = as_share(estimate, len(tally) if together is None else len(together.unique()))
                 scores.append(Score(threshold, average, float(alpha), float(radius[counted].mean()), estimate))
     return PckTable(int(counted.sum()), int(valid.sum()), tuple(scores))
 
@@ -119,12 +119,3 @@ def _mean_of_images(tally: Float[Tensor, "n 2"]) -> float:
 
 
 _AVERAGES = {PER_POINT: _pooled, PER_IMAGE: _mean_of_images}
-
-
-def _bounded(estimate: Estimate, images: int) -> Estimate:
-    """The interval within 0..1; at a bound, where resampling sees no spread, by the rule of three."""
-    value, low, high = estimate
-    if low is None or high is None:
-        return estimate
-    unseen = 3 / images if value in (0.0, 1.0) else 0.0
-    return Estimate(value, max(low - unseen, 0.0), min(high + unseen, 1.0))

@@ -8,7 +8,7 @@ from triptych_common.metrics.adm import (
     image_features,
     inception_score,
 )
-from triptych_common.metrics.bootstrap import Estimate, bootstrap, bootstrap_rate
+from triptych_common.metrics.bootstrap import Estimate, as_share, bootstrap, bootstrap_rate
 from triptych_common.metrics.distances import (
     Gaussian,
     Moments,
@@ -34,6 +34,7 @@ __all__ = [
     "Moments",
     "NpzImages",
     "adm_scores",
+    "as_share",
     "bootstrap",
     "bootstrap_rate",
     "coverage",

@@ -68,11 +68,16 @@ def bootstrap(
 
 def bootstrap_rate(hits: Shaped[Tensor, " n"], *, repeats: int = 200, seed: int = 0) -> Estimate:
     """Share of hits (0 or 1 each), its interval within 0..1."""
-    rate = bootstrap(_mean, hits, repeats=repeats, seed=seed)
-    if rate.low is None or rate.high is None:
-        return rate
-    unseen = 3 / len(hits) if rate.value in (0.0, 1.0) else 0.0  # rule of three: resampling never sees what is rare
-    return Estimate(rate.value, max(rate.low - unseen, 0.0), min(rate.high + unseen, 1.0))
+    return as_share(bootstrap(_mean, hits, repeats=repeats, seed=seed), len(hits))
+
+
+def as_share(estimate: Estimate, trials: int) -> Estimate:
+    """The interval of a share of so many trials, within 0..1; at a bound, where resampling sees no spread, by the rule of three."""
+    value, low, high = estimate
+    if low is None or high is None:
+        return estimate
+    unseen = 3 / trials if value in (0.0, 1.0) else 0.0
+    return Estimate(value, max(low - unseen, 0.0), min(high + unseen, 1.0))
 
 
 def _mean(values: Tensor) -> float:

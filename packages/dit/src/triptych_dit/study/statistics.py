@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from triptych_common.metrics import Estimate
+from triptych_common.metrics import Estimate, as_share
 
 HOLDS, FAILS, UNCLEAR = "holds at this size", "does not hold at this size", "cannot be told apart from noise"
 SHOWN = "nothing measured here decides it"
@@ -35,11 +35,8 @@ class Score:
 
     @property
     def estimate(self) -> Estimate:
-        low, high = self.value - 1.96 * self.spread, self.value + 1.96 * self.spread
-        if self.trials:
-            unseen = 3 / self.trials if self.value in (0.0, 1.0) else 0.0  # rule of three
-            low, high = max(low - unseen, 0.0), min(high + unseen, 1.0)
-        return Estimate(self.value, low, high)
+        found = Estimate(self.value, self.value - 1.96 * self.spread, self.value + 1.96 * self.spread)
+        return as_share(found, self.trials) if self.trials else found
 
 
 class SeedNoise(NamedTuple):
