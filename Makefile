@@ -36,16 +36,16 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 docs: setup
-	$(BIN)/python -m triptych_common.claims claims.toml docs/claims.md
+	$(BIN)/python -m triptych_thesis.study.claims claims.toml docs/claims.md
 
 reproduce-ch2: setup
-	$(BIN)/triptych-dit study --size $(SIZE) $(ARGS)
+	$(BIN)/triptych reproduce ch2 --size $(SIZE) $(ARGS)
 
 reproduce-ch3: setup
-	$(BIN)/triptych-gpt reproduce --size $(SIZE) $(ARGS)
+	$(BIN)/triptych reproduce ch3 --size $(SIZE) $(ARGS)
 
 reproduce-ch4: setup
-	$(BIN)/triptych-gangealing reproduce --size $(SIZE) $(ARGS)
+	$(BIN)/triptych reproduce ch4 --size $(SIZE) $(ARGS)
 
 reproduce: reproduce-ch2 reproduce-ch3 reproduce-ch4
 
@@ -53,8 +53,8 @@ reproduce: reproduce-ch2 reproduce-ch3 reproduce-ch4
 train-generators: setup
 	$(BIN)/triptych-gangealing train-gan --preset digits32
 	$(BIN)/triptych-gangealing train-gan --preset digits32-3
-	$(BIN)/python -m triptych_gangealing.embed runs/gan-digits32 digits32
-	$(BIN)/python -m triptych_gangealing.embed runs/gan-digits32-3 digits32-3
+	$(BIN)/python -m triptych_thesis.chapter4.embed runs/gan-digits32 digits32
+	$(BIN)/python -m triptych_thesis.chapter4.embed runs/gan-digits32-3 digits32-3
 
 # NVIDIA's networks, for those who accept their licence (non-commercial): never a part of this repository.
 vendor-stylegan2-ada:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triptych_common.run import provenance
+from triptych_common.storage.provenance import provenance
 from triptych_common.throughput import peak_flops
 
 

@@ -7,11 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from triptych_common.claims import Claim, claims_page, load_claims
 from triptych_dit.cli import COMMANDS as DIT_COMMANDS
-from triptych_dit.report import THESIS
 from triptych_gangealing.cli import COMMANDS as GANGEALING_COMMANDS
 from triptych_gpt.cli import COMMANDS as GPT_COMMANDS
+from triptych_thesis.chapter2.published import THESIS
+from triptych_thesis.study.claims import Claim, claims_page, load_claims
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"triptych-dit": DIT_COMMANDS, "triptych-gpt": GPT_COMMANDS, "triptych-gangealing": GANGEALING_COMMANDS}

@@ -15,10 +15,10 @@ from torch import Tensor
 from triptych_common.parallel import Execution, Ranks, prepare
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddpm, final, guided
-from triptych_common.train_state import Batch
+from triptych_common.training.state import Batch
+from triptych_dit.autoencoder.cache import prefetch
 from triptych_dit.config import PRESETS
 from triptych_dit.flops import gflops
-from triptych_dit.latents import prefetch
 from triptych_dit.objective import Objective
 from triptych_dit.sampling import SamplerSettings, trajectory
 from triptych_dit.train import make_state
@@ -46,14 +46,14 @@ def training(compiled: bool) -> Callable[[int], Callable[[], None]]:
         config = TrainConfig(
             model=XL, data=data.name, batch_size=BATCH, horizontal_flip=True, precision="bf16", compile_blocks=compiled
         )
-        among = Ranks(0, 1, torch.device("cuda"))
-        state = make_state(config, among)
+        ranks = Ranks(0, 1, torch.device("cuda"))
+        state = make_state(config, ranks)
         objective = Objective(config, state.model, data)
         drawn = prefetch((range(start, start + BATCH) for start in count(0, BATCH)), objective.draw)
 
         def once(_folder: TemporaryDirectory = folder) -> None:  # which lives as long as this function
             counters = range(state.samples_seen, state.samples_seen + BATCH)
-            loss = objective.loss(state.parallel_model, next(drawn), among.device).total.mean()
+            loss = objective.loss(state.parallel_model, next(drawn), ranks.device).total.mean()
             loss.backward()
             state.update(Batch(state.step, BATCH, counters), {"loss": loss})
 

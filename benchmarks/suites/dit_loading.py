@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from triptych_common import randomness
 from triptych_common.data import ImageFolder
 from triptych_common.images import from_uint8, to_uint8, write_png
-from triptych_dit.autoencoder import scaled_sample
-from triptych_dit.latents import LatentCache, write_manifest, write_shard
+from triptych_dit.autoencoder.cache import LatentCache, write_manifest, write_shard
+from triptych_dit.autoencoder.model import scaled_sample
 
 from benchmarks.runner import Job
 

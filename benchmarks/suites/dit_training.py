@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from triptych_common.parallel import Ranks
-from triptych_common.train_state import Batch, TrainState
+from triptych_common.training.state import Batch, TrainState
 from triptych_dit.model import DiT
 from triptych_dit.weights import make_diffusion
 

@@ -17,8 +17,8 @@ from triptych_common.data import ImageDataset
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks
 from triptych_common.training import Batch
-from triptych_gangealing.data import TrainingImages
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
+from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.objective import Objective

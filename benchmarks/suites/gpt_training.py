@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from triptych_common.parallel import Ranks
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddpm, final
-from triptych_common.train_state import Batch, TrainState
+from triptych_common.training.state import Batch, TrainState
 from triptych_gpt.config import PRESETS, GptConfig, MetricScale
 from triptych_gpt.model import Gpt
 from triptych_gpt.objective import make_diffusion

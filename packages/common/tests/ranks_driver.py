@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from triptych_common import checkpoint, randomness, sharded
+from triptych_common import randomness
 from triptych_common.errors import Interrupted
-from triptych_common.parallel import Execution, Ranks, gradient_sync, ranks
-from triptych_common.run import RunDirectory
+from triptych_common.parallel import Execution, Ranks, gradient_sync, process_group
+from triptych_common.storage import checkpoint, sharded
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, steps
 from triptych_common.transformer import Block
 
@@ -46,12 +47,12 @@ class Tiny(nn.Module):
         return self.out(x).mean(1)[:, 0] * self.scale
 
 
-def make_state(among: Ranks, execution: Execution, **options) -> TrainState:
+def make_state(ranks: Ranks, execution: Execution, **options) -> TrainState:
     def adamw(parameters):
         return torch.optim.AdamW(parameters, lr=0.01, fused=True)
 
     model = Tiny().to(execution.weight_dtype)
-    return TrainState(model, adamw, among, ema_half_life=40.0, execution=execution, **options)
+    return TrainState(model, adamw, ranks, ema_half_life=40.0, execution=execution, **options)
 
 
 def inputs(state: TrainState, counters: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,10 +60,10 @@ def inputs(state: TrainState, counters: range) -> tuple[torch.Tensor, torch.Tens
     return x, randomness.shuffled(0, "y", counters, 7)
 
 
-def run(out, among=ALONE, execution=None, *, micro=None, stop_at=(), spoil=(), total=STEPS, **options) -> TrainState:
+def run(out, ranks=ALONE, execution=None, *, micro=None, stop_at=(), spoil=(), total=STEPS, **options) -> TrainState:
     """Train to the end or to a signal at a step of `stop_at`; `spoil`: steps whose loss is not a number."""
-    state = make_state(among, execution or Execution(precision="float64"), **options)
-    with RunDirectory(out, {"test": 1}, is_main=among.is_main) as folder:
+    state = make_state(ranks, execution or Execution(precision="float64"), **options)
+    with RunDirectory(out, {"test": 1}, is_main=ranks.is_main) as folder:
         try:
             plan = steps(
                 state, folder, total_samples=total * BATCH, batch_size=BATCH, checkpoint_every=4, log_every=3,
@@ -78,60 +79,60 @@ def run(out, among=ALONE, execution=None, *, micro=None, stop_at=(), spoil=(), t
                         loss.backward()
                     total_loss = total_loss + loss.detach()
                 state.update(batch, {"loss": total_loss})
-                if state.step in stop_at and among.rank == among.world_size - 1:  # one rank alone is told
+                if state.step in stop_at and ranks.rank == ranks.world_size - 1:  # one rank alone is told
                     os.kill(os.getpid(), signal.SIGTERM)
         except Interrupted:
             return state
     with torch.no_grad():
         predictions = state.ema(*inputs(state, range(4)))
     averaged = state.averaged()
-    if among.is_main:
+    if ranks.is_main:
         checkpoint.write(out / "averaged.safetensors", {**averaged, "predictions": predictions}, {})
     return state
 
 
-def resumed(out, among, execution, *, then=None, **options) -> None:
+def resumed(out, ranks, execution, *, then=None, **options) -> None:
     """Stopped twice, once after a checkpoint of the schedule, and run to the end, perhaps in another way."""
     for stop_at in ((3,), (6,)):
-        run(out, among, execution, stop_at=stop_at, **options)
-    run(out, among, then or execution, **options)
+        run(out, ranks, execution, stop_at=stop_at, **options)
+    run(out, ranks, then or execution, **options)
 
 
-def full_disk(out: Path, among: Ranks) -> None:
-    state = make_state(among, FSDP)
+def full_disk(out: Path, ranks: Ranks) -> None:
+    state = make_state(ranks, FSDP)
     state.write(out, extra=False)
     state.step += 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if among.rank == 1:
+    if ranks.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
     try:
         state.write(out, extra=False)
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        (out / f"told-{among.rank}.json").write_text(json.dumps(str(error)))
+        (out / f"told-{ranks.rank}.json").write_text(json.dumps(str(error)))
 
 
-def reshard(out: Path, among: Ranks) -> None:
+def reshard(out: Path, ranks: Ranks) -> None:
     """Read what other ranks wrote, in either layout, and write it again as these ranks hold it."""
     for name in ("fsdp", "ddp"):
-        state = make_state(among, FSDP)
+        state = make_state(ranks, FSDP)
         state.load(*state.read(checkpoint.steps_in(out / name / "checkpoints")[-1]))
         state.write(out / f"{name}-again", extra=False)
 
 
-def killed(out: Path, among: Ranks) -> None:
+def killed(out: Path, ranks: Ranks) -> None:
     """Rank 1 dies in the middle of writing step 8's shard."""
     real_save, calls = sharded.save_file, []
 
     def save_half_and_die(tensors, path):
         calls.append(path)
         real_save(tensors, path)
-        if among.rank == 1 and len(calls) == 3:
+        if ranks.rank == 1 and len(calls) == 3:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     sharded.save_file = save_half_and_die
-    run(out, among, FSDP)
+    run(out, ranks, FSDP)
 
 
 def precisely(execution: Execution, **options) -> Execution:
@@ -142,33 +143,33 @@ DDP = Execution("ddp", "float64")
 FSDP = Execution("fsdp", "float64")
 SPOILED = (5, 6, 7)
 JOBS = {
-    "ddp": lambda out, among: run(out, among, DDP),
-    "fsdp": lambda out, among: run(out, among, FSDP),
-    "ddp-resumed": lambda out, among: resumed(out, among, DDP),
-    "fsdp-resumed": lambda out, among: resumed(out, among, FSDP),
-    "ddp-to-fsdp": lambda out, among: resumed(out, among, DDP, then=FSDP),
-    "fsdp-to-ddp": lambda out, among: resumed(out, among, FSDP, then=DDP),
-    "fsdp-parts": lambda out, among: run(out, among, precisely(FSDP, activation_checkpointing=True), micro=4),
-    "ddp-compiled": lambda out, among: run(
-        out, among, precisely(DDP, activation_checkpointing=True, compile=True), micro=4
+    "ddp": lambda out, ranks: run(out, ranks, DDP),
+    "fsdp": lambda out, ranks: run(out, ranks, FSDP),
+    "ddp-resumed": lambda out, ranks: resumed(out, ranks, DDP),
+    "fsdp-resumed": lambda out, ranks: resumed(out, ranks, FSDP),
+    "ddp-to-fsdp": lambda out, ranks: resumed(out, ranks, DDP, then=FSDP),
+    "fsdp-to-ddp": lambda out, ranks: resumed(out, ranks, FSDP, then=DDP),
+    "fsdp-parts": lambda out, ranks: run(out, ranks, precisely(FSDP, activation_checkpointing=True), micro=4),
+    "ddp-compiled": lambda out, ranks: run(
+        out, ranks, precisely(DDP, activation_checkpointing=True, compile=True), micro=4
     ),
-    "fsdp-compiled": lambda out, among: run(
-        out, among, precisely(FSDP, activation_checkpointing=True, compile=True), micro=4
+    "fsdp-compiled": lambda out, ranks: run(
+        out, ranks, precisely(FSDP, activation_checkpointing=True, compile=True), micro=4
     ),
-    "ddp-spoiled": lambda out, among: run(out, among, DDP, spoil=SPOILED),
-    "fsdp-spoiled": lambda out, among: run(out, among, FSDP, spoil=SPOILED),
-    "ddp-bf16": lambda out, among: run(out, among, Execution("ddp", "bf16")),
-    "fsdp-bf16": lambda out, among: run(out, among, Execution("fsdp", "bf16")),
-    "fsdp-bf16-resumed": lambda out, among: resumed(out, among, Execution("fsdp", "bf16")),
+    "ddp-spoiled": lambda out, ranks: run(out, ranks, DDP, spoil=SPOILED),
+    "fsdp-spoiled": lambda out, ranks: run(out, ranks, FSDP, spoil=SPOILED),
+    "ddp-bf16": lambda out, ranks: run(out, ranks, Execution("ddp", "bf16")),
+    "fsdp-bf16": lambda out, ranks: run(out, ranks, Execution("fsdp", "bf16")),
+    "fsdp-bf16-resumed": lambda out, ranks: resumed(out, ranks, Execution("fsdp", "bf16")),
     "full-disk": full_disk,
     "killed": killed,
-    "resumed-on-these": lambda out, among: run(out.parent / "killed", among, FSDP),
-    "reshard": lambda out, among: reshard(out.parent, among),
+    "resumed-on-these": lambda out, ranks: run(out.parent / "killed", ranks, FSDP),
+    "reshard": lambda out, ranks: reshard(out.parent, ranks),
 }
 
 if __name__ == "__main__":
     torch.compile = functools.partial(torch.compile, backend="eager")  # the nesting is what is tested, not the compiler
-    with ranks("cpu") as among:
+    with process_group("cpu") as ranks:
         for job in sys.argv[2:]:
-            JOBS[job](Path(sys.argv[1]) / job, among)
-            among.barrier()
+            JOBS[job](Path(sys.argv[1]) / job, ranks)
+            ranks.barrier()

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from triptych_common import checkpoint
+from triptych_common.storage import checkpoint
 
 TENSORS = {
     "b": torch.arange(6.0).view(2, 3),
@@ -86,7 +86,7 @@ def test_prune_keeps_the_last_and_clears_leftovers(tmp_path):
 FULL_DISK = """
 import json, resource, sys, torch
 from pathlib import Path
-from triptych_common import checkpoint
+from triptych_common.storage import checkpoint
 path = Path(sys.argv[1])
 checkpoint.write(path, {"x": torch.zeros(10)}, {"good": True})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

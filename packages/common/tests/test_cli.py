@@ -2,7 +2,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from triptych_common.cli import Command, CommonOptions, main, say
+from triptych_common.cli import Command, CommonOptions, echo, main
 from triptych_common.errors import Diverged, Interrupted
 
 
@@ -30,7 +30,7 @@ class Config(CommonOptions):
 
 
 def work(config):
-    say("a line for people")
+    echo("a line for people")
     if config.seed == 1:
         raise ValueError("bad\n  value; do this")
     if config.seed == 2:
@@ -69,7 +69,7 @@ def test_what_is_said_after_a_command_goes_to_stdout_again(seed, capsys):
     """However a --json command ended: main may be called by a program that goes on."""
     call("work", "--json", "--seed", str(seed))
     capsys.readouterr()
-    say("a line after it")
+    echo("a line after it")
     assert capsys.readouterr() == ("a line after it\n", "")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from triptych_common.data import ImageDataset, ImageSource, UnreadableImage, cifar10, files, load
-from triptych_common.data.datasets import _say_once, stratified_split
+from triptych_common.data.datasets import _echo_once, stratified_split
 
 
 def test_mnist5k_is_split_stratified_fixed_and_disjoint():
@@ -248,7 +248,7 @@ def test_a_jpeg_copy_of_cifar10_is_read_and_marked_lossy(jpeg_copy, fake_cifar10
     for name, content in jpeg_copy.items() if not packed else ():
         (tmp_path / "cifar10" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cifar10" / name).write_bytes(content)
-    _say_once.cache_clear()
+    _echo_once.cache_clear()
     train, held_out = load("cifar10", "train", tmp_path), load("cifar10", "held_out", tmp_path)
     assert capsys.readouterr().out.count("lossy JPEG copies") == 1
     assert train.lossy

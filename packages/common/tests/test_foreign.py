@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from triptych_common import foreign
+from triptych_common.storage import foreign
 
 
 class Malicious:

@@ -9,10 +9,10 @@ from urllib.parse import unquote
 import pytest
 import torch
 from PIL import Image
-from triptych_common.images import from_uint8, image_grid, png_bytes, to_uint8
+from triptych_common.images import figure_png, from_uint8, image_grid, png_bytes, to_uint8
 from triptych_common.progress import Progress, Stopwatch
-from triptych_common.report import Report, figure_png, publish
 from triptych_common.testing import assert_self_contained
+from triptych_thesis.study.report import Report, publish
 
 
 def test_to_uint8_is_the_released_rule():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from triptych_common import memory, parallel, throughput
-from triptych_common.parallel import Execution, Ranks, prepare, ranks
+from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.training import TrainState
 from triptych_common.transformer import Block
 
@@ -181,7 +181,7 @@ def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(two_gpus):
 def test_more_ranks_than_gpus_are_refused(two_gpus, monkeypatch, name, message):
     for key, value in {"WORLD_SIZE": 8, "RANK": 7, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(key, str(value))
-    with pytest.raises(ValueError, match=message), ranks(name):
+    with pytest.raises(ValueError, match=message), process_group(name):
         pass
 
 
@@ -194,7 +194,7 @@ def test_ranks_wait_for_one_that_prepares_something(two_gpus, monkeypatch, name,
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda *args, **options: joined.append((args, options)))
     monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: None)
-    with ranks(name):
+    with process_group(name):
         pass
     (((chosen,), options),) = joined
     assert chosen == backend

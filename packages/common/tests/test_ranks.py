@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triptych_common import checkpoint
 from triptych_common.parallel import Execution
+from triptych_common.storage import checkpoint
 from triptych_common.testing import logged
 
 DRIVER = Path(__file__).with_name("ranks_driver.py")

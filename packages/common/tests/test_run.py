@@ -3,12 +3,14 @@ import subprocess
 import sys
 
 import pytest
-from triptych_common.run import RunDirectory, flatten, git_commit, provenance, write_bytes, write_json
+from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.provenance import git_commit, provenance
+from triptych_common.storage.run import RunDirectory, flatten
 
 
 def test_a_second_process_is_refused_and_the_lock_dies_with_its_holder(tmp_path):
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom triptych_common.run import RunDirectory\n"
+        "import sys, time\nfrom pathlib import Path\nfrom triptych_common.storage.run import RunDirectory\n"
         "with RunDirectory(Path(sys.argv[1]), {}):\n    print('in', flush=True)\n    time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
@@ -66,7 +68,7 @@ def test_tensorboard_events_are_written(tmp_path):
 
 def test_a_full_disk_while_logging_names_file_and_remedy(tmp_path):
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom triptych_common.run import RunDirectory\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom triptych_common.storage.run import RunDirectory\n"
         "with RunDirectory(Path(sys.argv[1]), {}) as run:\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
         "    try:\n        for step in range(100):\n            run.log({'step': step})\n"
@@ -79,7 +81,7 @@ def test_a_full_disk_while_logging_names_file_and_remedy(tmp_path):
 
 def test_commands_are_quoted_as_typed(tmp_path):
     path = tmp_path / "show.py"
-    path.write_text("from triptych_common.run import command_line\nprint(command_line())\n")
+    path.write_text("from triptych_common.storage.run import command_line\nprint(command_line())\n")
     done = subprocess.run([sys.executable, path, "--out", "a b"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "show.py --out 'a b'"
 

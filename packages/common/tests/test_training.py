@@ -6,10 +6,11 @@ import signal
 import pytest
 import torch
 from torch import nn
-from triptych_common import checkpoint, randomness
+from triptych_common import randomness
 from triptych_common.errors import Diverged, Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync
-from triptych_common.run import RunDirectory
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, is_due, steps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -256,7 +257,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_a_batch_that_ranks_do_not_divide_is_refused(tmp_path):
     state = make_state()
-    state.among = Ranks(0, 3, torch.device("cpu"))
+    state.ranks = Ranks(0, 3, torch.device("cpu"))
     with (
         RunDirectory(tmp_path, {}) as run,
         pytest.raises(ValueError, match="batch_size 8 does not divide over 3 ranks"),

@@ -11,12 +11,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from triptych_common import checkpoint, data
+from triptych_common import data
+from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_signalled, run_torchrun
-from triptych_dit import autoencoder as module
-from triptych_dit.autoencoder import Autoencoder, load_autoencoder, scaled_sample
-from triptych_dit.autoencoder_config import AutoencoderTrainConfig
-from triptych_dit.train_autoencoder import Reconstruction, train_autoencoder
+from triptych_dit.autoencoder import model as module
+from triptych_dit.autoencoder.config import AutoencoderTrainConfig
+from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
+from triptych_dit.autoencoder.train import Reconstruction, train_autoencoder
 
 
 def make_vae(**changes) -> AutoencoderKL:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from triptych_common import checkpoint, testing
+from triptych_common import testing
+from triptych_common.storage import checkpoint
 from triptych_common.testing import logged, run_cli, run_signalled, run_torchrun
 
 TINY = [
@@ -66,7 +67,7 @@ def test_a_signal_saves_and_resuming_ends_bit_identical(whole, tmp_path, signum)
 
 KILL_IN_MID_WRITE = """
 import os, signal, sys
-from triptych_common import checkpoint
+from triptych_common.storage import checkpoint
 
 real_save, calls = checkpoint.save_file, []
 
@@ -135,12 +136,12 @@ COUNT_REDUCTIONS = """
 import sys
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from triptych_common import train_state
+from triptych_common.training import state as train_state
 
 calls, real = [], train_state.distributed
 
-def counted(model, among):
-    parallel = real(model, among)
+def counted(model, ranks):
+    parallel = real(model, ranks)
     parallel.register_comm_hook(None, lambda state, bucket: (calls.append(1), allreduce_hook(None, bucket))[1])
     return parallel
 
@@ -255,7 +256,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(whole, t
 
 
 def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
-    from triptych_common.run import RunDirectory
+    from triptych_common.storage.run import RunDirectory
 
     with RunDirectory(tmp_path, {}):
         fails_with(train(tmp_path), "another process is using this run directory")

@@ -10,8 +10,8 @@ import torch
 from triptych_common.metrics import load_inception
 from triptych_common.testing import random_inception_weights, run_cli
 from triptych_dit.evaluate import EvaluateConfig, evaluate
-from triptych_dit.study import adm
-from triptych_dit.study.adm import AdmScorer
+from triptych_thesis.chapter2 import adm
+from triptych_thesis.chapter2.adm import AdmScorer
 
 REFERENCES, SAMPLES = 8, 7
 

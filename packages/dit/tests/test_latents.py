@@ -21,15 +21,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from triptych_common import checkpoint, testing
+from triptych_common import testing
 from triptych_common.cli import main
 from triptych_common.data import ImageFolder, open_source
-from triptych_common.run import write_json
+from triptych_common.storage import checkpoint
+from triptych_common.storage.atomic import write_json
 from triptych_common.testing import run_torchrun
-from triptych_dit.autoencoder import load_autoencoder
+from triptych_dit.autoencoder.cache import (
+    LatentCache,
+    is_latent_cache,
+    prefetch,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
+from triptych_dit.autoencoder.encode import EncodeConfig, encode
+from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
-from triptych_dit.encode import EncodeConfig, encode
-from triptych_dit.latents import LatentCache, is_latent_cache, prefetch, shard_path, write_manifest, write_shard
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -228,7 +236,7 @@ def test_batch_size_changes_rounding_only(images, vae, whole, tmp_path):
 
 KILL_IN_THE_THIRD_SHARD = """
 import os, signal, sys
-from triptych_common import checkpoint
+from triptych_common.storage import checkpoint
 
 real_save, calls = checkpoint.save_file, []
 

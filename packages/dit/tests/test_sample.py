@@ -16,7 +16,7 @@ from triptych_common.cli import main
 from triptych_common.samplers import guided
 from triptych_common.testing import run_cli, run_torchrun
 from triptych_dit import DiT, DiTConfig
-from triptych_dit.autoencoder import load_autoencoder
+from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
 from triptych_dit.config import BLOCK_DESIGNS
 from triptych_dit.sample import image_name

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from triptych_common import checkpoint
 from triptych_common.randomness import generator
+from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_torchrun
 from triptych_dit import load_model
 from triptych_dit.train_config import TRAIN_PRESETS

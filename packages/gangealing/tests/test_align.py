@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from triptych_common.testing import fails_with, run_here
-from triptych_gangealing import align as commands
 from triptych_gangealing import cli, pictures
+from triptych_gangealing import folders as commands
 from triptych_gangealing.aligner import Aligner, Alignment, load_aligner, write_aligner
 from triptych_gangealing.correspondence import transfer
 from triptych_gangealing.edit import RunningAverage, propagate
-from triptych_gangealing.latents import Directions, Mode
+from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.pictures import Folder, Picture, align_pictures, png_names, squared, warped
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from triptych_gangealing.baselines import Congealing, _entropy, _matrices, _sweep, _warped, ink, luma, moments
+from triptych_gangealing.baselines.classical import Congealing, _entropy, _matrices, _sweep, _warped, ink, luma, moments
 from triptych_gangealing.digits32 import Digits32, Jitters, affine, render
 from triptych_gangealing.keypoints.synthetic import white_on_black
-from triptych_gangealing.pose import (
+from triptych_gangealing.warp import Affine, Flow, Warp
+from triptych_thesis.chapter4.pose import (
     Pose,
     mean_gradient,
     mode,
@@ -22,7 +23,6 @@ from triptych_gangealing.pose import (
     sharpness,
     wrapped,
 )
-from triptych_gangealing.warp import Affine, Flow, Warp
 
 
 @cache

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from triptych_common import checkpoint
 from triptych_common.cli import Command, main
+from triptych_common.storage import checkpoint
 from triptych_common.testing import run_here
-from triptych_gangealing.convert import ConvertConfig, convert
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
+from triptych_gangealing.stylegan2.convert import ConvertConfig, convert
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from triptych_common.data import load
-from triptych_gangealing.data import TrainingImages, open_images
 from triptych_gangealing.digits32 import Digits32
+from triptych_gangealing.stylegan2.data import TrainingImages, open_images
 
 
 def save(path: Path, width: int, height: int, seed: int = 0) -> Path:

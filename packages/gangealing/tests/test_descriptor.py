@@ -8,22 +8,23 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
-from triptych_common import checkpoint
 from triptych_common.errors import Interrupted
 from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks
-from triptych_common.run import RunDirectory
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
 from triptych_common.testing import fails_with, one_thread, run_here, run_torchrun
-from triptych_gangealing import cli, descriptor
+from triptych_gangealing import cli
 from triptych_gangealing.aligner import load_aligner
 from triptych_gangealing.clustering import STREAM, starting_modes
-from triptych_gangealing.descriptor import DIM, Descriptor, Groups, contrast, open_groups, posed_views
 from triptych_gangealing.digits32 import Digits32, render
+from triptych_gangealing.encoders import descriptor
+from triptych_gangealing.encoders.descriptor import DIM, Descriptor, Groups, contrast, open_groups, posed_views
+from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig, PerceptualDistance, write_encoder
+from triptych_gangealing.encoders.simclr import EncoderTrainConfig, fit
 from triptych_gangealing.keypoints.synthetic import white_on_black
-from triptych_gangealing.latents import Mode, pca
+from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Objective
-from triptych_gangealing.perceptual import Encoder, EncoderConfig, PerceptualDistance, write_encoder
-from triptych_gangealing.simclr import EncoderTrainConfig, fit
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.generator import Generator
@@ -68,7 +69,7 @@ def given(generator: Generator, distance: PerceptualDistance, tmp_path_factory: 
 
 def groups_in(folder: Path, generator: Generator, distance: PerceptualDistance, **changes: int) -> Groups:
     settings = {"clusters": 3, "images": 96, "seed": 0} | changes
-    return open_groups(generator, distance.trunk, folder=folder, among=ALONE, **settings)
+    return open_groups(generator, distance.trunk, folder=folder, ranks=ALONE, **settings)
 
 
 def posed(digits: Digits32, items: Tensor, turn: float = 0.0) -> Tensor:

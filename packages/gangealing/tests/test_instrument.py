@@ -12,7 +12,7 @@ from triptych_common.metrics.distances import frechet_distance
 from triptych_gangealing.digits32 import LUMA, Digits32, Jitters, render
 from triptych_gangealing.instrument import DIM, NAME, Digits32Instrument, gan_scores, load_instrument, reading
 from triptych_gangealing.stylegan2.weights import EMBEDDED
-from triptych_gangealing.train_instrument import loss_of, wanted, whitening
+from triptych_thesis.instruments.digits32 import loss_of, wanted, whitening
 
 N = 1_000
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common import checkpoint
+from triptych_common.storage import checkpoint
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator, grouped, minibatch_std
 from triptych_gangealing.stylegan2.generator import Generator

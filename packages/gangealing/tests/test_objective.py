@@ -14,10 +14,10 @@ from torch import nn
 from triptych_common import randomness
 from triptych_common.parallel import Ranks
 from triptych_common.training import Batch, TrainState
-from triptych_gangealing.data import TrainingImages
 from triptych_gangealing.stylegan2 import train
 from triptych_gangealing.stylegan2.augment import PRESETS, augment
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
+from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.objective import Objective

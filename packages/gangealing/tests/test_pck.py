@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from triptych_gangealing.pck import ALPHAS, PckTable, box_size, pck
+from triptych_gangealing.keypoints.pck import ALPHAS, PckTable, box_size, pck
 
 N, K = 40, 7
 

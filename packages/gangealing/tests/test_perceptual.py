@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from triptych_common import checkpoint
-from triptych_gangealing import perceptual
-from triptych_gangealing.perceptual import (
+from triptych_common.storage import checkpoint
+from triptych_gangealing.encoders import perceptual
+from triptych_gangealing.encoders.perceptual import (
     ENCODER_FILE,
     SSL_DIVISOR,
     Encoder,

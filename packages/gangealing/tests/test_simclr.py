@@ -11,15 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common import checkpoint, randomness
+from triptych_common import randomness
 from triptych_common.errors import Interrupted
 from triptych_common.parallel import Ranks
-from triptych_common.run import RunDirectory
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
 from triptych_common.testing import logged
-from triptych_gangealing import simclr
 from triptych_gangealing.digits32 import Digits32, render
-from triptych_gangealing.perceptual import ENCODER_FILE, Encoder, EncoderConfig, PerceptualDistance, read_encoder
-from triptych_gangealing.simclr import (
+from triptych_gangealing.encoders import simclr
+from triptych_gangealing.encoders.perceptual import (
+    ENCODER_FILE,
+    Encoder,
+    EncoderConfig,
+    PerceptualDistance,
+    read_encoder,
+)
+from triptych_gangealing.encoders.simclr import (
     EncoderTrainConfig,
     contrast_maps,
     fit,

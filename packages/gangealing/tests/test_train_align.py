@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from triptych_common import checkpoint, randomness, testing
+from triptych_common import randomness, testing
+from triptych_common.storage import checkpoint
 from triptych_common.testing import logged, run_here, run_signalled, run_torchrun
 from triptych_gangealing import cli, clustering
 from triptych_gangealing.aligner import load_aligner
 from triptych_gangealing.clustering import purity, starting_modes
-from triptych_gangealing.latents import Mode, pca
+from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig, Vgg16, open_distance, write_encoder
+from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Choice, Objective
-from triptych_gangealing.perceptual import Encoder, EncoderConfig, Vgg16, open_distance, write_encoder
 from triptych_gangealing.spatial_transformer import SpatialTransformer
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.generator import Generator

@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from scipy import linalg
-from triptych_common import checkpoint, testing
+from triptych_common import testing
 from triptych_common.parallel import Ranks
+from triptych_common.storage import checkpoint
 from triptych_common.testing import logged, run_here, run_signalled, run_torchrun
 from triptych_common.training import Batch
 from triptych_gangealing import cli
-from triptych_gangealing.data import open_images
 from triptych_gangealing.stylegan2 import snapshots, train
 from triptych_gangealing.stylegan2.config import GeneratorConfig
+from triptych_gangealing.stylegan2.data import open_images
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.objective import Objective
 from triptych_gangealing.stylegan2.snapshots import sample_images

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
-from triptych_gpt.derive import Residual, derive
-from triptych_gpt.symmetry import Axis, PermutationSpec, check_invariance, forward_of
+from triptych_gpt.symmetry.derivation import Residual, derive
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec, check_invariance, forward_of
 
 IMAGE = (3, 8, 8)
 

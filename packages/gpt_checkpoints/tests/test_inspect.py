@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from triptych_common import checkpoint
 from triptych_common.cli import Command, main
+from triptych_common.storage import checkpoint
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.inspect import ExportConfig, InfoConfig, VerifyConfig, export, info, verify
 from triptych_gpt.zoo.manifest import Manifest

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from triptych_gpt import matching
-from triptych_gpt.derive import Residual, derive
-from triptych_gpt.matching import canonicalise, match
-from triptych_gpt.symmetry import Axis, PermutationSpec
+from triptych_gpt.symmetry import matching
+from triptych_gpt.symmetry.derivation import Residual, derive
+from triptych_gpt.symmetry.matching import canonicalise, match
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 
 
 def mlp() -> nn.Sequential:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from triptych_gpt.experiments.baselines import nearest_in_metric
+from triptych_gpt.evaluation.baselines import nearest_in_metric
 from triptych_gpt.memorization import audit, error_overlap, held_out, made_of_training, predictions
 from triptych_gpt.memorization_verdict import HELD_OUT, HELD_OUT_FINALS, SAMPLES, Group, verdict
 from triptych_gpt.nearest import Nearest

@@ -5,9 +5,9 @@ import math
 
 import pytest
 from triptych_gpt import cli
-from triptych_gpt.experiments.findings import best_optimiser
-from triptych_gpt.experiments.prompts import with_prompts
+from triptych_gpt.evaluation.prompts import with_prompts
 from triptych_gpt.tasks import Metric, Prompts
+from triptych_thesis.chapter3.findings import best_optimiser
 
 TASK = """
 import torch

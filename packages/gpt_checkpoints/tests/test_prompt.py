@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from triptych_common import checkpoint, data, randomness
+from triptych_common import data, randomness
+from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_here
 from triptych_gpt import Gpt, GptConfig, SamplerSettings, TrainedGpt, cli, convert, interop, load, open_task, prompt
 from triptych_gpt.interop import export_released
-from triptych_gpt.prompt import OutsideTrainedRange, UpdatesRejected, theta_of
+from triptych_gpt.prompting import OutsideTrainedRange, UpdatesRejected, theta_of
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import write_model
@@ -277,8 +278,8 @@ def test_a_full_folder_and_a_damaged_model_are_one_line(model, network, tmp_path
 
 
 def test_public_names_are_what_they_say_whichever_module_was_imported_first():
-    import triptych_gpt.derive
-    import triptych_gpt.prompt
+    import triptych_gpt.prompting
+    import triptych_gpt.symmetry.derivation
 
     for name in triptych_gpt.__all__:
         assert not isinstance(getattr(triptych_gpt, name), ModuleType), name
@@ -294,12 +295,12 @@ def test_three_lines_of_python_do_it(model):
 def test_sample_zero_is_the_same_whatever_else_is_made(gpt, network):
     few = SamplerSettings(num_inference_steps=3)
     alone = prompt(gpt, network, settings=few, test_loss=2.0)[0]
-    among = prompt(gpt, network, settings=few, samples=5, test_loss=2.0)
+    several = prompt(gpt, network, settings=few, samples=5, test_loss=2.0)
     parts = prompt(gpt, network, settings=SamplerSettings("ddpm", 3, networks_at_once=2), samples=5, test_loss=2.0)
-    torch.testing.assert_close(among[0].theta, alone.theta, rtol=0, atol=1e-5)
-    for one, other in zip(among, parts, strict=True):
+    torch.testing.assert_close(several[0].theta, alone.theta, rtol=0, atol=1e-5)
+    for one, other in zip(several, parts, strict=True):
         torch.testing.assert_close(one.theta, other.theta, rtol=0, atol=1e-5)
-    assert (among[1].theta - alone.theta).norm() > 1e-2
+    assert (several[1].theta - alone.theta).norm() > 1e-2
 
 
 def test_a_prompt_outside_the_trained_range_warns_and_goes_on(gpt, network):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from triptych_gpt.derive import Residual
+from triptych_gpt.symmetry.derivation import Residual
 from triptych_gpt.tasks.stack import Stack
 
 NETWORKS, ITEMS = 3, 4

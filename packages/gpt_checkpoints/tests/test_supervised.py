@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from triptych_common.randomness import permutation
-from triptych_gpt.derive import Residual
+from triptych_gpt.symmetry.derivation import Residual
 from triptych_gpt.tasks import (
     Cohort,
     Items,

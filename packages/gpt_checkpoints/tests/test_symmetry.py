@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry import Axis, PermutationSpec, check_invariance, forward_of
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec, check_invariance, forward_of
 
 H, G = Axis("hidden"), Axis("second")
 

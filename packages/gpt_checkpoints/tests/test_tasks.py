@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from triptych_common.data import load
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry import Axis, PermutationSpec, check_invariance, forward_of
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec, check_invariance, forward_of
 from triptych_gpt.tasks import (
     TASKS,
     Cohort,

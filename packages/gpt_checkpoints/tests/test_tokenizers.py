@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 from triptych_gpt.config import PRESETS, GptConfig
-from triptych_gpt.derive import Residual, derive
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.model import Gpt
-from triptych_gpt.symmetry import Axis, PermutationSpec
+from triptych_gpt.symmetry.derivation import Residual, derive
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 from triptych_gpt.tasks import TASKS
 from triptych_gpt.tokenizers import make_tokenizer
 from triptych_gpt.tokenizers.parts import parts_of

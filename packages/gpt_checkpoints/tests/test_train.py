@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.func import functional_call
-from triptych_common import checkpoint, testing
+from triptych_common import testing
+from triptych_common.storage import checkpoint
 from triptych_common.testing import logged, run_cli, run_here, run_torchrun
 from triptych_gpt import SamplerSettings, TrainedGpt, Zoo, cli, load
 from triptych_gpt.objective import Objective, TrainingZoo
@@ -154,7 +155,7 @@ def test_validating_more_often_trains_no_differently(zoo, whole, tmp_path):
 
 INTERRUPT = """
 import os, signal, sys
-from triptych_common.run import RunDirectory
+from triptych_common.storage.run import RunDirectory
 
 when, step, signum, real_log = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), RunDirectory.log
 

@@ -55,7 +55,7 @@ class Command:
 _to_stderr = False
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Tell a person something: stdout, or stderr where --json keeps stdout for the result."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, file=sys.stderr if _to_stderr else sys.stdout, flush=True)
@@ -131,7 +131,7 @@ def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | No
 
 @contextlib.contextmanager
 def _stdout_kept(kept: bool) -> Iterator[None]:
-    """While a command runs that keeps stdout for its result, `say` writes to stderr."""
+    """While a command runs that keeps stdout for its result, `echo` writes to stderr."""
     global _to_stderr
     before, _to_stderr = _to_stderr, kept
     try:
@@ -144,7 +144,7 @@ def _run(command: Command, config: CommonOptions) -> int:
     if config.dry_run:
         result = config.resolved()
         if not config.json:
-            say(json.dumps(result, indent=2, default=str))
+            echo(json.dumps(result, indent=2, default=str))
     else:
         result = command.run(config)
     if config.json and int(os.environ.get("RANK", 0)) == 0:

@@ -69,7 +69,7 @@ def onto(device: torch.device, value: Tensor) -> Tensor:
 
 
 @contextmanager
-def ranks(device: str = "auto") -> Iterator[Ranks]:
+def process_group(device: str = "auto") -> Iterator[Ranks]:
     """Join the process group that torchrun announced, on one machine or several, or stand alone.
 
     device: "auto" is the GPU of this local rank where there is one, else the CPU.
@@ -146,11 +146,11 @@ class Execution:
         """What a model's weights must be before `prepare`."""
         return torch.float64 if self.precision == "float64" else torch.float32
 
-    def sharded(self, among: Ranks) -> bool:
-        return self.parallel == "fsdp" and among.world_size > 1
+    def sharded(self, ranks: Ranks) -> bool:
+        return self.parallel == "fsdp" and ranks.world_size > 1
 
 
-def prepare(model: nn.Module, among: Ranks, execution: Execution) -> None:
+def prepare(model: nn.Module, ranks: Ranks, execution: Execution) -> None:
     """Make `model` run as `execution` says, in place: on its device, in its precision, sharded where asked.
 
     Every rank must hold the same weights. A model to be sharded had better still be on the CPU: one block at a time
@@ -158,15 +158,15 @@ def prepare(model: nn.Module, among: Ranks, execution: Execution) -> None:
 
     Raises ValueError where the model lacks the blocks.
     """
-    asks_for_blocks = execution.compile or execution.activation_checkpointing or execution.sharded(among)
+    asks_for_blocks = execution.compile or execution.activation_checkpointing or execution.sharded(ranks)
     blocks = _blocks_of(model, execution.blocks) if asks_for_blocks else []
     _wrap_forward(blocks, lambda forward: _block_forward(forward, execution))
     if execution.precision == "bf16":
-        _wrap_forward([model], lambda forward: _autocast_forward(forward, among.device.type))
-    if execution.sharded(among):
-        _shard(model, blocks, among, execution)
+        _wrap_forward([model], lambda forward: _autocast_forward(forward, ranks.device.type))
+    if execution.sharded(ranks):
+        _shard(model, blocks, ranks, execution)
     else:
-        model.to(among.device)
+        model.to(ranks.device)
 
 
 def _blocks_of(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
@@ -207,7 +207,7 @@ def _autocast_forward(forward: Callable, device_type: str) -> Callable:
     return in_bfloat16
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], among: Ranks, execution: Execution) -> None:
+def _shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, execution: Execution) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -217,7 +217,7 @@ def _shard(model: nn.Module, blocks: list[nn.Module], among: Ranks, execution: E
     in_bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mixed = execution.precision == "bf16"
     norms = [m for m in model.modules() if isinstance(m, _NORMS) and next(m.parameters(), None) is not None]
-    mesh = init_device_mesh(among.device.type, (among.world_size,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     # The root is resharded after the forward pass too, which is not the default: outside of passes parameters are then
     # always the shards, even after an evaluation without a backward pass.
     shard = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
@@ -228,14 +228,14 @@ def _shard(model: nn.Module, blocks: list[nn.Module], among: Ranks, execution: E
     shard(model, mp_policy=as_they_are)
 
 
-def distributed(model: nn.Module, among: Ranks) -> nn.Module:
+def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
     """`model` with gradients averaged over ranks; the model itself where there is one rank, or where it is sharded.
 
     State dicts come from the inner model, never from what this returns.
     """
-    if among.world_size == 1 or _is_sharded(model):
+    if ranks.world_size == 1 or _is_sharded(model):
         return model
-    return DistributedDataParallel(model, device_ids=[among.device] if among.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
@@ -248,11 +248,11 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     return model.no_sync()
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], among: Ranks) -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """Replace gradients by their mean over ranks, in one exchange; for passes that no wrapper of the model has seen."""
-    if among.world_size > 1 and parameters:
+    if ranks.world_size > 1 and parameters:
         gradients = [p.grad for p in parameters]
-        mean = among.sum(torch.cat([g.flatten() for g in gradients])) / among.world_size
+        mean = ranks.sum(torch.cat([g.flatten() for g in gradients])) / ranks.world_size
         for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from triptych_common.run import write_json
+from triptych_common.storage.atomic import write_json
 
 
 class Progress:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from triptych_common.images import gif_bytes
-from triptych_common.run import write_bytes
+from triptych_common.storage.atomic import write_bytes
 
 FORMATS = ("mp4", "gif")
 SMALLEST_SIDE = 256  # smaller frames are enlarged, pixel by pixel: players blur what they scale, codecs what is tiny

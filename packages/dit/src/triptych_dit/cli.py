@@ -14,14 +14,14 @@ def _train() -> Command:
 
 
 def _autoencoder() -> Command:
-    from triptych_dit.autoencoder_config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
-    from triptych_dit.train_autoencoder import train_autoencoder
+    from triptych_dit.autoencoder.config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
+    from triptych_dit.autoencoder.train import train_autoencoder
 
     return Command(AutoencoderTrainConfig, train_autoencoder, AUTOENCODER_PRESETS, default="digits")
 
 
 def _encode() -> Command:
-    from triptych_dit.encode import EncodeConfig, encode
+    from triptych_dit.autoencoder.encode import EncodeConfig, encode
 
     return Command(EncodeConfig, encode, {})
 
@@ -50,12 +50,6 @@ def _export() -> Command:
     return Command(ExportConfig, export, {})
 
 
-def _study() -> Command:
-    from triptych_dit.study.command import StudyConfig, study
-
-    return Command(StudyConfig, study, {})
-
-
 COMMANDS = {
     "train": ("train a class-conditional DiT, or resume", _train),
     "autoencoder": ("train an autoencoder for latents, or resume", _autoencoder),
@@ -64,8 +58,6 @@ COMMANDS = {
     "walk": ("film a walk between noises, or between classes", _walk),
     "evaluate": ("score samples: two npz files as the ADM suite does, or digits", _evaluate),
     "export": ("carry a model to diffusers, to the released DiT's format, or from them", _export),
-    "study": ("chapter 2 as named experiments over shared models, and a report", _study),
-    "reproduce": ("another name of study", _study),
 }
 
 

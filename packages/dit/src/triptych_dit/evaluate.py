@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 import tyro
 from triptych_common import data
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import CommonOptions, echo
 from triptych_common.metrics.adm import NEIGHBOURS, AdmScores, ImageFeatures, adm_scores, image_features
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE, DigitScorer
 from triptych_common.metrics.inception import FILE_NAME, Inception, load_inception
 from triptych_common.metrics.npz import NpzImages
-from triptych_common.parallel import ranks
+from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
-from triptych_common.run import provenance, write_json
+from triptych_common.storage.atomic import write_json
+from triptych_common.storage.provenance import provenance
 
 from triptych_dit.sample import read_npz
 
@@ -87,11 +88,11 @@ def _evaluate_digits(config: EvaluateConfig) -> dict[str, Any]:
     path = config.out / "scores.json"
     write_json(path, {**result, **provenance()})
     for name, value in vars(scores).items():
-        say(f"{name:<16}{value}")
-    say(f"{'frechet floor':<16}{floor.mean():.3g} ({len(floor)} sets of {scores.n} training digits)")
+        echo(f"{name:<16}{value}")
+    echo(f"{'frechet floor':<16}{floor.mean():.3g} ({len(floor)} sets of {scores.n} training digits)")
     if scores.n < 1000:
-        say(f"note: n={scores.n} is below 1,000; distances are inflated, compare them with the floor only")
-    say(f"wrote {path}")
+        echo(f"note: n={scores.n} is below 1,000; distances are inflated, compare them with the floor only")
+    echo(f"wrote {path}")
     return result
 
 
@@ -102,15 +103,15 @@ def _evaluate_adm(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(
                 f"{source.path}: {source.count} images; precision and recall with k={NEIGHBOURS} need more than {NEIGHBOURS}"
             )
-    with ranks(config.device) as among:
-        inception = load_inception(config.inception, device=among.device)
+    with process_group(config.device) as ranks:
+        inception = load_inception(config.inception, device=ranks.device)
         reference_features = _features(reference, inception, config.batch_size)
         sample_features = _features(samples, inception, config.batch_size)
         pool = sample_features.pool.vectors
         probabilities = None if pool is None else inception.probabilities(pool)
         scores = adm_scores(
             reference_features, sample_features, probabilities,
-            device=among.device, repeats=config.repeats, seed=config.seed,
+            device=ranks.device, repeats=config.repeats, seed=config.seed,
         )  # fmt: skip
     notes = list(scores.notes)
     if not inception.is_published:
@@ -128,7 +129,7 @@ def _evaluate_adm(config: EvaluateConfig) -> dict[str, Any]:
     path = config.out / "scores.json"
     write_json(path, {**result, **provenance()})
     _tell(result, scores)
-    say(f"wrote {path}")
+    echo(f"wrote {path}")
     return result
 
 
@@ -151,13 +152,13 @@ def _tell(result: dict[str, Any], scores: AdmScores) -> None:
     for role in ("reference", "samples"):
         file = result[role]
         held = [f"{file['images']:,} images"] * bool(file["images"]) + ["statistics"] * file["statistics"]
-        say(f"{role:<12}{file['path']}: {' and '.join(held)}")
+        echo(f"{role:<12}{file['path']}: {' and '.join(held)}")
     for name, estimate in scores.estimates().items():
         digits, title = ADM_DIGITS[name], ADM_TITLES[name]
         if estimate is None:
-            say(f"{title:<12}not available: {scores.unavailable[name]}")
+            echo(f"{title:<12}not available: {scores.unavailable[name]}")
         else:
             interval = "" if estimate.low is None else f"  [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-            say(f"{title:<12}{estimate.value:.{digits}f}{interval}")
+            echo(f"{title:<12}{estimate.value:.{digits}f}{interval}")
     for note in result["notes"]:
-        say(f"note: {note}")
+        echo(f"note: {note}")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import CommonOptions, echo
 
 from triptych_dit.interop import export_released, load_any, to_diffusers
 from triptych_dit.weights import FILE_NAME, TrainedModel, save_model
@@ -67,8 +67,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         written = config.out / FILE_NAME
         save_model(written, model, facts)
     for line in notes:
-        say(f"note: {line}")
-    say(f"wrote {written}")
+        echo(f"note: {line}")
+    echo(f"wrote {written}")
     return {"written": str(written), "format": config.format, "model": asdict(model.config), "notes": notes}
 
 

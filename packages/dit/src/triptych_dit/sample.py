@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from triptych_common import checkpoint
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import CommonOptions, echo
 from triptych_common.images import image_grid, to_uint8, write_png
-from triptych_common.parallel import Execution, Ranks, prepare, ranks
+from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory, write_json
 from triptych_common.schedulers import find
+from triptych_common.storage import checkpoint
+from triptych_common.storage.atomic import write_json
+from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any
 from triptych_dit.samples_file import read_batches, read_npz, write_npz
@@ -90,12 +91,12 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     }  # fmt: skip
     steps = evaluations(trained, config)
     finished = (config.out / "samples.npz").exists()
-    with ranks(config.device) as among:
+    with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
-            place(trained, among, config)
-            request |= other_decoder(trained, among, config)
-        with RunDirectory(config.out, request, is_main=among.is_main) as run:
-            among.barrier()  # the main rank has checked the folder
+            place(trained, ranks, config)
+            request |= other_decoder(trained, ranks, config)
+        with RunDirectory(config.out, request, is_main=ranks.is_main) as run:
+            ranks.barrier()  # the main rank has checked the folder
             if not finished:
 
                 def draw(batch: range, step: Callable[[], None]) -> UInt8[Tensor, "batch channels height width"]:
@@ -106,21 +107,21 @@ def sample(config: SampleConfig) -> dict[str, Any]:
                     )  # fmt: skip
                     return to_uint8(images)
 
-                draw_missing(config, draw, steps, among)
-                among.barrier()
+                draw_missing(config, draw, steps, ranks)
+                ranks.barrier()
             result = {"samples": str(run.path / "samples.npz"), "grid": str(run.path / "grid.png")}
-            if among.is_main:
+            if ranks.is_main:
                 gather(config, labels)
-            among.barrier()
+            ranks.barrier()
             if config.images:
-                _write_images(run.path, trained, labels, among)
+                _write_images(run.path, trained, labels, ranks)
                 result["images"] = str(run.path / "images")
-                among.barrier()
-            if among.is_main:
+                ranks.barrier()
+            if ranks.is_main:
                 write_grid(run.path, len(config.labels) or trained.model.config.num_classes or 10)
                 write_json(run.path / "samples.json", {**request, **result})
                 for file in result.values():
-                    say(f"wrote {file}")
+                    echo(f"wrote {file}")
     return result
 
 
@@ -150,19 +151,19 @@ def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
     return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})
 
 
-def place(trained: TrainedModel, among: Ranks, config: Any) -> None:
+def place(trained: TrainedModel, ranks: Ranks, config: Any) -> None:
     """Put the model on its device, in the precision asked for.
 
     Raises ValueError where the autoencoder of its latents is not to be had.
     """
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
-    prepare(trained.model, among, Execution(precision=config.precision or stored, compile=config.compile_blocks))
-    autoencoder_of(trained, among.device, config.vae)
+    prepare(trained.model, ranks, Execution(precision=config.precision or stored, compile=config.compile_blocks))
+    autoencoder_of(trained, ranks.device, config.vae)
 
 
-def other_decoder(trained: TrainedModel, among: Ranks, config: Any) -> dict[str, str]:
+def other_decoder(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
     """What is part of a request where another decoder draws than the one in training."""
-    facts, autoencoder = trained.facts.get("autoencoder"), autoencoder_of(trained, among.device, config.vae)
+    facts, autoencoder = trained.facts.get("autoencoder"), autoencoder_of(trained, ranks.device, config.vae)
     if autoencoder is None:
         return {}
     released = facts["sha256"] is None  # which only has a name
@@ -171,7 +172,7 @@ def other_decoder(trained: TrainedModel, among: Ranks, config: Any) -> dict[str,
 
 
 def draw_missing(
-    config: SampleConfig, draw: Callable[[range, Callable[[], None]], Tensor], steps: int, among: Ranks
+    config: SampleConfig, draw: Callable[[range, Callable[[], None]], Tensor], steps: int, ranks: Ranks
 ) -> None:
     """Make what no part file holds yet; ranks take turns at batches of consecutive indices.
 
@@ -180,10 +181,10 @@ def draw_missing(
     done = {index for start, end, _ in _parts(config.out) for index in range(start, end)}
     missing = [index for index in range(config.num_samples) if index not in done]
     batches = list(_consecutive(missing, config.batch_size))
-    among.barrier()  # every rank has listed the folder before any adds to it
-    mine = batches[among.rank :: among.world_size]
+    ranks.barrier()  # every rank has listed the folder before any adds to it
+    mine = batches[ranks.rank :: ranks.world_size]
     total = sum(map(len, mine)) * steps
-    with Progress("sampling", total, "image steps", enabled=among.is_main) as progress:
+    with Progress("sampling", total, "image steps", enabled=ranks.is_main) as progress:
         for batch in mine:
             images = draw(batch, partial(progress.advance, len(batch)))
             write_npz(config.out / "parts" / f"{batch.start:08d}-{batch.stop:08d}.npz", [images], len(images))
@@ -215,13 +216,13 @@ def write_grid(out: Path, columns: int) -> None:
     write_png(out / "grid.png", image_grid(images, columns=min(10, columns, len(images))))
 
 
-def _write_images(out: Path, trained: TrainedModel, labels: Tensor | None, among: Ranks) -> None:
+def _write_images(out: Path, trained: TrainedModel, labels: Tensor | None, ranks: Ranks) -> None:
     """OUT/images: a PNG for each sample that has none yet; ranks take turns."""
     first = 0
     for batch in read_batches(out / "samples.npz", GRID):
         for index, image in enumerate(batch, start=first):
             path = out / "images" / image_name(index, trained, None if labels is None else int(labels[index]))
-            if index % among.world_size == among.rank and not path.exists():
+            if index % ranks.world_size == ranks.rank and not path.exists():
                 write_png(path, image)
         first += len(batch)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from triptych_common.run import writing
+from triptych_common.storage.atomic import writing
 
 
 def write_npz(

@@ -19,7 +19,7 @@ from triptych_dit.model import DiT
 from triptych_dit.weights import TrainedModel
 
 if TYPE_CHECKING:
-    from triptych_dit.autoencoder import Autoencoder
+    from triptych_dit.autoencoder.model import Autoencoder
 
 OWN_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 TIMESTEPS = 1000
@@ -216,7 +216,7 @@ _REMEDY = "pass --vae with the folder or hub name of the autoencoder that the mo
 
 @lru_cache(maxsize=1)
 def _autoencoder(spec: str, sha256: str | None, encoder_sha256: str | None, device: torch.device) -> "Autoencoder":
-    from triptych_dit.autoencoder import load_autoencoder
+    from triptych_dit.autoencoder.model import load_autoencoder
 
     try:
         found = load_autoencoder(spec, device=device)

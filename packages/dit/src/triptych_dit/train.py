@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from triptych_common import randomness
-from triptych_common.cli import say
-from triptych_common.parallel import Execution, Ranks, gradient_sync, ranks
+from triptych_common.cli import echo
+from triptych_common.parallel import Execution, Ranks, gradient_sync, process_group
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory, write_json
+from triptych_common.storage.atomic import write_json
+from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import peak_flops
 from triptych_common.training import Batch, TrainState, steps
 
+from triptych_dit.autoencoder.cache import prefetch
 from triptych_dit.fine_tune import report_lines, start_from
 from triptych_dit.flops import gflops
 from triptych_dit.interop import load_any
-from triptych_dit.latents import prefetch
 from triptych_dit.model import DiT
 from triptych_dit.objective import Examples, Objective
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
@@ -40,12 +41,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         training_data.check_flips()
     identity = config.identity() | {"data": training_data.identity}
     with (
-        ranks(config.device) as among,
-        RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run,
+        process_group(config.device) as ranks,
+        RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run,
     ):
-        state = make_state(config, among, run)
+        state = make_state(config, ranks, run)
         objective = Objective(config, state.model, training_data)
-        validate, keep_snapshot = make_validation(config, run, among), make_snapshots(config, run, training_data)
+        validate, keep_snapshot = make_validation(config, run, ranks), make_snapshots(config, run, training_data)
 
         def on_step(state: TrainState) -> None:
             validate(state)
@@ -60,18 +61,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
             log_every=config.log_every,
             on_step=on_step,
             flops_per_sample=2e9 * FORWARDS_PER_STEP * gflops(config.model),  # 2 a multiply-add
-            peak_flops=peak_flops(among.device, config.arithmetic),
+            peak_flops=peak_flops(ranks.device, config.arithmetic),
         )
-        with Progress("training", config.total_images, "img", enabled=among.is_main) as progress:
+        with Progress("training", config.total_images, "img", enabled=ranks.is_main) as progress:
             drawn: Iterator[Examples] | None = None
-            ahead = 0 if among.device.type == "cpu" else 2
+            ahead = 0 if ranks.device.type == "cpu" else 2
             for batch in plan:
                 drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
                 loss, mse, vb = 0.0, 0.0, 0.0
                 for counters, last in batch.micro_batches(config.micro_batch):
                     share = len(counters) / len(batch.counters)
                     with gradient_sync(state.parallel_model, last):
-                        losses = objective.loss(state.parallel_model, next(drawn), among.device)
+                        losses = objective.loss(state.parallel_model, next(drawn), ranks.device)
                         (losses.total.mean() * share).backward()
                     loss, mse, vb = (
                         total + part.detach().mean() * share
@@ -80,8 +81,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 state.update(batch, {"loss": loss, "mse": mse, "vb": vb})
                 progress.at(state.samples_seen)
         save_average(run.path / FILE_NAME, config, state, training_data)
-        if among.is_main:
-            say(f"model: {run.path / FILE_NAME}")
+        if ranks.is_main:
+            echo(f"model: {run.path / FILE_NAME}")
         rows = [row for row in run.metrics() if "loss" in row]
         return {
             "model": str(run.path / FILE_NAME),
@@ -98,7 +99,7 @@ def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
             yield part
 
 
-def make_state(config: TrainConfig, among: Ranks, run: RunDirectory | None = None) -> TrainState:
+def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = None) -> TrainState:
     """A model, freshly initialised or started from another, its average and AdamW, as the config wants them run.
 
     What fine-tuning took over is printed, and written to `run` as init.json.
@@ -108,9 +109,9 @@ def make_state(config: TrainConfig, among: Ranks, run: RunDirectory | None = Non
     if config.init_from is not None:
         source = load_any(config.init_from)
         became = start_from(model, source.model, new_class_table=config.new_class_table)
-        if run is not None and among.is_main and not run.metrics_path.exists():
+        if run is not None and ranks.is_main and not run.metrics_path.exists():
             for line in report_lines(config.init_from, became):
-                say(line)
+                echo(line)
             write_json(run.path / "init.json", {"init_from": config.init_from, "tensors": became})
     return TrainState(
         model.to(config.dtype),
@@ -121,7 +122,7 @@ def make_state(config: TrainConfig, among: Ranks, run: RunDirectory | None = Non
             weight_decay=config.weight_decay,
             fused=True,
         ),
-        among,
+        ranks,
         ema_half_life=config.ema_half_life_images,
         ema_rampup=config.ema_rampup,
         grad_clip=config.grad_clip,
@@ -145,7 +146,7 @@ def make_snapshots(config: TrainConfig, run: RunDirectory, training_data: Traini
 def save_average(path: Path, config: TrainConfig, state: TrainState, training_data: TrainingData) -> None:
     """Write the averaged model; every rank must call it."""
     tensors = state.averaged()
-    if state.among.is_main:
+    if state.ranks.is_main:
         facts = {
             "predict": config.predict,
             "data": training_data.identity,

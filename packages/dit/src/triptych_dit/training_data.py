@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from triptych_common import data, randomness
 
-from triptych_dit.autoencoder import scaled_sample
+from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache
+from triptych_dit.autoencoder.model import scaled_sample
 from triptych_dit.config import DiTConfig
-from triptych_dit.latents import LatentCache, is_latent_cache
 
 
 @runtime_checkable

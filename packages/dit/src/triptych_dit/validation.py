@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from triptych_common.parallel import Ranks
-from triptych_common.run import RunDirectory
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
 
 from triptych_dit.model import DiT
@@ -17,7 +17,7 @@ from triptych_dit.training_data import TrainingData, check_fits, open_training_d
 SEED = 2_022  # of every run's validation, so that runs compare
 
 
-def make_validation(config: TrainConfig, run: RunDirectory, among: Ranks) -> Callable[[TrainState], None]:
+def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Callable[[TrainState], None]:
     """A callback that logs "validation/mse" and "validation/vb" every `validation_every` steps and at the end.
 
     The same images, noise and labels, and timesteps spread evenly over all of the process, whatever training uses.
@@ -31,10 +31,10 @@ def make_validation(config: TrainConfig, run: RunDirectory, among: Ranks) -> Cal
         raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
     check_fits(config.model, held_out)
     n = (
-        min(config.validation_images, len(held_out)) // among.world_size
+        min(config.validation_images, len(held_out)) // ranks.world_size
     )  # as many on every rank: shards wait for each other
-    mine = range(among.rank * n, (among.rank + 1) * n)
-    part = config.micro_batch or config.batch_size // among.world_size
+    mine = range(ranks.rank * n, (ranks.rank + 1) * n)
+    part = config.micro_batch or config.batch_size // ranks.world_size
     fixed = replace(config, seed=SEED, horizontal_flip=False, timesteps="uniform_spread", snapshots=())
 
     def validate(state: TrainState) -> None:
@@ -42,7 +42,7 @@ def make_validation(config: TrainConfig, run: RunDirectory, among: Ranks) -> Cal
             return
         objective = Objective(fixed, state.model, held_out)
         mse, vb = (
-            among.sum(_loss_sums(state.ema, objective, mine, part, among.device)) / (n * among.world_size)
+            ranks.sum(_loss_sums(state.ema, objective, mine, part, ranks.device)) / (n * ranks.world_size)
         ).tolist()
         run.log({"step": state.step, "images": state.samples_seen, "validation/mse": mse, "validation/vb": vb})
 

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common import checkpoint
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import CommonOptions, echo
 from triptych_common.images import image_grid, to_uint8, write_png
-from triptych_common.parallel import ranks
+from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.randomness import SampleNoise
-from triptych_common.run import RunDirectory
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
 from triptych_common.video import FORMATS, course, ends, import_av, write_video
 
 from triptych_dit.config import DiTConfig
@@ -98,17 +98,17 @@ def walk(config: WalkConfig) -> dict[str, Any]:
     }  # fmt: skip
     steps = evaluations(trained, config)
     finished = (config.out / "walk.npz").exists()
-    with ranks(config.device) as among:
+    with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
-            place(trained, among, config)
-            request |= other_decoder(trained, among, config)
+            place(trained, ranks, config)
+            request |= other_decoder(trained, ranks, config)
         with RunDirectory(config.out, request) as run:
             if not finished:
                 images = film(trained, config, noises, mixtures, steps)
                 write_npz(run.path / "walk.npz", [images], len(images))
             result = show(run.path, config)
     for file in result.values():
-        say(f"wrote {file}")
+        echo(f"wrote {file}")
     return result
 
 

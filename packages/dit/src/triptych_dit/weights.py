@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from triptych_common import checkpoint
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
+from triptych_common.storage import checkpoint
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from triptych_common.cli import CommonOptions
-from triptych_common.parallel import ranks
+from triptych_common.parallel import process_group
 
 from triptych_gangealing.aligner import Aligner, load_aligner
 
@@ -19,8 +19,8 @@ def open_aligner(
 
     Raises as `load_aligner`, and ValueError for flips or several looks of a transformer that can neither.
     """
-    with ranks(device) as among:
-        aligner = load_aligner(path).to(among.device)
+    with process_group(device) as ranks:
+        aligner = load_aligner(path).to(ranks.device)
     options = {
         "iterations": aligner.facts["iterations"] if iterations is None else iterations,
         "flips": aligner.facts["flips"] if flips == "trained" else flips == "yes",

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from triptych_common import checkpoint
+from triptych_common.storage import checkpoint
 
-from triptych_gangealing.descriptor import Groups
-from triptych_gangealing.latents import Directions, Mode
+from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.losses import total_variation
+from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.spatial_transformer import (
     ClusterClassifier,
     SpatialTransformer,

@@ -14,13 +14,13 @@ def _train_gan() -> Command:
 
 
 def _generate() -> Command:
-    from triptych_gangealing.generate import GenerateConfig, generate
+    from triptych_gangealing.stylegan2.generate import GenerateConfig, generate
 
     return Command(GenerateConfig, generate, {})
 
 
 def _train_encoder() -> Command:
-    from triptych_gangealing.simclr import EncoderTrainConfig, run
+    from triptych_gangealing.encoders.simclr import EncoderTrainConfig, run
 
     return Command(EncoderTrainConfig, run, {})
 
@@ -33,53 +33,41 @@ def _train() -> Command:
 
 
 def _align() -> Command:
-    from triptych_gangealing.align import align
     from triptych_gangealing.align_config import AlignConfig
+    from triptych_gangealing.folders import align
 
     return Command(AlignConfig, align, {})
 
 
 def _average() -> Command:
-    from triptych_gangealing.align import write_average
     from triptych_gangealing.align_config import AverageConfig
+    from triptych_gangealing.folders import write_average
 
     return Command(AverageConfig, write_average, {})
 
 
 def _propagate() -> Command:
-    from triptych_gangealing.align import propagate_to_folder
     from triptych_gangealing.align_config import PropagateConfig
+    from triptych_gangealing.folders import propagate_to_folder
 
     return Command(PropagateConfig, propagate_to_folder, {})
 
 
 def _correspond() -> Command:
-    from triptych_gangealing.align import correspond
     from triptych_gangealing.align_config import CorrespondConfig
+    from triptych_gangealing.folders import correspond
 
     return Command(CorrespondConfig, correspond, {})
 
 
 def _pck() -> Command:
-    from triptych_gangealing.evaluate import PckConfig, evaluate
+    from triptych_thesis.chapter4.evaluate import PckConfig, evaluate
 
     return Command(PckConfig, evaluate, {})
 
 
-def _clusters() -> Command:
-    from triptych_gangealing.cluster_scores import ClustersConfig, score_clusters
-
-    return Command(ClustersConfig, score_clusters, {})
-
-
-def _reproduce() -> Command:
-    from triptych_gangealing.reproduce import ReproduceConfig, reproduce
-
-    return Command(ReproduceConfig, reproduce, {})
-
-
 def _convert() -> Command:
-    from triptych_gangealing.convert import ConvertConfig, convert
+    from triptych_gangealing.stylegan2.convert import ConvertConfig, convert
 
     return Command(ConvertConfig, convert, {})
 
@@ -94,8 +82,6 @@ COMMANDS = {
     "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
     "correspond": ("points of one picture in another", _correspond),
     "pck": ("score an aligner on digits whose correspondences are known, beside baselines", _pck),
-    "clusters": ("score an aligner's clusters of digits against the true ones, beside k-means", _clusters),
-    "reproduce": ("chapter 4 end to end, with a report", _reproduce),
     "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
 }
 

@@ -6,27 +6,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common import checkpoint, randomness
+from triptych_common import randomness
 from triptych_common.parallel import Ranks
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, steps
 
-from triptych_gangealing.latents import Directions, Mode
+from triptych_gangealing.encoders.perceptual import Features
+from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.objective import Objective, accumulate
-from triptych_gangealing.perceptual import Features
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced
 
 AT_ONCE = 256
 START, STREAM = "start.safetensors", "k-means++"
 
 
-def start(objective: Objective, directions: Directions, among: Ranks, folder: Path) -> dict[str, Tensor]:
+def start(objective: Objective, directions: Directions, ranks: Ranks, folder: Path) -> dict[str, Tensor]:
     """Where modes start ("origins", "alpha"), found once in a run and kept in its folder."""
     path = folder / START
-    if among.is_main and not path.exists():
+    if ranks.is_main and not path.exists():
         checkpoint.write(path, starting_modes(objective, directions), {"kind": "starting modes"})
-    among.barrier()
+    ranks.barrier()
     return checkpoint.read(path)[0]
 
 
@@ -119,7 +120,7 @@ def _distances(objective: Objective, centre: Features) -> Float[Tensor, " sample
 
 
 def train_classifier(
-    objective: Objective, transformer: SpatialTransformer, mode: Mode, out: Path, among: Ranks
+    objective: Objective, transformer: SpatialTransformer, mode: Mode, out: Path, ranks: Ranks
 ) -> ClusterClassifier:
     """A classifier of the clusters that generated images are nearest to, from a copy of the transformer's trunk.
 
@@ -132,7 +133,7 @@ def train_classifier(
     state = TrainState(
         classifier,
         torch.optim.Adam(classifier.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True),
-        among,
+        ranks,
         ema_half_life=config.ema_half_life_images,
         several_passes=True,
     )
@@ -148,12 +149,12 @@ def train_classifier(
         "transformer": checkpoint.digest(transformer.state_dict()),
         "mode": checkpoint.digest(mode.state_dict()),
     }
-    with RunDirectory(out, identity, is_main=among.is_main) as run:
+    with RunDirectory(out, identity, is_main=ranks.is_main) as run:
         plan = steps(
             state, run, total_samples=config.classifier_images, batch_size=config.batch_size,
             checkpoint_every=config.checkpoint_every, log_every=config.log_every,
         )  # fmt: skip
-        with Progress("training the classifier", config.classifier_images, "img", enabled=among.is_main) as progress:
+        with Progress("training the classifier", config.classifier_images, "img", enabled=ranks.is_main) as progress:
             for batch in plan:
                 totals = accumulate(batch, config.micro_batch, losses)
                 _, finite = state.optimise()

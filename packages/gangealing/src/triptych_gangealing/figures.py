@@ -2,7 +2,7 @@
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from triptych_common.report import figure_png
+from triptych_common.images import figure_png
 
 
 def matches_figure(

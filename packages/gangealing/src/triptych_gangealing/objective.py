@@ -9,10 +9,10 @@ from torch import Tensor
 from triptych_common import randomness
 from triptych_common.training import Batch
 
-from triptych_gangealing.descriptor import Groups
-from triptych_gangealing.latents import Mode, mixed
+from triptych_gangealing.encoders.descriptor import Groups
+from triptych_gangealing.encoders.perceptual import PerceptualDistance
 from triptych_gangealing.losses import flow_identity, psi_schedule, total_variation
-from triptych_gangealing.perceptual import PerceptualDistance
+from triptych_gangealing.modes import Mode, mixed
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.snapshots import classes_of

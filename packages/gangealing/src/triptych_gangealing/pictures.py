@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common.cli import say
+from triptych_common.cli import echo
 from triptych_common.data import ImageFolder
 from triptych_common.data.decoding import UnreadableImage, decode, to_tensor
 from triptych_common.images import from_uint8
@@ -90,7 +90,7 @@ class Folder:
                 if picture.size != seen.size:
                     raise UnreadableImage(str(path), "another size than a moment ago; it was replaced meanwhile")
             except (UnreadableImage, OSError) as error:
-                say(f"left out: {' '.join(str(error).split())}")
+                echo(f"left out: {' '.join(str(error).split())}")
                 continue
             left += 1
             yield number, picture
@@ -102,7 +102,7 @@ class Folder:
         if not self.seen:
             raise ValueError(f"none of {len(self.names):,} pictures can be read; the first: {self.unreadable[0]}")
         for line in self.unreadable:
-            say(f"left out: {line}")
+            echo(f"left out: {line}")
 
 
 def png_names(names: Sequence[str]) -> list[str]:

@@ -6,21 +6,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from triptych_common import checkpoint, randomness
-from triptych_common.cli import say
+from triptych_common import randomness
+from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.memory import keep_freed_memory
-from triptych_common.parallel import Ranks, ranks
+from triptych_common.parallel import Ranks, process_group
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, is_due, steps
 
 from triptych_gangealing.aligner import FILE, Aligner, write_aligner
 from triptych_gangealing.clustering import start, train_classifier
-from triptych_gangealing.descriptor import open_groups
-from triptych_gangealing.latents import Mode, pca
+from triptych_gangealing.encoders.descriptor import open_groups
+from triptych_gangealing.encoders.perceptual import open_distance
+from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Objective, accumulate
-from triptych_gangealing.perceptual import open_distance
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.interop import load_generator
@@ -37,12 +38,12 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
     keep_freed_memory()
     generator = load_generator(config.generator)
     distance = open_distance(config.distance, weights=config.distance_weights)
-    with ranks(config.device) as among:
-        generator, distance = (network.to(among.device, config.dtype) for network in (generator, distance))
+    with process_group(config.device) as ranks:
+        generator, distance = (network.to(ranks.device, config.dtype) for network in (generator, distance))
         objective = Objective(config, generator, distance)
         identity = config.identity() | {"generator": digest_of(generator), "distance": digest_of(distance)}
-        with RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run:
-            state = make_state(objective, among, run.path)
+        with RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run:
+            state = make_state(objective, ranks, run.path)
             optimise(objective, state, run)
             rows = [row for row in run.metrics() if "loss" in row]
         transformer, mode = state.ema["transformer"], state.ema["mode"]
@@ -50,11 +51,11 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
         if config.clusters > 1 and classifier is None:
             # In a folder of this length of training: prolonged, the transformer has clusters of its own.
             folder = config.out / "classifier" / f"images-{state.samples_seen:09d}"
-            classifier = train_classifier(objective, transformer, mode, folder, among)
+            classifier = train_classifier(objective, transformer, mode, folder, ranks)
         path = config.out / FILE
-        if among.is_main:
+        if ranks.is_main:
             write_aligner(path, Aligner(transformer, mode, classifier), facts_of(config, identity))
-    say(f"aligner: {path}")
+    echo(f"aligner: {path}")
     return {"aligner": str(path), "metrics": str(run.metrics_path), "last": rows[-1] if rows else None}
 
 
@@ -70,7 +71,7 @@ def optimise(objective: Objective, state: TrainState, run: RunDirectory) -> None
         log_every=config.log_every,
         on_step=make_snapshots(objective, run.path),
     )
-    with Progress("training", config.total_images, "img", enabled=state.among.is_main) as progress:
+    with Progress("training", config.total_images, "img", enabled=state.ranks.is_main) as progress:
         for batch in plan:
             step(objective, state, batch)
             progress.at(state.samples_seen)
@@ -83,31 +84,31 @@ def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     totals = accumulate(
         batch, objective.config.micro_batch, lambda counters: objective.loss(transformer, mode, counters, seen)
     )
-    shares = state.among.sum(totals.pop("cluster_shares")) / state.among.world_size
+    shares = state.ranks.sum(totals.pop("cluster_shares")) / state.ranks.world_size
     mode.even_out(shares, objective.config.balance)
     totals["smallest_cluster"], totals["largest_cluster"] = shares.min(), shares.max()
     _, finite = state.optimise()
     state.count(batch, totals, finite)
 
 
-def make_state(objective: Objective, among: Ranks, folder: Path) -> TrainState:
+def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
     """Transformer and modes at their start, their average, and one Adam with a learning rate for each."""
     config, generator = objective.config, objective.generator
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
         transformer = SpatialTransformer(config.transformer())
-    if among.is_main:
+    if ranks.is_main:
         pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
-    among.barrier()
+    ranks.barrier()
     directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     if config.assignment == "descriptor" and config.clusters > 1:
         objective.groups = open_groups(
             generator, objective.distance.trunk, clusters=config.clusters, images=config.descriptor_images, seed=config.seed,
-            folder=folder, among=among,
+            folder=folder, ranks=ranks,
         )  # fmt: skip
     mode = Mode(directions, config.clusters)
-    mode.begin(**start(objective, directions, among, folder))
-    model = nn.ModuleDict({"transformer": transformer, "mode": mode}).to(among.device, config.dtype)
+    mode.begin(**start(objective, directions, ranks, folder))
+    model = nn.ModuleDict({"transformer": transformer, "mode": mode}).to(ranks.device, config.dtype)
     groups = [
         {"params": list(transformer.parameters()), "lr": config.lr},
         {"params": list(mode.parameters()), "lr": config.mode_lr, "lr_factor": config.mode_lr / config.lr},
@@ -115,7 +116,7 @@ def make_state(objective: Objective, among: Ranks, folder: Path) -> TrainState:
     return TrainState(
         model,
         torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True),
-        among,
+        ranks,
         ema_half_life=config.ema_half_life_images,
         ema_rampup=None,
         grad_clip=None,
@@ -132,7 +133,7 @@ def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState],
     def snapshot(state: TrainState) -> None:
         seen, every = state.samples_seen, config.snapshot_every
         due = is_due(seen, every=every, batch_size=config.batch_size, total_samples=config.total_images)
-        if not state.among.is_main or not due:
+        if not state.ranks.is_main or not due:
             return
         transformer, mode = state.ema["transformer"], state.ema["mode"]
         counters = range(SHOWN)

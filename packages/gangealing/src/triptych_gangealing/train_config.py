@@ -9,7 +9,7 @@ import torch
 from triptych_common.cli import CommonOptions
 
 from triptych_gangealing.alignment_networks import SpatialTransformerConfig
-from triptych_gangealing.descriptor import POOL
+from triptych_gangealing.encoders.descriptor import POOL
 from triptych_gangealing.spatial_transformer import SpatialTransformer
 
 

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from triptych_common.cli import CommonOptions, say
-from triptych_common.run import provenance, write_bytes, write_json
-
-from triptych_gpt.evaluate import EvaluateConfig, open_bench
-from triptych_gpt.experiments.bench import Amounts
-from triptych_gpt.experiments.drawing import drawn
-from triptych_gpt.experiments.suite import memorisation
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.provenance import provenance
+from triptych_thesis.chapter3.context import Amounts
+from triptych_thesis.chapter3.drawing import drawn
+from triptych_thesis.chapter3.evaluate import EvaluateConfig, open_bench
+from triptych_thesis.chapter3.suite import memorisation
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def audit_command(config: AuditConfig) -> dict[str, Any]:
     write_json(config.out / "audit.json", {"experiment": "audit", "result": result, **provenance()})
     for name, png in drawn("audit", result).items():
         write_bytes(config.out / f"{name}.png", png)
-    say(f"asked for {result['prompt']:.4g}; searched {result['searched']}")
+    echo(f"asked for {result['prompt']:.4g}; searched {result['searched']}")
     for line in result["verdict"]:
-        say(line)
-    say(f"wrote audit.json and audit.png to {config.out}")
+        echo(line)
+    echo(f"wrote audit.json and audit.png to {config.out}")
     medians = {group["name"]: group["median_distance"] for group in result["groups"]}
     return {"memorised": result["memorised"], "verdict": result["verdict"], "median_distance": medians}

@@ -53,7 +53,7 @@ def _prompt() -> Command:
 
 
 def _evaluate() -> Command:
-    from triptych_gpt.evaluate import EvaluateConfig, evaluate
+    from triptych_thesis.chapter3.evaluate import EvaluateConfig, evaluate
 
     return Command(EvaluateConfig, evaluate, {})
 
@@ -70,12 +70,6 @@ def _convert() -> Command:
     return Command(ConvertConfig, convert, {})
 
 
-def _reproduce() -> Command:
-    from triptych_gpt.reproduce import ReproduceConfig, reproduce
-
-    return Command(ReproduceConfig, reproduce, {})
-
-
 COMMANDS = {
     "collect": ("train networks in many runs, and keep their checkpoints", _collect),
     "info": ("what a zoo holds", _info),
@@ -87,7 +81,6 @@ COMMANDS = {
     "evaluate": ("the figures of chapter 3 for a trained G.pt", _evaluate),
     "audit": ("is it new, or memorised: generated networks against the training set", _audit),
     "convert": ("a released G.pt's checkpoint as a model file", _convert),
-    "reproduce": ("chapter 3 on real digits: collect, train, prompt, audit, report", _reproduce),
 }
 
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from triptych_gpt.derive import derive
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry import Axis, PermutationSpec
+from triptych_gpt.symmetry.derivation import derive
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 from triptych_gpt.tasks.cifar_cnn import SmallConvNet
 from triptych_gpt.tasks.mnist_mlp import Perceptron
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import CommonOptions, echo
 
 from triptych_gpt.config import PRESETS
 from triptych_gpt.interop import RELEASED, load_released
@@ -49,5 +49,5 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         "converted_from": config.checkpoint.name,
     }
     write_model(path, PRESETS[config.released], model.state_dict(), facts)
-    say(f"wrote {path}: {sum(p.numel() for p in model.parameters()):,} parameters, prompted by {known.metric}")
+    echo(f"wrote {path}: {sum(p.numel() for p in model.parameters()):,} parameters, prompted by {known.metric}")
     return {"model": str(path), **facts}

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from triptych_common import foreign
+from triptych_common.storage import foreign
 
 from triptych_gpt.config import PRESETS, GptConfig
 from triptych_gpt.model import Gpt

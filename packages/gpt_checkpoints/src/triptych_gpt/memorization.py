@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triptych_common import randomness
 
-from triptych_gpt.experiments.baselines import nearest_in_metric, nearest_in_runs
-from triptych_gpt.matching import match
+from triptych_gpt.evaluation.baselines import nearest_in_metric, nearest_in_runs
 from triptych_gpt.memorization_verdict import COPY_SIGMA, HELD_OUT, HELD_OUT_FINALS, SAMPLES, Group, verdict
 from triptych_gpt.nearest import Nearest, Pool, nearest
-from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.symmetry.matching import match
+from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.zoo import Zoo

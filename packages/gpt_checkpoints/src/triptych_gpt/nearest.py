@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from triptych_gpt.matching import match
-from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.symmetry.matching import match
+from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.unit_vectors import UnitVectors, assigned, augmented, lower_bound, squared_distances, weighted
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -26,7 +26,7 @@ _PAIR_FLOATS = 1 << 20  # of pairwise unit distances at a time: about what a cor
 
 @dataclass(frozen=True)
 class Pool:
-    """Checkpoints of a zoo to search among: `checkpoints[i]` of the run at row `rows[i]`.
+    """Checkpoints of a zoo to search ranks: `checkpoints[i]` of the run at row `rows[i]`.
 
     values: a metric of each, ascending, where the search is to be narrowed to those near a prompt.
     """

@@ -15,9 +15,9 @@ from triptych_common.diffusion import GaussianDiffusion, Loss, NoiseSchedule
 from triptych_common.parallel import onto
 
 from triptych_gpt.config import GptConfig
-from triptych_gpt.matching import match
 from triptych_gpt.model import Gpt
 from triptych_gpt.scalars import MetricScale
+from triptych_gpt.symmetry.matching import match
 from triptych_gpt.tasks import Task
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.cohorts import TaskSpec

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from triptych_common import checkpoint, foreign
-from triptych_common.cli import CommonOptions, say
-from triptych_common.parallel import ranks
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
-from triptych_common.run import provenance, write_json
+from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage.atomic import write_json
+from triptych_common.storage.provenance import provenance
 
-from triptych_gpt.experiments.records import plain
-from triptych_gpt.prompt import Answer, parse_target, prompt
+from triptych_gpt.evaluation.records import plain
+from triptych_gpt.prompting import Answer, parse_target, prompt
 from triptych_gpt.trained import SamplerSettings, load
 
 
@@ -73,8 +74,8 @@ def prompt_command(config: PromptConfig) -> dict[str, Any]:
     trained = load(config.model)
     if config.task is not None:
         trained.spec = replace(trained.spec, task=config.task)
-    with ranks(config.device) as among:
-        trained.to(among.device)
+    with process_group(config.device) as ranks:
+        trained.to(ranks.device)
     network = config.checkpoint or _random(trained, config)
     with Progress("denoising", config.recursive * config.num_inference_steps, "step") as progress:
         answers = prompt(
@@ -97,7 +98,7 @@ def prompt_command(config: PromptConfig) -> dict[str, Any]:
         "seed": config.seed,
     }
     write_json(config.out / "prompt.json", {**plain(result), **provenance()})
-    say(f"wrote {len(files)} networks and prompt.json to {config.out}")
+    echo(f"wrote {len(files)} networks and prompt.json to {config.out}")
     return plain(result)
 
 
@@ -106,7 +107,7 @@ def _random(trained: Any, config: PromptConfig) -> dict[str, Tensor]:
     initialiser = config.initialiser or task.initialisers[0]
     if initialiser not in task.initialisers:
         raise ValueError(f"initialiser {initialiser!r}: expected one of {', '.join(task.initialisers)}")
-    say(f"no --checkpoint: a random network of {task.name}, {initialiser}, seed {config.seed}")
+    echo(f"no --checkpoint: a random network of {task.name}, {initialiser}, seed {config.seed}")
     return task.layout.unflatten(task.initial(config.seed, [0], initialiser)[0])
 
 
@@ -128,8 +129,8 @@ def _write(config: PromptConfig, task: str, number: int, answer: Answer) -> Path
 def _tell(answers: list[Answer], files: list[Path]) -> None:
     metric, width = answers[0].metric, max(len(file.name) for file in files)
     others = [name for name in answers[0].achieved if name != metric]
-    say(f"start {metric} {answers[0].path[0]:.4g}, asked for {answers[0].asked:.4g}; achieved:")
+    echo(f"start {metric} {answers[0].path[0]:.4g}, asked for {answers[0].asked:.4g}; achieved:")
     for file, answer in zip(files, answers, strict=True):
         path = " -> ".join(f"{value:.4g}" for value in answer.path[1:])
         rest = "".join(f"   {name} {answer.achieved[name]:.4g}" for name in others)
-        say(f"  {file.name:<{width}}  {metric} {path}{rest}")
+        echo(f"  {file.name:<{width}}  {metric} {path}{rest}")

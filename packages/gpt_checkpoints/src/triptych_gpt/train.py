@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from triptych_common import randomness
-from triptych_common.cli import say
-from triptych_common.parallel import Execution, Ranks, gradient_sync, ranks
+from triptych_common.cli import echo
+from triptych_common.parallel import Execution, Ranks, gradient_sync, process_group
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory
+from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import peak_flops
 from triptych_common.training import TrainState, steps
 
@@ -36,12 +36,12 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     flops = training_flops(data.model_config)  # refuses, too, before there is a folder that knows this config
     identity = config.identity() | {"zoo": data.identity()}
     with (
-        ranks(config.device) as among,
-        RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run,
+        process_group(config.device) as ranks,
+        RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run,
     ):
-        state, objective = make_state(config, data, among), Objective(data)
+        state, objective = make_state(config, data, ranks), Objective(data)
         save = partial(save_average, config, state, data)
-        validation = Validation(config, data, run, among, save)
+        validation = Validation(config, data, run, ranks, save)
         plan = steps(
             state,
             run,
@@ -51,24 +51,24 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
             log_every=config.log_every,
             on_step=validation,
             flops_per_sample=flops,
-            peak_flops=peak_flops(among.device, config.arithmetic),
+            peak_flops=peak_flops(ranks.device, config.arithmetic),
             unit="pairs",
         )
-        with Progress("training", config.total_pairs, "pairs", enabled=among.is_main) as progress:
+        with Progress("training", config.total_pairs, "pairs", enabled=ranks.is_main) as progress:
             for batch in plan:
-                loss = torch.zeros((), device=among.device)
+                loss = torch.zeros((), device=ranks.device)
                 for counters, last in batch.micro_batches(config.micro_batch):
                     share = len(counters) / len(batch.counters)
                     with gradient_sync(state.parallel_model, last):
-                        mean = objective.loss(state.parallel_model, objective.draw(counters), among.device).total.mean()
+                        mean = objective.loss(state.parallel_model, objective.draw(counters), ranks.device).total.mean()
                         (mean * share).backward()
                     loss = loss + mean.detach() * share
                 state.update(batch, {"loss": loss})
                 progress.at(state.samples_seen)
         save(run.path / LAST, {})
         kept = validation.finish(run.path / LAST)
-        if among.is_main:
-            say(f"model: {run.path / FILE_NAME} ({kept})")
+        if ranks.is_main:
+            echo(f"model: {run.path / FILE_NAME} ({kept})")
         rows = [row for row in run.metrics() if "loss" in row]
         return {
             "model": str(run.path / FILE_NAME),
@@ -78,7 +78,7 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
         }
 
 
-def make_state(config: GptTrainConfig, data: TrainingZoo, among: Ranks) -> TrainState:
+def make_state(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> TrainState:
     """A model freshly initialised, its average and AdamW, which decays linear weights only, as the config wants them run."""
     model = Gpt(data.model_config)
     model.initialize_weights(randomness.generator(config.seed, "init"))
@@ -92,7 +92,7 @@ def make_state(config: GptTrainConfig, data: TrainingZoo, among: Ranks) -> Train
     return TrainState(
         model,
         optimizer,
-        among,
+        ranks,
         ema_half_life=config.ema_half_life_pairs,
         ema_rampup=config.ema_rampup,
         grad_clip=config.grad_clip,
@@ -106,7 +106,7 @@ def save_average(
 ) -> None:
     """Write the averaged model; every rank must call it."""
     tensors = state.averaged()
-    if state.among.is_main:
+    if state.ranks.is_main:
         low, high = float(data.values.min()), float(data.values.max())
         known = {
             "scale": data.scale,

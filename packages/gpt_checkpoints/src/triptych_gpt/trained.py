@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_common import checkpoint
 from triptych_common.diffusion import GaussianDiffusion
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddim, ddpm, final
 from triptych_common.schedulers import diffusers_steps, find, make_scheduler
+from triptych_common.storage import checkpoint
 
 from triptych_gpt.config import GptConfig
-from triptych_gpt.experiments.update import Update
+from triptych_gpt.evaluation.update import Update
 from triptych_gpt.model import Gpt
 from triptych_gpt.objective import make_diffusion
 from triptych_gpt.tasks import TASKS, Task

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from triptych_gpt.symmetry import Axis, PermutationSpec
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 
 
 class UnitVectors:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from triptych_common.parallel import Ranks
-from triptych_common.run import RunDirectory, write_bytes
+from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
 
-from triptych_gpt.experiments.alignment import prompt_alignment
-from triptych_gpt.experiments.prompts import with_prompts
+from triptych_gpt.evaluation.alignment import prompt_alignment
+from triptych_gpt.evaluation.prompts import with_prompts
 from triptych_gpt.objective import TrainingZoo
 from triptych_gpt.tasks import Metric
 from triptych_gpt.train_config import GptTrainConfig
@@ -35,16 +36,16 @@ class Validation:
         config: GptTrainConfig,
         data: TrainingZoo,
         run: RunDirectory,
-        among: Ranks,
+        ranks: Ranks,
         save: Callable[[Path, dict[str, Any]], None],
     ) -> None:
-        self.config, self.data, self.run, self.among, self.save = config, data, run, among, save
+        self.config, self.data, self.run, self.ranks, self.save = config, data, run, ranks, save
         if config.validation_every == 0:
             return
-        n = config.validation_networks - config.validation_networks % among.world_size
-        self.mine = among.share(range(n))
+        n = config.validation_networks - config.validation_networks % ranks.world_size
+        self.mine = ranks.share(range(n))
         rows = torch.from_numpy(data.zoo.runs_in("validation"))[list(self.mine)]
-        self.theta = data.zoo.theta(rows, torch.zeros_like(rows)).to(among.device)  # where it is scored
+        self.theta = data.zoo.theta(rows, torch.zeros_like(rows)).to(ranks.device)  # where it is scored
         self.metric = metric_of(data)
 
     def __call__(self, state: TrainState) -> None:
@@ -53,7 +54,7 @@ class Validation:
             return
         score = self.score(state)
         best = self.best(before=state.step)
-        if self.among.gather(best is None or score >= best[0])[0]:
+        if self.ranks.gather(best is None or score >= best[0])[0]:
             self.save(self.run.path / FILE_NAME, {"validation": {"alignment": score, "step": state.step}})
         self.run.log({"step": state.step, "pairs": state.samples_seen, SCORE: score})
 
@@ -71,7 +72,7 @@ class Validation:
             worst_fraction=prompts.worst, prompts=PROMPTS, networks_at_once=settings.networks_at_once,
             first_index=PROMPTS * self.mine.start,
         )  # fmt: skip
-        means = self.among.gather(sum(found.r2_each) / len(found.r2_each))
+        means = self.ranks.gather(sum(found.r2_each) / len(found.r2_each))
         return sum(means) / len(means)
 
     def best(self, before: int | None = None) -> tuple[float, int] | None:
@@ -84,7 +85,7 @@ class Validation:
         best = self.best()
         if best is not None:
             return f"prompt alignment R^2 {best[0]:.3f} on validation runs, at step {best[1]:,}"
-        if self.among.is_main:
+        if self.ranks.is_main:
             write_bytes(self.run.path / FILE_NAME, last.read_bytes())
         return "the last one, not validated"
 

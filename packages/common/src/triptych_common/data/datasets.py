@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from triptych_common.cli import say
+from triptych_common.cli import echo
 from triptych_common.data.cifar10 import CIFAR10_CLASSES, read_cifar10
 from triptych_common.data.files import read_mnist
 from triptych_common.data.folder import ImageFolder
@@ -209,11 +209,11 @@ def _cifar10(split: str, root: Path) -> ImageDataset:
     """The original 50,000 training and 10,000 test images, or lossy copies of them."""
     images, labels, copy = read_cifar10(root / "cifar10", "train" if split == "train" else "test")
     if copy:
-        _say_once(f"cifar10: lossy JPEG copies ({copy}), scores are not comparable with the original's")
+        _echo_once(f"cifar10: lossy JPEG copies ({copy}), scores are not comparable with the original's")
     labels = torch.from_numpy(labels.astype(np.int64))
     return ImageDataset("cifar10", split, torch.from_numpy(images), labels, 10, CIFAR10_CLASSES, lossy=copy is not None)
 
 
-_say_once = cache(say)
+_echo_once = cache(echo)
 
 DATASETS: dict[str, Callable[[str, Path], ImageDataset]] = {"mnist5k": _mnist5k, "mnist": _mnist, "cifar10": _cifar10}

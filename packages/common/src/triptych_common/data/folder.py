@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from triptych_common.cli import say
+from triptych_common.cli import echo
 from triptych_common.data.decoding import decode
 from triptych_common.data.source import HELD_OUT_NAMES, ImageSource, choose_split
 
@@ -88,7 +88,7 @@ def _list_images(root: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"{root}: no images found ({', '.join(SUFFIXES)})")
     if others:
         kinds = ", ".join(f"{suffix}: {n:,}" for suffix, n in sorted(others.items()))
-        say(f"{root}: {others.total():,} files are not images by their names and are left out ({kinds})")
+        echo(f"{root}: {others.total():,} files are not images by their names and are left out ({kinds})")
     return sorted(files, key=lambda file: file.split("/")), classes
 
 

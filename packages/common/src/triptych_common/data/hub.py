@@ -9,7 +9,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from triptych_common.cli import say
+from triptych_common.cli import echo
 from triptych_common.data.decoding import UnreadableImage, decode
 from triptych_common.data.source import ImageSource, choose_split
 
@@ -49,7 +49,7 @@ class HubImages(ImageSource):
             self.labels, self.class_names = torch.zeros(len(table), dtype=torch.long), (Path(self.name).name,)
         self.num_classes = len(self.class_names)
         if not label and not unconditional:
-            say(f"{self.name}: no column of class labels, read as one class (label_column names another)")
+            echo(f"{self.name}: no column of class labels, read as one class (label_column names another)")
 
     def image(self, index: int) -> Image.Image:
         where, row = self.locate(index), self._rows[index][self._column] or {}

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from triptych_common import foreign
+from triptych_common.storage import foreign
 
 from triptych_dit.config import PRESETS
 from triptych_dit.interop.diffusers_folder import (

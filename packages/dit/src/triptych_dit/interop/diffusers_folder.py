@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from triptych_common import foreign
 from triptych_common.embeddings import sincos_position_embedding
-from triptych_common.run import write_json
+from triptych_common.storage import foreign
+from triptych_common.storage.atomic import write_json
 
 from triptych_dit.interop.diffusers_state import renamed, translated
 from triptych_dit.interop.label_tables import check_names, padded_table
@@ -36,7 +36,7 @@ from triptych_dit.model import DiT
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiTTransformer2DModel, SchedulerMixin
 
-    from triptych_dit.autoencoder import Autoencoder
+    from triptych_dit.autoencoder.model import Autoencoder
 
 SIDE_FILE = "triptych.json"
 

@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from triptych_common import schedulers
-from triptych_common.cli import say
+from triptych_common.cli import echo
 
-from triptych_dit.autoencoder import Autoencoder, load_autoencoder
+from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
 from triptych_dit.config import DiTConfig
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def fetched(name: str) -> Path:
         raise ImportError(
             f"{name}: no such folder, and the Hugging Face hub needs a package: pip install 'triptych-dit[latents]'"
         ) from error
-    say(f"looking for {name} on the Hugging Face hub")
+    echo(f"looking for {name} on the Hugging Face hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it tells of every attempt of half a minute's
     try:
         root = Path(hf_hub_download(name, "transformer/config.json")).parent.parent

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triptych_common import foreign
-from triptych_common.cli import say
+from triptych_common.cli import echo
 from triptych_common.embeddings import sincos_position_embedding
+from triptych_common.storage import foreign
 
 from triptych_dit.config import PRESETS, DiTConfig
 from triptych_dit.interop.published import PUBLISHED, published_file
@@ -60,7 +60,7 @@ def load_released(
     ours = sincos_position_embedding(*config.grid, config.hidden_size)
     gap = float((model.pos_embed[0] - ours).abs().max())
     if gap > 1e-6:
-        say(f"{path}: its position embedding is not the sine-cosine one (differs by up to {gap:.2g}); kept as it is")
+        echo(f"{path}: its position embedding is not the sine-cosine one (differs by up to {gap:.2g}); kept as it is")
     return model
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from triptych_common.cli import say
+from triptych_common.cli import echo
 
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
@@ -20,7 +20,7 @@ def take_over(source: str, generator: Generator, discriminator: Discriminator) -
         raise ValueError(f"{source}: holds no generator to start from")
     _copy(found.generator()[0], generator, source)
     if found.discriminator is None:
-        say(f"{source}: no discriminator in it; one is trained from scratch")
+        echo(f"{source}: no discriminator in it; one is trained from scratch")
     else:
         _copy(found.discriminator()[0], discriminator, source)
 

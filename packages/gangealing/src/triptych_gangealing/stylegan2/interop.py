@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triptych_common import foreign
+from triptych_common.storage import foreign
 
 from triptych_gangealing.stylegan2 import rosinality, tensorflow_era
 from triptych_gangealing.stylegan2.discriminator import Discriminator

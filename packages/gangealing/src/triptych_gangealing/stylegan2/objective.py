@@ -15,9 +15,9 @@ from triptych_common import randomness
 from triptych_common.images import from_uint8
 from triptych_common.parallel import onto
 
-from triptych_gangealing.data import TrainingImages
 from triptych_gangealing.stylegan2.augment import PRESETS as PIPELINES
 from triptych_gangealing.stylegan2.augment import augment
+from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.discriminator import Discriminator, grouped
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig

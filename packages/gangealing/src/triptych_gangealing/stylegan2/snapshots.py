@@ -10,10 +10,10 @@ from triptych_common import randomness
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.metrics.distances import frechet_distance, kernel_distance
 from triptych_common.parallel import Ranks
-from triptych_common.run import RunDirectory
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, is_due
 
-from triptych_gangealing.data import TrainingImages
+from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 
@@ -77,19 +77,19 @@ class Scores:
     """Fréchet and kernel distance of a generator's images to as many of the training images."""
 
     def __init__(
-        self, features: Callable[[Tensor], Tensor], config: GanTrainConfig, images: TrainingImages, among: Ranks
+        self, features: Callable[[Tensor], Tensor], config: GanTrainConfig, images: TrainingImages, ranks: Ranks
     ) -> None:
-        self.features, self.among, self.seed = features, among, config.seed
-        self.n = min(config.score_images, len(images)) // among.world_size * among.world_size
+        self.features, self.ranks, self.seed = features, ranks, config.seed
+        self.n = min(config.score_images, len(images)) // ranks.world_size * ranks.world_size
         items = randomness.shuffled(config.seed, "score/real", range(self.n), len(images))
-        self.real = self._gathered(images.batch(items[list(among.share(range(self.n)))]))
+        self.real = self._gathered(images.batch(items[list(ranks.share(range(self.n)))]))
 
     def _gathered(self, images: Tensor) -> Float[Tensor, "n dim"]:
-        return torch.cat(self.among.gather(self.features(images).cpu()))
+        return torch.cat(self.ranks.gather(self.features(images).cpu()))
 
     def __call__(self, generator: Generator) -> dict[str, float]:
         """Every rank must call it."""
-        fake = self._gathered(sample_images(generator, self.among.share(range(self.n)), seed=self.seed))
+        fake = self._gathered(sample_images(generator, self.ranks.share(range(self.n)), seed=self.seed))
         return {
             "score/frechet": frechet_distance(fake, self.real),
             "score/kernel": kernel_distance(fake, self.real),
@@ -97,25 +97,25 @@ class Scores:
 
 
 def make_snapshots(
-    config: GanTrainConfig, run: RunDirectory, images: TrainingImages, among: Ranks
+    config: GanTrainConfig, run: RunDirectory, images: TrainingImages, ranks: Ranks
 ) -> Callable[[TrainState], None]:
     """A callback that draws a grid of the averaged generator's samples, always of the same latents, and logs scores.
 
     Raises OSError with a remedy where the scores' network is absent.
     """
-    features = feature_network(config.scores, among.device) if config.scores != "none" else None
+    features = feature_network(config.scores, ranks.device) if config.scores != "none" else None
     made: list[Scores] = []
 
     def snapshot(state: TrainState) -> None:
         sizes = {"batch_size": config.batch_size, "total_samples": config.total_images}
         if not is_due(state.samples_seen, every=config.snapshot_every, **sizes):
             return
-        if state.among.is_main:
+        if state.ranks.is_main:
             grid = image_grid(sample_images(state.ema, range(GRID), seed=config.seed), columns=10)
             write_png(run.path / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=2)
         if features is not None:
             if not made:
-                made.append(Scores(features, config, images, state.among))
+                made.append(Scores(features, config, images, state.ranks))
             run.log({"step": state.step, "images": state.samples_seen, **made[0](state.ema)})
 
     return snapshot

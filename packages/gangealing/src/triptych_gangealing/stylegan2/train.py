@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from triptych_common import randomness
-from triptych_common.cli import say
+from triptych_common.cli import echo
 from triptych_common.memory import keep_freed_memory
-from triptych_common.parallel import Ranks, ranks
+from triptych_common.parallel import Ranks, process_group
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, steps
 
-from triptych_gangealing.data import TrainingImages, open_images
 from triptych_gangealing.stylegan2.augment import AdaptiveProbability
+from triptych_gangealing.stylegan2.data import TrainingImages, open_images
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.layers import Conv2d
@@ -36,11 +36,11 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
     keep_freed_memory()
     images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip)
     identity = config.identity() | {"images": images.fingerprint()}
-    with ranks(config.device) as among:
-        config.check_groups(among.world_size)
-        state = make_state(config, among, images)
+    with process_group(config.device) as ranks:
+        config.check_groups(ranks.world_size)
+        state = make_state(config, ranks, images)
         # Only now: what is refused above must not leave a folder that would refuse the corrected command.
-        with RunDirectory(config.out, identity, is_main=among.is_main, tensorboard=config.tensorboard) as run:
+        with RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run:
             _train(config, state, run, images)
             rows = [row for row in run.metrics() if "loss/generator" in row]
     return {
@@ -60,9 +60,9 @@ def _train(config: GanTrainConfig, state: TrainState, run: RunDirectory, images:
         batch_size=config.batch_size,
         checkpoint_every=config.checkpoint_every,
         log_every=config.log_every,
-        on_step=make_snapshots(config, run, images, state.among),
+        on_step=make_snapshots(config, run, images, state.ranks),
     )
-    with Progress("training", config.total_images, "img", enabled=state.among.is_main) as progress:
+    with Progress("training", config.total_images, "img", enabled=state.ranks.is_main) as progress:
         for batch in plan:
             adversarial_step(state, objective, batch)
             progress.at(state.samples_seen)
@@ -95,7 +95,7 @@ class Pass(NamedTuple):
 
 def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> None:
     """Generator, its path lengths, discriminator, its gradient penalty: an optimiser step each.  [Karras et al. 2020]"""
-    config, statistics, among = objective.config, state.model["statistics"], state.among
+    config, statistics, ranks = objective.config, state.model["statistics"], state.ranks
     p = float(statistics.augment_p)
     passes = {
         "generator": Pass("generator", 1, 1.0, partial(objective.generator_loss, p=p)),
@@ -119,14 +119,14 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
         if batch.step % play.every == 0 and play.weight > 0:
             losses[name], observed[name] = _pass(state, batch, play, config.micro_batch)
             finite &= state.optimise()[1]
-    seen = {name: among.sum(value) / among.world_size for name, value in observed.items()}
+    seen = {name: ranks.sum(value) / ranks.world_size for name, value in observed.items()}
     if finite:
         state.model["generator"].mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)
         if "path_length" in seen:
             statistics.path_length.lerp_(seen["path_length"].double(), 1 - PATH_LENGTH_DECAY)
-            statistics.path_length_penalty.copy_(among.sum(losses["path_length"]) / among.world_size)
+            statistics.path_length_penalty.copy_(ranks.sum(losses["path_length"]) / ranks.world_size)
         if "r1" in losses:
-            statistics.r1.copy_(among.sum(losses["r1"]) / among.world_size)
+            statistics.r1.copy_(ranks.sum(losses["r1"]) / ranks.world_size)
         _adapt(statistics, seen["discriminator"], config, batch)
     metered = {
         "loss/generator": losses["generator"],
@@ -183,7 +183,7 @@ def _frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def make_state(config: GanTrainConfig, among: Ranks, images: TrainingImages) -> TrainState:
+def make_state(config: GanTrainConfig, ranks: Ranks, images: TrainingImages) -> TrainState:
     """Both networks, freshly initialised or taken over, the generator's average, and one Adam with a group for each."""
     generator, discriminator = make_networks(config, images)
     model = nn.ModuleDict(
@@ -206,7 +206,7 @@ def make_state(config: GanTrainConfig, among: Ranks, images: TrainingImages) -> 
     return TrainState(
         model,
         optimizer,
-        among,
+        ranks,
         ema_half_life=config.ema_half_life_images,
         ema_rampup=config.ema_rampup,
         grad_clip=None,
@@ -250,7 +250,7 @@ def _convolutions(discriminator: Discriminator) -> list[Conv2d]:
 
 def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState) -> None:
     """Write the averaged generator, and the discriminator for fine-tuning."""
-    if not state.among.is_main:
+    if not state.ranks.is_main:
         return
     facts = {
         "data": config.data,
@@ -260,4 +260,4 @@ def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState) 
     }
     write_network(run.path / GENERATOR_FILE, state.ema, facts)
     write_network(run.path / DISCRIMINATOR_FILE, state.model["discriminator"], facts)
-    say(f"generator: {run.path / GENERATOR_FILE}")
+    echo(f"generator: {run.path / GENERATOR_FILE}")

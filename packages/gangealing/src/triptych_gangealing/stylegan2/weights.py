@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from triptych_common import checkpoint
+from triptych_common.storage import checkpoint
 
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator

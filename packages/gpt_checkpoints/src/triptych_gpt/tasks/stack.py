@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from triptych_gpt.derive import Residual, join
 from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.symmetry.derivation import Residual, join
 
 Parameters = Mapping[str, Tensor]  # each [networks, *shape]
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from triptych_common.checkpoint import digest
 from triptych_common.randomness import generator, permutation
+from triptych_common.storage.checkpoint import digest
 
-from triptych_gpt.derive import derive
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry import PermutationSpec, check_invariance, forward_of
+from triptych_gpt.symmetry.derivation import derive
+from triptych_gpt.symmetry.spec import PermutationSpec, check_invariance, forward_of
 from triptych_gpt.tasks.describe import describe
 from triptych_gpt.tasks.initialisers import INITIALISERS, initial_networks
 from triptych_gpt.tasks.items import Items

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.symmetry.spec import PermutationSpec
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from triptych_gpt.symmetry import PermutationSpec
+from triptych_gpt.symmetry.spec import PermutationSpec
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from triptych_common.cli import say
+from triptych_common.cli import echo
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory, differences, provenance
+from triptych_common.storage.provenance import provenance
+from triptych_common.storage.run import RunDirectory, differences
 
 from triptych_gpt.tasks import Cohort, Task
 from triptych_gpt.zoo.cohorts import Work, cohorts, collect_cohort, recipe_digest, split_of
@@ -34,7 +35,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         if missing or again:
             _collect(manifest, [*again, *missing], {work.shard for work in again}, config)
         else:
-            say(
+            echo(
                 f"{config.out} has its {config.runs_asked:,} runs already"
                 if config.runs_asked
                 else "nothing is damaged"
@@ -108,7 +109,7 @@ def _damaged(manifest: Manifest, config: CollectConfig) -> list[Work]:
     """Work for the shards whose files are not as they were written. Raises ValueError for them without --repair."""
     found = to_repair(manifest, repair=config.repair)
     for damage in found:
-        say(f"{damage}; collecting it again")
+        echo(f"{damage}; collecting it again")
     names = {damage.shard for damage in found}
     records = [record for record in manifest.shards if record.name in names]
     return [_work(range(record.first, record.stop), manifest, config) for record in records]
@@ -118,7 +119,7 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
     total = sum(len(unit.cohort.runs) for unit in units)
     workers = min(config.processes, len(units))
     at_once = min(units[0].networks_at_once, max(len(unit.cohort.runs) for unit in units))
-    say(
+    echo(
         f"{total:,} runs in {_count(len(units), 'cohort')}, {at_once} networks at once in each of {_count(workers, 'process')}"
     )
     results = ENGINES[config.engine](collect_cohort, units, devices(config.on, workers))
@@ -144,8 +145,8 @@ def _told(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
     splits = {record.split for record in manifest.shards}
     for split, cohort in (("test", "second"), ("validation", "third")):
         if split not in splits:
-            say(f"no {split} runs: they would be the {cohort} cohort of {config.cohort_runs:,}; raise --runs")
-    say(f"{kept.total():,} runs ({dropped.total():,} dropped), {manifest.bytes / 1e9:,.3f} GB: {config.out}")
+            echo(f"no {split} runs: they would be the {cohort} cohort of {config.cohort_runs:,}; raise --runs")
+    echo(f"{kept.total():,} runs ({dropped.total():,} dropped), {manifest.bytes / 1e9:,.3f} GB: {config.out}")
     return {
         "zoo": config.out,
         "manifest": config.out / MANIFEST,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from triptych_common.cli import CommonOptions
-from triptych_common.parallel import ranks
+from triptych_common.parallel import process_group
 
 from triptych_gpt.tasks import Speed, SupervisedTask, Task
 from triptych_gpt.zoo.cohorts import SETTINGS, TaskSpec, cohorts, one_line, recipe_digest, split_of
@@ -80,11 +80,11 @@ class CollectConfig(CommonOptions):
     @cached_property
     def on(self) -> torch.device:
         """The device. Raises ValueError for one that is not here."""
-        with ranks(self.device) as among:
+        with process_group(self.device) as ranks:
             return (
                 torch.device("cuda")
-                if self.device in ("auto", "cuda") and among.device.type == "cuda"
-                else among.device
+                if self.device in ("auto", "cuda") and ranks.device.type == "cuda"
+                else ranks.device
             )
 
     @property

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_common import checkpoint, foreign
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import CommonOptions, echo
 from triptych_common.progress import Progress
+from triptych_common.storage import checkpoint, foreign
 
 from triptych_gpt.zoo.manifest import Manifest, damages
 from triptych_gpt.zoo.zoo import Zoo
@@ -79,13 +79,13 @@ def info(config: InfoConfig) -> dict[str, Any]:
     if result["checkpoints"]:
         rows["a checkpoint"] = f"{result['bytes_per_checkpoint']:,.0f} bytes"
     for name, value in rows.items():
-        say(f"{name:<14}{value}")
+        echo(f"{name:<14}{value}")
     if result["metrics"]:
-        say(f"{'quantiles':<14}{'':<10}" + "".join(f"{quantile:>12.0%}" for quantile in QUANTILES))
+        echo(f"{'quantiles':<14}{'':<10}" + "".join(f"{quantile:>12.0%}" for quantile in QUANTILES))
     for name, moments in result["metrics"].items():
         for moment in ("initial", "final", "best"):
             values = "".join(f"{value:>12.5g}" for value in moments[moment])
-            say(f"{name if moment == 'initial' else '':<14}{moment:<10}{values}")
+            echo(f"{name if moment == 'initial' else '':<14}{moment:<10}{values}")
     return result
 
 
@@ -134,13 +134,13 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     with Progress("verify", size, "bytes") as progress:
         for damage in damages(manifest, progress=progress.advance):
             found.append(damage)
-            say(str(damage))
+            echo(str(damage))
     if found:
         shards = len({damage.shard for damage in found})
         raise ValueError(
             f"{config.zoo}: {shards:,} of {len(manifest.shards):,} shards damaged; run {manifest.remedy()}"
         )
-    say(f"{config.zoo}: {len(manifest.shards):,} shards, {size:,} bytes, all as they were written")
+    echo(f"{config.zoo}: {len(manifest.shards):,} shards, {size:,} bytes, all as they were written")
     return {"zoo": str(config.zoo), "shards": len(manifest.shards), "bytes": size, "damaged": 0}
 
 
@@ -168,7 +168,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     else:
         checkpoint.write(config.out, state_dict, {"kind": "state dict", **facts})
     told = ", ".join(f"{name} {value:.5g}" for name, value in facts["metrics"].items())
-    say(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {facts['step']:,} ({told})")
+    echo(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {facts['step']:,} ({told})")
     return {"out": str(config.out), **facts}
 
 

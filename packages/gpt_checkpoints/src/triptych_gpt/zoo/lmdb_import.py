@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xxhash
-from triptych_common.cli import CommonOptions, say
+from triptych_common.cli import CommonOptions, echo
 from triptych_common.progress import Progress
-from triptych_common.run import RunDirectory, provenance
+from triptych_common.storage.provenance import provenance
+from triptych_common.storage.run import RunDirectory
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.lmdb_runs import (
@@ -186,7 +187,7 @@ def _told(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, A
     for record in manifest.shards:
         kept[record.split] += len(record.runs)
         dropped.update(record.dropped.values())
-    say(
+    echo(
         f"wrote {config.out}: {kept['train']:,} training and {kept['test']:,} test runs; dropped {dropped.total():,}, "
         f"skipped {skipped:,} folders without DONE.txt"
     )

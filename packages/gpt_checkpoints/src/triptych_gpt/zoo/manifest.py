@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from triptych_common.run import flush_file, write_text
+from triptych_common.storage.atomic import flush_file, write_text
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.store import DTYPES, ShardRecord, file_digest

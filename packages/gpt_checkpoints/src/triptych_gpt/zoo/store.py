@@ -16,7 +16,7 @@ import torch
 import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
-from triptych_common.run import writing
+from triptych_common.storage.atomic import writing
 
 SHARDS, THETA, INDEX = "shards", ".safetensors", ".parquet"
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
@@ -30,7 +30,7 @@ class CohortData:
     """What training a cohort gives, ready to write.
 
     runs: numbers of those kept, ascending; with `dropped` they are consecutive. theta: float32 on the CPU. steps:
-    optimiser steps taken before each checkpoint. settings: columns that are constant in the cohort ("split" must be among
+    optimiser steps taken before each checkpoint. settings: columns that are constant in the cohort ("split" must be ranks
     them), or numpy arrays of one value for each run kept. dropped: run -> reason.
 
     Raises ValueError where the parts do not fit together.

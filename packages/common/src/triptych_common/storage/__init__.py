@@ -1,0 +1,1 @@
+"""Files: written atomically, checked when read; checkpoints, others' files, and the run directory."""

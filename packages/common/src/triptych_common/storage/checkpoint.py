@@ -1,0 +1,138 @@
+"""Checkpoints: one safetensors file each, checksummed, complete or absent.
+
+Tensors and a JSON state share a file, so that no interruption can leave halves of two steps: it is written under a
+temporary name, flushed to disk and renamed. A sharded run writes a folder instead, under the same name without suffix
+(`triptych_common.storage.sharded`); what lists, reads or removes checkpoints here takes either.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PARTIAL = ".partial"
+_EXTRA, _SUFFIX = "-extra", ".safetensors"
+_NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON-able state to `path`, atomically.
+
+    Raises OSError when the disk refuses; `path` then holds what it held before.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(state, sort_keys=True)
+    metadata = {"state": text, "sha256": digest(contiguous, text)}
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk arrives as any of the three
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(
+            f"{path}: cannot be written ({reason}); make room or choose another --out, then repeat"
+        ) from error
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on CPU) and state of a file that `write` made, or of a sharded run's folder.
+
+    Raises ValueError when the file is truncated, altered or foreign, OSError when it is absent or cannot be opened.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.is_dir():
+        from triptych_common.storage import sharded  # takes a second to import
+
+        return sharded.read(path)
+    path.open("rb").close()  # one that may not be read is not a damaged one
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file; {remedy(path)}") from error
+    if "state" not in metadata or "sha256" not in metadata:
+        raise ValueError(f"{path}: a safetensors file, but not one of triptych's checkpoints")
+    if digest(tensors, metadata["state"]) != metadata["sha256"]:
+        raise ValueError(f"{path}: checksum differs from the recorded one; {remedy(path)}")
+    return tensors, json.loads(metadata["state"])
+
+
+def content_sha256(path: Path) -> str:
+    """The recorded hash of a file's tensors and state. The file's own bytes are no identity: safetensors writes metadata in
+    any order.
+    """
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["sha256"]
+
+
+def step_path(folder: Path, step: int, *, extra: bool = False, sharded: bool = False) -> Path:
+    """Where a step's checkpoint lies; an extra one is not of the schedule but of an interruption."""
+    return folder / f"step-{step:08d}{_EXTRA if extra else ''}{'' if sharded else _SUFFIX}"
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_order)
+
+
+def scheduled_in(folder: Path) -> list[Path]:
+    """Checkpoints of a folder without extra ones, oldest first."""
+    return [path for path in steps_in(folder) if not path.stem.endswith(_EXTRA)]
+
+
+def prune(folder: Path, keep: int, spare: Sequence[Path] = ()) -> None:
+    """Remove all but the last `keep` checkpoints and those in `spare`, and what an interrupted write left."""
+    for path in [*steps_in(folder)[:-keep], *folder.glob(f"*{PARTIAL}")]:
+        if path not in spare:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint or what is left of one; a folder at once, so that no half of it is taken for a checkpoint."""
+    if path.is_dir():
+        doomed = path if path.name.endswith(PARTIAL) else path.rename(path.with_name(f"{path.name}-old{PARTIAL}"))
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    if not _NAME.fullmatch(path.name):
+        return "make or fetch it again"
+    older = [p.name for p in steps_in(path.parent) if _order(p) < _order(path)]
+    return f"delete it to go on from {older[-1]}" if older else "delete it to start afresh"
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of names, types, shapes and bytes of tensors, wherever and in whatever order they lie."""
+    sha256 = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha256.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
+def _order(path: Path) -> tuple[int, bool]:
+    step, extra, _ = _NAME.fullmatch(path.name).groups()
+    return int(step), extra is None

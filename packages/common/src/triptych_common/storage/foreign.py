@@ -1,0 +1,111 @@
+"""Files of other programs: read restricted to tensors and plain containers, since unpickling anything else runs code."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from triptych_common.storage.checkpoint import PARTIAL
+
+
+def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
+    """Content of a safetensors or torch.save file, on the CPU and memory-mapped where its format permits.
+
+    allow: classes besides tensors and plain containers that may be unpickled; they must be harmless to build.
+    Raises FileNotFoundError where there is none, ValueError for a damaged file, or one that holds other objects.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    path.open("rb").close()  # one that may not be read is not a damaged one
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats that are refused here anyway
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if objects := _refused(path, allow):
+            raise ValueError(
+                f"{path}: holds Python objects besides tensors ({', '.join(objects)}), which may run code when read; "
+                "save its state dict alone where it was made, or get its weights as safetensors"
+            ) from error
+        raise _damaged(path) from error
+    except (SafetensorError, OSError, ValueError, LookupError, EOFError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The text a safetensors file carries beside its tensors; empty for any other file."""
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+    return {}
+
+
+def write(path: Path, content: Any) -> None:
+    """torch.save, atomically.
+
+    Raises OSError when the disk refuses; `path` then holds what it held before.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (RuntimeError, OSError) as error:  # a full disk arrives as either
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason}); make room or choose another --out") from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
+    """A folder to fill, which appears at `path` when complete, or not at all.
+
+    replaces: what stands at `path` already is replaced if it holds a file of this name, or nothing.
+    Raises ValueError where something else stands there, OSError when the disk refuses.
+    """
+    if path.exists() and not (path.is_dir() and ((path / replaces).is_file() or not any(path.iterdir()))):
+        raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
+    try:
+        whole = made / "new"
+        whole.mkdir()
+        yield whole
+        if path.exists():
+            path.rename(made / "old")
+        whole.rename(path)
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason}); make room or choose another --out") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _refused(path: Path, allow: Sequence[type]) -> list[str]:
+    """Names of the classes and functions in a torch.save file that keep it from being read."""
+    try:
+        with torch.serialization.safe_globals(list(allow)):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)[:3]
+    except Exception:  # whatever is wrong with it, it lists no objects
+        return []
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: truncated, or neither a safetensors nor a torch.save file of weights; make or fetch it again"
+    )

@@ -1,0 +1,63 @@
+"""What made a result: command, commit, versions and hardware."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: command, commit, versions and hardware."""
+    return {"command": command_line(), "commit": git_commit(), "versions": versions(), "hardware": hardware()}
+
+
+def command_line() -> str:
+    """The command as a user would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set under python -m
+    program = Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"{program} {shlex.join(sys.argv[1:])}".strip()
+
+
+def git_commit() -> str:
+    """Commit of the source checkout this package runs from ("-dirty" with local changes), or "unknown"."""
+    here = Path(__file__).parent
+    try:
+        options = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        if subprocess.run(["git", "ls-files", "--error-unmatch", __file__], **{**options, "check": False}).returncode:
+            return "unknown"  # installed into some other project's checkout
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "triptych-common", "triptych-dit", "triptych-gpt", "triptych-gangealing"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    import torch
+
+    facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

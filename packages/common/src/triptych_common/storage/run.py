@@ -1,0 +1,134 @@
+"""The run directory: one locked folder with the resolved config, provenance, metrics and checkpoints of a run."""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from triptych_common.storage.atomic import cannot_write, write_json, write_text
+from triptych_common.storage.provenance import provenance
+
+
+class RunDirectory:
+    """A folder that one process at a time may write to.
+
+    `identity` is the part of the config that decides the run's results: entering a folder that holds another identity
+    is refused, so that repeating a command can only resume it. On ranks other than the main one nothing is locked or
+    written. Use as a context manager.
+
+    Raises ValueError for another identity or a folder in use, OSError for one that cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], *, is_main: bool = True, tensorboard: bool = False
+    ) -> None:
+        self.path, self.is_main = Path(path), is_main
+        self.identity = json.loads(json.dumps(identity))
+        self.checkpoints = self.path / "checkpoints"
+        self._want_tensorboard, self._tensorboard = tensorboard, None
+
+    def __enter__(self) -> "RunDirectory":
+        if not self.is_main:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock", timeout=0)
+            self._lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path}: another process is using this run directory; wait for it or use another --out"
+            ) from error
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
+        try:
+            self._check_identity()
+            if self._want_tensorboard and find_spec("tensorboard") is None:
+                raise ValueError("--tensorboard needs a package: pip install 'triptych-common[tensorboard]'")
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.is_main:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            self._lock.release()
+
+    def _check_identity(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            write_json(path, {"config": self.identity, **provenance()})
+            return
+        try:
+            before = json.loads(path.read_text())["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a run's config; delete the folder or use another --out") from error
+        if changed := differences(before, self.identity):
+            raise ValueError(
+                f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
+            )
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl; it must hold "step"."""
+        if not self.is_main:
+            return
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self.metrics_path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise cannot_write(self.metrics_path, error) from error
+        if self._want_tensorboard:
+            if self._tensorboard is None:
+                self._tensorboard = _summary_writer(self.path, purge_step=row["step"])
+            for name, value in row.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, row["step"])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every complete row of metrics.jsonl."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget rows after `step`: those that a resumed run writes again, and a half-written last one."""
+        if self.is_main and self.metrics_path.exists():
+            rows = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+            write_text(self.metrics_path, "".join(rows))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value
+        for key, child in tree.items()
+        for name, value in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def differences(before: Any, now: Any) -> str:
+    """The first few settings in which two JSON trees differ, with both values; empty where they are equal."""
+    before, now = flatten(before), flatten(now)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}={before.get(key)!r} (now {now.get(key)!r})" for key in changed[:4])
+
+
+def _summary_writer(path: Path, purge_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)

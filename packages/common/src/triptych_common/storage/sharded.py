@@ -1,0 +1,274 @@
+"""Checkpoints of sharded runs: a folder to which every rank writes its own shards, readable by any number of ranks.
+
+`torch.distributed.checkpoint` plans who writes and who reads which part of which tensor. Its own file formats are not
+used: its metadata is a pickle, which is code to whoever opens it, and its safetensors variant keeps neither a state nor
+checksums. Here a folder holds one safetensors file a rank, and `index.json` with the state, where each part of each
+tensor lies and the SHA-256 of every file. It is written under a temporary name and renamed once all ranks are done.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from triptych_common.parallel import Ranks
+from triptych_common.storage import checkpoint
+
+INDEX = "index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write tensors, each sharded or the same on every rank, and a JSON-able state to `folder`, atomically.
+
+    All ranks call it. Raises OSError, on every rank, when one of them cannot write; `folder` then is what it was.
+    """
+    writer = _Writer(folder, state, ranks)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, planner=planner)
+    except dcp.CheckpointException as failed:
+        if ranks.is_main:
+            shutil.rmtree(writer.partial, ignore_errors=True)
+        remedy = "; make room or choose another --out, then repeat"
+        raise _disk_error(failed, f"{folder}: cannot be written", remedy) from failed
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors (on CPU) and state of a folder that `write` made; needs no other ranks.
+
+    Raises ValueError when a file is missing, altered or foreign.
+    """
+    index = _index(folder)
+    _verify(folder, sorted(index["files"]), index)
+    part = _part_reader(folder)
+    tensors = {}
+    for name, entry in index["tensors"].items():
+        tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        for chunk in entry["chunks"]:
+            tensors[name][_box(chunk["offsets"], chunk["sizes"])] = part(chunk)
+    return tensors, index["state"]
+
+
+def read_like(
+    path: Path, like: Callable[[str], Tensor | None], ranks: Ranks
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint, a folder or one file, each tensor sharded as `like(name)` is.
+
+    A tensor for which `like` has none, or one of another shape, comes whole and on the CPU. Each rank reads the parts it
+    needs, whichever ranks wrote them. All ranks call it.
+    Raises ValueError, on every rank, when a file is missing, altered or foreign.
+    """
+    index = _on_all(ranks, lambda: _index(path) if path.is_dir() else _index_of_file(path, ranks))
+    _on_all(ranks, lambda: _verify(path, sorted(index["files"])[ranks.rank :: ranks.world_size], index))
+    tensors = {}
+    for name, entry in index["tensors"].items():
+        shape, dtype, template = torch.Size(entry["shape"]), _DTYPES[entry["dtype"]], like(name)
+        fits = template is not None and template.shape == shape
+        tensors[name] = torch.empty_like(template, dtype=dtype) if fits else torch.empty(shape, dtype=dtype)
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.load(tensors, storage_reader=_Reader(path, index), planner=planner)
+    except dcp.CheckpointException as failed:
+        raise _disk_error(failed, f"{path}: cannot be read") from failed
+    return tensors, index["state"]
+
+
+class _Writer(dcp.StorageWriter):
+    """What torch.distributed.checkpoint calls: on every rank to write, on the main one (the coordinator) to finish."""
+
+    def __init__(self, folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
+        self.folder, self.state, self.ranks = folder, state, ranks
+        self.partial = folder.with_name(folder.name + checkpoint.PARTIAL)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        if self.partial.exists():  # left by a killed run
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+        return plans
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        if not self.partial.is_dir():
+            raise OSError("the folder is not visible there: all machines must share the file system of --out")
+        path = self.partial / f"rank-{self.ranks.rank:05d}.safetensors"
+        parts = {_key(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
+        save_file(parts, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _done([WriteResult(item.index, 0, (item.tensor_data, path.name, digest)) for item in plan.items])
+
+    def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
+        index: dict[str, Any] = {"state": self.state, "files": {}, "tensors": {}}
+        for result in (one for of_rank in results for one in of_rank):
+            data, file, digest = result.storage_data
+            index["files"][file] = digest
+            entry = {"dtype": _DTYPE_NAMES[data.properties.dtype], "shape": list(data.size), "chunks": []}
+            chunk = {"file": file, "key": _key(result.index), "offsets": data.chunk.offsets, "sizes": data.chunk.sizes}
+            index["tensors"].setdefault(result.index.fqn, entry)["chunks"].append(chunk)
+        with (self.partial / INDEX).open("w") as file:
+            json.dump({**index, "sha256": _digest(index)}, file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        checkpoint.remove(self.folder)
+        self.partial.rename(self.folder)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False  # made for one folder, never picked by name
+
+
+class _Reader(dcp.StorageReader):
+    """What torch.distributed.checkpoint calls: the index as its metadata, then the parts that its plan names."""
+
+    def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
+        self.part, self.index = _part_reader(path if path.is_dir() else path.parent), index
+        self.chunks: dict[MetadataIndex, Any] = {}
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+        tensors = {}
+        for name, entry in self.index["tensors"].items():
+            chunks = []
+            for chunk in entry["chunks"]:
+                chunks.append(dcp.ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
+                self.chunks[MetadataIndex(name, chunks[-1].offsets)] = chunk
+            properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
+            tensors[name] = dcp.TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        return dcp.Metadata(tensors)
+
+    def set_up_storage_reader(self, metadata: dcp.Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
+        return plans
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(self.part(self.chunks[item.storage_index], _box(item.storage_offsets, item.lengths)))
+            planner.commit_tensor(item, target)
+        return _done(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False
+
+
+def _disk_error(failed: dcp.CheckpointException, what: str, remedy: str = "") -> Exception:
+    """The first rank's failure as one line; itself where it is not the disk's doing."""
+    rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
+    if not isinstance(error, SafetensorError | RuntimeError | OSError):  # a full disk arrives as any of the three
+        return error
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return OSError(f"{what} by rank {rank} ({reason}){remedy}")
+
+
+def _done(value: Any) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
+
+
+def _key(index: MetadataIndex) -> str:
+    return f"{index.fqn}@{','.join(map(str, index.offset))}"
+
+
+def _box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+
+
+def _part_reader(root: Path) -> Callable[..., Tensor]:
+    """A function from a chunk, and a box within it or all of it, to its values; it keeps files open."""
+    opened = functools.cache(lambda name: safe_open(root / name, framework="pt"))
+
+    def part(chunk: Mapping[str, Any], box: tuple[slice, ...] = ()) -> Tensor:
+        file = opened(chunk["file"])
+        return file.get_slice(chunk["key"])[box] if box else file.get_tensor(chunk["key"])
+
+    return part
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        recorded = index.pop("sha256")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{folder}: incomplete, or not one of triptych's checkpoints; {checkpoint.remedy(folder)}"
+        raise ValueError(message) from error
+    if _digest(index) != recorded:
+        raise ValueError(f"{folder / INDEX}: checksum differs from the recorded one; {checkpoint.remedy(folder)}")
+    return index
+
+
+def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
+    """What the index of a folder would say of one file; the main rank checks the file for all."""
+    if ranks.is_main:
+        checkpoint.read(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            part = file.get_slice(name)
+            shape = part.get_shape()
+            chunk = {"file": path.name, "key": name, "offsets": [0] * len(shape), "sizes": shape}
+            tensors[name] = {"dtype": part.get_dtype(), "shape": shape, "chunks": [chunk]}
+        return {"state": json.loads(file.metadata()["state"]), "files": {}, "tensors": tensors}
+
+
+def _verify(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -> None:
+    for name in files:
+        try:
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder / name}: missing; {checkpoint.remedy(folder)}") from error
+        if digest != index["files"][name]:
+            raise ValueError(f"{folder / name}: checksum differs from the recorded one; {checkpoint.remedy(folder)}")
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _on_all(ranks: Ranks, act: Callable[[], Any]) -> Any:
+    """The result of `act`; where it fails on one rank it raises on all of them, so that none waits for another."""
+    result, failure = None, None
+    try:
+        result = act()
+    except (ValueError, OSError, SafetensorError) as error:
+        failure = error
+    for error in ranks.gather(failure):
+        if error is not None:
+            raise error
+    return result

@@ -1,0 +1,193 @@
+"""What a training loop needs and is easily got wrong: accumulation, clipping, EMA, NaN policy, exact resume.
+
+There is no trainer. A package's loop stays a short flat `for`:
+
+    for batch in steps(state, run, total_samples=..., batch_size=..., ...):
+        for counters, last in batch.micro_batches(size):
+            with gradient_sync(state.parallel_model, last):
+                (loss_of(counters) * len(counters) / len(batch.counters)).backward()
+        state.update(batch, {"loss": ...})
+
+Randomness comes from (seed, stream, sample counter), so a checkpoint is weights, optimiser and counters. A resumed run
+equals the uninterrupted one bit for bit; on several ranks logged means agree to rounding.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from triptych_common.errors import Diverged, Interrupted
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
+from triptych_common.throughput import peak_bytes
+from triptych_common.training.state import Batch, TrainState
+
+
+def steps(
+    state: TrainState,
+    run: RunDirectory,
+    *,
+    total_samples: int,
+    batch_size: int,
+    checkpoint_every: int,
+    log_every: int,
+    keep: int = 2,
+    on_step: Callable[[TrainState], None] = lambda state: None,
+    patience: int = 3,
+    max_rollbacks: int = 3,
+    flops_per_sample: float | int | None = None,
+    peak_flops: float | int | None = None,
+    unit: str = "images",
+) -> Iterator[Batch]:
+    """Batches of sample counters from wherever the run stands to its end.
+
+    Owns what surrounds a step: restores the newest checkpoint and cuts metrics.jsonl back to it, writes a checkpoint
+    every `checkpoint_every` steps and at the end, a metrics row every `log_every`, saves and raises `Interrupted` on
+    SIGINT or SIGTERM. After `patience` non-finite steps in a row it rolls weights (never counters) back to the last
+    checkpoint of the schedule, or to the one before where that did not help. `on_step` is called after every step, before
+    its checkpoint.
+
+    Rows count samples under the name `unit`, and hold throughput and the largest peak memory of any rank; with
+    `flops_per_sample` (of a forward and a backward pass, 2 a multiply-add: six times the model's multiply-adds) also
+    `time/tflops` of all ranks together, and with `peak_flops` of one device its share of the possible, `time/mfu`. What
+    activation checkpointing computes twice counts once.
+
+    Raises ValueError where sizes or checkpoint do not fit, Diverged after `max_rollbacks`.
+    """
+    ranks = state.ranks
+    if batch_size % ranks.world_size:
+        raise ValueError(f"batch_size {batch_size} does not divide over {ranks.world_size} ranks; use a multiple")
+    _restore(state, run, keep)
+    total_steps = math.ceil(total_samples / batch_size)
+    window = time.perf_counter(), state.step
+    with _Signals() as signals:
+        while state.step < total_steps:
+            counters = range(state.samples_seen, state.samples_seen + batch_size)
+            yield Batch(state.step, batch_size, ranks.share(counters))
+            # What follows a bad step must not push good checkpoints out.
+            due = state.step % checkpoint_every == 0 and state.skipped_in_a_row == 0 and state.is_finite()
+            if state.skipped_in_a_row >= patience:
+                _roll_back(state, run, patience, max_rollbacks)
+            if state.step % log_every == 0 or state.step == total_steps:
+                window = _log(state, run, batch_size, window, flops_per_sample, peak_flops, unit)
+            on_step(state)
+            stop = ranks.any(signals.received is not None)
+            if due or stop or state.step == total_steps:
+                _save(state, run, keep, extra=not due)
+            if stop:
+                signum = signals.received or signal.SIGTERM
+                raise Interrupted(
+                    f"stopped at step {state.step:,} of {total_steps:,}, saved in {run.path}; repeat the command to go on",
+                    signum,
+                )
+
+
+def is_due(samples_seen: int, *, every: int, batch_size: int, total_samples: int) -> bool:
+    """Whether the step that ended at `samples_seen` samples reached a multiple of `every`, or the end of the run."""
+    before = samples_seen - batch_size
+    return before // every != samples_seen // every or samples_seen >= total_samples
+
+
+def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
+    # All look before any writes, so that no rank takes the step-0 file another has just written for an old one.
+    newest = state.ranks.gather(next(reversed(checkpoint.steps_in(run.checkpoints)), None))
+    if newest[0] is None:
+        _save(state, run, keep)
+        run.truncate_metrics(-1)
+        return
+    if any(path != newest[0] for path in newest):
+        raise ValueError(f"{run.path}: ranks see different checkpoints in it; all machines must share its file system")
+    tensors, counters = state.read(newest[0])
+    try:
+        state.load(tensors, counters)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{newest[0]}: does not fit this config ({error}); use the run's own config or another --out"
+        ) from error
+    run.truncate_metrics(state.step)
+
+
+def _save(state: TrainState, run: RunDirectory, keep: int, *, extra: bool = False) -> None:
+    if state.ranks.world_size > 1:  # meters differ by rank: keep their mean in the file, on every rank alike
+        state.meters = {name: state.ranks.sum(v) / state.ranks.world_size for name, v in state.meters.items()}
+    state.write(run.checkpoints, extra=extra)
+    if run.is_main:
+        # Those of the schedule are what roll-backs use: a signal's extra ones must not push them out, or a run's results
+        # would depend on its interruptions.
+        checkpoint.prune(run.checkpoints, keep, spare=checkpoint.scheduled_in(run.checkpoints)[-keep:])
+    state.ranks.barrier()
+
+
+def _roll_back(state: TrainState, run: RunDirectory, patience: int, max_rollbacks: int) -> None:
+    candidates = checkpoint.scheduled_in(run.checkpoints)
+    last_good = candidates[max(-1 - state.rollbacks_in_a_row, -len(candidates))]
+    if state.rollbacks >= max_rollbacks:
+        raise Diverged(
+            f"loss not finite for {patience} steps in a row at step {state.step:,}, after {state.rollbacks} rollbacks "
+            f"({state.skipped} steps skipped in all); lower --lr. Went back as far as {last_good}"
+        )
+    tensors, _ = state.read(last_good)
+    state.load(tensors, counters=None)
+    state.rollbacks += 1
+    state.rollbacks_in_a_row += 1
+    state.skipped_in_a_row = 0
+
+
+def _log(
+    state: TrainState,
+    run: RunDirectory,
+    batch_size: int,
+    window: tuple[float, int],
+    flops_per_sample: float | int | None,
+    peak_flops: float | int | None,
+    unit: str,
+) -> tuple[float, int]:
+    now = time.perf_counter()
+    seconds = now - window[0]
+    means = {name: value for name, value in state.read_meters().items() if math.isfinite(value)}
+    rate = (state.step - window[1]) * batch_size / seconds
+    speed = {"time/seconds": round(seconds, 3), f"time/{unit}_per_second": round(rate, 2)}
+    if flops_per_sample is not None:
+        speed["time/tflops"] = float(f"{rate * flops_per_sample / 1e12:.4g}")
+        if peak_flops is not None:
+            share = rate * flops_per_sample / (peak_flops * state.ranks.world_size)
+            speed["time/mfu"] = float(f"{share:.4g}")
+    run.log(
+        {
+            "step": state.step,
+            unit: state.samples_seen,
+            **means,
+            "skipped": state.skipped,
+            "rollbacks": state.rollbacks,
+            **speed,
+            "memory/peak_bytes": max(state.ranks.gather(peak_bytes(state.ranks.device))),
+        }
+    )
+    return now, state.step
+
+
+class _Signals:
+    """Remembers SIGINT and SIGTERM instead of dying by them. A second SIGINT takes the usual way; a second SIGTERM does
+    not, since a scheduler may well send one to every process and torchrun pass on another.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum

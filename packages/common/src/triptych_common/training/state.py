@@ -1,0 +1,257 @@
+"""The state of a model in training, and one optimiser step of it.
+
+A package's loop uses it through `triptych_common.training`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from triptych_common.parallel import Execution, Ranks, average_gradients, distributed, local, prepare, whole
+from triptych_common.storage import checkpoint
+
+COUNTERS = ("samples_seen", "step", "skipped", "skipped_in_a_row", "rollbacks", "rollbacks_in_a_row", "metered_steps")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser step's worth of sample counters: `size` over all ranks, `counters` on this one."""
+
+    step: int
+    size: int
+    counters: range
+
+    def micro_batches(self, micro_batch: int | None = None) -> Iterator[tuple[range, bool]]:
+        """Counters in parts of at most `micro_batch`, and whether a part is the last."""
+        size = micro_batch or len(self.counters)
+        for start in range(0, len(self.counters), size):
+            yield self.counters[start : start + size], start + size >= len(self.counters)
+
+
+@dataclass
+class TrainState:
+    """A model in training: weights, their exponential moving average, optimiser and counters.
+
+    optimizer: made, or, as a sharded run needs it, the function that makes it from the trainable parameters.
+    ema_half_life: samples after which an old weight's share in the average has halved; while fewer than
+        half-life / ema_rampup samples have been seen, the half-life is ema_rampup times those seen, so that the average
+        forgets its random start at any length of run.  [Karras et al. 2024, EDM; rampup None: constant]
+    grad_clip: bound on the global gradient norm; None: none.
+    learning_rate: of the samples seen before a step; a group of the optimizer's parameters may scale it by its `lr_factor`.
+    execution: how `model` and `ema` are run, both from then on; a model to be sharded had better come on the CPU. Where
+        they are sharded, calling either is an act of all ranks together, and so is every method but `counters`.
+
+    averaged_part: name of the submodule whose moving average is kept; the whole model by default.
+    several_passes: a step is more than one forward and backward pass, of parts of the model or differentiated twice, as in
+        adversarial training: the loop calls `model` itself, `optimise` after each pass, and `count` at the end.
+
+    `parallel_model` is what a training step calls otherwise. `ema` is called as it is, without gradients.
+    Raises ValueError for a model without the blocks that `execution` needs, or a sharded one whose optimiser is made or that
+    takes several passes.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ranks: Ranks
+    ema_half_life: float | int
+    ema_rampup: float | None = 0.1
+    grad_clip: float | None = 1.0
+    learning_rate: Callable[[int], float] | None = None
+    execution: Execution = field(default_factory=Execution)
+    averaged_part: str = ""
+    several_passes: bool = False
+    samples_seen: int = 0
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    rollbacks_in_a_row: int = 0  # without a finite step in between
+    metered_steps: int = 0
+    meters: dict[str, Tensor] = field(default_factory=dict)
+    ema: nn.Module = field(init=False)
+    parallel_model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        made = isinstance(self.optimizer, torch.optim.Optimizer)
+        if made and self.sharded:
+            raise ValueError("sharding replaces parameters: pass the function that makes the optimizer from them")
+        if self.sharded and (self.several_passes or self.averaged_part):
+            raise ValueError("parallel 'fsdp' is not for training in several passes: use 'ddp'")
+        self.ema = copy.deepcopy(self.model.get_submodule(self.averaged_part)).requires_grad_(False).eval()
+        prepare(self.model, self.ranks, self.execution)
+        prepare(self.ema, self.ranks, replace(self.execution, activation_checkpointing=False, compile=False))
+        self.parallel_model = self.model if self.several_passes else distributed(self.model, self.ranks)
+        if not made:
+            self.optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, average and optimiser slots are spread over ranks."""
+        return self.execution.sharded(self.ranks)
+
+    def update(self, batch: Batch, metered: Mapping[str, Tensor]) -> bool:
+        """Finish a step: clip, optimise, average, count; True if weights moved.
+
+        The samples of non-finite gradients stay counted as seen: a replay would make them again.
+        """
+        norm, finite = self.optimise()
+        self.count(batch, {**metered, "grad_norm": norm}, finite)
+        return finite
+
+    def optimise(self) -> tuple[Tensor, bool]:
+        """Clip and use the gradients there are, whose norm this returns, and whether they are finite: others are thrown away.
+
+        Parameters without a gradient stay. The norm, and so the answer, is the same on every rank.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if self.several_passes:
+            average_gradients(parameters, self.ranks)
+        bound = math.inf if self.grad_clip is None else self.grad_clip
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, bound))
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            if self.learning_rate is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate(self.samples_seen) * group.get("lr_factor", 1.0)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def count(self, batch: Batch, metered: Mapping[str, Tensor], finite: bool) -> None:
+        """End a step whose gradients were all used (`finite`), or else one that is skipped: its numbers are not metered."""
+        if finite:
+            self._average(batch.size)
+            self._meter(metered)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.rollbacks_in_a_row = 0 if finite else self.rollbacks_in_a_row
+        self.samples_seen += batch.size
+        self.step += 1
+
+    @torch.no_grad()
+    def _average(self, batch_size: int) -> None:
+        half_life = self.ema_half_life
+        if self.ema_rampup is not None:
+            half_life = min(half_life, max(self.samples_seen, 1) * self.ema_rampup)
+        decay = 0.5 ** (batch_size / half_life)
+        part = self.model.get_submodule(self.averaged_part)
+        theirs = [local(p.detach()) for p in part.parameters()]
+        torch._foreach_lerp_([local(p) for p in self.ema.parameters()], theirs, 1 - decay)
+        for mine, other in zip(self.ema.buffers(), part.buffers(), strict=True):
+            mine.copy_(other)
+
+    def _meter(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            sums = self.meters.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
+            sums += value.detach().double()
+        self.metered_steps += 1
+
+    def read_meters(self) -> dict[str, float]:
+        """Means over ranks and over the steps since the last reading, skipped steps aside."""
+        scale = 1 / (max(self.metered_steps, 1) * self.ranks.world_size)
+        means = {name: float(self.ranks.sum(value)) * scale for name, value in self.meters.items()}
+        self.meters, self.metered_steps = {}, 0
+        return means
+
+    def is_finite(self) -> bool:
+        """Whether weights and their average hold no NaN or infinity, the same answer on every rank."""
+        values = [local(p.detach()) for p in (*self.model.parameters(), *self.ema.parameters())]
+        return not self.ranks.any(not torch.stack([torch.isfinite(value).all() for value in values]).all())
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged model's state dict, whole and on the CPU, on the main rank; empty on the others.
+
+        Gathered tensor by tensor: no GPU holds a second whole model.
+        """
+        tensors = ((name, whole(value)) for name, value in self.ema.state_dict().items())
+        return {name: value.cpu() for name, value in tensors if self.ranks.is_main}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds as tensors, by name."""
+        out = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        out |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for name, slots in self._optimizer_slots().items():
+            out |= {f"optimizer.{slot}.{name}": value for slot, value in slots.items()}
+        return out | {f"meter.{name}": value for name, value in self.meters.items()}
+
+    def counters(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def write(self, folder: Path, *, extra: bool) -> None:
+        """Write this step's checkpoint: one file by the main rank, or a folder by all where they hold shards."""
+        path = checkpoint.step_path(folder, self.step, extra=extra, sharded=self.sharded)
+        if self.sharded:
+            from triptych_common.storage import sharded  # takes a second to import
+
+            sharded.write(path, self.tensors(), self.counters(), self.ranks)
+        elif self.ranks.is_main:
+            checkpoint.write(path, self.tensors(), self.counters())
+
+    def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and counters of a checkpoint for `load`, whatever ranks wrote it and in whatever layout."""
+        if not self.sharded:
+            return checkpoint.read(path)
+        from triptych_common.storage import sharded
+
+        weights = self.model.state_dict()
+
+        def like(name: str) -> Tensor | None:
+            part, rest = name.split(".", 1)
+            return weights.get(rest.split(".", 1)[1] if part == "optimizer" else rest)
+
+        return sharded.read_like(path, like, self.ranks)
+
+    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int] | None) -> None:
+        """Restore what `read` gave or `tensors` and `counters` saved; without counters only weights, average and optimiser.
+
+        Raises ValueError when the tensors do not fit this model.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "meter": {}}
+        for name, value in tensors.items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = value
+        for module, part in ((self.model, "model"), (self.ema, "ema")):
+            _check_fit(module.state_dict(), parts[part])
+            module.load_state_dict(parts[part])
+        by_name = dict(self.model.named_parameters())
+        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        position = {id(p): i for i, p in enumerate(everything)}
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["optimizer"].items():
+            slot, name = key.split(".", 1)
+            slots.setdefault(position[id(by_name[name])], {})[slot] = _laid_out_as(by_name[name], value)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})  # it knows which slots go where
+        if counters is not None:
+            self.meters = {name: value.to(self.ranks.device) for name, value in parts["meter"].items()}
+            for name in COUNTERS:
+                setattr(self, name, counters[name])
+
+    def _optimizer_slots(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: dict(self.optimizer.state[p])
+            for name, p in self.model.named_parameters()
+            if p in self.optimizer.state
+        }
+
+
+def _laid_out_as(parameter: nn.Parameter, slot: Tensor) -> Tensor:
+    """An optimiser slot with the parameter's strides: fused optimisers on the CPU pair elements by place in memory, unchecked."""
+    if slot.shape != parameter.shape or slot.stride() == parameter.stride():
+        return slot
+    return torch.empty_like(parameter, dtype=slot.dtype, device=slot.device).copy_(slot)
+
+
+def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+    if extra := found.keys() - expected.keys():
+        raise ValueError(f"{min(extra)} is unexpected")

@@ -1,0 +1,1 @@
+"""Autoencoders: images to latents and back, their training, and caches of latents."""

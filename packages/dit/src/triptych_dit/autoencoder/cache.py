@@ -1,0 +1,241 @@
+"""The latent cache: posterior moments of encoded images in shards that any rank reads from any offset.
+
+A cache is a folder. `shard-000000.safetensors` holds images 0 .. shard_size-1 of the source, the next shard those after
+them, each with `moments` (rows, flips, mean and log-variance channels, height, width; unscaled), `labels` and `items`,
+the images' numbers in the source; images that could not be used have no row and stand in `skipped.json`. `manifest.json`
+says what was encoded, how and with which autoencoder; it is written last, so a folder without one is incomplete.
+`config.json` is the request a repeated command must repeat.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from triptych_common.storage import checkpoint
+from triptych_common.storage.atomic import write_json
+from triptych_common.storage.provenance import provenance
+
+MANIFEST, SKIPPED = "manifest.json", "skipped.json"
+_KIND = "latent cache"
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class LatentCache:
+    """A finished cache, its shards mapped into memory and read row by row.
+
+    `facts` is the manifest, `labels` and `items` (numbers in the source) belong to rows 0 .. len-1, `latent_shape` is
+    (channels, height, width) of one latent. Raises FileNotFoundError where there is no cache, ValueError for one that is
+    incomplete or damaged; contents are only compared with their checksums by `verify`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.facts = _read_manifest(self.folder)
+        self.latent_shape: tuple[int, int, int] = tuple(self.facts["latent_shape"])
+        self.has_flips: bool = self.facts["flips"]
+        self.class_names: tuple[str, ...] = tuple(self.facts["source"]["class_names"])
+        shards = [self._open(shard) for shard in self.facts["shards"]]
+        self.labels: Int[Tensor, " items"] = torch.cat([tensors["labels"] for tensors in shards])
+        self.items: Int[Tensor, " items"] = torch.cat([tensors["items"] for tensors in shards])
+        self._rows = [tensors["moments"].flatten(0, 1) for tensors in shards]
+        self._starts = torch.tensor([0, *(len(tensors["labels"]) for tensors in shards)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def moments(
+        self, indices: Int[Tensor, " n"], flipped: Bool[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n twice_channels height width"]:
+        """Mean and log-variance of rows, of their mirror images where `flipped`, in float32 on the CPU.
+
+        Raises ValueError for mirror images that were not encoded, IndexError for rows outside the cache.
+        """
+        if flipped is not None and flipped.any():
+            self.check_flips()
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(f"{self.folder}: row outside 0..{len(self) - 1}")
+        shards = torch.searchsorted(self._starts, indices, right=True) - 1
+        rows = (indices - self._starts[shards]) * (2 if self.has_flips else 1)
+        if flipped is not None:
+            rows = rows + flipped
+        found = [self._rows[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        return torch.stack(found).float()
+
+    def check(self, autoencoder: Mapping[str, Any] | None) -> None:
+        """Raises ValueError unless these facts are those of the autoencoder that encoded the cache, wherever it lies."""
+        mine = self.facts["autoencoder"]
+        if autoencoder is None:
+            raise ValueError(f"{self.folder}: latents of the autoencoder {mine['spec']}, but pixels are expected")
+        for name in mine.keys() - {"spec", "encoder_sha256"}:
+            if mine[name] != autoencoder.get(name):
+                raise ValueError(
+                    f"{self.folder}: encoded by the autoencoder {mine['spec']} with {name} {mine[name]}, not "
+                    f"{autoencoder.get(name)} as in {autoencoder.get('spec')}; use that autoencoder, or encode again"
+                )
+
+    def check_flips(self) -> None:
+        """Raises ValueError where mirror images were not encoded."""
+        if not self.has_flips:
+            raise ValueError(
+                f"{self.folder}: holds no mirror images; train without horizontal flips, or encode without --no-flips"
+            )
+
+    def verify(self) -> None:
+        """Read everything. Raises ValueError at the first shard whose contents are not those that were written."""
+        for shard in self.facts["shards"]:
+            try:
+                checkpoint.read(self.folder / shard["file"])
+            except ValueError as error:
+                raise ValueError(f"{self.folder / shard['file']}: damaged; {_remedy(self.facts)}") from error
+
+    def _open(self, shard: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors that lie in the file until they are read: safetensors maps it and copies nothing."""
+        path = self.folder / shard["file"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                sha256 = (file.metadata() or {}).get("sha256")
+                tensors = {name: file.get_tensor(name) for name in ("moments", "labels", "items")}
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: missing; {_remedy(self.facts)}") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path}: truncated or of another kind; {_remedy(self.facts)}") from error
+        channels, height, width = self.latent_shape
+        shape = (shard["items"], 2 if self.has_flips else 1, 2 * channels, height, width)
+        if sha256 != shard["sha256"] or tuple(tensors["moments"].shape) != shape:
+            raise ValueError(f"{path}: not the shard that the manifest lists; {_remedy(self.facts)}")
+        return tensors
+
+
+def is_latent_cache(folder: Path) -> bool:
+    """Whether a folder is a latent cache, finished or not."""
+    return (folder / MANIFEST).is_file() or shard_path(folder, 0).is_file()
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:06d}.safetensors"
+
+
+def write_shard(
+    folder: Path,
+    shard: int,
+    moments: Float[Tensor, "rows flips twice_channels height width"],
+    labels: Int[Tensor, " rows"],
+    items: Int[Tensor, " rows"],
+    *,
+    skipped: Sequence[Mapping[str, Any]] = (),
+    request: str = "",
+) -> None:
+    """Write one shard atomically.
+
+    `skipped` lists the images without a row: item, path, reason; `request` is a hash of what was asked for.
+    """
+    state = {"kind": _KIND, "shard": shard, "request": request, "skipped": list(skipped)}
+    checkpoint.write(shard_path(folder, shard), {"moments": moments, "labels": labels, "items": items}, state)
+
+
+def is_finished(folder: Path, shard: int, request: str) -> bool:
+    """Whether a shard is there. Raises ValueError where its contents are damaged or answer another request."""
+    path = shard_path(folder, shard)
+    if not path.exists():
+        return False
+    _, state = checkpoint.read(path)
+    if (state.get("shard"), state.get("request")) != (shard, request):
+        raise ValueError(f"{path}: a shard of another cache or number")
+    return True
+
+
+def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Declare a cache of these shards complete; returns the manifest.
+
+    `facts` hold "autoencoder", "source" (with "spec" and "class_names"), "latent_shape" and "flips". Raises ValueError
+    where no image could be used.
+    """
+    shards, skipped = [], []
+    for path in (shard_path(folder, shard) for shard in range(num_shards)):
+        with safe_open(path, framework="pt") as file:
+            metadata, items = file.metadata(), file.get_slice("labels").get_shape()[0]
+        shards.append({"file": path.name, "items": items, "sha256": metadata["sha256"]})
+        skipped += json.loads(metadata["state"])["skipped"]
+    counts = {"items": sum(shard["items"] for shard in shards), "skipped": len(skipped)}
+    write_json(folder / SKIPPED, skipped)
+    if not counts["items"]:
+        raise ValueError(
+            f"{facts['source']['spec']}: none of {len(skipped):,} images could be used, "
+            f"such as {skipped[0]['path']}: {skipped[0]['reason']}"
+        )
+    manifest = {"kind": _KIND, "format": 1, **facts, **counts, **provenance(), "shards": shards}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def prefetch(
+    items: Iterable[Item], function: Callable[[Item], Result], *, depth: int = 2, threads: int = 1
+) -> Iterator[Result]:
+    """`map(function, items)`, up to `depth` results ahead in background threads, in order.
+
+    `items` are taken in the caller's thread, as late as possible; an exception of `function` is raised where its result
+    is asked for. Close the iterator to end the threads early. With depth 0 there are no threads: where the CPU does the
+    training too, they only get in each other's way.
+    """
+    if depth == 0:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    ahead: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    request = folder / "config.json"
+    if not (folder / MANIFEST).exists():
+        if not request.exists():
+            raise FileNotFoundError(f"{folder}: no latent cache; make one with triptych-dit encode --out {folder}")
+        raise _incomplete(folder, _read_json(request))
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("kind") != _KIND or manifest.get("format") != 1:
+        raise ValueError(
+            f"{folder / MANIFEST}: not the manifest of a latent cache that this version reads; encode again"
+        )
+    return manifest
+
+
+def _incomplete(folder: Path, request: Mapping[str, Any]) -> ValueError:
+    facts = request.get("config", {})
+    if not {"autoencoder", "source", "shard_size"} <= facts.keys():
+        return ValueError(f"{folder}: a run of another command, no latent cache")
+    shards = math.ceil(facts["source"]["images"] / facts["shard_size"])
+    done = sum(shard_path(folder, shard).exists() for shard in range(shards))
+    return ValueError(f"{folder}: incomplete, {done:,} of {shards:,} shards are there; {_remedy(request)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON; delete it and repeat the encode command") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _remedy(facts: Mapping[str, Any]) -> str:
+    return f"repeat the encode command: {facts.get('command', 'triptych-dit encode ...')}"

@@ -1,0 +1,299 @@
+"""Encode images to a cache of posterior moments, once, so that training never runs the autoencoder.  [thesis 2.4]
+
+Shard i holds images i * shard_size .. (i + 1) * shard_size - 1 and is encoded by rank i modulo the number of ranks in
+batches that begin with the shard, so a cache does not depend on how many ranks made it. (On CPUs the number of threads
+changes the last bits of a convolution: equal bytes take equal OMP_NUM_THREADS, which torchrun sets to 1.)
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.data import ImageSource, UnreadableImage, open_source
+from triptych_common.images import from_uint8
+from triptych_common.parallel import Ranks, process_group
+from triptych_common.progress import Progress
+from triptych_common.storage.run import RunDirectory
+
+from triptych_dit.autoencoder.cache import MANIFEST, SKIPPED, LatentCache, is_finished, write_manifest, write_shard
+from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIGITS = ("mnist5k", "mnist")
+
+
+@dataclass(frozen=True)
+class EncodeConfig(CommonOptions):
+    """Encode images to a latent cache, under torchrun on any number of ranks. Repeating the command resumes it, checks
+    what is there and encodes damaged shards again."""
+
+    out: Path = Path("runs/latents")
+    """folder of the cache"""
+    source: str = "mnist5k"
+    """named data set, folder of images with one subfolder a class, hub:OWNER/NAME, or what its save_to_disk wrote"""
+    split: str = "train"
+    """part of the source"""
+    unconditional: bool = False
+    """make one class of everything"""
+    image_column: str = "auto"
+    """column of a Hugging Face data set"""
+    label_column: str = "auto"
+    """column of a Hugging Face data set"""
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """AutoencoderKL: hub id or folder"""
+    image_size: int | tuple[int, int] = 256
+    """side, or height and width, that images are cropped to: the centre, box-halved and bicubic as ADM does"""
+    allow_upscale: bool = False
+    """enlarge smaller images rather than list them as skipped"""
+    flips: bool = True
+    """encode mirror images too: the mirrored latent is not the latent of the mirror image; never for digits"""
+    dtype: Literal["float16", "float32"] = "float16"
+    """of the stored moments; float16 is off by at most 2^-11 of a value, bfloat16 would be by 2^-8: not offered"""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """of the autoencoder's arithmetic"""
+    batch_size: int = 64
+    """images at once on each rank; changes rounding only"""
+    shard_size: int = 4096
+    """images a shard; what is lost at most when a rank is killed"""
+    workers: int | None = None
+    """processes on each rank that read images; 0: none but the rank itself, default: one a core, 8 at most"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers {self.workers}: expected at least 0")
+        if min(self.size) < 1:
+            raise ValueError(f"image_size {self.image_size}: expected at least 1")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    def open(self) -> ImageSource:
+        """The source of images. Raises ValueError or OSError where it is not to be had, or has none to encode."""
+        if self.flips and self.source in DIGITS:
+            raise ValueError(f"source {self.source}: a mirrored digit is no digit; pass --no-flips")
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        source = open_source(self.source, self.split, unconditional=self.unconditional, **columns)
+        _check_usable(source, self)
+        return source
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints."""
+        source, autoencoder = self.open(), load_autoencoder(self.vae)
+        shape = latent_shape(autoencoder, self.size)
+        return {"config": asdict(self), **_extent(source, autoencoder, self), "latent_shape": shape}
+
+
+def encode(config: EncodeConfig) -> dict[str, Any]:
+    """Make, resume or check the cache in `config.out`; returns where it is and what it holds.
+
+    Raises ValueError for a request that does not fit what `out` already holds, images that cannot be used at all, or
+    moments that are not finite.
+    """
+    source = config.open()
+    with process_group(config.device) as ranks:
+        autoencoder = load_autoencoder(config.vae, device=ranks.device, dtype=PRECISIONS[config.precision])
+        extent = _extent(source, autoencoder, config)
+        facts = cache_facts(source, autoencoder, config) if ranks.is_main else {}
+        with RunDirectory(config.out, identity(facts), is_main=ranks.is_main) as run:
+            request = ranks.gather(_digest(identity(facts)))[0]  # by now the main rank has checked the folder
+            echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
+            _encode_missing(source, autoencoder, config, request, ranks)
+            ranks.barrier()  # every rank has written its shards
+            if ranks.is_main:
+                write_manifest(run.path, extent["shards"], facts)
+            ranks.barrier()
+            manifest = LatentCache(run.path).facts
+    listed = config.out / SKIPPED if manifest["skipped"] else None
+    if listed:
+        echo(f"left out {manifest['skipped']:,} images that cannot be used: {listed}")
+    echo(f"latent cache of {manifest['items']:,} images: {config.out}")
+    counts = {name: manifest[name] for name in ("items", "skipped", "latent_shape")}
+    return {"cache": config.out, "manifest": config.out / MANIFEST, "skipped_list": listed, **counts}
+
+
+def latent_shape(autoencoder: Autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of images of that height and width.
+
+    Raises ValueError for a size that the autoencoder cannot halve as often as it must.
+    """
+    factor = autoencoder.downsampling
+    if any(side % factor for side in size):
+        raise ValueError(
+            f"image_size {size[0]}x{size[1]}: expected multiples of {factor}, the downsampling of {autoencoder.spec}, "
+            f"such as {ceil(size[0] / factor) * factor}x{ceil(size[1] / factor) * factor}"
+        )
+    return autoencoder.latent_channels, size[0] // factor, size[1] // factor
+
+
+def cache_facts(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig) -> dict[str, Any]:
+    """What the manifest says of a cache's making."""
+    return {
+        "autoencoder": autoencoder.facts(),
+        "source": {
+            "spec": config.source, "split": config.split, "fingerprint": source.fingerprint(), "images": len(source),
+            "class_names": list(source.class_names),
+        },
+        "lossy": source.lossy,
+        "image": {
+            "size": list(config.size), "channels": autoencoder.image_channels, "crop": "center",
+            "resize": "box filter by halves, then bicubic", "allow_upscale": config.allow_upscale,
+        },
+        "latent_shape": list(latent_shape(autoencoder, config.size)),
+        "flips": config.flips, "dtype": config.dtype, "precision": config.precision, "shard_size": config.shard_size,
+    }  # fmt: skip
+
+
+def identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that a repeated command must repeat: all but where source and autoencoder lie, and what follows from the others."""
+    by_place = {
+        "autoencoder": ("spec", "encoder_sha256"),
+        "source": ("spec", "class_names"),
+    }  # the fingerprint covers class names
+    return facts | {
+        part: {key: value for key, value in facts[part].items() if key not in by_place[part]}
+        for part in by_place.keys() & facts.keys()
+    }
+
+
+def _digest(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _row_shape(autoencoder: Autoencoder, config: EncodeConfig) -> tuple[int, int, int, int]:
+    channels, height, width = latent_shape(autoencoder, config.size)
+    return (2 if config.flips else 1), 2 * channels, height, width
+
+
+def _extent(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig) -> dict[str, Any]:
+    row_bytes = prod(_row_shape(autoencoder, config)) * getattr(torch, config.dtype).itemsize
+    shards = ceil(len(source) / config.shard_size)
+    return {"images": len(source), "shards": shards, "gigabytes": len(source) * row_bytes / 1e9}
+
+
+def _check_usable(source: ImageSource, config: EncodeConfig) -> None:
+    """Fail at the door where images from all over the source are all, say, too small."""
+    refused: Exception | str = "it is empty"
+    for index in range(0, len(source), max(1, len(source) // 8)):
+        try:
+            source.read(index, config.size, allow_upscale=config.allow_upscale)
+        except UnreadableImage as error:
+            refused = error
+        else:
+            return
+    raise ValueError(f"source {config.source}: none of the images looked at can be used ({refused})")
+
+
+class _Batch(NamedTuple):
+    """What a worker process made of a range of images. An error that is no image's fault is left to the parent to raise."""
+
+    pixels: UInt8[Tensor, "kept channels height width"] | None = None
+    items: Sequence[int] = ()
+    skipped: Sequence[dict[str, Any]] = ()
+    error: OSError | None = None
+
+
+class _Batches(Dataset):
+    """Ranges of images, read and cropped."""
+
+    def __init__(self, source: ImageSource, channels: int, config: EncodeConfig) -> None:
+        self.source = source
+        self.how = {"size": config.size, "channels": channels, "allow_upscale": config.allow_upscale}
+
+    def __getitem__(self, items: range) -> _Batch:
+        pixels, kept, skipped = [], [], []
+        for item in items:
+            try:
+                pixels.append(self.source.read(item, **self.how))
+                kept.append(item)
+            except UnreadableImage as error:
+                skipped.append({"item": item, "path": error.path, "reason": error.reason})
+            except OSError as error:
+                return _Batch(error=error)
+        return _Batch(torch.stack(pixels) if pixels else None, kept, skipped)
+
+
+def _encode_missing(
+    source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, request: str, ranks: Ranks
+) -> None:
+    """Check this rank's shards and encode those that are absent or damaged; no rank touches another's."""
+    shards = dict(enumerate(_split(range(len(source)), config.shard_size)))
+    mine = [i for i in list(shards)[ranks.rank :: ranks.world_size] if not _is_finished(config.out, i, request)]
+    loader = DataLoader(
+        _Batches(source, autoencoder.image_channels, config),
+        sampler=[batch for i in mine for batch in _split(shards[i], config.batch_size)],
+        batch_size=None,
+        num_workers=_workers(config) if mine else 0,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    arriving = iter(loader)
+    with Progress("encoding", sum(len(shards[i]) for i in mine), "img", enabled=ranks.is_main) as progress:
+        for i in mine:
+            dtype = getattr(torch, config.dtype)
+            moments = [torch.empty(0, *_row_shape(autoencoder, config), dtype=dtype, device=ranks.device)]
+            items, skipped = [], []
+            for batch in islice(arriving, ceil(len(shards[i]) / config.batch_size)):
+                if batch.error is not None:
+                    raise batch.error
+                if batch.pixels is not None:
+                    moments.append(encode_images(autoencoder, batch.pixels, flips=config.flips).to(dtype))
+                items += batch.items
+                skipped += batch.skipped
+                progress.advance(len(batch.items) + len(batch.skipped))
+            rows, numbers = torch.cat(moments), torch.tensor(items, dtype=torch.long)
+            _check_finite(rows, items, source, config)
+            write_shard(config.out, i, rows, source.labels[numbers], numbers, skipped=skipped, request=request)
+
+
+def encode_images(
+    autoencoder: Autoencoder, pixels: UInt8[Tensor, "n channels height width"], *, flips: bool
+) -> Float[Tensor, "n flips moments latent_height latent_width"]:
+    """Posterior moments of images and, as a second entry, of their mirror images, on the autoencoder's device."""
+    images = from_uint8(pixels.to(autoencoder.device, non_blocking=True))
+    views = [images, images.flip(-1)] if flips else [images]
+    return torch.stack([autoencoder.moments(view) for view in views], dim=1)
+
+
+def _split(items: range, size: int) -> Iterator[range]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _workers(config: EncodeConfig) -> int:
+    if config.workers is not None:
+        return config.workers
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _check_finite(rows: Tensor, items: Sequence[int], source: ImageSource, config: EncodeConfig) -> None:
+    bad = (~rows.isfinite()).flatten(1).any(1).nonzero().flatten()
+    if len(bad):
+        remedy = "--precision float32" if config.precision != "float32" else "--dtype float32, or another autoencoder"
+        raise ValueError(
+            f"{source.locate(items[int(bad[0])])}: its moments are not finite with --precision {config.precision} "
+            f"--dtype {config.dtype}; use {remedy}"
+        )
+
+
+def _is_finished(folder: Path, shard: int, request: str) -> bool:
+    try:
+        return is_finished(folder, shard, request)
+    except ValueError as error:  # on any rank, so not by `echo`
+        print(f"{error}; encoding it again", file=sys.stderr, flush=True)
+        return False

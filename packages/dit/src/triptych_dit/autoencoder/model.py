@@ -1,0 +1,209 @@
+"""Images to latents and back: a frozen `AutoencoderKL` of diffusers, from the hub or from a folder (extra: latents)."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from triptych_common.storage import checkpoint
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' bounds; untrained networks can leave them
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_DECODED_PIXELS = 2**20  # at once: 16 images of 256 x 256, about 4 GB with Stable Diffusion's decoder
+_ENCODING = ("encoder", "quant_conv")  # parts that latents depend on
+
+
+class Autoencoder:
+    """A frozen autoencoder: images in [-1, 1], posterior moments, and the scaled latents a DiT works in.
+
+    Encoding runs in `dtype`, decoding always in full float32; neither depends on the batch beyond float32 rounding.
+    Latents are (z - shift_factor) * scale_factor, of about unit variance.  [Rombach et al. 2022, D.1]
+    """
+
+    def __init__(
+        self, vae: "AutoencoderKL", spec: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"autoencoder dtype {dtype}: expected float32, bfloat16 or float16")
+        config = vae.config
+        self.spec = spec
+        self.scale_factor, self.shift_factor = float(config.scaling_factor), float(config.shift_factor or 0.0)
+        if not self.scale_factor > 0:
+            raise ValueError(f"autoencoder {spec}: scaling_factor {config.scaling_factor}, expected a number above 0")
+        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
+        self.latent_channels, self.image_channels = config.latent_channels, config.in_channels
+        self.device, self.dtype = torch.device(device), dtype
+        self._vae = vae.cpu().requires_grad_(False).eval()
+        for part in self._vae.children():
+            part.float()
+        weights = self._vae.state_dict()
+        self.sha256 = checkpoint.digest(weights)  # names and float32 content: whatever the file's format
+        encoding = {name: value for name, value in weights.items() if name.split(".")[0] in _ENCODING}
+        self.encoder_sha256 = checkpoint.digest(encoding)  # which fine-tuned decoders share
+        for name, part in self._vae.named_children():
+            part.to(self.device, dtype if name in _ENCODING else torch.float32)
+
+    @property
+    def module(self) -> "AutoencoderKL":
+        """The frozen network, as diffusers knows it."""
+        return self._vae
+
+    def facts(self) -> dict[str, Any]:
+        """What a cache of latents and a model trained on them must carry; JSON-able."""
+        names = ("spec", "sha256", "encoder_sha256", "scale_factor", "shift_factor", "downsampling", "latent_channels")
+        return {name: getattr(self, name) for name in names}
+
+    @torch.inference_mode()
+    def moments(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch moments latent_height latent_width"]:
+        """Posterior mean, then log-variance, of each latent value: float32, unscaled, on this autoencoder's device.
+
+        Raises ValueError for images it does not take.
+        """
+        channels, *size = images.shape[1:]
+        if channels != self.image_channels or any(side % self.downsampling for side in size):
+            raise ValueError(
+                f"images are {tuple(images.shape[1:])}: autoencoder {self.spec} takes {self.image_channels} channels and "
+                f"sides that are multiples of {self.downsampling}; crop to such a size"
+            )
+        with _full_float32():
+            parameters = self._vae.encode(images.to(self.device, self.dtype)).latent_dist.parameters
+        mean, log_variance = parameters.float().chunk(2, dim=1)
+        return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
+
+    @torch.inference_mode()
+    def decode(
+        self, latents: Float[Tensor, "batch latent_channels latent_height latent_width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Images in [-1, 1] of scaled latents, as many at once as fit.
+
+        Raises ValueError for latents of another number of channels.
+        """
+        if latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents have {latents.shape[1]} channels, autoencoder {self.spec} has {self.latent_channels}"
+            )
+        height, width = (side * self.downsampling for side in latents.shape[2:])
+        z = latents.to(self.device, torch.float32) / self.scale_factor + self.shift_factor
+        with _full_float32():
+            parts = [self._vae.decode(part).sample for part in z.split(max(1, _DECODED_PIXELS // (height * width)))]
+        return torch.cat(parts).clamp(-1, 1)
+
+
+def scaled_sample(
+    moments: Float[Tensor, "batch moments height width"],
+    noise: Float[Tensor, "batch latent_channels height width"],
+    scale_factor: float | int,
+    shift_factor: float | int = 0.0,
+) -> Float[Tensor, "batch latent_channels height width"]:
+    """Draw scaled latents from posteriors: (mean + std * noise - shift) * scale."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return (mean + torch.exp(0.5 * log_variance) * noise - shift_factor) * scale_factor
+
+
+def load_autoencoder(
+    spec: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """An `AutoencoderKL` from a local folder or the Hugging Face hub; where it lies in a subfolder `vae`, as in a
+    diffusers pipeline or a run of `triptych-dit autoencoder`, the folder above will do.
+
+    Weights are read as safetensors; a `.bin` only where there are none, and restricted to tensors. Raises ValueError or
+    OSError with one line for what cannot be used, ImportError without diffusers.
+    """
+    kind = import_autoencoder_kl()
+    with _quiet("diffusers"), _quiet("huggingface_hub"):
+        folder = _local(spec) if Path(spec).expanduser().exists() else _fetched(spec)
+        vae = _read(kind, spec, folder)
+    return Autoencoder(vae, spec, device=device, dtype=dtype)
+
+
+def import_autoencoder_kl() -> type["AutoencoderKL"]:
+    """diffusers' class. Raises ImportError with what to install."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError("latents need a package: pip install 'triptych-dit[latents]'") from error
+    return AutoencoderKL
+
+
+def _local(spec: str) -> Path:
+    folder = Path(spec).expanduser()
+    for candidate in (folder / "vae", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"autoencoder {spec}: no config.json there; expected a folder that diffusers' save_pretrained or "
+        "triptych-dit autoencoder wrote"
+    )
+
+
+def _fetched(spec: str) -> Path:
+    """Where the hub's cache holds config and weights, downloaded if need be."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    offline, reason = False, None
+    for subfolder in ("", "vae/"):  # the repository's own, or that of a pipeline
+        for weights in WEIGHTS:
+            try:
+                hf_hub_download(spec, subfolder + weights, local_files_only=offline)
+                return Path(hf_hub_download(spec, f"{subfolder}config.json", local_files_only=offline)).parent
+            except (OSError, ValueError, EntryNotFoundError) as error:
+                reason = reason or error
+                offline = offline or isinstance(error, LocalEntryNotFoundError)  # no further waiting for the network
+    raise OSError(
+        f"autoencoder {spec}: no such folder here, and not to be had from the Hugging Face hub ({_one_line(reason)}); "
+        "check name and network, or make one with triptych-dit autoencoder"
+    ) from reason
+
+
+def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderKL":
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"autoencoder {spec}: no {WEIGHTS[0]} beside {folder / 'config.json'}")
+    try:
+        name = kind.load_config(folder).get("_class_name")
+        if name != "AutoencoderKL":
+            raise ValueError(f"its config says {name}, expected AutoencoderKL")
+        vae, info = kind.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=found[0] == WEIGHTS[0],  # anything else diffusers reads with weights_only
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a foreign config or file brings about in diffusers
+        raise ValueError(f"autoencoder {spec}: cannot be read ({_one_line(error)})") from error
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise ValueError(f"autoencoder {spec}: weights do not fit its config ({wrong[0]} and {len(wrong) - 1} others)")
+    return vae
+
+
+def _one_line(error: Exception | None) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A library's own warnings would only repeat what is raised here."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _full_float32() -> AbstractContextManager[None]:
+    """GPUs round the inputs of float32 convolutions to 10 bits of mantissa (TF32) unless told otherwise."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -1,0 +1,219 @@
+"""Train a small autoencoder for latents: a variational `AutoencoderKL` of diffusers, on a data set in memory.
+
+The thesis takes Stable Diffusion's autoencoder; digits of 28 x 28 want one of their own. Its loss is a pixel distance
+and a KL divergence: no perceptual network, since the one there is for digits is what scores them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+from triptych_common import data, randomness
+from triptych_common.cli import echo
+from triptych_common.images import image_grid, to_uint8, write_png
+from triptych_common.parallel import Ranks, gradient_sync, process_group
+from triptych_common.progress import Progress
+from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.provenance import provenance
+from triptych_common.storage.run import RunDirectory
+from triptych_common.training import TrainState, steps
+
+from triptych_dit.autoencoder.config import AutoencoderTrainConfig
+from triptych_dit.autoencoder.model import WEIGHTS, Autoencoder, import_autoencoder_kl, load_autoencoder, scaled_sample
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+FOLDER = "vae"  # below the run's: where a diffusers pipeline has its own
+
+
+class Reconstruction(nn.Module):
+    """Autoencoder and loss in one forward pass, so that gradients of all of it are averaged over ranks."""
+
+    def __init__(self, vae: "AutoencoderKL") -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], noise: Float[Tensor, "batch latent_channels h w"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Mean squared error of a pixel after one draw from the posterior, and mean KL divergence of a latent value to
+        the standard normal, in nats.  [Kingma & Welling 2014]
+        """
+        posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+        reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.mse_loss(reconstruction, images), kl
+
+
+def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
+    """Train to the end, or resume, and write OUT/vae, OUT/autoencoder.json and OUT/reconstructions.png; returns where the
+    autoencoder is, its scale factor, and how held-out images come back.
+
+    Raises ValueError for a config that does not fit data, run directory or ranks, Interrupted after a signal.
+    """
+    train_set = data.load(config.data, "train")
+    check_fits(config, train_set)
+    with (
+        process_group(config.device) as ranks,
+        RunDirectory(config.out, config.identity(), is_main=ranks.is_main) as run,
+    ):
+        state = make_state(config, train_set, ranks)
+        losses_of = make_losses(config, state, train_set, ranks)
+        plan = steps(
+            state,
+            run,
+            total_samples=config.total_images,
+            batch_size=config.batch_size,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+        )
+        with Progress("training", config.total_images, "img", enabled=ranks.is_main) as progress:
+            for batch in plan:
+                error, kl = 0.0, 0.0
+                for counters, last in batch.micro_batches(config.micro_batch):
+                    share = len(counters) / len(batch.counters)
+                    with gradient_sync(state.parallel_model, last):
+                        error_here, kl_here = losses_of(counters)
+                        ((error_here + config.kl_weight * kl_here) * share).backward()
+                    error, kl = error + error_here.detach() * share, kl + kl_here.detach() * share
+                state.update(batch, {"mse": error, "kl": kl})
+                progress.at(state.samples_seen)
+        facts: dict[str, Any] = {}
+        if ranks.is_main:
+            facts = finish(config, state.ema.vae, train_set, ranks)
+            echo(f"autoencoder: {config.out / FOLDER}")
+        rows = run.metrics()
+    return {
+        "vae": str(config.out / FOLDER),
+        **facts,
+        "metrics": str(run.metrics_path),
+        "last": rows[-1] if rows else None,
+    }
+
+
+def check_fits(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> None:
+    """Raises ValueError unless the images' sides can be halved as often as the autoencoder does."""
+    height, width = dataset.images.shape[2:]
+    if height % config.downsampling or width % config.downsampling:
+        raise ValueError(
+            f"data set {dataset.name} has images of {height}x{width}, which {len(config.block_out_channels)} resolutions "
+            f"do not halve evenly; expected multiples of {config.downsampling}: use fewer --block-out-channels"
+        )
+
+
+def make_vae(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> "AutoencoderKL":
+    """A freshly initialised autoencoder for a data set's images."""
+    _, channels, height, width = dataset.images.shape
+    depth = len(config.block_out_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
+        return import_autoencoder_kl()(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_num_groups,
+            sample_size=max(height, width),
+            mid_block_add_attention=config.mid_block_attention,
+        )
+
+
+def make_state(config: AutoencoderTrainConfig, dataset: data.ImageDataset, ranks: Ranks) -> TrainState:
+    """The network, its average and AdamW."""
+    model = Reconstruction(make_vae(config, dataset)).to(ranks.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
+    )
+    return TrainState(
+        model,
+        optimizer,
+        ranks,
+        ema_half_life=config.ema_half_life_images,
+        ema_rampup=config.ema_rampup,
+        grad_clip=config.grad_clip,
+        learning_rate=config.learning_rate,
+    )
+
+
+def make_losses(
+    config: AutoencoderTrainConfig, state: TrainState, dataset: data.ImageDataset, ranks: Ranks
+) -> Callable[[range], tuple[Tensor, Tensor]]:
+    """Reconstruction error and KL divergence of given sample counters."""
+    shape = latent_shape(config, dataset)
+
+    def losses_of(counters: range) -> tuple[Tensor, Tensor]:
+        images = dataset.scaled(randomness.shuffled(config.seed, "order", counters, len(dataset)))
+        noise = randomness.normal(config.seed, "noise", counters, shape)
+        return state.parallel_model(images.to(ranks.device), noise.to(ranks.device))
+
+    return losses_of
+
+
+def latent_shape(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> tuple[int, int, int]:
+    height, width = dataset.images.shape[2:]
+    return config.latent_channels, height // config.downsampling, width // config.downsampling
+
+
+def finish(
+    config: AutoencoderTrainConfig, vae: "AutoencoderKL", dataset: data.ImageDataset, ranks: Ranks
+) -> dict[str, Any]:
+    """Set the scale factor, write the autoencoder, and see what comes back of held-out images.
+
+    The scale factor is 1 / the standard deviation of draws from the posteriors of training images, all values alike.
+    """
+    folder = config.out / FOLDER
+    raw = Autoencoder(vae, str(folder), device=ranks.device)
+    latents = draw_latents(raw, some_images(dataset, config.seed), config.seed) / raw.scale_factor
+    vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    write_vae(folder, vae)
+    autoencoder = load_autoencoder(str(folder), device=ranks.device)
+    held_out = data.load(config.data, "held_out")
+    images = some_images(held_out, config.seed)
+    back = autoencoder.decode(draw_latents(autoencoder, images, config.seed)).cpu()
+    write_png(config.out / "reconstructions.png", side_by_side(to_uint8(images), to_uint8(back)), scale=2)
+    facts = {
+        "autoencoder": autoencoder.facts(),
+        "latent_std": (latents.std(dim=(0, 2, 3)) * autoencoder.scale_factor).tolist(),
+        "held_out": {"images": len(images), "mse": float(F.mse_loss(back, images))},
+    }
+    write_json(config.out / "autoencoder.json", facts | provenance())
+    return facts
+
+
+def some_images(dataset: data.ImageDataset, seed: int) -> Float[Tensor, "images channels height width"]:
+    """Up to 1,000 images to measure on, in an order that mixes classes."""
+    return dataset.scaled(randomness.permutation(seed, "measured", 0, len(dataset))[:1000])
+
+
+def draw_latents(
+    autoencoder: Autoencoder, images: Float[Tensor, "images channels height width"], seed: int
+) -> Float[Tensor, "images latent_channels latent_height latent_width"]:
+    """Scaled latents: a draw from each image's posterior."""
+    moments = torch.cat([autoencoder.moments(part).cpu() for part in images.split(256)])
+    noise = randomness.normal(seed, "measuring", range(len(images)), (moments.shape[1] // 2, *moments.shape[2:]))
+    return scaled_sample(moments, noise, autoencoder.scale_factor, autoencoder.shift_factor)
+
+
+def write_vae(folder: Path, vae: "AutoencoderKL") -> None:
+    """Write a folder that diffusers opens; config.json comes last, so that where it is, weights are whole."""
+    with TemporaryDirectory() as temporary:
+        vae.save_pretrained(temporary)
+        for name in (WEIGHTS[0], "config.json"):
+            write_bytes(folder / name, (Path(temporary) / name).read_bytes())
+
+
+def side_by_side(
+    images: UInt8[Tensor, "n channels height width"], back: UInt8[Tensor, "n channels height width"], columns: int = 10
+) -> UInt8[Tensor, "channels grid_height grid_width"]:
+    """Three rows of images, each above its reconstructions."""
+    pairs = [part for i in range(0, 3 * columns, columns) for part in (images[i : i + columns], back[i : i + columns])]
+    return image_grid(torch.cat(pairs), columns)

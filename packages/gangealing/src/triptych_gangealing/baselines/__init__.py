@@ -1,0 +1,1 @@
+"""Alignment without a generator: what a learned alignment must beat."""

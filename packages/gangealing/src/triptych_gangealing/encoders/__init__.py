@@ -1,0 +1,1 @@
+"""Encoders and the perceptual distances made of them."""

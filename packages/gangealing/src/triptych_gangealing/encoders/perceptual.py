@@ -1,0 +1,271 @@
+"""Perceptual distances: how far apart two images are to a network that was trained for something else.
+
+All have one form: features of several layers, scaled to unit length at each of their pixels, whose squared differences are
+summed over channels, averaged over pixels and summed over layers.  [Zhang et al. 2018; thesis 4.3.1]
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from triptych_common.data.datasets import data_root
+from triptych_common.data.files import fetch
+from triptych_common.storage import checkpoint, foreign
+
+ENCODER_FILE, _KIND = "encoder.safetensors", "image encoder"
+VGG_FILE = "vgg16-397923af.pth"
+VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
+SSL_VGG_URL = "http://efrosgans.eecs.berkeley.edu/gangealing/pretrained/simclr_vgg_phase150.pt"
+SSL_DIVISOR = 18.0  # of sums without heads, which are that much larger than LPIPS's  [the released GANgealing]
+EPSILON = 1e-10
+
+Images = Float[Tensor, "n 3 height width"]
+Features = tuple[Float[Tensor, "n _channels _height _width"], ...]
+
+
+class PerceptualDistance(nn.Module):
+    """A frozen network's distance between images in [-1, 1], for each pair of them; differentiable in both.
+
+    trunk: images to feature maps; it has a `least` size. heads: weights of each map's channels; by default all 1, for networks
+    whose features nobody has weighted. shift, scale: of the colours, before the trunk sees them.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        heads: Sequence[Float[Tensor, " _channels"]] | None = None,
+        divisor: float | int = 1.0,
+        shift: Sequence[float] = (0.0, 0.0, 0.0),
+        scale: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.trunk, self.divisor = trunk, divisor
+        self.register_buffer("shift", torch.tensor(shift)[:, None, None])
+        self.register_buffer("scale", torch.tensor(scale)[:, None, None])
+        self.heads = None if heads is None else nn.ParameterList([head[:, None, None] for head in heads])
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PerceptualDistance":
+        """Stays as it is: part of what is trained with it, but never trained."""
+        return super().train(False)
+
+    def features(self, images: Tensor) -> Features:
+        """Feature maps of images (n, 3, height, width), of length 1 at every pixel.
+
+        Raises ValueError for images of another shape, or too small.
+        """
+        least = self.trunk.least
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
+            raise ValueError(
+                f"images {tuple(images.shape)}: expected (n, 3, height, width) of at least {least}x{least}"
+            )
+        return tuple(unit_length(x) for x in self.trunk((images - self.shift) / self.scale))
+
+    def between(self, a: Features, b: Features) -> Float[Tensor, " n"]:
+        """Distance of each pair of images whose `features` these are."""
+        total = torch.zeros((), dtype=a[0].dtype, device=a[0].device)
+        for i, (here, there) in enumerate(zip(a, b, strict=True)):
+            squares = (here - there).square()
+            total = total + (squares if self.heads is None else squares * self.heads[i]).sum(1).mean((1, 2))
+        return total / self.divisor
+
+    def forward(self, a: Tensor, b: Tensor) -> Float[Tensor, " n"]:
+        """Of images (n, 3, height, width) to as many others. Raises ValueError as `features`, and for images of two shapes."""
+        if a.shape != b.shape:
+            raise ValueError(f"images {tuple(a.shape)} and {tuple(b.shape)}: expected two of one shape")
+        return self.between(self.features(a), self.features(b))
+
+
+def unit_length(x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n channels height width"]:
+    """Features over their length at each pixel.
+
+    The epsilon is inside the root: added to it, features of which no square is above 0 would have no finite gradient, which a ReLU
+    behind them hides only where they are exactly 0.
+    """
+    return x * (x.square().sum(1, keepdim=True) + EPSILON).rsqrt()
+
+
+def open_distance(
+    name: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> PerceptualDistance:
+    """A distance by name: "lpips", "ssl-vgg", or "simclr:PATH", of an encoder's file or of the run folder that has it.
+
+    weights: of VGG-16, as torchvision has them; LPIPS alone has published ones to fetch, which are kept in `$TRIPTYCH_DATA/vgg`.
+    Raises ValueError for another name or a file that holds something else, FileNotFoundError for an absent one, ImportError where
+    LPIPS lacks its package.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "simclr" and path:
+        distance = PerceptualDistance(read_encoder(Path(path)).encoder, divisor=SSL_DIVISOR)
+    elif name == "lpips":
+        heads = lpips_heads()
+        distance = PerceptualDistance(read_vgg(Path(weights) if weights else published_vgg()), heads=heads, **_IMAGENET)
+    elif name == "ssl-vgg":
+        if weights is None:
+            raise ValueError(
+                f"ssl-vgg: has no weights; fetch {SSL_VGG_URL}, whose licence is its authors', and pass its path as weights"
+            )
+        distance = PerceptualDistance(read_vgg(Path(weights)), divisor=SSL_DIVISOR, **_IMAGENET)
+    else:
+        raise ValueError(f"perceptual distance {name!r}: expected lpips, ssl-vgg, or simclr:PATH of an encoder")
+    return distance.to(device)
+
+
+# --- VGG-16
+
+_IMAGENET: dict[str, Any] = {"shift": (-0.030, -0.088, -0.188), "scale": (0.458, 0.448, 0.450)}  # as LPIPS rounds them
+_BLOCKS = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)  # convolutions, channels
+
+
+class Vgg16(nn.Sequential):
+    """Images to relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3; parameters are named as in torchvision's `vgg16().features`."""
+
+    least = 16
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        before = 3
+        for convolutions, channels in _BLOCKS:
+            layers += [nn.MaxPool2d(2)] if layers else []
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU(inplace=True)]
+                before = channels
+        super().__init__(*layers)
+
+    def forward(self, images: Images) -> Features:
+        levels, x = [], images
+        for layer in self:
+            if isinstance(layer, nn.MaxPool2d):
+                levels.append(x)
+            x = layer(x)
+        return (*levels, x)
+
+
+def read_vgg(path: Path) -> Vgg16:
+    """VGG-16's convolutions out of torchvision's `vgg16` or its `features` alone.
+
+    Raises FileNotFoundError where there is no such file, ValueError, one line, for one that would run code or holds other weights.
+    """
+    content = foreign.read(path)
+    network = Vgg16()
+    wanted = network.state_dict()
+    given = content if isinstance(content, Mapping) else {}
+    tensors = {str(name).removeprefix("features."): value for name, value in given.items()}
+    for name, value in wanted.items():
+        shape = tuple(getattr(tensors.get(name), "shape", ()))
+        if shape != tuple(value.shape):
+            raise ValueError(
+                f"{path}: {name} is {shape or 'absent'}, expected {tuple(value.shape)}, as in torchvision's vgg16 or its features"
+            )
+    network.load_state_dict({name: tensors[name] for name in wanted})
+    return network
+
+
+def published_vgg() -> Path:
+    """torchvision's file, from its own cache, from `$TRIPTYCH_DATA/vgg`, or downloaded there.
+
+    Raises FileNotFoundError where it cannot be fetched, ValueError for another file in its place.
+    """
+    theirs, ours = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE, data_root() / "vgg" / VGG_FILE
+    path = theirs if theirs.exists() and not ours.exists() else ours
+    fetch(
+        "VGG-16 for LPIPS",
+        VGG_URL,
+        path,
+        "put the file there, pass its path as weights, or train an encoder of your own",
+    )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not VGG_FILE.removeprefix("vgg16-").startswith(found[:8]):  # torchvision names files by their hash
+        raise ValueError(f"{path}: SHA-256 {found[:8]} is not that of its name; delete the file and repeat the command")
+    return path
+
+
+def lpips_heads() -> list[Tensor]:
+    """LPIPS's weights of VGG's channels, version 0.1, from the package `lpips`. Raises ImportError where that is missing."""
+    package = find_spec("lpips")
+    if package is None:
+        raise ImportError(
+            "LPIPS needs a package: pip install 'triptych-gangealing[lpips]'; or use ssl-vgg or simclr:PATH"
+        )
+    tensors = foreign.read(Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth")
+    return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(_BLOCKS))]
+
+
+# --- our own encoder
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """widths: channels of each stage; a stage has half the resolution of the one before, the first that of the images.
+    compared: so many stages, the last, give the features; those before see little but colours.
+    """
+
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    compared: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths {self.widths}: expected at least one stage, each of at least 1 channel")
+        if not 1 <= self.compared <= len(self.widths):
+            raise ValueError(f"compared {self.compared}: expected 1 to {len(self.widths)}, the stages there are")
+
+
+class Encoder(nn.Module):
+    """Images in [-1, 1] to feature maps of the last stages; `simclr` trains it."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config, self.least = config, 2 ** (len(config.widths) - 1)
+        stages, before = [], 3
+        for i, width in enumerate(config.widths):
+            layers: list[nn.Module] = [nn.AvgPool2d(2)] if i else []
+            for _ in range(2 if i else 1):  # one at full resolution is as much work as four below
+                layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                before = width
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, images: Images) -> Features:
+        levels, x = [], images
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        return tuple(levels[-self.config.compared :])
+
+
+class ReadEncoder(NamedTuple):
+    """An encoder from a file, for evaluation, and the facts of its making."""
+
+    encoder: Encoder
+    facts: dict[str, Any]
+
+
+def write_encoder(path: Path, encoder: Encoder, facts: Mapping[str, Any]) -> None:
+    """Write an encoder, atomically. Raises OSError when the disk refuses."""
+    checkpoint.write(path, encoder.state_dict(), {**facts, "kind": _KIND, "config": asdict(encoder.config)})
+
+
+def read_encoder(path: Path) -> ReadEncoder:
+    """An encoder from its file, or from the run folder that has it, on the CPU.
+
+    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
+    """
+    file = path / ENCODER_FILE if path.is_dir() else path
+    tensors, facts = checkpoint.read(file)
+    if facts.get("kind") != _KIND:
+        raise ValueError(f"{file}: holds no encoder; expected {ENCODER_FILE} of a train-encoder run")
+    try:
+        encoder = Encoder(EncoderConfig(**{**facts["config"], "widths": tuple(facts["config"]["widths"])}))
+        encoder.load_state_dict(tensors)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: its weights do not fit its own config; make or fetch it again") from error
+    rest = {name: value for name, value in facts.items() if name not in ("kind", "config")}
+    return ReadEncoder(encoder.requires_grad_(False).eval(), rest)

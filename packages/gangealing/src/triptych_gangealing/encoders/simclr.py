@@ -1,0 +1,297 @@
+"""Train a small encoder on a generator's own samples, without labels: SimCLR.  [Chen et al. 2020]
+
+Two views of a sample are to be found alike, views of different samples apart. Views differ in colour, polarity, blur and a
+slight crop; they are never rotated, mirrored or moved far, since that is what the encoder must see when it judges an alignment.
+
+What is compared are the feature maps, as `PerceptualDistance` compares them, not projections of their mean: such a head would
+forget where things lie, and take over the blindness to colours that the maps themselves are to learn.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.images import from_uint8
+from triptych_common.memory import keep_freed_memory
+from triptych_common.parallel import Ranks, process_group
+from triptych_common.progress import Progress
+from triptych_common.randomness import generator as source_of
+from triptych_common.randomness import normal, shuffled, uniform
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
+from triptych_common.training import TrainState, steps
+
+from triptych_gangealing.encoders.perceptual import (
+    ENCODER_FILE,
+    Encoder,
+    EncoderConfig,
+    read_encoder,
+    unit_length,
+    write_encoder,
+)
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.snapshots import sample_images
+
+MAX_BLUR = 1 / 32  # standard deviation, of the image's height
+
+Images = Float[Tensor, "n 3 height width"]
+
+
+@dataclass(frozen=True)
+class EncoderTrainConfig(CommonOptions):
+    """Train a small encoder by SimCLR on a generator's samples. Repeating the command resumes it."""
+
+    out: Path = Path("runs/encoder")
+    """run directory"""
+    generator: str = "digits32"
+    """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
+    truncation_psi: float = 1.0
+    """below 1, the samples' styles are drawn towards their mean"""
+    pool_images: int = 8_000
+    """different samples; the views of each are new every time"""
+    total_images: int = 16_000
+    """samples to show, repeats counted, each in two views"""
+    batch_size: int = 64
+    """samples per step: each view is told from the 2 (batch_size - 1) of the others"""
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    """channels of each stage, which has half the resolution of the one before"""
+    compared: int = 2
+    """so many stages, the last, whose feature maps are compared, in training and after"""
+    temperature: float = 0.2
+    """of the softmax over views"""
+    crop_scale: float = 0.8
+    """least share of a sample's area that a view shows; 1: all. The encoder is to tell places and sizes apart, so little less"""
+    recolour: float = 0.8
+    """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
+    gray: float = 0.2
+    """share of the recoloured ones that become gray"""
+    blur: float = 0.5
+    """share of views that are blurred, by at most 1/32 of the height"""
+    lr: float = 0.002
+    """AdamW's peak learning rate, after a rise over the first twentieth of the samples; then it falls as a cosine, to 0"""
+    weight_decay: float = 0.01
+    """AdamW's"""
+    log_every: int = 25
+    """steps between rows of metrics.jsonl"""
+    checkpoint_every: int = 100
+    """steps between checkpoints"""
+    tensorboard: bool = False
+    """write TensorBoard events too (extra: tensorboard)"""
+
+    def __post_init__(self) -> None:
+        positive = "total_images", "temperature", "lr", "log_every", "checkpoint_every"
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
+        for name in ("recolour", "gray", "blur"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number in 0..1")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale {self.crop_scale}: expected a share of the area, above 0 and at most 1")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay {self.weight_decay}: expected a number of at least 0")
+        if not 2 <= self.batch_size <= self.pool_images:
+            raise ValueError(
+                f"batch_size {self.batch_size}: expected 2 to {self.pool_images} (pool_images), so that there are others"
+            )
+        self.encoder()
+
+    def encoder(self) -> EncoderConfig:
+        """Shape of the network."""
+        return EncoderConfig(tuple(self.widths), self.compared)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: all but where it is written, where it runs, and how the generator's file is called."""
+        free = {"out", "device", "json", "dry_run", "tensorboard", "generator"}
+        return {key: value for key, value in asdict(self).items() if key not in free}
+
+    def learning_rate(self, images: int) -> float:
+        """Of a step, by samples seen before it."""
+        rise = min((images + self.batch_size) / (self.total_images / 20), 1)
+        return self.lr * rise * math.cos(images / self.total_images * math.pi / 2) ** 2
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints."""
+        return {
+            "config": asdict(self) | {"out": str(self.out)},
+            "parameters": sum(p.numel() for p in Encoder(self.encoder()).parameters()),
+            "steps": math.ceil(self.total_images / self.batch_size),
+        }
+
+
+def nt_xent(
+    first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], temperature: float | int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Normalised temperature-scaled cross-entropy of finding each view's other view among all 2n - 1, by cosine; and the share
+    of views whose nearest is the right one.  [Chen et al. 2020, eq. 1]
+    """
+    z = F.normalize(torch.cat([first, second]))
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(itself, -math.inf)
+    other = torch.arange(len(z), device=z.device).roll(len(first))
+    return F.cross_entropy(logits, other), (logits.argmax(1) == other).to(z.dtype).mean()
+
+
+def contrast_maps(
+    encoder: nn.Module, first: Images, second: Images, temperature: float | int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
+    images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
+    maps = [unit_length(x).flatten(1).chunk(2) for x in encoder(images)]
+    losses, found = zip(*(nt_xent(*pair, temperature) for pair in maps), strict=True)
+    return torch.stack(losses).mean(), torch.stack(found).mean()
+
+
+def make_views(
+    images: Float[Tensor, "n 3 height width"], config: EncoderTrainConfig, indices: Sequence[int]
+) -> Float[Tensor, "n 3 height width"]:
+    """A view of each image: a crop resized, blurred, recoloured. What is drawn is a function of (seed, index) alone."""
+
+    def draw(quantity: str) -> Tensor:
+        return uniform(config.seed, f"simclr/{quantity}", indices).to(images)
+
+    def choose(quantity: str, share: float) -> Tensor:
+        return draw(f"whether {quantity}") < share
+
+    height, width = images.shape[-2:]
+    side = (1 - (1 - config.crop_scale) * draw("crop")).sqrt()
+    blur_px = torch.where(choose("blur", config.blur), draw("blur") * MAX_BLUR * height, 0)
+    rows = _resampling(height, side, draw("top"), blur_px)
+    columns = _resampling(width, side, draw("left"), blur_px)
+    views = rows[:, None] @ images @ columns[:, None].mT
+
+    drawn = normal(config.seed, "simclr/colours", indices, (3, 4)).to(images)
+    mix, place = drawn[:, :, :3], torch.special.ndtr(drawn[:, :, 3]) * 2 - 1
+    gray = choose("gray", config.gray)[:, None]
+    mix, place = torch.where(gray[:, None], mix[:, :1], mix), torch.where(gray, place[:, :1], place)
+    changed = choose("recolour", config.recolour)[:, None, None, None]
+    return torch.where(changed, recoloured(views, mix, 0.3 + 0.7 * draw("contrast"), place), views)
+
+
+def _resampling(
+    size: int, side: Float[Tensor, " n"], place: Float[Tensor, " n"], blur_px: Float[Tensor, " n"]
+) -> Float[Tensor, "n size size"]:
+    """Matrices from the pixels of a line to those of a stretch of it, `side` of its length, enlarged linearly, then blurred.
+
+    place: 0 (at the line's beginning) .. 1 (at its end).
+    """
+    pixels = torch.arange(size, device=side.device, dtype=side.dtype)
+    start = place * (1 - side) * size
+    at = (start[:, None] + (pixels + 0.5) * side[:, None] - 0.5).clamp(0, size - 1)
+    linear = (1 - (at[:, :, None] - pixels).abs()).clamp_min(0)
+    distances = (pixels[:, None] - pixels) / blur_px.clamp_min(0.05)[:, None, None]
+    return torch.softmax(-distances.square() / 2, dim=2) @ linear
+
+
+def recoloured(
+    images: Images, mix: Float[Tensor, "n 3 3"], contrast: Float[Tensor, " n"], place: Float[Tensor, "n 3"]
+) -> Images:
+    """Colours mapped by `mix`, then each channel moved, and all together scaled, into [-1, 1].
+
+    contrast: share of it that the channel with the widest span takes; place: of each channel, from -1, as dark as it can be, to 1.
+    """
+    mixed = torch.einsum("nij,njhw->nihw", mix, images)
+    low, high = mixed.amin((2, 3)), mixed.amax((2, 3))
+    gain = contrast / ((high - low).amax(1) / 2).clamp_min(1e-3)
+    room = 1 - (high - low) / 2 * gain[:, None]
+    offset = place * room - (high + low) / 2 * gain[:, None]
+    return mixed * gain[:, None, None, None] + offset[:, :, None, None]
+
+
+def run(config: EncoderTrainConfig) -> dict[str, Any]:
+    """Train as the config says, or resume; returns where the encoder is and the last metrics.
+
+    Raises ValueError or OSError for what is no generator, and as `train_encoder`.
+    """
+    from triptych_gangealing.stylegan2.interop import load_generator
+
+    train_encoder(load_generator(config.generator), config)
+    rows = RunDirectory(config.out, {}).metrics()
+    path = config.out / ENCODER_FILE
+    echo(f"encoder: {path}")
+    return {"encoder": str(path), "metrics": str(config.out / "metrics.jsonl"), "last": rows[-1] if rows else None}
+
+
+def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
+    """An encoder trained on the generator's samples, frozen, on the CPU, as `config.out` has it too, where a run can be resumed.
+
+    The generator is moved to the config's device. Raises ValueError for a run directory with another config or generator, images
+    too small, or several ranks: what an image is told from must be in one place. Interrupted after a signal.
+    """
+    keep_freed_memory()
+    shape = generator.config.image_channels, generator.config.resolution
+    least = Encoder(config.encoder()).least
+    if shape[0] != 3 or shape[1] < least:
+        raise ValueError(
+            f"images of {shape[0]} x {shape[1]} x {shape[1]}: expected 3 channels, and at least {least} pixels for "
+            f"{len(config.widths)} stages (widths)"
+        )
+    origin = {"generator_sha256": checkpoint.digest(generator.state_dict())}
+    with process_group(config.device) as ranks:
+        if ranks.world_size > 1:
+            raise ValueError(
+                f"{ranks.world_size} ranks: the encoder is trained by one process; start it without torchrun"
+            )
+        with RunDirectory(config.out, config.identity() | origin, tensorboard=config.tensorboard) as directory:
+            if not (config.out / ENCODER_FILE).exists():
+                pool = sample_images(
+                    generator.to(ranks.device), range(config.pool_images), seed=config.seed,
+                    truncation_psi=config.truncation_psi,
+                )  # fmt: skip
+                encoder = make_encoder(config)
+                fit(config, directory, pool, ranks, encoder)
+                write_encoder(config.out / ENCODER_FILE, encoder, {**origin, "trained": config.identity()})
+    return read_encoder(config.out).encoder
+
+
+def make_encoder(config: EncoderTrainConfig) -> Encoder:
+    """As it is before training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source_of(config.seed, "simclr/init").initial_seed())
+        return Encoder(config.encoder())
+
+
+def fit(
+    config: EncoderTrainConfig,
+    directory: RunDirectory,
+    pool: UInt8[Tensor, "n 3 height width"],
+    ranks: Ranks,
+    network: nn.Module,
+    *,
+    views: Callable[[Images, EncoderTrainConfig, list[int]], Images] | None = None,
+    contrast: Callable[[nn.Module, Images, Images, float], tuple[Tensor, Tensor]] = contrast_maps,
+) -> None:
+    """Train a network on views of the images of a pool, from wherever the run directory stands; frozen in the end.
+
+    views: what makes them, by default `make_views`. contrast: its loss of two views, and the share of views found.
+    """
+    views = make_views if views is None else views
+    network.to(ranks.device, memory_format=torch.channels_last)
+    state = TrainState(
+        network,
+        torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
+        ranks,
+        ema_half_life=config.batch_size,  # unused: the learning rate ends at 0
+        learning_rate=config.learning_rate,
+    )
+    plan = steps(
+        state, directory, total_samples=config.total_images, batch_size=config.batch_size,
+        checkpoint_every=config.checkpoint_every, log_every=config.log_every,
+    )  # fmt: skip
+    with Progress("training", config.total_images, "img") as progress:
+        for batch in plan:
+            drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
+            images = from_uint8(pool[drawn].to(ranks.device))
+            both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
+            loss, found = contrast(state.parallel_model, *both, config.temperature)
+            loss.backward()
+            state.update(batch, {"loss": loss, "found": found})
+            progress.at(state.samples_seen)
+    network.requires_grad_(False).eval()

@@ -1,0 +1,251 @@
+"""Commands that use an aligner on people's own pictures: align a folder, average it, draw on all of it, match two of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import interpolate
+from triptych_common.cli import echo
+from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
+from triptych_common.storage.atomic import write_bytes, write_text
+
+from triptych_gangealing.align_config import (
+    AlignConfig,
+    AverageConfig,
+    CorrespondConfig,
+    FolderOptions,
+    PropagateConfig,
+)
+from triptych_gangealing.aligner import Aligner, Alignment
+from triptych_gangealing.correspondence import middle_points, transfer
+from triptych_gangealing.edit import RunningAverage, as_edit, propagate
+from triptych_gangealing.figures import matches_figure
+from triptych_gangealing.pictures import Folder, align_folder, align_pictures, read_picture, warped
+from triptych_gangealing.warp import Warp, to_normalised, to_pixels
+
+SHOWN = 10  # pictures in rows of a grid
+CELL_PX = 96  # of them
+FARTHEST_PX = 1e6  # from a picture's corner that a point may be: beyond any picture, and exact enough in float32
+
+
+def align(config: AlignConfig) -> dict[str, Any]:
+    """Write aligned pictures, a grid of some before and after, and where each pixel of the corners comes from.
+
+    Raises ValueError or OSError for what is no aligner, or a folder none of whose pictures can be read.
+    """
+    aligner, options = config.open()
+    size, padding = config.shown(aligner)
+    folder, found = _aligned(aligner, config, options)
+    averages, rows, cells = Averages(heads=aligner.config.heads), [], []
+    for i, picture in folder.again():
+        warp = found.warp.select([i])
+        image = warped(picture, warp, size, padding)
+        png = folder.seen[i].png
+        write_png(config.out / "aligned" / png, to_uint8(image)[0])
+        averages.add(int(found.cluster[i]), image, warp)
+        if len(cells) < SHOWN:
+            cells.append((_cell(picture.values()), _cell(from_uint8(to_uint8(image)))))
+        row = {
+            "picture": picture.name,
+            "aligned": png,
+            "cluster": int(found.cluster[i]),
+            "flipped": bool(found.flipped[i]),
+            "roughness": float(found.roughness[i]),
+            "corners": to_pixels(_corners(found, i), picture.size).tolist(),
+        }
+        rows.append(json.dumps(row) + "\n")
+    write_text(config.out / "alignment.jsonl", "".join(rows))
+    columns = [torch.cat(cell) for cell in zip(*cells, strict=True)]  # before above after
+    write_png(config.out / "grid.png", image_grid(to_uint8(torch.cat(columns)), columns=len(cells)))
+    files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
+    paths = {name: str(config.out / file) for name, file in files.items()}
+    return _told(paths | averages.write(config.out)) | {"pictures": len(rows)}
+
+
+def write_average(config: AverageConfig) -> dict[str, Any]:
+    """Write the average aligned picture of each cluster, of its smoothest flows where not all are kept.
+
+    Raises ValueError for a part of what a transformer without flow aligned, else as `align`.
+    """
+    aligner, options = config.open()
+    if config.keep < 1 and aligner.transformer.flow is None:
+        raise ValueError(
+            f"keep {config.keep}: a transformer without flow has no measure of which fit; leave --keep out, or pass 1"
+        )
+    size, padding = config.shown(aligner)
+    folder, found = _aligned(aligner, config, options)
+    kept = smoothest(found, config.keep)
+    averages = Averages(heads=aligner.config.heads)
+    for i, picture in folder.again():
+        if i in kept:
+            warp = found.warp.select([i])
+            averages.add(int(found.cluster[i]), warped(picture, warp, size, padding), warp)
+    return _told(averages.write(config.out))
+
+
+def smoothest(found: Alignment, share: float) -> set[int]:
+    """Of each cluster this share of the pictures, at least one: those with the smoothest flows."""
+    kept: set[int] = set()
+    for cluster in found.cluster.unique():
+        here = (found.cluster == cluster).nonzero().flatten()
+        best = found.roughness[here].argsort(stable=True)[: max(1, round(share * len(here)))]
+        kept.update(here[best].tolist())
+    return kept
+
+
+def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
+    """Write every picture with the edit laid over it, or where the points are in each.
+
+    Raises ValueError for an edit of another size than the average picture, else as `align`.
+    """
+    if (config.edit is None) == (config.points is None):
+        raise ValueError("propagate: expected one of --edit PICTURE and --points FILE")
+    aligner, options = config.open()
+    size = config.size or aligner.config.input_size
+    if not 0 <= config.cluster < aligner.config.heads:
+        raise ValueError(f"cluster {config.cluster}: expected 0 to {aligner.config.heads - 1}")
+    edit = None if config.edit is None else _read_edit(config.edit, size)
+    points = None if config.points is None else _read_points(config.points)
+    folder, found = _aligned(aligner, config, options)
+    here = (found.cluster == config.cluster).nonzero().flatten().tolist()
+    if not here:
+        raise ValueError(
+            f"cluster {config.cluster}: none of {len(found.cluster):,} pictures is of it; average says which are"
+        )
+    if edit is not None:
+        return _edited(config.out / "pictures", edit, set(here), folder, found)
+    places = {}
+    for i in here:
+        seen, mapped = folder.seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
+        places[seen.name] = {
+            "points": to_pixels(mapped.points, seen.size)[0].tolist(),
+            "inside": mapped.inside[0].tolist(),
+        }
+    write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
+    return _told({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
+
+
+def _edited(
+    out: Path, edit: Float[Tensor, "4 size size"], here: set[int], folder: Folder, found: Alignment
+) -> dict[str, Any]:
+    edited = 0
+    for i, picture in folder.again():
+        image = picture.values()
+        if i in here:
+            image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
+        write_png(out / folder.seen[i].png, to_uint8(image)[0])
+    return _told({"pictures": str(out)}) | {"edited": edited}
+
+
+def correspond(config: CorrespondConfig) -> dict[str, Any]:
+    """Write where points of the source are in the target, and a picture of it.
+
+    Raises ValueError for pictures of different clusters, else as `align`.
+    """
+    aligner, options = config.open()
+    source, target = read_picture(config.source), read_picture(config.target)
+    here, there = (align_pictures(aligner, [picture], **options) for picture in (source, target))
+    if config.points is None:
+        start = here.warp.map_points(middle_points(config.spacing))
+        points = to_pixels(start.points, source.size)[:, start.inside[0]]
+    else:
+        points = _read_points(config.points)
+    found = transfer(here, there, points, source.size, target.size)
+    matches = {
+        "source": str(config.source),
+        "target": str(config.target),
+        "source_points": points[0].tolist(),
+        "target_points": found.points[0].tolist(),
+        "reliable": found.reliable[0].tolist(),
+    }
+    write_text(config.out / "matches.json", json.dumps(matches, indent=1, allow_nan=False))
+    reliable = found.reliable[0]
+    ends = points[0, reliable], found.points[0, reliable]
+    picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
+    write_bytes(config.out / "matches.png", picture)
+    return _told({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
+
+
+class Averages:
+    """The average aligned picture of each cluster, as pictures come; `average.png`, or one for each cluster of several heads."""
+
+    def __init__(self, *, heads: int) -> None:
+        self.heads, self.of = heads, dict[int, RunningAverage]()
+
+    def add(self, cluster: int, aligned: Float[Tensor, "1 3 size size"], warp: Warp) -> None:
+        """One more picture, and the warp that shows it."""
+        inside = warp.inside((aligned.shape[2], aligned.shape[3]))
+        self.of.setdefault(cluster, RunningAverage()).add(aligned, inside)
+
+    def write(self, out: Path) -> dict[str, str]:
+        """Files by name."""
+        files = {}
+        for cluster, average in sorted(self.of.items()):
+            name = "average" if self.heads == 1 else f"average-{cluster}"
+            write_png(out / f"{name}.png", to_uint8(average.result()))
+            files[name] = str(out / f"{name}.png")
+        return files
+
+
+def _cell(image: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side side"]:
+    return interpolate(image, (CELL_PX, CELL_PX), mode="bilinear", antialias=True)
+
+
+def _aligned(aligner: Aligner, config: FolderOptions, options: dict[str, Any]) -> tuple[Folder, Alignment]:
+    folder = Folder(config.images, config.limit)
+    found = align_folder(aligner, folder, **options)
+    return folder, found
+
+
+def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
+    import numpy as np
+    from PIL import Image
+
+    if not path.is_file():
+        raise FileNotFoundError(f"edit {path}: no such picture; expected an RGBA one such as PNG, drawn on the average")
+    try:
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
+    except Exception as error:  # of a damaged file, decoders raise anything
+        raise ValueError(
+            f"edit {path}: no picture, or cut short ({' '.join(str(error).split())}); expected RGBA such as PNG: save it again"
+        ) from error
+    if pixels.shape[1:] != (size, size):
+        height, width = pixels.shape[1:]
+        raise ValueError(
+            f"{path}: {width}x{height} pixels, expected {size}x{size} as the average picture; draw on that, or pass "
+            f"--size {max(height, width)} to both commands"
+        )
+    return as_edit(pixels)
+
+
+def _read_points(path: Path) -> Float[Tensor, "1 k 2"]:
+    if not path.is_file():
+        raise FileNotFoundError(f"points {path}: no such file; expected a JSON list of [x, y]")
+    try:
+        points = torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a JSON list of [x, y]") from error
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        raise ValueError(f"{path}: expected a JSON list of [x, y], found shape {tuple(points.shape)}")
+    wrong = ~(points.abs() <= FARTHEST_PX).all(1)  # NaN too
+    if bool(wrong.any()):
+        number = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{path}: point {number} is {points[number].tolist()}, expected finite pixels of a picture; correct it, or leave it out"
+        )
+    return points[None]
+
+
+def _corners(found: Alignment, index: int) -> Float[Tensor, "4 2"]:
+    corners = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]])
+    return found.warp.select([index]).map_points(corners).points[0]
+
+
+def _told(files: dict[str, str]) -> dict[str, Any]:
+    for name, path in files.items():
+        echo(f"{name}: {path}")
+    return files

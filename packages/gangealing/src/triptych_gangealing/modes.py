@@ -1,0 +1,173 @@
+"""The target of an alignment: a learned point c of the generator's W space, and what an image shares with it.
+
+c moves along a few principal directions of W only, which keeps its image a likely one.  [thesis 4.3.1, equation 4.4]
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from triptych_common import randomness
+from triptych_common.storage import checkpoint
+
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.snapshots import classes_of
+
+CHUNK = 4096  # latents drawn from one generator: part of what a seed means
+FITTED = 32_768  # styles that the decomposition takes in at once: 128 MiB in float64 at 512 dimensions
+RECIPE = 1  # of the samples and their decomposition: up with any change to them
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Principal directions of W: unit vectors, the one along which styles spread most first.
+
+    deviations: how far styles spread along each, one standard deviation.
+    """
+
+    mean: Float[Tensor, " w"]
+    components: Float[Tensor, "N w"]
+    deviations: Float[Tensor, " N"]
+
+    def coefficients(self, w: Float[Tensor, "*batch w"]) -> Float[Tensor, "*batch N"]:
+        """alpha of the point nearest to each style that `mean + alpha components` reaches."""
+        return (w - self.mean) @ self.components.T
+
+    def first(self, count: int) -> "Directions":
+        """Those along which styles spread most. Raises ValueError for more than there are."""
+        if not 0 <= count <= len(self.components):
+            raise ValueError(f"{count} principal directions: expected 0 to {len(self.components)}, as many as W has")
+        return Directions(self.mean, self.components[:count], self.deviations[:count])
+
+
+def pca(generator: Generator, n_samples: int, count: int, seed: int = 0, *, folder: Path | None = None) -> Directions:
+    """Mean and `count` principal directions of W, of `n_samples` styles that the mapping network draws; on the CPU, float32.
+
+    Exact: every direction is kept until all samples are seen (scikit-learn's IncrementalPCA in float64). A conditional
+    generator's classes come in turn. folder: where results are kept, named after the mapping network's weights, the number of
+    samples and the seed; one file serves every `count`. Of several processes, one must have returned before others ask.
+
+    Raises ValueError for more directions than W or the samples have, ImportError without scikit-learn, OSError where `folder`
+    cannot be written.
+    """
+    limit = min(generator.config.w_dim, n_samples - 1)
+    if not 0 <= count <= limit:
+        raise ValueError(
+            f"{count} principal directions of {n_samples} samples: expected 0 to {max(limit, 0)}; W has "
+            f"{generator.config.w_dim} dimensions, and samples must outnumber directions"
+        )
+    if folder is None:
+        return _fit(generator, n_samples, seed).first(count)
+    key = _key(generator, n_samples, seed)
+    path = folder / f"pca-{key[:16]}.safetensors"
+    kept = _read(path, key)
+    if kept is None:
+        kept = _fit(generator, n_samples, seed)
+        tensors = {"mean": kept.mean, "components": kept.components, "deviations": kept.deviations}
+        checkpoint.write(path, tensors, {"kind": "PCA of W", "key": key, "n_samples": n_samples, "seed": seed})
+    return kept.first(count)
+
+
+class Mode(nn.Module):
+    """K learned points of W: c_k = origin_k + alpha_k components, which start at the mean.
+
+    `alpha` alone is learned. `begin` starts elsewhere. handicap: logarithms of what each mode's distances are multiplied by where
+    images choose among modes, 0 unless `even_out` is called.
+    """
+
+    def __init__(self, directions: Directions, modes: int = 1) -> None:
+        super().__init__()
+        if modes < 1:
+            raise ValueError(f"{modes} modes: expected at least 1")
+        self.register_buffer("origins", directions.mean.repeat(modes, 1))
+        self.register_buffer("components", directions.components.clone())
+        self.register_buffer("handicap", torch.zeros(modes))
+        self.alpha = nn.Parameter(torch.zeros(modes, len(directions.components)))
+
+    def forward(self, k: Int[Tensor, "*batch"] | int | None = None) -> Float[Tensor, "*rows w"]:
+        """c of mode k: one of them, one for each element of k, or all of them in turn."""
+        origins, alpha = (self.origins, self.alpha) if k is None else (self.origins[k], self.alpha[k])
+        return origins + alpha @ self.components
+
+    @torch.no_grad()
+    def begin(self, origins: Float[Tensor, "modes w"], alpha: Float[Tensor, "modes N"]) -> None:
+        """Start there: for the thesis's c, origins at the mean of W, alpha the coefficients of a point."""
+        self.origins.copy_(origins)
+        self.alpha.copy_(alpha)
+
+    @torch.no_grad()
+    def even_out(self, shares: Float[Tensor, " modes"], pull: float) -> None:
+        """Make modes that had more than an equal share of a batch less attractive, and others more.
+
+        Modes whose images are easily met, of little ink say, otherwise take everything. As experts are balanced without a loss
+        of their own.  [Wang et al. 2024, "Auxiliary-loss-free load balancing"]
+        """
+        self.handicap += pull * (shares.to(self.handicap) * len(self.handicap) - 1)
+
+
+def mixed(
+    w: Float[Tensor, "n w"],
+    c: Float[Tensor, "n w"] | Float[Tensor, " w"],
+    *,
+    num_ws: int,
+    cutoff: int,
+    psi: float | int = 0.0,
+) -> Float[Tensor, "n num_ws w"]:
+    """Styles of targets: c, or c moved by psi towards w, in the first `cutoff` layers, which decide on pose; w in the rest.
+
+    c: one target for all images, or one for each. psi 1 leaves the images as they are. cutoff `num_ws`: no style mixing.
+    Raises ValueError for a cutoff or psi out of range.
+    """
+    if not 0 <= cutoff <= num_ws:
+        raise ValueError(f"style mixing cutoff {cutoff}: expected 0 to {num_ws}, the number of the generator's styles")
+    if not 0 <= psi <= 1:
+        raise ValueError(f"psi {psi}: expected 0 (the target's pose) to 1 (the image's own)")
+    early = torch.lerp(c.expand_as(w), w, float(psi))
+    return torch.cat([early[:, None].expand(-1, cutoff, -1), w[:, None].expand(-1, num_ws - cutoff, -1)], dim=1)
+
+
+@torch.no_grad()
+def sampled_styles(generator: Generator, indices: range, seed: int = 0) -> Float[Tensor, "n w"]:
+    """w of indices of the stream that `pca` samples, where the weights are: the same in any portion, up to rounding."""
+    parts = []
+    weight = next(generator.parameters())
+    for number in range(indices.start // CHUNK, -(-indices.stop // CHUNK)):
+        z = randomness.normal(seed, "pca/z", [number], (CHUNK, generator.config.z_dim))[0]
+        here = range(max(indices.start, number * CHUNK), min(indices.stop, (number + 1) * CHUNK))
+        z = z[here.start - number * CHUNK : here.stop - number * CHUNK].to(weight)
+        parts.append(generator.mapping(z, classes_of(generator, here)))
+    return torch.cat(parts)
+
+
+def _fit(generator: Generator, n_samples: int, seed: int) -> Directions:
+    from sklearn.decomposition import IncrementalPCA  # takes a second to import
+
+    dim = min(generator.config.w_dim, n_samples - 1)
+    model = IncrementalPCA(n_components=min(generator.config.w_dim, n_samples))
+    portions = -(-n_samples // max(FITTED, 2 * generator.config.w_dim))  # evenly: none may be smaller than W is wide
+    for i in range(portions):
+        part = range(n_samples * i // portions, n_samples * (i + 1) // portions)
+        model.partial_fit(sampled_styles(generator, part, seed).double().cpu().numpy())
+    found = (model.mean_, model.components_[:dim], model.explained_variance_[:dim] ** 0.5)
+    return Directions(*(torch.from_numpy(values).float() for values in found))
+
+
+def _key(generator: Generator, n_samples: int, seed: int) -> str:
+    """What a fitted result depends on, hashed; of the generator, its mapping network alone."""
+    weights = {name: value for name, value in generator.mapping.state_dict().items() if name != "w_avg"}
+    sha256 = checkpoint.digest(weights)
+    facts = {"mapping_sha256": sha256, "n_samples": n_samples, "seed": seed, "recipe": [RECIPE, CHUNK]}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> Directions | None:
+    """A kept result; None where there is none, or a damaged one, which is then replaced."""
+    try:
+        tensors, state = checkpoint.read(path)
+    except (FileNotFoundError, ValueError):
+        return None
+    return Directions(**tensors) if state.get("key") == key else None

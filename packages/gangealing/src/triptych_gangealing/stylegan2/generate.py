@@ -1,0 +1,126 @@
+"""Draw images from a generator: a grid, one PNG an image, a film through its styles."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.images import image_grid, to_uint8, write_png
+from triptych_common.parallel import process_group
+from triptych_common.progress import Progress
+from triptych_common.video import course, ends, import_av, write_video
+
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.interop import load_generator
+from triptych_gangealing.stylegan2.snapshots import classes_of, latents_of, sample_images
+
+GRID = 100  # images in grid.png
+VIDEO_SIDE = 4  # walks side by side, and one above another
+
+
+@dataclass(frozen=True)
+class GenerateConfig(CommonOptions):
+    """Draw images from a generator."""
+
+    out: Path = Path("runs/generated")
+    """where to write grid.png, and what else is asked for"""
+    generator: str = "digits32"
+    """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
+    num_samples: int = 100
+    """images to draw; the same numbers are the same images"""
+    truncation_psi: float = 1.0
+    """below 1, styles are drawn towards their mean: fewer odd images, less variety"""
+    truncation_cutoff: int | None = None
+    """only the first so many layers; by default all"""
+    label: int | None = None
+    """class of a conditional generator; by default all in turn"""
+    images: bool = False
+    """write each image to OUT/images too"""
+    video: Literal["none", "mp4", "gif"] = "none"
+    """film walks between latents, 4x4 of them side by side: mp4 (extra: video) or gif"""
+    keyframes: int = 4
+    """latents of each walk, which ends where it began"""
+    frames: int = 48
+    """frames from one to the next"""
+    fps: int = 24
+    """frames a second"""
+    batch_size: int = 64
+    """images at once; changes speed, not results"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "keyframes", "frames", "fps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Write what the config asks for; returns the files.
+
+    Raises ValueError for a file that holds no generator or a label it does not know, ImportError where mp4 lacks its package.
+    """
+    if config.video == "mp4":
+        import_av()
+    with process_group(config.device) as ranks:
+        generator = load_generator(config.generator).to(ranks.device)
+        labels = labels_of(generator, config)
+        images = sample_images(
+            generator, range(config.num_samples), seed=config.seed, truncation_psi=config.truncation_psi,
+            truncation_cutoff=config.truncation_cutoff, labels=labels, at_once=config.batch_size,
+        )  # fmt: skip
+        grid = config.out / "grid.png"
+        write_png(grid, image_grid(images[:GRID], columns=10), scale=max(1, 64 // images.shape[-1]))
+        written = {"grid": str(grid)}
+        if config.images:
+            for index, image in enumerate(images):
+                write_png(config.out / "images" / f"{index:06d}.png", image)
+            written["images"] = str(config.out / "images")
+        if config.video != "none":
+            path = config.out / f"walk.{config.video}"
+            write_video(path, film(generator, config), fps=config.fps, loop=True)
+            written["video"] = str(path)
+    for what, path in written.items():
+        echo(f"{what}: {path}")
+    return written
+
+
+def labels_of(generator: Generator, config: GenerateConfig) -> Tensor | None:
+    """The label of every image, where one was asked for."""
+    if config.label is None:
+        return None
+    classes = generator.config.c_dim
+    if not 0 <= config.label < classes:
+        expected = f"0..{classes - 1}" if classes else "none, the generator is unconditional"
+        raise ValueError(f"label {config.label}: expected {expected}")
+    return torch.full((config.num_samples,), config.label)
+
+
+@torch.inference_mode()
+def film(generator: Generator, config: GenerateConfig) -> UInt8[Tensor, "frames channels height width"]:
+    """Walks between the styles of latents, straight in w, with the same noise in every frame; the last leg leads back."""
+    walks = VIDEO_SIDE**2
+    count = walks * config.keyframes
+    z = latents_of(generator, range(count), config.seed)
+    numbers = None if config.label is None else torch.full((count,), config.label)
+    c = classes_of(generator, range(count), numbers)
+    psi: dict[str, Any] = {"truncation_psi": config.truncation_psi, "truncation_cutoff": config.truncation_cutoff}
+    stops = generator.styles(z, c, **psi).unflatten(0, (config.keyframes, walks))
+    legs = course(config.keyframes, config.frames, loop=True)
+    frames = []
+    with Progress("filming", len(legs), "frames") as progress:
+        for leg in legs:
+            here, there = ends(stops, leg[None])
+            images = to_uint8(generator.synthesis(_smooth(float(leg[2]), here[0], there[0]))).cpu()
+            frames.append(image_grid(images, columns=VIDEO_SIDE))
+            progress.advance()
+    return torch.stack(frames)
+
+
+def _smooth(share: float, here: Tensor, there: Tensor) -> Tensor:
+    """Slow at both ends."""
+    return torch.lerp(here, there, share * share * (3 - 2 * share))

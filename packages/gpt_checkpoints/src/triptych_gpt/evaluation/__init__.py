@@ -1,0 +1,1 @@
+"""How well updates obey prompts: sweeps, alignment, and baselines that learn nothing."""

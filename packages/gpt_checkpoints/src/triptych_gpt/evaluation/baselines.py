@@ -1,0 +1,97 @@
+"""What could fake a headline number: updates that learn nothing, in the shape of a model's.
+
+Each looks up or averages training networks, or does nothing at all, so that every experiment runs on it as on a model.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from triptych_gpt.evaluation.update import Update
+from triptych_gpt.symmetry.matching import canonicalise
+from triptych_gpt.symmetry.spec import PermutationSpec
+from triptych_gpt.zoo.zoo import Zoo
+
+
+class Found(NamedTuple):
+    """Checkpoints of a zoo: `checkpoints[i]` of the run at row `rows[i]`."""
+
+    rows: Int[Tensor, " n"]
+    checkpoints: Int[Tensor, " n"]
+
+
+def nearest_in_metric(
+    zoo: Zoo,
+    metric: str,
+    targets: Float[Tensor, " n"],
+    split: str = "train",
+    rows: Int[np.ndarray, " runs"] | None = None,
+) -> Found:
+    """The checkpoint of a split whose metric is nearest to each target; of equals the one of the lowest run, then checkpoint.
+
+    rows: of these runs alone, in place of all of the split. Raises ValueError for a metric that is not recorded or a split
+    without runs.
+    """
+    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    values = zoo.metrics(metric)[rows].flatten().double()
+    values = values.where(values.isfinite(), math.inf)
+    # argmin names any of several equals; the first one is wanted
+    off = torch.stack([(values - target).abs().eq((values - target).abs().min()).byte().argmax() for target in targets])
+    return Found(rows[off // zoo.checkpoints], off % zoo.checkpoints)
+
+
+def nearest_in_runs(zoo: Zoo, rows: Int[Tensor, " n"], metric: str, targets: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The checkpoint of each given run whose metric is nearest to that run's target; the first of equals."""
+    off = (zoo.metrics(metric)[rows].double() - targets.double().cpu()[:, None]).abs()
+    off = off.where(off.isfinite(), math.inf)
+    return off.eq(off.amin(1, keepdim=True)).byte().argmax(1)
+
+
+def identity() -> Update:
+    """Leaves every network as it is."""
+
+    def update(theta: Tensor, metric: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
+        return theta.clone()
+
+    return update
+
+
+def retrieval(zoo: Zoo, metric: str, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> Update:
+    """The training checkpoint nearest in metric to what was asked for: whoever asks, whatever network they give.
+
+    rows: of these runs alone, such as those that a model was trained on, in place of all of the split.
+    """
+
+    def update(theta: Tensor, metric_now: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
+        return zoo.theta(*nearest_in_metric(zoo, metric, target.detach().cpu(), split, rows)).to(theta)
+
+    return update
+
+
+def mean_of_finals(
+    zoo: Zoo,
+    spec: PermutationSpec | None = None,
+    split: str = "train",
+    seed: int = 0,
+    rows: Int[np.ndarray, " runs"] | None = None,
+) -> Update:
+    """The average of all training runs' final checkpoints; with a spec, of their units in the order that matches the first
+    run's best. rows: of these runs alone, in place of all of the split.
+    """
+    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    reference = zoo.theta(rows[:1], [zoo.checkpoints - 1])[0]
+    total = torch.zeros(zoo.layout.size, dtype=torch.float64)
+    for some in rows.split(256):
+        finals = zoo.theta(some, [zoo.checkpoints - 1] * len(some))
+        total += (finals if spec is None else canonicalise(spec, finals, reference, seed)).double().sum(0)
+    mean: Float[Tensor, " D"] = total / len(rows)
+
+    def update(theta: Tensor, metric: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
+        return mean.to(theta).expand_as(theta).clone()
+
+    return update

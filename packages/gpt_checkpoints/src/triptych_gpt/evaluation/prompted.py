@@ -1,0 +1,106 @@
+"""Prompting networks and measuring what comes back: what every experiment with an update does."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from triptych_gpt.evaluation.update import Update
+from triptych_gpt.tasks.task import Metric, Task
+
+
+class Updated(NamedTuple):
+    """Networks after one update, on the device of those before it, and every metric of the task, float64 on the CPU.
+
+    Metrics are NaN where the network has entries that are not finite: a classifier of NaNs would be given the error of chance.
+    """
+
+    theta: Float[Tensor, "n D"]
+    metrics: Mapping[str, Float[Tensor, " n"]]
+
+
+def prompted(
+    update: Update,
+    task: Task,
+    theta: Float[Tensor, "n D"],
+    metric: Float[Tensor, " n"],
+    target: Float[Tensor, " n"],
+    indices: Sequence[int],
+    *,
+    networks_at_once: int = 256,
+) -> Updated:
+    """One update of each network from its metric towards a target; `indices` number the samples' noise.
+
+    Batches of `networks_at_once` change nothing but rounding.
+    """
+    metric, target = (values.to(theta.device, theta.dtype) for values in (metric, target))
+    batches = [slice(at, at + networks_at_once) for at in range(0, len(theta), networks_at_once)]
+    updated = [update(theta[some], metric[some], target[some], list(indices[some])) for some in batches]
+    theta_star = torch.cat(updated)
+    if theta_star.shape != theta.shape:
+        raise ValueError(
+            f"an update gave networks of shape {tuple(theta_star.shape)} for {tuple(theta.shape)}; expected one for each"
+        )
+    return Updated(theta_star, measured(task, theta_star, networks_at_once=networks_at_once))
+
+
+class Advanced(NamedTuple):
+    """Networks after one more update, and every metric; those whose update was of no use (`usable`, on the CPU) are as before."""
+
+    theta: Float[Tensor, "n D"]
+    metrics: Mapping[str, Float[Tensor, " n"]]
+    usable: Bool[Tensor, " n"]
+
+
+def advanced(
+    update: Update,
+    task: Task,
+    theta: Float[Tensor, "n D"],
+    metrics: Mapping[str, Float[Tensor, " n"]],
+    metric: str,
+    prompt: float | int,
+    indices: Sequence[int],
+    *,
+    networks_at_once: int = 256,
+) -> Advanced:
+    """One step of recursive prompting: every network asked for the same value of a metric. One whose update is not finite, or
+    scores nothing finite, stays as it is.
+    """
+    target = torch.full((len(theta),), float(prompt), dtype=torch.float64)
+    new = prompted(update, task, theta, metrics[metric], target, indices, networks_at_once=networks_at_once)
+    usable = ~new.metrics[metric].isnan()
+    kept = {name: torch.where(usable, values, metrics[name]) for name, values in new.metrics.items()}
+    return Advanced(torch.where(usable.to(theta.device)[:, None], new.theta, theta), kept, usable)
+
+
+def measured(task: Task, theta: Float[Tensor, "n D"], *, networks_at_once: int = 256) -> dict[str, Float[Tensor, " n"]]:
+    """Every metric of some networks, float64 on the CPU; NaN for those that are not finite, which are not run."""
+    found = {metric.name: torch.full((len(theta),), torch.nan, dtype=torch.float64) for metric in task.metrics}
+    finite = theta.isfinite().all(dim=1).nonzero()[:, 0]
+    for rows in finite.split(networks_at_once):
+        for name, values in task.evaluate(theta[rows]).items():
+            found[name][rows.cpu()] = values.to("cpu", torch.float64)
+    for values in found.values():
+        values[~values.isfinite()] = torch.nan
+    return found
+
+
+def starting_metrics(
+    task: Task, theta: Float[Tensor, "n D"], metric: Metric, *, networks_at_once: int = 256
+) -> dict[str, Float[Tensor, " n"]]:
+    """Every metric of networks that are to be updated.
+
+    Raises ValueError for a metric that the task does not have, and for networks that are not finite or score nothing finite.
+    """
+    known = [scored.name for scored in task.metrics]
+    if metric.name not in known:
+        raise ValueError(
+            f"metric {metric.name!r}: task {task.name} scores {', '.join(known)}; give one of its `metrics`"
+        )
+    found = measured(task, theta, networks_at_once=networks_at_once)
+    bad = found[metric.name].isnan().nonzero()
+    if len(bad):
+        raise ValueError(f"network {int(bad[0])}: its {metric.name} is not finite; give networks of finite weights")
+    return found

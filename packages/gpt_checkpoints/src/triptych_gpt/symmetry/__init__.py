@@ -1,0 +1,1 @@
+"""Permutation symmetry of networks: its specification, its derivation from layers, and matching under it."""

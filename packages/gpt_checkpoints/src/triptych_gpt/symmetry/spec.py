@@ -1,0 +1,281 @@
+"""Permutation symmetry of a network: which axes of its parameters may be reordered together without a change of function.
+
+One declaration serves augmentation, matching and the test that it holds. `triptych_gpt.symmetry.derivation` derives it from a
+network;
+one of an unusual network is written by hand:
+
+    spec = PermutationSpec(layout, {
+        "hidden.weight": (Axis("hidden"), None), "hidden.bias": (Axis("hidden"),),
+        "out.weight": (None, Axis("hidden")), "out.bias": (None,),
+    })
+
+G.pt's augmentation reorders theta and theta* alike, afresh for every sample:
+
+    pairs = torch.stack([theta, theta_star], dim=1)                      # (n, 2, D)
+    theta, theta_star = spec.apply(pairs, spec.draw(seed, indices)).unbind(1)
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+from triptych_common import randomness
+
+from triptych_gpt.layout import ParameterLayout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension whose entries move with a group's units: unit i is entries i*block .. (i+1)*block - 1.
+
+    Block is 1 unless a feature map was flattened, where a channel's height x width columns move as one.
+    """
+
+    group: str
+    block: int = 1
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """The axes of a network's parameters that share permutations.
+
+    axes: for every parameter of the layout an entry for each of its dimensions; None: fixed.
+    Raises ValueError where parameters or dimensions lack an entry, or where sizes do not agree within a group.
+    Source: thesis section 3.2.1.
+    """
+
+    layout: ParameterLayout
+    axes: Mapping[str, tuple[Axis | None, ...]]
+
+    def __post_init__(self) -> None:
+        for name in self.axes:
+            if name not in self.layout.shapes:
+                raise ValueError(f"{name}: axes for a parameter that the layout lacks; expected {self._some_names()}")
+        for name, shape in self.layout.shapes.items():
+            if name not in self.axes:
+                raise ValueError(f"{name}: no axes given; declare {len(shape)}, None for those that stay fixed")
+            if len(self.axes[name]) != len(shape):
+                raise ValueError(f"{name}: {len(self.axes[name])} axes for shape {shape}; declare {len(shape)}")
+        object.__setattr__(self, "axes", {name: tuple(self.axes[name]) for name in self.layout.shapes})
+        _ = self.groups  # checks sizes
+
+    def _some_names(self) -> str:
+        names = self.layout.names
+        return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+    @cached_property
+    def groups(self) -> dict[str, int]:
+        """Number of units of every group, in the order in which they appear."""
+        groups, first = {}, {}
+        for name, axes in self.axes.items():
+            for axis, length in zip(axes, self.layout.shapes[name], strict=True):
+                if axis is None:
+                    continue
+                if axis.block < 1 or length % axis.block:
+                    raise ValueError(
+                        f"{name}: a dimension of {length} in blocks of {axis.block}; blocks must divide it"
+                    )
+                units = length // axis.block
+                if groups.setdefault(axis.group, units) != units:
+                    raise ValueError(
+                        f"{name}: {units} units in group {axis.group!r}, which has {groups[axis.group]} in "
+                        f"{first[axis.group]}; give them different groups or another block"
+                    )
+                first.setdefault(axis.group, name)
+        return groups
+
+    def draw(
+        self, seed: int, indices: Sequence[int] | Int[Tensor, " n"], stream: str = "permute"
+    ) -> dict[str, Int[Tensor, "n _"]]:
+        """Uniformly random permutations of every group, one for each index, on the CPU.
+
+        Those of an index depend on seed, stream and that index alone, not on what they are drawn with.
+        """
+        samples = np.asarray(indices, dtype=np.uint64)[:, None]
+        drawn = {}
+        for group, units in self.groups.items():
+            counters = (samples * np.uint64(units) + np.arange(units, dtype=np.uint64)).reshape(-1)
+            # memoryview: a Sequence of integers that numpy takes as it is, where a list would cost more than the draw
+            keys = randomness.uniform(seed, f"{stream}/{group}", memoryview(counters))
+            drawn[group] = torch.from_numpy(keys.numpy().reshape(-1, units).argsort(axis=-1, kind="stable"))
+        return drawn
+
+    def apply(
+        self, theta: Float[Tensor, "*batch D"], permutations: Mapping[str, Int[Tensor, "*n _"]]
+    ) -> Float[Tensor, "*batch D"]:
+        """theta with its units reordered, in a new tensor: unit i of a group is unit permutations[group][..., i] of theta.
+
+        theta [*n, *more, D], of any floating type on any device; permutations [*n, units] for every group, each for all
+        of *more: one permutation moves theta and theta* of [n, 2, D], those without dimensions *n move all rows alike.
+        Raises ValueError for groups, sizes or batches that do not fit, or for what is no permutation.
+        """
+        self.layout.check(theta)
+        inverse = self.inverse(permutations)
+        batch = next((tuple(p.shape[:-1]) for p in inverse.values()), ())
+        if tuple(theta.shape[:-1])[: len(batch)] != batch:
+            raise ValueError(
+                f"theta of shape {tuple(theta.shape)}, permutations for {batch} of them; draw one for each"
+            )
+        out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
+        if not theta.numel():
+            return out
+        source, target = (
+            x.view(math.prod(batch), -1, self.layout.size).movedim(1, 0) for x in (theta.contiguous(), out)
+        )
+        tables = [
+            {group: p.reshape(math.prod(batch), -1).to(theta.device, torch.long) for group, p in each.items()}
+            for each in (permutations, inverse)
+        ]
+        for span, dims in self._moves:
+            _move(source[..., span], target[..., span], dims, *tables)
+        return out
+
+    def inverse(self, permutations: Mapping[str, Int[Tensor, "*n _"]]) -> dict[str, Int[Tensor, "*n _"]]:
+        """The permutations that undo these.
+
+        Raises ValueError for groups or sizes that are not this spec's; where they lie on the CPU, also for what is no
+        permutation (a device would have to be waited for).
+        """
+        if permutations.keys() != self.groups.keys():
+            raise ValueError(
+                f"permutations of {sorted(permutations)}, expected those of {sorted(self.groups)}; draw them from this spec"
+            )
+        inverse, batch = {}, None
+        for group, units in self.groups.items():
+            forward = permutations[group].long()
+            batch = forward.shape[:-1] if batch is None else batch
+            if tuple(forward.shape) != (*batch, units):
+                raise ValueError(f"{group}: permutations of shape {tuple(forward.shape)}, expected {(*batch, units)}")
+            inverse[group] = _inverse(group, forward)
+        return inverse
+
+    @cached_property
+    def _moves(self) -> list[tuple[slice, list[tuple[int, str | None]]]]:
+        """Stretches of theta to move at once, each as dimensions (length, group or None), fixed neighbours merged."""
+        moves: list[tuple[slice, list[tuple[int, str | None]]]] = []
+        for name, axes in self.axes.items():
+            span, dims = self.layout.spans[name], []
+            for axis, length in zip(axes, self.layout.shapes[name], strict=True):
+                block = length if axis is None else axis.block
+                dims += [] if axis is None else [(length // block, axis.group)]
+                if dims and dims[-1][1] is None:
+                    dims[-1] = (dims[-1][0] * block, None)
+                elif block > 1:
+                    dims.append((block, None))
+            fixed = all(group is None for _, group in dims)
+            if fixed and moves and all(group is None for _, group in moves[-1][1]):
+                span = slice(moves.pop()[0].start, span.stop)
+            moves.append((span, [] if fixed else dims))
+        return moves
+
+    def to_json(self) -> dict[str, Any]:
+        """{"layout": ..., "axes": {name: [null or [group, block], ...]}}."""
+        axes = {
+            name: [axis and [axis.group, axis.block] for axis in axes]  # None stays None
+            for name, axes in self.axes.items()
+        }
+        return {"layout": self.layout.to_json(), "axes": axes}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "PermutationSpec":
+        """The spec that `to_json` described. Raises ValueError for anything else."""
+        try:
+            axes = {
+                name: tuple(None if axis is None else Axis(str(axis[0]), int(axis[1])) for axis in axes)
+                for name, axes in content["axes"].items()
+            }
+            layout = content["layout"]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError('not a permutation spec; expected {"layout": ..., "axes": {name: [...]}}') from error
+        return cls(ParameterLayout.from_json(layout), axes)
+
+
+def forward_of(network: nn.Module) -> Callable[[Tensor, Any], Tensor]:
+    """The network in evaluation mode and float64 as a function of (theta [D], inputs)."""
+    network = copy.deepcopy(network).eval().double()
+    layout = ParameterLayout.of(network)
+
+    def forward(theta: Float[Tensor, " D"], inputs: Any) -> Tensor:
+        return functional_call(network, layout.unflatten(theta), (inputs,))
+
+    return forward
+
+
+def check_invariance(
+    forward: Callable[[Tensor, Any], Tensor],
+    spec: PermutationSpec,
+    thetas: Float[Tensor, "n D"],
+    inputs: Any,
+    seed: int = 0,
+) -> float:
+    """Largest absolute change of an output when each theta's units are permuted at random; NaN where an output is.
+
+    forward: outputs of (theta [D] in float64, inputs), such as `forward_of` a network. Tensors of floating-point inputs
+    are made float64. A spec that holds stays below 1e-12 for outputs about 1; give several thetas, since of a small
+    group some draws are the identity.
+    """
+    thetas = thetas.double()
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        inputs = inputs.double()
+    permuted = spec.apply(thetas, spec.draw(seed, range(len(thetas)), "check-invariance"))
+    with torch.no_grad():
+        changes = [
+            (forward(before, inputs) - forward(after, inputs)).abs().max()
+            for before, after in zip(thetas, permuted, strict=True)
+        ]
+    return torch.stack(changes).max().item()  # torch's max, unlike Python's, hands on a NaN
+
+
+def _inverse(group: str, forward: Int[Tensor, "*n units"]) -> Int[Tensor, "*n units"]:
+    units, checkable = forward.shape[-1], forward.device.type == "cpu"
+    if checkable and ((forward < 0) | (forward >= units)).any():
+        raise ValueError(f"{group}: an index outside 0..{units - 1}; give permutations of {units} units")
+    places = torch.arange(units, device=forward.device).expand_as(forward)
+    inverse = torch.full_like(forward, -1).scatter_(-1, forward, places)
+    if checkable and (inverse < 0).any():
+        raise ValueError(f"{group}: a unit that comes twice; give permutations of {units} units")
+    return inverse
+
+
+def _move(
+    source: Float[Tensor, "more n _"],
+    target: Float[Tensor, "more n _"],
+    dims: Sequence[tuple[int, str | None]],
+    forward: Mapping[str, Int[Tensor, "n _"]],
+    backward: Mapping[str, Int[Tensor, "n _"]],
+) -> None:
+    """Copy a stretch of theta into its reordered place.
+
+    Contiguous runs are written where they belong, whole: as fast as a plain copy, where gather takes an index an entry.
+    Only a last dimension that is permuted itself, with runs of one, is gathered first.
+    """
+    lengths, groups = [length for length, _ in dims], [group for _, group in dims]
+    if dims:
+        source, target = source.unflatten(-1, lengths), target.unflatten(-1, lengths)
+    if dims and groups[-1] is not None:
+        order = forward[groups.pop()]
+        source = source.gather(-1, _beside(order, len(dims) - 1, len(dims)).expand(source.shape))
+    while groups and groups[-1] is None:
+        groups.pop()
+    if not groups:
+        target.copy_(source)
+        return
+    places = [
+        _beside(torch.arange(length, device=source.device)[None] if group is None else backward[group], i, len(groups))
+        for i, (length, group) in enumerate(zip(lengths, groups, strict=False))
+    ]
+    rows = torch.arange(source.shape[1], device=source.device)
+    target[(slice(None), rows.view(-1, *[1] * len(groups)), *places)] = source
+
+
+def _beside(order: Int[Tensor, "n units"], position: int, dims: int) -> Tensor:
+    """[n, units] as [n, 1, ..., units, ..., 1], units at `position` of `dims` dimensions."""
+    return order.view(len(order), *[1] * position, -1, *[1] * (dims - position - 1))

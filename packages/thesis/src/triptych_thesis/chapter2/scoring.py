@@ -1,0 +1,180 @@
+"""Five metrics of a set of digits, each with bootstrap replicates that pair with those of other sets.
+
+Replicates resample samples and real digits both. Those of Fréchet distances are of first order, by the vectors' influences:
+resampled sets hold duplicates, which deflate covariances, so that distances of them spread up to twice too far. Those of
+precision and recall keep each manifold's radii and leave out of it what was not drawn.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from triptych_common import data, randomness
+from triptych_common.images import from_uint8
+from triptych_common.metrics import coverage, fit_gaussian, frechet_influence, inception_score, precision_recall
+from triptych_common.metrics.digits import NEIGHBOURS, DigitScorer
+from triptych_common.storage.atomic import write_json
+from triptych_dit.samples_file import read_npz
+
+from triptych_thesis.chapter2.digits import without_margin
+from triptych_thesis.chapter2.statistics import Score
+
+METRICS = {  # of the thesis, and what stands for each here
+    "frechet": ("FID", "Fréchet distance in 64 features of the frozen digit network"),
+    "spatial_frechet": ("sFID", "Fréchet distance of that network's last 4x4 maps, first 7 of 64 channels"),
+    "digit_score": (
+        "IS",
+        "exp of the mean KL divergence from all samples' classes to one's, by the frozen classifier (1 to 10)",
+    ),
+    "precision": ("precision", "samples within the k = 3 manifold of real digits, in the same 64 features"),
+    "recall": ("recall", "real digits within the k = 3 manifold of samples"),
+}
+VERSION = 2  # of how replicates are made
+RATES = ("precision", "recall", "accuracy")
+SPATIAL_CHANNELS = 7  # as sFID
+_SPATIAL_LAYERS = 12  # of the feature network, before its maps are flattened
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the instruments see of a set of digits."""
+
+    pool: Float[Tensor, "n dim"]
+    spatial: Float[Tensor, "n spatial"]
+    probabilities: Float[Tensor, "n classes"]
+
+
+@dataclass(frozen=True)
+class StudyScorer:
+    """Scores files of samples, 32 x 32 with a margin, against held-out digits of a named data set.
+
+    repeats: bootstrap resamples; each draws sample numbers and real digits that follow from (seed, repeat) and the counts alone.
+    Instruments and what they see of real digits are loaded once a process, for all equal scorers.
+    """
+
+    dataset: str
+    seed: int
+    repeats: int
+
+    @property
+    def digits(self) -> DigitScorer:
+        return _digits(self.dataset, self.seed)
+
+    @property
+    def reference(self) -> Features:
+        """Of all held-out digits, whatever the number of samples: sets of one size compare, and no others."""
+        return _reference(self)
+
+    def features(self, images: UInt8[Tensor, "n 1 28 28"]) -> Features:
+        layers = self.digits.features.network
+        with torch.inference_mode():
+            maps = torch.cat([layers[:_SPATIAL_LAYERS](from_uint8(part)) for part in images.split(256)])
+            pool = torch.cat([layers[_SPATIAL_LAYERS:](part) for part in maps.split(256)])
+            spatial = maps[:, :SPATIAL_CHANNELS].flatten(1)
+            return Features(pool, spatial, self.digits.classifier(images).softmax(1))
+
+    def __call__(self, samples: Path) -> dict[str, Any]:
+        """Scores of a samples file, JSON-able: {"n", "accuracy", and each of METRICS: {"value", "replicates"}}; kept beside it.
+
+        Raises what reading the file raises.
+        """
+        kept = samples.with_name("scores.json")
+        asked = {
+            "version": VERSION,
+            "dataset": self.dataset,
+            "seed": self.seed,
+            "repeats": self.repeats,
+            "metrics": [*METRICS, "accuracy"],
+        }
+        if kept.exists() and (known := read_scores(kept))["asked"] == asked:
+            return known["scores"]
+        images, labels = read_npz(samples)
+        scores = self.score(without_margin(images), labels)
+        write_json(kept, {"asked": asked, "scores": scores})
+        return scores
+
+    def score(self, images: UInt8[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict[str, Any]:
+        found, real = self.features(images), self.reference
+        n, m = len(found.pool), len(real.pool)
+        rows, real_rows = self._rows(n, m)
+        precise, recalled = precision_recall(real.pool, found.pool, k=NEIGHBOURS)
+        correct = (found.probabilities.argmax(1) == labels).float()
+        scored = {
+            "frechet": _frechet(found.pool, real.pool, rows, real_rows),
+            "spatial_frechet": _frechet(found.spatial, real.spatial, rows, real_rows),
+            "digit_score": (_digit_score(found.probabilities), [_digit_score(found.probabilities[r]) for r in rows]),
+            "precision": (float(precise.mean()), _shares(found.pool, real.pool, rows, real_rows)),
+            "recall": (float(recalled.mean()), _shares(real.pool, found.pool, real_rows, rows)),
+            "accuracy": (float(correct.mean()), correct[rows].mean(1).tolist()),
+        }
+        return {"n": n} | {
+            name: {"value": value, "replicates": [float(f"{one:.8g}") for one in replicates]}
+            | ({"trials": n} if name in RATES else {})
+            for name, (value, replicates) in scored.items()
+        }
+
+    def _rows(self, n: int, m: int) -> tuple[Int[Tensor, "repeats n"], Int[Tensor, "repeats m"]]:
+        """Of every resample, numbers of samples and of real digits."""
+        drawn = [randomness.generator(self.seed, "study/bootstrap", repeat) for repeat in range(self.repeats)]
+        pairs = [(torch.randint(n, (n,), generator=g), torch.randint(m, (m,), generator=g)) for g in drawn]
+        return torch.stack([rows for rows, _ in pairs]), torch.stack([real for _, real in pairs])
+
+
+def _frechet(
+    found: Float[Tensor, "n dim"],
+    real: Float[Tensor, "m dim"],
+    rows: Int[Tensor, "repeats n"],
+    real_rows: Int[Tensor, "repeats m"],
+) -> tuple[float, list[float]]:
+    """Distance and replicates."""
+    ours, theirs = fit_gaussian(found), fit_gaussian(real)
+    value, sway = frechet_influence(found, ours, theirs)
+    _, real_sway = frechet_influence(real, theirs, ours)
+    moved = (sway - sway.mean())[rows].mean(1) + (real_sway - real_sway.mean())[real_rows].mean(1)
+    return value, (value + moved).tolist()
+
+
+def _digit_score(probabilities: Float[Tensor, "n classes"]) -> float:
+    return inception_score(probabilities, split_size=len(probabilities)).value
+
+
+def _shares(
+    points: Float[Tensor, "n dim"],
+    by: Float[Tensor, "m dim"],
+    rows: Int[Tensor, "repeats n"],
+    by_rows: Int[Tensor, "repeats m"],
+) -> list[float]:
+    """Replicates of the share of points in the manifold of `by`."""
+    drawn = torch.zeros(len(by_rows), len(by)).scatter_(1, by_rows, 1.0)
+    covered = coverage(points, by, k=NEIGHBOURS).float() @ drawn.T > 0  # points, repeats
+    return covered.float().gather(0, rows.T).mean(0).tolist()
+
+
+@lru_cache(maxsize=1)
+def _digits(dataset: str, seed: int) -> DigitScorer:
+    return DigitScorer(data.load(dataset, "train"), data.load(dataset, "held_out"), seed=seed)
+
+
+@lru_cache(maxsize=1)
+def _reference(scorer: StudyScorer) -> Features:
+    return scorer.features(scorer.digits.held_out.images)
+
+
+def score_of(scores: dict[str, Any], metric: str) -> Score:
+    """One metric of what a scorer gave."""
+    found = scores[metric]
+    return Score(found["value"], tuple(found["replicates"]), found.get("deviation", 0.0), found.get("trials", 0))
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """What a scorer kept. Raises ValueError for a damaged file."""
+    try:
+        known = json.loads(path.read_text())
+        return {name: known[name] for name in ("asked", "scores")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, expected a scorer's JSON; delete it, and it is made again") from error

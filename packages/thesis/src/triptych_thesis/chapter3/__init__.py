@@ -1,0 +1,1 @@
+"""Chapter 3: diffusion over checkpoints of neural networks."""

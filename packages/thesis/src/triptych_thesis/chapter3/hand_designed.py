@@ -1,0 +1,226 @@
+"""Hand-designed optimisers, tuned: what one update of a generative model is compared with.  [thesis 3.4.1, Fig 3.3, 3.4]
+
+    curves = [optimise(task, name, test, validation, "test_loss", steps=(1,)) for name in OPTIMIZERS]        # Fig 3.3
+    curves = [optimise(task, name, test, validation, "test_loss", spaced_steps(775)) for name in OPTIMIZERS] # Fig 3.4
+    curves[0].steps_to_reach(0.4)
+
+Every optimiser is tried at each point of a grid of learning rates and weight decays, at a constant rate. Points are chosen on
+validation networks, and reported on others. All networks see the same minibatches, the task's own.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from triptych_gpt.tasks.networks import train_networks
+from triptych_gpt.tasks.optimizers import OptimizerSettings
+from triptych_gpt.tasks.supervised import SupervisedTask
+from triptych_gpt.tasks.task import Cohort
+
+OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # by name: the class in torch.optim, and what is not tuned
+    "SGD": ("SGD", {}),
+    "Momentum": ("SGD", {"momentum": 0.9}),
+    "Nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
+    "Adam": ("Adam", {}),
+    "AdamW": ("AdamW", {}),
+    "RMSprop": ("RMSprop", {}),
+    "Adagrad": ("Adagrad", {}),
+    "NAdam": ("NAdam", {}),
+    "Adadelta": ("Adadelta", {}),
+}
+RATE_FACTORS = (0.1, 1.0, 10.0)  # times PyTorch's default learning rate
+WEIGHT_DECAYS = (0.0, 5e-5, 5e-4)
+
+
+class GridPoint(NamedTuple):
+    learning_rate: float
+    weight_decay: float
+
+
+class Reach(NamedTuple):
+    """When a curve first is at a value or better: at `step`, and not yet at `after`, the step scored before it.
+
+    step is None where it never is; `after` then is the budget, the last step scored.
+    """
+
+    step: int | None
+    after: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks.
+
+    tuned: at the grid point that is best after the last step; envelope: at each step, that of the grid point which is best
+    after exactly as many. Both were chosen by the validation networks' mean. NaN where networks diverged.
+    """
+
+    optimizer: str
+    metric: str
+    better: str
+    steps: tuple[int, ...]
+    grid: tuple[GridPoint, ...]
+    chosen: tuple[int, ...]  # grid point best at each step
+    tuned: Float[Tensor, "steps networks"]
+    envelope: Float[Tensor, "steps networks"]
+    validation: Float[Tensor, "grid steps"]  # mean over validation networks
+
+    def steps_to_reach(self, value: float, *, envelope: bool = True) -> Reach:
+        """First scored step whose mean over networks is at this value or better; the envelope favours the optimiser."""
+        means = (self.envelope if envelope else self.tuned).double().mean(1).tolist()
+        after = 0
+        for step, mean in zip(self.steps, means, strict=True):
+            if mean <= value if self.better == "lower" else mean >= value:
+                return Reach(step, after)
+            after = step
+        return Reach(None, after)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: means and standard errors over networks; None for what is not finite."""
+        return {
+            "optimizer": self.optimizer,
+            "metric": self.metric,
+            "networks": self.tuned.shape[1],
+            "steps": list(self.steps),
+            "tuned": {**self.grid[self.chosen[-1]]._asdict(), **_moments(self.tuned)},
+            "envelope": {"points": [self.grid[i]._asdict() for i in self.chosen], **_moments(self.envelope)},
+            "grid": [
+                {**point._asdict(), "validation": [_finite(x) for x in values]}
+                for point, values in zip(self.grid, self.validation.tolist(), strict=True)
+            ],
+        }
+
+
+def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:
+    """1, 2, ... up to `last`, each at least one more than the one before and about `ratio` times it."""
+    steps = [1]
+    while steps[-1] < last:
+        steps.append(min(last, max(steps[-1] + 1, round(steps[-1] * ratio))))
+    return tuple(steps)
+
+
+def grid_of(optimizer: str) -> tuple[GridPoint, ...]:
+    """PyTorch's default learning rate and ten times less and more, with each weight decay.  [thesis 3.4.1]
+
+    Raises ValueError for an optimiser that is not in OPTIMIZERS.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
+    default = signature(getattr(torch.optim, OPTIMIZERS[optimizer][0])).parameters["lr"].default
+    return tuple(GridPoint(default * factor, decay) for factor in RATE_FACTORS for decay in WEIGHT_DECAYS)
+
+
+def optimise(
+    task: SupervisedTask,
+    optimizer: str,
+    test: Float[Tensor, "networks D"],
+    validation: Float[Tensor, "tuning D"],
+    metric: str,
+    steps: Sequence[int] = (1,),
+    *,
+    seed: int = 0,
+) -> Curve:
+    """Train networks with an optimiser of OPTIMIZERS at every point of its grid, scoring them after `steps` updates.
+
+    The test networks choose nothing. seed: of the order of minibatches, which go on beyond the task's own number of epochs.
+    Raises ValueError for an unknown optimiser or metric, or steps that are not ascending from 1.
+    """
+    steps, better = tuple(steps), {m.name: m.better for m in task.metrics}
+    if metric not in better:
+        raise ValueError(f"metric {metric!r}: task {task.name} has {', '.join(better)}")
+    if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
+        raise ValueError(f"steps {steps}: expected ascending numbers of updates, the first at least 1")
+    grid = grid_of(optimizer)
+    trained = _trained(task, optimizer, grid, torch.cat([test, validation]), steps, seed)
+    means = _scored(task, metric, trained[:, len(test) :]).mean(1)  # [grid, steps]
+    worst = math.inf if better[metric] == "lower" else -math.inf
+    comparable = means.where(means.isfinite(), worst)
+    chosen = comparable.argmin(0) if better[metric] == "lower" else comparable.argmax(0)
+    tuned = trained[chosen[-1], : len(test)]
+    envelope = trained[chosen, : len(test), torch.arange(len(steps))].transpose(0, 1)
+    curves = [_scored(task, metric, theta).T for theta in (tuned, envelope)]
+    return Curve(optimizer, metric, better[metric], steps, grid, tuple(chosen.tolist()), *curves, means)
+
+
+@dataclass(frozen=True)
+class _GridSettings(OptimizerSettings):
+    """One optimiser for equal shares of a stack of networks, each share at its own point of a grid.
+
+    All points in one stack take a quarter of the time that they take one by one.
+    """
+
+    grid: tuple[GridPoint, ...] = ()
+
+    def make(self, parameters: Sequence[Tensor]) -> "_Shares":
+        shares = [[part.detach() for part in parameter.chunk(len(self.grid))] for parameter in parameters]
+        optimizer = super().make([part for parts in shares for part in parts])
+        (group,) = optimizer.param_groups
+        optimizer.param_groups = [
+            {**group, "params": list(parts), "lr": point.learning_rate, "weight_decay": point.weight_decay}
+            for point, parts in zip(self.grid, zip(*shares, strict=True), strict=True)
+        ]
+        return _Shares(parameters, shares, optimizer)
+
+
+@dataclass(frozen=True)
+class _Shares:
+    parameters: Sequence[Tensor]
+    shares: Sequence[Sequence[Tensor]]  # the same memory
+    optimizer: torch.optim.Optimizer
+    param_groups: tuple[()] = ()  # whose rate the training loop would set
+
+    def step(self) -> None:
+        for parameter, parts in zip(self.parameters, self.shares, strict=True):
+            gradients = [None] * len(parts) if parameter.grad is None else parameter.grad.chunk(len(parts))
+            for part, gradient in zip(parts, gradients, strict=True):
+                part.grad = gradient
+        self.optimizer.step()
+
+
+def _trained(
+    task: SupervisedTask,
+    optimizer: str,
+    grid: tuple[GridPoint, ...],
+    initial: Float[Tensor, "networks D"],
+    steps: tuple[int, ...],
+    seed: int,
+) -> Float[Tensor, "grid networks steps D"]:
+    name, fixed = OPTIMIZERS[optimizer]
+    settings = _GridSettings(name, {**fixed, "lr": grid[0].learning_rate}, "constant", grid)
+    start = initial.repeat(len(grid), 1)
+    out = start.new_empty(len(start), len(steps), start.shape[1])
+    record = torch.tensor(steps, device=start.device).expand(len(start), -1)
+    batches = _minibatches(task, start, steps[-1], seed)
+    train_networks(task.stack, start, batches, [math.nan] * steps[-1], task.loss, settings, record, out)
+    return out.unflatten(0, (len(grid), -1))
+
+
+def _minibatches(task: SupervisedTask, like: Tensor, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    train = task.items["train"].to(like.device, like.dtype)
+    if count > task.steps:
+        items = dict(task.items)
+        task = replace(task, epochs=-(-count // task.steps_per_epoch), data=items.__getitem__)
+    return islice(task.minibatches(train, Cohort(seed, 0, range(1)), range(1)), count)
+
+
+def _scored(task: SupervisedTask, metric: str, theta: Float[Tensor, "*any D"]) -> Float[Tensor, "*any"]:
+    return task.evaluate(theta.flatten(0, -2))[metric].view(theta.shape[:-1])
+
+
+def _moments(values: Float[Tensor, "steps networks"]) -> dict[str, list[float | None]]:
+    values = values.double()
+    error = values.std(1) / math.sqrt(values.shape[1]) if values.shape[1] > 1 else torch.full((len(values),), math.nan)
+    return {
+        "mean": [_finite(x) for x in values.mean(1).tolist()],
+        "standard_error": [_finite(x) for x in error.tolist()],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

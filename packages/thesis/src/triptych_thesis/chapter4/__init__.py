@@ -1,0 +1,1 @@
+"""Chapter 4: visual alignment learned from a generator."""

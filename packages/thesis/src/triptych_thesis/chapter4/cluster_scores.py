@@ -1,0 +1,137 @@
+"""How well clusters found without labels agree with the true digits, beside k-means on aligned pixels."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.images import from_uint8
+from triptych_common.metrics.bootstrap import Estimate, bootstrap
+from triptych_common.storage.atomic import write_json
+from triptych_gangealing.align_config import open_aligner
+from triptych_gangealing.aligner import Aligner
+from triptych_gangealing.baselines.classical import ink, moments
+from triptych_gangealing.clustering import purity
+from triptych_gangealing.encoders.descriptor import Groups
+from triptych_gangealing.warp import Warp
+
+from triptych_thesis.chapter4.evaluate import Data, Posed, posed_digits
+from triptych_thesis.chapter4.targets import CLUSTERS, K_MEANS
+
+RESTARTS = 10
+TRAINING = 4  # times as many digits for k-means on pixels to learn from
+
+
+@dataclass(frozen=True)
+class ClustersConfig(CommonOptions):
+    """Score an aligner's clusters of held-out coloured digits against the true digits, beside k-means on aligned pixels."""
+
+    out: Path = Path("runs/clusters")
+    """where to write clusters.json"""
+    aligner: Path = Path("runs/align-digits32-all")
+    """run folder of triptych-gangealing train, or its aligner.safetensors, of several clusters"""
+    data: Data = "mnist5k"
+    """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
+    images: int = 1_000
+    """images to score; k-means on pixels learns from four times as many of the training split"""
+
+    def __post_init__(self) -> None:
+        if self.images < 2:
+            raise ValueError(f"images {self.images}: expected at least 2")
+
+
+@dataclass(frozen=True)
+class ClusterScores:
+    """Purity and normalised mutual information with the labels; the largest cluster's share. 95% intervals resample digits."""
+
+    n: int
+    purity: Estimate
+    nmi: Estimate
+    largest: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"n": self.n, "purity": self.purity._asdict(), "nmi": self.nmi._asdict(), "largest": self.largest}
+
+
+def cluster_scores(
+    clusters: Int[Tensor, " n"],
+    labels: Int[Tensor, " n"],
+    *,
+    repeats: int = 100,
+    seed: int = 0,
+    groups: Int[Tensor, " n"] | None = None,
+) -> ClusterScores:
+    """Of an assignment. One cluster for each image would be pure: compare equal numbers of clusters only.
+
+    groups: of images that show one object, for intervals.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    both = torch.stack([clusters, labels], dim=1)
+
+    def mutual(rows: Int[Tensor, "n 2"]) -> float:
+        return float(normalized_mutual_info_score(rows[:, 1].numpy(), rows[:, 0].numpy()))
+
+    return ClusterScores(
+        len(labels),
+        bootstrap(lambda rows: purity(rows[:, 0], rows[:, 1]), both, repeats=repeats, seed=seed, groups=groups),
+        bootstrap(mutual, both, repeats=repeats, seed=seed, groups=groups),
+        float(torch.bincount(clusters).max() / len(clusters)),
+    )
+
+
+def compare_clusters(aligner: Aligner, images: int, seed: int = 0, source: Data = "mnist5k") -> dict[str, Any]:
+    """Scores of an aligner's clusters of held-out digits of all classes, and of as many by k-means on pixels, by name.
+
+    Raises ValueError for an aligner of one cluster.
+    """
+    heads = aligner.config.heads
+    if heads == 1:
+        raise ValueError("clusters: the aligner has one; pass --aligner of a training with --clusters")
+    training = posed_digits(TRAINING * images, seed, None, split="train", source=source)
+    held_out = posed_digits(images, seed + 1, None, source=source)
+    found = {
+        CLUSTERS if isinstance(aligner.classifier, Groups) else "GANgealing's clusters": _assigned(aligner, held_out),
+        K_MEANS: kmeans_clusters(training, held_out, heads, seed),
+    }
+    jitters = held_out.jitters
+    scores = {
+        name: cluster_scores(clusters, jitters.label, seed=seed, groups=jitters.digit).as_dict()
+        for name, clusters in found.items()
+    }
+    return {"clusters": heads, **scores}
+
+
+def score_clusters(config: ClustersConfig) -> dict[str, Any]:
+    """Score and write clusters.json. Raises ValueError or OSError for what is no aligner, or one of one cluster."""
+    aligner, _ = open_aligner(config.aligner, config.device)
+    found = compare_clusters(aligner, config.images, config.seed, config.data)
+    for name, scores in found.items():
+        if isinstance(scores, dict):
+            echo(f"{name}: purity {Estimate(**scores['purity'])}, mutual information {Estimate(**scores['nmi'])}")
+    settings = {**asdict(config), "out": str(config.out), "aligner": str(config.aligner)}
+    write_json(config.out / "clusters.json", {"config": settings, "scores": found})
+    echo(f"scores: {config.out / 'clusters.json'}")
+    return {"scores": found, "file": str(config.out / "clusters.json")}
+
+
+@torch.inference_mode()
+def _assigned(aligner: Aligner, posed: Posed, at_once: int = 64) -> Int[Tensor, " n"]:
+    device = next(aligner.parameters()).device
+    return torch.cat([aligner.clusters(from_uint8(part.to(device))).cpu() for part in posed.images.split(at_once)])
+
+
+def kmeans_clusters(training: Posed, held_out: Posed, clusters: int, seed: int = 0) -> Int[Tensor, " n"]:
+    """Clusters of held-out images by k-means on the ink of training images, all brought upright by their moments."""
+    from sklearn.cluster import KMeans
+
+    model = KMeans(clusters, n_init=RESTARTS, random_state=seed).fit(_pixels(training).numpy())
+    return torch.from_numpy(model.predict(_pixels(held_out).numpy())).long()
+
+
+def _pixels(posed: Posed) -> Float[Tensor, "n pixels"]:
+    warp: Warp = moments(posed.images, resolve="upright")
+    return warp.sample(ink(posed.images), padding="zeros").flatten(1)

@@ -1,0 +1,59 @@
+"""Make a run's averaged generator one of those that ship: `python -m triptych_thesis.chapter4.embed RUN NAME`.
+
+Its file then tells by which command, seed and commit it was trained, for how long, and how far its images are from held-out
+digits in the frozen instrument's features, beside what real ones score.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from triptych_common.images import image_grid, write_png
+from triptych_common.storage import checkpoint
+from triptych_gangealing.instrument import gan_scores, load_instrument
+from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.train_config import PRESETS
+from triptych_gangealing.stylegan2.weights import EMBEDDED, GENERATOR_FILE, read_network, write_network
+
+IMAGES, COLUMNS, LIMIT_BYTES = 1_000, 16, 5_000_000
+
+
+def embed(run: Path, name: str, folder: Path = EMBEDDED) -> dict[str, Any]:
+    """Write `folder`/NAME.safetensors and NAME.png, a grid; returns the facts that the former carries.
+
+    Raises FileNotFoundError for a run that is not finished, ValueError for a generator too large to ship.
+    """
+    generator, facts = read_network(run / GENERATOR_FILE)
+    made = json.loads((run / "config.json").read_text())
+    images = sample_images(generator, range(IMAGES))
+    digit = facts["data"].partition(":")[2]
+    scores = gan_scores(images, int(digit) if digit else None)
+    facts = {
+        "data": facts["data"],
+        "seed": facts["seed"],
+        "images_seen": facts["images_seen"],
+        "command": f"triptych-gangealing train-gan --preset {name}" if name in PRESETS else made["command"],
+        "commit": made["commit"],
+        "versions": made["versions"],
+        "hardware": made["hardware"],
+        "instrument_sha256": load_instrument().sha256,
+        "scores": {
+            key: value if isinstance(value, int) else value._asdict() for key, value in scores._asdict().items()
+        },
+    }
+    write_network(folder / f"{name}.safetensors", generator, facts)
+    size = (folder / f"{name}.safetensors").stat().st_size
+    if size > LIMIT_BYTES:
+        checkpoint.remove(folder / f"{name}.safetensors")
+        raise ValueError(
+            f"{run}: its generator takes {size:,} bytes, expected at most {LIMIT_BYTES:,}; train a smaller one"
+        )
+    write_png(folder / f"{name}.png", image_grid(images[: COLUMNS * 10], columns=COLUMNS), scale=2)
+    return facts
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m triptych_thesis.chapter4.embed RUN NAME")
+    print(json.dumps(embed(Path(sys.argv[1]), sys.argv[2]), indent=2))

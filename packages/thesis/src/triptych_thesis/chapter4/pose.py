@@ -1,0 +1,201 @@
+"""How well warps undo jitters that are known: errors in rotation, scale and shift, and the sharpness of the average.
+
+Between different digits no correspondence is true, but how each was turned, scaled and shifted is on record. Aligned
+images should all show their digits alike; how they show them is up to the method, so only the spread counts.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from triptych_common.metrics.bootstrap import Estimate, bootstrap
+from triptych_gangealing.digits32 import CANVAS, DIGIT, Jitters, affine, render
+from triptych_gangealing.keypoints.synthetic import white_on_black
+from triptych_gangealing.warp import Warp, centres
+
+DIGIT_BOX = 20 / DIGIT  # of MNIST's digits in their images, half sides
+POINTS = 32  # a side, at which a warp is looked at
+
+
+class Pose(NamedTuple):
+    """How images show their digits, in the convention of `Jitters`: counter-clockwise, of which size, and where the middle is."""
+
+    angle: Float[Tensor, " n"]  # radians
+    log_scale: Float[Tensor, " n"]  # 0: the digit's own 28 pixels are 28 of a 32-pixel canvas
+    shift_px: Float[Tensor, "n 2"]  # pixels of a 32-pixel canvas
+
+
+def poses(jitters: Jitters, warp: Warp) -> Pose:
+    """Poses of digits in the aligned images: the jitters themselves, if the warp is the identity.
+
+    Each warp, followed by the known way from canvas to digit, takes 32 x 32 points of the aligned image to the digit's;
+    the pose is the similarity nearest to that in least squares, over the points that land within the 20 x 20 pixels that
+    digits fill (over all, where fewer than 10 do). So what a flow does to the background counts for nothing.
+    """
+    like = torch.empty((), dtype=torch.float64)
+    aligned = centres((POINTS, POINTS), like).view(1, -1, 2).expand(len(jitters.angle), -1, -1)
+    canvas = warp.to(dtype=torch.float64).map_points(aligned).points
+    theta = affine(jitters).double()
+    digit = canvas @ theta[:, :, :2].mT + theta[:, None, :, 2]
+    inside = (digit.abs() <= DIGIT_BOX).all(2)
+    weights = torch.where((inside.sum(1) < 10)[:, None], True, inside).double()
+    weights = weights / weights.sum(1, keepdim=True)
+
+    def complex_and_mean(points: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = torch.view_as_complex(points.contiguous())
+        return numbers, (weights * numbers).sum(1)
+
+    (z, z_mean), (d, d_mean) = complex_and_mean(aligned), complex_and_mean(digit)
+    centred = z - z_mean[:, None]
+    turn = (weights * centred.conj() * (d - d_mean[:, None])).sum(1) / (weights * centred.abs() ** 2).sum(1)
+    middle = z_mean - d_mean / turn
+    return Pose(turn.angle(), -(turn.abs() * DIGIT / CANVAS).log(), torch.view_as_real(middle) * CANVAS / 2)
+
+
+def mode(pose: Pose) -> Pose:
+    """The pose most images share, as one row.
+
+    Shift and log scale: medians. Angle: the circular mean of that half of the angles nearest to the circular mean of all.
+    """
+    first = torch.polar(torch.ones_like(pose.angle), pose.angle).mean().angle()
+    away = wrapped(pose.angle - first)
+    near = away.abs().argsort()[: (len(away) + 1) // 2]
+    angle = wrapped(first + torch.polar(torch.ones_like(away[near]), away[near]).mean().angle())
+    return Pose(
+        angle.reshape(1),
+        pose.log_scale.quantile(0.5).reshape(1),
+        pose.shift_px.quantile(0.5, dim=0, keepdim=True),
+    )
+
+
+def residuals(pose: Pose, groups: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n 3"]:
+    """Each image's error beside the mode: degrees, |log scale|, and pixels of shift.
+
+    Shifts are divided by the mode's scale, so that a method gains nothing by showing digits small: they are pixels of a
+    32-pixel canvas on which the digit has its full size. groups: each has its own mode; a cluster or class, say.
+    """
+    groups = torch.zeros(len(pose.angle), dtype=torch.long) if groups is None else groups
+    errors = pose.angle.new_zeros(len(pose.angle), 3)
+    for group in groups.unique():
+        here = Pose(*(values[groups == group] for values in pose))
+        shared = mode(here)
+        shift = (here.shift_px - shared.shift_px).norm(dim=1) / shared.log_scale.exp()
+        turned, scaled = wrapped(here.angle - shared.angle).rad2deg().abs(), (here.log_scale - shared.log_scale).abs()
+        errors[groups == group] = torch.stack([turned, scaled, shift], dim=1)
+    return errors
+
+
+@dataclass(frozen=True)
+class PoseErrors:
+    """Residual rotation (degrees), log scale and shift (pixels): means and medians over images, with 95% intervals."""
+
+    n: int
+    rotation_deg: Estimate
+    log_scale: Estimate
+    shift_px: Estimate
+    median_rotation_deg: Estimate
+    median_log_scale: Estimate
+    median_shift_px: Estimate
+
+
+def pose_errors(
+    jitters: Jitters, warp: Warp, groups: Int[Tensor, " n"] | None = None, *, repeats: int = 100, seed: int = 0
+) -> PoseErrors:
+    """Errors of warps of images drawn with these jitters; intervals resample digits, each with all of its images.
+
+    groups: each has its own mode, clusters say. (Modes stay those of all images: medians minimise the mean distance from
+    themselves, so that to first order a resample's own mode would change nothing.)
+    Digits themselves lean and differ in size by their writers' hands, which no jitter records: a perfect alignment of what is
+    seen leaves some degrees. Raises ValueError for fewer than two images, or other than one warp an image.
+    """
+    n = len(jitters.angle)
+    if n < 2 or len(warp) != n:
+        raise ValueError(f"{n} images and {len(warp)} warps: expected at least 2, one warp an image")
+    errors = residuals(poses(jitters, warp), groups)
+
+    def median(some: Tensor) -> Tensor:
+        return some.quantile(0.5)
+
+    def estimate(score: Callable[[Tensor], Tensor], column: int) -> Estimate:
+        some = errors[:, column]
+        found = bootstrap(lambda part: float(score(part)), some, repeats=repeats, seed=seed, groups=jitters.digit)
+        return found if found.low is None else found._replace(low=max(found.low, 0.0))
+
+    scores = [estimate(score, column) for score in (torch.mean, median) for column in range(3)]
+    return PoseErrors(n, *scores)
+
+
+def own_pose_errors(
+    jitters: Jitters, warp: Warp, groups: Int[Tensor, " n"] | None = None, *, repeats: int = 100, seed: int = 0
+) -> PoseErrors | None:
+    """`pose_errors` beside each digit's own mode, of digits that were drawn at least three times; None where there are none.
+
+    groups: a digit has its own mode in each of them, where it was drawn at least three times.
+    What writers do drops out, so that jitters alone are left. A mode of few views lies near each of them: all methods gain by that.
+    """
+    own = (
+        jitters.digit
+        if groups is None
+        else torch.stack([jitters.digit, groups], 1).unique(dim=0, return_inverse=True)[1]
+    )
+    rows = (torch.bincount(own)[own] >= 3).nonzero().flatten()
+    if not len(rows):
+        return None
+    several = Jitters(*(values[rows] for values in jitters))
+    return pose_errors(several, warp.select(rows), own[rows], repeats=repeats, seed=seed)
+
+
+def wrapped(angle: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    """Angles in -pi .. pi."""
+    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+
+
+def mean_gradient(image: Float[Tensor, "channels height width"]) -> Tensor:
+    """Mean length of an image's gradient: central differences, each pixel's channels on their own; per pixel."""
+    down, across = torch.gradient(image, dim=(1, 2))
+    return torch.hypot(down, across).mean()
+
+
+class Sharpness(NamedTuple):
+    """Mean gradients of averages, ink 0 to 1 and per pixel; `ratio`, of aligned to at_mode, with its 95% interval."""
+
+    aligned: float
+    at_mode: float  # of un-jittered digits in the pose that the aligned ones share
+    upright: float  # of un-jittered digits as the data set has them
+    ratio: Estimate
+
+
+def sharpness(
+    digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, warp: Warp, *, repeats: int = 100, seed: int = 0
+) -> Sharpness:
+    """How sharp warps make the average of images, beside that of the same digits never jittered.
+
+    Both averages are of ink, white on black, whatever colours the warps were found by: half of all digits are darker than their
+    ground, and their average in colour is grey mist however well they are aligned. Digits shown larger have longer outlines
+    on the canvas, so the ratio is to un-jittered digits drawn in the very pose that the aligned ones share. The interval
+    resamples digits.
+    """
+    drawn = render(digits, white_on_black(jitters))[:, :1].float() / 255
+    aligned = warp.to(dtype=torch.float32).sample(drawn, padding="zeros")
+    shared = mode(poses(jitters, warp))
+    n = len(digits)
+
+    def undone(angle: Tensor, scale: Tensor, shift_px: Tensor) -> Tensor:
+        place = {"angle": angle.expand(n), "scale": scale.expand(n), "shift_px": shift_px.expand(n, 2)}
+        alike = jitters._replace(**{name: values.float() for name, values in place.items()})
+        return render(digits, white_on_black(alike))[:, :1].float() / 255
+
+    at_mode = undone(shared.angle, shared.log_scale.exp(), shared.shift_px)
+    upright = undone(torch.zeros(1), torch.ones(1), torch.zeros(1, 2))
+
+    def gain(both: Tensor) -> float:
+        ours, theirs = both.mean(0).split(1)
+        return float(mean_gradient(ours) / mean_gradient(theirs))
+
+    both = torch.cat([aligned, at_mode], dim=1)
+    ratio = bootstrap(gain, both, repeats=repeats, seed=seed, groups=jitters.digit)
+    return Sharpness(*(float(mean_gradient(stack.mean(0))) for stack in (aligned, at_mode, upright)), ratio)

@@ -1,0 +1,59 @@
+"""The command `triptych`."""
+
+import sys
+from collections.abc import Sequence
+
+from triptych_common.cli import Command, main
+
+
+def _chapter2() -> Command:
+    from triptych_thesis.chapter2.command import StudyConfig, study
+
+    return Command(StudyConfig, study, {})
+
+
+def _chapter3() -> Command:
+    from triptych_thesis.chapter3.command import ReproduceConfig, reproduce
+
+    return Command(ReproduceConfig, reproduce, {})
+
+
+def _chapter4() -> Command:
+    from triptych_thesis.chapter4.command import ReproduceConfig, reproduce
+
+    return Command(ReproduceConfig, reproduce, {})
+
+
+def _figures() -> Command:
+    from triptych_thesis.chapter3.evaluate import EvaluateConfig, evaluate
+
+    return Command(EvaluateConfig, evaluate, {})
+
+
+def _score_clusters() -> Command:
+    from triptych_thesis.chapter4.cluster_scores import ClustersConfig, score_clusters
+
+    return Command(ClustersConfig, score_clusters, {})
+
+
+CHAPTERS = {
+    "ch2": ("DiT: digits, block designs, scaling, guidance", _chapter2),
+    "ch3": ("G.pt: a zoo of checkpoints, prompting, the memorisation audit", _chapter3),
+    "ch4": ("GANgealing: alignment, correspondence, clusters", _chapter4),
+}
+COMMANDS = {
+    "figures": ("chapter 3's figures for one trained G.pt", _figures),
+    "score-clusters": ("score an aligner's clusters of digits against the true ones, beside k-means", _score_clusters),
+}
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["reproduce"]:
+        return main("triptych reproduce", CHAPTERS, argv[1:])
+    return main("triptych", COMMANDS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,1 @@
+"""How the frozen instruments that score digits were trained."""

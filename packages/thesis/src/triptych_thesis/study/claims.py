@@ -1,0 +1,147 @@
+"""The ledger of the thesis's figures and tables, `claims.toml`, and the page generated from it."""
+
+import json
+import re
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from triptych_common.storage.atomic import write_text
+
+VERDICTS = ("not run", "confirmed", "refuted", "undecided", "not applicable")
+FOUND = ("verdict", "size", "interval", "command")  # what a run says of a claim
+KINDS = ("ordering", "number", "gallery", "diagram", "setting")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One figure or table: what it claims, and what we found."""
+
+    id: str
+    chapter: int
+    item: str
+    title: str
+    kind: str  # one of KINDS
+    claim: str
+    published: str
+    verdict: str  # one of VERDICTS
+    size: str
+    interval: str
+    command: str
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"claim {self.id}: verdict {self.verdict!r}, expected one of {', '.join(VERDICTS)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"claim {self.id}: kind {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.verdict in ("confirmed", "refuted", "undecided") and not (self.size and self.command):
+            raise ValueError(f"claim {self.id}: verdict {self.verdict!r} without size and command")
+
+
+def load_claims(path: Path) -> dict[str, Claim]:
+    """Rows of the ledger by id.
+
+    Raises ValueError for what is no ledger, and for a row that lacks a key, has one too many, or repeats an id.
+    """
+    names = {field.name for field in fields(Claim)}
+    claims: dict[str, Claim] = {}
+    try:
+        rows = tomllib.loads(Path(path).read_text()).get("claim")
+    except (ValueError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables")
+    for row in rows:
+        if row.keys() != names:
+            raise ValueError(f"{path}: claim {row.get('id')!r}: keys differ by {sorted(row.keys() ^ names)}")
+        if row["id"] in claims:
+            raise ValueError(f"{path}: claim {row['id']!r} stands twice")
+        try:
+            claims[row["id"]] = Claim(**row)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return claims
+
+
+def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
+    """Write what was found into the ledger's rows; all else in the file stays as it is.
+
+    Raises ValueError for a claim that the ledger lacks, or what it would not take.
+    """
+    known = load_claims(ledger)
+    if missing := sorted(found.keys() - known.keys()):
+        raise ValueError(f"{ledger}: has no claim {missing[0]!r}; expected a ledger with {', '.join(found)}")
+    head, *blocks = ledger.read_text().split("[[claim]]\n")
+    for i, block in enumerate(blocks):
+        claim = tomllib.loads(block)["id"]
+        values = found.get(claim)
+        for name in FOUND if values else ():
+            replace(known[claim], **values)  # refuses what is no verdict
+            line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
+            block = re.sub(rf'^{name} = ".*"$', lambda _, line=line: line, block, flags=re.MULTILINE)
+        blocks[i] = block
+    write_text(ledger, "[[claim]]\n".join([head, *blocks]))
+
+
+def record_results(results: Path, ledger: Path, chapter: int) -> None:
+    """What a chapter's run found, results.json, into the ledger.
+
+    Raises ValueError for another chapter's results, and for those of a smoke run, which decide nothing.
+    """
+    content = json.loads(results.read_text())
+    if content.get("chapter") != chapter or not content.get("claims") or content["size"].startswith("smoke"):
+        raise ValueError(
+            f"{results}: decides no claim of chapter {chapter}; expected its results.json, of a size larger than smoke"
+        )
+    record(ledger, content["claims"])
+    print(f"wrote {', '.join(content['claims'])} into {ledger}; now: make docs")
+
+
+def run_record(chapter: int, module: str) -> None:
+    """`record_results` as a command of two words: python -m MODULE RESULTS.json claims.toml."""
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: python -m {module} RESULTS.json claims.toml")
+    try:
+        record_results(*map(Path, sys.argv[1:]), chapter)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def claims_page(claims: dict[str, Claim]) -> str:
+    """The ledger as Markdown."""
+    counts = Counter(claim.verdict for claim in claims.values())
+    lines = [
+        "# Claims of the thesis and what became of them",
+        "",
+        "Generated from `claims.toml` by `make docs`; edit that file, not this one.",
+        "",
+        ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) + ".",
+    ]
+    chapter = None
+    for claim in claims.values():
+        if claim.chapter != chapter:
+            chapter = claim.chapter
+            lines += [
+                "",
+                f"## Chapter {chapter}",
+                "",
+                "| id | item | claim | published | verdict | measured |",
+                "|---|---|---|---|---|---|",
+            ]
+        verdict = f"{claim.verdict} ({claim.size})" if claim.size else claim.verdict
+        measured = " ".join(part for part in (claim.interval, f"`{claim.command}`" if claim.command else "") if part)
+        cells = (f"`{claim.id}`", f"{claim.item}: {claim.title}", claim.claim, claim.published, verdict, measured)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(ledger: Path, page: Path) -> None:
+    write_text(page, claims_page(load_claims(ledger)))
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))

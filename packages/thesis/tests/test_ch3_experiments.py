@@ -1,0 +1,311 @@
+"""Recursion, diversity, landscape and quality, on networks whose metrics are known functions of their weights."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from triptych_common.diffusion import NoiseSchedule
+from triptych_common.randomness import normal
+from triptych_gpt.evaluation.records import plain
+from triptych_gpt.symmetry.derivation import derive
+from triptych_gpt.tasks.task import Metric, Prompts, Task
+from triptych_thesis.chapter3.diversity import diversity, spread
+from triptych_thesis.chapter3.filters import filters_before_and_after, first_layer_filters
+from triptych_thesis.chapter3.landscape import Plane, landscape
+from triptych_thesis.chapter3.quality import kl_last_step, quality_against_steps
+from triptych_thesis.chapter3.recursion import new_networks, recursive_prompting
+
+NETWORK = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+SIZE, MERIT = Metric("size", "lower", Prompts(0.0, 0.1, 0.9)), Metric("merit", "higher", Prompts(5.0, 4.9))
+
+
+class Sizes(Task):
+    """Scores networks by the mean square of their weights, and by 5 less that."""
+
+    name, metrics, initialisers, steps = "sizes", (SIZE, MERIT), ("default", "wide"), 1
+    symmetry = derive(NETWORK)
+    layout = symmetry.layout
+
+    def initial(self, seed, runs, initialiser="default"):
+        drawn = normal(seed, f"start {initialiser}", list(runs), (self.layout.size,))
+        return drawn * (3 if initialiser == "wide" else 1)
+
+    def evaluate(self, theta):
+        size = theta.square().mean(1)
+        return {"size": size, "merit": 5 - size}
+
+
+TASK = Sizes()
+D = TASK.layout.size
+
+
+def networks(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def halfway(theta, metric, target, indices):
+    """Half the way to the size asked for, with noise."""
+    size = 0.5 * (metric + target)
+    scaled = theta * (size / theta.square().mean(1)).sqrt()[:, None]
+    return scaled + 0.05 * normal(2, "halfway", indices, theta.shape[1:]).to(theta)
+
+
+def scattered(theta, metric, target, indices):
+    """Samples that lie about a shrunken start, as noise has it."""
+    return 0.2 * theta + 0.1 * normal(3, "scattered", indices, theta.shape[1:]).to(theta)
+
+
+# --- recursion
+
+
+def test_recursion_equals_hand_iteration():
+    starts = new_networks(TASK, seed=5, networks=4)
+    found = recursive_prompting(halfway, TASK, SIZE, starts, updates=3, first_index=40)
+    assert list(found.curves) == ["default", "wide"]
+    for name, theta in starts.items():
+        history = [TASK.evaluate(theta)["size"]]
+        for k in range(3):
+            indices = [40 + 4 * k + i for i in range(4)]
+            theta = halfway(theta, history[-1], torch.full((4,), 0.1), indices)
+            history.append(TASK.evaluate(theta)["size"])
+        expected = torch.stack(history, dim=1).double()
+        curve = found.curves[name]
+        assert torch.allclose(curve.metrics["size"], expected, rtol=1e-5)
+        assert torch.allclose(curve.metrics["merit"], 5 - expected, rtol=1e-5)
+        assert torch.allclose(curve.mean, expected.mean(0), rtol=1e-5)
+        assert torch.allclose(curve.standard_error, expected.std(0) / 2, rtol=1e-4)
+        assert curve.rejected == 0
+    assert found.one_update == pytest.approx(float(found.curves["default"].mean[1]))
+
+
+def test_updates_to_reach_counts_until_the_mean_is_within_the_margin():
+    def exactly_half(theta, metric, target, indices):
+        return theta * math.sqrt(0.5)
+
+    starts = {"default": torch.ones(2, D), "wide": torch.ones(2, D) * math.sqrt(8)}  # sizes 1 and 8
+    found = recursive_prompting(exactly_half, TASK, SIZE, starts, updates=5)
+    assert found.curves["default"].updates_to_reach == 1  # 0.5
+    assert found.curves["wide"].updates_to_reach == 4  # 4, 2, 1, 0.5
+    assert recursive_prompting(exactly_half, TASK, SIZE, starts, updates=3).curves["wide"].updates_to_reach is None
+    loose = recursive_prompting(exactly_half, TASK, SIZE, starts, updates=5, within=1.01)
+    assert loose.curves["wide"].updates_to_reach == 3
+    assert loose.curves["default"].updates_to_reach == 0
+    higher = recursive_prompting(exactly_half, TASK, MERIT, starts, updates=5, within=0.01)
+    assert higher.curves["wide"].updates_to_reach == 4
+
+
+def test_an_update_that_diverges_is_rejected_and_the_next_starts_from_before():
+    def sometimes(theta, metric, target, indices):
+        out = theta * 0.5
+        out[torch.as_tensor(indices) == 2] = torch.inf  # network 0 at its second update
+        return out
+
+    found = recursive_prompting(sometimes, TASK, SIZE, {"default": torch.ones(2, D)}, updates=3)
+    assert found.curves["default"].rejected == 1
+    sizes = found.curves["default"].metrics["size"]
+    assert torch.allclose(sizes, torch.tensor([[1, 1 / 4, 1 / 4, 1 / 16], [1, 1 / 4, 1 / 16, 1 / 64]]).double())
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_recursion_does_not_depend_on_batches_or_on_the_other_initialisers():
+    starts = new_networks(TASK, seed=5, networks=5)
+    whole = recursive_prompting(halfway, TASK, SIZE, starts, updates=2)
+    parts = recursive_prompting(halfway, TASK, SIZE, {"default": starts["default"]}, updates=2, networks_at_once=2)
+    expected = whole.curves["default"].metrics["size"]
+    assert torch.allclose(parts.curves["default"].metrics["size"], expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="initialiser 'default'"):
+        recursive_prompting(halfway, TASK, SIZE, {"wide": starts["wide"]})
+
+
+def test_new_networks_are_the_tasks():
+    drawn = new_networks(TASK, 3, 2, ["wide"])
+    assert list(drawn) == ["wide"]
+    assert torch.equal(drawn["wide"], TASK.initial(3, range(2), "wide"))
+
+
+# --- diversity
+
+
+def test_spread_equals_brute_force_over_permutations():
+    thetas, spec = networks(4), TASK.symmetry
+    (group,) = spec.groups
+    orders = torch.tensor(list(itertools.permutations(range(3))))
+    raw, matched = [], []
+    for a, b in itertools.combinations(thetas, 2):
+        raw.append(float((a - b).norm()))
+        matched.append(float((spec.apply(a.expand(6, -1), {group: orders}) - b).norm(dim=1).min()))
+    found = spread(spec, thetas)
+    assert found.raw == pytest.approx(sum(raw) / 6)
+    assert found.matched == pytest.approx(sum(matched) / 6)
+    assert found.matched < found.raw
+
+
+def test_permuted_copies_have_no_matched_distance():
+    spec = TASK.symmetry
+    copies = spec.apply(networks(1).expand(6, -1), spec.draw(1, range(6)))
+    found = spread(spec, copies)
+    assert found.raw > 0.5
+    assert found.matched == pytest.approx(0, abs=1e-12)
+
+
+def test_diversity_tells_noise_from_starts():
+    theta = networks(4)
+    found = diversity(scattered, TASK, SIZE, theta, samples=5)
+    samples = scattered(theta.repeat_interleave(5, 0), None, None, range(20)).view(4, 5, D)
+    assert found.noise.raw == pytest.approx(sum(spread(TASK.symmetry, one).raw for one in samples) / 4)
+    assert found.starts.raw == pytest.approx(spread(TASK.symmetry, samples[:, 0]).raw)
+    assert found.before == spread(TASK.symmetry, theta)
+    assert found.noise.raw < found.starts.raw < found.before.raw
+    assert found.metric_mean == pytest.approx(float(samples.square().mean()))
+    again = diversity(scattered, TASK, SIZE, theta, samples=5, networks_at_once=3)
+    assert again.noise == pytest.approx(found.noise)
+    assert again.starts == pytest.approx(found.starts)
+
+
+def test_diversity_leaves_out_what_is_not_finite():
+    def half_broken(theta, metric, target, indices):
+        out = scattered(theta, metric, target, indices)
+        out[torch.as_tensor(indices) % 2 == 0] = torch.nan
+        return out
+
+    found = diversity(half_broken, TASK, SIZE, networks(2), samples=4)
+    assert found.non_finite == 4
+    kept = scattered(networks(2).repeat_interleave(4, 0), None, None, range(8)).view(2, 4, D)[:, 1::2]
+    assert found.noise.raw == pytest.approx(float((kept[:, 0] - kept[:, 1]).norm(dim=1).mean()))
+    assert None not in plain(found)["noise"].values()
+
+
+# --- landscape
+
+
+def test_the_plane_equals_scikit_learns():
+    thetas = networks(12) * torch.linspace(3, 0.1, D)
+    plane, pca = Plane.through(thetas), PCA(2, svd_solver="full").fit(thetas)
+    assert torch.allclose(plane.explained, torch.from_numpy(pca.explained_variance_ratio_))
+    assert torch.allclose((plane.axes @ torch.from_numpy(pca.components_).T).abs(), torch.eye(2).double(), atol=1e-8)
+    assert torch.allclose(plane.coordinates(thetas).abs(), torch.from_numpy(pca.transform(thetas)).abs())
+
+
+def test_shares_are_one_in_the_plane_and_fractions_outside():
+    plane = Plane.through(networks(6))
+    inside = plane.at(torch.tensor([[0.0, 0.0], [1.0, -2.0], [30.0, 4.0]]))
+    assert torch.allclose(plane.share(inside), torch.ones(3).double())
+    others = plane.share(networks(20, seed=1))
+    assert ((others > 0) & (others < 1)).all()
+    across = plane.origin + networks(1, seed=2) @ (torch.eye(D).double() - plane.axes.T @ plane.axes)
+    assert plane.share(across).item() == pytest.approx(0, abs=1e-12)
+    assert torch.allclose(Plane.through(networks(3)).share(networks(3)), torch.ones(3).double())
+
+
+@pytest.mark.parametrize(
+    "thetas", [torch.ones(5, 23), torch.randn(2, 23), torch.linspace(0, 1, 5)[:, None] * torch.ones(23)]
+)
+def test_networks_on_a_line_span_no_plane(thetas):
+    with pytest.raises(ValueError, match="span no plane"):
+        Plane.through(thetas)
+
+
+def test_the_landscape_of_a_bowl():
+    start = networks(1)[0]
+    found = landscape(scattered, TASK, SIZE, start, samples=7, side=9)
+    samples = scattered(start.expand(7, -1), None, None, range(7))
+    plane = Plane.through(samples)
+    assert torch.allclose(found.samples, plane.coordinates(samples))
+    assert torch.allclose(found.sample_metric, samples.square().mean(1))
+    assert torch.allclose(found.projected_metric, plane.at(found.samples).square().mean(1))
+    for i, j in ((0, 0), (2, 7), (8, 3)):
+        point = plane.at(torch.stack([found.x[j], found.y[i]])[None])
+        assert float(found.values[i, j]) == pytest.approx(float(point.square().mean()))
+    assert torch.allclose(found.curvature, torch.full((7, 2), 2 / D).double(), rtol=1e-6)  # of the mean square
+    assert found.convex == 1.0
+    assert found.x[0] < found.samples[:, 0].min() < found.samples[:, 0].max() < found.x[-1]
+    improved = (float(start.square().mean()) - found.sample_metric).abs()
+    assert torch.equal(found.accurate, (found.projected_metric - found.sample_metric).abs() <= 0.1 * improved)
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_the_landscape_of_a_higher_metric_has_the_same_curvature():
+    found = landscape(scattered, TASK, MERIT, networks(1)[0], samples=5, side=5)
+    assert torch.allclose(found.curvature, torch.full((5, 2), 2 / D).double(), rtol=1e-6)
+
+
+def test_the_landscape_takes_another_plane_batches_and_what_is_not_finite():
+    def broken(theta, metric, target, indices):
+        out = scattered(theta, metric, target, indices)
+        out[torch.as_tensor(indices) == 1] = torch.nan
+        return out
+
+    options = {"samples": 5, "side": 5, "spanning": networks(8, seed=4)}
+    found = landscape(broken, TASK, SIZE, networks(1)[0], **options)
+    assert found.non_finite == 1
+    assert len(found.samples) == len(found.accurate) == 4
+    assert torch.allclose(found.explained, Plane.through(networks(8, seed=4)).explained)
+    again = landscape(broken, TASK, SIZE, networks(1)[0], **options, networks_at_once=2)
+    assert torch.allclose(again.values, found.values, rtol=1e-12)
+
+
+# --- quality and the last step
+
+
+def test_quality_has_a_row_for_each_update_in_order():
+    def off_by(scale):
+        def update(theta, metric, target, indices):
+            size = target + scale * metric
+            return theta * (size / theta.square().mean(1)).sqrt()[:, None]
+
+        return update
+
+    updates = {("slow", 100): off_by(0.0), ("slow", 5): off_by(0.3), ("fast", 1): off_by(0.1)}
+    rows = quality_against_steps(updates, TASK, SIZE, networks(3), prompts=5)
+    assert [(row.sampler, row.model_evaluations) for row in rows] == [("slow", 5), ("slow", 100), ("fast", 1)]
+    start = TASK.evaluate(networks(3))["size"].mean()
+    assert rows[0].alignment.mean_gap == pytest.approx(0.3 * float(start))
+    assert rows[1].alignment.r2.value == pytest.approx(1)
+    assert rows[0].alignment.r2.value < rows[2].alignment.r2.value < 1
+    json.dumps([row.as_dict() for row in rows], allow_nan=False)
+
+
+def test_the_last_steps_divergence_equals_torchs_and_an_integral():
+    alpha_bar, x_0 = 0.3, torch.tensor([[0.7, -1.2, 0.1], [2.0, 0.4, 0.0]], dtype=torch.float64)
+    noised = Normal(math.sqrt(alpha_bar) * x_0, math.sqrt(1 - alpha_bar))
+    standard = Normal(torch.zeros(2, 3).double(), torch.ones(2, 3).double())
+    expected = float(kl_divergence(noised, standard).mean()) / math.log(2)
+    assert kl_last_step(alpha_bar, x_0) == pytest.approx(expected, rel=1e-12)
+    grid = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+    one = Normal(math.sqrt(alpha_bar) * 0.7, math.sqrt(1 - alpha_bar))
+    gap = one.log_prob(grid) - Normal(0.0, 1.0).log_prob(grid)
+    integral = float(torch.trapezoid(one.log_prob(grid).exp() * gap, grid)) / math.log(2)
+    assert kl_last_step(alpha_bar, x_0[:1, :1]) == pytest.approx(integral, rel=1e-6)
+
+
+def test_the_thesis_normalisation_leaves_eight_millionths_of_a_bit():
+    theta_star = 0.538 * torch.randn(200, 500, generator=torch.Generator().manual_seed(0))
+    assert kl_last_step(NoiseSchedule.linear().alpha_bar[-1], theta_star) == pytest.approx(8e-6, rel=0.1)
+
+
+# --- filters and records
+
+
+def test_filters_are_rows_of_the_first_weight():
+    spec = derive(nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 2)))
+    theta = torch.arange(float(spec.layout.size))
+    images = first_layer_filters(spec.layout, theta)
+    assert images.shape == (4, 3, 3)
+    assert torch.equal(images[2], torch.arange(18.0, 27.0).view(3, 3))
+    found = filters_before_and_after(spec.layout, theta, theta + 1, metric="size", before=2.0, after=1.0, prompt=0.5)
+    assert found["after"]["filters"][2][0] == [19.0, 20.0, 21.0]
+    assert found["before"]["metric"] == 2.0
+    with pytest.raises(ValueError, match="side \\* side"):
+        first_layer_filters(derive(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))).layout, torch.zeros(46))
+
+
+def test_records_hold_what_json_can():
+    value = {"a": (1, 2.5, math.inf), "b": torch.tensor([[1.0, torch.nan]]), 3: None, "c": torch.tensor([True])}
+    assert plain(value) == {"a": [1, 2.5, None], "b": [[1.0, None]], "3": None, "c": [True]}
+    with pytest.raises(TypeError, match="set"):
+        plain({1, 2})

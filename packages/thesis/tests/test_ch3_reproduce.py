@@ -1,0 +1,105 @@
+"""`make reproduce-ch3 SIZE=smoke ARGS=--all`, without the network."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from triptych_common.storage.run import flatten
+from triptych_common.testing import OFFLINE, assert_self_contained, run_cli, strict_json
+
+ROOT = Path(__file__).parents[3]
+FIRST = {"fig-3.3", "fig-3.4", "fig-3.5", "fig-3.6", "audit", "filters"}
+REST = {"fig-3.8", "fig-3.9", "sampler-steps"}
+
+
+def reproduce(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    words = ["reproduce", "--size", "smoke", "--out", str(folder), "--claims", str(ROOT / "claims.toml"), *options]
+    done = run_cli("triptych_gpt.cli", *words, env=OFFLINE, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {folder / 'report.html'} (size smoke)" in done.stdout
+    return done
+
+
+def results_in(folder: Path) -> dict:
+    return strict_json((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ch3")
+    reproduce(folder, "--all")
+    return folder
+
+
+def test_results_are_strict_json_of_every_experiment(out):
+    results = results_in(out)
+    assert results["experiments"].keys() == FIRST | REST
+    assert any(line.startswith("Prompt alignment: R^2 ") for line in results["findings"])
+    assert set(results["experiments"]["audit"]["verdict"]) <= set(results["findings"])
+    for alignment in results["experiments"]["fig-3.5"]["alignment"].values():
+        assert alignment["r2"]["low"] <= alignment["r2"]["value"] <= alignment["r2"]["high"]
+    assert results["experiments"]["fig-3.5"]["alignment"]["identity"]["r2"]["value"] == pytest.approx(-2.7, abs=0.6)
+    kept, model = results["model"]["kept"], results["model"]
+    assert kept["alignment"] > -10
+    assert model["trained_range"][0] < model["trained_range"][1]
+    assert results["sampler"]["sampler"] == "ddpm"
+    assert results["zoo"]["parameters"] == 2080
+    assert len(results["example"]["networks"]) == 4
+    assert results["commit"]
+    assert {"width", "runs", "tokenizers", "augmentation", "canonicalised zoo", "checkpoints"} <= results[
+        "study"
+    ].keys()
+    for variants in results["study"].values():
+        assert len(variants) >= 2
+        assert all(row["unseen"]["value"] is not None for row in variants)
+
+
+def test_report_is_self_contained_and_complete(out):
+    page, results = (out / "report.html").read_text(), results_in(out)
+    pictures = [*(out / "smoke/evaluation").glob("*.png"), out / "smoke/study/fig-3.7.png", "training"]
+    shown = set(re.findall(r"data:image/png;base64,[^\"]{200}[^\"]*", page))
+    assert_self_contained(page, pictures=len(pictures))
+    assert len(shown) == len(pictures)
+    for needed in ("Prompt alignment", "Memorisation", "Scaling and ablations", "gpt.fig-3.5", "make reproduce-ch3 SIZE=smoke",
+                   "sampled by ddpm in 5 steps", "thesis", results["commit"]):  # fmt: skip
+        assert needed in page
+    assert str(out) not in page.replace(results["command"], "")
+
+
+def test_training_learned_something_even_here(out):
+    rows = [json.loads(line) for line in (out / "smoke/gpt/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_repeating_does_nothing_again_and_ends_the_same(out):
+    before = results_in(out)
+    rewritten = {"results.json", "seconds.json", "prompt.json", "study.json", "fig-3.7.json"}  # of what is there
+    made = [path for path in (out / "smoke").rglob("*.json") if path.name not in rewritten]
+    stamps = {path: path.stat().st_mtime_ns for path in [*made, *(out / "smoke/zoo").rglob("*.parquet")]}
+    trained = {path: path.read_bytes() for path in (out / "smoke").rglob("*.jsonl")}
+    assert len(stamps) > 20
+    assert len(trained) > 10
+    done = reproduce(out)  # without --all, which stays in the folder
+    assert "fig-3.5: " not in done.stdout
+    after = results_in(out)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert {path: path.read_bytes() for path in trained} == trained  # byte for byte: seconds are among it
+    changing = ("seconds", "command")
+    before, after = ({key: value for key, value in found.items() if key not in changing} for found in (before, after))
+    assert flatten(after) == flatten(before)
+
+
+def test_make_knows_the_target():
+    make = ["make", "-n", "reproduce-ch3", "SIZE=smoke", "ARGS=--all"]
+    shown = subprocess.run(make, capture_output=True, text=True, cwd=ROOT)
+    assert "triptych-gpt reproduce --size smoke --all" in shown.stdout
+
+
+def test_an_unknown_size_is_one_clear_line(tmp_path):
+    done = run_cli("triptych_thesis.cli", "reproduce", "ch3", "--size", "huge", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "size 'huge': expected one of smoke, laptop" in done.stderr

@@ -1,0 +1,109 @@
+"""`make reproduce-ch4 SIZE=smoke`, without the network."""
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import copy
+
+import pytest
+import torch
+from triptych_common.testing import OFFLINE, assert_self_contained, run_cli, strict_json
+from triptych_gangealing.encoders.perceptual import Vgg16
+from triptych_gangealing.stylegan2.config import GeneratorConfig
+from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.weights import write_network
+from triptych_thesis.chapter4 import ablations
+
+ROOT = Path(__file__).parents[3]
+
+
+def reproduce(out: Path, generator: Path, *further: object) -> str:
+    options = ["--size", "smoke", "--out", out, "--claims", ROOT / "claims.toml"]
+    options += ["--generator", generator, "--digit-generator", generator]
+    done = run_cli("triptych_thesis.cli", "reproduce", "ch4", *map(str, [*options, *further]), env=OFFLINE, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Path:
+    """One of random weights: what is tested is the way, not the result."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("generator") / "generator.safetensors"
+    config = GeneratorConfig(32, channel_base=256, channel_max=16, z_dim=24, w_dim=24, mapping_layers=2)
+    write_network(path, Generator(config), {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, generator) -> Path:
+    """A finished study; `first` holds what it wrote before a test went on with it."""
+    folder = tmp_path_factory.mktemp("ch4")
+    assert f"wrote {folder / 'report.html'} (size smoke)" in reproduce(folder, generator)
+    (folder / "first").mkdir()
+    for name in ("report.html", "results.json"):
+        copy(folder / name, folder / "first")
+    return folder
+
+
+def test_report_is_self_contained_and_complete(out):
+    page = (out / "first/report.html").read_text()
+    assert_self_contained(page, pictures=5)
+    for needed in (
+        "PCK-Transfer on grey digits",
+        "Congealing",
+        "k-means on a contrastive descriptor",
+        "k-means, moments-aligned pixels",
+        "intervals resample digits, each with all its pairs",
+        "Table 4.3",
+        "67.2",
+        "LPIPS, no style mixing: no VGG weights were given (--lpips-weights)",
+        "cut-off one later (--all)",
+        "gangealing.fig-4.3",
+        "make reproduce-ch4 SIZE=smoke",
+    ):
+        assert needed in page
+
+
+def test_results_are_strict_json_with_intervals(out):
+    results = strict_json((out / "first/results.json").read_text())
+    methods = {"none", "moments", "moments, upright", "Congealing", "GANgealing"}
+    assert {kind: set(scores) for kind, scores in results["scores"].items()} == {"coloured": methods, "grey": methods}
+    for score in results["scores"]["coloured"].values():
+        found = score["pck"]["target box, per point, 0.1"]
+        assert found["low"] <= found["value"] <= found["high"]
+    assert results["clusters"]["clusters"] == 3
+    assert results["claims"]["gangealing.table-4.3"]["verdict"] == "undecided"
+    assert set(results["ablations"]) == set(ablations.FIRST)
+    assert results["commit"]
+
+
+def test_the_first_screen_says_which_aims_were_met(out):
+    page, results = (out / "first/report.html").read_text(), json.loads((out / "first/results.json").read_text())
+    lines = re.findall(r"<li>(.*?)</li>", page)
+    assert [line.split(":")[0] for line in lines[:-1]] == [
+        "Met" if found["met"] else "Missed" for found in results["targets"].values()
+    ]
+    assert len(lines) == 7
+    assert lines[-1].startswith("Beside, on plain grey digits")
+    assert set(results["claims"]) == {"gangealing.fig-4.1", "gangealing.fig-4.3", "gangealing.table-4.3"}
+
+
+@pytest.mark.skipif(find_spec("lpips") is None, reason="LPIPS needs its package")
+def test_repeating_trains_only_what_is_asked_for_besides(out, generator, tmp_path):
+    before = json.loads((out / "results.json").read_text())
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "smoke").rglob("*.safetensors")}
+    assert len(stamps) > 6
+    torch.manual_seed(1)
+    torch.save(Vgg16().state_dict(), tmp_path / "vgg.pth")
+    reproduce(out, generator, "--lpips-weights", tmp_path / "vgg.pth")
+    after = json.loads((out / "results.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    for name in ("scores", "clusters", "training"):
+        assert after[name] == before[name], name
+    assert set(after["ablations"]) - set(before["ablations"]) == {
+        "LPIPS, complete", "LPIPS, lower total variation", "LPIPS, no style mixing",
+    }  # fmt: skip
+    assert all(after["ablations"][row] == found for row, found in before["ablations"].items())
+    assert "no VGG weights" not in (out / "report.html").read_text()
