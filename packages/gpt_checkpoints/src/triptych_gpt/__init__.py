@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _HOMES = {  # imported when first asked for: torch alone takes seconds, and --help needs none of it
     "PRESETS": "config", "GptConfig": "config", "load_released": "interop", "Gpt": "model", "Answer": "prompting",
     "prompt": "prompting", "SamplerSettings": "trained", "TrainedGpt": "trained", "load": "trained",
-    "TASKS": "tasks", "Axis": "symmetry.spec", "Pairs": "zoo.pairs", "ParameterLayout": "layout", "PermutationSpec": "symmetry.spec",
-    "Residual": "symmetry.derivation", "SupervisedTask": "tasks", "Task": "tasks", "Zoo": "zoo.zoo", "canonicalise": "symmetry.matching",
+    "TASKS": "tasks", "Axis": "symmetry.spec", "Pairs": "zoo.pairs", "ParameterLayout": "layout",
+    "PermutationSpec": "symmetry.spec",
+    "Residual": "symmetry.derivation",
+    "SupervisedTask": "tasks", "Task": "tasks", "Zoo": "zoo.zoo", "canonicalise": "symmetry.matching",
     "derive": "symmetry.derivation", "open_task": "tasks",
 }  # fmt: skip
 
