@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triptych_common.embeddings import sincos_position_embedding
+from triptych_dit.model import sincos_position_embedding
 from triptych_dit import DiT, DiTConfig
 from triptych_dit.fine_tune import by_layer, fitted_config, peek, start_from
 

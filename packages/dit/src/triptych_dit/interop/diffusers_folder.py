@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from triptych_common.embeddings import sincos_position_embedding
+from triptych_dit.model import sincos_position_embedding
 from triptych_common.storage import foreign
 from triptych_common.storage.atomic import write_json
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triptych_common.embeddings import sincos_position_embedding
+from triptych_dit.model import sincos_position_embedding
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop.label_tables import unpadded_table

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triptych_common.cli import echo
-from triptych_common.embeddings import sincos_position_embedding
+from triptych_dit.model import sincos_position_embedding
 from triptych_common.storage import foreign
 
 from triptych_dit.config import PRESETS, DiTConfig
