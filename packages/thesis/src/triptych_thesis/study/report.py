@@ -116,9 +116,9 @@ class Report:
         ]
         rows += [(name, MARKS[v.verdict], v.why, "", "", "") for v, name in self.verdicts if v.why]
         caption = (
-            "A verdict speaks of this size alone, never of the thesis's. Confirmed: every comparison that the claim consists of has "
-            "its whole 95% interval on the claimed side; refuted: one lies wholly on the other side; undecided otherwise. Comparisons "
-            "are not corrected for their number."
+            "A verdict speaks of this size alone, never of the thesis's. Confirmed: every comparison that the claim consists of "
+            "has its whole 95% interval on the claimed side; refuted: one lies wholly on the other side; undecided otherwise. "
+            "Comparisons are not corrected for their number."
         )
         return Table(("claim", "", "quantity", "ours", "against", "thesis"), rows, caption)
 
