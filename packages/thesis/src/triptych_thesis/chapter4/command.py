@@ -29,7 +29,7 @@ from triptych_thesis.chapter4.paper import DATASETS, paper_runs, reproduce_paper
 from triptych_thesis.chapter4.report import write_report
 from triptych_thesis.chapter4.sizes import DIGIT, SIZES
 from triptych_thesis.chapter4.targets import targets
-from triptych_thesis.study.report import publish
+from triptych_thesis.study.old_report import publish
 
 PAPER = "paper"
 
