@@ -46,6 +46,14 @@ class Alignment:
     """total variation of the flow: large where an image fits badly"""
 
     @classmethod
+    def of_warp(cls, warp: Warp, cluster: Int[Tensor, " n"] | None = None) -> "Alignment":
+        """Warps of a method that mirrors nothing and knows no roughness, such as a baseline; by default of one cluster."""
+        n, device = len(warp), warp.stages[0].tensor.device
+        cluster = torch.zeros(n, dtype=torch.long, device=device) if cluster is None else cluster
+        still = torch.zeros(n, device=device)
+        return cls(warp, cluster, still.bool(), still)
+
+    @classmethod
     def cat(cls, parts: Sequence["Alignment"]) -> "Alignment":
         """Those of several batches as one."""
         names = "cluster", "flipped", "roughness"

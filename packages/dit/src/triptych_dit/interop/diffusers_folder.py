@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from triptych_common.embeddings import sincos_position_embedding
 from triptych_common.storage import foreign
 from triptych_common.storage.atomic import new_folder, write_json
 
@@ -31,7 +30,7 @@ from triptych_dit.interop.pipeline_parts import (
     prediction,
 )
 from triptych_dit.interop.released import TABLE, assembled, require_square
-from triptych_dit.model import DiT
+from triptych_dit.model import DiT, sincos_position_embedding
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiTTransformer2DModel, SchedulerMixin
