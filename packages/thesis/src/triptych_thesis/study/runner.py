@@ -25,17 +25,21 @@ from triptych_common.workers import Unit, default_workers, on_gpu, run_all
 
 from triptych_thesis.study.claims import Claim, load_claims
 from triptych_thesis.study.experiment import Experiment, Picture
-from triptych_thesis.study.report import Report, facts_table, publish
+from triptych_thesis.study.report import INTERVALS_DECIDE, Report, facts_table, publish
 from triptych_thesis.study.verdicts import Verdict, merged
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a report's first screen says: title, the sentence to take away, one picture (two that belong together)."""
+    """What a report's first screen says: title, the sentence to take away, one picture (two that belong together).
+
+    rule: how the verdicts follow from the evidence.
+    """
 
     title: str
     headline: str
     pictures: Sequence[Picture]
+    rule: str = INTERVALS_DECIDE
 
 
 @dataclass(frozen=True)
@@ -275,6 +279,7 @@ def write_report(study: Study, results: Mapping[str, Any]) -> None:
         verdicts=[(each, title_of(claim, ledger)) for claim, each in in_order(verdicts, ledger).items()],
         command=f"make reproduce-ch{study.chapter} SIZE={study.size}\n{study.command}",
         facts=facts_table(facts),
+        rule=opening.rule,
         sections=[study.experiments[name].section(study, result) for name, result in results["experiments"].items()],
     )
     report.write(study.folder / "report.html")

@@ -1,6 +1,6 @@
 """The figures of chapter 3, each drawn from results as JSON holds them, so that a report can be drawn again without the model.
 
-Every function returns a matplotlib Figure, made without pyplot; `triptych_thesis.study.report.figure_png` turns it into a PNG file.
+Every function returns a matplotlib Figure, made without pyplot; `triptych_common.images.figure_png` turns it into a PNG file.
 Figure numbers are the thesis's.
 """
 
