@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triptych_common.embeddings import sincos_position_embedding
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop.label_tables import unpadded_table
 from triptych_dit.interop.released import TABLE, check_keys, fold_table
-from triptych_dit.model import DiT
+from triptych_dit.model import DiT, sincos_position_embedding
 
 # Ours -> theirs; qkv is three there, and every block has a copy of the embeddings.
 _OUTER = {

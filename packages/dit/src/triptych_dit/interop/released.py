@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from triptych_common.cli import echo
-from triptych_common.embeddings import sincos_position_embedding
 from triptych_common.storage import foreign
 
 from triptych_dit.config import PRESETS, DiTConfig
 from triptych_dit.interop.published import PUBLISHED, published_file
-from triptych_dit.model import DiT
+from triptych_dit.model import DiT, sincos_position_embedding
 
 TABLE = "y_embedder.embedding_table.weight"
 TIMESTEP_BIAS = "t_embedder.mlp.2.bias"

@@ -1,60 +1,32 @@
-"""What the chapter's figures share beside the library's own plots: curves that differ, and numbers in the metric's unit."""
+"""How the figures of chapter 3 name and label the metrics of networks; the style itself is that of every chapter."""
 
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from triptych_gpt.evaluation.plots import KINDS, best_line, measure, words
 
-from triptych_gpt.evaluation.plots import (
+from triptych_thesis.study.plots import (
     BLUE,
     GREEN,
     GREY,
     INK,
-    KINDS,
+    LINES,
     MARKERS,
     ORANGE,
     PALE_BLUE,
     PALETTE,
-    best_line,
+    PINK,
+    SKY,
+    YELLOW,
+    distinct,
     intervals,
     legend,
-    measure,
     numbers,
     panels,
     thousands,
-    words,
 )
 
 __all__ = [
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "INK",
-    "KINDS",
-    "LINES",
-    "MARKERS",
-    "ORANGE",
-    "PALETTE",
-    "PALE_BLUE",
-    "best_line",
-    "distinct",
-    "intervals",
-    "legend",
-    "measure",
-    "numbers",
-    "panels",
-    "shown",
-    "thousands",
-    "words",
-]
-
-LINES = ("-", "--", ":", "-.")
-
-
-def distinct(colors: Sequence[str] = PALETTE, lines: Sequence[str] = LINES) -> Iterator[dict[str, str]]:
-    """Colour, marker and line style of one curve after another: once the colours are used up the line style changes."""
-    markers = cycle(MARKERS)
-    for line in cycle(lines):
-        for color in colors:
-            yield {"color": color, "marker": next(markers), "linestyle": line}
+    "BLUE", "GREEN", "GREY", "INK", "KINDS", "LINES", "MARKERS", "ORANGE", "PALETTE", "PALE_BLUE", "PINK", "SKY", "YELLOW",
+    "best_line", "distinct", "intervals", "legend", "measure", "numbers", "panels", "shown", "thousands", "words",
+]  # fmt: skip
 
 
 def shown(metric: str, value: float | int | None) -> str:
