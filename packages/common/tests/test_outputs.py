@@ -12,7 +12,7 @@ from PIL import Image
 from triptych_common.images import figure_png, from_uint8, image_grid, png_bytes, to_uint8
 from triptych_common.progress import Progress, Stopwatch
 from triptych_common.testing import assert_self_contained
-from triptych_thesis.study.report import Report, publish
+from triptych_thesis.study.old_report import Report, publish
 
 
 def test_to_uint8_is_the_released_rule():

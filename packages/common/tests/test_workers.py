@@ -13,7 +13,7 @@ import os, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from triptych_common.work import run_all
+from triptych_common.workers import run_all
 
 @dataclass(frozen=True)
 class Write:

@@ -200,7 +200,7 @@ def test_opening_a_cache_reads_no_moments(tmp_path):
     write_manifest(tmp_path, 2, {**facts, "latent_shape": [4, 32, 32]})
     script = """
 import resource, sys, torch
-from triptych_dit.latents import LatentCache
+from triptych_dit.autoencoder.cache import LatentCache
 def mapped(): return sum(int(l.split()[1]) for l in open("/proc/self/smaps") if l.startswith("Rss:"))
 before = mapped()
 cache = LatentCache(sys.argv[1])

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from triptych_gpt import cli
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry import Axis, PermutationSpec
+from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 from triptych_gpt.tasks import Items, Metric, Score, Speed, SupervisedTask, Trajectories, cross_entropy, momentum_sgd
 
 def network():

@@ -16,7 +16,7 @@ OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:
 
 _SIGNALLED = """
 import os, runpy, sys
-from triptych_common.run import RunDirectory
+from triptych_common.storage.run import RunDirectory
 
 module, step, signum, folder, real_log = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], RunDirectory.log
 

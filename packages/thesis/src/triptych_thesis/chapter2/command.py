@@ -31,7 +31,7 @@ from triptych_thesis.chapter2.plan import commands
 from triptych_thesis.chapter2.sizes import SIZES, Model
 from triptych_thesis.chapter2.units import Training
 from triptych_thesis.study.claims import load_claims
-from triptych_thesis.study.report import publish
+from triptych_thesis.study.old_report import publish
 
 PAPER_VAE = "stabilityai/sd-vae-ft-mse"
 MADE_BY = ("shards", "command", "commit", "versions", "hardware")  # of a cache: how it came about, not what it holds

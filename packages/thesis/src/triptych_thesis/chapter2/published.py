@@ -4,7 +4,7 @@ from typing import Any
 
 from triptych_common.metrics import Estimate
 
-from triptych_thesis.study.report import Report
+from triptych_thesis.study.old_report import Report
 
 THESIS = {  # Table 2.2, ImageNet 256x256, FID-50K: (unguided XL/2, guided XL/2-G at 1.50)
     "frechet": ("9.62", "2.27"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from triptych_thesis.chapter2.findings import measured
 from triptych_thesis.chapter2.sections import SECTIONS
 from triptych_thesis.study.claims import load_claims
-from triptych_thesis.study.report import Report
+from triptych_thesis.study.old_report import Report
 
 if TYPE_CHECKING:
     from triptych_thesis.chapter2.command import StudyConfig

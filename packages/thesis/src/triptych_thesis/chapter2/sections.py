@@ -8,7 +8,7 @@ from triptych_thesis.chapter2.drawing import drawn
 from triptych_thesis.chapter2.findings import counted, factor, shown
 from triptych_thesis.chapter2.published import THESIS, scores_table
 from triptych_thesis.chapter2.scoring import METRICS
-from triptych_thesis.study.report import Report
+from triptych_thesis.study.old_report import Report
 
 if TYPE_CHECKING:
     from triptych_thesis.chapter2.command import StudyConfig

@@ -26,7 +26,7 @@ from triptych_thesis.chapter3.findings import findings
 from triptych_thesis.chapter3.further_models import run_study, scaling
 from triptych_thesis.chapter3.report import write_report
 from triptych_thesis.chapter3.sizes import FIRST, REST, SIZES
-from triptych_thesis.study.report import publish
+from triptych_thesis.study.old_report import publish
 
 
 @dataclass(frozen=True)

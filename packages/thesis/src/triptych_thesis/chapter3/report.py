@@ -9,7 +9,7 @@ from triptych_thesis.chapter3 import figures
 from triptych_thesis.chapter3.drawing import KINDS, drawn
 from triptych_thesis.chapter3.findings import interval, number
 from triptych_thesis.study.claims import load_claims
-from triptych_thesis.study.report import Report
+from triptych_thesis.study.old_report import Report
 
 if TYPE_CHECKING:
     from triptych_thesis.chapter3.command import ReproduceConfig

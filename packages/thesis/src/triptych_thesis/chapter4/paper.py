@@ -16,7 +16,7 @@ from triptych_gangealing.aligner import FILE
 from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
 
 from triptych_thesis.chapter4 import ablations
-from triptych_thesis.study.report import Report
+from triptych_thesis.study.old_report import Report
 
 if TYPE_CHECKING:
     from triptych_thesis.chapter4.command import ReproduceConfig

@@ -7,7 +7,7 @@ from triptych_thesis.chapter4 import ablations
 from triptych_thesis.chapter4.gallery import Gallery
 from triptych_thesis.chapter4.targets import AT, NAMES, on_grey, targets, text
 from triptych_thesis.study.claims import load_claims
-from triptych_thesis.study.report import Report
+from triptych_thesis.study.old_report import Report
 
 if TYPE_CHECKING:
     from triptych_thesis.chapter4.command import ReproduceConfig

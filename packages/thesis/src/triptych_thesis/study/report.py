@@ -1,18 +1,21 @@
-"""One self-contained HTML page per run: what was found, tables, figures, and the commands that made them."""
+"""The report of a study: one self-contained HTML page.
+
+Its first screen is one sentence, one picture and one table of verdicts. Sections follow, an experiment each; what explains
+how numbers were made folds out.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
-from triptych_common.cli import echo
 from triptych_common.storage.atomic import write_bytes, write_text
 
-if TYPE_CHECKING:
-    pass
+from triptych_thesis.study.experiment import Picture, Section, Table
+from triptych_thesis.study.verdicts import MARKS, Verdict
 
 _TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -21,94 +24,149 @@ _TEMPLATE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ report.title }}</title>
 <style>
-:root { color-scheme: light; --ink: #1c1c1e; --soft: #62626a; --line: #dcdce2; --paper: #fcfcfa; --accent: #27548a; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 60rem;
-  padding: 2rem 1.25rem 5rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
-.lead { font-size: 1.08rem; } .lead li { margin: .2rem 0; } .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; } .pixels { image-rendering: pixelated; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+:root { color-scheme: light; --ink: #1c1c1e; --soft: #5c5c64; --line: #dcdce2; --paper: #fcfcfa; --accent: #27548a; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 64rem;
+  padding: 1.5rem 1.25rem 5rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
+a { color: var(--accent); } .headline { font-size: 1.1rem; margin: .4rem 0 .8rem; }
+.soft, figcaption, caption, .note { color: var(--soft); font-size: .88rem; }
+figure { margin: .8rem 0; } img { max-width: 100%; height: auto; } .pixels { image-rendering: pixelated; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; caption-side: bottom; padding-top: .5rem; }
-th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } pre { background: #f0f0ec; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
-.row { display: flex; flex-wrap: wrap; gap: 1.2rem; } .row figure { flex: 1 1 20rem; margin: .4rem 0; }
+.row { display: flex; flex-wrap: wrap; gap: 1.2rem; } .row figure { flex: 1 1 18rem; }
+nav { font-size: .9rem; margin: 1rem 0; } nav a { margin-right: .9rem; white-space: nowrap; }
+summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
+.mark { font-weight: 700; } .confirmed { color: #0b7a5e; } .refuted { color: #b03a2e; } .undecided { color: #8a6d1f; }
+@media (min-width: 52rem) {
+  .first { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.6rem; align-items: start; }
+}
 </style>
 </head>
 <body>
+{% macro picture(p) %}<figure><img {% if p.pixels %}class="pixels" {% endif %}alt="{{ p.caption }}"
+src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</figcaption></figure>{% endmacro %}
+{% macro table(t) %}{% if t.folded %}<details><summary>{{ t.caption.split(".")[0] }}</summary>{% endif %}
+<div class="scroll"><table>{% if t.caption %}<caption>{{ t.caption }}</caption>{% endif %}<thead><tr>{% for h in t.header %}
+<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for row in t.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}
+</tr>{% endfor %}</tbody></table></div>{% if t.folded %}</details>{% endif %}{% endmacro %}
 <h1>{{ report.title }}</h1>
-<p class="soft">{{ report.subtitle }}</p>
-<ul class="lead">{% for line in report.findings %}<li>{{ line }}</li>{% endfor %}</ul>
-{% for part in report.parts %}{% if part.kind == "heading" %}
-<h2>{{ part.text }}</h2>{% elif part.kind == "text" %}
-<p>{{ part.text }}</p>{% elif part.kind == "code" %}
-<pre>{{ part.text }}</pre>{% elif part.kind == "figures" %}
-<div class="row">{% for f in part.figures %}<figure><img {% if f.pixels %}class="pixels" {% endif %}alt="{{ f.caption }}"
-src="data:image/png;base64,{{ f.data }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}</div>
-{% elif part.kind == "table" %}
-<div class="scroll"><table><caption>{{ part.text }}</caption><thead><tr>{% for h in part.header %}<th>{{ h }}</th>{% endfor %}</tr>
-</thead><tbody>{% for row in part.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
-</div>{% elif part.kind == "links" %}
-<details><summary>{{ part.text }}</summary><ul>{% for label, links in part.rows %}<li>{{ label }}:
+<p class="headline">{{ report.headline }}</p>
+<div class="first"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
+<div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead><tbody>
+{% for v, name in report.verdicts %}<tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
+<td>{{ name }}</td><td>{% for e in v.shown %}<div>{% if e.verdict %}<span class="mark {{ e.verdict }}" title="{{ e.verdict }}">
+{{- marks[e.verdict] }}</span> {% endif %}{{ e.what }}: {{ e.ours }}{% if e.beside %}
+<span class="soft">against {{ e.beside }}</span>{% endif %}</div>{% else %}{{ v.why }}{% endfor %}</td></tr>{% endfor %}
+</tbody></table></div></div>
+<p class="soft">{{ report.setting }}{% for mark, verdict in legend %}
+<span class="mark {{ verdict }}">{{ mark }}</span> {{ verdict }}
+{%- endfor %}.</p>
+<nav>{% for s in report.sections %}<a href="#{{ loop.index }}">{{ s.title }}</a> {% endfor %}<a href="#evidence">Evidence</a>
+<a href="#made">How this was made</a></nav>
+{% for s in report.sections %}<h2 id="{{ loop.index }}">{{ s.title }}</h2>
+{% if s.pictures %}<div class="row">{% for p in s.pictures %}{{ picture(p) }}{% endfor %}</div>{% endif %}
+{% for t in s.tables %}{{ table(t) }}{% endfor %}
+{% if s.note %}<details><summary>How to read this</summary><p class="note">{{ s.note }}</p></details>{% endif %}
+{% for group in s.links %}<details><summary>{{ group.summary }}</summary><ul>{% for label, links in group.rows %}<li>{{ label }}:
 {% for name, path in links.items() %}<a href="{{ path | urlencode }}">{{ name }}</a> {% endfor %}</li>{% endfor %}</ul></details>
-{% endif %}{% endfor %}
+{% endfor %}
+{% endfor %}
+<h2 id="evidence">Evidence</h2>
+{{ table(report.evidence) }}
+<h2 id="made">How this was made</h2>
+<pre>{{ report.command }}</pre>
+<details><summary>Settings, versions and times</summary>{{ table(report.facts) }}</details>
 </body>
 </html>
 """
 
+INTERVALS_DECIDE = (
+    "Confirmed: every comparison that the claim consists of has its whole 95% interval on the claimed side; refuted: one lies "
+    "wholly on the other side; undecided otherwise. Comparisons are not corrected for their number."
+)
+
 
 @dataclass
 class Report:
-    """A page built from top to bottom; `findings` are what its first screen says."""
+    """A page.
+
+    Args:
+        title: what was done, in a few words.
+        headline: the one sentence to take away.
+        setting: size, seed, commit, time and hardware, on one line.
+        pictures: what was made beside what it is compared with; one, two where they belong together.
+        verdicts: each with the item of the thesis that makes the claim, such as "Figure 2.5: adaLN-Zero is the best design".
+        sections: the experiments.
+        rule: how verdicts follow from the evidence.
+        command: what a reader types to make this page.
+        facts: settings, versions, times: rows of name and value.
+    """
 
     title: str
-    subtitle: str
-    findings: Sequence[str]
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    headline: str
+    setting: str
+    pictures: Sequence[Picture]
+    verdicts: Sequence[tuple[Verdict, str]]
+    command: str
+    facts: Table
+    sections: list[Section] = field(default_factory=list)
+    rule: str = INTERVALS_DECIDE
 
-    def heading(self, text: str) -> None:
-        self.parts.append({"kind": "heading", "text": text})
-
-    def text(self, text: str) -> None:
-        self.parts.append({"kind": "text", "text": text})
-
-    def code(self, text: str) -> None:
-        self.parts.append({"kind": "code", "text": text})
-
-    def figures(self, *figures: tuple[bytes, str], pixels: bool = False) -> None:
-        """PNG files with captions, side by side where they fit; `pixels` keeps enlarged pixels sharp."""
-        shown = [
-            {"data": base64.b64encode(png).decode(), "caption": caption, "pixels": pixels} for png, caption in figures
+    @property
+    def evidence(self) -> Table:
+        """Every measured quantity behind the verdicts."""
+        rows = [
+            (name, MARKS[each.verdict or verdict.verdict], each.what, each.ours, each.against, each.thesis)
+            for verdict, name in self.verdicts
+            for each in verdict.evidence
         ]
-        self.parts.append({"kind": "figures", "figures": shown})
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
-        self.parts.append({"kind": "table", "header": header, "rows": rows, "text": caption})
-
-    def links(self, summary: str, rows: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-        """A list that opens on request: a label each, and links by name to files beside the page.
-
-        Raises ValueError for a path that is not relative to the page's folder.
-        """
-        for _, links in rows:
-            for path in links.values():
-                if path.startswith("/") or ".." in path or ":" in path:
-                    raise ValueError(f"link {path}: expected a path below the page's folder")
-        self.parts.append({"kind": "links", "rows": rows, "text": summary})
+        rows += [(name, MARKS[v.verdict], v.why, "", "", "") for v, name in self.verdicts if v.why]
+        caption = f"A verdict speaks of this size alone, never of the thesis's. {self.rule}"
+        return Table(("claim", "", "quantity", "ours", "against", "thesis"), rows, caption)
 
     def html(self) -> str:
+        """The page. Raises ValueError for a link that leads out of its folder."""
         from jinja2 import Environment
 
-        return Environment(autoescape=True).from_string(_TEMPLATE).render(report=self)
+        rows = [row for section in self.sections for group in section.links for row in group.rows]
+        for path in (path for _, links in rows for path in links.values()):
+            if path.startswith("/") or ".." in path or ":" in path:
+                raise ValueError(f"link {path}: expected a path below the page's folder")
+        template = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
+        present = dict.fromkeys(verdict.verdict for verdict, _ in self.verdicts)
+        legend = [(MARKS[verdict], verdict) for verdict in present]
+        return template.render(
+            report=self, marks=MARKS, legend=legend, encoded=lambda png: base64.b64encode(png).decode()
+        )
 
     def write(self, path: Path) -> None:
+        """Write the page atomically. Raises as `html`, and OSError when the disk refuses."""
         write_text(path, self.html())
 
 
-def publish(folder: Path, out: Path, size: str) -> None:
-    """A finished reproduction's report and results, from its folder to where the latest of any size lies; links follow."""
+def facts_table(facts: Mapping[str, Any]) -> Table:
+    """Settings by name as a table; dictionaries become lists of name and value."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {text(each)}" for key, each in value.items())
+        return str(value)
+
+    return Table(
+        ("what", "value"), [(name, text(value)) for name, value in facts.items() if value not in (None, {}, "")]
+    )
+
+
+def publish(folder: Path, out: Path) -> list[Path]:
+    """Copy a finished study's report and results to where the latest of any size lies; links follow. Returns the copies."""
     base = f"{folder.relative_to(out).as_posix()}/"
-    page = (folder / "report.html").read_text().replace('<a href="', f'<a href="{escape(quote(base))}')
+    page = (folder / "report.html").read_text()
+    # Links inside the page stay; links to files gain the way to the study's folder.
+    page = page.replace('<a href="', f'<a href="{escape(quote(base))}').replace(
+        f'<a href="{escape(quote(base))}#', '<a href="#'
+    )
     write_text(out / "report.html", page)
     write_bytes(out / "results.json", (folder / "results.json").read_bytes())
-    for name in ("report.html", "results.json"):
-        echo(f"wrote {out / name} (size {size})")
+    return [out / "report.html", out / "results.json"]
