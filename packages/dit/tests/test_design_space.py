@@ -191,7 +191,7 @@ def test_only_adaln_zero_starts_as_the_identity():
 @pytest.mark.parametrize("shift", [0, 1])
 def test_timestep_frequencies_are_those_of_diffusers(shift):
     from diffusers.models.embeddings import get_timestep_embedding
-    from triptych_common.embeddings import frequency_embedding
+    from triptych_dit.model import frequency_embedding
 
     t = torch.tensor([0, 1, 417, 999])
     theirs = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=shift)

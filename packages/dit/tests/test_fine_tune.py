@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triptych_common.embeddings import sincos_position_embedding
 from triptych_dit import DiT, DiTConfig
 from triptych_dit.fine_tune import by_layer, fitted_config, peek, start_from
+from triptych_dit.model import sincos_position_embedding
 
 SMALL = DiTConfig((8, 12), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
 TABLE = "y_embedder.embedding_table.weight"

@@ -1,7 +1,7 @@
 """Samplers: from noise to data by a diffusion model, step by step.
 
 A sampler is a generator of `Step`s; `final` runs one to its end. The model it drives is a function
-`denoise(x_t, t) -> output` of the current sample and original timesteps (labels already bound, see `guided`).
+`denoise(x_t, t) -> output` of the current sample and original timesteps (conditions already bound, see `guided`).
 """
 
 from collections.abc import Callable, Iterator
@@ -86,32 +86,34 @@ def final(steps: Iterator[Step], progress: Callable[[], None] = lambda: None) ->
 
 def guided(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    labels: Int[Tensor, " batch"],
-    null_label: int | None,
+    condition: Int[Tensor, " batch"],
+    null: int | None,
     scale: float = 1.0,
     *,
     guidance_channels: GuidanceChannels = "all",
     interval: tuple[int, int] | None = None,
 ) -> Denoise:
-    """Bind labels to `model(x, t, y)`, with classifier-free guidance u + scale * (c - u) where scale is not 1.
+    """Bind each sample's condition to `model(x, t, condition)`, with classifier-free guidance u + scale * (c - u) unless
+    scale is 1.
 
-    Guidance acts on the first `guidance_channels` channels of the data ("all": every one; the released DiT used 3 of
-    its 4), on timesteps from the first to the last of `interval` (None: all); variance channels are the conditional
-    ones. Both halves run as one batch.  [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
+    A condition is a number that `model` understands: a class label, or an index into conditions it holds. `null` is the
+    number of the condition without a class. Guidance acts on the first `guidance_channels` channels of the data ("all":
+    every one; the released DiT used 3 of its 4), on timesteps from the first to the last of `interval` (None: all);
+    variance channels are the conditional ones. Both halves run as one batch.  [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
 
     Raises ValueError for guidance on a model without a null label.
     """
     if scale == 1.0:
-        return lambda x, t: model(x, t, labels)
-    if null_label is None:
+        return lambda x, t: model(x, t, condition)
+    if null is None:
         raise ValueError(
             f"guidance_scale {scale}: this model was trained without label dropout and has no null label; use 1.0"
         )
-    both = torch.cat([labels, torch.full_like(labels, null_label)])
+    both = torch.cat([condition, torch.full_like(condition, null)])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if interval is not None and not interval[0] <= float(t[0]) <= interval[1]:
-            return model(x, t, labels)
+            return model(x, t, condition)
         output = model(torch.cat([x, x]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)
         n = x.shape[1] if guidance_channels == "all" else guidance_channels

@@ -1,6 +1,7 @@
-"""The diffusion transformer, read from top to bottom.  [thesis 2.3.2; "Scalable Diffusion Models with Transformers"]
+"""The diffusion transformer, from embeddings to output; the plain transformer block is in `triptych_common.transformer`.
 
-Module names are those of the released state dict, so published weights load by name.
+Module names are those of the released state dict, so that published weights load by name.
+[thesis 2.3.2; Peebles and Xie 2023, "Scalable Diffusion Models with Transformers"]
 """
 
 import math
@@ -10,14 +11,51 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.embeddings import frequency_embedding, sincos_position_embedding
 from triptych_common.transformer import Block, Modulation, modulate
 
 from triptych_dit.config import DiTConfig
 
 
+def sincos_position_embedding(height: int, width: int, dim: int) -> Float[Tensor, "tokens dim"]:
+    """Sine-cosine embedding of every cell of a height x width grid, row-major, float32 (computed in float64).
+
+    The first half of the channels encodes the column, the second half the row; each half is [sin, cos] of
+    position * 10000^(-i / (dim / 4)): the layout of the released DiT weights.
+
+    Raises ValueError unless dim is a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"position embedding of dim {dim}: expected a multiple of 4; change hidden_size")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+
+    def encode(positions: Tensor) -> Tensor:
+        angles = positions.to(torch.float64).outer(omega)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([encode(columns.flatten()), encode(rows.flatten())], dim=1).to(torch.float32)
+
+
+def frequency_embedding(
+    values: Float[Tensor, " batch"], dim: int, *, max_period: float = 10000.0, shift: int = 0
+) -> Float[Tensor, "batch dim"]:
+    """[cos, sin] of values * max_period^(-i / (dim / 2 - shift)), i = 0 .. dim/2 - 1.  [thesis 2.3.2]
+
+    shift: 0 as in the released DiT, 1 as in diffusers' ("downscale_freq_shift").
+
+    Raises ValueError for an odd dim.
+    """
+    if dim % 2:
+        raise ValueError(f"frequency embedding of dim {dim}: expected an even number")
+    half = dim // 2
+    indices = torch.arange(half, dtype=torch.float32, device=values.device)
+    # Divided last, as in diffusers: at t = 999 the other order's rounding moves angles by 1e-4 where shift is 1.
+    angles = values[:, None].float() * torch.exp(-math.log(max_period) * indices / (half - shift))
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(values.dtype)
+
+
 class TimestepEmbedder(nn.Module):
-    """Timestep, by 256 frequencies and a two-layer MLP, to a vector."""
+    """Timesteps to vectors: sines and cosines of 256 frequencies, then a two-layer MLP.  [thesis 2.3.2]"""
 
     frequencies = 256
 
@@ -32,14 +70,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label to a vector; the last row is the null label where the model has one.
+    """Class labels to vectors. The last row of the table is the null label, where the model has one.
 
-    y: labels (conditions,), or mixtures of them: float weights (conditions, rows of the table).
+    y: integer labels (conditions,), or mixtures of classes: float weights (conditions, num_labels).
     """
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, num_labels: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
+        self.embedding_table = nn.Embedding(num_labels, width)
 
     def forward(self, y: Num[Tensor, "conditions *labels"]) -> Float[Tensor, "conditions width"]:
         table = self.embedding_table
@@ -47,7 +85,7 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """Non-overlapping patches to tokens, row-major."""
+    """Non-overlapping square patches to tokens, row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
         super().__init__()
@@ -57,22 +95,22 @@ class PatchEmbedder(nn.Module):
         p = self.proj.kernel_size[0]
         patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (batch, channels, rows, p, columns, p)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (batch, tokens, channels * p * p)
-        # As a linear map its result is contiguous; a convolution's would make every block copy it.
+        # The convolution itself would return a non-contiguous tensor, which every block would copy.
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 Tokens = Float[Tensor, "batch tokens width"]
-Rows = Int[Tensor, " batch"] | None
+ConditionOf = Int[Tensor, " batch"] | None  # the index of each sample's condition; None: sample i has condition i
 
 
-def pick(conditions: Float[Tensor, "conditions *rest"], rows: Rows) -> Float[Tensor, "batch *rest"]:
-    """What belongs to each sample: rows[i] is sample i's condition (None: one condition a sample, in order)."""
-    return conditions if rows is None else conditions[rows]
+def per_sample(values: Float[Tensor, "conditions *rest"], condition_of: ConditionOf) -> Float[Tensor, "batch *rest"]:
+    """Values computed once for each distinct condition, repeated for every sample that has it."""
+    return values if condition_of is None else values[condition_of]
 
 
 class AdaLNBlock(Block):
-    """Transformer block whose two branches are modulated by shift and scale, regressed from the sum of the embeddings.
-    [thesis 2.3.2, adaLN]
+    """Transformer block with adaptive layer norm: each of its two branches is shifted and scaled by a linear function of
+    the summed embeddings.  [thesis 2.3.2, adaLN]
     """
 
     modulations = 4
@@ -82,14 +120,15 @@ class AdaLNBlock(Block):
         super().__init__(width, config.num_heads, config.mlp_ratio, mlp_norm_eps=config.mlp_norm_eps)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.modulations * width))
 
-    def forward(self, x: Tokens, c: Float[Tensor, "conditions width"], rows: Rows = None) -> Tokens:
-        parts = pick(self.adaLN_modulation(c), rows)[:, None].chunk(self.modulations, dim=-1)  # each (batch, 1, width)
+    def forward(self, x: Tokens, c: Float[Tensor, "conditions width"], condition_of: ConditionOf = None) -> Tokens:
+        modulation = per_sample(self.adaLN_modulation(c), condition_of)[:, None]
+        parts = modulation.chunk(self.modulations, dim=-1)  # each (batch, 1, width)
         half = self.modulations // 2
         return super().forward(x, Modulation(*parts[:half]), Modulation(*parts[half:]))
 
 
 class AdaLNZeroBlock(AdaLNBlock):
-    """adaLN with a gate on each branch besides; the identity at initialisation, since every gate starts at zero.
+    """adaLN with a gate on each branch. The gates start at zero, so an untrained block is the identity.
     [thesis 2.3.2, adaLN-Zero]
     """
 
@@ -97,24 +136,28 @@ class AdaLNZeroBlock(AdaLNBlock):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from tokens to the few embeddings of a condition."""
+    """Multi-head attention from the image's tokens to the embeddings of their condition."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], rows: Rows = None) -> Tokens:
+    def forward(
+        self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
+    ) -> Tokens:
         def heads(z: Tensor) -> Tensor:  # (batch, heads, tokens, width / heads)
             return z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        k, v = pick(self.kv(c), rows).chunk(2, dim=-1)
+        k, v = per_sample(self.kv(c), condition_of).chunk(2, dim=-1)
         mixed = F.scaled_dot_product_attention(heads(self.q(x)), heads(k), heads(v))
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class CrossAttentionBlock(Block):
-    """Plain transformer block with a cross-attention to the embeddings between its branches.  [thesis 2.3.2]"""
+    """Plain transformer block with cross-attention to the embeddings between its two branches.
+    [thesis 2.3.2, cross-attention]
+    """
 
     modulations = 0
 
@@ -124,14 +167,18 @@ class CrossAttentionBlock(Block):
         self.norm_cross = nn.LayerNorm(width, eps=1e-6)
         self.cross_attn = CrossAttention(width, heads)
 
-    def forward(self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], rows: Rows = None) -> Tokens:
+    def forward(
+        self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
+    ) -> Tokens:
         x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm_cross(x), c, rows)
+        x = x + self.cross_attn(self.norm_cross(x), c, condition_of)
         return x + self.mlp(self.norm2(x))
 
 
 class InContextBlock(Block):
-    """Plain transformer block: the embeddings are among its tokens.  [thesis 2.3.2, in-context conditioning]"""
+    """Plain transformer block: `DiT.forward` appends the embeddings to the image's tokens.
+    [thesis 2.3.2, in-context conditioning]
+    """
 
     modulations = 0
 
@@ -140,7 +187,9 @@ class InContextBlock(Block):
             config.hidden_size, config.num_heads, config.mlp_ratio, affine_norm=True, mlp_norm_eps=config.mlp_norm_eps
         )
 
-    def forward(self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], rows: Rows = None) -> Tokens:
+    def forward(
+        self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
+    ) -> Tokens:
         return super().forward(x)
 
 
@@ -153,7 +202,7 @@ BLOCKS: dict[str, type[AdaLNBlock | CrossAttentionBlock | InContextBlock]] = {
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm, modulated where the blocks are, then a linear map to the pixels of a patch."""
+    """LayerNorm, modulated if the blocks are, then a linear map from a token to the values of its patch."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -162,31 +211,47 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)) if modulated else None
 
-    def forward(self, x: Tokens, c: Tensor, rows: Rows = None) -> Float[Tensor, "batch tokens patch"]:
-        by = None
+    def forward(self, x: Tokens, c: Tensor, condition_of: ConditionOf = None) -> Float[Tensor, "batch tokens patch"]:
+        modulation = None
         if self.adaLN_modulation is not None:
-            by = Modulation(*pick(self.adaLN_modulation(c), rows)[:, None].chunk(2, dim=-1))
-        return self.linear(modulate(self.norm_final(x), by))
+            shift, scale = per_sample(self.adaLN_modulation(c), condition_of)[:, None].chunk(2, dim=-1)
+            modulation = Modulation(shift, scale)
+        return self.linear(modulate(self.norm_final(x), modulation))
 
 
 class DiT(nn.Module):
-    """Diffusion transformer, conditional on classes or not.
+    """Diffusion transformer, with or without classes.  [thesis 2.3.2]
 
-    `model(x, t, y)` maps noisy x (batch, channels, height, width), timesteps t (batch,) and labels y (batch,) to
-    (batch, out_channels, height, width): the noise, then, with `learn_sigma`, as many channels of variance. An
-    unconditional model (`num_classes=0`) is called as `model(x, t)`, and ignores labels it is given.
-    Where many samples share a condition, `model(x, t, y, rows)` embeds each of the distinct (t, y) once: rows[i] says
-    which one is sample i's.
-    Label dropout is the caller's act (`drop_labels`): the model itself draws nothing at random.
+    Call it as `model(x, t, y)`; without classes (`num_classes=0`), as `model(x, t)`.
+
+    Args:
+        x: noisy images or latents (batch, in_channels, height, width).
+        t: timesteps (batch,), 0 (almost clean) to 999 (almost pure noise).
+        y: class labels (batch,), or mixtures of classes, float weights (batch, labels). The null label of
+            classifier-free guidance is `config.null_label`. A model without classes ignores them.
+        condition_of: with it, `t` and `y` hold the distinct conditions only, and `condition_of[i]` is the index of
+            sample i's. Each condition is then embedded once, however many samples share it.
+
+    Returns (batch, out_channels, height, width): the predicted noise (or clean image), then, with `learn_sigma`, as many
+    channels again for the variance.
+
+    The model draws nothing at random: dropping labels in training is the caller's part (`drop_labels`).
+
+    Raises ValueError if a model with classes gets no labels.
+
+    Example:
+        >>> model = DiT(PRESETS["digits"])
+        >>> model(torch.randn(2, 1, 28, 28), torch.tensor([10, 999]), torch.tensor([3, 7])).shape
+        torch.Size([2, 2, 28, 28])
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        width, labels = config.hidden_size, config.num_classes + (config.null_label is not None)
+        width, num_labels = config.hidden_size, config.num_classes + (config.null_label is not None)
         self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, width)
         self.t_embedder = TimestepEmbedder(width, config.timestep_frequency_shift)
-        self.y_embedder = LabelEmbedder(labels, width) if labels else None
+        self.y_embedder = LabelEmbedder(num_labels, width) if num_labels else None
         position = sincos_position_embedding(*config.grid, width)
         self.pos_embed = nn.Parameter(position[None], requires_grad=False)  # (1, tokens, width)
         self.blocks = nn.ModuleList(BLOCKS[config.block_design](config) for _ in range(config.depth))
@@ -196,12 +261,14 @@ class DiT(nn.Module):
     def initialize_weights(
         self, generator: torch.Generator | None = None, *, embeddings: Literal["released", "unit"] = "released"
     ) -> None:
-        """Xavier-uniform linears, zero biases, zero output and, for adaLN-Zero, zero modulations, drawn from `generator`
-        where one is given.
+        """Draw fresh weights: Xavier-uniform for linear layers, zero for biases, for the output layer and, with adaLN-Zero,
+        for the modulations.
 
-        embeddings: timestep MLP and label table from N(0, 0.02), as in the released model, or "unit": scaled to give
-        vectors of about unit variance. With the former the modulations need about a thousand optimiser steps before
-        they can tell timesteps apart, which a short run does not have.
+        Args:
+            generator: source of the random draws; by default torch's global one.
+            embeddings: "released" draws the timestep MLP and the label table from N(0, 0.02), as the released model does.
+                "unit" scales them to give vectors of about unit variance. With "released", the modulations need about a
+                thousand optimiser steps before they can tell timesteps apart, which a short run does not have.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -222,22 +289,23 @@ class DiT(nn.Module):
         x: Float[Tensor, "batch channels height width"],
         t: Num[Tensor, " conditions"],
         y: Num[Tensor, "conditions *labels"] | None = None,
-        rows: Rows = None,
+        condition_of: ConditionOf = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        x = self.x_embedder(x) + self.pos_embed  # (batch, tokens, hidden)
+        x = self.x_embedder(x) + self.pos_embed  # (batch, tokens, width)
         c = self.embed_conditions(t, y)
         tokens = x.shape[1]
         if self.config.block_design == "in_context":
-            x = torch.cat([x, pick(c, rows)], dim=1)
+            x = torch.cat([x, per_sample(c, condition_of)], dim=1)
         for block in self.blocks:
-            x = block(x, c, rows)
-        return self.unpatchify(self.final_layer(x[:, :tokens], c, rows))
+            x = block(x, c, condition_of)
+        x = self.final_layer(x[:, :tokens], c, condition_of)  # (batch, tokens, patch_size^2 * out_channels)
+        return self.unpatchify(x)
 
     def embed_conditions(self, t: Num[Tensor, " conditions"], y: Num[Tensor, "conditions *labels"] | None) -> Tensor:
-        """What blocks are conditioned on: the sum of the embeddings (conditions, hidden) for adaLN designs, else the
-        embeddings themselves (conditions, 1 or 2, hidden).
+        """Embed timesteps and classes.
 
-        Raises ValueError where a conditional model gets no labels.
+        Returns the sum of the two embeddings (conditions, width) for the adaLN designs; for the others, the embeddings
+        themselves, (conditions, 2, width), or (conditions, 1, width) without classes.
         """
         embeddings = [self.t_embedder(t)]
         if self.y_embedder is not None:
@@ -249,13 +317,16 @@ class DiT(nn.Module):
         return torch.stack(embeddings, dim=1)
 
     def unpatchify(self, x: Float[Tensor, "batch tokens patch"]) -> Float[Tensor, "batch channels height width"]:
-        """Tokens of p * p * channels values back to an image."""
+        """Put the patches, one per token, back together as an image."""
         p, (rows, columns) = self.config.patch_size, self.config.grid
-        x = x.view(len(x), rows, columns, p, p, -1)
+        x = x.view(len(x), rows, columns, p, p, -1)  # the last axis: channels
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, rows * p, columns * p)
 
     def drop_labels(self, y: Int[Tensor, " batch"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """Labels with the null label wherever `uniform` (draws from [0, 1)) is below class_dropout_prob."""
+        """Replace labels by the null label where `uniform`, draws from [0, 1), is below `class_dropout_prob`.
+
+        A model without a null label returns them unchanged.  [thesis 2.3.1, classifier-free guidance]
+        """
         if self.config.null_label is None:
             return y
         return torch.where(uniform.to(y.device) < self.config.class_dropout_prob, self.config.null_label, y)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -113,33 +113,60 @@ def evaluations(trained: TrainedModel, settings: SamplerSettings) -> int:
     return len(make_scheduler(settings.sampler, trained.diffusion, settings.num_inference_steps).timesteps)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """The distinct classes of a batch, and which of them each sample has.
+
+    Sampling has one timestep for the whole batch, so whatever the network computes from timestep and class alone is the
+    same for all samples of a class: `DiT` computes it once for each of these classes rather than once for each sample.
+    """
+
+    classes: Num[Tensor, "conditions *labels"] | None
+    """labels, or mixtures of them; None: a model without classes, whose samples all have the same condition"""
+    condition_of: Int[Tensor, " batch"]
+    """for each sample, the index of its class in `classes`"""
+
+    @classmethod
+    def of(cls, model: DiT, labels: Labels, batch: int) -> "Conditions":
+        """The conditions of a batch with these labels."""
+        device = model.pos_embed.device
+        if labels is None:
+            return cls(None, torch.zeros(batch, dtype=torch.long, device=device))
+        classes, condition_of = torch.unique(labels.cpu(), dim=0, return_inverse=True)
+        if classes.is_floating_point() and model.config.null_label is not None:
+            classes = F.pad(classes, (0, 1))  # mixtures have no share of the null label
+        return cls(classes.to(device), condition_of.to(device))
+
+    def with_null(self, null_label: int) -> "Conditions":
+        """The same with the null label as a last condition, which no sample has yet."""
+        if self.classes is None:
+            raise ValueError("a model without classes has no null label")
+        null = torch.tensor([null_label], device=self.classes.device)
+        if self.classes.is_floating_point():
+            null = F.one_hot(null, null_label + 1).to(self.classes.dtype)
+        return replace(self, classes=torch.cat([self.classes, null]))
+
+    def __len__(self) -> int:
+        return 1 if self.classes is None else len(self.classes)
+
+
 def bind(model: DiT, labels: Labels, batch: int, settings: SamplerSettings) -> Denoise:
     """The model with its labels and guidance, as samplers call it: with one timestep for the whole batch.
 
-    What depends on timestep and class alone is computed once for each distinct class, not for each sample.
+    Raises ValueError for guidance by a model without a null label.
     """
-    device, null = model.pos_embed.device, model.config.null_label
-    if labels is None:
-        table, rows = None, torch.zeros(batch, dtype=torch.long, device=device)
-    else:
-        table, rows = (part.to(device) for part in torch.unique(labels.cpu(), dim=0, return_inverse=True))
-        if table.is_floating_point() and null is not None:
-            table = F.pad(table, (0, 1))
-        if settings.guidance_scale != 1:
-            of_null = torch.tensor([null], device=device)
-            if table.is_floating_point():
-                of_null = F.one_hot(of_null, null + 1).to(table.dtype)
-            table = torch.cat([table, of_null])
-    conditions = 1 if table is None else len(table)
+    conditions, null_label = Conditions.of(model, labels, batch), model.config.null_label
+    if settings.guidance_scale != 1 and null_label is not None:
+        conditions = conditions.with_null(null_label)
 
-    def by_row(x: Tensor, t: Tensor, rows: Int[Tensor, " batch"]) -> Tensor:
-        return model(x, t[:1].expand(conditions), table, rows)
+    def network(x: Tensor, t: Tensor, condition_of: Int[Tensor, " batch"]) -> Tensor:
+        return model(x, t[:1].expand(len(conditions)), conditions.classes, condition_of)
 
     everywhere = settings.guidance_interval == (0, TIMESTEPS - 1)
     return guided(
-        by_row,
-        rows,
-        conditions - 1,
+        network,
+        conditions.condition_of,
+        None if null_label is None else len(conditions) - 1,
         settings.guidance_scale,
         guidance_channels=settings.guidance_channels,
         interval=None if everywhere else settings.guidance_interval,

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from triptych_common.embeddings import frequency_embedding, sincos_position_embedding
+from triptych_dit.model import frequency_embedding, sincos_position_embedding
 
 
 def test_position_embedding_equals_written_out_layout_on_a_rectangle():
