@@ -13,6 +13,7 @@ from torch import Tensor
 
 from triptych_common.diffusion import GaussianDiffusion, gather
 from triptych_common.randomness import SampleNoise
+from triptych_common.sampler_settings import SamplerSettings
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 GuidanceChannels = int | Literal["all"]
@@ -63,6 +64,38 @@ def ddim(
         if eta > 0 and index > 0:
             x = x + sigma * noise.draw()
         yield Step(index, x, p.x_0)
+
+
+def sampling(
+    settings: SamplerSettings,
+    denoise: Denoise,
+    diffusion: GaussianDiffusion,
+    noise: SampleNoise,
+    *,
+    clip_x_0: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[Step]:
+    """The sampler that settings ask for, ready to run: ours on a respaced process, or a scheduler of diffusers.
+
+    diffusion: the process of training, not respaced. device: where `noise` is drawn to.
+    Raises ValueError for a number of steps that the scheduler refuses.
+    """
+    if settings.is_own:
+        sampler = {"ddpm": ddpm, "ddim": ddim}[settings.sampler]
+        return sampler(denoise, diffusion.respaced(settings.num_inference_steps), noise, clip_x_0=clip_x_0)
+    from triptych_common.schedulers import diffusers_steps, make_scheduler
+
+    scheduler = make_scheduler(settings.sampler, diffusion, settings.num_inference_steps, device=device)
+    return diffusers_steps(denoise, diffusion, noise, scheduler, clip_x_0=clip_x_0)
+
+
+def evaluations(settings: SamplerSettings, diffusion: GaussianDiffusion) -> int:
+    """How many steps `sampling` takes: some schedulers evaluate the model twice for each of `num_inference_steps`."""
+    if settings.is_own:
+        return settings.num_inference_steps
+    from triptych_common.schedulers import make_scheduler
+
+    return len(make_scheduler(settings.sampler, diffusion, settings.num_inference_steps).timesteps)
 
 
 def one_step(denoise: Denoise, diffusion: GaussianDiffusion, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:

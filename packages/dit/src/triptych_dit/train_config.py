@@ -3,13 +3,14 @@
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from triptych_common.cli import CommonOptions
 
 from triptych_dit.config import PRESETS, DiTConfig
-from triptych_dit.flops import gflops, parameter_count
+
+if TYPE_CHECKING:
+    import torch
 
 FORWARDS_PER_STEP = 3  # a backward pass is two forward passes' worth of products
 
@@ -118,8 +119,10 @@ class TrainConfig(CommonOptions):
         return "float32" if self.precision == "tf32" else self.precision
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """Type of the weights."""
+        import torch
+
         return torch.float64 if self.precision == "float64" else torch.float32
 
     def learning_rate(self, images_seen: int) -> float:
@@ -131,6 +134,8 @@ class TrainConfig(CommonOptions):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
+        from triptych_dit.flops import gflops, parameter_count
+
         cost = gflops(self.model)
         return {
             "config": asdict(self) | {"out": str(self.out)},
