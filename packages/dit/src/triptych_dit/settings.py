@@ -238,5 +238,3 @@ def blended(blend: Sequence[str]) -> dict[int, float]:
         weights[number] = value
     total = sum(weights.values())
     return {label: weight / total for label, weight in weights.items()}
-
-
