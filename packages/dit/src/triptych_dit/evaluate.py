@@ -13,7 +13,7 @@ from triptych_common.progress import Progress
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.provenance import provenance
 
-from triptych_dit.samples_file import read_npz
+from triptych_dit.sample import read_npz
 from triptych_dit.settings import EvaluateConfig
 
 ADM_TITLES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
