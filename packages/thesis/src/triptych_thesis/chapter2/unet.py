@@ -20,12 +20,11 @@ from triptych_common.training import TrainState, steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
 from triptych_dit.model import DiT
-from triptych_dit.objective import Objective
+from triptych_dit.objective import Objective, check_fits, open_training_data
 from triptych_dit.sampling import decoded
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.train import snapshot_path
 from triptych_dit.train_config import TrainConfig
-from triptych_dit.training_data import check_fits, open_training_data
 from triptych_dit.weights import FILE_NAME, TrainedModel, make_diffusion
 
 GROUPS, SMALLEST = 2, 4
