@@ -14,14 +14,14 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from triptych_common.cli import main
-from triptych_common.samplers import guided
+from triptych_common.samplers import evaluations, guided
 from triptych_common.testing import run_cli, run_torchrun
 from triptych_dit import DiTConfig, testing
 from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
 from triptych_dit.config import BLOCK_DESIGNS
 from triptych_dit.sample import image_name, read_batches, read_npz, write_npz
-from triptych_dit.sampling import SamplerSettings, bind, decoded, evaluations, sample_images, trajectory
+from triptych_dit.sampling import SamplerSettings, bind, decoded, sample_images, trajectory
 from triptych_dit.testing import random_vae
 from triptych_dit.weights import TrainedModel, make_diffusion, save_model
 
@@ -140,8 +140,8 @@ def test_nan_is_reported_not_written():
 
 
 def test_evaluations_are_counted():
-    assert evaluations(trained(), SamplerSettings(num_inference_steps=7)) == 7
-    assert evaluations(trained(), SamplerSettings(sampler="heun", num_inference_steps=7)) == 13
+    assert evaluations(SamplerSettings(num_inference_steps=7), trained().diffusion) == 7
+    assert evaluations(SamplerSettings(sampler="heun", num_inference_steps=7), trained().diffusion) == 13
 
 
 def test_npz_is_what_numpy_reads_and_only_one_batch_is_in_memory(tmp_path):
