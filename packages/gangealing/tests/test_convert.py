@@ -97,7 +97,7 @@ def test_a_trained_network_is_not_replaced(tmp_path, name):
 
 
 def test_nothing_is_written_where_outputs_differ(tmp_path, monkeypatch):
-    monkeypatch.setattr("triptych_gangealing.stylegan2.verify._TOLERANCE", 1e-12)
+    monkeypatch.setattr("triptych_gangealing.stylegan2.convert._TOLERANCE", 1e-12)
     for kind in ("safetensors", "rosinality"):
         with pytest.raises(ValueError, match="more than rounding"):
             convert(ConvertConfig(checkpoint=source(tmp_path / "a.pt"), out=tmp_path / "out", format=kind))

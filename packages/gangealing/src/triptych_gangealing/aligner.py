@@ -3,21 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from triptych_common.parallel import process_group
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.encoders.descriptor import Groups
-from triptych_gangealing.losses import total_variation
 from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.spatial_transformer import (
     ClusterClassifier,
     SpatialTransformer,
     SpatialTransformerConfig,
     reduced,
+    total_variation,
 )
 from triptych_gangealing.warp import Warp
 
@@ -33,6 +34,7 @@ _FORMAT = ModelFormat(
 RESAMPLED = 2  # times input_size: as large as images need to be for the flow network's look at them
 
 Images = Float[Tensor, "n 3 height width"]
+Flips = Literal["trained", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -160,3 +162,25 @@ def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
     aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
     aligner.facts = state["facts"]
     return aligner.requires_grad_(False).eval()
+
+
+def open_aligner(
+    path: Path, device: str, iterations: int | None = None, flips: Flips = "trained"
+) -> tuple[Aligner, dict[str, Any]]:
+    """An aligner on a device, and the options with which it is to look at pictures: as in training where nothing else is said.
+
+    Raises as `load_aligner`, and ValueError for flips or several looks of a transformer that can neither.
+    """
+    with process_group(device) as ranks:
+        aligner = load_aligner(path).to(ranks.device)
+    options = {
+        "iterations": aligner.facts["iterations"] if iterations is None else iterations,
+        "flips": aligner.facts["flips"] if flips == "trained" else flips == "yes",
+    }
+    if options["flips"] and aligner.transformer.flow is None:
+        raise ValueError("flips yes: a transformer without flow has no measure of which is better; pass --flips no")
+    if options["iterations"] > 1 and aligner.transformer.similarity is None:
+        raise ValueError(
+            f"iterations {options['iterations']}: a transformer of flow alone looks once; pass --iterations 1"
+        )
+    return aligner, options

@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from triptych_common.cli import CommonOptions
 
-from triptych_gangealing.alignment_networks import SpatialTransformerConfig
 from triptych_gangealing.encoders.descriptor import POOL
-from triptych_gangealing.spatial_transformer import SpatialTransformer
+from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,7 @@ from triptych_gangealing.encoders.perceptual import (
     unit_length,
     write_encoder,
 )
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
 MAX_BLUR = 1 / 32  # standard deviation, of the image's height
 

@@ -10,18 +10,18 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from triptych_common.storage import foreign
+from torch import Tensor, nn
+from triptych_common.cli import echo
 
-from triptych_gangealing.stylegan2 import rosinality, tensorflow_era
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
-from triptych_gangealing.stylegan2.shapes import agrees, build, discriminator_config, generator_config, without_filters
 from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, locate, read_network
+
+if TYPE_CHECKING:
+    from triptych_gangealing.stylegan2.pickles import PickledNetwork
 
 _LEGACY_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
@@ -90,6 +90,35 @@ def load_discriminator(path: str | Path) -> Discriminator:
     return source.discriminator()[0]
 
 
+def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
+    """Replace the weights of both networks by those of `source`: a run folder, a file of ours, or a foreign checkpoint.
+
+    A source without a discriminator leaves that one freshly initialised, and says so.
+    Raises ValueError naming the first tensor that does not fit, FileNotFoundError where there is nothing.
+    """
+    found = open_networks(source)
+    if found.generator is None:
+        raise ValueError(f"{source}: holds no generator to start from")
+    _copy_weights(found.generator()[0], generator, source)
+    if found.discriminator is None:
+        echo(f"{source}: no discriminator in it; one is trained from scratch")
+    else:
+        _copy_weights(found.discriminator()[0], discriminator, source)
+
+
+@torch.no_grad()
+def _copy_weights(source: nn.Module, target: nn.Module, where: str) -> None:
+    theirs, ours, kind = source.state_dict(), target.state_dict(), type(target).__name__.lower()
+    for name in [*ours, *theirs]:
+        has, wants = (tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours))
+        if has != wants:
+            raise ValueError(
+                f"{where}: {kind} has {name} {has}, this config wants {wants}; "
+                "pass its own resolution, channels, z_dim, classes and architecture"
+            )
+    target.load_state_dict(theirs)
+
+
 def open_networks(path: str | Path) -> Source:
     """What a file holds, by its content; of a folder, our own files in it. Raises as `load_generator`."""
     path = locate(path)
@@ -115,6 +144,12 @@ def _own(path: Path) -> Source:
 
 
 def _rosinality(path: Path) -> Source:
+    # Readers of foreign files are imported where one is met: training from a file of ours needs none of them.
+    from triptych_common.storage import foreign
+
+    from triptych_gangealing.stylegan2 import rosinality
+    from triptych_gangealing.stylegan2.pickles import refused_name
+
     try:
         content = foreign.read(path, allow=[argparse.Namespace])  # the options of a training run
     except ValueError as error:
@@ -141,6 +176,9 @@ def _rosinality(path: Path) -> Source:
 
 
 def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> tuple[Generator, dict[str, Tensor]]:
+    from triptych_gangealing.stylegan2 import rosinality
+    from triptych_gangealing.stylegan2.shapes import build, generator_config
+
     tensors = rosinality.generator_tensors(state, average)
     config = generator_config(tensors)
     generator = build(config, {"mapping.w_avg": torch.zeros(config.w_dim), **tensors})
@@ -150,11 +188,16 @@ def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> t
 
 
 def _rosinality_discriminator(state: Mapping[str, Any]) -> tuple[Discriminator, dict[str, Tensor]]:
+    from triptych_gangealing.stylegan2 import rosinality
+    from triptych_gangealing.stylegan2.shapes import build, discriminator_config
+
     tensors = rosinality.discriminator_tensors(state)
     return build(discriminator_config(tensors), tensors), tensors
 
 
 def _pickle(path: Path) -> Source:
+    from triptych_gangealing.stylegan2.pickles import load_pickle
+
     networks = load_pickle(path)
     found: dict[str, Any] = {}
     key = "G_ema" if "G_ema" in networks else "G"
@@ -173,7 +216,10 @@ def _located(path: Path, function: Callable[[], Any], what: str = "") -> Any:
         raise ValueError(f"{path}: {what + ': ' if what else ''}{error}") from error
 
 
-def _built(network: PickledNetwork, *, is_generator: bool) -> tuple[Generator | Discriminator, dict[str, Tensor]]:
+def _built(network: "PickledNetwork", *, is_generator: bool) -> tuple[Generator | Discriminator, dict[str, Tensor]]:
+    from triptych_gangealing.stylegan2 import tensorflow_era
+    from triptych_gangealing.stylegan2.shapes import build, discriminator_config, generator_config, without_filters
+
     if network.tensorflow:
         tensors, fields = (tensorflow_era.generator if is_generator else tensorflow_era.discriminator)(network)
     else:
@@ -190,11 +236,13 @@ def _built(network: PickledNetwork, *, is_generator: bool) -> tuple[Generator | 
     return built, tensors
 
 
-def _fields(network: PickledNetwork, fields: Mapping[str, str]) -> dict[str, Any]:
+def _fields(network: "PickledNetwork", fields: Mapping[str, str]) -> dict[str, Any]:
     """Fields of a config out of NVIDIA's options, which older and newer files nest differently.
 
     What their versions have different defaults for is taken from the modules' own attributes.
     """
+    from triptych_gangealing.stylegan2.shapes import agrees
+
     options = {name: value for name, value in network.kwargs.items() if name not in _NESTED}
     for name in _NESTED:
         nested = network.kwargs.get(name)
