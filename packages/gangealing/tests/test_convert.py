@@ -14,9 +14,8 @@ from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorC
 from triptych_gangealing.stylegan2.convert import ConvertConfig, convert
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator
 from triptych_gangealing.stylegan2.rosinality import to_rosinality
-from triptych_gangealing.stylegan2.weights import write_network
+from triptych_gangealing.stylegan2.weights import load_discriminator, load_generator, write_network
 
 SHAPE = {"resolution": 8, "channel_base": 96, "channel_max": 12}
 

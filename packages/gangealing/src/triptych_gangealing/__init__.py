@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
     from triptych_gangealing.stylegan2.discriminator import Discriminator
     from triptych_gangealing.stylegan2.generator import Generator
-    from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator
     from triptych_gangealing.stylegan2.pickles import load_pickle
     from triptych_gangealing.stylegan2.train_config import PRESETS, GanTrainConfig
+    from triptych_gangealing.stylegan2.weights import load_discriminator, load_generator
 
 _HOMES = {  # imported when first asked for: torch alone takes seconds, and --help needs none of it
     "Digits32": "digits32",
@@ -22,8 +22,8 @@ _HOMES = {  # imported when first asked for: torch alone takes seconds, and --he
     "Generator": "stylegan2.generator",
     "GeneratorConfig": "stylegan2.config",
     "PRESETS": "stylegan2.train_config",
-    "load_discriminator": "stylegan2.interop",
-    "load_generator": "stylegan2.interop",
+    "load_discriminator": "stylegan2.weights",
+    "load_generator": "stylegan2.weights",
     "load_pickle": "stylegan2.pickles",
 }
 

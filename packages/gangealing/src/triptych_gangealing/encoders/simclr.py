@@ -209,7 +209,7 @@ def run(config: EncoderTrainConfig) -> dict[str, Any]:
 
     Raises ValueError or OSError for what is no generator, and as `train_encoder`.
     """
-    from triptych_gangealing.stylegan2.interop import load_generator
+    from triptych_gangealing.stylegan2.weights import load_generator
 
     train_encoder(load_generator(config.generator), config)
     rows = RunDirectory(config.out, {}).metrics()

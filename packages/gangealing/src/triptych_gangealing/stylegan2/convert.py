@@ -19,9 +19,14 @@ from triptych_gangealing.stylegan2 import rosinality
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import Source, open_networks
 from triptych_gangealing.stylegan2.shapes import FILTER, build, discriminator_config, generator_config
-from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, write_network
+from triptych_gangealing.stylegan2.weights import (
+    DISCRIMINATOR_FILE,
+    GENERATOR_FILE,
+    Source,
+    open_networks,
+    write_network,
+)
 
 _TOLERANCE = 1e-4  # of the outputs' range, or of one where that is smaller
 _IMAGES = 2

@@ -1,31 +1,26 @@
-"""StyleGAN2 networks out of anyone's files, without running a line of them.
+"""StyleGAN2 networks out of other people's files, without running a line of them.
 
 Read are: pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks), and of their TensorFlow era; checkpoints of
-rosinality/stylegan2-pytorch; and our own. What a file says of its networks is checked against their tensors.
+rosinality/stylegan2-pytorch. What a file says of its networks is checked against their tensors. `weights.open_networks` is
+the door.
 """
 
 import argparse
 import math
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from triptych_common.cli import echo
+from torch import Tensor
+from triptych_common.storage import foreign
 
+from triptych_gangealing.stylegan2 import rosinality, tensorflow_era
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, locate, read_network
-
-if TYPE_CHECKING:
-    from triptych_gangealing.stylegan2.pickles import PickledNetwork
-
-_LEGACY_TORCH = (
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
-)
+from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
+from triptych_gangealing.stylegan2.shapes import agrees, build, discriminator_config, generator_config, without_filters
+from triptych_gangealing.stylegan2.weights import Source
 
 # NVIDIA's options: fields of our configs, those that every network here has, and those of training, speed or telling shapes
 _FIELDS = {
@@ -55,101 +50,11 @@ _IGNORED = {
 _SETTINGS = ("activation", "bias_gain", "conv_clamp", "architecture")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file with networks in it.
+def read_rosinality(path: Path) -> Source:
+    """What a checkpoint of rosinality's code holds.
 
-    generator, discriminator: build them, in float32 on the CPU for evaluation, beside their tensors by NVIDIA's names as the
-    file has them; None where it has none. Building raises ValueError, one line, for what cannot be represented.
+    Raises ValueError, one line, for one that would run code or holds no networks.
     """
-
-    path: Path
-    format: str
-    generator: Callable[[], tuple[Generator, dict[str, Tensor]]] | None = None
-    discriminator: Callable[[], tuple[Discriminator, dict[str, Tensor]]] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def load_generator(path: str | Path) -> Generator:
-    """The generator of a file, the averaged one where it has several, or one that ships ("digits32", "digits32-3").
-
-    Raises FileNotFoundError where there is no file; ValueError, one line naming what is wrong, for one that is damaged, would run
-    code, holds no generator, or one that contradicts its own settings.
-    """
-    source = open_networks(path)
-    if source.generator is None:
-        raise ValueError(f"{path}: holds no generator")
-    return source.generator()[0]
-
-
-def load_discriminator(path: str | Path) -> Discriminator:
-    """The same of its discriminator."""
-    source = open_networks(path)
-    if source.discriminator is None:
-        raise ValueError(f"{path}: holds no discriminator")
-    return source.discriminator()[0]
-
-
-def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
-    """Replace the weights of both networks by those of `source`: a run folder, a file of ours, or a foreign checkpoint.
-
-    A source without a discriminator leaves that one freshly initialised, and says so.
-    Raises ValueError naming the first tensor that does not fit, FileNotFoundError where there is nothing.
-    """
-    found = open_networks(source)
-    if found.generator is None:
-        raise ValueError(f"{source}: holds no generator to start from")
-    _copy_weights(found.generator()[0], generator, source)
-    if found.discriminator is None:
-        echo(f"{source}: no discriminator in it; one is trained from scratch")
-    else:
-        _copy_weights(found.discriminator()[0], discriminator, source)
-
-
-@torch.no_grad()
-def _copy_weights(source: nn.Module, target: nn.Module, where: str) -> None:
-    theirs, ours, kind = source.state_dict(), target.state_dict(), type(target).__name__.lower()
-    for name in [*ours, *theirs]:
-        has, wants = (tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours))
-        if has != wants:
-            raise ValueError(
-                f"{where}: {kind} has {name} {has}, this config wants {wants}; "
-                "pass its own resolution, channels, z_dim, classes and architecture"
-            )
-    target.load_state_dict(theirs)
-
-
-def open_networks(path: str | Path) -> Source:
-    """What a file holds, by its content; of a folder, our own files in it. Raises as `load_generator`."""
-    path = locate(path)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return _own(path)
-    with path.open("rb") as file:
-        start = file.read(len(_LEGACY_TORCH))
-    if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
-        return _rosinality(path)
-    return _pickle(path)
-
-
-def _own(path: Path) -> Source:
-    files = [path / name for name in (GENERATOR_FILE, DISCRIMINATOR_FILE)] if path.is_dir() else [path]
-    loaded = [read_network(file) for file in files if not path.is_dir() or file.exists()]
-    if not loaded:
-        raise FileNotFoundError(f"{path}: no {GENERATOR_FILE} or {DISCRIMINATOR_FILE} in this folder")
-    found: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
-    for network, _ in loaded:
-        name = "generator" if isinstance(network, Generator) else "discriminator"
-        found[name] = lambda network=network: (network, network.state_dict())
-    return Source(path, "triptych", **found)
-
-
-def _rosinality(path: Path) -> Source:
-    # Readers of foreign files are imported where one is met: training from a file of ours needs none of them.
-    from triptych_common.storage import foreign
-
-    from triptych_gangealing.stylegan2 import rosinality
-    from triptych_gangealing.stylegan2.pickles import refused_name
-
     try:
         content = foreign.read(path, allow=[argparse.Namespace])  # the options of a training run
     except ValueError as error:
@@ -176,9 +81,6 @@ def _rosinality(path: Path) -> Source:
 
 
 def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> tuple[Generator, dict[str, Tensor]]:
-    from triptych_gangealing.stylegan2 import rosinality
-    from triptych_gangealing.stylegan2.shapes import build, generator_config
-
     tensors = rosinality.generator_tensors(state, average)
     config = generator_config(tensors)
     generator = build(config, {"mapping.w_avg": torch.zeros(config.w_dim), **tensors})
@@ -188,16 +90,12 @@ def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> t
 
 
 def _rosinality_discriminator(state: Mapping[str, Any]) -> tuple[Discriminator, dict[str, Tensor]]:
-    from triptych_gangealing.stylegan2 import rosinality
-    from triptych_gangealing.stylegan2.shapes import build, discriminator_config
-
     tensors = rosinality.discriminator_tensors(state)
     return build(discriminator_config(tensors), tensors), tensors
 
 
-def _pickle(path: Path) -> Source:
-    from triptych_gangealing.stylegan2.pickles import load_pickle
-
+def read_pickle(path: Path) -> Source:
+    """What a pickle of NVIDIA's code holds. Raises as `load_pickle`."""
     networks = load_pickle(path)
     found: dict[str, Any] = {}
     key = "G_ema" if "G_ema" in networks else "G"
@@ -216,10 +114,7 @@ def _located(path: Path, function: Callable[[], Any], what: str = "") -> Any:
         raise ValueError(f"{path}: {what + ': ' if what else ''}{error}") from error
 
 
-def _built(network: "PickledNetwork", *, is_generator: bool) -> tuple[Generator | Discriminator, dict[str, Tensor]]:
-    from triptych_gangealing.stylegan2 import tensorflow_era
-    from triptych_gangealing.stylegan2.shapes import build, discriminator_config, generator_config, without_filters
-
+def _built(network: PickledNetwork, *, is_generator: bool) -> tuple[Generator | Discriminator, dict[str, Tensor]]:
     if network.tensorflow:
         tensors, fields = (tensorflow_era.generator if is_generator else tensorflow_era.discriminator)(network)
     else:
@@ -236,13 +131,11 @@ def _built(network: "PickledNetwork", *, is_generator: bool) -> tuple[Generator 
     return built, tensors
 
 
-def _fields(network: "PickledNetwork", fields: Mapping[str, str]) -> dict[str, Any]:
+def _fields(network: PickledNetwork, fields: Mapping[str, str]) -> dict[str, Any]:
     """Fields of a config out of NVIDIA's options, which older and newer files nest differently.
 
     What their versions have different defaults for is taken from the modules' own attributes.
     """
-    from triptych_gangealing.stylegan2.shapes import agrees
-
     options = {name: value for name, value in network.kwargs.items() if name not in _NESTED}
     for name in _NESTED:
         nested = network.kwargs.get(name)
