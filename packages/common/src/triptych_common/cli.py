@@ -12,24 +12,25 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from triptych_common.errors import Diverged, Interrupted
+from triptych_common.fields import FREE, Checked
 
 
 @dataclass(frozen=True)
-class CommonOptions:
+class CommonOptions(Checked):
     """Options every command takes."""
 
-    out: Path = Path("runs/out")
+    out: Annotated[Path, FREE] = Path("runs/out")
     """where to write"""
     seed: int = 0
     """seed of everything random"""
-    device: str = "auto"
+    device: Annotated[str, FREE] = "auto"
     """torch device; auto: the GPU if there is one"""
-    json: bool = False
+    json: Annotated[bool, FREE] = False
     """print the results as one JSON object, the last line of stdout"""
-    dry_run: bool = False
+    dry_run: Annotated[bool, FREE] = False
     """print what would be run, and stop"""
 
     def resolved(self) -> dict[str, Any]:
