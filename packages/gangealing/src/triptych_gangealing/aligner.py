@@ -46,6 +46,8 @@ class Alignment:
     flipped: Bool[Tensor, " n"]
     roughness: Float[Tensor, " n"]
     """total variation of the flow: large where an image fits badly"""
+    names: tuple[str, ...] = ()
+    """of the pictures, where they came from a folder: those that could be read"""
 
     @classmethod
     def of_warp(cls, warp: Warp, cluster: Int[Tensor, " n"] | None = None) -> "Alignment":
@@ -58,17 +60,20 @@ class Alignment:
     @classmethod
     def cat(cls, parts: Sequence["Alignment"]) -> "Alignment":
         """Those of several batches as one."""
-        names = "cluster", "flipped", "roughness"
-        together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(Warp.cat([part.warp for part in parts]), **together)
+        cluster, flipped, roughness = (
+            torch.cat(values)
+            for values in zip(*((part.cluster, part.flipped, part.roughness) for part in parts), strict=True)
+        )
+        return cls(Warp.cat([part.warp for part in parts]), cluster, flipped, roughness)
 
     def select(self, indices: Int[Tensor, " m"]) -> "Alignment":
         """Those of some of the images."""
-        rest = (value[indices] for value in (self.cluster, self.flipped, self.roughness))
-        return Alignment(self.warp.select(indices), *rest)
+        warp, names = self.warp.select(indices), self.names and tuple(self.names[i] for i in indices.tolist())
+        return Alignment(warp, self.cluster[indices], self.flipped[indices], self.roughness[indices], names)
 
     def to(self, device: torch.device | str) -> "Alignment":
-        return Alignment(*(value.to(device) for value in (self.warp, self.cluster, self.flipped, self.roughness)))
+        cluster, flipped, roughness = (value.to(device) for value in (self.cluster, self.flipped, self.roughness))
+        return Alignment(self.warp.to(device), cluster, flipped, roughness, self.names)
 
 
 class Aligner(nn.Module):
@@ -167,7 +172,7 @@ def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
 def open_aligner(
     path: Path, device: str, iterations: int | None = None, flips: Flips = "trained"
 ) -> tuple[Aligner, dict[str, Any]]:
-    """An aligner on a device, and the options with which it is to look at pictures: as in training where nothing else is said.
+    """An aligner on a device, and the options of `Aligner.align`: as in training where nothing else is asked for.
 
     Raises as `load_aligner`, and ValueError for flips or several looks of a transformer that can neither.
     """

@@ -33,9 +33,9 @@ def _train() -> Command:
 
 
 def _align() -> Command:
-    from triptych_gangealing.folders import AlignConfig, align
+    from triptych_gangealing.folders import AlignConfig, write_aligned
 
-    return Command(AlignConfig, align, {})
+    return Command(AlignConfig, write_aligned, {})
 
 
 def _average() -> Command:
@@ -51,9 +51,9 @@ def _propagate() -> Command:
 
 
 def _correspond() -> Command:
-    from triptych_gangealing.folders import CorrespondConfig, correspond
+    from triptych_gangealing.folders import CorrespondConfig, write_matches
 
-    return Command(CorrespondConfig, correspond, {})
+    return Command(CorrespondConfig, write_matches, {})
 
 
 def _pck() -> Command:

@@ -20,8 +20,8 @@ Size = tuple[int, int]
 class Transferred(NamedTuple):
     """Points in pixels of the image they were transferred to."""
 
-    points: Float[Tensor, "n k 2"]
-    reliable: Bool[Tensor, "n k"]
+    points: Float[Tensor, "*n k 2"]
+    reliable: Bool[Tensor, "*n k"]
     """the way could be inverted, and lies within both images and congealed space; of a flow that folds it is one of several"""
 
 

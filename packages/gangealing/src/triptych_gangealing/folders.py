@@ -144,7 +144,7 @@ class CorrespondConfig(UseOptions):
             raise ValueError(f"spacing {self.spacing}: expected at least 1")
 
 
-def align(config: AlignConfig) -> dict[str, Any]:
+def write_aligned(config: AlignConfig) -> dict[str, Any]:
     """Write aligned pictures, a grid of some before and after, and where each pixel of the corners comes from.
 
     Raises ValueError or OSError for what is no aligner, or a folder none of whose pictures can be read.
@@ -181,7 +181,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
 def write_average(config: AverageConfig) -> dict[str, Any]:
     """Write the average aligned picture of each cluster, of its smoothest flows where not all are kept.
 
-    Raises ValueError for a part of what a transformer without flow aligned, else as `align`.
+    Raises ValueError for a part of what a transformer without flow aligned, else as `write_aligned`.
     """
     aligner, options = config.open()
     if config.keep < 1 and aligner.transformer.flow is None:
@@ -212,7 +212,7 @@ def smoothest(found: Alignment, share: float) -> set[int]:
 def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
     """Write every picture with the edit laid over it, or where the points are in each.
 
-    Raises ValueError for an edit of another size than the average picture, else as `align`.
+    Raises ValueError for an edit of another size than the average picture, else as `write_aligned`.
     """
     if (config.edit is None) == (config.points is None):
         raise ValueError("propagate: expected one of --edit PICTURE and --points FILE")
@@ -253,10 +253,10 @@ def _edited(
     return _told({"pictures": str(out)}) | {"edited": edited}
 
 
-def correspond(config: CorrespondConfig) -> dict[str, Any]:
+def write_matches(config: CorrespondConfig) -> dict[str, Any]:
     """Write where points of the source are in the target, and a picture of it.
 
-    Raises ValueError for pictures of different clusters, else as `align`.
+    Raises ValueError for pictures of different clusters, else as `write_aligned`.
     """
     aligner, options = config.open()
     source, target = read_picture(config.source), read_picture(config.target)
