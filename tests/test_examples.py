@@ -2,7 +2,9 @@
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,16 @@ from triptych_dit import DiTConfig, load_model
 from triptych_dit.interop import export_released
 from triptych_dit.sampling import SamplerSettings, sample_images
 from triptych_dit.testing import random_model
+from triptych_gangealing import SpatialTransformer, SpatialTransformerConfig
+from triptych_gangealing.aligner import Aligner, write_aligner
+from triptych_gangealing.modes import Directions, Mode
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> Callable[..., Any]:
+    """The `main` of an example."""
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *options: str | Path) -> None:
@@ -42,16 +52,29 @@ def test_sample_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     config = DiTConfig((8, 8), 3, patch_size=2, hidden_size=384, depth=1, num_heads=6, num_classes=5)
     model = random_model(config, std=0.02, dtype=torch.float32)
     export_released(model, tmp_path / "released.pt")
-    options = (
-        "--checkpoint",
-        tmp_path / "released.pt",
-        "--labels",
-        "3",
-        "1",
-        "--steps",
-        "2",
-        "--out",
-        tmp_path / "a.png",
+    options = ("--labels", "3", "1", "--steps", "2", "--out", tmp_path / "samples.png")
+    run(monkeypatch, "sample_released", "--checkpoint", tmp_path / "released.pt", *options)
+    assert Image.open(tmp_path / "samples.png").size[0] > 16
+
+
+def test_align_a_folder(tmp_path: Path) -> None:
+    """An untrained aligner is the identity: aligned pictures are the pictures, reduced."""
+    transformer = SpatialTransformer(
+        SpatialTransformerConfig(input_size=16, channel_max=8, flow_size=4, flow_upsampling=4)
     )
-    run(monkeypatch, "sample_released", *options)
-    assert Image.open(tmp_path / "a.png").size[0] > 16
+    mode = Mode(Directions(torch.zeros(4), torch.eye(4)[:1], torch.ones(1)))
+    facts = {"padding": "border", "iterations": 1, "flips": False, "generator": "none"}
+    write_aligner(tmp_path / "aligner.safetensors", Aligner(transformer, mode).requires_grad_(False).eval(), facts)
+    (tmp_path / "pictures").mkdir()
+    for name, grey in (("a.png", 40), ("b.png", 200)):
+        Image.fromarray(np.full((24, 24, 3), grey, np.uint8)).save(tmp_path / "pictures" / name)
+    example("align_a_folder")(tmp_path / "pictures", tmp_path / "aligner.safetensors", tmp_path / "out")
+    for file, grey in (("aligned/a.png", 40), ("aligned/b.png", 200), ("average.png", 120)):
+        pixels = np.asarray(Image.open(tmp_path / "out" / file))
+        assert pixels.shape == (16, 16, 3)
+        assert np.abs(pixels.astype(int) - grey).max() <= 1
+
+
+def test_warp_points(tmp_path: Path) -> None:
+    assert example("warp_points")(tmp_path / "points.png") < 1e-4
+    assert Image.open(tmp_path / "points.png").size[0] > 100
