@@ -30,7 +30,7 @@ $(STAMP): requirements.txt $(CONSTRAINTS) $(PROJECTS)
 
 # A worker a core, with one thread each: twice as fast as one process with all threads. A file's tests share its fixtures.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
 lint: types
 	$(BIN)/ruff check .
