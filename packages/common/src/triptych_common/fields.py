@@ -74,7 +74,16 @@ class OneOf:
 
     def expected(self, value: Any) -> str:
         """What was expected instead of `value`, for an error."""
-        return f"one of {', '.join(map(str, self.names))}"
+        return one_of(value, self.names)
+
+
+def one_of(word: object, names: Iterable[object]) -> str:
+    """What was expected instead of a mistyped word, for an error: all names, and the nearest where one is near."""
+    import difflib
+
+    known = [str(name) for name in names]
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"one of {', '.join(known)}" + "".join(f"; did you mean {name!r}?" for name in near)
 
 
 class Free:
@@ -98,7 +107,8 @@ def check_fields(settings: object) -> None:
 
     Raises ValueError that names the field, its value and what was expected.
     """
-    for name, (constraints, optional) in _rules(type(settings)).items():
+    cls: Any = type(settings)
+    for name, (constraints, optional) in _rules(cls).items():
         value = getattr(settings, name)
         if value is None and optional:
             continue
@@ -111,7 +121,7 @@ def check_fields(settings: object) -> None:
 
 def identity(settings: Any) -> dict[str, Any]:
     """A dataclass instance as a dictionary without the fields marked `FREE`: what decides a run's results."""
-    cls: type = type(settings)
+    cls: Any = type(settings)
     free = {name for name, metadata in _metadata(cls).items() if FREE in metadata}
     return {name: value for name, value in asdict(settings).items() if name not in free}
 

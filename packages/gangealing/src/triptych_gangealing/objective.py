@@ -1,13 +1,12 @@
 """What GANgealing minimises: how far a warped sample is from its target, and how rough its flow.  [thesis 4.3]"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from triptych_common import randomness
-from triptych_common.training import Batch
 
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import PerceptualDistance
@@ -163,16 +162,3 @@ class Objective:
     def _images(self, ws: Float[Tensor, "n num_ws w"], counters: Sequence[int], stream: str) -> Images:
         noise = self.generator.synthesis.noise(self.config.seed, stream, counters)
         return self.generator.synthesis(ws, noise=noise)
-
-
-def accumulate(
-    batch: Batch, micro_batch: int | None, losses: Callable[[range], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Gradients of the mean "loss" over this rank's part of a batch, in portions; and the means of all that `losses` gives."""
-    totals: dict[str, Tensor] = {}
-    for counters, _ in batch.micro_batches(micro_batch):
-        found, share = losses(counters), len(counters) / len(batch.counters)
-        (found["loss"] * share).backward()
-        for name, value in found.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() * share
-    return totals
