@@ -19,8 +19,7 @@ from triptych_dit import DiT, DiTConfig
 from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
 from triptych_dit.config import BLOCK_DESIGNS
-from triptych_dit.sample import image_name
-from triptych_dit.samples_file import read_batches, read_npz, write_npz
+from triptych_dit.sample import image_name, read_batches, read_npz, write_npz
 from triptych_dit.sampling import SamplerSettings, bind, decoded, evaluations, sample_images, trajectory
 from triptych_dit.weights import TrainedModel, make_diffusion, save_model
 

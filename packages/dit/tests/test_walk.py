@@ -16,7 +16,7 @@ from triptych_common.images import to_uint8
 from triptych_common.testing import run_cli
 from triptych_dit import DiT, DiTConfig
 from triptych_dit.cli import COMMANDS
-from triptych_dit.samples_file import read_npz
+from triptych_dit.sample import read_npz
 from triptych_dit.sampling import SamplerSettings, sample_images
 from triptych_dit.walk import FrameNoise, WalkConfig, blended, film, slerp, stops_between_classes
 from triptych_dit.weights import TrainedModel, make_diffusion, save_model

@@ -1,6 +1,7 @@
-"""The training objective: what is drawn for each sample counter, and its loss."""
+"""The training objective: what is drawn for each sample counter, its loss, and the same loss on held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,12 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.diffusion import GaussianDiffusion, Loss
-from triptych_common.parallel import onto
+from triptych_common.parallel import Ranks, onto
+from triptych_common.storage.run import RunDirectory
+from triptych_common.training import TrainState
 
 from triptych_dit.model import DiT
 from triptych_dit.train_config import TrainConfig
-from triptych_dit.training_data import TrainingData
+from triptych_dit.training_data import TrainingData, check_fits, open_training_data
 from triptych_dit.weights import make_diffusion
+
+VALIDATION_SEED = 2_022  # the same for every run, so that runs can be compared
 
 
 class Examples(NamedTuple):
@@ -66,3 +71,53 @@ def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int)
             peaked = torch.sigmoid(0.8 * torch.special.ndtri((u - 0.2) / 0.8) - 0.6)
             share = torch.where(u < 0.2, u / 0.2, peaked)
     return (share * num_steps).long().clamp(max=num_steps - 1)
+
+
+def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Callable[[TrainState], None]:
+    """A callback that logs "validation/mse" and "validation/vb" every `validation_every` steps and at the end.
+
+    The same images, noise and labels, and timesteps spread evenly over all of the process, whatever training uses.
+    Raises ValueError or FileNotFoundError where there is nothing to validate on.
+    """
+    if config.validation_every == 0:
+        return lambda state: None
+    try:
+        held_out = open_training_data(config.validation_data or config.data, config.model, "held_out")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
+    check_fits(config.model, held_out)
+    n = (
+        min(config.validation_images, len(held_out)) // ranks.world_size
+    )  # as many on every rank: shards wait for each other
+    mine = range(ranks.rank * n, (ranks.rank + 1) * n)
+    part = config.micro_batch or config.batch_size // ranks.world_size
+    fixed = replace(config, seed=VALIDATION_SEED, horizontal_flip=False, timesteps="uniform_spread", snapshots=())
+
+    def validate(state: TrainState) -> None:
+        if state.step % config.validation_every and state.samples_seen < config.total_images:
+            return
+        objective = Objective(fixed, state.model, held_out)
+        mse, vb = (
+            ranks.sum(_loss_sums(state.ema, objective, mine, part, ranks.device)) / (n * ranks.world_size)
+        ).tolist()
+        run.log({"step": state.step, "images": state.samples_seen, "validation/mse": mse, "validation/vb": vb})
+
+    return validate
+
+
+def mean_mse(config: TrainConfig, model: DiT, training_data: TrainingData, n: int) -> float:
+    """Error of the predicted noise on up to n examples, with noise that training did not see, timesteps as in training."""
+    n = min(n, len(training_data))
+    objective = Objective(
+        replace(config, seed=VALIDATION_SEED, horizontal_flip=False, precision="float32"), model, training_data
+    )
+    return float(_loss_sums(model, objective, range(n), 250, torch.device("cpu"))[0]) / n
+
+
+@torch.no_grad()
+def _loss_sums(network: nn.Module, objective: Objective, counters: range, part: int, device: torch.device) -> Tensor:
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(0, len(counters), part):
+        losses = objective.loss(network, objective.draw(counters[start : start + part]), device)
+        sums += torch.stack([losses.mse.double().sum(), losses.vb.double().sum()])
+    return sums

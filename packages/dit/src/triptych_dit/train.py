@@ -20,10 +20,9 @@ from triptych_dit.fine_tune import report_lines, start_from
 from triptych_dit.flops import gflops
 from triptych_dit.interop import load_any
 from triptych_dit.model import DiT
-from triptych_dit.objective import Examples, Objective
+from triptych_dit.objective import Examples, Objective, make_validation
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
 from triptych_dit.training_data import TrainingData, check_fits, open_training_data
-from triptych_dit.validation import make_validation
 from triptych_dit.weights import FILE_NAME, write_model
 
 

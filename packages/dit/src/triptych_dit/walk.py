@@ -23,8 +23,7 @@ from triptych_common.video import FORMATS, course, ends, import_av, write_video
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
-from triptych_dit.sample import ModelOptions, identity, other_decoder, place
-from triptych_dit.samples_file import read_npz, write_npz
+from triptych_dit.sample import ModelOptions, identity, other_decoder, place, read_npz, write_npz
 from triptych_dit.sampling import SamplerSettings, check_labels, evaluations, sample_images
 from triptych_dit.weights import TrainedModel
 
