@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Interval:
-    """Bounds of a number; NaN lies within none.
+    """Bounds of a number, or of every number of a tuple; NaN lies within none.
 
     wanted: what an error says was expected, instead of the bounds.
     """
@@ -32,7 +32,9 @@ class Interval:
     le: float | int | None = None
     wanted: str | None = None
 
-    def __contains__(self, value: float | int) -> bool:
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(number in self for number in value)
         return (
             (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
@@ -63,20 +64,14 @@ class SampleConfig(CommonOptions, SamplerSettings, ModelOptions):
 
     out: Path = Path("runs/samples")
     """where to write samples.npz (arr_0: NHWC uint8, arr_1: labels) and grid.png"""
-    num_samples: int = 100
+    num_samples: Annotated[int, Ge(1)] = 100
     """images to make"""
     labels: tuple[int, ...] = ()
     """classes, repeated in turn; all classes in turn by default"""
     images: bool = False
     """write each image to OUT/images too, as 000123-CLASS.png"""
-    batch_size: int = 100
+    batch_size: Annotated[int, Ge(1)] = 100
     """images at once on each rank; changes speed, not results"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge, OneOf
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
@@ -44,34 +45,27 @@ class WalkConfig(CommonOptions, SamplerSettings, ModelOptions):
     """one class: walk between noises; several: walk from class to class. By default class 0"""
     blend: tuple[str, ...] = ()
     """walk between noises at a mixture of classes instead: LABEL:WEIGHT for each, such as 3:0.5 8:0.5"""
-    noises: tuple[int, ...] = ()
+    noises: Annotated[tuple[int, ...], Ge(0, "numbers of samples, from 0")] = ()
     """noises to walk between, numbered like the samples of triptych-dit sample; 0 1 2 3 by default, 0 from class to class"""
-    frames: int = 24
+    frames: Annotated[int, Ge(1)] = 24
     """frames from one stop of the walk to the next"""
     loop: bool = False
     """walk back to the first stop, and let a GIF repeat"""
-    fps: int = 24
+    fps: Annotated[int, Ge(1)] = 24
     """frames a second"""
-    format: str = "mp4"
+    format: Annotated[str, OneOf(FORMATS)] = "mp4"
     """mp4 (extra: video) or gif"""
-    batch_size: int = 50
+    batch_size: Annotated[int, Ge(1)] = 50
     """frames at once; changes speed, not results"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("frames", "fps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.format not in FORMATS:
-            raise ValueError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
         if self.labels and self.blend:
             raise ValueError("labels and blend: pass one of them, a blend is a class too")
         if len(self.labels) > 1 and len(self.noises) > 1:
             raise ValueError(f"{len(self.labels)} labels and {len(self.noises)} noises: walk between one or the other")
         if len(self.labels) < 2 and len(self.noises) == 1:
             raise ValueError("one label and one noise: nothing to walk between; pass more of one")
-        if any(index < 0 for index in self.noises):
-            raise ValueError(f"noises {self.noises}: expected numbers of samples, from 0")
         blended(self.blend)
 
     def resolved(self) -> dict[str, Any]:
