@@ -123,7 +123,17 @@ def test_what_changes_no_result_is_left_out_of_the_identity():
         activation_checkpointing=True, compile_blocks=True,
     )  # fmt: skip
     assert changed.identity() == PairLoop().identity()
-    decides = "seed", "batch_size", "lr", "log_every", "checkpoint_every", "adam_beta2", "grad_clip", "ema_rampup", "precision"
+    decides = (
+        "seed",
+        "batch_size",
+        "lr",
+        "log_every",
+        "checkpoint_every",
+        "adam_beta2",
+        "grad_clip",
+        "ema_rampup",
+        "precision",
+    )
     assert set(decides) | {"total_pairs", "warmup_pairs", "ema_half_life_pairs", "weight_decay"} == set(
         changed.identity()
     )

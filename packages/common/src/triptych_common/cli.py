@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ class Command:
     """One subcommand: its config class, the function that runs it, and named presets of the config.
 
     `start` turns the preset and the words of the command line into the defaults that options override, where these depend
-    on other options.
+    on other options. `preview` gives what --dry-run prints.
     """
 
     config: type[CommonOptions]
@@ -51,6 +52,17 @@ class Command:
     presets: Mapping[str, CommonOptions]
     default: str | None = None
     start: Callable[[Any, Sequence[str]], Any] = lambda preset, argv: preset
+    preview: Callable[[Any], dict[str, Any]] = lambda config: config.resolved()
+
+
+def deferred(target: str) -> Callable[..., Any]:
+    """The function that "package.module:name" names, imported when it is called: --help need not wait for what it imports."""
+
+    def call(*arguments: Any) -> Any:
+        module, _, name = target.partition(":")
+        return getattr(import_module(module), name)(*arguments)
+
+    return call
 
 
 _to_stderr = False
@@ -143,7 +155,7 @@ def _stdout_kept(kept: bool) -> Iterator[None]:
 
 def _run(command: Command, config: CommonOptions) -> int:
     if config.dry_run:
-        result = config.resolved()
+        result = command.preview(config)
         if not config.json:
             echo(json.dumps(result, indent=2, default=str))
     else:

@@ -7,74 +7,37 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from triptych_common.cli import CommonOptions, echo
-from triptych_common.fields import Ge
+from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
-from triptych_common.schedulers import find
+from triptych_common.samplers import evaluations
 from triptych_common.storage import checkpoint
 from triptych_common.storage.atomic import write_json, writing
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any
 from triptych_dit.sampling import (
-    OWN_SAMPLERS,
-    SamplerSettings,
     autoencoder_of,
     check_labels,
-    evaluations,
     sample_images,
     trajectory,
 )
+from triptych_dit.settings import SampleConfig, SamplerSettings
 from triptych_dit.weights import TrainedModel
 
 __all__ = ["SampleConfig", "SamplerSettings", "read_npz", "sample", "sample_images", "trajectory"]
 GRID = 100  # images in grid.png
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is run."""
-
-    checkpoint: str = "runs/dit"
-    """a model file, the folder of a finished training run, a released checkpoint or its name (DiT-XL/2@256), or a folder of
-    diffusers"""
-    vae: str | None = None
-    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
-    precision: Literal["float32", "bf16", "float64"] | None = None
-    """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
-    compile_blocks: bool = False
-    """torch.compile each block: pays on a GPU for thousands of images"""
-
-
-@dataclass(frozen=True)
-class SampleConfig(CommonOptions, SamplerSettings, ModelOptions):
-    """Sample images from a trained model. Repeating the command resumes it."""
-
-    out: Path = Path("runs/samples")
-    """where to write samples.npz (arr_0: NHWC uint8, arr_1: labels) and grid.png"""
-    num_samples: Annotated[int, Ge(1)] = 100
-    """images to make"""
-    labels: tuple[int, ...] = ()
-    """classes, repeated in turn; all classes in turn by default"""
-    images: bool = False
-    """write each image to OUT/images too, as 000123-CLASS.png"""
-    batch_size: Annotated[int, Ge(1)] = 100
-    """images at once on each rank; changes speed, not results"""
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def sample(config: SampleConfig) -> dict[str, Any]:
@@ -88,7 +51,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "labels": list(config.labels or range(trained.model.config.num_classes)), "num_samples": config.num_samples,
         "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
-    steps = evaluations(trained, config)
+    steps = evaluations(config, trained.diffusion)
     finished = (config.out / "samples.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
@@ -143,8 +106,7 @@ def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] 
 def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
     """What decides the images among sampler settings, seed and precision, defaults resolved for this model."""
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
-    if config.sampler not in OWN_SAMPLERS:
-        settings["sampler"] = find(config.sampler)
+    settings["sampler"] = config.sampler_name()
     if config.clip_x_0 is None:
         settings["clip_x_0"] = trained.facts.get("autoencoder") is None
     return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})

@@ -9,7 +9,6 @@ from triptych_common.fields import Ge, Gt
 from triptych_common.training.settings import TransformerSettings
 
 from triptych_dit.config import PRESETS, DiTConfig
-from triptych_dit.flops import gflops, parameter_count
 
 FORWARDS_PER_STEP = 3  # a backward pass is two forward passes' worth of products
 
@@ -73,6 +72,8 @@ class TrainConfig(TransformerSettings):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
+        from triptych_dit.flops import gflops, parameter_count
+
         cost = gflops(self.model)
         return super().resolved() | {
             "parameters": parameter_count(self.model),

@@ -1,10 +1,11 @@
-"""How an autoencoder is trained, and its presets."""
+"""How an autoencoder is trained, and its presets; how images are encoded by one."""
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge, Gt
 from triptych_common.training.settings import AdamWSettings
 
@@ -79,3 +80,54 @@ AUTOENCODER_PRESETS: dict[str, AutoencoderTrainConfig] = {
         checkpoint_every=16,
     ),
 }
+
+
+@dataclass(frozen=True)
+class EncodeConfig(CommonOptions):
+    """Encode images to a latent cache, under torchrun on any number of ranks. Repeating the command resumes it, checks
+    what is there and encodes damaged shards again."""
+
+    out: Path = Path("runs/latents")
+    """folder of the cache"""
+    source: str = "mnist5k"
+    """named data set, folder of images with one subfolder a class, hub:OWNER/NAME, or what its save_to_disk wrote"""
+    split: str = "train"
+    """part of the source"""
+    unconditional: bool = False
+    """make one class of everything"""
+    image_column: str = "auto"
+    """column of a Hugging Face data set"""
+    label_column: str = "auto"
+    """column of a Hugging Face data set"""
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """AutoencoderKL: hub id or folder"""
+    image_size: int | tuple[int, int] = 256
+    """side, or height and width, that images are cropped to: the centre, box-halved and bicubic as ADM does"""
+    allow_upscale: bool = False
+    """enlarge smaller images rather than list them as skipped"""
+    flips: bool = True
+    """encode mirror images too: the mirrored latent is not the latent of the mirror image; never for digits"""
+    dtype: Literal["float16", "float32"] = "float16"
+    """of the stored moments; float16 is off by at most 2^-11 of a value, bfloat16 would be by 2^-8: not offered"""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """of the autoencoder's arithmetic"""
+    batch_size: int = 64
+    """images at once on each rank; changes rounding only"""
+    shard_size: int = 4096
+    """images a shard; what is lost at most when a rank is killed"""
+    workers: int | None = None
+    """processes on each rank that read images; 0: none but the rank itself, default: one a core, 8 at most"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers {self.workers}: expected at least 0")
+        if min(self.size) < 1:
+            raise ValueError(f"image_size {self.image_size}: expected at least 1")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
