@@ -67,7 +67,7 @@ class Narrower(Settings):
 
 
 def test_a_field_declared_again_keeps_constraints_and_marks():
-    with pytest.raises(ValueError, match="rate 0.0: expected a number above 0"):
+    with pytest.raises(ValueError, match=r"rate 0\.0: expected a number above 0"):
         Narrower(rate=0.0)
     assert "count" not in identity(Narrower())
     assert identity(Narrower())["precision"] == "fp16"  # of the choices declared last
