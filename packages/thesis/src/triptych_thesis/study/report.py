@@ -6,7 +6,7 @@ how numbers were made folds out.
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,20 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 </tr>{% endfor %}</tbody></table></div>{% if t.folded %}</details>{% endif %}{% endmacro %}
 <h1>{{ report.title }}</h1>
 <p class="headline">{{ report.headline }}</p>
-<div class="first"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
-<div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead><tbody>
+<div class="{{ "first" if report.pictures }}"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
+{% if report.verdicts %}<div class="scroll"><table id="verdicts">
+<thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead><tbody>
 {% for v, name in report.verdicts %}<tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
 <td>{{ name }}</td><td>{% for e in v.shown %}<div>{% if e.verdict %}<span class="mark {{ e.verdict }}" title="{{ e.verdict }}">
 {{- marks[e.verdict] }}</span> {% endif %}{{ e.what }}: {{ e.ours }}{% if e.beside %}
 <span class="soft">against {{ e.beside }}</span>{% endif %}</div>{% else %}{{ v.why }}{% endfor %}</td></tr>{% endfor %}
-</tbody></table></div></div>
+</tbody></table></div>{% endif %}</div>
 <p class="soft">{{ report.setting }}{% for mark, verdict in legend %}
 <span class="mark {{ verdict }}">{{ mark }}</span> {{ verdict }}
 {%- endfor %}.</p>
-<nav>{% for s in report.sections %}<a href="#{{ loop.index }}">{{ s.title }}</a> {% endfor %}<a href="#evidence">Evidence</a>
+<nav>{% for s in report.sections %}<a href="#{{ loop.index }}">{{ s.title }}</a> {% endfor %}
+{% if report.verdicts %}<a href="#evidence">Evidence</a>{% endif %}
+
 <a href="#made">How this was made</a></nav>
 {% for s in report.sections %}<h2 id="{{ loop.index }}">{{ s.title }}</h2>
 {% if s.pictures %}<div class="row">{% for p in s.pictures %}{{ picture(p) }}{% endfor %}</div>{% endif %}
@@ -73,11 +76,13 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 {% for name, path in links.items() %}<a href="{{ path | urlencode }}">{{ name }}</a> {% endfor %}</li>{% endfor %}</ul></details>
 {% endfor %}
 {% endfor %}
-<h2 id="evidence">Evidence</h2>
-{{ table(report.evidence) }}
+{% if report.verdicts %}<h2 id="evidence">Evidence</h2>
+{{ table(report.evidence) }}{% endif %}
+
 <h2 id="made">How this was made</h2>
 <pre>{{ report.command }}</pre>
-<details><summary>Settings, versions and times</summary>{{ table(report.facts) }}</details>
+{% if report.facts %}<details><summary>Settings, versions and times</summary>{{ table(report.facts) }}</details>{% endif %}
+
 </body>
 </html>
 """
@@ -96,22 +101,22 @@ class Report:
         title: what was done, in a few words.
         headline: the one sentence to take away.
         setting: size, seed, commit, time and hardware, on one line.
+        command: what a reader types to make this page.
         pictures: what was made beside what it is compared with; one, two where they belong together.
         verdicts: each with the item of the thesis that makes the claim, such as "Figure 2.5: adaLN-Zero is the best design".
         sections: the experiments.
-        rule: how verdicts follow from the evidence.
-        command: what a reader types to make this page.
         facts: settings, versions, times: rows of name and value.
+        rule: how verdicts follow from the evidence.
     """
 
     title: str
     headline: str
     setting: str
-    pictures: Sequence[Picture]
-    verdicts: Sequence[tuple[Verdict, str]]
     command: str
-    facts: Table
-    sections: list[Section] = field(default_factory=list)
+    pictures: Sequence[Picture] = ()
+    verdicts: Sequence[tuple[Verdict, str]] = ()
+    sections: Sequence[Section] = ()
+    facts: Table | None = None
     rule: str = INTERVALS_DECIDE
 
     @property
