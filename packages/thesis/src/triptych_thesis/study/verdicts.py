@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from triptych_common.metrics.bootstrap import Estimate
+if TYPE_CHECKING:
+    from triptych_common.metrics.bootstrap import Estimate
 
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, NOT_APPLICABLE = VERDICTS = (
     "confirmed", "refuted", "undecided", "not run", "not applicable",
@@ -53,6 +54,7 @@ class Verdict:
         evidence: the quantities it rests on, the most telling one first.
         why: a few words where the evidence does not explain the verdict by itself.
         aims: 0, or how many aims stand together for a claim that no number measures, such as a picture; this is one of them.
+        parts: how many experiments must speak of the claim before it is decided.
     """
 
     claim: str
@@ -60,6 +62,7 @@ class Verdict:
     evidence: Sequence[Evidence] = field(default_factory=tuple)
     why: str = ""
     aims: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -76,9 +79,9 @@ class Verdict:
         return "; ".join([*(each.line for each in self.evidence), *[self.why] * bool(self.why)])
 
 
-def sign(difference: Estimate | Mapping[str, Any]) -> str:
+def sign(difference: "Estimate | Mapping[str, Any]") -> str:
     """The verdict on "this difference is positive": the whole interval must lie on one side of zero."""
-    low, high = difference[1:] if isinstance(difference, Estimate) else (difference["low"], difference["high"])
+    low, high = (difference["low"], difference["high"]) if isinstance(difference, Mapping) else difference[1:]
     if low is None or high is None:
         return UNDECIDED
     return CONFIRMED if low > 0 else REFUTED if high < 0 else UNDECIDED
@@ -96,12 +99,13 @@ def merged(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
     """One verdict a claim, by id, with the evidence of all.
 
     Comparisons that a claim consists of have their `overall` verdict. Aims that stand for a claim confirm it where all are
-    reached and refute it where none is; otherwise, or where some were not measured, the claim is undecided.
+    reached and refute it where none is; otherwise, or where some were not measured, the claim is undecided. A claim of several
+    parts is left out until all of them have been measured.
     """
     by_claim: dict[str, list[Verdict]] = {}
     for each in verdicts:
         by_claim.setdefault(each.claim, []).append(each)
-    return {claim: _merged(claim, several) for claim, several in by_claim.items()}
+    return {claim: _merged(claim, several) for claim, several in by_claim.items() if len(several) >= several[0].parts}
 
 
 def _merged(claim: str, several: Sequence[Verdict]) -> Verdict:
