@@ -1,4 +1,4 @@
-"""Grids of digits as PNG files beside a study's results, so that its report is drawn again without a model."""
+"""Grids of digits as PNG files in a study's folder, where its report finds them without a model."""
 
 from pathlib import Path
 
@@ -9,14 +9,12 @@ from triptych_common.storage.atomic import write_bytes
 from triptych_gangealing.baselines.moments import ink
 from triptych_gangealing.warp import Warp
 
-from triptych_thesis.study.experiment import Picture
-
 COLUMNS = 12
 SCALE = 3  # screen pixels of a pixel
 
 
 def picture_path(folder: Path, name: str) -> Path:
-    """Where a picture of the study in `folder` lies."""
+    """Where a picture of the study in `folder` lies, for `Study.figure`."""
     return folder / "figures" / f"{name}.png"
 
 
@@ -25,11 +23,6 @@ def save_grid(
 ) -> None:
     """Write images in [-1, 1] as a grid."""
     write_bytes(picture_path(folder, name), png_bytes(image_grid(to_uint8(images), columns=columns), scale=scale))
-
-
-def saved(folder: Path, name: str, caption: str, *, pixels: bool = True) -> Picture:
-    """A picture that was written before. Raises FileNotFoundError where it is missing."""
-    return Picture(picture_path(folder, name).read_bytes(), caption, pixels)
 
 
 def inked(images: Float[Tensor, "n 3 height width"], warp: Warp) -> Float[Tensor, "n 1 height width"]:

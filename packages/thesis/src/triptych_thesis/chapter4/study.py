@@ -10,12 +10,10 @@ from triptych_gangealing.encoders.simclr import run as train_encoder
 from triptych_gangealing.stylegan2.interop import load_generator
 from triptych_gangealing.train import digest_of
 
-from triptych_thesis.chapter4 import experiments
 from triptych_thesis.chapter4.context import CLUSTERED, ONE, Context, Training
 from triptych_thesis.chapter4.paper import DATASETS, PAPER, Paper
-from triptych_thesis.chapter4.pictures import picture_path, saved
+from triptych_thesis.chapter4.pictures import picture_path
 from triptych_thesis.chapter4.sizes import DIGIT, SIZES
-from triptych_thesis.study.experiment import discover
 from triptych_thesis.study.runner import Opening, Stopwatch, Study, run
 
 
@@ -25,7 +23,7 @@ class Chapter4(Study):
 
     chapter: ClassVar[int] = 4
     sizes: ClassVar = {**SIZES, PAPER: None}
-    experiments: ClassVar = discover(experiments)
+    package: ClassVar[str] = "triptych_thesis.chapter4.experiments"
 
     out: Path = Path("runs/ch4")
     """everything goes to OUT/SIZE; OUT/report.html is the latest finished size"""
@@ -89,13 +87,15 @@ class Chapter4(Study):
         return {"all": self.all, "digit": DIGIT, "training": training}
 
     def opening(self, results: Mapping[str, Any]) -> Opening:
-        caption = f"Real digits {DIGIT} that nothing was trained on. Above: as they are. Below: aligned."
+        caption = (
+            f"Real digits {DIGIT} that nothing was trained on, and their average: above as they are, below aligned."
+        )
         drawn = picture_path(self.folder, "before-after").exists()
         return Opening(
             "Digits learn to stand in line",
             "From nothing but a frozen generator of coloured, turned, scaled and shifted digits, and without a single label, a "
             "network learns to bring every digit into one and the same pose.",
-            [saved(self.folder, "before-after", caption)] if drawn else [],
+            [self.figure("before-after", caption, pixels=True)] if drawn else [],
             "No number of the thesis measures its pictures. For digits, aims stand for them: errors and PCK better than those of "
             "every baseline with 95% intervals apart, a sharp average, purer clusters than those of k-means. A picture is "
             "confirmed where all of its aims are reached, refuted where none is, undecided otherwise. Table 4.3 is confirmed where "

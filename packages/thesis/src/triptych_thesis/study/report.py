@@ -54,19 +54,23 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 <h1>{{ report.title }}</h1>
 <p class="headline">{{ report.headline }}</p>
 <div class="{{ "first" if report.pictures }}"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
-{% if report.verdicts %}<div class="scroll"><table id="verdicts">
-<thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead><tbody>
-{% for v, name in report.verdicts %}<tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
-<td>{{ name }}</td><td>{% for e in v.shown %}<div>{% if e.verdict %}<span class="mark {{ e.verdict }}" title="{{ e.verdict }}">
-{{- marks[e.verdict] }}</span> {% endif %}{{ e.what }}: {{ e.ours }}{% if e.beside %}
-<span class="soft">against {{ e.beside }}</span>{% endif %}</div>{% else %}{{ v.why }}{% endfor %}</td></tr>{% endfor %}
+{% if report.verdicts %}
+<div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th colspan="2">measured</th><th>here</th>
+<th>against</th></tr></thead><tbody>
+{% for v, name in report.verdicts %}
+{% set lines = v.shown | length or 1 %}
+<tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}" rowspan="{{ lines }}">{{ marks[v.verdict] }}</td>
+<td rowspan="{{ lines }}">{{ name }}</td>
+{% for e in v.shown %}{% if not loop.first %}<tr>{% endif %}
+<td class="mark {{ e.verdict }}">{{ marks[e.verdict] if e.verdict }}</td><td>{{ e.what }}</td><td>{{ e.ours }}</td>
+<td class="soft">{{ e.beside }}</td></tr>
+{% else %}<td></td><td colspan="3">{{ v.why }}</td></tr>
+{% endfor %}{% endfor %}
 </tbody></table></div>{% endif %}</div>
-<p class="soft">{{ report.setting }}{% for mark, verdict in legend %}
-<span class="mark {{ verdict }}">{{ mark }}</span> {{ verdict }}
-{%- endfor %}.</p>
+<p class="soft">{{ report.setting }}{% for mark, verdict in legend %} <span class="mark {{ verdict }}">{{ mark }}</span> {{ verdict }}
+{{- "." if loop.last else "," }}{% endfor %}</p>
 <nav>{% for s in report.sections %}<a href="#{{ loop.index }}">{{ s.title }}</a> {% endfor %}
-{% if report.verdicts %}<a href="#evidence">Evidence</a>{% endif %}
-
+{% if report.verdicts %}<a href="#evidence">Evidence</a> {% endif %}
 <a href="#made">How this was made</a></nav>
 {% for s in report.sections %}<h2 id="{{ loop.index }}">{{ s.title }}</h2>
 {% if s.pictures %}<div class="row">{% for p in s.pictures %}{{ picture(p) }}{% endfor %}</div>{% endif %}
@@ -78,11 +82,9 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 {% endfor %}
 {% if report.verdicts %}<h2 id="evidence">Evidence</h2>
 {{ table(report.evidence) }}{% endif %}
-
 <h2 id="made">How this was made</h2>
 <pre>{{ report.command }}</pre>
 {% if report.facts %}<details><summary>Settings, versions and times</summary>{{ table(report.facts) }}</details>{% endif %}
-
 </body>
 </html>
 """

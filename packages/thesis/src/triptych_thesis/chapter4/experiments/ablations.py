@@ -52,7 +52,7 @@ def verdicts(result: Result) -> list[Verdict]:
     collapsing = [f"{row} {interval(score[row])}" for row in COLLAPSED if row in score]
     evidence = [
         Evidence(
-            f"PCK@0.1 on pairs of one coloured digit, {images:,} images a row, {row}" if row == COMPLETE else row,
+            f"PCK@0.1 of one digit, {images:,} images a row, {row}" if row == COMPLETE else row,
             interval(found),
             TABLE_4_3[row],
             beside=", ".join(collapsing) if row == COMPLETE else "",
@@ -88,7 +88,7 @@ def section(study: Any, result: Result) -> Section:
 
 EXPERIMENT = Experiment(
     name="ablations",
-    order=4,
+    order=4.0,
     needs=lambda context: [context.training(row) for row in context.rows if not context.was_scored(row)],
     measure=measure,
     verdicts=verdicts,

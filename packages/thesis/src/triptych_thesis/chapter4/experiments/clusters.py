@@ -9,7 +9,7 @@ from triptych_gangealing.keypoints.synthetic import posed_digits
 
 from triptych_thesis.chapter4.cluster_scores import CLUSTERS, K_MEANS, compare_clusters
 from triptych_thesis.chapter4.context import CLUSTERED, Context
-from triptych_thesis.chapter4.pictures import COLUMNS, as_grey, inked, save_grid, saved
+from triptych_thesis.chapter4.pictures import COLUMNS, as_grey, inked, save_grid
 from triptych_thesis.study.estimates import apart, interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, Evidence, Verdict
@@ -44,7 +44,7 @@ def verdicts(result: Result) -> list[Verdict]:
     """The aim: purer than k-means on pixels."""
     ours, baseline = result[CLUSTERS]["purity"], result[K_MEANS]["purity"]
     evidence = Evidence(
-        f"purity of {result['clusters']} clusters of all digits, {CLUSTERS}",
+        f"purity of {result['clusters']} clusters of all digits, by k-means on a contrastive descriptor",
         interval(ours),
         beside=f"k-means on moments-aligned pixels: {interval(baseline)}",
     )
@@ -62,7 +62,11 @@ def section(study: Any, result: Result) -> Section:
     caption = f"{result['clusters']} clusters of held-out coloured digits, against the true digits."
     return Section(
         "Clusters",
-        [saved(study.folder, "clusters", "A row a cluster: its average ink, then members, aligned. Nothing selected.")],
+        [
+            study.figure(
+                "clusters", "A row a cluster: its average ink, then members, aligned. Nothing selected.", pixels=True
+            )
+        ],
         [Table(["method", "purity", "normalised mutual information", "largest cluster"], rows, caption)],
         "Clusters were found in generated images, without a label, by k-means on the features of a contrastive descriptor, "
         "whose views are turned, scaled and moved as far as these digits are: alignment has no part in them. Intervals are of "
@@ -72,7 +76,7 @@ def section(study: Any, result: Result) -> Section:
 
 EXPERIMENT = Experiment(
     name="clusters",
-    order=3,
+    order=3.0,
     needs=lambda context: [context.training(CLUSTERED)],
     measure=measure,
     verdicts=verdicts,

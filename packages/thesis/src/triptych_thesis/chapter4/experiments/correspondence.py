@@ -14,7 +14,7 @@ from triptych_gangealing.keypoints.synthetic import posed_digits
 from triptych_gangealing.warp import centres, to_pixels
 
 from triptych_thesis.chapter4.context import ONE, Context
-from triptych_thesis.chapter4.pictures import COLUMNS, picture_path, save_grid, saved
+from triptych_thesis.chapter4.pictures import COLUMNS, picture_path, save_grid
 from triptych_thesis.chapter4.sizes import DIGIT
 from triptych_thesis.study.experiment import Experiment, Result, Section
 
@@ -51,24 +51,18 @@ def disc(size: int) -> Float[Tensor, "4 {size} {size}"]:
 
 def section(study: Any, result: Result) -> Section:
     """Both pictures."""
-    edit = "A disc drawn once, on the average, carried to digits that nothing was trained on."
     return Section(
         "Correspondence and edits",
         [
-            saved(
-                study.folder,
-                "matches",
-                "Points of one digit found in another, by way of the aligned picture.",
-                pixels=False,
-            ),
-            saved(study.folder, "edit", edit),
+            study.figure("matches", "Points of one digit found in another, by way of the aligned picture."),
+            study.figure("edit", "A disc drawn once, on the average, carried to real digits.", pixels=True),
         ],
     )
 
 
 EXPERIMENT = Experiment(
     name="correspondence",
-    order=2,
+    order=2.0,
     needs=lambda context: [context.training(ONE)],
     measure=measure,
     section=section,
