@@ -112,7 +112,7 @@ def test_grey_digits_have_their_tables(tmp_path):
             )
     section = alignment.section(Chapter4(out=tmp_path, size="smoke"), result)
     grey = [table for table in section.tables if "grey" in table.caption]
-    assert len(grey) == 3
+    assert len(grey) == 4
     rows = {method: cells for table in grey[:1] for method, *cells in table.rows}
     assert rows[OURS][0] == "0.800 [0.790, 0.810]"
     poses = {method: cells for method, *cells in grey[1].rows}
