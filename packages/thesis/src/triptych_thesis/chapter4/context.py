@@ -9,7 +9,7 @@ from typing import Any
 from triptych_gangealing.aligner import FILE, Aligner, load_aligner
 from triptych_gangealing.encoders.perceptual import open_distance
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig
-from triptych_gangealing.stylegan2.interop import load_generator
+from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train import digest_of, train
 from triptych_gangealing.train_config import AlignTrainConfig
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from triptych_gangealing.encoders.perceptual import open_distance
 from triptych_gangealing.encoders.simclr import run as train_encoder
-from triptych_gangealing.stylegan2.interop import load_generator
+from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train import digest_of
 
 from triptych_thesis.chapter4.context import CLUSTERED, ONE, Context, Training
