@@ -1,4 +1,4 @@
-"""StyleGAN2 in plain PyTorch, and visual alignment learned from it (thesis, chapter 4)."""
+"""Visual alignment learned from a generator (GANgealing), and StyleGAN2 in plain PyTorch."""
 
 import lazy_loader
 

@@ -9,9 +9,8 @@ import torch
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
 
-from triptych_gangealing.alignment_networks import SpatialTransformerConfig
 from triptych_gangealing.encoders.descriptor import POOL
-from triptych_gangealing.spatial_transformer import SpatialTransformer
+from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ from triptych_gangealing.encoders.perceptual import (
     unit_length,
     write_encoder,
 )
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
 MAX_BLUR = 1 / 32  # standard deviation, of the image's height
 
@@ -189,7 +188,7 @@ def run(config: EncoderTrainConfig) -> dict[str, Any]:
 
     Raises ValueError or OSError for what is no generator, and as `train_encoder`.
     """
-    from triptych_gangealing.stylegan2.interop import load_generator
+    from triptych_gangealing.stylegan2.weights import load_generator
 
     train_encoder(load_generator(config.generator), config)
     rows = RunDirectory(config.out, {}).metrics()
