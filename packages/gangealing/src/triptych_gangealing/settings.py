@@ -2,9 +2,10 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge, Interval
 
 Flips = Literal["trained", "yes", "no"]
 Data = Literal["mnist5k", "mnist"]
@@ -16,14 +17,10 @@ class UseOptions(CommonOptions):
 
     aligner: Path = Path("runs/align-digits32")
     """run folder of triptych-gangealing train, or its aligner.safetensors"""
-    iterations: int | None = None
+    iterations: Annotated[int | None, Ge(1)] = None
     """times the similarity network looks; default: as in training. 3 were published for most data sets"""
     flips: Flips = "trained"
     """mirror pictures whose flow is smoother then; trained: where the training did"""
-
-    def __post_init__(self) -> None:
-        if self.iterations is not None and self.iterations < 1:
-            raise ValueError(f"iterations {self.iterations}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,10 @@ class FolderOptions(UseOptions):
     """where to write"""
     images: Path = Path("images")
     """folder of pictures"""
-    limit: int | None = None
+    limit: Annotated[int | None, Ge(1)] = None
     """the first so many of them only"""
-    size: int | None = None
+    size: Annotated[int | None, Ge(1)] = None
     """height and width of the aligned pictures and their average; default: the transformer's input size"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("limit", "size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -65,13 +56,8 @@ class AverageConfig(WarpedOptions):
 
     out: Path = Path("runs/average")
     """where to write"""
-    keep: float = 1.0
+    keep: Annotated[float, Interval(gt=0, le=1, wanted="a share above 0, at most 1")] = 1.0
     """share of the pictures that count, those with the smoothest flows"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep {self.keep}: expected a share above 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -100,13 +86,8 @@ class CorrespondConfig(UseOptions):
     """picture to find them in"""
     points: Path | None = None
     """JSON list of [x, y] in pixels of the source; default: a grid of them"""
-    spacing: int = 8
+    spacing: Annotated[int, Ge(1)] = 8
     """points of that grid a side"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.spacing < 1:
-            raise ValueError(f"spacing {self.spacing}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -117,29 +98,22 @@ class PckConfig(CommonOptions):
     """where to write pck.json"""
     aligner: Path | None = Path("runs/align-digits32")
     """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
-    digit: int | None = 3
+    digit: Annotated[int | None, Interval(ge=0, le=9, wanted="0 to 9, or None for all")] = 3
     """digit to align; None: all"""
     data: Data = "mnist5k"
     """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
-    pairs: int = 300
+    pairs: Annotated[int, Ge(1)] = 300
     """pairs of images for PCK"""
     elastic_px: float = 2.5
     """largest displacement between the two images of a pair but for their jitters, in pixels of a 28-pixel digit"""
     grey: bool = False
     """plain white digits on black instead of coloured ones, where the baselines are strong"""
-    iterations: int | None = None
+    iterations: Annotated[int | None, Ge(1)] = None
     """times the aligner's similarity network looks; default: as in training"""
     flips: Flips = "trained"
     """mirror images whose flow is smoother then; trained: where the training did"""
     baselines: Literal["all", "none"] = "all"
     """score moments and classical Congealing too"""
-
-    def __post_init__(self) -> None:
-        for name in ("pairs", "iterations"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.digit is not None and not 0 <= self.digit <= 9:
-            raise ValueError(f"digit {self.digit}: expected 0 to 9, or None for all")
 
 
 @dataclass(frozen=True)
@@ -150,7 +124,7 @@ class GenerateConfig(CommonOptions):
     """where to write grid.png, and what else is asked for"""
     generator: str = "digits32"
     """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
-    num_samples: int = 100
+    num_samples: Annotated[int, Ge(1)] = 100
     """images to draw; the same numbers are the same images"""
     truncation_psi: float = 1.0
     """below 1, styles are drawn towards their mean: fewer odd images, less variety"""
@@ -162,19 +136,14 @@ class GenerateConfig(CommonOptions):
     """write each image to OUT/images too"""
     video: Literal["none", "mp4", "gif"] = "none"
     """film walks between latents, 4x4 of them side by side: mp4 (extra: video) or gif"""
-    keyframes: int = 4
+    keyframes: Annotated[int, Ge(1)] = 4
     """latents of each walk, which ends where it began"""
-    frames: int = 48
+    frames: Annotated[int, Ge(1)] = 48
     """frames from one to the next"""
-    fps: int = 24
+    fps: Annotated[int, Ge(1)] = 24
     """frames a second"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """images at once; changes speed, not results"""
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "keyframes", "frames", "fps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}
