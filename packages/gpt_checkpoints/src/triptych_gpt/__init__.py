@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triptych_gpt.config import PRESETS, GptConfig
+    from triptych_gpt.config import GptConfig
     from triptych_gpt.interop import load_released
     from triptych_gpt.layout import ParameterLayout
     from triptych_gpt.model import Gpt
+    from triptych_gpt.presets import PRESETS
     from triptych_gpt.prompting import Answer, prompt
     from triptych_gpt.symmetry.derivation import Residual, derive
     from triptych_gpt.symmetry.matching import canonicalise
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from triptych_gpt.zoo.zoo import Zoo
 
 _HOMES = {  # imported when first asked for: torch alone takes seconds, and --help needs none of it
-    "PRESETS": "config", "GptConfig": "config", "load_released": "interop", "Gpt": "model", "Answer": "prompting",
+    "PRESETS": "presets", "GptConfig": "config", "load_released": "interop", "Gpt": "model", "Answer": "prompting",
     "prompt": "prompting", "SamplerSettings": "trained", "TrainedGpt": "trained", "load": "trained",
     "TASKS": "tasks", "Axis": "symmetry.spec", "Pairs": "zoo.pairs", "ParameterLayout": "layout",
     "PermutationSpec": "symmetry.spec",

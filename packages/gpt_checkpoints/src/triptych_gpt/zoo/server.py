@@ -12,7 +12,8 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
 }
-_PRELOAD = ["torch._dynamo", "triptych_gpt.zoo.cohorts"]  # the first optimiser of a process imports the former
+# the first optimiser of a process imports torch._dynamo, the first task all that tasks are made of
+_PRELOAD = ["torch._dynamo", "triptych_gpt.zoo.cohorts", "triptych_gpt.tasks.registry"]
 
 
 def start() -> BaseContext:
