@@ -90,9 +90,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["collect"] and "--task" in words:
         words.remove("--task")
     if words[:1] == ["collect"] and not {"-h", "--help", "--dry-run", "here", "ray"} & set(words):
-        from triptych_gpt.zoo.server import start
+        from triptych_common.workers import start_server
 
-        start()  # workers' imports and ours take seconds each, so side by side
+        from triptych_gpt.zoo import PRELOAD
+
+        start_server(PRELOAD)  # workers' imports and ours take seconds each, so side by side
     warnings.showwarning = _one_line
     return main("triptych-gpt", COMMANDS, words)
 
