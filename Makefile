@@ -36,7 +36,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 docs: setup
-	$(BIN)/python -m triptych_thesis.study.claims claims.toml docs/claims.md
+	$(BIN)/triptych claims
 
 reproduce-ch2: setup
 	$(BIN)/triptych reproduce ch2 --size $(SIZE) $(ARGS)
