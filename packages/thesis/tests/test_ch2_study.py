@@ -16,7 +16,7 @@ from triptych_common.metrics import frechet_distance
 from triptych_common.storage.run import RunDirectory
 from triptych_dit import cli as dit_cli
 from triptych_dit import gflops
-from triptych_dit.training_data import open_training_data
+from triptych_dit.objective import open_training_data
 from triptych_thesis import cli
 from triptych_thesis.chapter2 import comparisons
 from triptych_thesis.chapter2.comparisons import Score, SeedNoise, compare

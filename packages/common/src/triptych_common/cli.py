@@ -11,25 +11,27 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from triptych_common.errors import Diverged, Interrupted
+from triptych_common.fields import FREE, Checked
 
 
 @dataclass(frozen=True)
-class CommonOptions:
+class CommonOptions(Checked):
     """Options every command takes."""
 
-    out: Path = Path("runs/out")
+    out: Annotated[Path, FREE] = Path("runs/out")
     """where to write"""
     seed: int = 0
     """seed of everything random"""
-    device: str = "auto"
+    device: Annotated[str, FREE] = "auto"
     """torch device; auto: the GPU if there is one"""
-    json: bool = False
+    json: Annotated[bool, FREE] = False
     """print the results as one JSON object, the last line of stdout"""
-    dry_run: bool = False
+    dry_run: Annotated[bool, FREE] = False
     """print what would be run, and stop"""
 
     def resolved(self) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class Command:
     """One subcommand: its config class, the function that runs it, and named presets of the config.
 
     `start` turns the preset and the words of the command line into the defaults that options override, where these depend
-    on other options.
+    on other options. `preview` gives what --dry-run prints.
     """
 
     config: type[CommonOptions]
@@ -50,6 +52,17 @@ class Command:
     presets: Mapping[str, CommonOptions]
     default: str | None = None
     start: Callable[[Any, Sequence[str]], Any] = lambda preset, argv: preset
+    preview: Callable[[Any], dict[str, Any]] = lambda config: config.resolved()
+
+
+def deferred(target: str) -> Callable[..., Any]:
+    """The function that "package.module:name" names, imported when it is called: --help need not wait for what it imports."""
+
+    def call(*arguments: Any) -> Any:
+        module, _, name = target.partition(":")
+        return getattr(import_module(module), name)(*arguments)
+
+    return call
 
 
 _to_stderr = False
@@ -142,7 +155,7 @@ def _stdout_kept(kept: bool) -> Iterator[None]:
 
 def _run(command: Command, config: CommonOptions) -> int:
     if config.dry_run:
-        result = config.resolved()
+        result = command.preview(config)
         if not config.json:
             echo(json.dumps(result, indent=2, default=str))
     else:

@@ -16,15 +16,18 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import peak_flops
 from triptych_common.training import Batch, TrainState, steps
 
-from triptych_dit.autoencoder.cache import prefetch
-from triptych_dit.fine_tune import report_lines, start_from
 from triptych_dit.flops import gflops
-from triptych_dit.interop import load_any
 from triptych_dit.model import DiT
-from triptych_dit.objective import Examples, Objective
+from triptych_dit.objective import (
+    Examples,
+    Objective,
+    TrainingData,
+    check_fits,
+    make_validation,
+    open_training_data,
+    prefetch,
+)
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
-from triptych_dit.training_data import TrainingData, check_fits, open_training_data
-from triptych_dit.validation import make_validation
 from triptych_dit.weights import FILE_NAME, write_model
 
 
@@ -107,6 +110,9 @@ def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = Non
     model = DiT(config.model)
     model.initialize_weights(randomness.generator(config.seed, "init"), embeddings=config.embedding_init)
     if config.init_from is not None:
+        from triptych_dit.fine_tune import report_lines, start_from
+        from triptych_dit.interop import load_any
+
         source = load_any(config.init_from)
         became = start_from(model, source.model, new_class_table=config.new_class_table)
         if run is not None and ranks.is_main and not run.metrics_path.exists():

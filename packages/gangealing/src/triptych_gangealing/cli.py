@@ -33,31 +33,27 @@ def _train() -> Command:
 
 
 def _align() -> Command:
-    from triptych_gangealing.align_config import AlignConfig
-    from triptych_gangealing.folders import align
+    from triptych_gangealing.folders import AlignConfig, write_aligned
 
-    return Command(AlignConfig, align, {})
+    return Command(AlignConfig, write_aligned, {})
 
 
 def _average() -> Command:
-    from triptych_gangealing.align_config import AverageConfig
-    from triptych_gangealing.folders import write_average
+    from triptych_gangealing.folders import AverageConfig, write_average
 
     return Command(AverageConfig, write_average, {})
 
 
 def _propagate() -> Command:
-    from triptych_gangealing.align_config import PropagateConfig
-    from triptych_gangealing.folders import propagate_to_folder
+    from triptych_gangealing.folders import PropagateConfig, propagate_to_folder
 
     return Command(PropagateConfig, propagate_to_folder, {})
 
 
 def _correspond() -> Command:
-    from triptych_gangealing.align_config import CorrespondConfig
-    from triptych_gangealing.folders import correspond
+    from triptych_gangealing.folders import CorrespondConfig, write_matches
 
-    return Command(CorrespondConfig, correspond, {})
+    return Command(CorrespondConfig, write_matches, {})
 
 
 def _pck() -> Command:

@@ -24,7 +24,7 @@ from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Objective, accumulate
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_generator
+from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train_config import AlignTrainConfig
 
 SHOWN = 10  # images in a snapshot

@@ -53,7 +53,7 @@ def _prompt() -> Command:
 
 
 def _evaluate() -> Command:
-    from triptych_thesis.chapter3.evaluate import EvaluateConfig, evaluate
+    from triptych_gpt.evaluate import EvaluateConfig, evaluate
 
     return Command(EvaluateConfig, evaluate, {})
 
@@ -78,7 +78,7 @@ COMMANDS = {
     "import": ("make a zoo of the released G.pt data", _import),
     "train": ("train a G.pt on a zoo, or resume", _train),
     "prompt": ("make networks that achieve a metric you ask for", _prompt),
-    "evaluate": ("the figures of chapter 3 for a trained G.pt", _evaluate),
+    "evaluate": ("how well a trained G.pt obeys prompts on unseen networks, beside baselines", _evaluate),
     "audit": ("is it new, or memorised: generated networks against the training set", _audit),
     "convert": ("a released G.pt's checkpoint as a model file", _convert),
 }
@@ -90,9 +90,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["collect"] and "--task" in words:
         words.remove("--task")
     if words[:1] == ["collect"] and not {"-h", "--help", "--dry-run", "here", "ray"} & set(words):
-        from triptych_gpt.zoo.server import start
+        from triptych_common.workers import start_server
 
-        start()  # workers' imports and ours take seconds each, so side by side
+        from triptych_gpt.zoo import PRELOAD
+
+        start_server(PRELOAD)  # workers' imports and ours take seconds each, so side by side
     warnings.showwarning = _one_line
     return main("triptych-gpt", COMMANDS, words)
 

@@ -9,15 +9,16 @@ forget where things lie, and take over the blindness to colours that the maps th
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
+from triptych_common.fields import FREE, Ge, Gt, Interval
 from triptych_common.images import from_uint8
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
@@ -27,6 +28,7 @@ from triptych_common.randomness import normal, shuffled, uniform
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, steps
+from triptych_common.training.settings import LoopSettings
 
 from triptych_gangealing.encoders.perceptual import (
     ENCODER_FILE,
@@ -36,8 +38,7 @@ from triptych_gangealing.encoders.perceptual import (
     unit_length,
     write_encoder,
 )
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
 MAX_BLUR = 1 / 32  # standard deviation, of the image's height
 
@@ -45,18 +46,18 @@ Images = Float[Tensor, "n 3 height width"]
 
 
 @dataclass(frozen=True)
-class EncoderTrainConfig(CommonOptions):
+class EncoderTrainConfig(LoopSettings):
     """Train a small encoder by SimCLR on a generator's samples. Repeating the command resumes it."""
 
     out: Path = Path("runs/encoder")
     """run directory"""
-    generator: str = "digits32"
+    generator: Annotated[str, FREE] = "digits32"
     """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
     truncation_psi: float = 1.0
     """below 1, the samples' styles are drawn towards their mean"""
     pool_images: int = 8_000
     """different samples; the views of each are new every time"""
-    total_images: int = 16_000
+    total_images: Annotated[int, Gt(0)] = 16_000
     """samples to show, repeats counted, each in two views"""
     batch_size: int = 64
     """samples per step: each view is told from the 2 (batch_size - 1) of the others"""
@@ -64,39 +65,25 @@ class EncoderTrainConfig(CommonOptions):
     """channels of each stage, which has half the resolution of the one before"""
     compared: int = 2
     """so many stages, the last, whose feature maps are compared, in training and after"""
-    temperature: float = 0.2
+    temperature: Annotated[float, Gt(0)] = 0.2
     """of the softmax over views"""
-    crop_scale: float = 0.8
+    crop_scale: Annotated[float, Interval(gt=0, le=1, wanted="a share of the area, above 0 and at most 1")] = 0.8
     """least share of a sample's area that a view shows; 1: all. The encoder is to tell places and sizes apart, so little less"""
-    recolour: float = 0.8
+    recolour: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
-    gray: float = 0.2
+    gray: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """share of the recoloured ones that become gray"""
-    blur: float = 0.5
+    blur: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """share of views that are blurred, by at most 1/32 of the height"""
     lr: float = 0.002
     """AdamW's peak learning rate, after a rise over the first twentieth of the samples; then it falls as a cosine, to 0"""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Ge(0)] = 0.01
     """AdamW's"""
     log_every: int = 25
-    """steps between rows of metrics.jsonl"""
     checkpoint_every: int = 100
-    """steps between checkpoints"""
-    tensorboard: bool = False
-    """write TensorBoard events too (extra: tensorboard)"""
 
     def __post_init__(self) -> None:
-        positive = "total_images", "temperature", "lr", "log_every", "checkpoint_every"
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in ("recolour", "gray", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number in 0..1")
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale {self.crop_scale}: expected a share of the area, above 0 and at most 1")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay {self.weight_decay}: expected a number of at least 0")
+        super().__post_init__()
         if not 2 <= self.batch_size <= self.pool_images:
             raise ValueError(
                 f"batch_size {self.batch_size}: expected 2 to {self.pool_images} (pool_images), so that there are others"
@@ -107,11 +94,6 @@ class EncoderTrainConfig(CommonOptions):
         """Shape of the network."""
         return EncoderConfig(tuple(self.widths), self.compared)
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: all but where it is written, where it runs, and how the generator's file is called."""
-        free = {"out", "device", "json", "dry_run", "tensorboard", "generator"}
-        return {key: value for key, value in asdict(self).items() if key not in free}
-
     def learning_rate(self, images: int) -> float:
         """Of a step, by samples seen before it."""
         rise = min((images + self.batch_size) / (self.total_images / 20), 1)
@@ -119,11 +101,7 @@ class EncoderTrainConfig(CommonOptions):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
-        return {
-            "config": asdict(self) | {"out": str(self.out)},
-            "parameters": sum(p.numel() for p in Encoder(self.encoder()).parameters()),
-            "steps": math.ceil(self.total_images / self.batch_size),
-        }
+        return super().resolved() | {"parameters": sum(p.numel() for p in Encoder(self.encoder()).parameters())}
 
 
 def nt_xent(
@@ -210,7 +188,7 @@ def run(config: EncoderTrainConfig) -> dict[str, Any]:
 
     Raises ValueError or OSError for what is no generator, and as `train_encoder`.
     """
-    from triptych_gangealing.stylegan2.interop import load_generator
+    from triptych_gangealing.stylegan2.weights import load_generator
 
     train_encoder(load_generator(config.generator), config)
     rows = RunDirectory(config.out, {}).metrics()

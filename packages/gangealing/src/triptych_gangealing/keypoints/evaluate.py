@@ -8,7 +8,7 @@ import torch
 from triptych_common.cli import CommonOptions, echo
 from triptych_common.storage.atomic import write_json
 
-from triptych_gangealing.align_config import Flips, open_aligner
+from triptych_gangealing.aligner import Flips, open_aligner
 from triptych_gangealing.baselines.methods import Method, baselines, learned
 from triptych_gangealing.correspondence import between
 from triptych_gangealing.keypoints.pck import BOX, IMAGE, PER_POINT, PckTable, box_size, pck

@@ -13,9 +13,8 @@ from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.video import course, ends, import_av, write_video
 
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_generator
-from triptych_gangealing.stylegan2.snapshots import classes_of, latents_of, sample_images
+from triptych_gangealing.stylegan2.generator import Generator, classes_of, latents_of, sample_images
+from triptych_gangealing.stylegan2.weights import load_generator
 
 GRID = 100  # images in grid.png
 VIDEO_SIDE = 4  # walks side by side, and one above another

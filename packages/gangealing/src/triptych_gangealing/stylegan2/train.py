@@ -229,7 +229,7 @@ def make_networks(config: GanTrainConfig, images: TrainingImages) -> tuple[Gener
         torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
         generator, discriminator = Generator(shapes[0]), Discriminator(shapes[1])
     if config.init_from is not None:
-        from triptych_gangealing.stylegan2.fine_tune import take_over
+        from triptych_gangealing.stylegan2.weights import take_over
 
         take_over(config.init_from, generator, discriminator)
     layers = _convolutions(discriminator)

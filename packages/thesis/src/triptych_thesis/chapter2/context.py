@@ -15,7 +15,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import on_gpu
 from triptych_dit.flops import gflops
 from triptych_dit.sample import SampleConfig, draw_missing, gather, identity, sample, write_grid
-from triptych_dit.sampling import SamplerSettings
+from triptych_dit.settings import SamplerSettings
 from triptych_dit.train import snapshot_path, train
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
 from triptych_dit.weights import FILE_NAME

@@ -13,18 +13,18 @@ from triptych_common.cli import echo
 from triptych_common.images import to_uint8
 from triptych_common.parallel import Execution, process_group
 from triptych_common.randomness import SampleNoise
-from triptych_common.samplers import final
+from triptych_common.samplers import final, sampling
 from triptych_common.storage.model_file import ModelFormat
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
 from triptych_dit.model import DiT
-from triptych_dit.objective import Objective
-from triptych_dit.sampling import OWN_SAMPLERS, SamplerSettings, decoded
+from triptych_dit.objective import Objective, check_fits, open_training_data
+from triptych_dit.sampling import decoded
+from triptych_dit.settings import SamplerSettings
 from triptych_dit.train import snapshot_path
 from triptych_dit.train_config import TrainConfig
-from triptych_dit.training_data import check_fits, open_training_data
 from triptych_dit.weights import FILE_NAME, TrainedModel, make_diffusion
 
 GROUPS, SMALLEST = 2, 4
@@ -184,18 +184,16 @@ def sample_unet(
 
     Raises ValueError for guidance or another sampler.
     """
-    if settings.guidance_scale != 1 or settings.sampler not in OWN_SAMPLERS:
+    if settings.guidance_scale != 1 or not settings.is_own:
         raise ValueError(f"sampler {settings.sampler}: the U-Net is sampled by ddpm or ddim, without guidance")
     config, device = trained.model.config, next(trained.model.parameters()).device
     indices = range(first_index, first_index + len(labels))
     noise = SampleNoise(seed, indices, (config.in_channels, config.side, config.side), device=device)
-    diffusion = trained.diffusion.respaced(settings.num_inference_steps)
-    x = final(
-        OWN_SAMPLERS[settings.sampler](
-            lambda x, t: trained.model(x, t, labels.to(device)), diffusion, noise,
-            clip_x_0=trained.facts.get("autoencoder") is None,
-        )
-    )  # fmt: skip
+    clip = trained.facts.get("autoencoder") is None
+    steps = sampling(
+        settings, lambda x, t: trained.model(x, t, labels.to(device)), trained.diffusion, noise, clip_x_0=clip
+    )
+    x = final(steps)
     return to_uint8(decoded(trained, x, vae=vae)).cpu()
 
 

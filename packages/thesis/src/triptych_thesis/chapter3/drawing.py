@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from triptych_common.images import figure_png
+from triptych_gpt.evaluation.plots import alignment_figure, memorization_figure
 
 from triptych_thesis.chapter3 import figures
 
@@ -13,7 +14,6 @@ KINDS = {
     (True, False): "all checkpoints, units matched",
     (True, True): "near the prompt, units matched",
 }
-AUDIT_KINDS = {"samples": "model", "held-out at the prompt's metric": "real", "held-out finals": "real"}
 
 
 def drawn(name: str, result: Mapping[str, Any]) -> dict[str, bytes]:
@@ -25,13 +25,6 @@ def drawn(name: str, result: Mapping[str, Any]) -> dict[str, bytes]:
 
 def _one_step(result: Mapping[str, Any]) -> dict[str, Any]:
     return {f"fig-3.3-{metric}": figures.one_step(data) for metric, data in result["figures"].items()}
-
-
-def _sweep(result: Mapping[str, Any]) -> dict[str, Any]:
-    sweeps = dict(result["sweeps"])
-    model = sweeps.pop("G.pt")
-    also = [metric for metric in model["achieved"] if metric == "test_error" != model["metric"]]
-    return {"fig-3.5": figures.sweep(model, also=also, beside=sweeps)}
 
 
 def _recursion(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,24 +56,15 @@ def _neighbours(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _audit(result: Mapping[str, Any]) -> dict[str, Any]:
-    groups = [
-        {"name": group["name"], "kind": AUDIT_KINDS.get(group["name"], "baseline"), "distances": group["distances"]}
-        for group in result["groups"]
-    ]
-    label = "distance to the nearest training network, units matched"
-    return {"audit": figures.audit({"label": label, "groups": groups})}
-
-
 _FIGURES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "fig-3.3": _one_step,
     "fig-3.4": lambda result: {"fig-3.4": figures.optimisation_curves(result)},
-    "fig-3.5": _sweep,
+    "fig-3.5": lambda result: {"fig-3.5": alignment_figure(result)},
     "fig-3.6": _recursion,
     "fig-3.7": lambda result: {"fig-3.7": figures.scaling(result["panels"])},
     "fig-3.8": lambda result: {"fig-3.8": figures.landscape(result["landscapes"])},
     "fig-3.9": _neighbours,
-    "audit": _audit,
+    "audit": lambda result: {"audit": memorization_figure(result)},
     "sampler-steps": lambda result: {"sampler-steps": figures.quality(result["rows"])},
     "filters": lambda result: {"filters": figures.filters(result)},
 }

@@ -1,4 +1,4 @@
-"""`triptych-gpt evaluate`: the figures of chapter 3 for one trained model, as JSON and PNG files."""
+"""`triptych figures`: the figures of chapter 3 for one trained model, as JSON and PNG files."""
 
 import json
 import time
@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import CommonOptions, echo
-from triptych_common.parallel import process_group
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.checkpoint import digest
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
 from triptych_gpt.evaluation.records import plain
-from triptych_gpt.trained import SamplerSettings, load
+from triptych_gpt.evaluation.trial import Trial
+from triptych_gpt.trained import SamplerSettings
 from triptych_gpt.zoo.source import recipe_of
-from triptych_gpt.zoo.zoo import Zoo
 
-from triptych_thesis.chapter3.context import Amounts, Bench
+from triptych_thesis.chapter3.context import Amounts
 from triptych_thesis.chapter3.drawing import drawn
 from triptych_thesis.chapter3.findings import findings
 from triptych_thesis.chapter3.suite import SUITE
@@ -65,14 +64,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises what opening model, task and zoo raises, and ValueError where a folder holds another model's results.
     """
-    bench = open_bench(config)
-    bench.check()
+    trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
+    config.amounts.check(trial)
     identity = {
-        "model": bench.trained.facts.get("zoo"),
-        "weights": digest(bench.trained.model.state_dict())[:16],
-        "pairs_seen": bench.trained.facts.get("pairs_seen"),
-        "validation": bench.trained.facts.get("validation"),
-        "zoo": {"recipe": recipe_of(bench.zoo), "runs": bench.zoo.splits},
+        "model": trial.trained.facts.get("zoo"),
+        "weights": digest(trial.trained.model.state_dict())[:16],
+        "pairs_seen": trial.trained.facts.get("pairs_seen"),
+        "validation": trial.trained.facts.get("validation"),
+        "zoo": {"recipe": recipe_of(trial.zoo), "runs": trial.zoo.splits},
         "sampler": asdict(config.settings),
         "amounts": asdict(config.amounts),
         "seed": config.seed,
@@ -80,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     results = {}
     with RunDirectory(config.out, identity) as run:
         for name in config.experiments:
-            results[name] = _done(run.path / f"{name}.json", name, partial(SUITE[name], bench))
+            results[name] = _done(run.path / f"{name}.json", name, partial(SUITE[name], trial, config.amounts))
             for figure, png in drawn(name, results[name]).items():
                 write_bytes(run.path / f"{figure}.png", png)
     told = findings(results)
@@ -100,11 +99,3 @@ def _done(path: Path, name: str, experiment: Callable[[], dict[str, Any]]) -> di
     write_json(path, {"experiment": name, "seconds": seconds, "result": result, **provenance()})
     echo(f"{name}: {seconds:.0f} s")
     return result
-
-
-def open_bench(config: EvaluateConfig) -> Bench:
-    """The model on its device, with its zoo."""
-    trained = load(config.model)
-    with process_group(config.device) as ranks:
-        trained.to(ranks.device)
-    return Bench(trained, Zoo(config.zoo), config.settings, config.amounts, config.seed)

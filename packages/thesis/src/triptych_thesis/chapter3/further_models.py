@@ -10,12 +10,13 @@ from triptych_common.cli import echo
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import differences
 from triptych_gpt.evaluation.alignment import prompt_alignment
+from triptych_gpt.evaluation.trial import Trial
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import SamplerSettings, load
 from triptych_gpt.zoo.zoo import Zoo
 
-from triptych_thesis.chapter3.context import Amounts, Bench
+from triptych_thesis.chapter3.context import Amounts
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,18 @@ def _measured(config: GptTrainConfig, settings: SamplerSettings, amounts: Amount
         return known["row"]
     echo(f"study: {config.out.name}")
     train(config)
-    bench = Bench(load(config.out), Zoo(config.zoo), settings, amounts, config.seed)
+    trial = Trial(load(config.out), Zoo(config.zoo), settings, config.seed)
     found = {}
-    for split, name, held in (("test", "unseen", bench.zoo.splits["test"]), ("train", "train", len(bench.training))):
-        theta = bench.starts(split, min(amounts.networks, held))
+    for split, name, held in (("test", "unseen", trial.zoo.splits["test"]), ("train", "train", len(trial.training))):
+        theta = trial.starts(split, min(amounts.networks, held))
         alignment = prompt_alignment(
-            bench.update, bench.task, bench.metric, theta, prompts=amounts.prompts, trained_best=bench.trained_best
+            trial.update, trial.task, trial.metric, theta, prompts=amounts.prompts, trained_best=trial.trained_best
         )
         found[name] = alignment.r2._asdict()
         found[f"{name}_at_best"] = alignment.achieved_at_best._asdict()
     row = {
-        "parameters": sum(p.numel() for p in bench.trained.model.parameters()),
-        "training_runs": len(bench.training),
+        "parameters": sum(p.numel() for p in trial.trained.model.parameters()),
+        "training_runs": len(trial.training),
         "pairs": config.total_pairs,
         **found,
     }

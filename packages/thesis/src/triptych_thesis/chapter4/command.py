@@ -16,7 +16,7 @@ from triptych_gangealing.aligner import FILE, load_aligner
 from triptych_gangealing.encoders.perceptual import open_distance
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig
 from triptych_gangealing.encoders.simclr import run as train_encoder
-from triptych_gangealing.stylegan2.interop import load_generator
+from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train import digest_of, train
 from triptych_gangealing.train_config import AlignTrainConfig
 

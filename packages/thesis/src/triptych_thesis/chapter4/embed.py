@@ -11,8 +11,8 @@ from typing import Any
 
 from triptych_common.images import image_grid, write_png
 from triptych_common.storage import checkpoint
-from triptych_gangealing.instrument import gan_scores, load_instrument
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import sample_images
+from triptych_gangealing.stylegan2.instrument import gan_scores, load_instrument
 from triptych_gangealing.stylegan2.train_config import PRESETS
 from triptych_gangealing.stylegan2.weights import EMBEDDED, GENERATOR_FILE, read_network, write_network
 

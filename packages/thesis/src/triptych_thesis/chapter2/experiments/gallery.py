@@ -14,10 +14,10 @@ from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE
 from triptych_common.storage.atomic import write_bytes
 from triptych_common.storage.provenance import command_line, git_commit
 from triptych_common.storage.run import RunDirectory
-from triptych_dit.samples_file import read_npz
-from triptych_dit.sampling import SamplerSettings, decoded, sample_images, trajectory
-from triptych_dit.training_data import open_training_data
-from triptych_dit.validation import mean_mse
+from triptych_dit.objective import mean_mse, open_training_data
+from triptych_dit.sample import read_npz
+from triptych_dit.sampling import decoded, sample_images, trajectory
+from triptych_dit.settings import SamplerSettings
 from triptych_dit.weights import TrainedModel, load_model
 
 from triptych_thesis.chapter2.context import Context, SampleSet

@@ -4,15 +4,16 @@ Every function returns a matplotlib Figure, made without pyplot; `triptych_commo
 Figure numbers are the thesis's.
 """
 
+from triptych_gpt.evaluation.plots import audit, quality, sweep
+
 from triptych_thesis.chapter3.figures.comparisons import (
-    audit,
     nearest_neighbours,
     one_step,
     optimisation_curves,
     scaling,
 )
 from triptych_thesis.chapter3.figures.networks import filters, landscape
-from triptych_thesis.chapter3.figures.prompting import quality, recursion, sweep, training_curves
+from triptych_thesis.chapter3.figures.prompting import recursion, training_curves
 
 __all__ = [
     "audit",

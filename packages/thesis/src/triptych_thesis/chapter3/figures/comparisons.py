@@ -7,9 +7,9 @@ import numpy as np
 
 from triptych_thesis.chapter3.figures.style import (
     BLUE,
-    GREEN,
     GREY,
     INK,
+    KINDS,
     LINES,
     ORANGE,
     PALETTE,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WORDS = {"model": "G.pt", "optimiser": "hand-designed optimisers", "baseline": "baselines", "real": "real networks"}
-KINDS = {"model": BLUE, "optimiser": GREY, "baseline": ORANGE, "real": GREEN}
 
 
 def one_step(data: Mapping[str, Any]) -> "Figure":
@@ -149,28 +148,4 @@ def nearest_neighbours(data: Mapping[str, Any]) -> "Figure":
     axes.set(xlabel=f"prompted {words(data['metric'])}", ylabel="nearest-neighbour score (%)", ylim=(0, 100))
     measure(axes.xaxis, data["metric"])
     legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
-
-
-def audit(data: Mapping[str, Any]) -> "Figure":
-    """Distances to the nearest training network: every network a dot, quartiles a bar, the median a line.
-
-    data: {"label": what the distance is, with its unit, "groups": [{"name", "kind": "model" | "real" | "baseline", "distances":
-    [n]}]}; groups are drawn in the order given, from the top.
-    """
-    groups = data["groups"]
-    figure, (axes,) = panels(size=(7.2, 0.9 + 0.5 * len(groups)))
-    for row, group in enumerate(groups):
-        color, values = KINDS[group["kind"]], numbers(group["distances"])
-        values = values[np.isfinite(values)]
-        height = row + 0.26 * (np.arange(len(values)) * 0.618034 % 1 * 2 - 1)  # spread evenly, the same every time
-        axes.plot(values, height, ".", color=color, markersize=3, alpha=0.45, markeredgewidth=0)
-        if len(values):
-            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-            axes.plot([low, high], [row, row], color=color, linewidth=5, alpha=0.5, solid_capstyle="butt")
-            axes.plot([median, median], [row - 0.32, row + 0.32], color=INK, linewidth=1.6)
-            axes.annotate(f"{median:.3g}", (median, row - 0.34), ha="center", va="bottom", fontsize=7.5)
-    axes.set_yticks(range(len(groups)), [group["name"] for group in groups])
-    axes.set(xlabel=data["label"], xlim=(0, None), ylim=(len(groups) - 0.5, -0.75))
-    axes.grid(False, axis="y")
     return figure

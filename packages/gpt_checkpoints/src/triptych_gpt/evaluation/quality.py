@@ -1,4 +1,4 @@
-"""Quality against sampling steps, and how much of a network the last step of the diffusion still shows."""
+"""Prompt alignment against denoising steps, and how much of a network the last diffusion step still shows."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.diffusion import normal_kl
+
 from triptych_gpt.evaluation.alignment import Alignment, prompt_alignment
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.update import Update
