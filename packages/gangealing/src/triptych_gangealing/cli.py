@@ -3,82 +3,81 @@
 import sys
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, deferred, main
 
 
 def _train_gan() -> Command:
-    from triptych_gangealing.stylegan2.train import train_gan
     from triptych_gangealing.stylegan2.train_config import PRESETS, GanTrainConfig, start
 
-    return Command(GanTrainConfig, train_gan, PRESETS, default="digits32", start=start)
+    train = deferred("triptych_gangealing.stylegan2.train:train_gan")
+    return Command(GanTrainConfig, train, PRESETS, default="digits32", start=start)
 
 
 def _generate() -> Command:
-    from triptych_gangealing.stylegan2.generate import GenerateConfig, generate
+    from triptych_gangealing.settings import GenerateConfig
 
-    return Command(GenerateConfig, generate, {})
+    return Command(GenerateConfig, deferred("triptych_gangealing.stylegan2.generate:generate"), {})
 
 
 def _train_encoder() -> Command:
-    from triptych_gangealing.encoders.simclr import EncoderTrainConfig, run
+    from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 
-    return Command(EncoderTrainConfig, run, {})
+    return Command(EncoderTrainConfig, deferred("triptych_gangealing.encoders.simclr:run"), {})
 
 
 def _train() -> Command:
-    from triptych_gangealing.train import train
     from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
 
-    return Command(AlignTrainConfig, train, PRESETS, default="digits32")
+    return Command(AlignTrainConfig, deferred("triptych_gangealing.train:train"), PRESETS, default="digits32")
 
 
 def _align() -> Command:
-    from triptych_gangealing.folders import AlignConfig, write_aligned
+    from triptych_gangealing.settings import AlignConfig
 
-    return Command(AlignConfig, write_aligned, {})
+    return Command(AlignConfig, deferred("triptych_gangealing.folders:write_aligned"), {})
 
 
 def _average() -> Command:
-    from triptych_gangealing.folders import AverageConfig, write_average
+    from triptych_gangealing.settings import AverageConfig
 
-    return Command(AverageConfig, write_average, {})
+    return Command(AverageConfig, deferred("triptych_gangealing.folders:write_average"), {})
 
 
 def _propagate() -> Command:
-    from triptych_gangealing.folders import PropagateConfig, propagate_to_folder
+    from triptych_gangealing.settings import PropagateConfig
 
-    return Command(PropagateConfig, propagate_to_folder, {})
+    return Command(PropagateConfig, deferred("triptych_gangealing.folders:propagate_to_folder"), {})
 
 
 def _correspond() -> Command:
-    from triptych_gangealing.folders import CorrespondConfig, write_matches
+    from triptych_gangealing.settings import CorrespondConfig
 
-    return Command(CorrespondConfig, write_matches, {})
+    return Command(CorrespondConfig, deferred("triptych_gangealing.folders:write_matches"), {})
 
 
 def _pck() -> Command:
-    from triptych_gangealing.keypoints.evaluate import PckConfig, evaluate
+    from triptych_gangealing.settings import PckConfig
 
-    return Command(PckConfig, evaluate, {})
+    return Command(PckConfig, deferred("triptych_gangealing.keypoints.evaluate:evaluate"), {})
 
 
 def _convert() -> Command:
-    from triptych_gangealing.stylegan2.convert import ConvertConfig, convert
+    from triptych_gangealing.settings import ConvertConfig
 
-    return Command(ConvertConfig, convert, {})
+    return Command(ConvertConfig, deferred("triptych_gangealing.stylegan2.convert:convert"), {})
 
 
 COMMANDS = {
     "train-gan": ("train a StyleGAN2 on images, or resume", _train_gan),
-    "generate": ("draw images from a generator", _generate),
-    "train-encoder": ("train a small encoder on a generator's images, to compare images by", _train_encoder),
-    "train": ("learn to align images from a generator, or resume", _train),
-    "align": ("align a folder of pictures", _align),
-    "average": ("the average of a folder's aligned pictures", _average),
-    "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
-    "correspond": ("points of one picture in another", _correspond),
+    "generate": ("sample images from a generator", _generate),
+    "train-encoder": ("train a small encoder on generated images (SimCLR), for perceptual distances", _train_encoder),
+    "train": ("train a spatial transformer from a generator (GANgealing), or resume", _train),
+    "align": ("align a folder of images", _align),
+    "average": ("average the aligned images of a folder", _average),
+    "propagate": ("propagate an edit or points from the average to every image of a folder", _propagate),
+    "correspond": ("transfer points from one image to another", _correspond),
     "pck": ("PCK of an aligner on digits whose correspondences are known, beside baselines", _pck),
-    "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
+    "convert": ("convert StyleGAN2 checkpoints of other implementations, or ours to rosinality's", _convert),
 }
 
 
