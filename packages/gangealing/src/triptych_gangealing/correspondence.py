@@ -4,7 +4,7 @@ Of the four ways to mirror a pair, neither, either or both, the released code ta
 the sum has one term for each image, that is each image's own choice, `Aligner.align(flips=True)`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -77,7 +77,7 @@ def matches_figure(
         axis.set_axis_off()
         axis.set_title(name, fontsize=9)
     span = here.amax(0) - here.amin(0) if len(here) else here.new_ones(2)
-    style = {"lw": 0.7, "alpha": 0.8}
+    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.8}
     for a, b in zip(here, there, strict=True):
         place = (a - here.amin(0)) / span.clamp_min(1e-6)
         colour = (float(place[0]), 0.35, float(place[1]))

@@ -171,8 +171,8 @@ class Digits32(ImageSource):
         """Over the digits, their labels, and every setting that decides pixels."""
         settings = (RECIPE, self.split, self.digit, self.source, self.copies, self.seed, self.size)
         digest = hashlib.sha256(repr(settings).encode())
-        digest.update(self._digit_labels.numpy())
-        digest.update(self.digits.contiguous().numpy())
+        digest.update(self._digit_labels.numpy().tobytes())
+        digest.update(self.digits.numpy().tobytes())
         return f"recipe:{digest.hexdigest()}"
 
 

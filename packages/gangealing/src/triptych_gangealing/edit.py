@@ -13,9 +13,10 @@ class RunningAverage:
 
     def __init__(self) -> None:
         self.n: int = 0
-        self.plain: Tensor | float = 0.0  # sums in float64: of all, of those that reach, and how many these are
-        self.reaching: Tensor | float = 0.0
-        self.weight: Tensor | float = 0.0
+        # Sums in float64: of all, of those that reach, and how many these are.
+        self.plain = torch.zeros((), dtype=torch.float64)
+        self.reaching = torch.zeros((), dtype=torch.float64)
+        self.weight = torch.zeros((), dtype=torch.float64)
 
     def add(self, aligned: Float[Tensor, "n 3 height width"], inside: Float[Tensor, "n 1 height width"]) -> None:
         """Images, and 1 where a pixel comes from within its image, else 0."""

@@ -152,7 +152,8 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
     aligner, options = config.open()
     size, padding = config.shown(aligner)
     folder, found = _aligned(aligner, config, options)
-    averages, rows, cells = Averages(heads=aligner.config.heads), [], []
+    averages, rows = Averages(heads=aligner.config.heads), []
+    cells: list[tuple[Tensor, Tensor]] = []
     for i, picture in folder.again():
         warp = found.warp.select([i])
         image = warped(picture, warp, size, padding)
@@ -230,6 +231,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
         )
     if edit is not None:
         return _edited(config.out / "pictures", edit, set(here), folder, found)
+    assert points is not None
     places = {}
     for i in here:
         seen, mapped = folder.seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))

@@ -78,6 +78,10 @@ class Mode(nn.Module):
     images choose among modes, 0 unless `even_out` is called.
     """
 
+    origins: Float[Tensor, "modes w"]
+    components: Float[Tensor, "N w"]
+    handicap: Float[Tensor, " modes"]
+
     def __init__(self, directions: Directions, modes: int = 1) -> None:
         super().__init__()
         if modes < 1:

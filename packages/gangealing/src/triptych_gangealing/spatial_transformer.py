@@ -324,7 +324,7 @@ class FlowNetwork(nn.Module):
             Conv2d(channels, channels, 3, activation="lrelu"),
         )
         self.delta = _two_convolutions(channels, 2 * config.heads)
-        nn.init.zeros_(self.delta[-1].weight)
+        nn.init.zeros_(self.delta.get_parameter("1.weight"))
         self.mask = _two_convolutions(channels, 9 * config.flow_upsampling**2 * config.heads)
 
     def forward(self, images: Images, head: Int[Tensor, " n"] | None) -> Float[Tensor, "rows 2 fine_height fine_width"]:

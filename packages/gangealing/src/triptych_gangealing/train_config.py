@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from triptych_common.fields import FREE, Ge, Gt
@@ -138,7 +138,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
             channel_max=self.channel_max,
             channel_multiplier=self.channel_multiplier,
             heads=self.clusters,
-            transforms=tuple(self.transforms.split(",")),
+            transforms=cast(Any, tuple(self.transforms.split(","))),
             flow_size=self.flow_size,
             flow_upsampling=max(1, self.input_size // self.flow_size),
             padding=self.padding,

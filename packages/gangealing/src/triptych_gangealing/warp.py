@@ -121,8 +121,9 @@ class Warp:
         """Where each pixel of an output of (height, width) comes from."""
         start = centres(size, self.stages[0].tensor).view(1, -1, 2).expand(len(self), -1, -1)
         first, *rest = self.stages
-        whole = isinstance(first, Flow) and first.size == tuple(size)  # asked at the centres of its cells
-        points = start + first.delta.flatten(2).mT if whole else first(start)
+        # Where a flow is asked at the centres of its own cells, nothing is interpolated.
+        exact = isinstance(first, Flow) and first.size == tuple(size)
+        points = start + first.tensor.flatten(2).mT if exact else first(start)
         for stage in rest:
             points = stage(points)
         return points.unflatten(1, tuple(size))
@@ -142,11 +143,11 @@ class Warp:
         """
         if len(images) != len(self):
             raise ValueError(f"{len(images)} images for {len(self)} warps: expected one each; select or repeat")
-        grid = self.grid(tuple(images.shape[2:]) if size is None else size)
+        height, width = images.shape[2:]
+        grid = self.grid((height, width) if size is None else size)
         dtype = torch.promote_types(images.dtype, grid.dtype)
         source, grid = images.to(dtype), grid.to(dtype)
         if antialias:
-            height, width = images.shape[2:]
             level = pyramid_levels(grid[..., 0] * (width / 2), grid[..., 1] * (height / 2))
             out = sample_pyramid(source, grid, level, padding)
         else:

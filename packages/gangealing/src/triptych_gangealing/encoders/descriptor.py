@@ -58,6 +58,8 @@ class Groups(nn.Module):
     size: height and width that images are brought to, those of the samples it was trained on.
     """
 
+    centres: Float[Tensor, "clusters dim"]
+
     def __init__(self, config: EncoderConfig, size: int, clusters: int) -> None:
         super().__init__()
         self.size, self.descriptor = size, Descriptor(config)
@@ -142,4 +144,5 @@ def contrast(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`nt_xent` of descriptions of two views."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
-    return nt_xent(*descriptor(images).chunk(2), temperature)
+    one, other = descriptor(images).chunk(2)
+    return nt_xent(one, other, temperature)

@@ -123,7 +123,7 @@ def contrast_maps(
     """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
     maps = [unit_length(x).flatten(1).chunk(2) for x in encoder(images)]
-    losses, found = zip(*(nt_xent(*pair, temperature) for pair in maps), strict=True)
+    losses, found = zip(*(nt_xent(one, other, temperature) for one, other in maps), strict=True)
     return torch.stack(losses).mean(), torch.stack(found).mean()
 
 
@@ -251,7 +251,7 @@ def fit(
     views: what makes them, by default `make_views`. contrast: its loss of two views, and the share of views found.
     """
     views = make_views if views is None else views
-    network.to(ranks.device, memory_format=torch.channels_last)
+    network.to(ranks.device).to(memory_format=torch.channels_last)
     state = TrainState(
         network,
         torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
@@ -267,8 +267,8 @@ def fit(
         for batch in plan:
             drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
             images = from_uint8(pool[drawn].to(ranks.device))
-            both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
-            loss, found = contrast(state.parallel_model, *both, config.temperature)
+            one, other = (views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1))
+            loss, found = contrast(state.parallel_model, one, other, config.temperature)
             loss.backward()
             state.update(batch, {"loss": loss, "found": found})
             progress.at(state.samples_seen)

@@ -1,8 +1,7 @@
 """Images to train a generator on, whatever they come from, behind one class."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Int, UInt8
@@ -13,12 +12,7 @@ from triptych_common.data import DATASETS, ImageDataset, ImageSource, ImageTooSm
 
 from triptych_gangealing.digits32 import Digits32
 
-
-@runtime_checkable
-class Batches(Protocol):
-    """What yields pixels by item number; `ImageDataset` indexes, `Digits32` draws."""
-
-    def __call__(self, items: Tensor) -> UInt8[Tensor, "n channels height width"]: ...
+Batches = Callable[[Tensor], UInt8[Tensor, "n channels height width"]]  # pixels by item number: indexed, or drawn
 
 
 class TrainingImages:
@@ -60,7 +54,7 @@ def open_images(
     Raises ValueError or OSError, one line, for what is absent, empty, damaged, smaller than `resolution`, or lacks classes.
     """
     if spec.partition(":")[0] == "digits32":
-        source = _digits(spec, split, resolution)
+        source: ImageSource = _digits(spec, split, resolution)
     else:
         source = open_source(spec, split, unconditional=not conditional)
     if conditional and source.num_classes < 2:

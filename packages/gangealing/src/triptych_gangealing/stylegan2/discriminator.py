@@ -37,6 +37,7 @@ class DiscriminatorBlock(nn.Module):
         if x is not None:
             x = x.to(dtype)
         if self.fromrgb is not None:
+            assert image is not None
             read = self.fromrgb(image.to(dtype))
             x = read if x is None else x + read
             image = downsample2d(image) if self.architecture == "skip" else None
@@ -128,6 +129,7 @@ class Discriminator(nn.Module):
         for i, resolution in enumerate(config.resolutions[:0:-1]):
             low = i < self.bf16_resolutions
             x, image = getattr(self, f"b{resolution}")(x, image, torch.bfloat16 if low else images.dtype)
+        assert x is not None
         x = self.b4(x.to(images.dtype), image)
         if not config.c_dim:
             return x.squeeze(1)

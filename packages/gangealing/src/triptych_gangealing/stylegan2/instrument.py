@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -96,7 +96,8 @@ def reading(outputs: Float[Tensor, "n 23"]) -> Reading:
 @cache
 def load_instrument(folder: Path = EMBEDDED) -> Digits32Instrument:
     """The instrument, checked against its recorded hash. Raises ValueError where that differs."""
-    return Digits32Instrument(*load_frozen(NAME, feature_network(), folder))
+    network, sha256, record = load_frozen(NAME, feature_network(), folder)
+    return Digits32Instrument(cast(nn.Sequential, network), sha256, record)
 
 
 class GanScores(NamedTuple):

@@ -172,6 +172,9 @@ def _check_settings(network: Generator | Discriminator, settings: Mapping[str, A
         if attribute not in _SETTINGS or path not in modules:
             continue
         expected = getattr(modules[path], attribute, "lrelu" if attribute == "activation" else value)
-        both_numbers = isinstance(value, float | int) and isinstance(expected, float | int)
-        if not (math.isclose(value, expected, rel_tol=1e-6) if both_numbers else value == expected):
+        if isinstance(value, float | int) and isinstance(expected, float | int):
+            same = math.isclose(value, expected, rel_tol=1e-6)
+        else:
+            same = value == expected
+        if not same:
             raise ValueError(f"{name[:100]} is {ascii(value)[:40]}, here it is {expected}")

@@ -9,7 +9,7 @@ import mmap
 import pickletools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 _LITERALS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE",
@@ -45,7 +45,7 @@ class Machine:
 
     def run(self, content: mmap.mmap | io.BytesIO) -> Any:
         """What the pickle makes. Raises Refused, or whatever a damaged one leads to."""
-        for opcode, argument, _ in pickletools.genops(content):
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in _LITERALS:

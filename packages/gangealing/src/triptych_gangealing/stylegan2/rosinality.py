@@ -144,7 +144,7 @@ def _discriminator_rows(blocks: int) -> Iterator[Row]:
         yield f"{ours}.bias", f"{bias}.bias", "same"
 
 
-def _longer(shape: Sequence[int], form: str) -> tuple[int, ...]:
+def _longer(shape: Sequence[Any], form: str) -> tuple[Any, ...]:
     """Their shape of a tensor of ours."""
     before = {"same": (), "batch": (1,), "map": (1, 1), "number": (1,), "image": (1,)}[form]
     return (*before, *shape, *((1, 1) if form == "image" else ()))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import get_args
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from triptych_gangealing.stylegan2.generator import Generator
 Tensors = Mapping[str, Tensor]
 _LARGEST = 2**20  # of any number in a config
 FILTER = torch.outer(torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
-_NETWORKS = {GeneratorConfig: Generator, DiscriminatorConfig: Discriminator}
+_NETWORKS: dict[type, Any] = {
+    GeneratorConfig: Generator,
+    DiscriminatorConfig: Discriminator,
+}
 
 
-def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
+def generator_config(tensors: Tensors, **known: Any) -> GeneratorConfig:
     """The config that a generator's tensors fit; fields that are `known` are not inferred.
 
     Raises ValueError, naming the tensor, where one that tells is missing, for feature maps that no config has, and for a known
@@ -27,7 +30,7 @@ def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
     w_dim, features = _shape(tensors, "mapping.fc0.weight", 2)
     c_dim = _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0
     base, most = _widths({r: _shape(tensors, f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions})
-    inferred = {
+    inferred: dict[str, Any] = {
         "resolution": resolutions[-1],
         "channel_base": base,
         "channel_max": most,
@@ -41,13 +44,13 @@ def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
     return GeneratorConfig(**{**inferred, **_checked(known)})
 
 
-def discriminator_config(tensors: Tensors, **known: object) -> DiscriminatorConfig:
+def discriminator_config(tensors: Tensors, **known: Any) -> DiscriminatorConfig:
     """The same of a discriminator."""
     resolutions = _resolutions(tensors, "")
     widths = {r: _shape(tensors, f"b{r}.conv0.weight", 4)[0] for r in resolutions if r > 4}
     widths[4] = _shape(tensors, "b4.conv.weight", 4)[0]
     base, most = _widths(widths)
-    inferred = {
+    inferred: dict[str, Any] = {
         "resolution": resolutions[-1],
         "channel_base": base,
         "channel_max": most,
@@ -60,6 +63,10 @@ def discriminator_config(tensors: Tensors, **known: object) -> DiscriminatorConf
     return DiscriminatorConfig(**{**inferred, **_checked(known)})
 
 
+@overload
+def build(config: GeneratorConfig, tensors: Tensors) -> Generator: ...
+@overload
+def build(config: DiscriminatorConfig, tensors: Tensors) -> Discriminator: ...
 def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Generator | Discriminator:
     """The network of a config with these tensors in float32, for evaluation.
 
@@ -99,14 +106,14 @@ def without_filters(tensors: Tensors, filters: Mapping[str, float]) -> dict[str,
     return kept
 
 
-def agrees(option: object, expected: object) -> bool:
+def agrees(option: Any, expected: Any) -> bool:
     """Whether an option in a file is what every network here has; it may be any plain data."""
     if isinstance(expected, list):
         return type(option) in (list, tuple) and len(option) == len(expected) and all(map(agrees, option, expected))
     return type(option) in (str, int, float, bool) and option == expected
 
 
-def _checked(known: Mapping[str, object]) -> dict[str, object]:
+def _checked(known: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(known)
     for name, value in known.items():
         if name == "architecture":
