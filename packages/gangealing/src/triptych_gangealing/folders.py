@@ -1,4 +1,4 @@
-"""Commands that use an aligner on people's own pictures: align a folder, average it, draw on all of it, match two of it."""
+"""Commands for people's own pictures: align a folder, average it, propagate an edit through it, match two pictures."""
 
 import json
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class FolderOptions(UseOptions):
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     def open(self) -> tuple[Aligner, dict[str, Any]]:
-        """As `UseOptions.open`; raises ValueError where what is written would lie among what is read."""
+        """As `UseOptions.open`; also raises ValueError where the output would lie inside the folder that is read."""
         out, images = self.out.resolve(), self.images.resolve()
         if out == images or images in out.parents:
             raise ValueError(
@@ -176,7 +176,7 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
     write_png(config.out / "grid.png", image_grid(to_uint8(torch.cat(columns)), columns=len(cells)))
     files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
     paths = {name: str(config.out / file) for name, file in files.items()}
-    return _told(paths | averages.write(config.out)) | {"pictures": len(rows)}
+    return _reported(paths | averages.write(config.out)) | {"pictures": len(rows)}
 
 
 def write_average(config: AverageConfig) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def write_average(config: AverageConfig) -> dict[str, Any]:
         if i in kept:
             warp = found.warp.select([i])
             averages.add(int(found.cluster[i]), warped(picture, warp, size, padding), warp)
-    return _told(averages.write(config.out))
+    return _reported(averages.write(config.out))
 
 
 def smoothest(found: Alignment, share: float) -> set[int]:
@@ -240,7 +240,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
             "inside": mapped.inside[0].tolist(),
         }
     write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
-    return _told({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
+    return _reported({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
 
 
 def _edited(
@@ -252,7 +252,7 @@ def _edited(
         if i in here:
             image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
         write_png(out / folder.seen[i].png, to_uint8(image)[0])
-    return _told({"pictures": str(out)}) | {"edited": edited}
+    return _reported({"pictures": str(out)}) | {"edited": edited}
 
 
 def write_matches(config: CorrespondConfig) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def write_matches(config: CorrespondConfig) -> dict[str, Any]:
     ends = points[0, reliable], found.points[0, reliable]
     picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
     write_bytes(config.out / "matches.png", picture)
-    return _told({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
+    return _reported({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
 
 
 class Averages:
@@ -360,7 +360,7 @@ def _corners(found: Alignment, index: int) -> Float[Tensor, "4 2"]:
     return found.warp.select([index]).map_points(corners).points[0]
 
 
-def _told(files: dict[str, str]) -> dict[str, Any]:
+def _reported(files: dict[str, str]) -> dict[str, Any]:
     for name, path in files.items():
         echo(f"{name}: {path}")
     return files

@@ -1,8 +1,8 @@
-"""What an image shows, whatever its pose and colours: where clusters of objects, rather than of poses, start from.
+"""A descriptor of what an image shows, invariant to pose and colours: clusters of objects, rather than of poses, start from it.
 
-The perceptual distance must see poses, so what it finds alike before anything is aligned are like poses. A copy of its encoder is
-trained on to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and k-means groups samples by what
-it then says of them. No label is used. Ours: the thesis starts from the perceptual distance, and its objects all stand upright.
+The perceptual distance must see poses, so before anything is aligned it groups images by pose. A copy of its encoder is trained
+to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and k-means groups samples by its output. No
+label is used. This is not in the thesis, which starts from the perceptual distance: its objects all stand upright.
 """
 
 import math
@@ -69,12 +69,12 @@ class Groups(nn.Module):
         return -torch.cdist(self.descriptor(reduced(images, self.size)), self.centres)
 
     def shape(self) -> dict[str, Any]:
-        """What `from_shape` makes another from, for JSON."""
+        """The shape for `from_shape`, as JSON holds it."""
         return {"encoder": asdict(self.descriptor.trunk.config), "size": self.size, "clusters": len(self.centres)}
 
     @classmethod
     def from_shape(cls, shape: Mapping[str, Any]) -> "Groups":
-        """Of random weights. Raises KeyError or TypeError for what is no shape."""
+        """A network of random weights with this shape. Raises KeyError or TypeError for anything else."""
         encoder = EncoderConfig(**{**shape["encoder"], "widths": tuple(shape["encoder"]["widths"])})
         return cls(encoder, shape["size"], shape["clusters"])
 
@@ -85,7 +85,7 @@ def open_groups(
     """Groups of a generator's samples, where the ranks compute; trained once in a run, by its main process.
 
     encoder: where the descriptor starts. images: how many it is trained on. folder: the run's, where an interrupted training is
-    resumed. In float32 whatever the precision of the rest.
+    resumed. Always in float32.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.generator(seed, "descriptor/init").initial_seed())
@@ -122,7 +122,7 @@ def _train(groups: Groups, generator: Generator, images: int, seed: int, folder:
 def posed_views(images: Images, config: EncoderTrainConfig, indices: list[int]) -> Images:
     """Views of `make_views` of images that were turned, scaled, sheared and moved before; a function of (seed, index) too.
 
-    Shear and aspect are what writing differs in besides pose: what ignores them groups by what is written.
+    Handwriting differs in shear and aspect besides pose: a descriptor that ignores them groups by what is written.
     """
 
     def draw(quantity: str) -> Float[Tensor, " n"]:

@@ -1,6 +1,6 @@
 """Train a small encoder on a generator's own samples, without labels: SimCLR.  [Chen et al. 2020]
 
-Two views of a sample are to be found alike, views of different samples apart. Views differ in colour, polarity, blur and a
+Views of one sample should have similar features, those of two samples different ones. Views differ in colour, polarity, blur and a
 slight crop; they are never rotated, mirrored or moved far, since that is what the encoder must see when it judges an alignment.
 
 What is compared are the feature maps, as `PerceptualDistance` compares them, not projections of their mean: such a head would
@@ -60,7 +60,7 @@ class EncoderTrainConfig(LoopSettings):
     total_images: Annotated[int, Gt(0)] = 16_000
     """samples to show, repeats counted, each in two views"""
     batch_size: int = 64
-    """samples per step: each view is told from the 2 (batch_size - 1) of the others"""
+    """samples per step: each view is contrasted with the 2 (batch_size - 1) views of the others"""
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """channels of each stage, which has half the resolution of the one before"""
     compared: int = 2
@@ -68,7 +68,7 @@ class EncoderTrainConfig(LoopSettings):
     temperature: Annotated[float, Gt(0)] = 0.2
     """of the softmax over views"""
     crop_scale: Annotated[float, Interval(gt=0, le=1, wanted="a share of the area, above 0 and at most 1")] = 0.8
-    """least share of a sample's area that a view shows; 1: all. The encoder is to tell places and sizes apart, so little less"""
+    """least share of a sample's area that a view shows; 1: all. Kept near 1, as the encoder must distinguish places and sizes"""
     recolour: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
     gray: Annotated[float, Interval(ge=0, le=1)] = 0.2
@@ -184,7 +184,7 @@ def recoloured(
 
 
 def run(config: EncoderTrainConfig) -> dict[str, Any]:
-    """Train as the config says, or resume; returns where the encoder is and the last metrics.
+    """Train to the end, or resume; returns where the encoder is and the last metrics.
 
     Raises ValueError or OSError for what is no generator, and as `train_encoder`.
     """
@@ -201,7 +201,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
     """An encoder trained on the generator's samples, frozen, on the CPU, as `config.out` has it too, where a run can be resumed.
 
     The generator is moved to the config's device. Raises ValueError for a run directory with another config or generator, images
-    too small, or several ranks: what an image is told from must be in one place. Interrupted after a signal.
+    too small, or several ranks: the samples that an image is contrasted with must be in one process. Interrupted after a signal.
     """
     keep_freed_memory()
     shape = generator.config.image_channels, generator.config.resolution

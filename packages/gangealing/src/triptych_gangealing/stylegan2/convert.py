@@ -1,4 +1,4 @@
-"""`triptych-gangealing convert`: StyleGAN2 networks of anyone's file in ours, or in rosinality's."""
+"""`triptych-gangealing convert`: StyleGAN2 networks from any known file to ours, or to rosinality's, checked by their outputs."""
 
 import hashlib
 import math
@@ -204,14 +204,14 @@ def difference(
         size = (config.image_channels, config.resolution, config.resolution)
         x = randomness.normal(0, "verify/images", range(_IMAGES), size)
         ours, theirs = network(x, c), logits(config, tensors, x, c)
-    found = (ours - theirs).abs().max().item()
+    largest = (ours - theirs).abs().max().item()
     limit = _TOLERANCE * max(1.0, theirs.abs().max().item())
-    if not found <= limit:  # nor where either is not a number
+    if not largest <= limit:  # nor where either is not a number
         raise ValueError(
-            f"outputs of the converted network differ from the source's by {found:.3g}, more than rounding ({limit:.3g}); "
+            f"outputs of the converted network differ from the source's by {largest:.3g}, more than rounding ({limit:.3g}); "
             "nothing was written"
         )
-    return found
+    return largest
 
 
 def images(

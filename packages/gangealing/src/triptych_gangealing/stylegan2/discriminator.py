@@ -96,7 +96,7 @@ def minibatch_std(
 def grouped(n: int, group_size: int) -> list[int]:
     """Order of n images in which `minibatch_std` puts each `group_size` consecutive ones in a group.
 
-    Groups are then parts of the whole batch, whatever ranks or micro-batches it is dealt to.
+    Groups are then parts of the whole batch, however it is dealt to ranks and micro-batches.
     """
     size = min(group_size, n)
     return [group * size + member for member in range(size) for group in range(n // size)]

@@ -173,7 +173,7 @@ class Synthesis(nn.Module):
         return image
 
     def noise(self, seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, "batch noise_size"]:
-        """Noise inputs that belong to indices of a stream, on the device and of the type of the weights."""
+        """Noise inputs number `indices` of a stream, on the device and of the type of the weights."""
         weight = self.get_parameter("b4.const")
         return randomness.normal(
             seed, stream, indices, (sum(self.noise_sizes),), dtype=weight.dtype, device=weight.device
@@ -241,7 +241,7 @@ def sample_images(
     labels: Tensor | None = None,
     at_once: int = AT_ONCE,
 ) -> UInt8[Tensor, "n channels height width"]:
-    """Images that belong to indices of the samples of a seed, on the CPU; classes in turn unless `labels` says which."""
+    """Images number `indices` of a seed's samples, on the CPU; of a conditional generator all classes in turn, or `labels`."""
     out = []
     for start in range(0, len(indices), at_once):
         part = indices[start : start + at_once]
@@ -254,7 +254,7 @@ def sample_images(
 
 
 def latents_of(generator: Generator, indices: range, seed: int) -> Float[Tensor, "n z_dim"]:
-    """Latents that belong to indices of the samples of a seed, where the generator's weights are."""
+    """Latents number `indices` of a seed's samples, on the device of the generator's weights."""
     return randomness.normal(seed, "sample/z", indices, (generator.config.z_dim,)).to(next(generator.parameters()))
 
 

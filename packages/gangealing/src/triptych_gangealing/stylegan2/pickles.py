@@ -42,7 +42,7 @@ class PickledNetwork:
 
 
 def load_pickle(path: Path) -> dict[str, PickledNetwork]:
-    """Networks "G", "D" and "G_ema", as many as there are, of a file by stylegan2-ada-pytorch, stylegan3 or their TensorFlow era.
+    """Networks "G", "D" and "G_ema", those that are present, of a file by stylegan2-ada-pytorch, stylegan3 or their TensorFlow era.
 
     Raises FileNotFoundError where there is none; ValueError, one line, for a file that names anything that networks do not need
     (nothing has been run), is damaged, or holds no networks.

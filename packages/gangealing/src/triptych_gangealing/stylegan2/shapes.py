@@ -1,4 +1,4 @@
-"""What a network's tensors, by NVIDIA's names, say about its shape; and whether they are those of a config."""
+"""The config of a network inferred from its tensors, by NVIDIA's names; and networks built from config and tensors."""
 
 import re
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ _NETWORKS: dict[type, Any] = {
 def generator_config(tensors: Tensors, **known: Any) -> GeneratorConfig:
     """The config that a generator's tensors fit; fields that are `known` are not inferred.
 
-    Raises ValueError, naming the tensor, where one that tells is missing, for feature maps that no config has, and for a known
-    field of another type.
+    Raises ValueError, naming the tensor, where a needed one is missing, for numbers of feature maps that no config has, and for
+    a known field of another type.
     """
     resolutions = _resolutions(tensors, "synthesis.")
     w_dim, features = _shape(tensors, "mapping.fc0.weight", 2)
@@ -45,7 +45,7 @@ def generator_config(tensors: Tensors, **known: Any) -> GeneratorConfig:
 
 
 def discriminator_config(tensors: Tensors, **known: Any) -> DiscriminatorConfig:
-    """The same of a discriminator."""
+    """The config that a discriminator's tensors fit; see `generator_config`."""
     resolutions = _resolutions(tensors, "")
     widths = {r: _shape(tensors, f"b{r}.conv0.weight", 4)[0] for r in resolutions if r > 4}
     widths[4] = _shape(tensors, "b4.conv.weight", 4)[0]
@@ -75,15 +75,15 @@ def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Ge
     network_class = _NETWORKS[type(config)]
     with torch.device("meta"):  # shapes alone: a wrong config may be huge
         expected = {name: tuple(value.shape) for name, value in network_class(config).state_dict().items()}
-    says = f"expected by its resolution {config.resolution}, channel_base {config.channel_base}, channel_max {config.channel_max}"
+    by_config = f"expected by its resolution {config.resolution}, channel_base {config.channel_base}, channel_max {config.channel_max}"
     for name, shape in expected.items():
         if name not in tensors:
-            raise ValueError(f"lacks {name} {shape}, {says}")
+            raise ValueError(f"lacks {name} {shape}, {by_config}")
         if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape} as {says}")
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape} as {by_config}")
     for name, value in tensors.items():
         if name not in expected:
-            raise ValueError(f"{name[:100]} {tuple(value.shape)} is no part of the network {says}")
+            raise ValueError(f"{name[:100]} {tuple(value.shape)} is no part of the network {by_config}")
     network = network_class(config)
     network.load_state_dict({name: tensors[name].detach().to(torch.float32) for name in expected})
     return network.requires_grad_(False).eval()
@@ -107,7 +107,7 @@ def without_filters(tensors: Tensors, filters: Mapping[str, float]) -> dict[str,
 
 
 def agrees(option: Any, expected: Any) -> bool:
-    """Whether an option in a file is what every network here has; it may be any plain data."""
+    """Whether an option in a file, which may be any plain data, equals the value that every network here has."""
     if isinstance(expected, list):
         return type(option) in (list, tuple) and len(option) == len(expected) and all(map(agrees, option, expected))
     return type(option) in (str, int, float, bool) and option == expected
@@ -145,7 +145,7 @@ def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _architecture(tensors: Tensors, of_skip: str, of_resnet: str) -> Architecture:
-    """By the tensors that only the one and only the other design has."""
+    """Inferred from tensors that only one design has."""
     return "skip" if of_skip in tensors else "resnet" if of_resnet in tensors else "orig"
 
 
