@@ -1,14 +1,13 @@
 """What GANgealing minimises: how far a warped sample is from its target, and how rough its flow.  [thesis 4.3]"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from triptych_common import randomness
-from triptych_common.training import Batch
 
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import PerceptualDistance
@@ -177,6 +176,7 @@ def psi_schedule(step: int | float, total: int | float) -> float:
     if total < 0 or step < 0:
         raise ValueError(f"psi at step {step} of {total}: expected numbers that are not negative")
     return 0.0 if step >= total else (1 + math.cos(math.pi * step / total)) / 2
+<<<<<<< HEAD
 
 
 def accumulate(
@@ -190,3 +190,5 @@ def accumulate(
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value.detach() * share
     return totals
+=======
+>>>>>>> trunk
