@@ -1,6 +1,7 @@
 """Several modes at once: where they start, the classifier of real images, and the purity of clusters.  [thesis 4.3.2]"""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -153,7 +154,7 @@ def train_classifier(
             means = state.accumulate(batch, config.micro_batch, losses)
             _, finite = state.optimise()
             state.count(batch, means, finite)
-    return state.ema
+    return cast(ClusterClassifier, state.ema)
 
 
 def purity(clusters: Int[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:

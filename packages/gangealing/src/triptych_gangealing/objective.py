@@ -176,19 +176,3 @@ def psi_schedule(step: int | float, total: int | float) -> float:
     if total < 0 or step < 0:
         raise ValueError(f"psi at step {step} of {total}: expected numbers that are not negative")
     return 0.0 if step >= total else (1 + math.cos(math.pi * step / total)) / 2
-<<<<<<< HEAD
-
-
-def accumulate(
-    batch: Batch, micro_batch: int | None, losses: Callable[[range], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Accumulate gradients of the mean "loss" over this rank's part of a batch; returns the means of everything `losses` gives."""
-    totals: dict[str, Tensor] = {}
-    for counters, _ in batch.micro_batches(micro_batch):
-        terms, share = losses(counters), len(counters) / len(batch.counters)
-        (terms["loss"] * share).backward()
-        for name, value in terms.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() * share
-    return totals
-=======
->>>>>>> trunk

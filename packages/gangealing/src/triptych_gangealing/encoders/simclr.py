@@ -257,27 +257,11 @@ def fit(
         ema_half_life=config.batch_size,  # unused: the learning rate ends at 0
         learning_rate=config.learning_rate,
     )
-<<<<<<< HEAD
-    plan = steps(
-        state, directory, total_samples=config.total_images, batch_size=config.batch_size,
-        checkpoint_every=config.checkpoint_every, log_every=config.log_every,
-    )  # fmt: skip
-    with Progress("training", config.total_images, "img") as progress:
-        for batch in plan:
-            drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
-            images = from_uint8(pool[drawn].to(ranks.device))
-            one, other = (views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1))
-            loss, found = contrast(state.parallel_model, one, other, config.temperature)
-            loss.backward()
-            state.update(batch, {"loss": loss, "found": found})
-            progress.at(state.samples_seen)
-=======
     for batch in training_steps(config, state, directory):
         drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
         images = from_uint8(pool[drawn].to(ranks.device))
-        both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
-        loss, found = contrast(state.parallel_model, *both, config.temperature)
+        one, other = (views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1))
+        loss, found = contrast(state.parallel_model, one, other, config.temperature)
         loss.backward()
         state.update(batch, {"loss": loss, "found": found})
->>>>>>> trunk
     network.requires_grad_(False).eval()

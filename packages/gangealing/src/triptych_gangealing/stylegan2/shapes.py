@@ -75,7 +75,8 @@ def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Ge
     network_class = _NETWORKS[type(config)]
     with torch.device("meta"):  # shapes alone: a wrong config may be huge
         expected = {name: tuple(value.shape) for name, value in network_class(config).state_dict().items()}
-    by_config = f"expected by its resolution {config.resolution}, channel_base {config.channel_base}, channel_max {config.channel_max}"
+    widths = f"channel_base {config.channel_base}, channel_max {config.channel_max}"
+    by_config = f"expected by its resolution {config.resolution}, {widths}"
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"lacks {name} {shape}, {by_config}")
