@@ -16,7 +16,7 @@ from triptych_common.training import Batch, TrainState, is_due, open_run, summar
 
 from triptych_gangealing.aligner import FILE, Aligner, write_aligner
 from triptych_gangealing.clustering import start, train_classifier
-from triptych_gangealing.encoders.descriptor import Groups, open_groups
+from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import Encoder, open_distance
 from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Objective
@@ -89,6 +89,8 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
     ranks.barrier()
     directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     if config.assignment == "descriptor" and config.clusters > 1:
+        from triptych_gangealing.encoders.groups import open_groups  # what others train needs no SimCLR
+
         objective.groups = open_groups(
             generator, cast(Encoder, objective.distance.trunk), clusters=config.clusters, images=config.descriptor_images,
             seed=config.seed, folder=folder, ranks=ranks,
