@@ -1,24 +1,24 @@
-"""What every experiment of chapter 3 is given: a trained model, the zoo it learned from, and networks it never saw."""
+"""What the experiments of chapter 3 are given: a trained G.pt beside its zoo, and how much of everything to do."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from triptych_gpt.evaluation.baselines import identity, mean_of_finals, retrieval
-from triptych_gpt.evaluation.prompted import prompted, starting_metrics
-from triptych_gpt.evaluation.prompts import with_prompts
-from triptych_gpt.evaluation.sweep import trained_best
-from triptych_gpt.evaluation.update import Update
-from triptych_gpt.tasks import Metric, Task
-from triptych_gpt.trained import SamplerSettings, TrainedGpt
+from triptych_common.storage.checkpoint import digest
+from triptych_gpt.evaluation.records import plain
+from triptych_gpt.evaluation.trial import Trial
+from triptych_gpt.train_config import GptTrainConfig
+from triptych_gpt.trained import SamplerSettings
 from triptych_gpt.zoo.source import recipe_of
-from triptych_gpt.zoo.zoo import Zoo
 
-CANDIDATES = (0.0, 0.1, 0.5, 0.9, 1.0)  # quantiles of the metric at which training runs end
+from triptych_thesis.study.estimates import quantile
+
+if TYPE_CHECKING:
+    from triptych_thesis.chapter3.experiments.scaling import Variants
 
 
 @dataclass(frozen=True)
@@ -60,106 +60,68 @@ class Amounts:
 
 
 @dataclass
-class Bench:
-    """A trained model on trial.
+class Context:
+    """A trained G.pt and the zoo that it was trained on; both are opened when first asked for.
 
-    Raises ValueError where zoo and model do not belong together, or the zoo has too few unseen runs.
+    Args:
+        model: run folder or model file of the trained G.pt.
+        zoo: folder of the zoo that it was trained on.
+        settings: how updates are sampled.
+        amounts: how many networks, prompts and samples every experiment takes.
+        seed: of everything random.
+        device: a torch device, or "auto".
+        folder: where further models and example networks are kept; None where there is no such place.
+        training: how the model was trained, for further models; None for a model from elsewhere.
+        variants: which further models to compare.
     """
 
-    trained: TrainedGpt
-    zoo: Zoo
+    model: Path
+    zoo: Path
     settings: SamplerSettings
     amounts: Amounts
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.zoo.layout != self.trained.model.config.symmetry.layout:
-            raise ValueError(
-                f"{self.zoo.path}: networks of {self.zoo.layout.size:,} parameters, the model was trained on "
-                f"{self.trained.model.config.symmetry.layout.size:,}; give the zoo that it was trained on"
-            )
-        known = self.trained.facts.get("zoo")
-        if known and known["recipe"] != recipe_of(self.zoo):  # a converted model's file does not know
-            raise ValueError(
-                f"{self.zoo.path}: collected by another recipe than the zoo of the model, whose training runs it cannot hold; "
-                "give the zoo that it was trained on"
-            )
-        self.metric  # noqa: B018 - refused now if the zoo or the task does not have it
-
-    def check(self) -> None:
-        """Raises ValueError where the zoo has too few unseen runs, before a folder knows the amounts."""
-        wanted = max(self.amounts.networks, self.amounts.baseline_networks)
-        self._rows("test", wanted)
-        self._rows("validation", self.amounts.baseline_networks)
-
-    @property
-    def task(self) -> Task:
-        return self.trained.task
+    device: str = "auto"
+    folder: Path | None = None
+    training: GptTrainConfig | None = None
+    variants: "Variants | None" = None
 
     @cached_property
-    def metric(self) -> Metric:
-        """The prompted metric, with prompts. Raises ValueError where the zoo or the task does not score it."""
-        if self.trained.metric not in self.zoo.better:
-            raise ValueError(
-                f"metric {self.trained.metric!r}: {self.zoo.path} records {', '.join(self.zoo.better)}; give the zoo that the "
-                "model was trained on"
-            )
-        return with_prompts(self.trained.metric, self.task.metrics, self.trained_best[self.trained.metric])
+    def trial(self) -> Trial:
+        """The model with its zoo.
 
-    @cached_property
-    def training(self) -> Int[np.ndarray, " rows"]:
-        """Rows of the runs that the model was trained on, not those that the zoo has gained since."""
-        rows, known = self.zoo.runs_in("train"), self.trained.facts.get("zoo")
-        return rows if known is None else rows[: known["training_runs"]]
+        Raises FileNotFoundError or ValueError for what cannot be read or does not belong together, ValueError for a zoo with
+        fewer unseen runs than the amounts ask for.
+        """
+        trial = Trial.open(self.model, self.zoo, self.settings, self.seed, self.device)
+        trial.rows("test", max(self.amounts.networks, self.amounts.baseline_networks))
+        trial.rows("validation", self.amounts.baseline_networks)
+        return trial
 
-    @cached_property
-    def trained_best(self) -> dict[str, float]:
-        return trained_best(self.zoo, rows=self.training)
-
-    def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
-        """Untrained networks of the first runs of a split. Raises ValueError where it has fewer."""
-        return self.zoo.theta(self._rows(split, count), [0] * count).to(self.trained.device)  # where it is scored
-
-    def _rows(self, split: str, count: int) -> Int[np.ndarray, " count"]:
-        held = len(self.training) if split == "train" else self.zoo.splits.get(split, 0)
-        if count > held:
-            raise ValueError(
-                f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; ask for fewer, or collect more"
-            )
-        return (self.training if split == "train" else self.zoo.runs_in(split))[:count]
-
-    @property
-    def update(self) -> Update:
-        return self.trained.update(self.settings, self.seed)
-
-    @cached_property
-    def baselines(self) -> Mapping[str, Update]:
-        """What could fake a headline number."""
+    def identity(self) -> dict[str, Any]:
+        """What decides the results; a folder that holds another model's results is refused by it."""
+        trained, zoo = self.trial.trained, self.trial.zoo
         return {
-            "retrieval": retrieval(self.zoo, self.metric.name, rows=self.training),
-            "mean of finals": mean_of_finals(self.zoo, rows=self.training),
-            "mean of matched finals": mean_of_finals(self.zoo, self.task.symmetry, rows=self.training),
-            "identity": identity(),
+            "model": trained.facts.get("zoo"),
+            "weights": digest(trained.model.state_dict())[:16],
+            "pairs_seen": trained.facts.get("pairs_seen"),
+            "validation": trained.facts.get("validation"),
+            "zoo": {"recipe": recipe_of(zoo), "runs": zoo.splits},
+            "sampler": asdict(self.settings),
+            "amounts": asdict(self.amounts),
+            "seed": self.seed,
         }
 
-    @cached_property
-    def best_prompt(self) -> float:
-        """What to ask for when asking for the best: of the task's own prompt, the best of the zoo and values at which training
-        runs end, the one whose updates of validation networks score best. The thesis, too, asks for a value near the best.
-        [thesis 3.4.1]
-        """
-        finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.training), -1].double()
-        levels = torch.tensor(CANDIDATES, dtype=torch.float64)
-        found = [self.trained_best[self.metric.name], *torch.quantile(finals, levels).tolist()]
-        candidates = list(dict.fromkeys([float(self.metric.prompts.best), *found]))
-        theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))
-        before = starting_metrics(self.task, theta, self.metric)[self.metric.name]
-        n = len(theta)
-        target = torch.tensor(candidates, dtype=torch.float64).repeat_interleave(n)
-        found = prompted(
-            self.update, self.task, theta.repeat(len(candidates), 1), before.repeat(len(candidates)), target,
-            list(range(n)) * len(candidates),
-        ).metrics[self.metric.name]  # fmt: skip
-        worst = torch.inf if self.metric.better == "lower" else -torch.inf
-        means = found.nan_to_num(worst).view(len(candidates), n).mean(1)
-        return candidates[int(means.argmin() if self.metric.better == "lower" else means.argmax())]
+
+def mean_over_networks(values: Float[Tensor, " n"]) -> dict[str, Any]:
+    """Mean and 95% interval by Student's t, which is honest about few networks, JSON-able.
+
+    Networks whose value is not finite are left out and counted as "non_finite".
+    """
+    finite = values.double()[values.isfinite()]
+    n, mean, margin = len(finite), finite.mean() if len(finite) else torch.nan, torch.nan
+    if n > 1:
+        margin = quantile(n - 1) * float(finite.std()) / n**0.5
+    return plain(
+        {"mean": float(mean), "low": float(mean) - margin, "high": float(mean) + margin, "networks": n,
+         "non_finite": len(values) - n}
+    )  # fmt: skip

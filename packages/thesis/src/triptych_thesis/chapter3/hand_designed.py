@@ -21,7 +21,7 @@ from torch import Tensor
 from triptych_gpt.tasks.networks import train_networks
 from triptych_gpt.tasks.optimizers import OptimizerSettings
 from triptych_gpt.tasks.supervised import SupervisedTask
-from triptych_gpt.tasks.task import Cohort
+from triptych_gpt.tasks.task import Cohort, Task
 
 OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # by name: the class in torch.optim, and what is not tuned
     "SGD": ("SGD", {}),
@@ -95,6 +95,11 @@ class Curve:
                 for point, values in zip(self.grid, self.validation.tolist(), strict=True)
             ],
         }
+
+
+def optimizers_for(task: Task) -> tuple[str, ...]:
+    """The optimisers that a task's networks can be trained with: all for a supervised task, none otherwise."""
+    return tuple(OPTIMIZERS) if isinstance(task, SupervisedTask) else ()
 
 
 def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:
