@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from triptych_common.storage import foreign
+from triptych_common.storage.atomic import new_folder
 
 
 class Malicious:
@@ -68,7 +69,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "out"
 
     def write(text):
-        with foreign.new_folder(out, replaces="mark") as folder:
+        with new_folder(out, replaces="mark") as folder:
             (folder / "mark").write_text(text)
             if text == "interrupted":
                 raise KeyboardInterrupt

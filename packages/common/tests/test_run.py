@@ -81,7 +81,7 @@ def test_a_full_disk_while_logging_names_file_and_remedy(tmp_path):
 
 def test_commands_are_quoted_as_typed(tmp_path):
     path = tmp_path / "show.py"
-    path.write_text("from triptych_common.storage.run import command_line\nprint(command_line())\n")
+    path.write_text("from triptych_common.storage.provenance import command_line\nprint(command_line())\n")
     done = subprocess.run([sys.executable, path, "--out", "a b"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "show.py --out 'a b'"
 

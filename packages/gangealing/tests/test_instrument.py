@@ -10,9 +10,8 @@ from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_common.metrics.distances import frechet_distance
 from triptych_gangealing.digits32 import LUMA, Digits32, Jitters, render
-from triptych_gangealing.instrument import DIM, NAME, Digits32Instrument, gan_scores, load_instrument, reading
+from triptych_gangealing.instrument import DIM, NAME, Digits32Instrument, gan_scores, load_instrument
 from triptych_gangealing.stylegan2.weights import EMBEDDED
-from triptych_thesis.instruments.digits32 import loss_of, wanted, whitening
 
 N = 1_000
 
@@ -134,27 +133,6 @@ def test_scores_compare_equal_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triptych_gangealing.instrument.bootstrap", lambda *_, **__: Estimate(0.0))
     gan_scores(torch.zeros(2_600, 3, 32, 32, dtype=torch.uint8), digit=3)
     assert counts == [2_600] * 3
-
-
-def test_whitened_truth_has_unit_covariance() -> None:
-    truth = Digits32("train", seed=5).jitters(range(50_000))
-    covariance = torch.cov((wanted(truth) @ whitening(truth)).T)
-    torch.testing.assert_close(covariance, torch.eye(13), atol=0.01, rtol=0)
-
-
-def test_loss_vanishes_at_the_truth_alone() -> None:
-    truth = Digits32("train", seed=5).jitters(range(1_000))
-    exact = torch.cat([torch.nn.functional.one_hot(truth.label, 10) * 100.0, wanted(truth)], dim=1)
-    whiten = whitening(truth)
-    assert loss_of(exact, truth, whiten) < 1e-6
-    for column in range(10, 23):
-        wrong = exact.clone()
-        wrong[:, column] += 0.1
-        assert loss_of(wrong, truth, whiten) > 1e-3
-    read = reading(exact)
-    assert torch.equal(read.labels, truth.label)
-    for name in ("angle", "scale", "shift_px", "foreground", "background", "gradient"):
-        torch.testing.assert_close(getattr(read, name), getattr(truth, name), atol=1e-5, rtol=0)
 
 
 def test_record_tells_where_it_comes_from() -> None:

@@ -1,4 +1,4 @@
-"""`triptych-gangealing pck`: methods whose scores are known, and the command."""
+"""`triptych score-alignment` and `score-clusters`: methods whose scores are known, and the commands."""
 
 import json
 import math
@@ -8,17 +8,17 @@ import pytest
 import torch
 from triptych_common.images import from_uint8
 from triptych_common.testing import fails_with, run_here, strict_json
-from triptych_gangealing import cli
-from triptych_gangealing.aligner import Aligner, write_aligner
+from triptych_gangealing.aligner import Aligner, Alignment, write_aligner
 from triptych_gangealing.digits32 import affine
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import EncoderConfig
-from triptych_gangealing.keypoints.synthetic import pairs
+from triptych_gangealing.keypoints.synthetic import pairs, posed_digits
 from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp
+from triptych_thesis import cli
 from triptych_thesis.chapter4.cluster_scores import cluster_scores
-from triptych_thesis.chapter4.evaluate import Aligned, PckConfig, evaluate, posed_digits, score
+from triptych_thesis.chapter4.evaluate import score
 from triptych_thesis.chapter4.pose import pose_errors
 
 command = partial(run_here, cli.run)
@@ -29,7 +29,7 @@ def knowing(*known):
 
     def method(images):
         jitters = next(j for theirs, j in known if theirs.shape == images.shape and torch.equal(theirs, images))
-        return Aligned.together(Warp((Affine(affine(jitters)),)).inverse())
+        return Alignment.of_warp(Warp((Affine(affine(jitters)),)).inverse())
 
     return method
 
@@ -47,45 +47,13 @@ def test_one_who_knows_the_jitters_makes_no_error():
     assert found.sharpness.ratio.value == pytest.approx(1.0, abs=0.1)
 
 
-def test_elastic_deformations_are_what_is_left_then():
-    """No point moves by more than `elastic_px` in either image: the radius within which all are found."""
-    several, posed = pairs(40, seed=1, digit=3, elastic_px=1.0), posed_digits(2, 2, 3)
-
-    seen = (several.source, several.source_jitters), (several.target, several.target_jitters)
-    found = score(knowing(*seen, (posed.images, posed.jitters)), several, posed)
-    table = found.pck
-    assert (
-        table["image", "per point", 0.1].value == 1.0
-    )  # 3.2 pixels of the canvas; a pair's differ by at most 2 of the digit's
-    assert table["image", "per point", 0.01].value < 0.9
-
-
 def test_doing_nothing_leaves_the_jitters():
     several, posed = pairs(10, seed=1, digit=3), posed_digits(200, 2, 3)
-    found = score(lambda images: Aligned.together(Warp.identity(len(images))), several, posed)
+    found = score(lambda images: Alignment.of_warp(Warp.identity(len(images))), several, posed)
     away = (posed.jitters.angle - posed.jitters.angle.mean()).abs().rad2deg().mean()
     assert found.pose.rotation_deg.value == pytest.approx(float(away), abs=3)
     assert found.pose.rotation_deg.value == pytest.approx(30, abs=5)  # of angles even in -60 .. 60
     assert not math.isnan(found.pose.shift_px.value)
-
-
-def test_pairs_in_two_clusters_are_misses():
-    """Of one who knows the jitters: what is left are the pairs both of whose images he puts into one cluster."""
-    several, posed = pairs(30, seed=1, digit=3, elastic_px=0.0), posed_digits(20, 2, 3)
-    seen = (several.source, several.source_jitters), (several.target, several.target_jitters)
-    method = knowing(*seen, (posed.images, posed.jitters))
-
-    def parted(images):
-        warp, cluster = method(images)
-        if torch.equal(images, several.target):
-            cluster = (torch.arange(30) < 10).long()
-        return Aligned(warp, cluster)
-
-    found = score(parted, several, posed)
-    assert found.pairs_apart == 10
-    assert score(method, several, posed).pairs_apart == 0
-    left = several.valid[10:].sum() / several.valid.sum()
-    assert found.pck["target box", "per point", 0.1].value == pytest.approx(float(left))
 
 
 def test_poses_of_clusters_are_beside_their_own_modes():
@@ -98,8 +66,8 @@ def test_poses_of_clusters_are_beside_their_own_modes():
 
     def method(images, cluster=cluster):
         if len(images) != 40:
-            return Aligned.together(Warp.identity(len(images)))
-        return Aligned(Warp((turn,)).compose(known), cluster)
+            return Alignment.of_warp(Warp.identity(len(images)))
+        return Alignment.of_warp(Warp((turn,)).compose(known), cluster)
 
     found = score(method, several, posed)
     assert found.pose.rotation_deg.value < 0.01
@@ -138,27 +106,10 @@ def written(path, *, heads: int = 1, **facts):
     return path
 
 
-def test_an_aligner_looks_as_in_training_unless_told_otherwise(tmp_path):
-    def scores(name, aligner, **options):
-        config = PckConfig(
-            out=tmp_path / name, aligner=aligner, pairs=4, images=6, baselines="none", device="cpu", **options
-        )
-        evaluate(config)
-        content = strict_json((tmp_path / name / "pck.json").read_text())
-        return content["config"]["iterations"], content["config"]["flips"], content["scores"]["GANgealing"]
-
-    once, twice = (written(tmp_path / str(n), iterations=n) for n in (1, 2))
-    mirrored = written(tmp_path / "mirrored", flips=True)
-    assert scores("a", twice) == scores("b", once, iterations=2)
-    assert scores("c", once) != scores("a", twice)
-    assert scores("d", mirrored)[1] is True
-    assert scores("e", mirrored, flips="no") == scores("c", once)
-
-
 def test_clusters_are_scored_on_their_own(tmp_path):
     """By the command, and by counting; a pair's images in two of them are told."""
     aligner = written(tmp_path / "three", heads=3)
-    done = command("clusters", "--aligner", aligner, "--images", "40", "--out", tmp_path / "out", "--json")
+    done = command("score-clusters", "--aligner", aligner, "--images", "40", "--out", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout.splitlines()[-1])["scores"]
     assert scores["clusters"] == 3
@@ -169,11 +120,11 @@ def test_clusters_are_scored_on_their_own(tmp_path):
     assert scores[descriptor]["purity"]["low"] <= scores[descriptor]["purity"]["value"]
     assert strict_json((tmp_path / "out/clusters.json").read_text())["scores"] == scores
     fails_with(
-        command("clusters", "--aligner", written(tmp_path / "one"), "--images", "10"),
+        command("score-clusters", "--aligner", written(tmp_path / "one"), "--images", "10"),
         "clusters: the aligner has one; pass --aligner of a training with --clusters",
     )
     words = ["--digit", "None", "--pairs", "20", "--images", "20", "--baselines", "none"]
-    done = command("pck", "--aligner", aligner, *words, "--out", tmp_path / "pck", "--json")
+    done = command("score-alignment", "--aligner", aligner, *words, "--out", tmp_path / "pck", "--json")
     assert done.returncode == 0, done.stderr
     apart = json.loads(done.stdout.splitlines()[-1])["scores"]["GANgealing"]["pairs apart"]
     assert apart > 0
@@ -191,7 +142,7 @@ def test_clusters_of_several_pictures_a_digit_have_intervals_over_digits():
 
 def test_the_command_writes_every_method(tmp_path):
     words = ["--aligner", "None", "--pairs", "8", "--images", "12", "--out", tmp_path]
-    done = command("pck", *words, "--json")
+    done = command("score-alignment", *words, "--json")
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout.splitlines()[-1])["scores"]
     assert list(scores) == ["none", "moments", "moments, upright", "Congealing"]
@@ -200,7 +151,8 @@ def test_the_command_writes_every_method(tmp_path):
 
 
 def test_bad_settings_get_one_line(tmp_path):
-    fails_with(command("pck", "--digit", "12"), "digit 12: expected 0 to 9, or None for all", 2)
-    fails_with(command("pck", "--iterations", "0"), "iterations 0: expected at least 1", 2)
-    fails_with(command("clusters", "--images", "1"), "images 1: expected at least 2", 2)
-    fails_with(command("pck", "--aligner", tmp_path, "--baselines", "none"), "aligner.safetensors: no such file")
+    fails_with(command("score-alignment", "--images", "0"), "images 0: expected at least 1", 2)
+    fails_with(command("score-clusters", "--images", "1"), "images 1: expected at least 2", 2)
+    fails_with(
+        command("score-alignment", "--aligner", tmp_path, "--baselines", "none"), "aligner.safetensors: no such file"
+    )

@@ -11,13 +11,13 @@ import torch
 from triptych_common.testing import fails_with, run_here
 from triptych_gangealing import cli
 from triptych_gangealing.digits32 import render
+from triptych_gangealing.keypoints.synthetic import posed_digits
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.weights import write_network
 from triptych_gangealing.train_config import PRESETS
 from triptych_thesis.chapter4 import ablations, ledger
 from triptych_thesis.chapter4.command import ReproduceConfig
-from triptych_thesis.chapter4.evaluate import posed_digits
 from triptych_thesis.chapter4.paper import DATASETS, paper_runs
 from triptych_thesis.chapter4.sizes import SIZES
 from triptych_thesis.chapter4.targets import AT, CLUSTERS, OURS, Target, on_grey, targets

@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
-from triptych_common.storage import checkpoint
+from triptych_common.storage.model_file import ModelFormat
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT
 
-_KIND = "DiT"
 FILE_NAME = "model.safetensors"
+_FORMAT = ModelFormat(
+    kinds=("DiT",),
+    file_name=FILE_NAME,
+    expected="a trained DiT",
+    mismatch="not a DiT's model file",
+    made=f"triptych-dit train --out FOLDER makes {FILE_NAME}",
+    absent="no finished model; train one with triptych-dit train --out {folder}",
+)
 
 
 class TrainedModel(NamedTuple):
@@ -37,21 +44,7 @@ def save_model(path: Path, model: DiT, facts: dict[str, Any]) -> None:
 
 def write_model(path: Path, config: DiTConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
     """The same from a state dict."""
-    checkpoint.write(path, tensors, {"kind": _KIND, "config": asdict(config), **facts})
-
-
-def model_path(path: Path) -> Path:
-    """A model file itself, or the one in a run's folder.
-
-    Raises FileNotFoundError for a folder without one.
-    """
-    if not path.is_dir():
-        return path
-    if not (path / FILE_NAME).exists():
-        raise FileNotFoundError(
-            f"{path / FILE_NAME}: no finished model; train one with triptych-dit train --out {path}"
-        )
-    return path / FILE_NAME
+    _FORMAT.write(path, tensors, asdict(config), facts)
 
 
 def load_model(path: Path) -> TrainedModel:
@@ -59,17 +52,11 @@ def load_model(path: Path) -> TrainedModel:
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    path = model_path(path)
-    tensors, facts = checkpoint.read(path)
-    if facts.get("kind") != _KIND:
-        raise ValueError(f"{path}: not a DiT model file; expected {FILE_NAME} of a triptych-dit training run")
-    try:
-        config = DiTConfig(**{**facts["config"], "input_size": tuple(facts["config"]["input_size"])})
-        model = DiT(config)
-        model.load_state_dict(tensors)
-        diffusion = make_diffusion(config, facts["predict"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: made by another version of triptych ({' '.join(str(error).split())[:200]})"
-        ) from error
-    return TrainedModel(model.requires_grad_(False).eval(), diffusion, facts)
+    return _FORMAT.read(path, _build)
+
+
+def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedModel:
+    config = DiTConfig(**{**facts["config"], "input_size": tuple(facts["config"]["input_size"])})
+    model = DiT(config)
+    model.load_state_dict(tensors)
+    return TrainedModel(model.requires_grad_(False).eval(), make_diffusion(config, facts["predict"]), facts)

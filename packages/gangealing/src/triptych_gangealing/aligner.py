@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from triptych_common.storage import checkpoint
+from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.losses import total_variation
@@ -21,7 +21,15 @@ from triptych_gangealing.spatial_transformer import (
 )
 from triptych_gangealing.warp import Warp
 
-FILE, _KIND = "aligner.safetensors", "GANgealing aligner"
+FILE = "aligner.safetensors"
+_FORMAT = ModelFormat(
+    kinds=("GANgealing aligner",),
+    file_name=FILE,
+    expected="a trained aligner",
+    mismatch="no aligner",
+    made=f"triptych-gangealing train --out FOLDER makes {FILE}",
+    absent="no such file; train one with triptych-gangealing train --out {folder}",
+)
 RESAMPLED = 2  # times input_size: as large as images need to be for the flow network's look at them
 
 Images = Float[Tensor, "n 3 height width"]
@@ -36,6 +44,14 @@ class Alignment:
     flipped: Bool[Tensor, " n"]
     roughness: Float[Tensor, " n"]
     """total variation of the flow: large where an image fits badly"""
+
+    @classmethod
+    def of_warp(cls, warp: Warp, cluster: Int[Tensor, " n"] | None = None) -> "Alignment":
+        """Warps of a method that mirrors nothing and knows no roughness, such as a baseline; by default of one cluster."""
+        n, device = len(warp), warp.stages[0].tensor.device
+        cluster = torch.zeros(n, dtype=torch.long, device=device) if cluster is None else cluster
+        still = torch.zeros(n, device=device)
+        return cls(warp, cluster, still.bool(), still)
 
     @classmethod
     def cat(cls, parts: Sequence["Alignment"]) -> "Alignment":
@@ -118,13 +134,11 @@ class Aligner(nn.Module):
 def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> None:
     """Write an aligner. Raises OSError when the disk refuses."""
     state = {
-        "kind": _KIND,
-        "config": asdict(aligner.config),
         "has_classifier": aligner.classifier is not None,
         "groups": aligner.classifier.shape() if isinstance(aligner.classifier, Groups) else None,
         "facts": dict(facts),
     }
-    checkpoint.write(path, aligner.state_dict(), state)
+    _FORMAT.write(path, aligner.state_dict(), asdict(aligner.config), state)
 
 
 def load_aligner(path: str | Path) -> Aligner:
@@ -132,27 +146,17 @@ def load_aligner(path: str | Path) -> Aligner:
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file}: no such file; expected {FILE} of a triptych-gangealing train run, or its folder"
-        )
-    tensors, state = checkpoint.read(file)
-    if state.get("kind") != _KIND:
-        raise ValueError(f"{file}: no aligner; expected {FILE} of a triptych-gangealing train run")
+    return _FORMAT.read(path, _build)
+
+
+def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
     config = SpatialTransformerConfig.from_json(state["config"])
-    directions = Directions(
-        tensors["mode.origins"][0], tensors["mode.components"], torch.ones(len(tensors["mode.components"]))
-    )
-    classifier = ClusterClassifier(config) if state["has_classifier"] else None
+    origins, components = tensors["mode.origins"], tensors["mode.components"]
+    directions = Directions(origins[0], components, torch.ones(len(components)))
+    classifier: ClusterClassifier | Groups | None = ClusterClassifier(config) if state["has_classifier"] else None
     if state.get("groups") is not None:
         classifier = Groups.from_shape(state["groups"])
     aligner = Aligner(SpatialTransformer(config), Mode(directions, config.heads), classifier)
-    try:
-        aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
-    except RuntimeError as error:
-        raise ValueError(
-            f"{file}: made by another version of triptych ({' '.join(str(error).split())[:200]})"
-        ) from error
+    aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
     aligner.facts = state["facts"]
     return aligner.requires_grad_(False).eval()

@@ -61,7 +61,7 @@ def _correspond() -> Command:
 
 
 def _pck() -> Command:
-    from triptych_thesis.chapter4.evaluate import PckConfig, evaluate
+    from triptych_gangealing.keypoints.evaluate import PckConfig, evaluate
 
     return Command(PckConfig, evaluate, {})
 
@@ -81,7 +81,7 @@ COMMANDS = {
     "average": ("the average of a folder's aligned pictures", _average),
     "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
     "correspond": ("points of one picture in another", _correspond),
-    "pck": ("score an aligner on digits whose correspondences are known, beside baselines", _pck),
+    "pck": ("PCK of an aligner on digits whose correspondences are known, beside baselines", _pck),
     "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
 }
 

@@ -13,7 +13,7 @@ from triptych_common.diffusion import GaussianDiffusion
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddim, ddpm, final
 from triptych_common.schedulers import diffusers_steps, find, make_scheduler
-from triptych_common.storage import checkpoint
+from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gpt.config import GptConfig
 from triptych_gpt.evaluation.update import Update
@@ -23,7 +23,14 @@ from triptych_gpt.tasks import TASKS, Task
 from triptych_gpt.zoo.cohorts import TaskSpec
 
 FILE_NAME = "model.safetensors"
-_KIND = "G.pt"
+_FORMAT = ModelFormat(
+    kinds=("G.pt",),
+    file_name=FILE_NAME,
+    expected="a trained G.pt",
+    mismatch="not a G.pt's model file",
+    made=f"triptych-gpt train --out FOLDER makes {FILE_NAME}, triptych-gpt convert one of a released model",
+    absent="no trained model; make one with triptych-gpt train --out {folder}",
+)
 _OWN_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 
 
@@ -158,7 +165,7 @@ class TrainedGpt:
 
 def write_model(path: Path, config: GptConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write a model file; facts hold what `load` gives back, and whatever else explains the model."""
-    checkpoint.write(path, tensors, {"kind": _KIND, "config": config.to_json(), **facts})
+    _FORMAT.write(path, tensors, config.to_json(), facts)
 
 
 def load(path: str | Path) -> TrainedGpt:
@@ -166,31 +173,14 @@ def load(path: str | Path) -> TrainedGpt:
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    path = Path(path)
-    made = f"triptych-gpt train --out FOLDER makes {FILE_NAME}, triptych-gpt convert one of a released model"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a trained G.pt ({made})")
-    if path.is_dir():
-        if not (path / FILE_NAME).exists():
-            raise FileNotFoundError(
-                f"{path / FILE_NAME}: no trained model; make one with triptych-gpt train --out {path}"
-            )
-        path = path / FILE_NAME
-    try:
-        tensors, facts = checkpoint.read(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; expected a trained G.pt ({made})") from error
-    if facts.get("kind") != _KIND:
-        raise ValueError(f"{path}: not a G.pt's model file but a {facts.get('kind', 'file of another kind')}; {made}")
-    try:
-        model = Gpt(GptConfig.from_json(facts["config"]))
-        model.load_state_dict(tensors)
-        ends = facts["trained_range"]
-        return TrainedGpt(
-            model.requires_grad_(False).eval(), float(facts["scale"]), facts["metric"], facts["better"],
-            ends and (float(ends[0]), float(ends[1])), TaskSpec(**facts["task"]), facts,
-        )  # fmt: skip
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: made by another version of triptych ({' '.join(str(error).split())[:200]})"
-        ) from error
+    return _FORMAT.read(path, _build)
+
+
+def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedGpt:
+    model = Gpt(GptConfig.from_json(facts["config"]))
+    model.load_state_dict(tensors)
+    ends = facts["trained_range"]
+    return TrainedGpt(
+        model.requires_grad_(False).eval(), float(facts["scale"]), facts["metric"], facts["better"],
+        ends and (float(ends[0]), float(ends[1])), TaskSpec(**facts["task"]), facts,
+    )  # fmt: skip

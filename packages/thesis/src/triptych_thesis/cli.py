@@ -36,6 +36,12 @@ def _score_clusters() -> Command:
     return Command(ClustersConfig, score_clusters, {})
 
 
+def _score_alignment() -> Command:
+    from triptych_thesis.chapter4.evaluate import AlignmentScoreConfig, evaluate
+
+    return Command(AlignmentScoreConfig, evaluate, {})
+
+
 CHAPTERS = {
     "ch2": ("DiT: digits, block designs, scaling, guidance", _chapter2),
     "ch3": ("G.pt: a zoo of checkpoints, prompting, the memorisation audit", _chapter3),
@@ -43,6 +49,7 @@ CHAPTERS = {
 }
 COMMANDS = {
     "figures": ("chapter 3's figures for one trained G.pt", _figures),
+    "score-alignment": ("PCK, pose errors and sharpness of an aligner on digits, beside baselines", _score_alignment),
     "score-clusters": ("score an aligner's clusters of digits against the true ones, beside k-means", _score_clusters),
 }
 

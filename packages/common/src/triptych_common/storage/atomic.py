@@ -1,16 +1,27 @@
-"""Files that are written whole or not at all."""
+"""The one way files and folders are written: whole, under a temporary name that then takes the place of the old, or not at all."""
 
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+PARTIAL = ".partial"  # suffix of what is being written; a killed process can leave it behind
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write strict JSON (no NaN) atomically, indented."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -24,41 +35,80 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that takes its place whole at the end of the block, or not at all.
+    """Open a file for writing that takes the place of `path` at the end of the block.
 
     flush: wait until it is on the disk, so that a power cut cannot undo it; otherwise call `flush_file` before relying on
     that. Raises OSError, the old file intact, when the disk refuses.
     """
-    partial = path.with_name(path.name + ".partial")
+    with replacing(path, flush=flush) as partial, partial.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, flush: bool = True, refusals: tuple[type[Exception], ...] = (OSError,)) -> Iterator[Path]:
+    """A temporary path for the block to write a file to, which then takes the place of `path`, or none if the block fails.
+
+    flush: as in `writing`. refusals: errors of the block that mean that the disk refused, for writers that raise others.
+    Raises OSError, the old file intact, when the disk refuses.
+    """
+    partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            if flush:
-                os.fsync(file.fileno())
+        yield partial
+        if flush:
+            sync(partial)
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, *refusals)):
             raise cannot_write(path, error) from error
         raise
 
 
-def flush_file(path: Path) -> None:
-    """Wait until a file's content is on the disk, whoever wrote it. Raises OSError when the disk refuses."""
+@contextlib.contextmanager
+def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
+    """A temporary folder for the block to fill, which then appears at `path`, or nowhere if the block fails.
+
+    replaces: a folder that stands at `path` already is replaced if it holds a file of this name, or nothing.
+    Raises ValueError where something else stands there, OSError when the disk refuses.
+    """
+    if path.exists() and not (path.is_dir() and ((path / replaces).is_file() or not any(path.iterdir()))):
+        raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
     try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        whole = temporary / "new"
+        whole.mkdir()
+        yield whole
+        if path.exists():
+            path.rename(temporary / "old")
+        whole.rename(path)
+    except (SafetensorError, OSError) as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, whoever wrote it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_file(path: Path) -> None:
+    """The same; raises OSError with one line when the disk refuses."""
+    try:
+        sync(path)
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out, then repeat")
+def cannot_write(path: Path, error: Exception) -> OSError:
+    """The error, naming the file and what to do, for a disk that refused."""
+    return OSError(f"{path}: cannot be written ({reason(error)}); make room or choose another --out, then repeat")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON (no NaN) atomically, indented."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def reason(error: Exception) -> str:
+    """Why the disk refused, in a few words."""
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

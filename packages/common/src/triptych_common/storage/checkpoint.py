@@ -5,10 +5,8 @@ temporary name, flushed to disk and renamed. A sharded run writes a folder inste
 (`triptych_common.storage.sharded`); what lists, reads or removes checkpoints here takes either.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-PARTIAL = ".partial"
+from triptych_common.storage.atomic import PARTIAL, replacing
+
 _EXTRA, _SUFFIX = "-extra", ".safetensors"
 _NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
 
@@ -33,20 +32,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state, sort_keys=True)
     metadata = {"state": text, "sha256": digest(contiguous, text)}
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, refusals=(SafetensorError, RuntimeError)) as partial:  # a full disk arrives as either, too
         save_file(contiguous, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk arrives as any of the three
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(
-            f"{path}: cannot be written ({reason}); make room or choose another --out, then repeat"
-        ) from error
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

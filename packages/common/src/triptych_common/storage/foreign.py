@@ -1,20 +1,17 @@
 """Files of other programs: read restricted to tensors and plain containers, since unpickling anything else runs code."""
 
 import contextlib
-import os
 import pickle
-import shutil
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from triptych_common.storage.checkpoint import PARTIAL
+from triptych_common.storage.atomic import replacing
 
 
 def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
@@ -56,44 +53,9 @@ def write(path: Path, content: Any) -> None:
 
     Raises OSError when the disk refuses; `path` then holds what it held before.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (RuntimeError, OSError) as error:  # a full disk arrives as either
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason}); make room or choose another --out") from error
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
-    """A folder to fill, which appears at `path` when complete, or not at all.
-
-    replaces: what stands at `path` already is replaced if it holds a file of this name, or nothing.
-    Raises ValueError where something else stands there, OSError when the disk refuses.
-    """
-    if path.exists() and not (path.is_dir() and ((path / replaces).is_file() or not any(path.iterdir()))):
-        raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
-    try:
-        whole = made / "new"
-        whole.mkdir()
-        yield whole
-        if path.exists():
-            path.rename(made / "old")
-        whole.rename(path)
-    except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason}); make room or choose another --out") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    # a full disk arrives as RuntimeError, too
+    with replacing(path, refusals=(RuntimeError,)) as partial, partial.open("wb") as file:
+        torch.save(content, file)
 
 
 def _refused(path: Path, allow: Sequence[type]) -> list[str]:

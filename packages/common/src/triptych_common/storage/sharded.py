@@ -9,7 +9,6 @@ tensor lies and the SHA-256 of every file. It is written under a temporary name 
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from triptych_common.parallel import Ranks
-from triptych_common.storage import checkpoint
+from triptych_common.storage import atomic, checkpoint
 
 INDEX = "index.json"
 _DTYPES = {
@@ -96,7 +95,7 @@ class _Writer(dcp.StorageWriter):
 
     def __init__(self, folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
         self.folder, self.state, self.ranks = folder, state, ranks
-        self.partial = folder.with_name(folder.name + checkpoint.PARTIAL)
+        self.partial = folder.with_name(folder.name + atomic.PARTIAL)
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -119,9 +118,8 @@ class _Writer(dcp.StorageWriter):
         path = self.partial / f"rank-{self.ranks.rank:05d}.safetensors"
         parts = {_key(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
         save_file(parts, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        atomic.sync(path)
+        digest = _file_digest(path)
         return _done([WriteResult(item.index, 0, (item.tensor_data, path.name, digest)) for item in plan.items])
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
@@ -132,10 +130,9 @@ class _Writer(dcp.StorageWriter):
             entry = {"dtype": _DTYPE_NAMES[data.properties.dtype], "shape": list(data.size), "chunks": []}
             chunk = {"file": file, "key": _key(result.index), "offsets": data.chunk.offsets, "sizes": data.chunk.sizes}
             index["tensors"].setdefault(result.index.fqn, entry)["chunks"].append(chunk)
-        with (self.partial / INDEX).open("w") as file:
-            json.dump({**index, "sha256": _digest(index)}, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.partial / INDEX
+        path.write_text(json.dumps({**index, "sha256": _digest(index)}, allow_nan=False))
+        atomic.sync(path)
         checkpoint.remove(self.folder)
         self.partial.rename(self.folder)
 
@@ -191,8 +188,7 @@ def _disk_error(failed: dcp.CheckpointException, what: str, remedy: str = "") ->
     rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
     if not isinstance(error, SafetensorError | RuntimeError | OSError):  # a full disk arrives as any of the three
         return error
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return OSError(f"{what} by rank {rank} ({reason}){remedy}")
+    return OSError(f"{what} by rank {rank} ({atomic.reason(error)}){remedy}")
 
 
 def _done(value: Any) -> Future:
@@ -249,12 +245,16 @@ def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
 def _verify(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -> None:
     for name in files:
         try:
-            with (folder / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _file_digest(folder / name)
         except FileNotFoundError as error:
             raise ValueError(f"{folder / name}: missing; {checkpoint.remedy(folder)}") from error
         if digest != index["files"][name]:
             raise ValueError(f"{folder / name}: checksum differs from the recorded one; {checkpoint.remedy(folder)}")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(index: Mapping[str, Any]) -> str:

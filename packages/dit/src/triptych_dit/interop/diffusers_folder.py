@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from triptych_common.storage import foreign
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.atomic import new_folder, write_json
 
 from triptych_dit.interop.diffusers_state import renamed, translated
 from triptych_dit.interop.label_tables import check_names, padded_table
@@ -69,7 +69,7 @@ def to_diffusers(
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     if names:
         index["id2label"] = names
-    with foreign.new_folder(folder, replaces=SIDE_FILE) as new:
+    with new_folder(folder, replaces=SIDE_FILE) as new:
         for name, part in (("transformer", transformer), ("scheduler", scheduler), ("vae", vae)):
             index[name] = [None, None] if part is None else ["diffusers", type(part).__name__]
             if part is not None:

@@ -16,9 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
-from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage import foreign
+from triptych_common.storage.model_file import ModelFormat
 
-ENCODER_FILE, _KIND = "encoder.safetensors", "image encoder"
+ENCODER_FILE = "encoder.safetensors"
+_FORMAT = ModelFormat(
+    kinds=("image encoder",),
+    file_name=ENCODER_FILE,
+    expected="an image encoder",
+    mismatch="holds no encoder",
+    made=f"triptych-gangealing train-encoder --out FOLDER makes {ENCODER_FILE}",
+    absent="no such file; train one with triptych-gangealing train-encoder --out {folder}",
+)
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
 SSL_VGG_URL = "http://efrosgans.eecs.berkeley.edu/gangealing/pretrained/simclr_vgg_phase150.pt"
@@ -250,7 +259,7 @@ class ReadEncoder(NamedTuple):
 
 def write_encoder(path: Path, encoder: Encoder, facts: Mapping[str, Any]) -> None:
     """Write an encoder, atomically. Raises OSError when the disk refuses."""
-    checkpoint.write(path, encoder.state_dict(), {**facts, "kind": _KIND, "config": asdict(encoder.config)})
+    _FORMAT.write(path, encoder.state_dict(), asdict(encoder.config), facts)
 
 
 def read_encoder(path: Path) -> ReadEncoder:
@@ -258,14 +267,11 @@ def read_encoder(path: Path) -> ReadEncoder:
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    file = path / ENCODER_FILE if path.is_dir() else path
-    tensors, facts = checkpoint.read(file)
-    if facts.get("kind") != _KIND:
-        raise ValueError(f"{file}: holds no encoder; expected {ENCODER_FILE} of a train-encoder run")
-    try:
-        encoder = Encoder(EncoderConfig(**{**facts["config"], "widths": tuple(facts["config"]["widths"])}))
-        encoder.load_state_dict(tensors)
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: its weights do not fit its own config; make or fetch it again") from error
+    return _FORMAT.read(path, _build_encoder)
+
+
+def _build_encoder(tensors: dict[str, Tensor], facts: dict[str, Any]) -> ReadEncoder:
+    encoder = Encoder(EncoderConfig(**{**facts["config"], "widths": tuple(facts["config"]["widths"])}))
+    encoder.load_state_dict(tensors)
     rest = {name: value for name, value in facts.items() if name not in ("kind", "config")}
     return ReadEncoder(encoder.requires_grad_(False).eval(), rest)

@@ -167,6 +167,40 @@ def white_on_black(jitters: Jitters) -> Jitters:
     return jitters._replace(foreground=plain + 1, background=plain, gradient=torch.zeros_like(jitters.gradient))
 
 
+@dataclass(frozen=True)
+class Posed:
+    """Images of digits, the jitters they were drawn with, and the digits themselves."""
+
+    images: UInt8[Tensor, "n 3 size size"]
+    jitters: Jitters
+    digits: UInt8[Tensor, "n 1 28 28"]
+
+
+def posed_digits(
+    n: int, seed: int, digit: int | None, *, grey: bool = False, split: str = "held_out", source: str = "mnist5k"
+) -> Posed:
+    """n digits of a split, each drawn in another place; with `digit` None the ten classes alternate.
+
+    A longer list begins with the shorter one of the same settings. Raises ValueError for an unknown digit, split or source.
+    """
+    order = _alternating(Digits32(split, digit, source, copies=1).labels)
+    items = Digits32(split, digit, source, copies=-(-n // len(order)), seed=seed)
+    row = torch.arange(n)
+    jitters = items.jitters(row - row % len(order) + order[row % len(order)])
+    digits = items.digits[jitters.digit]
+    drawn = render(digits, white_on_black(jitters) if grey else jitters)
+    return Posed(drawn, jitters, digits)
+
+
+def _alternating(labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Rows in an order in which classes alternate: the data set is sorted by class, so that its first rows would be zeros."""
+    rank = torch.zeros_like(labels)
+    for label in labels.unique():
+        here = labels == label
+        rank[here] = torch.arange(int(here.sum()))
+    return (rank * (labels.max() + 1) + labels).argsort()
+
+
 def on_canvas(points: Float[Tensor, "n k 2"], jitters: Jitters, size: int = CANVAS) -> Float[Tensor, "n k 2"]:
     """Points of digits (normalised) in pixels of the canvas on which jitters draw them."""
     theta = affine(jitters).to(points.dtype)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from triptych_common.storage import checkpoint
+from torch import Tensor
+from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
@@ -14,10 +15,15 @@ from triptych_gangealing.stylegan2.generator import Generator
 
 GENERATOR_FILE, DISCRIMINATOR_FILE = "generator.safetensors", "discriminator.safetensors"
 EMBEDDED, GENERATORS = Path(__file__).parent.parent / "weights", ("digits32", "digits32-3")
-_KINDS = {
-    "StyleGAN2 generator": (Generator, GeneratorConfig),
-    "StyleGAN2 discriminator": (Discriminator, DiscriminatorConfig),
-}
+_GENERATOR, _DISCRIMINATOR = "StyleGAN2 generator", "StyleGAN2 discriminator"
+_FORMAT = ModelFormat(
+    kinds=(_GENERATOR, _DISCRIMINATOR),
+    file_name=GENERATOR_FILE,
+    expected="a StyleGAN2 network",
+    mismatch="neither a generator nor a discriminator",
+    made=f"triptych-gangealing train-gan --out FOLDER makes {GENERATOR_FILE}",
+    absent="no finished generator; train one with triptych-gangealing train-gan --out {folder}",
+)
 
 
 def locate(name: str | Path) -> Path:
@@ -41,26 +47,22 @@ class Loaded(NamedTuple):
 
 def write_network(path: Path, network: Generator | Discriminator, facts: Mapping[str, Any]) -> None:
     """Write a network. Raises OSError when the disk refuses."""
-    kind = "StyleGAN2 generator" if isinstance(network, Generator) else "StyleGAN2 discriminator"
-    checkpoint.write(path, network.state_dict(), {"kind": kind, "config": asdict(network.config), **facts})
+    kind = _GENERATOR if isinstance(network, Generator) else _DISCRIMINATOR
+    _FORMAT.write(path, network.state_dict(), asdict(network.config), facts, kind=kind)
 
 
 def read_network(path: Path) -> Loaded:
-    """A network from its file, on the CPU, in float32, for evaluation.
+    """A network from its file, or a run's generator, on the CPU, in float32, for evaluation.
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    tensors, facts = checkpoint.read(path)
-    if facts.get("kind") not in _KINDS:
-        raise ValueError(
-            f"{path}: neither a generator nor a discriminator; expected {GENERATOR_FILE} of a train-gan run"
-        )
-    network_class, config_class = _KINDS[facts["kind"]]
-    try:
-        network = network_class(config_class(**facts["config"]))
-        network.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: made by another version of triptych ({' '.join(str(error).split())[:200]})"
-        ) from error
+    return _FORMAT.read(path, _build)
+
+
+def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Loaded:
+    if facts["kind"] == _GENERATOR:
+        network: Generator | Discriminator = Generator(GeneratorConfig(**facts["config"]))
+    else:
+        network = Discriminator(DiscriminatorConfig(**facts["config"]))
+    network.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
     return Loaded(network.requires_grad_(False).eval(), facts)

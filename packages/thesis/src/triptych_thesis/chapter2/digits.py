@@ -1,7 +1,5 @@
 """Digits with a margin, 32 x 32, as a folder of images: sides that latents and patches can halve three times."""
 
-import os
-import shutil
 from pathlib import Path
 
 from jaxtyping import UInt8
@@ -9,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import data
 from triptych_common.images import png_bytes
+from triptych_common.storage.atomic import new_folder
 
 SIDE, MARGIN = 32, 2
 
@@ -19,16 +18,14 @@ def padded_digits(folder: Path, name: str) -> Path:
     """
     if folder.exists():
         return folder
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split in ("train", "held_out"):
-        dataset = data.load(name, split)
-        for label in range(dataset.num_classes):
-            (partial / split / str(label)).mkdir(parents=True)
-        padded = F.pad(dataset.images, (MARGIN,) * 4)
-        for index, (image, label) in enumerate(zip(padded, dataset.labels.tolist(), strict=True)):
-            (partial / split / str(label) / f"{index:05d}.png").write_bytes(png_bytes(image))
-    os.replace(partial, folder)
+    with new_folder(folder, replaces="train") as new:
+        for split in ("train", "held_out"):
+            dataset = data.load(name, split)
+            for label in range(dataset.num_classes):
+                (new / split / str(label)).mkdir(parents=True)
+            padded = F.pad(dataset.images, (MARGIN,) * 4)
+            for index, (image, label) in enumerate(zip(padded, dataset.labels.tolist(), strict=True)):
+                (new / split / str(label) / f"{index:05d}.png").write_bytes(png_bytes(image))
     return folder
 
 

@@ -14,7 +14,7 @@ from triptych_common.images import to_uint8
 from triptych_common.parallel import Execution, process_group
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import final
-from triptych_common.storage import checkpoint
+from triptych_common.storage.model_file import ModelFormat
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, steps
 from triptych_dit.config import DiTConfig
@@ -27,7 +27,15 @@ from triptych_dit.train_config import TrainConfig
 from triptych_dit.training_data import check_fits, open_training_data
 from triptych_dit.weights import FILE_NAME, TrainedModel, make_diffusion
 
-_KIND, GROUPS, SMALLEST = "U-Net", 2, 4
+GROUPS, SMALLEST = 2, 4
+_FORMAT = ModelFormat(
+    kinds=("U-Net",),
+    file_name=FILE_NAME,
+    expected="a trained U-Net",
+    mismatch="not a U-Net's model file",
+    made="delete it and repeat the command",
+    absent="no finished model; repeat the command",
+)
 
 
 @dataclass(frozen=True)
@@ -151,14 +159,15 @@ def train_unet(config: TrainConfig) -> None:
 
 def _write(path: Path, config: UNetConfig, state: TrainState, facts: dict[str, Any]) -> None:
     if state.ranks.is_main:
-        checkpoint.write(path, state.averaged(), {"kind": _KIND, "config": asdict(config), **facts})
+        _FORMAT.write(path, state.averaged(), asdict(config), facts)
 
 
 def load_unet(path: Path) -> TrainedModel:
     """Read a model file of `train_unet`, onto the CPU in evaluation mode. Raises ValueError for a file of another kind."""
-    tensors, facts = checkpoint.read(path)
-    if facts.get("kind") != _KIND:
-        raise ValueError(f"{path}: not a U-Net's model file; delete it and repeat the command")
+    return _FORMAT.read(path, _build)
+
+
+def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedModel:
     model = UNet(UNetConfig(**facts["config"]))
     model.load_state_dict(tensors)
     learns_variance = model.config.out_channels == 2 * model.config.in_channels

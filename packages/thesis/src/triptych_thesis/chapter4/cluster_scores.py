@@ -13,12 +13,13 @@ from triptych_common.metrics.bootstrap import Estimate, bootstrap
 from triptych_common.storage.atomic import write_json
 from triptych_gangealing.align_config import open_aligner
 from triptych_gangealing.aligner import Aligner
-from triptych_gangealing.baselines.classical import ink, moments
+from triptych_gangealing.baselines.moments import ink, moments
 from triptych_gangealing.clustering import purity
 from triptych_gangealing.encoders.descriptor import Groups
+from triptych_gangealing.keypoints.evaluate import Data
+from triptych_gangealing.keypoints.synthetic import Posed, posed_digits
 from triptych_gangealing.warp import Warp
 
-from triptych_thesis.chapter4.evaluate import Data, Posed, posed_digits
 from triptych_thesis.chapter4.targets import CLUSTERS, K_MEANS
 
 RESTARTS = 10

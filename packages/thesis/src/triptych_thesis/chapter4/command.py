@@ -22,7 +22,7 @@ from triptych_gangealing.train_config import AlignTrainConfig
 
 from triptych_thesis.chapter4 import ablations
 from triptych_thesis.chapter4.cluster_scores import compare_clusters
-from triptych_thesis.chapter4.evaluate import PckConfig, evaluate
+from triptych_thesis.chapter4.evaluate import AlignmentScoreConfig, evaluate
 from triptych_thesis.chapter4.gallery import Gallery, make_gallery
 from triptych_thesis.chapter4.ledger import claims
 from triptych_thesis.chapter4.paper import DATASETS, paper_runs, reproduce_paper
@@ -108,9 +108,9 @@ class ReproduceConfig(CommonOptions):
         rest = ablations.REST if self.all else ()
         return (*ablations.FIRST, *rest, *(ablations.LPIPS if self.lpips_weights is not None else ()))
 
-    def pck_config(self, *, grey: bool) -> PckConfig:
+    def pck_config(self, *, grey: bool) -> AlignmentScoreConfig:
         size = SIZES[self.size]
-        return PckConfig(
+        return AlignmentScoreConfig(
             out=self.folder / ("scores-grey" if grey else "scores"), aligner=self.folder / "one", digit=DIGIT,
             pairs=size.pairs, images=size.images, grey=grey, iterations=size.iterations, seed=self.seed,
         )  # fmt: skip
@@ -204,7 +204,7 @@ def align_all(config: ReproduceConfig, rows: list[str]) -> None:
     run_all("alignments", units, workers, one_thread=not on_gpu(config.device))
 
 
-def _scored(config: PckConfig) -> dict[str, Any]:
+def _scored(config: AlignmentScoreConfig) -> dict[str, Any]:
     """Scores of every method, made where they are missing."""
     if not (config.out / "pck.json").exists():
         evaluate(config)
@@ -227,7 +227,7 @@ def _was_scored(config: ReproduceConfig, row: str) -> bool:
     return (_ablation_scores(config, row).out / "pck.json").exists()
 
 
-def _ablation_scores(config: ReproduceConfig, row: str) -> PckConfig:
+def _ablation_scores(config: ReproduceConfig, row: str) -> AlignmentScoreConfig:
     folder = config.folder / "ablations" / ablations.folder_name(row)
     return replace(config.pck_config(grey=False), aligner=folder, out=folder / "scores", baselines="none")
 

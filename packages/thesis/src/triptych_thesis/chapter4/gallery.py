@@ -8,13 +8,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from triptych_common.images import from_uint8, image_grid, png_bytes, to_uint8
 from triptych_gangealing.aligner import load_aligner
-from triptych_gangealing.baselines.classical import ink
+from triptych_gangealing.baselines.moments import ink
 from triptych_gangealing.correspondence import between, middle_points
 from triptych_gangealing.edit import propagate
 from triptych_gangealing.figures import matches_figure
+from triptych_gangealing.keypoints.synthetic import posed_digits
 from triptych_gangealing.warp import Warp, centres, to_pixels
 
-from triptych_thesis.chapter4.evaluate import posed_digits
 from triptych_thesis.chapter4.sizes import DIGIT, Size
 
 COLUMNS = 12

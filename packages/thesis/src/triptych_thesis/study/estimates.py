@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import t as student
 from triptych_common.metrics.bootstrap import Estimate
 
 MISSING = "–"
@@ -12,6 +11,8 @@ MISSING = "–"
 
 def quantile(degrees: int) -> float:
     """0.975 quantile of Student's t with so many degrees of freedom; 0 degrees stand for the normal distribution."""
+    from scipy.stats import t as student
+
     return float(student.ppf(0.975, degrees)) if degrees else 1.96
 
 

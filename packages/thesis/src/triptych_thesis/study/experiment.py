@@ -7,8 +7,8 @@ an experiment to a chapter, add such a module.
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from triptych_thesis.study.verdicts import Verdict
@@ -84,17 +84,16 @@ class Experiment:
     """whether the experiment makes sense for a study's size"""
 
 
-def discover(package: ModuleType) -> dict[str, Experiment]:
-    """The experiments of a package's modules by name, in their order.
+@cache
+def discover(package: str) -> dict[str, Experiment]:
+    """The experiments of a package's modules by name, in their order; the modules are imported on the first call.
 
     Raises ValueError for two experiments of one name.
     """
-    found = []
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        experiment = getattr(import_module(module.name), "EXPERIMENT", None)
-        if experiment is not None:
-            found.append(experiment)
-    by_name = {each.name: each for each in sorted(found, key=lambda each: each.order)}
+    modules = pkgutil.iter_modules(import_module(package).__path__, f"{package}.")
+    experiments = [getattr(import_module(module.name), "EXPERIMENT", None) for module in modules]
+    found = sorted(filter(None, experiments), key=lambda each: each.order)
+    by_name = {each.name: each for each in found}
     if len(by_name) < len(found):
-        raise ValueError(f"{package.__name__}: two experiments have one name, expected different ones")
+        raise ValueError(f"{package}: two experiments have one name, expected different ones")
     return by_name

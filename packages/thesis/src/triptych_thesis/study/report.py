@@ -56,8 +56,9 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 <div class="first"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
 <div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead><tbody>
 {% for v, name in report.verdicts %}<tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
-<td>{{ name }}</td><td>{% if v.evidence %}{{ v.evidence[0].what }}: {{ v.evidence[0].ours }}{% if v.evidence[0].beside %}
-<span class="soft">against {{ v.evidence[0].beside }}</span>{% endif %}{% else %}{{ v.why }}{% endif %}</td></tr>{% endfor %}
+<td>{{ name }}</td><td>{% for e in v.shown %}<div>{% if e.verdict %}<span class="mark {{ e.verdict }}" title="{{ e.verdict }}">
+{{- marks[e.verdict] }}</span> {% endif %}{{ e.what }}: {{ e.ours }}{% if e.beside %}
+<span class="soft">against {{ e.beside }}</span>{% endif %}</div>{% else %}{{ v.why }}{% endfor %}</td></tr>{% endfor %}
 </tbody></table></div></div>
 <p class="soft">{{ report.setting }}{% for mark, verdict in legend %}
 <span class="mark {{ verdict }}">{{ mark }}</span> {{ verdict }}
@@ -81,6 +82,11 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 </html>
 """
 
+INTERVALS_DECIDE = (
+    "Confirmed: every comparison that the claim consists of has its whole 95% interval on the claimed side; refuted: one lies "
+    "wholly on the other side; undecided otherwise. Comparisons are not corrected for their number."
+)
+
 
 @dataclass
 class Report:
@@ -93,6 +99,7 @@ class Report:
         pictures: what was made beside what it is compared with; one, two where they belong together.
         verdicts: each with the item of the thesis that makes the claim, such as "Figure 2.5: adaLN-Zero is the best design".
         sections: the experiments.
+        rule: how verdicts follow from the evidence.
         command: what a reader types to make this page.
         facts: settings, versions, times: rows of name and value.
     """
@@ -105,21 +112,18 @@ class Report:
     command: str
     facts: Table
     sections: list[Section] = field(default_factory=list)
+    rule: str = INTERVALS_DECIDE
 
     @property
     def evidence(self) -> Table:
         """Every measured quantity behind the verdicts."""
         rows = [
-            (name, MARKS[verdict.verdict], each.what, each.ours, each.beside, each.thesis)
+            (name, MARKS[each.verdict or verdict.verdict], each.what, each.ours, each.against, each.thesis)
             for verdict, name in self.verdicts
             for each in verdict.evidence
         ]
         rows += [(name, MARKS[v.verdict], v.why, "", "", "") for v, name in self.verdicts if v.why]
-        caption = (
-            "A verdict speaks of this size alone, never of the thesis's. Confirmed: every comparison that the claim consists of "
-            "has its whole 95% interval on the claimed side; refuted: one lies wholly on the other side; undecided otherwise. "
-            "Comparisons are not corrected for their number."
-        )
+        caption = f"A verdict speaks of this size alone, never of the thesis's. {self.rule}"
         return Table(("claim", "", "quantity", "ours", "against", "thesis"), rows, caption)
 
     def html(self) -> str:

@@ -7,6 +7,7 @@ with. `run` does the rest, the same for every chapter.
 import json
 import math
 import os
+import re
 import shlex
 import time
 from abc import abstractmethod
@@ -24,18 +25,22 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import Unit, default_workers, on_gpu, run_all
 
 from triptych_thesis.study.claims import Claim, load_claims
-from triptych_thesis.study.experiment import Experiment, Picture
-from triptych_thesis.study.report import Report, facts_table, publish
+from triptych_thesis.study.experiment import Experiment, Picture, discover
+from triptych_thesis.study.report import INTERVALS_DECIDE, Report, facts_table, publish
 from triptych_thesis.study.verdicts import Verdict, merged
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a report's first screen says: title, the sentence to take away, one picture (two that belong together)."""
+    """What a report's first screen says: title, the sentence to take away, one picture (two that belong together).
+
+    rule: how the verdicts follow from the evidence.
+    """
 
     title: str
     headline: str
     pictures: Sequence[Picture]
+    rule: str = INTERVALS_DECIDE
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Study(CommonOptions):
 
     chapter: ClassVar[int]
     sizes: ClassVar[Mapping[str, Any]]
-    experiments: ClassVar[Mapping[str, Experiment]]
+    package: ClassVar[str]  # of the experiments' modules, such as "triptych_thesis.chapter2.experiments"
     results_folder: ClassVar[str] = "experiments"
 
     out: Path = Path("runs/study")
@@ -71,7 +76,13 @@ class Study(CommonOptions):
 
     @property
     def folder(self) -> Path:
+        """Where everything of this size lies."""
         return self.out / self.size
+
+    @property
+    def experiments(self) -> Mapping[str, Experiment]:
+        """The chapter's experiments by name. They are imported on the first use, and torch with them."""
+        return discover(self.package)
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -88,6 +99,10 @@ class Study(CommonOptions):
     def result_path(self, name: str) -> Path:
         """Where the result of an experiment lies."""
         return self.folder / self.results_folder / f"{name}.json"
+
+    def figure(self, title: str, caption: str, *, pixels: bool = False) -> Picture:
+        """A figure that `measure` wrote, for the report. Raises OSError where it is missing."""
+        return Picture((self.folder / "figures" / f"{title}.png").read_bytes(), caption, pixels)
 
     @abstractmethod
     def context(self) -> Any:
@@ -208,11 +223,15 @@ def measure(study: Study, context: Any, experiment: Experiment) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `measure` wrote. Raises ValueError for a damaged file."""
+    """What `measure` wrote: {"made": {"command", "commit"}, "result"}; earlier versions had the result at the top.
+
+    Raises ValueError for a damaged file.
+    """
     try:
         content = json.loads(path.read_text())
-        return {"made": {"command": "unknown", "commit": "unknown"}, **content, "result": content["result"]}
-    except (ValueError, KeyError, TypeError) as error:
+        made = content.pop("made", None) or {name: content.get(name, "unknown") for name in ("command", "commit")}
+        return {"made": made, "result": content.get("result", content)}
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, expected JSON with a result; delete it and repeat the command") from error
 
 
@@ -231,14 +250,21 @@ def assemble(study: Study, context: Any, seconds: Mapping[str, float]) -> dict[s
     """The content of results.json: every experiment that the folder has, its verdicts, and what was run."""
     kept = {name: read_result(study.result_path(name)) for name in study.offered if study.result_path(name).exists()}
     experiments = {name: each["result"] for name, each in kept.items()}
-    verdicts = merged(v for name, result in experiments.items() for v in study.experiments[name].verdicts(result))
+    commands: dict[str, list[str]] = {}
+    for name, verdict in _verdicts(study, experiments):
+        commands.setdefault(verdict.claim, []).append(kept[name]["made"]["command"])
     return {
         "chapter": study.chapter,
         "size": study.size,
         "seed": study.seed,
         "claims": {
-            claim: {"verdict": each.verdict, "size": study.size, "interval": each.measured, "command": study.command}
-            for claim, each in verdicts.items()
+            claim: {
+                "verdict": each.verdict,
+                "size": study.size,
+                "interval": each.measured,
+                "command": "; ".join(dict.fromkeys(commands[claim])),
+            }
+            for claim, each in in_order(merged(v for _, v in _verdicts(study, experiments)), {}).items()
         },
         "experiments": experiments,
         "made": {name: each["made"] for name, each in kept.items()},
@@ -246,6 +272,11 @@ def assemble(study: Study, context: Any, seconds: Mapping[str, float]) -> dict[s
         "seconds": dict(seconds),
         **provenance(),
     }
+
+
+def _verdicts(study: Study, experiments: Mapping[str, Any]) -> list[tuple[str, Verdict]]:
+    """The verdicts of every experiment, each with the experiment's name."""
+    return [(name, each) for name, result in experiments.items() for each in study.experiments[name].verdicts(result)]
 
 
 def write_report(study: Study, results: Mapping[str, Any]) -> None:
@@ -261,12 +292,9 @@ def write_report(study: Study, results: Mapping[str, Any]) -> None:
         setting += (
             " A smoke run checks that everything works; scores of barely trained models say nothing about quality."
         )
-    verdicts = merged(
-        v for name, result in results["experiments"].items() for v in study.experiments[name].verdicts(result)
-    )
-    facts = {
-        name: results[name] for name in results if name not in ("experiments", "claims", "chapter", "size", "seed")
-    }
+    verdicts = merged(verdict for _, verdict in _verdicts(study, results["experiments"]))
+    left_out = ("experiments", "claims", "chapter", "size", "seed", "made")
+    facts = {name: value for name, value in results.items() if name not in left_out}
     report = Report(
         title=opening.title,
         headline=opening.headline,
@@ -274,16 +302,29 @@ def write_report(study: Study, results: Mapping[str, Any]) -> None:
         pictures=opening.pictures,
         verdicts=[(each, title_of(claim, ledger)) for claim, each in in_order(verdicts, ledger).items()],
         command=f"make reproduce-ch{study.chapter} SIZE={study.size}\n{study.command}",
-        facts=facts_table(facts),
+        facts=facts_table({**origins(results["made"]), **facts}),
         sections=[study.experiments[name].section(study, result) for name, result in results["experiments"].items()],
     )
     report.write(study.folder / "report.html")
 
 
+def origins(made: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What made the experiments' results, one entry for each command and commit, naming the experiments."""
+    names: dict[str, list[str]] = {}
+    for name, each in made.items():
+        names.setdefault(f"{each['command']} at commit {each['commit']}", []).append(name)
+    return {f"results of {', '.join(several)}": origin for origin, several in names.items()}
+
+
 def in_order(verdicts: Mapping[str, Verdict], ledger: Mapping[str, Claim]) -> dict[str, Verdict]:
-    """Verdicts as the ledger orders its claims, others last."""
+    """Verdicts as the ledger orders its claims, others last, Figure 2.2 before 2.10."""
     place = {claim: i for i, claim in enumerate(ledger)}
-    return dict(sorted(verdicts.items(), key=lambda item: place.get(item[0], len(place))))
+
+    def key(claim: str) -> tuple[int, list[str | int]]:
+        parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", claim)]
+        return place.get(claim, len(place)), parts
+
+    return dict(sorted(verdicts.items(), key=lambda item: key(item[0])))
 
 
 def title_of(claim: str, ledger: Mapping[str, Claim]) -> str:
@@ -294,5 +335,5 @@ def title_of(claim: str, ledger: Mapping[str, Claim]) -> str:
 def closing(results: Mapping[str, Any], written: Sequence[Path]) -> list[str]:
     """The last lines on the console: verdicts counted, files written."""
     counts = Counter(each["verdict"] for each in results["claims"].values())
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "no claims decided"
-    return [f"claims: {told}", *(f"wrote {path} (size {results['size']})" for path in written)]
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "none decided"
+    return [f"claims of the thesis: {summary}", *(f"wrote {path} (size {results['size']})" for path in written)]

@@ -1,10 +1,11 @@
 """Verdicts on the thesis's claims, in one vocabulary for every chapter."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from triptych_common.metrics.bootstrap import Estimate
+if TYPE_CHECKING:
+    from triptych_common.metrics.bootstrap import Estimate
 
 from triptych_thesis.study.estimates import apart
 
@@ -22,18 +23,27 @@ class Evidence:
         what: the quantity, with its unit or direction, such as "R² over 20 prompts".
         ours: the value with its interval, formatted, such as "0.93 [0.92, 0.94]".
         thesis: the thesis's own value, "" where it has none.
-        beside: what the value is compared with, formatted, "" for nothing.
+        beside: what the value is compared with, formatted, "" for nothing; the strongest where there are several.
+        others: what it is compared with besides, formatted.
+        verdict: the verdict on this quantity alone, "" where the verdict on the whole claim is all there is.
     """
 
     what: str
     ours: str
     thesis: str = ""
     beside: str = ""
+    others: Sequence[str] = ()
+    verdict: str = ""
+
+    @property
+    def against(self) -> str:
+        """Everything that the value is compared with."""
+        return ", ".join([*[self.beside] * bool(self.beside), *self.others])
 
     @property
     def line(self) -> str:
         """The quantity on one line, for the ledger."""
-        return f"{self.what}: {self.ours}" + (f" against {self.beside}" if self.beside else "")
+        return f"{self.what}: {self.ours}" + (f" against {self.against}" if self.against else "")
 
 
 @dataclass(frozen=True)
@@ -45,16 +55,25 @@ class Verdict:
         verdict: one of `VERDICTS`.
         evidence: the quantities it rests on, the most telling one first.
         why: a few words where the evidence does not explain the verdict by itself.
+        aims: 0, or how many aims stand together for a claim that no number measures, such as a picture; this is one of them.
+        parts: how many experiments must speak of the claim before it is decided.
     """
 
     claim: str
     verdict: str
     evidence: Sequence[Evidence] = field(default_factory=tuple)
     why: str = ""
+    aims: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
             raise ValueError(f"claim {self.claim}: verdict {self.verdict!r}, expected one of {', '.join(VERDICTS)}")
+
+    @property
+    def shown(self) -> Sequence[Evidence]:
+        """What a first screen has room for: the quantities with a verdict of their own, or the most telling one."""
+        return [each for each in self.evidence if each.verdict] or self.evidence[:1]
 
     @property
     def measured(self) -> str:
@@ -62,9 +81,9 @@ class Verdict:
         return "; ".join([*(each.line for each in self.evidence), *[self.why] * bool(self.why)])
 
 
-def sign(difference: Estimate | Mapping[str, Any]) -> str:
+def sign(difference: "Estimate | Mapping[str, Any]") -> str:
     """The verdict on "this difference is positive": the whole interval must lie on one side of zero."""
-    low, high = difference[1:] if isinstance(difference, Estimate) else (difference["low"], difference["high"])
+    low, high = (difference["low"], difference["high"]) if isinstance(difference, Mapping) else difference[1:]
     if low is None or high is None:
         return UNDECIDED
     return CONFIRMED if low > 0 else REFUTED if high < 0 else UNDECIDED
@@ -88,16 +107,23 @@ def overall(verdicts: Iterable[str]) -> str:
 
 
 def merged(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
-    """One verdict a claim, by id: where several experiments speak of a claim, their overall verdict and all evidence."""
+    """One verdict a claim, by id, with the evidence of all.
+
+    Comparisons that a claim consists of have their `overall` verdict. Aims that stand for a claim confirm it where all are
+    reached and refute it where none is; otherwise, or where some were not measured, the claim is undecided. A claim of several
+    parts is left out until all of them have been measured.
+    """
     by_claim: dict[str, list[Verdict]] = {}
     for each in verdicts:
         by_claim.setdefault(each.claim, []).append(each)
-    return {
-        claim: Verdict(
-            claim,
-            overall(each.verdict for each in several),
-            [evidence for each in several for evidence in each.evidence],
-            "; ".join(each.why for each in several if each.why),
-        )
-        for claim, several in by_claim.items()
-    }
+    return {claim: _merged(claim, several) for claim, several in by_claim.items() if len(several) >= several[0].parts}
+
+
+def _merged(claim: str, several: Sequence[Verdict]) -> Verdict:
+    verdicts, aims = [each.verdict for each in several], several[0].aims
+    evidence = [replace(each, verdict=part.verdict) if aims else each for part in several for each in part.evidence]
+    why = "; ".join(each.why for each in several if each.why)
+    if not aims:
+        return Verdict(claim, overall(verdicts), evidence, why)
+    agreed = len(verdicts) == aims and len(set(verdicts)) == 1
+    return Verdict(claim, verdicts[0] if agreed else UNDECIDED, evidence, why)

@@ -1,63 +1,35 @@
-"""What the figures share: colours that colour-blind readers can tell apart, axes without clutter, words for metrics."""
+"""How the figures of chapter 3 name and label the metrics of networks; the style itself is that of every chapter."""
 
-from collections.abc import Iterator, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jaxtyping import Float
+from triptych_thesis.study.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LINES,
+    MARKERS,
+    ORANGE,
+    PALE_BLUE,
+    PALETTE,
+    PINK,
+    SKY,
+    YELLOW,
+    distinct,
+    intervals,
+    legend,
+    numbers,
+    panels,
+    thousands,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = PALETTE = (
-    "#27548a", "#c2571a", "#0b8a6b", "#b8548f", "#c99a12", "#58a0d0", "#6b6b73",
-)  # fmt: skip
-PALE_BLUE = "#9db4cf"
-INK = "#1c1c1e"
-MARKERS = "os^DvPX"
-LINES = ("-", "--", ":", "-.")
-
-
-def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (7.2, 3.4)) -> tuple["Figure", list["Axes"]]:
-    """A figure and its axes, row by row, with a light grid and open to the top and right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for one in axes:
-        one.grid(alpha=0.25, which="both", linewidth=0.5)
-        one.set_axisbelow(True)
-        for side in ("top", "right"):
-            one.spines[side].set_visible(False)
-    return figure, axes
-
-
-def distinct(colors: Sequence[str] = PALETTE, lines: Sequence[str] = LINES) -> Iterator[dict[str, str]]:
-    """Colour, marker and line style of one curve after another: once the colours are used up the line style changes."""
-    markers = cycle(MARKERS)
-    for line in cycle(lines):
-        for color in colors:
-            yield {"color": color, "marker": next(markers), "linestyle": line}
-
-
-def legend(axes: "Axes", **options: Any) -> None:
-    axes.legend(**{"frameon": False, "fontsize": 8, **options})
-
-
-def numbers(values: Sequence[Any]) -> Float[np.ndarray, "*shape"]:
-    """Values read from JSON, NaN for None."""
-    return np.array(values, dtype=np.float64)
-
-
-def intervals(rows: Sequence[dict[str, Any]], value: str) -> Float[np.ndarray, "2 n"]:
-    """Distances from each row's value down to its "low" and up to its "high", 0 where it has none: matplotlib's error bars."""
-
-    def bound(row: dict[str, Any], key: str) -> float:
-        return abs(row[key] - row[value]) if row.get(key) is not None and row[value] is not None else 0.0
-
-    return np.array([[bound(row, key) for row in rows] for key in ("low", "high")])
+__all__ = [
+    "BLUE", "GREEN", "GREY", "INK", "LINES", "MARKERS", "ORANGE", "PALETTE", "PALE_BLUE", "PINK", "SKY", "YELLOW", "best_line",
+    "distinct", "intervals", "legend", "measure", "numbers", "panels", "shown", "thousands", "words",
+]  # fmt: skip
 
 
 def words(metric: str) -> str:
@@ -93,11 +65,3 @@ def best_line(axes: "Axes", value: float | int | None) -> None:
     """The best training checkpoint as a dashed line, where known."""
     if value is not None:
         axes.axhline(value, color=INK, linestyle="--", linewidth=1.2, label="best training checkpoint")
-
-
-def thousands(value: float | int, _: Any = None) -> str:
-    """1500 as 1.5k, 2000000 as 2M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"

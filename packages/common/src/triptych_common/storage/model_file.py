@@ -1,0 +1,75 @@
+"""Model files: one safetensors file with a network's weights, its config, and the facts of its training."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from triptych_common.storage import checkpoint
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class ModelFormat:
+    """A kind of model file: how to tell it from others, where a run keeps it, and what to do where there is none.
+
+    kinds: what the "kind" of such a file may be. file_name: its name in a run's folder. expected, mismatch, made, absent:
+    parts of messages, such as "a trained G.pt", "not a G.pt's model file", "triptych-gpt train --out FOLDER makes one" and,
+    for a folder without one, "no trained model; make one with triptych-gpt train --out {folder}".
+    """
+
+    kinds: tuple[str, ...]
+    file_name: str
+    expected: str
+    mismatch: str
+    made: str
+    absent: str
+
+    def write(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        *,
+        kind: str | None = None,
+    ) -> None:
+        """Write a model file, atomically; config and facts must be JSON-able. kind: by default the first of `kinds`.
+
+        Raises OSError, the old file intact, when the disk refuses.
+        """
+        checkpoint.write(path, tensors, {**facts, "kind": kind or self.kinds[0], "config": dict(config)})
+
+    def path(self, path: str | Path) -> Path:
+        """A model file itself, or the one in a run's folder. Raises FileNotFoundError where there is none."""
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder; expected {self.expected} ({self.made})")
+        if path.is_dir() and not (path / self.file_name).is_file():
+            raise FileNotFoundError(f"{path / self.file_name}: {self.absent.format(folder=path)}")
+        return path / self.file_name if path.is_dir() else path
+
+    def read(self, path: str | Path, build: Callable[[dict[str, Tensor], dict[str, Any]], Model]) -> Model:
+        """What `build` makes of the tensors, on the CPU, and facts ("kind" and "config" included) of a model file or run folder.
+
+        Raises FileNotFoundError where there is none; ValueError for a file that is damaged, of another kind, or such that
+        `build` fails on it.
+        """
+        path = self.path(path)
+        try:
+            tensors, facts = checkpoint.read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; expected {self.expected} ({self.made})") from error
+        if facts.get("kind") not in self.kinds:
+            other = facts.get("kind", "file of another kind")
+            raise ValueError(f"{path}: {self.mismatch} but a {other}; {self.made}")
+        try:
+            return build(tensors, facts)
+        except (LookupError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: made by another version of triptych, or its weights do not fit its own config "
+                f"({' '.join(str(error).split())[:200]}); make or fetch it again"
+            ) from error

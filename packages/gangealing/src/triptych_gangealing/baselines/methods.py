@@ -1,0 +1,35 @@
+"""Ways to align images, each behind one call and by its name: baselines beside which a learned alignment is scored."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import UInt8
+from torch import Tensor
+from triptych_common.images import from_uint8
+
+from triptych_gangealing.aligner import Aligner, Alignment
+from triptych_gangealing.baselines.congealing import Congealing
+from triptych_gangealing.baselines.moments import moments
+from triptych_gangealing.warp import Warp
+
+Images = UInt8[Tensor, "n 3 height width"]
+Method = Callable[[Images], Alignment]
+
+
+def baselines(training: UInt8[Tensor, "m 3 size size"]) -> dict[str, Method]:
+    """What a learned alignment must beat: no alignment, moments, moments kept upright, and classical Congealing.
+
+    training: the stack that Congealing is fitted to; the others learn nothing.
+    """
+    congealing = Congealing.fit(training)
+    return {
+        "none": lambda images: Alignment.of_warp(Warp.identity(len(images))),
+        "moments": lambda images: Alignment.of_warp(moments(images)),
+        "moments, upright": lambda images: Alignment.of_warp(moments(images, resolve="upright")),
+        "Congealing": lambda images: Alignment.of_warp(congealing.align(images)),
+    }
+
+
+def learned(aligner: Aligner, **options: Any) -> Method:
+    """A trained aligner as a method; options are those of `Aligner.align`, such as iterations and flips."""
+    return lambda images: aligner.align(from_uint8(images), **options)

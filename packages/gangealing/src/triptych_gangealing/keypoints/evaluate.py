@@ -1,0 +1,119 @@
+"""PCK of an aligner on pairs of images whose correspondences are known, beside baselines: `triptych-gangealing pck`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.storage.atomic import write_json
+
+from triptych_gangealing.align_config import Flips, open_aligner
+from triptych_gangealing.baselines.methods import Method, baselines, learned
+from triptych_gangealing.correspondence import between
+from triptych_gangealing.keypoints.pck import BOX, IMAGE, PER_POINT, PckTable, box_size, pck
+from triptych_gangealing.keypoints.synthetic import Pairs, pairs, posed_digits
+
+OURS = "GANgealing"
+FITTED = 400  # training images that classical Congealing is fitted to
+Data = Literal["mnist5k", "mnist"]
+
+
+@dataclass(frozen=True)
+class PckConfig(CommonOptions):
+    """Score an aligner by PCK on pairs of held-out coloured digits whose correspondences are known, beside baselines."""
+
+    out: Path = Path("runs/pck")
+    """where to write pck.json"""
+    aligner: Path | None = Path("runs/align-digits32")
+    """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
+    digit: int | None = 3
+    """digit to align; None: all"""
+    data: Data = "mnist5k"
+    """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
+    pairs: int = 300
+    """pairs of images for PCK"""
+    elastic_px: float = 2.5
+    """largest displacement between the two images of a pair but for their jitters, in pixels of a 28-pixel digit"""
+    grey: bool = False
+    """plain white digits on black instead of coloured ones, where the baselines are strong"""
+    iterations: int | None = None
+    """times the aligner's similarity network looks; default: as in training"""
+    flips: Flips = "trained"
+    """mirror images whose flow is smoother then; trained: where the training did"""
+    baselines: Literal["all", "none"] = "all"
+    """score moments and classical Congealing too"""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "iterations"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.digit is not None and not 0 <= self.digit <= 9:
+            raise ValueError(f"digit {self.digit}: expected 0 to 9, or None for all")
+
+
+class PairScores(NamedTuple):
+    """Scores of one method on pairs."""
+
+    pck: PckTable
+    pairs_apart: int  # whose images fell into different clusters: their points are misses
+
+
+def score_pairs(method: Method, several: Pairs, *, seed: int = 0) -> PairScores:
+    """PCK of points that a method transfers from source to target images, by every protocol.
+
+    method: uint8 images to their `Alignment`. Points of a pair in two clusters cannot be transferred, and count as misses.
+    Intervals resample digits, each with all of its pairs.  [thesis 4.4.2]
+    """
+    source, target = method(several.source), method(several.target)
+    size = (several.source.shape[-1],) * 2
+    predicted = between(source.warp, target.warp, several.source_points, size, size).points
+    apart = source.cluster != target.cluster
+    predicted = predicted.masked_fill(apart[:, None, None], torch.nan)
+    sizes = {BOX: box_size(several.target_boxes), IMAGE: torch.full((len(several),), float(size[0]))}
+    digits = several.source_jitters.digit
+    table = pck(predicted, several.target_points, several.valid, sizes, seed=seed, groups=digits)
+    return PairScores(table, int(apart.sum()))
+
+
+def methods_of(config: PckConfig) -> tuple[dict[str, Method], dict[str, Any]]:
+    """The methods to score, by name, and the options with which the aligner looks at images.
+
+    Raises ValueError or OSError for a file that is no aligner.
+    """
+    methods: dict[str, Method] = {}
+    options: dict[str, Any] = {}
+    if config.aligner is not None:
+        aligner, options = open_aligner(config.aligner, config.device, config.iterations, config.flips)
+        methods[OURS] = learned(aligner, **options)
+    if config.baselines == "all":
+        training = posed_digits(FITTED, config.seed, config.digit, grey=config.grey, split="train", source=config.data)
+        methods = baselines(training.images) | methods
+    return methods, options
+
+
+def pairs_of(config: PckConfig) -> Pairs:
+    """The pairs to score on."""
+    return pairs(
+        config.pairs, config.seed, config.digit, elastic_px=config.elastic_px, grey=config.grey, source=config.data
+    )
+
+
+def write_scores(config: PckConfig, options: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    """Write scores and settings to pck.json; returns what the command reports."""
+    file = config.out / "pck.json"
+    settings = {**asdict(config), **options, "out": str(config.out), "aligner": str(config.aligner)}
+    write_json(file, {"config": settings, "scores": scores})
+    echo(f"scores: {file}")
+    return {"scores": scores, "file": str(file)}
+
+
+def evaluate(config: PckConfig) -> dict[str, Any]:
+    """Score every method and write pck.json. Raises ValueError or OSError for a file that is no aligner."""
+    methods, options = methods_of(config)
+    several, scores = pairs_of(config), {}
+    for name, method in methods.items():
+        table, apart = score_pairs(method, several, seed=config.seed)
+        echo(f"{name}: PCK@0.1 {table[BOX, PER_POINT, 0.1]}" + f", {apart} pairs apart" * (apart > 0))
+        scores[name] = {"pck": table.as_dict(), "pairs apart": apart}
+    return write_scores(config, options, scores)
