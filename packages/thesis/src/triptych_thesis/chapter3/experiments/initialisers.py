@@ -19,7 +19,7 @@ from triptych_gpt.tasks.task import Metric, Task
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, mean_estimate
-from triptych_thesis.study.experiment import Experiment, Picture, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import MARKERS, PALETTE, legend, numbers, panels
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, better, overall, sign
 
@@ -188,11 +188,16 @@ def verdicts(result: Result) -> list[Verdict]:
         change = _improvement(result["curves"][name], metric, last, direction)
         worse = better(after_one[result["known"]], after_one[name], direction)
         parts += [worse, sign(change) if change else UNDECIDED]
-        steps = [f"{interval(_at(result['curves'][name], metric, i), '.3f')} {when}"
-                 for i, when in ((last, f"after {last}"), (0, "before any (the identity)"))]  # fmt: skip
+        known, later, start = (
+            f"{interval(estimate, '.3f')} {when}"
+            for estimate, when in (
+                (after_one[result["known"]], "from the zoo's own initialiser"),
+                (_at(result["curves"][name], metric, last), f"after {last}"),
+                (_at(result["curves"][name], metric, 0), "before any (the identity)"),
+            )
+        )
         what = f"{named(metric)} after one update from {named(name)}"
-        beside = f"{interval(after_one[result['known']], '.3f')} from the zoo's own; {', '.join(steps)}"
-        evidence.append(Evidence(what, interval(after_one[name], ".3f"), beside=beside))
+        evidence.append(Evidence(what, interval(after_one[name], ".3f"), "", known, [later, start]))
     if not parts:
         return [Verdict(CLAIM, UNDECIDED, evidence, "the task has no other initialiser")]
     return [Verdict(CLAIM, overall(parts), evidence)]
@@ -271,10 +276,11 @@ def section(study: "Chapter3", result: Result) -> Section:
         f"{named(result['metric'])} {result['prompt']:.3g} every time. Updates needed: until the mean is within "
         f"{result['within']:.0%} of the zoo's own initialiser's after one. Rejected: updates that were not finite."
     )
-    captions = [f"{named(metric)}: mean and standard error over networks".capitalize() for metric in _drawn(result)]
+    pictures = [study.figure(f"fig-3.6-{metric}", f"{named(metric)}: mean and standard error over networks".capitalize())
+                for metric in _drawn(result)]  # fmt: skip
     return Section(
         "Other initialisers, update after update (Figure 3.6)",
-        [Picture(png, caption) for png, caption in zip(figures(result).values(), captions, strict=True)],
+        pictures,
         [Table(("initialiser", *columns, "updates needed", "rejected"), rows, caption, folded=True)],
         note="The zoo has networks of one initialiser; the others are new to the model. Each network is prompted again and again, "
         "every time from its last result and the metric that this has.",

@@ -13,7 +13,7 @@ from triptych_thesis.chapter3.context import Context, mean_over_networks
 from triptych_thesis.chapter3.hand_designed import optimise, optimizers_for
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number
-from triptych_thesis.study.experiment import Experiment, Picture, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import GREY, INK, intervals, numbers, panels
 from triptych_thesis.study.verdicts import NOT_RUN, UNDECIDED, Evidence, Verdict, better, overall
 
@@ -81,11 +81,10 @@ def verdicts(result: Result) -> list[Verdict]:
         for method in data["methods"]:
             if method["kind"] == "optimiser":
                 parts.append(UNDECIDED if ours["non_finite"] else better(ours, method, data["better"]))
-        beside = f"{best['name']}, the best optimiser's one step: {interval(best, '.3f', 'mean')}" if best else ""
+        beside = f"{interval(best, '.3f', 'mean')} of {best['name']}, the best optimiser's one step" if best else ""
+        others = [f"{interval(m, '.3f', 'mean')} of {m['name']}" for m in data["methods"] if m["kind"] == "baseline"]
         what = f"{named(metric)} after one update, mean of {result['networks']} unseen networks"
-        evidence.append(Evidence(what, interval(ours, ".3f", "mean"), IN_THESIS.get(metric, ""), beside))
-        fakes = ", ".join(f"{m['name']} {number(m['mean'])}" for m in data["methods"] if m["kind"] == "baseline")
-        evidence.append(Evidence(f"{named(metric)} of updates that learn nothing", fakes))
+        evidence.append(Evidence(what, interval(ours, ".3f", "mean"), IN_THESIS.get(metric, ""), beside, others))
     if not parts:
         return [Verdict(CLAIM, NOT_RUN, evidence, "the task is not supervised: no optimiser is compared")]
     return [Verdict(CLAIM, overall(parts), evidence)]
@@ -141,8 +140,7 @@ def section(study: "Chapter3", result: Result) -> Section:
     )
     return Section(
         "One update (Figure 3.3)",
-        [Picture(png, f"{named(metric)} after one update or one step".capitalize())
-         for metric, png in zip(metrics, figures(result).values(), strict=True)],
+        [study.figure(f"fig-3.3-{metric}", f"{named(metric)} after one update or one step".capitalize()) for metric in metrics],
         [Table(("", *(named(metric) for metric in metrics)), rows, caption, folded=True)],
         note="Every optimiser is tuned over three learning rates and three weight decays on validation networks, for each metric "
         "by itself. Retrieval copies the training checkpoint nearest in metric; the means are those of all training runs' final "

@@ -12,7 +12,7 @@ from triptych_thesis.chapter3.context import Context, mean_over_networks
 from triptych_thesis.chapter3.hand_designed import optimise, optimizers_for, spaced_steps
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number, quantile
-from triptych_thesis.study.experiment import Experiment, Picture, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import BLUE, PALETTE, distinct, legend, numbers, panels, thousands
 from triptych_thesis.study.verdicts import CONFIRMED, NOT_RUN, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
@@ -65,18 +65,12 @@ def verdicts(result: Result) -> list[Verdict]:
     level, curves = result["one_step"], {curve["optimizer"]: curve for curve in result["curves"]}
     metric = named(result["metric"])
     evidence = [
-        Evidence(f"steps until {name} equals one update in {metric}", _reach(curve, result), "thousands"
-                 if name in CLAIMED else "")
-        for name, curve in curves.items()
-    ]  # fmt: skip
-    evidence.sort(key=lambda each: not each.thesis)
-    evidence.append(
-        Evidence(
-            f"{metric} of one update", interval(level, ".3f", "mean"),
-            beside=f"{number(result['start'])} before it (the identity), {number(result['trained_best'])} of the best training "
-            "checkpoint (retrieval)",
-        )
-    )  # fmt: skip
+        Evidence(f"steps until {name} equals one update in {metric}", _reach(curve, result), "thousands" * (name in CLAIMED))
+        for name, curve in sorted(curves.items(), key=lambda item: item[0] not in CLAIMED)
+    ]
+    others = [f"{number(result['trained_best'])} of the best training checkpoint (retrieval)"]
+    before = f"{number(result['start'])} before it (the identity)"
+    evidence.append(Evidence(f"{metric} of one update", interval(level, ".3f", "mean"), "", before, others))
     if not curves:
         return [Verdict(CLAIM, NOT_RUN, evidence, "the task is not supervised: no optimiser is compared")]
     if level["mean"] is None or level["non_finite"]:
@@ -165,7 +159,7 @@ def section(study: "Chapter3", result: Result) -> Section:
     header = ("optimiser", "steps to equal one update", f"{named(result['metric'])} after {result['budget']:,}", "learning rate")
     return Section(
         "Optimisers over many steps (Figure 3.4)",
-        [Picture(figures(result)["fig-3.4"], "Nine tuned optimisers, and the level of one update of G.pt")],
+        [study.figure("fig-3.4", "Nine tuned optimisers, and the level of one update of G.pt")],
         [Table(header, rows, caption, folded=True)] if rows else [],
         note="Every optimiser runs at a constant rate. At each step the point of the thesis's 3x3 grid is shown that is best after "
         "exactly so many steps on validation networks, which favours the optimiser.",

@@ -10,7 +10,7 @@ from triptych_gpt.evaluation.trial import MODEL, alignment_beside_baselines
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, mean_estimate, number
-from triptych_thesis.study.experiment import Experiment, Picture, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall, sign
 
 if TYPE_CHECKING:
@@ -46,12 +46,11 @@ def verdicts(result: Result) -> list[Verdict]:
     if gain is not None and gain.low is not None and gain.high is not None:
         little = CONFIRMED if gain.high < LITTLE else REFUTED if gain.low > LITTLE else UNDECIDED
     what = f"R² of {named(ours['metric'])} over the prompts that training checkpoints reach, {ours['networks']} unseen networks"
-    retrieval = f"copying training checkpoints (retrieval): {interval(alignment['retrieval']['r2_reachable'], '.3f')}"
-    fakes = ", ".join(f"{name} {interval(one['r2'], '.2f')}" for name, one in alignment.items() if name != MODEL)
+    beside = [f"{interval(one['r2_reachable'], '.3f')} of {name}" for name, one in alignment.items() if name != MODEL]
     evidence = [
-        Evidence(what, interval(ours["r2_reachable"], ".3f"), beside=retrieval),
-        Evidence("share gained of what is asked beyond the best training checkpoint", interval(gain, ".2f"), beside="0.5"),
-        Evidence("R² over all prompts", interval(ours["r2"], ".3f"), "drawn in Figure 3.7 only", fakes),
+        Evidence(what, interval(ours["r2_reachable"], ".3f"), "", beside[0], beside[1:]),
+        Evidence("share gained of what is asked beyond the best training checkpoint", interval(gain, ".2f"), "", "0.5"),
+        Evidence("R² over all prompts", interval(ours["r2"], ".3f"), "drawn in Figure 3.7 only"),
     ]
     return [Verdict(CLAIM, overall([follow, little]), evidence)]
 

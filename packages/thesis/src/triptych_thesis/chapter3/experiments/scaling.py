@@ -16,9 +16,10 @@ from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import SamplerSettings, load
 from triptych_gpt.zoo.zoo import Zoo
 
-from triptych_thesis.chapter3.context import Amounts, Context
+from triptych_thesis.chapter3.context import Context
+from triptych_thesis.chapter3.sizes import Amounts
 from triptych_thesis.study.estimates import interval
-from triptych_thesis.study.experiment import Experiment, Picture, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import BLUE, ORANGE, intervals, legend, panels, thousands
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
@@ -30,52 +31,6 @@ if TYPE_CHECKING:
 CLAIM = "gpt.fig-3.7"
 PANELS = (("parameters of G.pt", "width", "parameters"), ("training runs", "runs", "training_runs"))
 FLAT_FROM = 25_000  # training runs of 200 checkpoints: the thesis's 5 million checkpoints
-
-
-@dataclass(frozen=True)
-class Variants:
-    """Which variants of a training run to compare, each trained on `total_pairs` pairs of checkpoints."""
-
-    total_pairs: int
-    widths: tuple[int, ...]
-    runs: tuple[int, ...]
-    chunk_size: int
-
-    def configs(self, base: GptTrainConfig, checkpoints: int) -> dict[str, dict[str, GptTrainConfig]]:
-        """Configurations by comparison and variant; one that several comparisons have is trained once.
-
-        All but the tokenizers are compared with neuron tokens and stratified pairs, whatever `base` has, and layer tokens with
-        its learning rate: none is tuned for itself.
-
-        Args:
-            base: how the chapter's model is trained.
-            checkpoints: how many each training run of the zoo has.
-        """
-        warmup = min(base.warmup_pairs, self.total_pairs // 10)
-        base = replace(
-            base, total_pairs=self.total_pairs, warmup_pairs=warmup, tokenizer="neuron", chunk_size=None, pairs="stratified"
-        )  # fmt: skip
-        layer = replace(base, tokenizer="layer")
-        return {
-            "width": {str(w): replace(base, width=w, num_heads=max(1, w // 64)) for w in self.widths},
-            "runs": {str(n): replace(base, runs=n) for n in self.runs},
-            "tokenizers": {
-                "neuron": base,
-                "layer": layer,
-                "chunk": replace(base, tokenizer="chunk", chunk_size=self.chunk_size),
-            },
-            "augmentation": {"layer, augmented": layer, "layer, not augmented": replace(layer, augment="off")},
-            "canonicalised zoo": {
-                "layer, augmented": layer,
-                "layer, canonicalised": replace(layer, augment="off", canonicalise=True),
-            },
-            "checkpoints": {f"{checkpoints} a run": base, "first and last only": replace(base, pairs="ends")},
-            "pairs": {
-                "stratified": base,
-                "thesis": replace(base, pairs="thesis"),
-                "released": replace(base, pairs="released"),
-            },
-        }
 
 
 @dataclass(frozen=True)
@@ -215,11 +170,9 @@ def verdicts(result: Result) -> list[Verdict]:
     for panel in result["panels"]:
         first, last = panel["points"][0], panel["points"][-1]
         what = f"R² on unseen runs with {last['x']:,} {panel['label']}"
-        beside = (
-            f"{interval(first, '.3f', 'r2')} with {first['x']:,}; on its training runs "
-            f"{interval(panel['train'][-1], '.3f', 'r2')}; the identity -2.7"
-        )
-        evidence.append(Evidence(what, interval(last, ".3f", "r2"), "random G.pt about -2.7, at best 1", beside))
+        beside = f"{interval(first, '.3f', 'r2')} with {first['x']:,}"
+        others = [f"{interval(panel['train'][-1], '.3f', 'r2')} on its training runs", "-2.7 of the identity"]
+        evidence.append(Evidence(what, interval(last, ".3f", "r2"), "random G.pt about -2.7, at best 1", beside, others))
     why = "" if len(large) > 1 else f"flattening beyond {FLAT_FROM:,} training runs was not put to the test"
     return [Verdict(CLAIM, overall([_rises(size), _rises(rising), flat]), evidence, why)]
 
@@ -279,7 +232,7 @@ def section(study: "Chapter3", result: Result) -> Section:
     )  # fmt: skip
     return Section(
         "Scaling and ablations (Figure 3.7)",
-        [Picture(figures(result)["fig-3.7"], "Prompt alignment on unseen and on training runs")],
+        [study.figure("fig-3.7", "Prompt alignment on unseen and on training runs")],
         [Table(header, rows, f"Every variant is trained alike, on {pairs:,} pairs.")],
     )
 
