@@ -13,8 +13,7 @@ from triptych_common.samplers import ddim, final, guided
 from triptych_dit import PRESETS, DiT, DiTConfig, from_diffusers, to_diffusers
 from triptych_dit.autoencoder.model import Autoencoder
 from triptych_dit.interop import diffusers_transformer, load_any, use_released_timesteps
-from triptych_dit.interop.diffusers_state import renamed, translated
-from triptych_dit.interop.label_tables import padded_table, pipeline_label, unpadded_table
+from triptych_dit.interop.diffusers import padded_table, pipeline_label, renamed, translated, unpadded_table
 from triptych_dit.weights import make_diffusion
 
 diffusers = pytest.importorskip("diffusers")

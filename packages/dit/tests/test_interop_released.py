@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from triptych_dit import PRESETS, DiT, DiTConfig, load_released
-from triptych_dit.interop import export_released, load_any, published, released
+from triptych_dit.interop import export_released, load_any, released
 from triptych_dit.weights import save_model
 
 WIDTH, DEPTH, CLASSES = 384, 2, 7
@@ -266,8 +266,8 @@ def offered(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/x.pt"
-        entry = published.Published("x.pt", url, SMALL, len(content), hashlib.sha256(content).hexdigest())
-        monkeypatch.setitem(published.PUBLISHED, "DiT-X", entry)
+        entry = released.Published("x.pt", url, SMALL, len(content), hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(released.PUBLISHED, "DiT-X", entry)
         yield entry
         server.shutdown()
 
@@ -292,10 +292,10 @@ def test_a_published_name_is_fetched_once_resumed_and_checked(offered, tmp_path)
 
 
 def test_a_file_without_published_size_must_at_least_hold_the_weights(offered, tmp_path, monkeypatch):
-    monkeypatch.setitem(published.PUBLISHED, "DiT-X", offered._replace(size=None, sha256=None))
+    monkeypatch.setitem(released.PUBLISHED, "DiT-X", offered._replace(size=None, sha256=None))
     assert load_released("DiT-X").config == SMALL
     monkeypatch.setitem(
-        published.PUBLISHED, "DiT-X", offered._replace(size=None, sha256=None, config=replace(SMALL, depth=3))
+        released.PUBLISHED, "DiT-X", offered._replace(size=None, sha256=None, config=replace(SMALL, depth=3))
     )
     with pytest.raises(ValueError, match="bytes, expected 34,200,704"):
         load_released("DiT-X")
@@ -303,8 +303,8 @@ def test_a_file_without_published_size_must_at_least_hold_the_weights(offered, t
 
 def test_offline_says_where_to_fetch_and_where_to_put(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIPTYCH_DATA", str(tmp_path))
-    entry = published.PUBLISHED["DiT-XL/2@512"]._replace(url="http://127.0.0.1:9/DiT-XL-2-512x512.pt")
-    monkeypatch.setitem(published.PUBLISHED, "DiT-XL/2@512", entry)
+    entry = released.PUBLISHED["DiT-XL/2@512"]._replace(url="http://127.0.0.1:9/DiT-XL-2-512x512.pt")
+    monkeypatch.setitem(released.PUBLISHED, "DiT-XL/2@512", entry)
     with pytest.raises(FileNotFoundError) as refused:
         load_released("DiT-XL/2@512")
     message = str(refused.value)

@@ -10,6 +10,7 @@ from sklearn.metrics import r2_score
 from torch import nn
 from triptych_common.randomness import normal
 from triptych_gpt.evaluation.alignment import alignment_of, prompt_alignment, r_squared
+from triptych_gpt.evaluation.prompts import with_prompts
 from triptych_gpt.evaluation.sweep import Sweep, prompt_sweep, swept, trained_best
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task
@@ -254,3 +255,11 @@ def test_alignment_reads_a_sweep_made_by_hand():
     achieved = torch.tensor([[0.5, 1.0, 1.5]], dtype=torch.float64)
     sweep = Sweep("size", "lower", prompts, {"size": achieved}, {"size": torch.tensor([2.0]).double()}, {})
     assert alignment_of(sweep).r2.value == pytest.approx(1 - 0.5 / 2)
+
+
+def test_a_metrics_own_prompts_are_kept():
+    own, none = Metric("loss", "lower", Prompts(0.1, 0.2, 0.9)), Metric("error", "lower")
+    assert with_prompts("loss", (own, none), 0.5) is own
+    assert with_prompts("error", (own, none), 0.5).prompts == Prompts(0.5, 0.5, 1.0)
+    with pytest.raises(ValueError, match="metric 'return': the task scores loss, error"):
+        with_prompts("return", (own, none), 0.5)

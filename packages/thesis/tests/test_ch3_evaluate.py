@@ -1,4 +1,4 @@
-"""`triptych-gpt evaluate` and `audit` of a model of a few steps: what they write, that they resume, and what they refuse."""
+"""`triptych figures` of a model of a few steps: what it writes, that it resumes, and what it refuses."""
 
 import contextlib
 import io
@@ -11,12 +11,13 @@ import torch
 from triptych_common import testing
 from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_here, strict_json
-from triptych_gpt import SamplerSettings, Zoo, cli, load
+from triptych_gpt import SamplerSettings, Zoo, load
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import FILE_NAME, write_model
 from triptych_gpt.zoo.collect import collect
 from triptych_gpt.zoo.collect_config import CollectConfig
+from triptych_thesis import cli
 from triptych_thesis.chapter3.suite import SUITE
 
 pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
@@ -55,7 +56,7 @@ def place(tmp_path_factory) -> Path:
 def evaluated(place) -> Path:
     """Every experiment, by the command in a process of its own."""
     options = ["--model", "gpt", "--zoo", "zoo", "--out", "all", *FEW, "--json"]
-    done = run_cli("triptych_gpt.cli", "evaluate", *options, cwd=place)
+    done = run_cli("triptych_thesis.cli", "figures", *options, cwd=place)
     assert done.returncode == 0, done.stderr
     told = strict_json(done.stdout)["findings"]
     assert any(line.startswith("Prompt alignment: R^2 ") for line in told)
@@ -64,7 +65,7 @@ def evaluated(place) -> Path:
 
 
 def evaluate(place: Path, out: Path, *options: object) -> subprocess.CompletedProcess:
-    return command("evaluate", "--model", place / "gpt", "--zoo", place / "zoo", "--out", out, *FEW, *options)
+    return command("figures", "--model", place / "gpt", "--zoo", place / "zoo", "--out", out, *FEW, *options)
 
 
 def test_every_experiment_leaves_strict_json_and_its_figures(evaluated):
@@ -121,53 +122,21 @@ def test_another_models_results_are_not_taken_for_this_ones(place, tmp_path):
     tensors, facts = checkpoint.read(place / "gpt" / FILE_NAME)
     spoiled = {name: value * 1.01 for name, value in tensors.items()}
     write_model(other / FILE_NAME, load(place / "gpt").model.config, spoiled, facts)
-    done = command("evaluate", "--model", other, "--zoo", place / "zoo", "--out", tmp_path / "out", *FEW,
+    done = command("figures", "--model", other, "--zoo", place / "zoo", "--out", tmp_path / "out", *FEW,
                    "--experiments", "filters")  # fmt: skip
     fails_with(done, "holds a run with weights=")
 
 
-def test_an_audit_says_what_it_found(place, tmp_path):
-    """The command itself, in a process of its own."""
-    options = ["--model", place / "gpt", "--zoo", place / "zoo", "--out", "new", "--samples", "4", "--target", "1.5",
-               "--num-inference-steps", "2", "--json"]  # fmt: skip
-    done = run_cli("triptych_gpt.cli", "audit", *map(str, options), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    told, written = strict_json(done.stdout), strict_json((tmp_path / "new" / "audit.json").read_text())["result"]
-    assert written["prompt"] == 1.5
-    assert told["verdict"] == written["verdict"]
-    assert told["verdict"]
-    assert all(line in done.stderr for line in told["verdict"])
-    assert (tmp_path / "new" / "audit.png").read_bytes().startswith(b"\x89PNG")
-    assert told["median_distance"]["samples"]["value"] > 0
-
-
-def test_a_model_and_a_zoo_that_do_not_belong_together_are_refused(place, other_task, tmp_path):
-    other = zoo_of(tmp_path / "other", task=other_task, epochs=None)
-    again = zoo_of(tmp_path / "again", seed=1, checkpoints=2)
-    for name in ("evaluate", "audit"):
-        words = [name, "--model", place / "gpt", "--out", tmp_path / "out"]
-        fails_with(
-            command(*words, "--zoo", other), "networks of 32 parameters, the model was trained on 2,080; give the zoo"
-        )
-        # Of the same task, but none of its training runs were seen: an audit would find nothing memorised.
-        fails_with(command(*words, "--zoo", again), "give the zoo that it was trained on")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(("options", "status", "message"), [
-    (["evaluate", "--experiments", "fig-3.3", "fig-9.9"], 2, "experiments fig-9.9: expected some of fig-3.3, fig-3.4"),
-    (["evaluate", "--amounts.networks", "0"], 2, "networks 0: expected at least 1"),
-    (["evaluate", "--amounts.sampler-steps", "0"], 2, "expected numbers of 1..1000"),
-    (["evaluate", "--num-inference-steps", "0"], 2, "num_inference_steps 0: expected 1..1000"),
-    (["evaluate", "--networks-at-once", "0"], 2, "networks_at_once 0: expected at least 1"),
-    (["evaluate", "--amounts.networks", "99", "--experiments", "fig-3.5"], 1, "99 networks of test runs: "),
-    (["evaluate", "--model", "nowhere"], 1, "nowhere: no such"),
-    (["evaluate", "--zoo", "nowhere"], 1, "nowhere"),
-    (["evaluate", "--out", "/proc/nowhere", *FEW], 1, "cannot be written"),
-    (["audit", "--samples", "0"], 2, "samples 0: expected at least 1"),
-    (["audit", "--every", "0"], 2, "every 0: expected at least 1"),
-    (["audit", "--target", "nan"], 2, "target nan: expected a finite number"),
-    (["audit", "--model", "nowhere"], 1, "nowhere: no such"),
+    (["figures", "--experiments", "fig-3.3", "fig-9.9"], 2, "experiments fig-9.9: expected some of fig-3.3, fig-3.4"),
+    (["figures", "--amounts.networks", "0"], 2, "networks 0: expected at least 1"),
+    (["figures", "--amounts.sampler-steps", "0"], 2, "expected numbers of 1..1000"),
+    (["figures", "--num-inference-steps", "0"], 2, "num_inference_steps 0: expected 1..1000"),
+    (["figures", "--networks-at-once", "0"], 2, "networks_at_once 0: expected at least 1"),
+    (["figures", "--amounts.networks", "99", "--experiments", "fig-3.5"], 1, "99 networks of test runs: "),
+    (["figures", "--model", "nowhere"], 1, "nowhere: no such"),
+    (["figures", "--zoo", "nowhere"], 1, "nowhere"),
+    (["figures", "--out", "/proc/nowhere", *FEW], 1, "cannot be written"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(place, tmp_path, monkeypatch, options, status, message):
     monkeypatch.chdir(tmp_path)
@@ -186,13 +155,13 @@ def test_a_model_that_went_astray_is_told_of_in_words(place, tmp_path):
         "audit": "none of 4 updates is finite",
     }
     some = [name for name in SUITE if name not in nothing_to_show]
-    done = command("evaluate", *options, *FEW, "--out", tmp_path / "out", "--experiments", *some)
+    done = command("figures", *options, *FEW, "--out", tmp_path / "out", "--experiments", *some)
     assert done.returncode == 0, done.stderr
     assert "G.pt" not in done.stderr
     for name in some:
         strict_json((tmp_path / "out" / f"{name}.json").read_text())
     for name, message in nothing_to_show.items():
-        fails_with(command("evaluate", *options, *FEW, "--out", tmp_path / "out", "--experiments", name), message)
+        fails_with(command("figures", *options, *FEW, "--out", tmp_path / "out", "--experiments", name), message)
 
 
 def test_without_training_runs_facts_a_model_is_still_evaluated(place, tmp_path):
@@ -211,4 +180,4 @@ def test_without_training_runs_facts_a_model_is_still_evaluated(place, tmp_path)
         "--experiments",
         "filters",
     ]
-    assert command("evaluate", *options).returncode == 0
+    assert command("figures", *options).returncode == 0

@@ -11,13 +11,13 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from triptych_common.diffusion import NoiseSchedule
 from triptych_common.randomness import normal
+from triptych_gpt.evaluation.quality import kl_last_step, quality_against_steps
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task
 from triptych_thesis.chapter3.diversity import diversity, spread
 from triptych_thesis.chapter3.filters import filters_before_and_after, first_layer_filters
 from triptych_thesis.chapter3.landscape import Plane, landscape
-from triptych_thesis.chapter3.quality import kl_last_step, quality_against_steps
 from triptych_thesis.chapter3.recursion import new_networks, recursive_prompting
 
 NETWORK = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

@@ -11,11 +11,11 @@ from PIL import Image
 from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_gpt.evaluation.alignment import Alignment
+from triptych_gpt.evaluation.quality import Quality
 from triptych_gpt.evaluation.sweep import Sweep
 from triptych_thesis.chapter3 import figures
 from triptych_thesis.chapter3.figures.style import BLUE, GREY, INK, ORANGE, measure, panels, shown, thousands, words
 from triptych_thesis.chapter3.landscape import Landscape
-from triptych_thesis.chapter3.quality import Quality
 from triptych_thesis.chapter3.recursion import Curve, Recursion
 
 torch.manual_seed(0)

@@ -1,17 +1,20 @@
 """`triptych-gpt audit`: are the networks a model makes new, or training networks in disguise?"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.images import figure_png
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
-from triptych_thesis.chapter3.context import Amounts
-from triptych_thesis.chapter3.drawing import drawn
-from triptych_thesis.chapter3.evaluate import EvaluateConfig, open_bench
-from triptych_thesis.chapter3.suite import memorisation
+
+from triptych_gpt.evaluation.plots import memorization_figure
+from triptych_gpt.evaluation.records import interval, plain, table
+from triptych_gpt.evaluation.trial import Trial, memorization
+from triptych_gpt.trained import SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -36,33 +39,45 @@ class AuditConfig(CommonOptions):
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
 
     def __post_init__(self) -> None:
+        for name in ("samples", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"target {self.target}: expected a finite number")
-        self._evaluation()  # checked at the door
+        self.settings  # noqa: B018 - checked at the door
 
-    def _evaluation(self) -> EvaluateConfig:
-        return EvaluateConfig(
-            model=self.model, zoo=self.zoo, sampler=self.sampler, num_inference_steps=self.num_inference_steps,
-            seed=self.seed, device=self.device, amounts=Amounts(audit_samples=self.samples, every=self.every),
-        )  # fmt: skip
+    @property
+    def settings(self) -> SamplerSettings:
+        return SamplerSettings(self.sampler, self.num_inference_steps)
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}
 
 
 def audit_command(config: AuditConfig) -> dict[str, Any]:
-    """Audit, and say what was found; returns the verdict and the medians.
+    """Audit a model, print a table of the groups compared, then the verdict; returns the verdict and the median distances.
 
     Raises what opening model, task and zoo raises, OSError when the disk refuses.
     """
-    bench = open_bench(config._evaluation())
-    result = memorisation(bench, config.target)
+    trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
+    result = plain(memorization(trial, samples=config.samples, prompt=config.target, every=config.every))
     write_json(config.out / "audit.json", {"experiment": "audit", "result": result, **provenance()})
-    for name, png in drawn("audit", result).items():
-        write_bytes(config.out / f"{name}.png", png)
-    echo(f"asked for {result['prompt']:.4g}; searched {result['searched']}")
-    for line in result["verdict"]:
+    write_bytes(config.out / "audit.png", figure_png(memorization_figure(result)))
+    for line in audit_table(result):
         echo(line)
-    echo(f"wrote audit.json and audit.png to {config.out}")
+    echo(result["verdict"][0])
+    echo(f"prompted {result['metric']} {result['prompt']:.4g}; searched {result['searched']}")
+    echo(f"wrote audit.json, with {len(result['verdict'])} sentences of verdict, and audit.png to {config.out}")
     medians = {group["name"]: group["median_distance"] for group in result["groups"]}
     return {"memorised": result["memorised"], "verdict": result["verdict"], "median_distance": medians}
+
+
+def audit_table(result: Mapping[str, Any]) -> list[str]:
+    """Lines of a table, one a group of networks: median distance to the nearest training network, and the mean metric."""
+    metric = result["metric"]
+    rows = [("", "median distance to training", metric)]
+    rows += [
+        (group["name"], interval(group["median_distance"]), interval(group["metrics"][metric]))
+        for group in result["groups"]
+    ]
+    return table(rows)

@@ -53,7 +53,7 @@ def _prompt() -> Command:
 
 
 def _evaluate() -> Command:
-    from triptych_thesis.chapter3.evaluate import EvaluateConfig, evaluate
+    from triptych_gpt.evaluate import EvaluateConfig, evaluate
 
     return Command(EvaluateConfig, evaluate, {})
 
@@ -78,7 +78,7 @@ COMMANDS = {
     "import": ("make a zoo of the released G.pt data", _import),
     "train": ("train a G.pt on a zoo, or resume", _train),
     "prompt": ("make networks that achieve a metric you ask for", _prompt),
-    "evaluate": ("the figures of chapter 3 for a trained G.pt", _evaluate),
+    "evaluate": ("how well a trained G.pt obeys prompts on unseen networks, beside baselines", _evaluate),
     "audit": ("is it new, or memorised: generated networks against the training set", _audit),
     "convert": ("a released G.pt's checkpoint as a model file", _convert),
 }

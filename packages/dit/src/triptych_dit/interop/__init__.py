@@ -7,7 +7,7 @@ from typing import Any
 from triptych_common.storage import foreign
 
 from triptych_dit.config import PRESETS
-from triptych_dit.interop.diffusers_folder import (
+from triptych_dit.interop.diffusers import (
     diffusers_transformer,
     from_diffusers,
     is_of_diffusers,
@@ -15,8 +15,7 @@ from triptych_dit.interop.diffusers_folder import (
     to_diffusers,
     use_released_timesteps,
 )
-from triptych_dit.interop.published import PUBLISHED
-from triptych_dit.interop.released import export_released, load_released
+from triptych_dit.interop.released import PUBLISHED, export_released, load_released
 from triptych_dit.weights import FILE_NAME, TrainedModel, load_model, make_diffusion
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Results as JSON holds them: numbers, text, lists, objects and null."""
+"""Results as JSON holds them (numbers, text, lists, objects and null), and as a table on the console."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
+from triptych_common.metrics.bootstrap import Estimate
 
 
 def plain(value: Any) -> Any:
@@ -28,3 +29,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [plain(entry) for entry in value]
     raise TypeError(f"a {type(value).__name__} has no place in a result; expected numbers, text, lists or tensors")
+
+
+def interval(estimate: Mapping[str, float | None]) -> str:
+    """An estimate as `plain` gives it, for people: the value and its 95% interval, where it has one."""
+    return "not finite" if estimate["value"] is None else str(Estimate(**estimate))
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: cells padded to the width of their column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

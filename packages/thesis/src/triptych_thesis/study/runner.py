@@ -303,6 +303,7 @@ def write_report(study: Study, results: Mapping[str, Any]) -> None:
         verdicts=[(each, title_of(claim, ledger)) for claim, each in in_order(verdicts, ledger).items()],
         command=f"make reproduce-ch{study.chapter} SIZE={study.size}\n{study.command}",
         facts=facts_table({**origins(results["made"]), **facts}),
+        rule=opening.rule,
         sections=[study.experiments[name].section(study, result) for name, result in results["experiments"].items()],
     )
     report.write(study.folder / "report.html")

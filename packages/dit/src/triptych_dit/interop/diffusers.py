@@ -1,24 +1,25 @@
 """Diffusers' DiT, both ways: a DiT as a folder that `DiTPipeline.from_pretrained` opens, and such a folder as a DiT.
 
-Two settings decide whether the two networks are the same function: `mlp_norm_eps`, which diffusers' config carries, and
-`timestep_frequency_shift`, which it does not: diffusers always has 1, the released models 0. A model of shift 1 is the same
-there. One of shift 0 is another, the more so the later the timestep (relative difference 0.04 at t=100 and 0.3 at t=999 for
-4 layers of weights N(0, 0.04)), until `use_released_timesteps` is called on the opened transformer.
+Two settings decide whether the two networks compute the same function. Diffusers' config carries the first,
+`mlp_norm_eps`, but not the second, `timestep_frequency_shift`: diffusers always has 1, the released models 0. A model of
+shift 1 computes the same there. A model of shift 0 does not, and the difference grows with the timestep (relative
+difference 0.04 at t=100 and 0.3 at t=999 for 4 layers of weights N(0, 0.04)), until `use_released_timesteps` is called on
+the opened transformer.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from triptych_common.storage import foreign
 from triptych_common.storage.atomic import new_folder, write_json
 
-from triptych_dit.interop.diffusers_state import renamed, translated
-from triptych_dit.interop.label_tables import check_names, padded_table
+from triptych_dit.config import DiTConfig
 from triptych_dit.interop.pipeline_parts import (
     RELEASED_REPOSITORIES,
     WEIGHTS,
@@ -29,7 +30,7 @@ from triptych_dit.interop.pipeline_parts import (
     import_diffusers,
     prediction,
 )
-from triptych_dit.interop.released import TABLE, assembled, require_square
+from triptych_dit.interop.released import TABLE, assembled, check_keys, fold_table, require_square
 from triptych_dit.model import DiT, sincos_position_embedding
 
 if TYPE_CHECKING:
@@ -38,6 +39,27 @@ if TYPE_CHECKING:
     from triptych_dit.autoencoder.model import Autoencoder
 
 SIDE_FILE = "triptych.json"
+NULL_ROW = 1000  # the row of the label table that DiTPipeline takes for "no class", however many classes there are
+
+# Ours -> theirs; qkv is three there, and every block has a copy of the embeddings.
+_OUTER = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_INNER = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+_EMBEDDINGS = {
+    "t_embedder.mlp.0.weight": "norm1.emb.timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "norm1.emb.timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "norm1.emb.timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "norm1.emb.timestep_embedder.linear_2.bias",
+    TABLE: "norm1.emb.class_embedder.embedding_table.weight",
+}
 
 
 def to_diffusers(
@@ -203,3 +225,144 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             shards = sorted(set(_read_json(index)["weight_map"].values()))
             return {name: tensor for shard in shards for name, tensor in foreign.read(folder / shard).items()}
     raise FileNotFoundError(f"{folder}: has no {WEIGHTS}.safetensors")
+
+
+def _pairs(depth: int) -> dict[str, str]:
+    """Names of what is the same tensor in both."""
+    modules = _OUTER | {
+        f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{theirs}"
+        for i in range(depth)
+        for ours, theirs in _INNER.items()
+    }
+    return {f"{ours}.{end}": f"{theirs}.{end}" for ours, theirs in modules.items() for end in ("weight", "bias")}
+
+
+def renamed(ours: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Our state dict under diffusers' names. Copies are copies: safetensors refuses tensors that share memory."""
+    state = {theirs: ours[name] for name, theirs in _pairs(depth).items()}
+    for i in range(depth):
+        for end in ("weight", "bias"):
+            for part, tensor in zip("qkv", ours[f"blocks.{i}.attn.qkv.{end}"].chunk(3), strict=True):
+                state[f"transformer_blocks.{i}.attn1.to_{part}.{end}"] = tensor.clone()
+        state |= {f"transformer_blocks.{i}.{theirs}": ours[name].clone() for name, theirs in _EMBEDDINGS.items()}
+    return state
+
+
+def translated(
+    theirs: Mapping[str, Any], state: dict[str, Tensor], *, num_classes: int | None, shift: int, dropout: float | None
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Config and state dict of ours for diffusers' config and state dict."""
+    kinds = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
+    if theirs.get("_class_name") not in kinds or theirs.get("norm_type") != "ada_norm_zero":
+        raise ValueError(f"a {theirs.get('_class_name')} with norm_type {theirs.get('norm_type')}; expected {kinds[0]}")
+    for name, wanted in (
+        ("activation_fn", "gelu-approximate"),
+        ("attention_bias", True),
+        ("norm_elementwise_affine", False),
+    ):
+        if theirs.get(name, wanted) != wanted:
+            raise ValueError(f"{name} {theirs[name]}: a DiT has {wanted}")
+    depth, width = theirs["num_layers"], theirs["num_attention_heads"] * theirs["attention_head_dim"]
+    out_channels = theirs.get("out_channels") or theirs["in_channels"]
+    if out_channels not in (theirs["in_channels"], 2 * theirs["in_channels"]):
+        raise ValueError(
+            f"out_channels {out_channels} for in_channels {theirs['in_channels']}: a DiT has as many or twice"
+        )
+    shape = DiTConfig(
+        input_size=(theirs["sample_size"],) * 2, in_channels=theirs["in_channels"], patch_size=theirs["patch_size"],
+        hidden_size=width, depth=depth, num_heads=theirs["num_attention_heads"],
+        num_classes=theirs["num_embeds_ada_norm"], learn_sigma=out_channels != theirs["in_channels"],
+        timestep_frequency_shift=shift, mlp_norm_eps=theirs.get("norm_eps", 1e-5),
+    )  # fmt: skip
+    state.pop("pos_embed.pos_embed", None)  # old folders have it; it is the sine-cosine one
+    with torch.device("meta"):
+        expected = DiT(shape).state_dict()
+        expected[TABLE] = torch.empty(theirs["num_embeds_ada_norm"] + 1, width)
+    check_keys(state, renamed(expected, depth), "transformer")
+    for theirs_name in _EMBEDDINGS.values():
+        first = state[f"transformer_blocks.0.{theirs_name}"]
+        if not all(torch.equal(first, state[f"transformer_blocks.{i}.{theirs_name}"]) for i in range(1, depth)):
+            raise ValueError(f"blocks differ in {theirs_name}, which all blocks of a DiT share; trained in diffusers?")
+    table = unpadded_table(state[f"transformer_blocks.0.{_EMBEDDINGS[TABLE]}"], num_classes)
+    ours = {name: state[theirs_name] for name, theirs_name in _pairs(depth).items()}
+    ours |= {name: state[f"transformer_blocks.0.{theirs_name}"] for name, theirs_name in _EMBEDDINGS.items()}
+    for i in range(depth):
+        for end in ("weight", "bias"):
+            parts = [state[f"transformer_blocks.{i}.attn1.to_{part}.{end}"] for part in "qkv"]
+            ours[f"blocks.{i}.attn.qkv.{end}"] = torch.cat(parts)
+    ours["pos_embed"] = sincos_position_embedding(*shape.grid, width)[None]
+    ours[TABLE] = table.rows
+    if not table.num_classes:
+        fold_table(ours)
+    dropout = (dropout or 0.1) if table.has_null else 0.0
+    return replace(shape, num_classes=table.num_classes, class_dropout_prob=dropout), ours
+
+
+class LabelTable(NamedTuple):
+    """Our label table, and what its rows are."""
+
+    rows: Float[
+        Tensor, "labels width"
+    ]  # classes, then the null label where there is one; equal rows where unconditional
+    num_classes: int
+    has_null: bool
+
+
+def padded_table(config: DiTConfig, table: Float[Tensor, "labels width"] | None) -> Float[Tensor, "rows width"]:
+    """The table with the null row both where diffusers keeps it, last, and where its pipeline looks for it.
+
+    Fewer than 1000 classes: rows up to 1000 repeat the null row. More: class 1000 gives way, its row is second to last.
+    No null label: the table as it is, so that guidance on up to 1000 classes finds no row rather than a wrong one.
+    Unconditional: zeros, so that every label and every guidance scale gives the same image.
+    """
+    n = config.num_classes
+    if table is None:
+        return torch.zeros(NULL_ROW + 1, config.hidden_size)
+    if config.null_label is None:
+        return table
+    null = table[n:]
+    if n <= NULL_ROW:
+        return torch.cat([table[:n], null.expand(NULL_ROW + 1 - n, -1)])
+    return torch.cat([table[:NULL_ROW], null, table[NULL_ROW + 1 : n], table[NULL_ROW : NULL_ROW + 1], null])
+
+
+def pipeline_label(label: int, config: DiTConfig) -> int:
+    """The label by which the padded table knows a class."""
+    return config.num_classes if label == NULL_ROW and config.null_label is not None else label
+
+
+def unpadded_table(table: Float[Tensor, "rows width"], num_classes: int | None = None) -> LabelTable:
+    """Undo `padded_table`, by the repeated rows alone.
+
+    num_classes: by default what the rows say; a table without a null label cannot say that, and has to be told.
+    Raises ValueError where the rows contradict num_classes.
+    """
+    rows = len(table)
+    null = (table == table[-1]).all(dim=1)
+    if rows > NULL_ROW + 2 and bool(null[NULL_ROW]):
+        found = rows - 2
+        kept = torch.cat([table[:NULL_ROW], table[found : found + 1], table[NULL_ROW + 1 : found], table[-1:]])
+    else:
+        found = rows - int(null.flip(0).cumprod(0).sum())  # where the last run of equal rows begins
+        kept = table[: found + 1]
+    if num_classes is None or num_classes == found:
+        return LabelTable(kept, found, has_null=True)
+    if num_classes == rows and num_classes:
+        return LabelTable(table, rows, has_null=False)
+    raise ValueError(
+        f"num_classes {num_classes}: the label table has {rows} rows, which fits {found} with a null label or {rows} without"
+    )
+
+
+def check_names(id2label: Mapping[int | str, Any] | None, config: DiTConfig) -> dict[str, str]:
+    """Names of classes by the label that the pipeline takes, as model_index.json has them.
+
+    Raises ValueError for what names no class.
+    """
+    names: dict[str, str] = {}
+    for key, name in (id2label or {}).items():
+        label = int(key) if str(key).isdecimal() else -1
+        if not 0 <= label < config.num_classes or not isinstance(name, str):
+            raise ValueError(f"id2label {key!r}: {name!r}: expected labels 0..{config.num_classes - 1} and their names")
+        names[str(pipeline_label(label, config))] = name
+    return names

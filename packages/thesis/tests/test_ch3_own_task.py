@@ -5,8 +5,7 @@ import math
 
 import pytest
 from triptych_gpt import cli
-from triptych_gpt.evaluation.prompts import with_prompts
-from triptych_gpt.tasks import Metric, Prompts
+from triptych_thesis import cli as thesis_cli
 from triptych_thesis.chapter3.findings import best_optimiser
 
 TASK = """
@@ -64,7 +63,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(place):
     model = ["--model", str(place / "gpt"), "--zoo", str(place / "zoo"), "--out", str(place / "evaluation")]
-    assert cli.run(["evaluate", *model, *FEW]) == 0
+    assert thesis_cli.run(["figures", *model, *FEW]) == 0
     return {path.stem: json.loads(path.read_text())["result"] for path in (place / "evaluation").glob("*[!g].json")}
 
 
@@ -94,11 +93,3 @@ def test_the_best_optimiser_is_the_one_with_the_highest_where_higher_is_better(r
     assert best_optimiser(data)["mean"] == max(means)
     loss = results["fig-3.3"]["figures"]["test_loss"]
     assert best_optimiser(loss)["mean"] == min(m["mean"] for m in loss["methods"] if m["kind"] == "optimiser")
-
-
-def test_a_metrics_own_prompts_are_kept():
-    own, none = Metric("loss", "lower", Prompts(0.1, 0.2, 0.9)), Metric("error", "lower")
-    assert with_prompts("loss", (own, none), 0.5) is own
-    assert with_prompts("error", (own, none), 0.5).prompts == Prompts(0.5, 0.5, 1.0)
-    with pytest.raises(ValueError, match="metric 'return': the task scores loss, error"):
-        with_prompts("return", (own, none), 0.5)

@@ -1,0 +1,117 @@
+"""`triptych-gpt evaluate`: how well a trained G.pt obeys prompts on networks it never saw, beside baselines."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from triptych_common.cli import CommonOptions, echo
+from triptych_common.images import figure_png
+from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.checkpoint import digest
+from triptych_common.storage.provenance import provenance
+from triptych_common.storage.run import RunDirectory
+
+from triptych_gpt.evaluation.plots import alignment_figure, quality
+from triptych_gpt.evaluation.records import interval, plain, table
+from triptych_gpt.evaluation.trial import Trial, alignment_beside_baselines, quality_against_sampler_steps
+from triptych_gpt.trained import SamplerSettings
+from triptych_gpt.zoo.source import recipe_of
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(CommonOptions):
+    """Evaluate a trained G.pt on networks it never saw: how closely what it makes follows the prompts, beside baselines.
+
+    Repeating the command does what is missing.
+    """
+
+    model: Path = Path("runs/gpt")
+    """the trained G.pt: a run folder, or a model file"""
+    zoo: Path = Path("runs/zoo")
+    """the zoo it was trained on"""
+    out: Path = Path("runs/gpt-evaluation")
+    """folder for alignment.json and alignment.png"""
+    networks: int = 32
+    """unseen networks"""
+    prompts: int = 20
+    """prompts for each, from the best to a random network's metric"""
+    sampler_steps: tuple[int, ...] = ()
+    """also compare samplers at these numbers of denoising steps, on validation networks; such as 2 5 10 25 50 100"""
+    sampler: str = "ddpm"
+    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
+    num_inference_steps: int = 50
+    """denoising steps of an update, evenly spaced over the thesis's 1000"""
+    networks_at_once: int = 512
+    """networks in a batch"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("networks", 1), ("prompts", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
+        if any(not 1 <= steps <= 1000 for steps in self.sampler_steps):
+            raise ValueError(f"sampler_steps {self.sampler_steps}: expected numbers of 1..1000")
+        self.settings  # noqa: B018 - checked at the door
+
+    @property
+    def settings(self) -> SamplerSettings:
+        return SamplerSettings(self.sampler, self.num_inference_steps, self.networks_at_once)
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure what is missing; returns R^2 of the model and of each baseline, with 95% intervals.
+
+    Raises what opening model, task and zoo raises, and ValueError where the zoo has too few unseen networks or the folder holds
+    another model's results.
+    """
+    trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
+    trial.rows("test", config.networks)  # refused before there is a folder
+    trial.rows("validation", min(config.networks, 16) if config.sampler_steps else 0)
+    identity = {
+        "weights": digest(trial.trained.model.state_dict())[:16],
+        "zoo": {"recipe": recipe_of(trial.zoo), "runs": trial.zoo.splits},
+        "networks": config.networks,
+        "prompts": config.prompts,
+        "sampler": asdict(config.settings),
+        "seed": config.seed,
+    }
+    amounts = {"networks": config.networks, "prompts": config.prompts}
+    with RunDirectory(config.out, identity) as run:
+        result = _measured(run.path / "alignment.json", lambda: alignment_beside_baselines(trial, **amounts))
+        write_bytes(run.path / "alignment.png", figure_png(alignment_figure(result)))
+        wrote = ["alignment.json", "alignment.png"]
+        if config.sampler_steps:
+            name = "sampler-steps-" + "-".join(str(steps) for steps in config.sampler_steps)
+            samplers = _measured(
+                run.path / f"{name}.json",
+                lambda: quality_against_sampler_steps(trial, config.sampler_steps, **amounts),
+            )
+            write_bytes(run.path / f"{name}.png", figure_png(quality(samplers["rows"])))
+            wrote += [f"{name}.json", f"{name}.png"]
+    for line in alignment_table(result["alignment"]):
+        echo(line)
+    echo(f"wrote {', '.join(wrote)} to {config.out}")
+    return {"out": str(config.out), "r2": {name: one["r2"] for name, one in result["alignment"].items()}}
+
+
+def alignment_table(alignments: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a table, one an update: R^2 between prompts and achieved values, and what the best prompt achieved."""
+    first = next(iter(alignments.values()))
+    rows = [("", "prompt alignment (R^2)", f"{first['metric']} at the best prompt")]
+    rows += [(name, interval(one["r2"]), interval(one["achieved_at_best"])) for name, one in alignments.items()]
+    return table(rows)
+
+
+def _measured(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result at `path`, measured and written where it is not there yet."""
+    if path.exists():
+        return json.loads(path.read_text())["result"]
+    began = time.perf_counter()
+    result = plain(measure())
+    write_json(path, {"seconds": round(time.perf_counter() - began, 1), "result": result, **provenance()})
+    return result

@@ -1,0 +1,233 @@
+"""A trained model on trial: the zoo it learned from, networks it never saw, and the baselines that could fake its scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from triptych_common.parallel import process_group
+
+from triptych_gpt.evaluation.alignment import alignment_of
+from triptych_gpt.evaluation.baselines import identity, mean_of_finals, retrieval
+from triptych_gpt.evaluation.prompted import Updated, prompted, starting_metrics
+from triptych_gpt.evaluation.prompts import with_prompts
+from triptych_gpt.evaluation.quality import kl_last_step, quality_against_steps
+from triptych_gpt.evaluation.sweep import prompt_sweep, trained_best
+from triptych_gpt.evaluation.update import Update
+from triptych_gpt.memorization import audit
+from triptych_gpt.tasks import Metric, Task
+from triptych_gpt.trained import SamplerSettings, TrainedGpt, load
+from triptych_gpt.zoo.source import recipe_of
+from triptych_gpt.zoo.zoo import Zoo
+
+CANDIDATES = (0.0, 0.1, 0.5, 0.9, 1.0)  # quantiles of the metric at which training runs end
+MODEL = "G.pt"  # the model's name beside those of the baselines
+
+
+@dataclass
+class Trial:
+    """A trained model, the zoo it was trained on, and how its updates are sampled.
+
+    Raises ValueError where zoo and model do not belong together.
+    """
+
+    trained: TrainedGpt
+    zoo: Zoo
+    settings: SamplerSettings
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.zoo.layout != self.trained.model.config.symmetry.layout:
+            raise ValueError(
+                f"{self.zoo.path}: networks of {self.zoo.layout.size:,} parameters, the model was trained on "
+                f"{self.trained.model.config.symmetry.layout.size:,}; give the zoo that it was trained on"
+            )
+        known = self.trained.facts.get("zoo")
+        if known and known["recipe"] != recipe_of(self.zoo):  # a converted model's file does not have this fact
+            raise ValueError(
+                f"{self.zoo.path}: collected by another recipe than the zoo of the model, whose training runs it cannot hold; "
+                "give the zoo that it was trained on"
+            )
+        self.metric  # noqa: B018 - refused now if the zoo or the task does not have it
+
+    @classmethod
+    def open(
+        cls, model: str | Path, zoo: str | Path, settings: SamplerSettings, seed: int = 0, device: str = "auto"
+    ) -> "Trial":
+        """The model of a run folder or model file, on a device, with its zoo.
+
+        Raises FileNotFoundError or ValueError for what cannot be read or does not belong together.
+        """
+        trained = load(model)
+        with process_group(device) as ranks:
+            trained.to(ranks.device)
+        return cls(trained, Zoo(zoo), settings, seed)
+
+    @property
+    def task(self) -> Task:
+        return self.trained.task
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The prompted metric, with prompts. Raises ValueError where the zoo or the task does not score it."""
+        if self.trained.metric not in self.zoo.better:
+            raise ValueError(
+                f"metric {self.trained.metric!r}: {self.zoo.path} records {', '.join(self.zoo.better)}; give the zoo that the "
+                "model was trained on"
+            )
+        return with_prompts(self.trained.metric, self.task.metrics, self.trained_best[self.trained.metric])
+
+    @cached_property
+    def training(self) -> Int[np.ndarray, " rows"]:
+        """Rows of the runs that the model was trained on; runs that the zoo has gained since are left out."""
+        rows, known = self.zoo.runs_in("train"), self.trained.facts.get("zoo")
+        return rows if known is None else rows[: known["training_runs"]]
+
+    @cached_property
+    def trained_best(self) -> dict[str, float]:
+        """The best value of every metric among the training checkpoints."""
+        return trained_best(self.zoo, rows=self.training)
+
+    def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
+        """Untrained networks of the first runs of a split, on the model's device. Raises ValueError where it has fewer."""
+        return self.zoo.theta(self.rows(split, count), [0] * count).to(self.trained.device)
+
+    def rows(self, split: str, count: int) -> Int[np.ndarray, " count"]:
+        """Rows of the first runs of a split. Raises ValueError where it has fewer."""
+        held = len(self.training) if split == "train" else self.zoo.splits.get(split, 0)
+        if count > held:
+            raise ValueError(
+                f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; ask for fewer, or collect more"
+            )
+        return (self.training if split == "train" else self.zoo.runs_in(split))[:count]
+
+    @property
+    def update(self) -> Update:
+        return self.trained.update(self.settings, self.seed)
+
+    @cached_property
+    def baselines(self) -> Mapping[str, Update]:
+        """Updates that learn nothing and could fake a good score, by name."""
+        return {
+            "retrieval": retrieval(self.zoo, self.metric.name, rows=self.training),
+            "mean of finals": mean_of_finals(self.zoo, rows=self.training),
+            "mean of matched finals": mean_of_finals(self.zoo, self.task.symmetry, rows=self.training),
+            "identity": identity(),
+        }
+
+    @cached_property
+    def best_prompt(self) -> float:
+        """The prompt that gives the best networks.
+
+        Candidates are the task's own best prompt, the best of the zoo and quantiles of the values at which training runs end;
+        the one whose updates of validation networks score best is taken. The thesis, too, prompts with a value near the
+        best.  [thesis 3.4.1]
+        """
+        finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.training), -1].double()
+        levels = torch.tensor(CANDIDATES, dtype=torch.float64)
+        values = [self.trained_best[self.metric.name], *torch.quantile(finals, levels).tolist()]
+        candidates = list(dict.fromkeys([float(self.metric.prompts.best), *values]))
+        theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))
+        before = starting_metrics(self.task, theta, self.metric)[self.metric.name]
+        n = len(theta)
+        target = torch.tensor(candidates, dtype=torch.float64).repeat_interleave(n)
+        achieved = prompted(
+            self.update, self.task, theta.repeat(len(candidates), 1), before.repeat(len(candidates)), target,
+            list(range(n)) * len(candidates),
+        ).metrics[self.metric.name]  # fmt: skip
+        worst = torch.inf if self.metric.better == "lower" else -torch.inf
+        means = achieved.nan_to_num(worst).view(len(candidates), n).mean(1)
+        return candidates[int(means.argmin() if self.metric.better == "lower" else means.argmax())]
+
+    def prompted(
+        self,
+        theta: Float[Tensor, "n D"],
+        start: Mapping[str, Float[Tensor, " n"]],
+        update: Update | None = None,
+        prompt: float | None = None,
+    ) -> Updated:
+        """One update of networks that score `start`: the model's towards the best prompt, unless others are given."""
+        target = torch.full((len(theta),), self.best_prompt if prompt is None else prompt, dtype=torch.float64)
+        update = self.update if update is None else update
+        return prompted(update, self.task, theta, start[self.metric.name], target, range(len(theta)))
+
+
+def alignment_beside_baselines(trial: Trial, *, networks: int, prompts: int = 20) -> dict[str, Any]:
+    """Sweeps over prompts on unseen networks, and R^2, of the model and of the baselines.  [Fig. 3.5, thesis 3.4.4]
+
+    JSON-able: "sweeps" and "alignment" by the update's name, as `Sweep.as_dict` and `Alignment.as_dict`, and "kl_last_step".
+    Raises ValueError where the zoo has fewer test runs than `networks`.
+    """
+    theta = trial.starts("test", networks)
+    sweeps = {
+        name: prompt_sweep(
+            update, trial.task, trial.metric, theta, prompts=prompts, trained_best=trial.trained_best,
+            networks_at_once=trial.settings.networks_at_once,
+        )
+        for name, update in {MODEL: trial.update, **trial.baselines}.items()
+    }  # fmt: skip
+    return {
+        "sweeps": {name: sweep.as_dict() for name, sweep in sweeps.items()},
+        "alignment": {name: alignment_of(sweep).as_dict() for name, sweep in sweeps.items()},
+        "kl_last_step": _kl_last_step(trial),
+    }
+
+
+def quality_against_sampler_steps(
+    trial: Trial, steps: Sequence[int], *, networks: int, prompts: int = 20
+) -> dict[str, Any]:
+    """Prompt alignment on validation networks, at most 16, and the best that is achieved, against denoising steps.
+
+    For each sampler: ours and, where diffusers is installed, UniPC as an example of its fast ones. JSON-able: "rows" as
+    `Quality.as_dict`.
+    """
+    samplers = ("ddpm", "ddim", *(("unipc",) if find_spec("diffusers") else ()))
+    updates = {
+        (sampler, count): trial.trained.update(
+            SamplerSettings(sampler, count, trial.settings.networks_at_once), trial.seed
+        )
+        for sampler in samplers
+        for count in steps
+        if sampler in ("ddpm", "ddim") or count >= 5  # with fewer, diffusers' would not begin at noise
+    }
+    theta = trial.starts("validation", min(networks, 16))
+    rows = quality_against_steps(
+        updates, trial.task, trial.metric, theta, prompts=prompts, trained_best=trial.trained_best,
+        networks_at_once=trial.settings.networks_at_once,
+    )  # fmt: skip
+    return {"rows": [row.as_dict() for row in rows]}
+
+
+def memorization(trial: Trial, *, samples: int, prompt: float | int | None = None, every: int = 1) -> dict[str, Any]:
+    """The memorisation audit of one update each of unseen networks, `samples` of them where the zoo has as many.
+
+    prompt: by default the one that gives the best networks. every: searches each k-th training checkpoint only. JSON-able:
+    `Audit.as_dict` with "prompt" and "non_finite". Raises ValueError where no update is finite.
+    """
+    prompt = trial.best_prompt if prompt is None else float(prompt)
+    count = min(samples, len(trial.zoo.runs_in("test")))
+    theta = trial.starts("test", count)
+    new = trial.prompted(theta, starting_metrics(trial.task, theta, trial.metric), prompt=prompt)
+    finite = new.theta.isfinite().all(1)
+    if not finite.any():
+        raise ValueError(f"none of {count:,} updates is finite, so there is nothing to audit; train the model further")
+    result = audit(
+        new.theta[finite], trial.zoo, trial.task, trial.metric.name,
+        torch.full((int(finite.sum()),), prompt, dtype=torch.float64), trial.trained.scale, seed=trial.seed,
+        every=every, rows=trial.training,
+    )  # fmt: skip
+    return {"prompt": prompt, "non_finite": int((~finite).sum()), **result.as_dict()}
+
+
+def _kl_last_step(trial: Trial) -> float:
+    """Of the last diffusion step, bits per dimension, on final and other checkpoints of test runs.  [thesis 3.3]"""
+    rows = torch.from_numpy(trial.zoo.runs_in("test"))[:32].repeat_interleave(8)
+    places = torch.linspace(0, trial.zoo.checkpoints - 1, 8).long().repeat(len(rows) // 8)
+    theta_star = trial.zoo.theta(rows, places) * trial.trained.scale
+    return kl_last_step(trial.trained.diffusion.schedule.alpha_bar[-1], theta_star)
