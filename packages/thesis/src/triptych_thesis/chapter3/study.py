@@ -121,10 +121,13 @@ class Chapter3(Study):
             return Opening(title, f"A G.pt of {made}.", [])
         alignment = results["experiments"]["fig-3.5"]["alignment"]
         r2 = {name: alignment[name]["r2"]["value"] for name in ("G.pt", "identity", "retrieval")}
-        obeyed = "comes out close to" if r2["G.pt"] > 0.5 else "is not yet what comes out of"
-        headline = (
-            f"The {metric} that G.pt is prompted for {obeyed} one update of networks that it never saw: R² {r2['G.pt']:.2f} between "
-            f"the two, {r2['identity']:.2f} for leaving networks as they are, {r2['retrieval']:.2f} for copying trained ones."
+        beside = (
+            f"against {r2['identity']:.2f} for doing nothing and {r2['retrieval']:.2f} for copying trained networks"
         )
+        headline = (
+            f"Prompted for a {metric}, G.pt turns networks that it never saw into networks that have it"
+            if r2["G.pt"] > 0.5
+            else f"Prompted for a {metric}, this G.pt does not yet give it to networks that it never saw"
+        ) + f": R² {r2['G.pt']:.2f} between prompted and achieved, {beside}."
         caption = f"One update of each unseen network, beside updates that learn nothing. The model: {made}."
         return Opening(title, headline, [self.figure("fig-3.5", caption)])

@@ -57,11 +57,11 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 <div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead><tbody>
 {% for v, name in report.verdicts %}<tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
 <td>{{ name }}</td><td>{% for e in v.shown %}<div>{% if e.verdict %}<span class="mark {{ e.verdict }}" title="{{ e.verdict }}">
-{{- marks[e.verdict] }}</span> {% endif %}{{ e.what }}: {{ e.ours }}{% if e.beside %}
-<span class="soft">against {{ e.beside }}</span>{% endif %}</div>{% else %}{{ v.why }}{% endfor %}</td></tr>{% endfor %}
+{{- marks[e.verdict] }}</span> {% endif %}{{ e.what }}: {{ e.ours }}{% if e.beside -%}
+{{ " " }}<span class="soft">against {{ e.beside }}</span>{% endif %}</div>{% else %}{{ v.why }}{% endfor %}</td></tr>{% endfor %}
 </tbody></table></div></div>
-<p class="soft">{{ report.setting }}{% for mark, verdict in legend %}
-<span class="mark {{ verdict }}">{{ mark }}</span> {{ verdict }}
+<p class="soft">{{ report.setting }}{% for mark, verdict in legend %} <span class="mark {{ verdict }}">{{ mark }}
+{{- " " }}{{ verdict }}</span>
 {%- endfor %}.</p>
 <nav>{% for s in report.sections %}<a href="#{{ loop.index }}">{{ s.title }}</a> {% endfor %}<a href="#evidence">Evidence</a>
 <a href="#made">How this was made</a></nav>

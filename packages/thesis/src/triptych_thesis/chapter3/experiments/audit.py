@@ -1,6 +1,6 @@
 """The memorisation audit: how far are generated networks from the training set, beside real ones and trivial copies?"""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from triptych_common.images import figure_png
 from triptych_gpt.evaluation.plots import memorization_figure
@@ -10,9 +10,7 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-
-if TYPE_CHECKING:
-    from triptych_thesis.chapter3.study import Chapter3
+from triptych_thesis.study.runner import Study
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {"audit": figure_png(memorization_figure(result))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The figure, a row for each group of networks, and the audit's conclusions."""
     metrics = list(result["groups"][0]["metrics"])
     rows = [

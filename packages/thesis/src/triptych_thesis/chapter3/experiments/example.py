@@ -1,7 +1,7 @@
 """What a user does: a file of an untrained network in, networks of the prompted metric out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from triptych_gpt.prompt_command import PromptConfig, prompt_command
 from triptych_gpt.zoo.inspect import ExportConfig, export
@@ -10,9 +10,7 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-
-if TYPE_CHECKING:
-    from triptych_thesis.chapter3.study import Chapter3
+from triptych_thesis.study.runner import Study
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def run(context: Context) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """A row for each of the networks made."""
     metric = result["metric"]
     others = [name for name in result["networks"][0]["achieved"] if name != metric]
@@ -45,7 +43,9 @@ def section(study: "Chapter3", result: Result) -> Section:
         for one in result["networks"]
     ]  # fmt: skip
     header = ("network", f"{named(metric)} before", "asked", "achieved", *(named(name) for name in others))
-    caption = "One unseen network, prompted four times with other noise: triptych-gpt prompt --checkpoint start.safetensors."
+    caption = (
+        "One unseen network, prompted four times with other noise: triptych-gpt prompt --checkpoint start.safetensors."
+    )
     return Section("A network in, networks out", tables=[Table(header, rows, caption)])
 
 

@@ -17,11 +17,10 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import shown
 from triptych_thesis.study.experiment import Experiment, Result, Section
 from triptych_thesis.study.plots import numbers, panels
+from triptych_thesis.study.runner import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from triptych_thesis.chapter3.study import Chapter3
 
 
 def first_layer_filters(
@@ -120,7 +119,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {} if "none" in result else {"filters": figure_png(figure(result))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The figure, or why there is none."""
     title = "First-layer filters"
     if "none" in result:

@@ -18,15 +18,14 @@ from triptych_gpt.tasks.task import Metric, Task
 
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
-from triptych_thesis.study.estimates import interval, mean_estimate
+from triptych_thesis.study.estimates import interval, mean_estimate, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import MARKERS, PALETTE, legend, numbers, panels
+from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, better, overall, sign
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from triptych_thesis.chapter3.study import Chapter3
 
 CLAIM = "gpt.fig-3.6"
 UNSEEN_SEED = 1_000_003  # of networks that no zoo began with
@@ -37,8 +36,9 @@ WITHIN = 10  # updates: the thesis's "ten or fewer"
 class Curve:
     """Networks of one initialiser after 0, 1, ..., K updates: every metric, and mean and standard error of the prompted one.
 
-    rejected: updates that gave a network that is not finite; it stays as it was before such an update, and goes on from there.
-    updates_to_reach: how many updates bring the mean within the margin of the known initialiser's first; None: more than K.
+    Args:
+        rejected: how many updates gave a network that is not finite; the network then stays as it was before the update.
+        updates_to_reach: how many updates bring the mean within the margin of the known initialiser's first; None: more than K.
     """
 
     metrics: Mapping[str, Float[Tensor, "networks updates"]]
@@ -50,9 +50,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Recursion:
-    """Curves by initialiser, `known` the zoo's own, whose mean after one update is `one_update`.
+    """Curves by initialiser.
 
-    within: the margin that `updates_to_reach` grants, as a fraction of `one_update`.
+    Args:
+        known: the zoo's own initialiser.
+        one_update: the mean of its networks after one update.
+        within: the margin that `updates_to_reach` grants, as a fraction of `one_update`.
     """
 
     metric: str
@@ -71,7 +74,7 @@ class Recursion:
 def new_networks(
     task: Task, seed: int, networks: int, initialisers: Sequence[str] | None = None
 ) -> dict[str, Float[Tensor, "networks D"]]:
-    """Networks of every initialiser of the task, its own first; unseen where `seed` is not the zoo's.  [thesis 3.4.3]"""
+    """Untrained networks of every initialiser of the task, its default first; unseen where `seed` is not the zoo's."""
     return {name: task.initial(seed, range(networks), name) for name in initialisers or task.initialisers}
 
 
@@ -90,17 +93,25 @@ def recursive_prompting(
 ) -> Recursion:
     """Prompt each network `updates` times, from its last result and the metric that this has.
 
-    starts: networks by initialiser, those of `known`, which the update was trained on, among them. prompt: the metric's own for
-    recursion where left out. Update k = 0, 1, ... of network i draws the noise of index first_index + k * networks + i, whatever
-    its initialiser. Raises ValueError for starts without `known`, a metric without prompts, or networks that are not finite.
+    Update k = 0, 1, ... of network i draws the noise of index first_index + k * networks + i, whatever its initialiser.
+
+    Args:
+        starts: networks by initialiser, including `known`, the initialiser that the update was trained on.
+        prompt: by default the metric's own for recursion.
+        within: the margin of `Curve.updates_to_reach`.
+
+    Raises ValueError for starts without `known`, a metric without prompts, or networks that are not finite.
     """
     if known not in starts:
-        raise ValueError(f"initialiser {known!r}: not among {', '.join(starts)}; its first update is the reference")
+        raise ValueError(
+            f"initialiser {known!r}: expected one of {', '.join(starts)}; its first update is the reference"
+        )
     if updates < 1:
         raise ValueError(f"updates {updates}: expected at least 1")
-    if prompt is None and metric.prompts is None:
-        raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
-    prompt = metric.prompts.recursive if prompt is None else prompt
+    if prompt is None:
+        if metric.prompts is None:
+            raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
+        prompt = metric.prompts.recursive
     options = {"networks_at_once": networks_at_once, "first_index": first_index}
     followed = {
         name: _follow(update, task, metric, theta, updates, prompt, **options) for name, theta in starts.items()
@@ -124,10 +135,10 @@ def _follow(
     first_index: int,
 ) -> tuple[dict[str, Float[Tensor, "networks updates"]], int]:
     """Every metric after 0 .. updates updates, and how many updates were rejected."""
-    current = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)
+    current: Mapping[str, Tensor] = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)
     history, rejected, networks = [current], 0, len(theta)
-    for number in range(updates):
-        first = first_index + number * networks
+    for update_number in range(updates):
+        first = first_index + update_number * networks
         indices = range(first, first + networks)
         theta, current, usable = advanced(
             update, task, theta, current, metric.name, prompt, indices, networks_at_once=networks_at_once
@@ -184,20 +195,21 @@ def verdicts(result: Result) -> list[Verdict]:
     last = min(WITHIN, len(result["curves"][result["known"]]["mean"]) - 1)
     after_one = {name: _at(curve, metric, 1) for name, curve in result["curves"].items()}
     parts, evidence = [], []
+    known = f"{interval(after_one[result['known']], '.3f')} from the zoo's own"
     for name in foreign:
         change = _improvement(result["curves"][name], metric, last, direction)
         worse = better(after_one[result["known"]], after_one[name], direction)
         parts += [worse, sign(change) if change else UNDECIDED]
-        known, later, start = (
-            f"{interval(estimate, '.3f')} {when}"
-            for estimate, when in (
-                (after_one[result["known"]], "from the zoo's own initialiser"),
-                (_at(result["curves"][name], metric, last), f"after {last}"),
-                (_at(result["curves"][name], metric, 0), "before any (the identity)"),
-            )
-        )
+        others = [
+            f"{interval(_at(result['curves'][name], metric, i), '.3f')} {when}"
+            for i, when in ((last, f"after {last}"), (0, "before any (the identity)"))
+        ]
         what = f"{named(metric)} after one update from {named(name)}"
-        evidence.append(Evidence(what, interval(after_one[name], ".3f"), "", known, [later, start]))
+        evidence.append(Evidence(what, interval(after_one[name], ".3f"), "", known, others))
+    after_last = [_at(result["curves"][name], metric, last) for name in foreign]
+    summary = f"{named(metric)} after one update from {len(foreign)} initialisers that the zoo does not have"
+    evidence.insert(0, Evidence(summary, _range([after_one[name] for name in foreign]), "", known,
+                                [f"{_range(after_last)} after {last}"]))  # fmt: skip
     if not parts:
         return [Verdict(CLAIM, UNDECIDED, evidence, "the task has no other initialiser")]
     return [Verdict(CLAIM, overall(parts), evidence)]
@@ -213,6 +225,12 @@ def _at(curve: Mapping[str, Any], metric: str, update: int) -> dict[str, float |
     """The mean over networks after an update, with its interval; None for all three where no network is finite."""
     values = [row[update] for row in curve["metrics"][metric] if row[update] is not None]
     return mean_estimate(values)._asdict() if values else dict.fromkeys(Estimate._fields)
+
+
+def _range(estimates: Sequence[Mapping[str, float | None]]) -> str:
+    """The least and the greatest of several means."""
+    values = [each["value"] for each in estimates if each["value"] is not None]
+    return f"{min(values):.3f} to {max(values):.3f}" if values else number(None)
 
 
 def _improvement(curve: Mapping[str, Any], metric: str, last: int, direction: str) -> Estimate | None:
@@ -237,7 +255,13 @@ def figure(data: Mapping[str, Any], *, metric: str | None = None) -> "Figure":
         error = curve.std(axis=0, ddof=1) / len(curve) ** 0.5 if len(curve) > 1 else np.zeros_like(mean)
         known = name == data["known"]
         label = f"{named(name)}{' (the zoo’s own)' if known else ''}"
-        style = {"color": color, "marker": marker, "linewidth": 2 if known else 1.2, "markersize": 4, "label": label}
+        style: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "linewidth": 2 if known else 1.2,
+            "markersize": 4,
+            "label": label,
+        }
         axes.errorbar(counts, mean, error, capsize=2, elinewidth=0.8, zorder=3 if known else 2, **style)
     if metric == data["metric"]:
         label = "one update, the zoo’s own initialiser"
@@ -246,7 +270,7 @@ def figure(data: Mapping[str, Any], *, metric: str | None = None) -> "Figure":
     if everything.min() > 0 and everything.max() > 3 * everything.min():
         axes.set_yscale("log")
     axes.set(xlabel="updates", ylabel=words(metric))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     measure(axes.yaxis, metric)
     legend(axes, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -262,8 +286,9 @@ def figures(result: Result) -> dict[str, bytes]:
     return {f"fig-3.6-{metric}": figure_png(figure(result, metric=metric)) for metric in _drawn(result)}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The curves, and a row for each initialiser."""
+    networks = len(result["curves"][result["known"]]["metrics"][result["metric"]])
     rows, last = [], len(result["curves"][result["known"]]["mean"]) - 1
     for name, curve in result["curves"].items():
         cells = [interval(_at(curve, metric, i), ".3f") for metric in _drawn(result) for i in (0, 1, last)]
@@ -272,8 +297,8 @@ def section(study: "Chapter3", result: Result) -> Section:
     columns = [f"{named(metric)} {when}" for metric in _drawn(result)
                for when in ("before", "after one update", f"after {last}")]  # fmt: skip
     caption = (
-        f"Networks of each initialiser: {len(next(iter(result['curves'].values()))['metrics'][result['metric']])}, prompted for "
-        f"{named(result['metric'])} {result['prompt']:.3g} every time. Updates needed: until the mean is within "
+        f"Every initialiser in numbers. Means over {networks} networks, prompted for {named(result['metric'])} "
+        f"{result['prompt']:.3g} every time. Updates needed: until the mean is within "
         f"{result['within']:.0%} of the zoo's own initialiser's after one. Rejected: updates that were not finite."
     )
     pictures = [study.figure(f"fig-3.6-{metric}", f"{named(metric)}: mean and standard error over networks".capitalize())

@@ -22,12 +22,11 @@ from triptych_thesis.chapter3.naming import named, shown
 from triptych_thesis.study.estimates import number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import INK, ORANGE, numbers, panels
+from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from triptych_thesis.chapter3.study import Chapter3
 
 CLAIM = "gpt.fig-3.8"
 BARRIER = 0.1  # of what samples improved on their start: what separates two regions, and what a projection may be off
@@ -42,10 +41,14 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Diversity:
-    """How far samples lie apart for one prompt.
+    """How far samples for one prompt lie apart.
 
-    noise: those of one start that differ in sampling noise, averaged over starts. starts: those of different starts, one each.
-    before: the starting networks themselves. metric_mean: what all samples achieve. non_finite samples are left out.
+    Args:
+        noise: samples of one start, which differ in sampling noise, averaged over starts.
+        starts: samples of different starts, one each.
+        before: the starting networks themselves.
+        metric_mean: mean of the metric over all samples.
+        non_finite: samples that are not finite, which are left out.
     """
 
     metric: str
@@ -85,10 +88,11 @@ def diversity(
     networks_at_once: int = 256,
     first_index: int = 0,
 ) -> Diversity:
-    """Draw `samples` updates of every start towards one prompt (the metric's best where left out), and compare them.
+    """Draw `samples` updates of every start towards one prompt, by default the metric's best, and compare them.
 
-    Sample j of start i draws the noise of index first_index + i * samples + j. Raises ValueError for a metric without prompts, or
-    starts that are not finite.
+    Sample j of start i draws the noise of index first_index + i * samples + j.
+
+    Raises ValueError for a metric without prompts, or starts that are not finite.
     """
     prompt = low_prompt(metric, prompt)
     start = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)[metric.name]
@@ -115,9 +119,11 @@ def diversity(
 
 def low_prompt(metric: Metric, prompt: float | int | None) -> float | int:
     """The prompt given, or the metric's best. Raises ValueError where there is neither."""
-    if prompt is None and metric.prompts is None:
+    if prompt is not None:
+        return prompt
+    if metric.prompts is None:
         raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
-    return metric.prompts.best if prompt is None else prompt
+    return metric.prompts.best
 
 
 def _mean(parts: list[Tensor]) -> float:
@@ -126,7 +132,10 @@ def _mean(parts: list[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Plane:
-    """The plane through `origin` along two orthonormal axes, float64 on the CPU; explained: share of variance along each."""
+    """The plane through `origin` along two orthonormal axes, float64 on the CPU.
+
+    explained: share of the networks' variance along each axis.
+    """
 
     origin: Float[Tensor, " D"]
     axes: Float[Tensor, "2 D"]
@@ -164,13 +173,19 @@ class Plane:
 
 @dataclass(frozen=True)
 class Landscape:
-    """A metric over a plane, and the samples of one start that lie about it. Lengths are in the networks' own units.
+    """A metric over a plane, and the samples of one start near it. Lengths are in the networks' own units.
 
-    explained: share of the variance of the networks that span the plane, along each axis. x, y, values: the grid, values[i][j] at
-    (x[j], y[i]). samples: where they project to, with their own metric, the metric of their projection, and the share of their
-    squared distance from the plane's origin that it keeps. accurate: the projection's metric is off by at most a tenth of what
-    the sample improved on its start. curvature: second difference quotients of the metric at the samples themselves, along both
-    axes at distances `step`; convex: share of samples where both are positive. non_finite samples are left out.
+    Args:
+        explained: share of the variance, along each axis, of the networks that span the plane.
+        x, y, values: the grid; values[i][j] is the metric at (x[j], y[i]).
+        samples: the points that samples project to.
+        sample_metric, projected_metric: of the samples themselves, and of their projections.
+        share: of their squared distance from the plane's origin, how much the projection keeps.
+        accurate: whether the projection's metric is off by at most a tenth of what the sample improved on its start.
+        curvature: second difference quotients of the metric at the samples, along both axes at distances `step`; positive where
+            the sample is locally best along the axis.
+        convex: share of samples where both are positive.
+        non_finite: samples that are not finite, which are left out.
     """
 
     metric: str
@@ -211,10 +226,15 @@ def landscape(
 ) -> Landscape:
     """Draw samples of one start that differ in noise alone, and map the metric over a plane around them.
 
-    prompt: the metric's best where left out. spanning: networks whose principal components are the plane, such as training
-    checkpoints; the samples themselves where left out, of which three lie in their plane exactly. side: points of the grid along
-    each axis, which reaches half the samples' extent beyond them. Sample j draws the noise of index first_index + j. Raises
-    ValueError for a metric without prompts, a start that is not finite, or networks that span no plane.
+    Sample j draws the noise of index first_index + j.
+
+    Args:
+        prompt: by default the metric's best.
+        spanning: networks whose principal components span the plane, such as training checkpoints; by default the samples
+            themselves, of which three lie in their plane exactly.
+        side: points of the grid along each axis, which reaches half the samples' extent beyond them.
+
+    Raises ValueError for a metric without prompts, a start that is not finite, or networks that span no plane.
     """
     prompt, at_once = low_prompt(metric, prompt), {"networks_at_once": networks_at_once}
     start = starting_metrics(task, theta[None], metric, **at_once)[metric.name]
@@ -278,6 +298,7 @@ def _curvature(
     ]
     return torch.stack(quotients, dim=1) * (1 if better == "lower" else -1)
 
+
 def run(context: Context) -> dict[str, Any]:
     """Landscapes around samples of two starts, and the diversity of samples of up to eight."""
     trial, samples = context.trial, context.amounts.samples
@@ -339,10 +360,10 @@ def verdicts(result: Result) -> list[Verdict]:
     differences = [_difference(spreads, kind) for kind in ("matched", "raw")]
     larger = [None if difference is None else difference > 0 for difference in differences]
     varied = CONFIRMED if larger == [True, True] else REFUTED if larger == [False, False] else UNDECIDED
-    regions_text = " and ".join(f"{count} for {samples} samples" for count, samples in counts)
+    regions_text = " and ".join(f"{count} (of {samples} samples)" for count, samples in counts)
     matched = {name: number(spreads[name]["matched"], ".2f") for name in ("noise", "starts", "before")}
     evidence = [
-        Evidence("regions of low metric in the plane, for each of two starts", regions_text),
+        Evidence("regions of good networks in the plane, for each of two starts", regions_text),
         Evidence("mean distance of samples of different starts, units matched", matched["starts"], "",
                  f"{matched['noise']} of one start", [f"{matched['before']} of the starts themselves (the identity)"]),
     ]  # fmt: skip
@@ -369,12 +390,12 @@ def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
     values = [numbers(one["values"]) for one in data]
     levels = MaxNLocator(20).tick_values(min(np.nanmin(v) for v in values), max(np.nanmax(v) for v in values))
     best_bright = "viridis_r" if data[0]["better"] == "lower" else "viridis"
-    for number, (one, grid, panel) in enumerate(zip(data, values, axes, strict=True), start=1):
+    for start, (one, grid, panel) in enumerate(zip(data, values, axes, strict=True), start=1):
         filled = panel.contourf(one["x"], one["y"], grid, levels=levels, cmap=best_bright)
         panel.contour(one["x"], one["y"], grid, levels=levels[::2], colors="white", linewidths=0.4, alpha=0.6)
         samples, accurate = numbers(one["samples"]), np.array(one["accurate"], dtype=bool)
         for which, face, label in ((accurate, ORANGE, "scores alike"), (~accurate, "none", "scores otherwise")):
-            style = {
+            style: dict[str, Any] = {
                 "s": 28,
                 "linewidths": 1,
                 "edgecolors": INK,
@@ -385,7 +406,7 @@ def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
                 panel.scatter(*samples[which].T, facecolors=face, **style)
         axis_names = [f"component {i}, {share:.0%} of variance" for i, share in enumerate(one["explained"], start=1)]
         panel.set(xlabel=axis_names[0], ylabel=axis_names[1])
-        panel.set_title(f"start {number}, prompted for {shown(metric, one['prompt'])}", fontsize=9)
+        panel.set_title(f"start {start}, prompted for {shown(metric, one['prompt'])}", fontsize=9)
         panel.grid(False)
     bar = figure.colorbar(filled, ax=axes, label=words(metric), shrink=0.9)
     measure(bar.ax.yaxis, metric)
@@ -399,7 +420,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {"fig-3.8": figure_png(figure(result["landscapes"]))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The landscapes, what they say of the samples, and distances."""
     spreads = result["diversity"]
     rows = [

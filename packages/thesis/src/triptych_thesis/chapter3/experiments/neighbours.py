@@ -1,8 +1,8 @@
 """The nearest-neighbour score: whose checkpoints lie nearer to a generated network, its own run's or the training set's?
 
-[thesis 3.5, Fig 3.9] counts runs whose sample is nearer to one of the run's own checkpoints than to any training checkpoint.
+The thesis counts runs whose sample is nearer to one of the run's own checkpoints than to any training checkpoint [3.5, Fig. 3.9].
 The identity scores 100% on that definition, and so may a constant, such as the mean of all training runs' finals, which is
-small and so nearest to where the run began. Hence the score is also given among checkpoints whose metric is near the prompt;
+small and so nearest to where the run began. Hence the score is also given for checkpoints whose metric is near the prompt;
 and, since hidden units have no order, both are also given under the best matching of units.
 """
 
@@ -29,12 +29,11 @@ from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import LINES, PALETTE, distinct, legend, numbers, panels
+from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from triptych_thesis.chapter3.study import Chapter3
 
 CLAIM = "gpt.fig-3.9"
 KINDS = {  # by (matched, near the prompt)
@@ -47,11 +46,16 @@ KINDS = {  # by (matched, near the prompt)
 
 @dataclass(frozen=True)
 class NeighbourScore:
-    """One prompt's score of one kind: raw or matched, among all checkpoints or among those near the prompt.
+    """One prompt's score of one kind.
 
-    score: share of the counted runs, with its 95% interval over runs; None where none counts. A run counts where its sample is
-    finite and both its own and the training checkpoints have candidates. non_finite: samples that are not, whose distances are
-    infinite. exact: otherwise distances, both alike, are upper bounds.
+    Args:
+        matched: whether hidden units are matched before distances are taken.
+        near_prompt: whether only checkpoints near the prompt are searched.
+        score: share of the counted runs, with its 95% interval over runs; None where none counts.
+        counted: runs whose sample is finite, with a checkpoint to search both of their own and in the training set.
+        own, training: distance to the nearest checkpoint of the run itself, and of the training set; infinite where not finite.
+        exact: whether distances are exact; otherwise both are upper bounds.
+        non_finite: samples that are not finite.
     """
 
     target: float
@@ -59,7 +63,7 @@ class NeighbourScore:
     near_prompt: bool
     score: Estimate | None
     counted: int
-    own: Float[Tensor, " runs"]  # distance to the nearest of its own run's checkpoints
+    own: Float[Tensor, " runs"]
     training: Float[Tensor, " runs"]
     exact: bool
     non_finite: int
@@ -93,22 +97,25 @@ def nearest_neighbour_scores(
     every: int = 1,
     training: Int[np.ndarray, " training"] | None = None,
 ) -> list[NeighbourScore]:
-    """Update the initial network of each run to each prompt, and score: four kinds for each prompt, in its order.
+    """Update the initial network of each run to each prompt, and score: four kinds for each prompt, in the prompts' order.
 
-    rows: of the zoo's runs to start from, all of the test split if left out. tolerance: how far from the prompt, in the
-    metric's units, a checkpoint may be and still count as near. every: searches each k-th training checkpoint alone, which
-    favours the run's own, of which all are searched (and no longer finds each checkpoint that retrieval returns). Sample
-    r + p * runs is run r's to prompt p. training: rows of the runs that the model was trained on, all of the training split if
-    left out. Samples that are not finite are left out of the counted runs.
+    The update of run r to prompt p draws the noise of index r + p * runs.
+
+    Args:
+        tolerance: how far from the prompt, in the metric's units, a checkpoint may be and still count as near.
+        rows: of the zoo's runs to start from; by default all of the test split.
+        every: searches each k-th training checkpoint only, which favours the run's own, of which all are searched (and may miss
+            checkpoints that retrieval returns).
+        training: rows of the runs that the model was trained on; by default all of the training split.
     """
     rows = zoo.runs_in("test") if rows is None else rows
     theta = zoo.theta(rows, [0] * len(rows))
     start = zoo.metrics(metric)[torch.as_tensor(rows), 0]
-    samples = [
+    updated = [
         update(theta, start, torch.full_like(start, prompt), range(p * len(rows), (p + 1) * len(rows))).detach().cpu()
         for p, prompt in enumerate(prompts)
     ]
-    samples = torch.cat(samples)
+    samples = torch.cat(updated)
     finite = samples.isfinite().all(1)
     targets = torch.tensor(prompts, dtype=torch.float64).repeat_interleave(len(rows))[finite]
     repeated = np.tile(np.asarray(rows), len(prompts))[finite.numpy()]
@@ -145,20 +152,24 @@ def compare(
 ) -> tuple[Nearest, Nearest]:
     """The nearest checkpoint of each sample's own run, at `rows[i]`, and the nearest training checkpoint.
 
-    narrowing: (metric, target of each sample, tolerance) leaves only checkpoints with the metric that near. training: rows of
-    training runs, all of the split if left out. Raises ValueError for samples that are not finite.
+    Args:
+        narrowing: (metric, target of each sample, tolerance): only checkpoints with the metric that near are searched.
+        training: rows of training runs; by default all of the split.
+
+    Raises ValueError for samples that are not finite.
     """
     metric, target, tolerance = narrowing or (None, None, 0.0)
     pool = Pool.of(zoo, zoo.runs_in("train") if training is None else training, every, metric)
-    among_training = nearest(samples, pool, spec, target=target, tolerance=tolerance)
-    own = Nearest(*(torch.empty_like(values) for values in among_training[:3]), among_training.exact)
+    in_training = nearest(samples, pool, spec, target=target, tolerance=tolerance)
+    distance, run, checkpoint = (torch.empty_like(values) for values in in_training[:3])
+    own = Nearest(distance, run, checkpoint, in_training.exact)
     for row in np.unique(rows):
         here = torch.from_numpy(np.nonzero(rows == row)[0])
         pool = Pool.of(zoo, np.array([row]), 1, metric)
         found = nearest(samples[here], pool, spec, target=None if target is None else target[here], tolerance=tolerance)
         for values, of_run in zip(own[:3], found[:3], strict=True):
             values[here] = of_run
-    return own, among_training
+    return own, in_training
 
 
 def _score(
@@ -180,6 +191,7 @@ def run(context: Context) -> dict[str, Any]:
     """Scores at prompts from the best to a random network's metric, of the model, of the identity and of retrieval."""
     trial, amounts = context.trial, context.amounts
     metric = trial.metric.name
+    assert trial.metric.prompts is not None  # a trial's metric has prompts
     low, high = trial.best_prompt, float(trial.zoo.metrics(metric)[:, 0].mean()) * trial.metric.prompts.worst
     prompts = torch.linspace(low, high, amounts.neighbour_prompts, dtype=torch.float64).tolist()
     tolerance = abs(high - low) / 40
@@ -220,10 +232,9 @@ def verdicts(result: Result) -> list[Verdict]:
     passed = [_side(score) == CONFIRMED for score in plain]
     failed = [_side(score) == REFUTED for score in plain]
     late = any(fails and any(passed[:i]) for i, fails in enumerate(failed))
+    verdict = CONFIRMED if sum(passed) > len(plain) / 2 else UNDECIDED
     if sum(failed) > len(plain) / 2 or late:
         verdict = REFUTED
-    else:
-        verdict = CONFIRMED if sum(passed) > len(plain) / 2 else UNDECIDED
     what = "prompts at which most samples lie nearest to their own run"
     beside, *others = (
         f"{sum(_side(score) == CONFIRMED for score in of_kind(scores, False, False))} of {name}"
@@ -292,7 +303,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {"fig-3.9": figure_png(figure({"metric": result["metric"], "prompts": prompts, **curves}))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The figure, and a row for each update, prompt and kind."""
     rows = [
         (
@@ -303,18 +314,30 @@ def section(study: "Chapter3", result: Result) -> Section:
         for update, scores in result["scores"].items()
         for score in scores
     ]  # fmt: skip
-    header = ("update", "prompt", "searched", "score", "runs that count", "median distance to its own run", "to training runs")
+    header = (
+        "update",
+        "prompt",
+        "searched",
+        "score",
+        "runs that count",
+        "median distance to its own run",
+        "to training runs",
+    )
     caption = (
         f"Scores by prompt. Near the prompt: checkpoints with {named(result['metric'])} within {result['tolerance']:.2g} of it; a "
         "run counts where both pools have such checkpoints."
     )
     return Section(
         "Nearest neighbours (Figure 3.9)",
-        [study.figure("fig-3.9", "Runs whose sample lies nearer to their own checkpoints than to any training checkpoint")],
+        [
+            study.figure(
+                "fig-3.9", "Runs whose sample lies nearer to their own checkpoints than to any training checkpoint"
+            )
+        ],
         [Table(header, rows, caption, folded=True)],
         note="The identity scores 100% on the thesis's own definition. Hence the score is also given for checkpoints near the "
         "prompt alone, and with hidden units matched, since they have no order. Of the training runs every "
-        f"{study.context().amounts.every}. checkpoint is searched.",
+        f"{study.sizes[study.size].amounts.every}. checkpoint is searched.",
     )
 
 

@@ -10,17 +10,16 @@ from triptych_gpt.evaluation.prompted import starting_metrics
 from triptych_gpt.evaluation.trial import MODEL
 
 from triptych_thesis.chapter3.context import Context, mean_over_networks
-from triptych_thesis.chapter3.hand_designed import optimise, optimizers_for
+from triptych_thesis.chapter3.hand_designed import optimise_with_all
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import GREY, INK, intervals, numbers, panels
+from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import NOT_RUN, UNDECIDED, Evidence, Verdict, better, overall
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from triptych_thesis.chapter3.study import Chapter3
 
 CLAIM = "gpt.fig-3.3"
 WORDS = {"model": MODEL, "optimiser": "hand-designed optimisers", "baseline": "baselines", "real": "real networks"}
@@ -42,11 +41,10 @@ def run(context: Context) -> dict[str, Any]:
             {"name": name, "kind": "model" if name == MODEL else "baseline", **mean_over_networks(values[metric.name])}
             for name, values in achieved.items()
         ]
-        for name in optimizers_for(trial.task):
-            curve = optimise(trial.task, name, test, tuning, metric.name, seed=trial.seed)
+        for curve in optimise_with_all(trial.task, test, tuning, metric.name, seed=trial.seed):
             estimate = mean_over_networks(curve.tuned[0].double())
             rate = curve.as_dict()["tuned"]["learning_rate"]
-            methods.append({"name": name, "kind": "optimiser", **estimate, "tuned": rate})
+            methods.append({"name": curve.optimizer, "kind": "optimiser", **estimate, "tuned": rate})
         shown[metric.name] = {
             "metric": metric.name,
             "better": metric.better,
@@ -78,12 +76,14 @@ def verdicts(result: Result) -> list[Verdict]:
             continue
         methods = {method["name"]: method for method in data["methods"]}
         ours, best = methods[MODEL], best_optimiser(data)
-        for method in data["methods"]:
-            if method["kind"] == "optimiser":
-                parts.append(UNDECIDED if ours["non_finite"] else better(ours, method, data["better"]))
-        beside = f"{interval(best, '.3f', 'mean')} of {best['name']}, the best optimiser's one step" if best else ""
+        parts += [
+            UNDECIDED if ours["non_finite"] else better(ours, method, data["better"])
+            for method in data["methods"]
+            if method["kind"] == "optimiser"
+        ]
+        beside = f"{interval(best, '.3f', 'mean')} of one step of {best['name']}, the best optimiser" if best else ""
         others = [f"{interval(m, '.3f', 'mean')} of {m['name']}" for m in data["methods"] if m["kind"] == "baseline"]
-        what = f"{named(metric)} after one update, mean of {result['networks']} unseen networks"
+        what = f"{named(metric)} after one update of {result['networks']} unseen networks"
         evidence.append(Evidence(what, interval(ours, ".3f", "mean"), IN_THESIS.get(metric, ""), beside, others))
     if not parts:
         return [Verdict(CLAIM, NOT_RUN, evidence, "the task is not supervised: no optimiser is compared")]
@@ -98,7 +98,7 @@ def figure(data: Mapping[str, Any]) -> "Figure":
             "kind": "model" | "optimiser" | "baseline", "mean", "low", "high"}]}; low and high end the error bar and may be None.
     """
     methods, metric = list(data["methods"]), data["metric"]
-    figure, (axes,) = panels(size=(7.2, 0.9 + 0.3 * len(methods)))
+    figure, (axes,) = panels(size=(5.0, 1.2 + 0.26 * len(methods)))
     values = numbers([method["mean"] for method in methods])
     positions = np.arange(len(methods))
     for kind in dict.fromkeys(method["kind"] for method in methods):
@@ -117,7 +117,7 @@ def figure(data: Mapping[str, Any]) -> "Figure":
     if data.get("trained_best") is not None:
         axes.axvline(data["trained_best"], color=INK, linestyle="--", linewidth=1.2, label="best training checkpoint")
     axes.set_xlabel(f"{words(metric)} after one update")
-    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=5, columnspacing=1.2)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3, columnspacing=1.2)
     return figure
 
 
@@ -126,7 +126,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {f"fig-3.3-{metric}": figure_png(figure(data)) for metric, data in result["figures"].items()}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """A picture for each metric, and all means in one table."""
     metrics = result["figures"]
     names = [method["name"] for method in next(iter(metrics.values()))["methods"]]

@@ -1,7 +1,7 @@
 """Prompt sweeps of unseen networks: does an update achieve what it is prompted for?  [thesis 3.4.4, Fig. 3.5]"""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from triptych_common.images import figure_png
 from triptych_gpt.evaluation.plots import alignment_figure
@@ -11,10 +11,8 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, mean_estimate, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall, sign
-
-if TYPE_CHECKING:
-    from triptych_thesis.chapter3.study import Chapter3
 
 CLAIM = "gpt.fig-3.5"
 LITTLE = 0.5  # of what was asked for beyond the best training checkpoint
@@ -45,7 +43,7 @@ def verdicts(result: Result) -> list[Verdict]:
     little = UNDECIDED
     if gain is not None and gain.low is not None and gain.high is not None:
         little = CONFIRMED if gain.high < LITTLE else REFUTED if gain.low > LITTLE else UNDECIDED
-    what = f"R² of {named(ours['metric'])} over the prompts that training checkpoints reach, {ours['networks']} unseen networks"
+    what = f"R² between prompted and achieved {named(ours['metric'])}, where training checkpoints reach"
     beside = [f"{interval(one['r2_reachable'], '.3f')} of {name}" for name, one in alignment.items() if name != MODEL]
     evidence = [
         Evidence(what, interval(ours["r2_reachable"], ".3f"), "", beside[0], beside[1:]),
@@ -80,7 +78,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {"fig-3.5": figure_png(alignment_figure(result))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The picture is the report's opening; here stand the numbers."""
     alignment = result["alignment"]
     model = alignment[MODEL]
@@ -101,7 +99,11 @@ def section(study: "Chapter3", result: Result) -> Section:
     )  # fmt: skip
     thesis = [
         ("R² of the identity, prompts up to a network's own metric", "about -2.7", "-2.7 (closed form)"),
-        ("the same, prompts up to 0.9 of it (the released MNIST setting)", "", interval(alignment["identity"]["r2"], ".3f")),
+        (
+            "the same, prompts up to 0.9 of it (the released MNIST setting)",
+            "",
+            interval(alignment["identity"]["r2"], ".3f"),
+        ),
         ("prompt alignment", "drawn in Figure 3.7 only", interval(model["r2"], ".3f")),
         ("KL at the last diffusion step, bits/dim", "8e-6", number(result["kl_last_step"], ".2g")),
     ]

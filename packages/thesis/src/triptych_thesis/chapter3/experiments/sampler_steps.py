@@ -1,6 +1,6 @@
 """Prompt alignment against denoising steps, for each sampler, on validation networks."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from triptych_common.images import figure_png
 from triptych_gpt.evaluation.plots import quality
@@ -10,9 +10,7 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-
-if TYPE_CHECKING:
-    from triptych_thesis.chapter3.study import Chapter3
+from triptych_thesis.study.runner import Study
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {"sampler-steps": figure_png(quality(result["rows"]))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The figure, and its numbers."""
     rows = [
         (row["sampler"], row["model_evaluations"], interval(row["alignment"]["r2"], ".3f"),

@@ -21,15 +21,18 @@ from triptych_thesis.chapter3.sizes import Amounts
 from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import BLUE, ORANGE, intervals, legend, panels, thousands
+from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from triptych_thesis.chapter3.study import Chapter3
-
 CLAIM = "gpt.fig-3.7"
 PANELS = (("parameters of G.pt", "width", "parameters"), ("training runs", "runs", "training_runs"))
+LOOKS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("points", "unseen networks", {"color": BLUE, "marker": "o", "linestyle": "-"}),
+    ("train", "training networks", {"color": ORANGE, "marker": "s", "linestyle": "--"}),
+)
 FLAT_FROM = 25_000  # training runs of 200 checkpoints: the thesis's 5 million checkpoints
 
 
@@ -80,10 +83,18 @@ class FurtherModel:
         train(self.config)
         trial = Trial(load(self.config.out), Zoo(self.config.zoo), self.settings, self.config.seed)
         alignments = {}
-        for split, name, held in (("test", "unseen", trial.zoo.splits["test"]), ("train", "train", len(trial.training))):
+        for split, name, held in (
+            ("test", "unseen", trial.zoo.splits["test"]),
+            ("train", "train", len(trial.training)),
+        ):
             theta = trial.starts(split, min(self.amounts.networks, held))
             alignment = prompt_alignment(
-                trial.update, trial.task, trial.metric, theta, prompts=self.amounts.prompts, trained_best=trial.trained_best
+                trial.update,
+                trial.task,
+                trial.metric,
+                theta,
+                prompts=self.amounts.prompts,
+                trained_best=trial.trained_best,
             )
             alignments[name] = alignment.r2._asdict()
             alignments[f"{name}_at_best"] = alignment.achieved_at_best._asdict()
@@ -127,7 +138,9 @@ def needs(context: Context) -> Sequence[FurtherModel]:
 def run(context: Context) -> dict[str, Any]:
     """For each comparison a row a variant, and the panels of Fig. 3.7 made of them."""
     rows = {
-        comparison: [{"name": name, "folder": f"study/{model.title}", **model.row()} for name, model in variants.items()]
+        comparison: [
+            {"name": name, "folder": f"study/{model.title}", **model.row()} for name, model in variants.items()
+        ]
         for comparison, variants in further_models(context).items()
     }
     return {**scaling(rows), "variants": rows}
@@ -172,7 +185,9 @@ def verdicts(result: Result) -> list[Verdict]:
         what = f"R² on unseen runs with {last['x']:,} {panel['label']}"
         beside = f"{interval(first, '.3f', 'r2')} with {first['x']:,}"
         others = [f"{interval(panel['train'][-1], '.3f', 'r2')} on its training runs", "-2.7 of the identity"]
-        evidence.append(Evidence(what, interval(last, ".3f", "r2"), "random G.pt about -2.7, at best 1", beside, others))
+        evidence.append(
+            Evidence(what, interval(last, ".3f", "r2"), "random G.pt about -2.7, at best 1", beside, others)
+        )
     why = "" if len(large) > 1 else f"flattening beyond {FLAT_FROM:,} training runs was not put to the test"
     return [Verdict(CLAIM, overall([_rises(size), _rises(rising), flat]), evidence, why)]
 
@@ -192,14 +207,13 @@ def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
     """
     figure, axes = panels(len(data), size=(4.2 * len(data), 3.3))
     for one, panel in zip(data, axes, strict=True):
-        for key, name, style in (
-            ("points", "unseen networks", {"color": BLUE, "marker": "o", "linestyle": "-"}),
-            ("train", "training networks", {"color": ORANGE, "marker": "s", "linestyle": "--"}),
-        ):
+        for key, name, style in LOOKS:
             points = [point for point in one.get(key) or [] if point["r2"] is not None]
             if points:
                 x, y = ([point[axis] for point in points] for axis in ("x", "r2"))
-                panel.errorbar(x, y, intervals(points, "r2"), label=name, capsize=2, markersize=4, linewidth=1.2, **style)
+                panel.errorbar(
+                    x, y, intervals(points, "r2"), label=name, capsize=2, markersize=4, linewidth=1.2, **style
+                )
         panel.set(xscale="log", xlabel=one["label"])
         panel.xaxis.set_major_formatter(thousands)
         panel.xaxis.set_minor_formatter("")
@@ -218,7 +232,7 @@ def figures(result: Result) -> dict[str, bytes]:
     return {"fig-3.7": figure_png(figure(result["panels"]))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The two panels, and a row for every variant of every comparison."""
     rows = [
         (comparison, row["name"], f"{row['parameters']:,}", f"{row['training_runs']:,}", interval(row["unseen"], ".3f"),

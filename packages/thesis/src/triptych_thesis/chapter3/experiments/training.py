@@ -10,11 +10,10 @@ from triptych_gpt.evaluation.plots import measure
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.study.experiment import Experiment, Result, Section
 from triptych_thesis.study.plots import BLUE, MARKERS, ORANGE, PALETTE, legend, panels, thousands
+from triptych_thesis.study.runner import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from triptych_thesis.chapter3.study import Chapter3
 
 LOSS, SCORE = "loss", "validation/alignment"
 
@@ -48,7 +47,7 @@ def figure(
     measure(axes[0].yaxis, loss.replace("loss", ""))
     for key, color, marker in zip(scores, (ORANGE, *PALETTE[2:]), MARKERS, strict=False):
         points = [row for row in rows if row.get(key) is not None]
-        style = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.2, "label": key}
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.2, "label": key}
         axes[1].plot([row[x] for row in points], [row[key] for row in points], **style)
     bottom, _ = axes[1].get_ylim()
     axes[1].set(ylabel="prompt alignment (R²), validation runs", ylim=(max(bottom, -3), 1.02))
@@ -65,13 +64,15 @@ def figures(result: Result) -> dict[str, bytes]:
     return {"training": figure_png(figure(result["rows"]))}
 
 
-def section(study: "Chapter3", result: Result) -> Section:
+def section(study: Study, result: Result) -> Section:
     """The figure; for the thesis's sizes, the command that trains on several GPUs."""
     paper = "torchrun --nproc-per-node=8 -m triptych_gpt.cli train --preset mnist_loss --zoo ... --parallel fsdp"
     caption = (
         "Error of the denoised later checkpoint, and prompt alignment on validation runs, by which the model is chosen"
     )
-    return Section("Training", [study.figure("training", caption)], note=paper if study.size.startswith("paper") else "")
+    return Section(
+        "Training", [study.figure("training", caption)], note=paper if study.size.startswith("paper") else ""
+    )
 
 
 EXPERIMENT = Experiment(name="training", order=12, measure=run, figures=figures, section=section)
