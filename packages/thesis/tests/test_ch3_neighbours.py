@@ -17,7 +17,7 @@ from triptych_gpt.unit_vectors import UnitVectors, augmented, lower_bound, weigh
 from triptych_gpt.zoo.manifest import Manifest
 from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
-from triptych_thesis.chapter3.neighbours import nearest_neighbour_scores
+from triptych_thesis.chapter3.experiments.neighbours import nearest_neighbour_scores
 
 CHECKPOINTS = 5
 
