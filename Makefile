@@ -1,8 +1,10 @@
-# make setup | test | lint | bench | docs | reproduce-ch2 | reproduce-ch3 | reproduce-ch4 | reproduce [SIZE=smoke|laptop|...] [ARGS=--all]
+# make setup | test | lint | types | bench | docs | reproduce-ch2 | reproduce-ch3 | reproduce-ch4 | reproduce [SIZE=smoke|laptop|...] [ARGS=--all]
 #      train-generators | vendor-stylegan2-ada
 # PYTHON: interpreter to build .venv from. TORCH: another requirement for torch, such as a CPU build's version or wheel.
+# CONSTRAINTS: file of exact versions, those last tested by default; CONSTRAINTS= takes the newest that the packages admit.
 PYTHON ?= python3
 TORCH ?=
+CONSTRAINTS ?= constraints.txt
 SIZE ?= laptop
 ARGS ?=
 BIN := .venv/bin
@@ -12,31 +14,36 @@ PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
 STYLEGAN2_ADA := third_party/stylegan2-ada-pytorch
 STYLEGAN2_ADA_COMMIT := d72cc7d041b42ec8e806021a205ed9349f87c6a4
 
-.PHONY: setup test lint bench docs reproduce-ch2 reproduce-ch3 reproduce-ch4 reproduce train-generators vendor-stylegan2-ada
+.PHONY: setup test lint types bench docs reproduce-ch2 reproduce-ch3 reproduce-ch4 reproduce train-generators vendor-stylegan2-ada
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt $(PROJECTS)
+$(STAMP): requirements.txt $(CONSTRAINTS) $(PROJECTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "triptych needs Python 3.11 or newer; remove .venv and pass PYTHON=python3.11"; exit 1; }
 	$(if $(TORCH),$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)')
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@# where TORCH names another torch, its pin and those of packages built for it do not hold
+	@{ $(if $(CONSTRAINTS),$(if $(TORCH),grep -v '^torch',cat) $(CONSTRAINTS),true); } > .venv/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c .venv/constraints.txt
 	@touch $@
 
 # A worker a core, with one thread each: twice as fast as one process with all threads. A file's tests share its fixtures.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
-lint: setup
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
 
 bench: setup
 	$(BIN)/python -m benchmarks
 
 docs: setup
-	$(BIN)/python -m triptych_thesis.study.claims claims.toml docs/claims.md
+	$(BIN)/triptych claims
 
 reproduce-ch2: setup
 	$(BIN)/triptych reproduce ch2 --size $(SIZE) $(ARGS)

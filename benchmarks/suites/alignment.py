@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks
 from triptych_common.training import Batch
-from triptych_gangealing import mipmap
 from triptych_gangealing.encoders.perceptual import SSL_DIVISOR, Encoder, EncoderConfig, PerceptualDistance
 from triptych_gangealing.objective import Objective
 from triptych_gangealing.spatial_transformer import PRESETS, SpatialTransformer, SpatialTransformerConfig
@@ -59,7 +58,9 @@ SIZES = [
 def sampling_by(sampler: Sampler) -> AbstractContextManager[object]:
     """Within, every anti-aliased sampling of a warp is this one's, which finds its levels itself; border padding."""
     return patch.multiple(
-        mipmap, levels=lambda x, y: x, sample=lambda images, grid, level, padding: sampler(images, grid)
+        warp_module,
+        pyramid_levels=lambda x, y: x,
+        sample_pyramid=lambda images, grid, level, padding: sampler(images, grid),
     )
 
 

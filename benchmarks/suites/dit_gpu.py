@@ -16,14 +16,13 @@ from triptych_common.parallel import Execution, Ranks, prepare
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddpm, final, guided
 from triptych_common.training.state import Batch
-from triptych_dit.autoencoder.cache import prefetch
+from triptych_dit.autoencoder.cache import LatentData
 from triptych_dit.config import PRESETS
 from triptych_dit.flops import gflops
-from triptych_dit.objective import Objective
+from triptych_dit.objective import Objective, prefetch
 from triptych_dit.sampling import SamplerSettings, trajectory
 from triptych_dit.train import make_state
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
-from triptych_dit.training_data import LatentData
 from triptych_dit.weights import TrainedModel, make_diffusion
 
 from benchmarks.runner import Job

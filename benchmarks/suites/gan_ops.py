@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.memory import keep_freed_memory
-from triptych_gangealing.stylegan2 import ops
+from triptych_gangealing.stylegan2 import layers
 
 from benchmarks.runner import Job
 
@@ -94,27 +94,27 @@ def plain_conv_of_a_quarter(x: Tensor, weight: Tensor) -> Tensor:
 
 
 RESAMPLING = [
-    Case("up", ops.upsample2d, reference_up, copy_of_four),
-    Case("down", ops.downsample2d, reference_down, torch.clone),
+    Case("up", layers.upsample2d, reference_up, copy_of_four),
+    Case("down", layers.downsample2d, reference_down, torch.clone),
 ]
 CONVOLUTIONS = [
     Case(
         "modulated convolution",
-        ops.modulated_conv2d,
+        layers.modulated_conv2d,
         lambda *inputs: reference_modulated(*inputs, up=False),
         plain_conv,
         with_styles,
     ),
     Case(
         "modulated convolution up",
-        lambda *inputs: ops.modulated_conv2d(*inputs, resample="up"),
+        lambda *inputs: layers.modulated_conv2d(*inputs, resample="up"),
         lambda *inputs: reference_modulated(*inputs, up=True),
         plain_conv,
         with_styles,
     ),
     Case(
         "convolution down",
-        lambda *inputs: ops.conv2d(*inputs, resample="down"),
+        lambda *inputs: layers.conv2d(*inputs, resample="down"),
         reference_conv_down,
         plain_conv_of_a_quarter,
         with_weight,
@@ -122,7 +122,7 @@ CONVOLUTIONS = [
 ]
 ACTIVATION = Case(
     "bias and activation",
-    lambda x, bias: ops.bias_act(x, bias, "lrelu"),
+    lambda x, bias: layers.bias_act(x, bias, "lrelu"),
     reference_bias_act,
     lambda x, bias: x.clone(),
     lambda shape: [tuple(shape), (shape[1],)],

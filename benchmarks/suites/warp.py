@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.memory import keep_freed_memory
-from triptych_gangealing import mipmap
+from triptych_gangealing import warp as warp_module
 from triptych_gangealing.warp import Affine, Flow, Warp
 
 from benchmarks.runner import Job
@@ -33,8 +33,8 @@ def plain(images: Tensor, grid: Tensor) -> Tensor:
 
 def ours(images: Tensor, grid: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    level = mipmap.levels(grid[..., 0] * (width / 2), grid[..., 1] * (height / 2))
-    return mipmap.sample(images, grid, level, "border")
+    level = warp_module.pyramid_levels(grid[..., 0] * (width / 2), grid[..., 1] * (height / 2))
+    return warp_module.sample_pyramid(images, grid, level, "border")
 
 
 def levels_by_definition(images: Tensor, grid: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def levels_by_definition(images: Tensor, grid: Tensor) -> Tensor:
     around = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     near = (around[:, :, 1:-1, :-2], around[:, :, 1:-1, 2:], around[:, :, :-2, 1:-1], around[:, :, 2:, 1:-1])
     squared = torch.stack([(other - pixels).square().sum(1) for other in near]).amax(0)
-    return squared.clamp(min=1).sqrt().log2().clamp(max=mipmap.MAX_LEVEL)
+    return squared.clamp(min=1).sqrt().log2().clamp(max=warp_module.MAX_LEVEL)
 
 
 def picked(stack: Tensor, level: Tensor) -> Tensor:

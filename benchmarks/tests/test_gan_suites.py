@@ -37,14 +37,14 @@ def test_operations_and_their_references_give_the_same(tiny_shapes):
 
 
 def test_another_filter_would_be_noticed(tiny_shapes):
-    case = replace(gan_ops.RESAMPLING[0], ours=lambda x: gan_ops.ops.upsample2d(x).roll(1, 3))
+    case = replace(gan_ops.RESAMPLING[0], ours=lambda x: gan_ops.layers.upsample2d(x).roll(1, 3))
     failed = run_suite("toy", list(gan_ops.jobs_of(case, gan_ops.MAPS, "contiguous")), Plan(1, 2))["failed"]
     assert len(failed) == 2
     assert all(name.endswith(": ours") for name in failed)
 
 
 def test_gradients_are_compared_too(tiny_shapes):
-    case = replace(gan_ops.RESAMPLING[1], ours=lambda x: gan_ops.ops.downsample2d(x.detach()) + 0 * x.mean())
+    case = replace(gan_ops.RESAMPLING[1], ours=lambda x: gan_ops.layers.downsample2d(x.detach()) + 0 * x.mean())
     failed = run_suite("toy", list(gan_ops.jobs_of(case, gan_ops.MAPS, "channels last")), Plan(1, 2))["failed"]
     assert list(failed) == ["down 2x4x6x8 channels last, both: ours"]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
 from triptych_common.randomness import SampleNoise
-from triptych_common.samplers import ddim, ddpm, final
-from triptych_common.schedulers import available, diffusers_steps, find, make_scheduler
+from triptych_common.samplers import ddim, ddpm, diffusers_steps, final
+from triptych_common.schedulers import available, find, make_scheduler
 
 MEAN, STD = 0.3, 0.5
 DIFFUSION = GaussianDiffusion(NoiseSchedule.linear(), variance="fixed_small")

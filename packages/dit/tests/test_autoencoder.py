@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,9 @@ from triptych_dit.autoencoder import model as module
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
 from triptych_dit.autoencoder.train import Reconstruction, train_autoencoder
+from triptych_dit.testing import random_vae
 
-
-def make_vae(**changes) -> AutoencoderKL:
-    torch.manual_seed(0)
-    config = {
-        "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 8, 16), "norm_num_groups": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "latent_channels": 4, "sample_size": 16, "scaling_factor": 0.5, "shift_factor": 0.25,
-    }  # fmt: skip
-    return AutoencoderKL(**{**config, **changes}).eval()
+make_vae = partial(random_vae, (8, 8, 16), latent_channels=4, sample_size=16, scaling_factor=0.5, shift_factor=0.25)
 
 
 @pytest.fixture(scope="module")

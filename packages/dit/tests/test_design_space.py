@@ -12,18 +12,10 @@ from triptych_dit import PRESETS, DiT, DiTConfig
 from triptych_dit.config import BLOCK_DESIGNS
 from triptych_dit.flops import gflops, parameter_count
 from triptych_dit.model import BLOCKS, TimestepEmbedder
+from triptych_dit.testing import random_model
 
 SMALL = DiTConfig((8, 12), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
 designs = pytest.mark.parametrize("design", BLOCK_DESIGNS)
-
-
-def random_model(config):
-    model = DiT(config).double().eval()
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2, generator=rng)
-    return model
 
 
 def inputs(batch=4):
@@ -174,7 +166,7 @@ def test_every_design_starts_at_zero_output_and_trains_every_parameter(design):
     model = DiT(replace(SMALL, block_design=design)).double()
     x, t, y = inputs()
     assert float(model(x, t, y).detach().abs().max()) == 0
-    random_model_ = random_model(replace(SMALL, block_design=design))
+    random_model_ = random_model(replace(SMALL, block_design=design), trainable=True)
     random_model_(x, t, y).square().sum().backward()
     idle = [name for name, p in random_model_.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]
     assert idle == []

@@ -1,28 +1,21 @@
 """Starting from another model: what is copied, what is not, and what is refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from triptych_dit import DiT, DiTConfig
+from triptych_dit import DiT, DiTConfig, testing
 from triptych_dit.fine_tune import by_layer, fitted_config, peek, start_from
 from triptych_dit.model import sincos_position_embedding
 
 SMALL = DiTConfig((8, 12), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
+random_model = partial(testing.random_model, dtype=torch.float32)
 TABLE = "y_embedder.embedding_table.weight"
 
 
-def random_model(config, seed):
-    model = DiT(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name != "pos_embed":
-                p.normal_(std=0.2, generator=torch.Generator().manual_seed(seed + len(name)))
-    return model
-
-
 def test_same_shape_is_an_exact_copy():
-    source, model = random_model(SMALL, 0), random_model(SMALL, 1)
+    source, model = random_model(SMALL, seed=0), random_model(SMALL, seed=1)
     became = start_from(model, source)
     assert set(became.values()) == {"copied"}
     assert became.keys() == model.state_dict().keys()
@@ -31,9 +24,9 @@ def test_same_shape_is_an_exact_copy():
 
 
 def test_new_resolution_and_classes_change_exactly_position_and_table():
-    source = random_model(SMALL, 0)
+    source = random_model(SMALL, seed=0)
     config = fitted_config(SMALL, input_size=(16, 8), num_classes=9)
-    model = random_model(config, 1)
+    model = random_model(config, seed=1)
     drawn = model.state_dict()[TABLE].clone()
     became = start_from(model, source)
     state, before = model.state_dict(), source.state_dict()
@@ -45,25 +38,25 @@ def test_new_resolution_and_classes_change_exactly_position_and_table():
 
 
 def test_unguided_output_survives_a_new_class_table():
-    source = random_model(SMALL, 0).eval()
-    model = random_model(replace(SMALL, num_classes=7), 1).eval()
+    source = random_model(SMALL, seed=0).eval()
+    model = random_model(replace(SMALL, num_classes=7), seed=1).eval()
     start_from(model, source)
     x, t = torch.randn(2, 3, 8, 12), torch.tensor([3, 500])
     assert torch.equal(model(x, t, torch.tensor([7, 7])), source(x, t, torch.tensor([5, 5])))
 
 
 def test_a_new_table_can_be_asked_for_at_the_same_number_of_classes():
-    source, model = random_model(SMALL, 0), random_model(SMALL, 1)
+    source, model = random_model(SMALL, seed=0), random_model(SMALL, seed=1)
     drawn = model.state_dict()[TABLE].clone()
     start_from(model, source, new_class_table=True)
     assert torch.equal(model.state_dict()[TABLE][:5], drawn[:5])
 
 
 def test_classes_stay_when_only_the_null_row_comes_or_goes():
-    with_null, without = random_model(SMALL, 0), random_model(replace(SMALL, class_dropout_prob=0.0), 1)
+    with_null, without = random_model(SMALL, seed=0), random_model(replace(SMALL, class_dropout_prob=0.0), seed=1)
     assert start_from(without, with_null)[TABLE] == "5 classes copied"
     assert torch.equal(without.state_dict()[TABLE], with_null.state_dict()[TABLE][:5])
-    model = random_model(SMALL, 2)
+    model = random_model(SMALL, seed=2)
     assert start_from(model, without)[TABLE] == "5 classes copied, null row drawn afresh"
     assert torch.equal(model.state_dict()[TABLE][:5], without.state_dict()[TABLE])
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddim, final, guided
-from triptych_dit import PRESETS, DiT, DiTConfig, from_diffusers, to_diffusers
+from triptych_dit import PRESETS, DiT, DiTConfig, from_diffusers, testing, to_diffusers
 from triptych_dit.autoencoder.model import Autoencoder
 from triptych_dit.interop import diffusers_transformer, load_any, use_released_timesteps
 from triptych_dit.interop.diffusers import padded_table, pipeline_label, renamed, translated, unpadded_table
@@ -25,17 +26,8 @@ SAME = DiTConfig(  # diffusers' own settings
     mlp_norm_eps=1e-5,
 )  # fmt: skip
 NULL = 1000  # DiTPipeline's
-
-
-def random_model(config=SAME, seed=0, std=0.2):
-    """A model with no zero left in it."""
-    model = DiT(config)
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "pos_embed":
-                parameter.normal_(std=std, generator=rng)
-    return model.requires_grad_(False).eval()
+random_model = partial(testing.random_model, dtype=torch.float32)
+tiny_vae = partial(testing.random_vae, latent_channels=3)
 
 
 def opened(folder, dtype=torch.float64):
@@ -62,14 +54,6 @@ def assert_same_model(a, b):
     assert a.config == b.config
     ours, theirs = a.state_dict(), b.state_dict()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
-def tiny_vae(channels=3, **options):
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8), layers_per_block=1, latent_channels=channels, norm_num_groups=2, **options,
-    ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
@@ -105,7 +89,7 @@ def test_the_gap_of_released_settings_is_what_is_documented():
     config = DiTConfig((16, 16), 4, patch_size=2, hidden_size=384, depth=4, num_heads=6)
     gaps = []
     for seed in range(3):
-        model = random_model(config, seed, std=0.04)
+        model = random_model(config, seed=seed, std=0.04)
         transformer = diffusers_transformer(model)
         x, y = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)), torch.tensor([3])
         for shift in (1, 0):
@@ -210,8 +194,13 @@ def test_padding_keeps_the_null_row_last_and_at_1000():
 
 def test_the_stock_pipeline_guides_ten_classes_to_our_own_images(tmp_path):
     """Same timesteps, same starting noise: what DiTPipeline makes is what our sampler makes."""
-    model = random_model(std=0.1)
-    to_diffusers(model, tmp_path / "out", vae=tiny_vae(scaling_factor=0.4), id2label={3: "three, tres", 9: "nine"})
+    model = random_model(SAME, std=0.1)
+    to_diffusers(
+        model,
+        tmp_path / "out",
+        vae=tiny_vae(scaling_factor=0.4),
+        id2label={3: "three, tres", 9: "nine"},
+    )
     pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     labels = pipeline.get_label_ids(["tres", "nine"])
@@ -242,7 +231,7 @@ def test_the_stock_pipeline_guides_ten_classes_to_our_own_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "unipc"])
 def test_other_schedulers_by_name_run_in_the_pipeline(tmp_path, name):
-    to_diffusers(random_model(), tmp_path / "out", vae=tiny_vae(), scheduler=name)
+    to_diffusers(random_model(SAME), tmp_path / "out", vae=tiny_vae(), scheduler=name)
     pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline.scheduler).__name__.lower().startswith(name.lower())
@@ -316,15 +305,15 @@ def test_models_that_diffusers_has_no_module_for(tmp_path, change, message):
 
 
 def test_parts_that_do_not_suit_the_model_are_refused(tmp_path):
-    model, out = random_model(), tmp_path / "out"
-    moved = random_model()
+    model, out = random_model(SAME), tmp_path / "out"
+    moved = random_model(SAME)
     moved.pos_embed += 0.1
     other = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     learned = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
     latent = {"autoencoder": {"spec": "elsewhere", "sha256": "0" * 64, "scale_factor": 0.5}}
     cases = [
         (moved, {}, "position embedding is not the sine-cosine one"),
-        (model, {"vae": tiny_vae(channels=4)}, "the autoencoder has 4 latent channels, the model 3"),
+        (model, {"vae": testing.random_vae(latent_channels=4)}, "the autoencoder has 4 latent channels, the model 3"),
         (model, {"vae": tiny_vae(shift_factor=0.1)}, "shift_factor 0.1, which DiTPipeline ignores"),
         (model, {"vae": tiny_vae(), "facts": latent}, "scaling_factor 0.18215, the model was trained with 0.5"),
         (model, {"vae": Autoencoder(tiny_vae(scaling_factor=0.5), "mine"), "facts": latent}, "mine is not the one"),
@@ -346,7 +335,7 @@ def test_parts_that_do_not_suit_the_model_are_refused(tmp_path):
 
 
 def test_an_export_is_whole_or_absent_and_repeating_it_replaces(tmp_path, monkeypatch):
-    first, second, out = random_model(), random_model(seed=1), tmp_path / "out"
+    first, second, out = random_model(SAME), random_model(SAME, seed=1), tmp_path / "out"
     to_diffusers(first, out)
     with monkeypatch.context() as planted:
 
@@ -371,14 +360,14 @@ def test_an_export_is_whole_or_absent_and_repeating_it_replaces(tmp_path, monkey
     {"max_shard_size": "20KB"}, {"safe_serialization": False}, {"safe_serialization": False, "max_shard_size": "20KB"},
 ])  # fmt: skip
 def test_shards_and_old_bin_files_are_read(tmp_path, options):
-    model = random_model()
+    model = random_model(SAME)
     diffusers_transformer(model).save_pretrained(tmp_path / "transformer", **options)
     assert ("max_shard_size" in options) == bool(list((tmp_path / "transformer").glob("*.index.json")))
     assert_same_model(from_diffusers(tmp_path), model)
 
 
 def test_folders_of_something_else_are_refused_in_one_line(tmp_path):
-    to_diffusers(random_model(), tmp_path / "good")
+    to_diffusers(random_model(SAME), tmp_path / "good")
     transformer = opened(tmp_path / "good", torch.float32)
 
     def spoiled(name, change=None, config=None):
@@ -420,7 +409,7 @@ def test_folders_of_something_else_are_refused_in_one_line(tmp_path):
 
 
 def test_a_model_from_anywhere_carries_the_facts_of_its_origin(tmp_path):
-    model = random_model()
+    model = random_model(SAME)
     facts = {
         "predict": "sample",
         "autoencoder": {"spec": "elsewhere", "sha256": "f" * 64, "scale_factor": 0.5},
@@ -490,7 +479,7 @@ def test_a_hub_repository_is_read_as_its_folder(tmp_path, monkeypatch):
 
 
 def test_foreign_folders_do_not_unpickle(tmp_path):
-    to_diffusers(random_model(), tmp_path / "out")
+    to_diffusers(random_model(SAME), tmp_path / "out")
     weights = next((tmp_path / "out" / "transformer").glob("*.safetensors"))
     torch.save({"x": print}, weights.with_suffix(".bin"))
     weights.unlink()

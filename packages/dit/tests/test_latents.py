@@ -30,7 +30,6 @@ from triptych_common.testing import run_torchrun
 from triptych_dit.autoencoder.cache import (
     LatentCache,
     is_latent_cache,
-    prefetch,
     shard_path,
     write_manifest,
     write_shard,
@@ -38,6 +37,8 @@ from triptych_dit.autoencoder.cache import (
 from triptych_dit.autoencoder.encode import EncodeConfig, encode
 from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
+from triptych_dit.objective import prefetch
+from triptych_dit.testing import random_vae
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -47,11 +48,7 @@ CORRUPT = (1, 8, 9, 10, 11)  # one among others, and a whole shard
 
 def save_vae(folder: Path, seed: int = 0, scale: float = 0.5) -> Path:
     """A random AutoencoderKL that halves images twice, with a posterior of some width."""
-    torch.manual_seed(seed)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 8), layers_per_block=1, latent_channels=3, norm_num_groups=2, scaling_factor=scale,
-    )  # fmt: skip
+    vae = random_vae((4, 4, 8), seed=seed, latent_channels=3, scaling_factor=scale)
     with torch.no_grad():
         vae.quant_conv.weight.mul_(6)
     vae.save_pretrained(folder)

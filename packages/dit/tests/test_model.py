@@ -5,19 +5,9 @@ import torch
 from torch.nn import functional as F
 from triptych_dit import PRESETS, DiT, DiTConfig
 from triptych_dit.flops import gflops, parameter_count
+from triptych_dit.testing import random_model
 
 SMALL = DiTConfig((8, 12), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
-
-
-def random_model(config=SMALL, seed=0):
-    """A model with no zero left in it, in float64."""
-    model = DiT(config).double()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name != "pos_embed":
-                p.normal_(std=0.2, generator=rng)
-    return model.eval()
 
 
 def inputs(config=SMALL, batch=3, seed=1):
@@ -76,14 +66,14 @@ def written_out_forward(model, x, t, y):
 
 
 def test_forward_equals_written_out_description_on_a_rectangle():
-    model = random_model()
+    model = random_model(SMALL)
     x, _, y = inputs()
     for t, tolerance in ((torch.tensor([0, 1, 2]), 1e-6), (torch.tensor([3, 417, 999]), 1e-4)):  # angles are float32
         torch.testing.assert_close(model(x, t, y), written_out_forward(model, x, t, y), rtol=0, atol=tolerance)
 
 
 def test_patches_are_a_convolution_laid_out_token_by_token():
-    embed = random_model().x_embedder
+    embed = random_model(SMALL).x_embedder
     x, _, _ = inputs()
     tokens = embed(x)
     torch.testing.assert_close(tokens, embed.proj(x).flatten(2).transpose(1, 2), rtol=0, atol=1e-12)
@@ -99,7 +89,7 @@ def test_model_is_zero_and_its_blocks_the_identity_at_initialisation():
 
 
 def test_a_sample_does_not_see_its_batch():
-    model = random_model()
+    model = random_model(SMALL)
     x, t, y = inputs()
     whole = model(x, t, y)
     for i in range(3):

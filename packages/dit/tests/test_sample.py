@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,28 +14,20 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from triptych_common.cli import main
-from triptych_common.samplers import guided
+from triptych_common.samplers import evaluations, guided
 from triptych_common.testing import run_cli, run_torchrun
-from triptych_dit import DiT, DiTConfig
+from triptych_dit import DiTConfig, testing
 from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
 from triptych_dit.config import BLOCK_DESIGNS
-from triptych_dit.sample import image_name
-from triptych_dit.samples_file import read_batches, read_npz, write_npz
-from triptych_dit.sampling import SamplerSettings, bind, decoded, evaluations, sample_images, trajectory
+from triptych_dit.sample import image_name, read_batches, read_npz, write_npz
+from triptych_dit.sampling import SamplerSettings, bind, decoded, sample_images, trajectory
+from triptych_dit.testing import random_vae
 from triptych_dit.weights import TrainedModel, make_diffusion, save_model
 
 SMALL = DiTConfig((4, 6), 4, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
 NAMES = ["tabby, tabby cat", "great dane/dog", "c", "d", "e"]
-
-
-def random_model(config=SMALL, dtype=torch.float64):
-    model = DiT(config).to(dtype).eval().requires_grad_(False)
-    rng = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        if name != "pos_embed":
-            p.normal_(std=0.15, generator=rng)
-    return model
+random_model = partial(testing.random_model, std=0.15)
 
 
 def trained(config=SMALL, **facts):
@@ -42,11 +35,7 @@ def trained(config=SMALL, **facts):
 
 
 def save_vae(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=8, scaling_factor=0.5, shift_factor=0.25,
-    ).save_pretrained(folder)  # fmt: skip
+    random_vae((8, 8), seed=seed, sample_size=8, scaling_factor=0.5, shift_factor=0.25).save_pretrained(folder)
     return folder
 
 
@@ -59,7 +48,7 @@ def vae(tmp_path_factory) -> Path:
 def latent_model(vae, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "latent.safetensors"
     facts = {"predict": "noise", "autoencoder": load_autoencoder(str(vae)).facts(), "class_names": NAMES}
-    save_model(path, random_model(dtype=torch.float32), facts)
+    save_model(path, random_model(SMALL, dtype=torch.float32), facts)
     return path
 
 
@@ -87,7 +76,7 @@ def test_conditions_once_a_class_give_what_once_a_sample_gives(design, options):
 
 
 def test_each_class_is_embedded_once():
-    model, embedded = random_model(), []
+    model, embedded = random_model(SMALL), []
     model.y_embedder.register_forward_hook(lambda module, given, out: embedded.append(len(out)))
     x, t, y = inputs()
     bind(model, y, 7, SamplerSettings())(x, t)
@@ -96,7 +85,7 @@ def test_each_class_is_embedded_once():
 
 
 def test_a_mixture_is_a_class_whose_embedding_is_the_mean():
-    model, (x, t, _) = random_model(), inputs()
+    model, (x, t, _) = random_model(SMALL), inputs()
     weights = torch.tensor([[0.25, 0, 0, 0.75, 0]], dtype=torch.float64)
     mixed = bind(model, weights.expand(7, -1), 7, SamplerSettings(guidance_scale=2.0))(x, t)
     table = model.y_embedder.embedding_table.weight
@@ -151,8 +140,8 @@ def test_nan_is_reported_not_written():
 
 
 def test_evaluations_are_counted():
-    assert evaluations(trained(), SamplerSettings(num_inference_steps=7)) == 7
-    assert evaluations(trained(), SamplerSettings(sampler="heun", num_inference_steps=7)) == 13
+    assert evaluations(SamplerSettings(num_inference_steps=7), trained().diffusion) == 7
+    assert evaluations(SamplerSettings(sampler="heun", num_inference_steps=7), trained().diffusion) == 13
 
 
 def test_npz_is_what_numpy_reads_and_only_one_batch_is_in_memory(tmp_path):
@@ -229,7 +218,7 @@ def test_a_moved_autoencoder_is_named_and_another_refused(latent_model, vae, tmp
     model, moved = tmp_path / "model.safetensors", tmp_path / "moved"
     facts = load_autoencoder(str(vae)).facts()
     lost = {**facts, "spec": str(tmp_path / "nowhere")}
-    save_model(model, random_model(dtype=torch.float32), {"predict": "noise", "autoencoder": lost})
+    save_model(model, random_model(SMALL, dtype=torch.float32), {"predict": "noise", "autoencoder": lost})
     status, error = run()
     assert status == 1
     assert "pass --vae with the folder" in error
@@ -280,7 +269,7 @@ def test_models_of_earlier_caches_take_their_own_autoencoder_alone(vae, tmp_path
     """Before encoders had a digest of their own."""
     facts = {k: v for k, v in load_autoencoder(str(vae)).facts().items() if k != "encoder_sha256"}
     model = tmp_path / "model.safetensors"
-    save_model(model, random_model(dtype=torch.float32), {"predict": "noise", "autoencoder": facts})
+    save_model(model, random_model(SMALL, dtype=torch.float32), {"predict": "noise", "autoencoder": facts})
     theirs = AutoencoderKL.from_pretrained(vae)
     with torch.no_grad():
         next(theirs.decoder.parameters()).mul_(1.5)
@@ -297,7 +286,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     changes = {"plain": {}, "unconditional": {"num_classes": 0}, "no-null": {"class_dropout_prob": 0.0}}
     for name, change in changes.items():
         config = replace(SMALL, in_channels=3, **change)
-        save_model(folder / name, random_model(config, torch.float32), {"predict": "noise"})
+        save_model(folder / name, random_model(config, dtype=torch.float32), {"predict": "noise"})
     return {name: folder / name for name in changes}
 
 

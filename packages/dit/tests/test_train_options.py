@@ -69,13 +69,13 @@ def test_validation_is_on_the_same_noise_whatever_the_seed(digits, tmp_path):
 def test_validation_equals_the_loss_computed_by_hand(digits):
     """Evenly spread timesteps on the held-out digits, with noise that the run's seed does not reach."""
     from triptych_common import data, randomness
-    from triptych_dit.validation import SEED
+    from triptych_dit.objective import VALIDATION_SEED
 
     trained, held_out, counters = load_model(digits), data.load("mnist5k", "held_out"), range(64)
-    items = randomness.shuffled(SEED, "order", counters, len(held_out))
-    noise = randomness.normal(SEED, "noise", counters, (1, 28, 28))
-    t = (randomness.evenly_spread(SEED, "timestep", counters) * 1000).long()
-    labels = torch.where(randomness.uniform(SEED, "label-drop", counters) < 0.1, 10, held_out.labels[items])
+    items = randomness.shuffled(VALIDATION_SEED, "order", counters, len(held_out))
+    noise = randomness.normal(VALIDATION_SEED, "noise", counters, (1, 28, 28))
+    t = (randomness.evenly_spread(VALIDATION_SEED, "timestep", counters) * 1000).long()
+    labels = torch.where(randomness.uniform(VALIDATION_SEED, "label-drop", counters) < 0.1, 10, held_out.labels[items])
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t].view(-1, 1, 1, 1)
     x_t = alpha_bar.sqrt() * held_out.scaled(items) + (1 - alpha_bar).sqrt() * noise
     with torch.inference_mode():

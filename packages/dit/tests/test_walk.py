@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -14,24 +15,16 @@ from PIL import Image
 from triptych_common.cli import main
 from triptych_common.images import to_uint8
 from triptych_common.testing import run_cli
-from triptych_dit import DiT, DiTConfig
+from triptych_dit import DiTConfig, testing
 from triptych_dit.cli import COMMANDS
-from triptych_dit.samples_file import read_npz
+from triptych_dit.sample import read_npz
 from triptych_dit.sampling import SamplerSettings, sample_images
 from triptych_dit.walk import FrameNoise, WalkConfig, blended, film, slerp, stops_between_classes
 from triptych_dit.weights import TrainedModel, make_diffusion, save_model
 
 SMALL = DiTConfig((4, 6), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
 FEW = {"num_inference_steps": 4, "frames": 3, "seed": 7, "guidance_scale": 1.5}
-
-
-def random_model(config=SMALL, dtype=torch.float64):
-    model = DiT(config).to(dtype).eval().requires_grad_(False)
-    rng = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        if name != "pos_embed":
-            p.normal_(std=0.15, generator=rng)
-    return model
+random_model = partial(testing.random_model, std=0.15)
 
 
 def trained(config=SMALL):
@@ -112,7 +105,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     for name, change in {"plain": {}, "unconditional": {"num_classes": 0}}.items():
         config = replace(SMALL, **change)
-        save_model(folder / name, random_model(config, torch.float32), {"predict": "noise"})
+        save_model(folder / name, random_model(config, dtype=torch.float32), {"predict": "noise"})
     return {name: folder / name for name in ("plain", "unconditional")}
 
 

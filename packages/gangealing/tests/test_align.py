@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from triptych_common.testing import fails_with, run_here
-from triptych_gangealing import cli, pictures
+from triptych_gangealing import align, cli, correspond, pictures
 from triptych_gangealing import folders as commands
 from triptych_gangealing.aligner import Aligner, Alignment, load_aligner, write_aligner
 from triptych_gangealing.correspondence import transfer
 from triptych_gangealing.edit import RunningAverage, propagate
 from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.pictures import Folder, Picture, align_pictures, png_names, squared, warped
+from triptych_gangealing.pictures import Folder, Picture, align_pictures, png_names, read_picture, squared, warped
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels
 
@@ -75,7 +75,7 @@ def read(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("size", [(5, 5), (6, 10), (10, 6), (7, 4)])
 def test_a_squared_picture_and_the_way_back_from_it(size):
     picture = Picture("x", torch.from_numpy(smooth_picture(*size)).permute(2, 0, 1))
-    framed, way = squared(picture)
+    framed, way = squared(picture.values())
     side = max(size)
     assert framed.shape == (1, 3, side, side)
     corners = torch.tensor([[[0.0, 0.0], [size[1] - 1.0, 0.0], [2.0, size[0] - 1.0]]])  # pixels of the picture
@@ -115,6 +115,43 @@ def test_photographs_do_not_alias():
     assert float(found[0].abs().max()) < 0.02
     ramp = ((torch.arange(SIZE) + 0.5) * 30 - 0.5) / 479 * 2 - 1
     torch.testing.assert_close(found[1, 1:-1, 8], ramp[1:-1], rtol=0, atol=0.02)
+
+
+# --- align and correspond, as a library has them
+
+
+def test_align_takes_tensors_pictures_and_folders(tmp_path, folder):
+    """All the same warps; of oblong tensors as of the pictures they are."""
+    (folder / "broken.png").write_bytes(b"none")
+    run = written(tmp_path / "run", aligner_of(rotation=0.3, shift=(0.2, -0.1)))
+    aligner = load_aligner(run)
+    found = align(folder, run)
+    assert found.names == ("a.png", "b.png", "d.png", "more/c.png")  # what could be read
+    pictures = [read_picture(folder / name) for name in found.names]
+    for i, picture in enumerate(pictures):
+        alone = align(picture.values(), aligner).warp.grid((5, 5))
+        torch.testing.assert_close(found.warp.select([i]).grid((5, 5)), alone, rtol=0, atol=1e-5)
+    again = align(pictures, aligner)
+    assert again.names == tuple(picture.name for picture in pictures)
+    assert torch.equal(again.warp.grid((5, 5)), found.warp.grid((5, 5)))
+    square = torch.cat([pictures[0].values(), pictures[2].values()])
+    assert torch.equal(align(square, aligner).warp.grid((5, 5)), aligner.align(square).warp.grid((5, 5)))
+    assert found.select(torch.tensor([3, 0])).names == ("more/c.png", "a.png")
+
+
+def test_align_looks_as_in_training_unless_told_otherwise(tmp_path):
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    twice = load_aligner(written(tmp_path / "twice", aligner_of(rotation=0.3), iterations=2))
+    for found, iterations in ((align(images, twice), 2), (align(images, twice, iterations=1), 1)):
+        assert torch.equal(found.warp.grid((4, 4)), twice.align(images, iterations=iterations).warp.grid((4, 4)))
+
+
+def test_correspond_transfers_points_between_pictures(folder):
+    """One warp for both pictures: what is in the middle of the one is in the middle of the other, whatever their shapes."""
+    points = torch.tensor([[7.5, 7.5], [9.5, 7.5]])  # of 16 x 16: the middle, and an eighth of the side beside it
+    found = correspond(points, folder / "a.png", read_picture(folder / "more/c.png"), aligner_of(rotation=0.3))
+    torch.testing.assert_close(found.points, torch.tensor([[15.5, 19.5], [20.5, 19.5]]), rtol=0, atol=1e-3)
+    assert found.reliable.all()
 
 
 # --- correspondence, average, edits

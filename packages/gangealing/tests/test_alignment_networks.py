@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from triptych_gangealing.alignment_networks import (
+from triptych_gangealing.spatial_transformer import (
     PRESETS,
     FlowNetwork,
     SimilarityNetwork,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import ndimage, signal, stats
 from triptych_common.randomness import uniform
-from triptych_gangealing.stylegan2 import affine
+from triptych_gangealing.stylegan2 import augment as pipeline
 from triptych_gangealing.stylegan2.augment import BGC, PRESETS, AdaptiveProbability, AugmentConfig, augment
 
 GEOMETRIC = ("x_flip", "rotate90", "integer_translation", "scale", "rotation", "anisotropic_scale")
@@ -48,7 +48,7 @@ def run(x, p, config, counters=None):
 
 
 def test_filter_is_the_orthonormal_one_with_six_vanishing_moments():
-    h = affine.SYM6.numpy()
+    h = pipeline.SYM6.numpy()
     k = np.arange(12)
     assert h.sum() == pytest.approx(math.sqrt(2), abs=1e-12)
     for shift in range(6):
@@ -61,20 +61,22 @@ def test_filter_is_the_orthonormal_one_with_six_vanishing_moments():
 def test_up_matrix_is_reflection_zero_insertion_and_convolution(size):
     x = np.random.default_rng(0).normal(size=size)
     reflected = np.pad(x, 12, mode="reflect")
-    fine = signal.upfirdn(affine.SYM6.numpy() * math.sqrt(2), reflected, up=2)[24:]  # sample 0: tap 0 on pixel 0
-    expected = fine[affine.FIRST : affine.FIRST + 2 * size - 1]
+    fine = signal.upfirdn(pipeline.SYM6.numpy() * math.sqrt(2), reflected, up=2)[24:]  # sample 0: tap 0 on pixel 0
+    expected = fine[pipeline.FIRST : pipeline.FIRST + 2 * size - 1]
     cpu = torch.device("cpu")
-    np.testing.assert_allclose(affine._up_matrix(size, cpu, torch.float64) @ torch.from_numpy(x), expected, atol=1e-12)
-    fine = np.random.default_rng(1).normal(size=2 * size + 10)
-    expected = signal.upfirdn(affine.SYM6.numpy()[::-1] / math.sqrt(2), fine, down=1)[11::2][:size]
     np.testing.assert_allclose(
-        affine._down_matrix(size, cpu, torch.float64) @ torch.from_numpy(fine), expected, atol=1e-12
+        pipeline._up_matrix(size, cpu, torch.float64) @ torch.from_numpy(x), expected, atol=1e-12
+    )
+    fine = np.random.default_rng(1).normal(size=2 * size + 10)
+    expected = signal.upfirdn(pipeline.SYM6.numpy()[::-1] / math.sqrt(2), fine, down=1)[11::2][:size]
+    np.testing.assert_allclose(
+        pipeline._down_matrix(size, cpu, torch.float64) @ torch.from_numpy(fine), expected, atol=1e-12
     )
 
 
 def test_resampling_the_identity_reproduces_any_image_away_from_its_edges():
     x = images(2, 3, 24, 20)
-    out = affine._resample(x, torch.eye(3, dtype=torch.float64).repeat(2, 1, 1))
+    out = pipeline._resample(x, torch.eye(3, dtype=torch.float64).repeat(2, 1, 1))
     torch.testing.assert_close(out[..., 4:-4, 4:-4], x[..., 4:-4, 4:-4], atol=1e-9, rtol=0)
 
 
@@ -83,7 +85,7 @@ def test_resampling_against_scipy_step_by_step():
     x = images(1, 1, 40, 36)
     a = 0.2
     inverse = np.array([[0.7 * math.cos(a), 0.6 * math.sin(a), 0.3], [-0.7 * math.sin(a), 0.6 * math.cos(a), -0.4]])
-    h, height, width = affine.SYM6.numpy(), 40, 36
+    h, height, width = pipeline.SYM6.numpy(), 40, 36
     fine = np.pad(x[0, 0].numpy(), 12, mode="reflect")
     for axis in (0, 1):
         fine = signal.upfirdn(h * math.sqrt(2), fine, up=2, axis=axis)
@@ -97,7 +99,7 @@ def test_resampling_against_scipy_step_by_step():
         out = ndimage.convolve1d(out, h[::-1] / math.sqrt(2), axis=axis, mode="constant", origin=-1)
     matrix = torch.eye(3, dtype=torch.float64)
     matrix[:2] = torch.from_numpy(inverse)
-    ours = affine._resample(x, matrix[None])[0, 0].numpy()
+    ours = pipeline._resample(x, matrix[None])[0, 0].numpy()
     expected = out[6::2, 6::2][:height, :width]  # convolve1d centres its twelve taps: the first pixel is at sample 6
     np.testing.assert_allclose(ours[6:-6, 6:-6], expected[6:-6, 6:-6], atol=1e-9)
 
@@ -357,8 +359,8 @@ def test_autocast_does_not_coarsen():
 
 
 def test_training_after_inference_mode():
-    affine._up_matrix.cache_clear()
-    affine._down_matrix.cache_clear()
+    pipeline._up_matrix.cache_clear()
+    pipeline._down_matrix.cache_clear()
     x = images(2, 3, 11, 11)
     with torch.inference_mode():
         first = run(x, 1.0, BGC)

@@ -14,9 +14,8 @@ from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorC
 from triptych_gangealing.stylegan2.convert import ConvertConfig, convert
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator
 from triptych_gangealing.stylegan2.rosinality import to_rosinality
-from triptych_gangealing.stylegan2.weights import write_network
+from triptych_gangealing.stylegan2.weights import load_discriminator, load_generator, write_network
 
 SHAPE = {"resolution": 8, "channel_base": 96, "channel_max": 12}
 
@@ -97,7 +96,7 @@ def test_a_trained_network_is_not_replaced(tmp_path, name):
 
 
 def test_nothing_is_written_where_outputs_differ(tmp_path, monkeypatch):
-    monkeypatch.setattr("triptych_gangealing.stylegan2.verify._TOLERANCE", 1e-12)
+    monkeypatch.setattr("triptych_gangealing.stylegan2.convert._TOLERANCE", 1e-12)
     for kind in ("safetensors", "rosinality"):
         with pytest.raises(ValueError, match="more than rounding"):
             convert(ConvertConfig(checkpoint=source(tmp_path / "a.pt"), out=tmp_path / "out", format=kind))

@@ -27,8 +27,7 @@ from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Objective
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.config import GeneratorConfig
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
 from triptych_gangealing.stylegan2.weights import write_network
 from triptych_gangealing.train_config import AlignTrainConfig
 

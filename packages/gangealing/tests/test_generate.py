@@ -15,12 +15,11 @@ from triptych_common import randomness
 from triptych_common.images import image_grid, to_uint8
 from triptych_common.testing import run_here
 from triptych_gangealing import cli, load_generator
-from triptych_gangealing.instrument import gan_scores
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generate import GenerateConfig, film
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
+from triptych_gangealing.stylegan2.instrument import gan_scores
 from triptych_gangealing.stylegan2.weights import EMBEDDED, GENERATORS, read_network, write_network
 
 command = partial(run_here, cli.run)

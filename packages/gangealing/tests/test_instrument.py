@@ -10,7 +10,7 @@ from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_common.metrics.distances import frechet_distance
 from triptych_gangealing.digits32 import LUMA, Digits32, Jitters, render
-from triptych_gangealing.instrument import DIM, NAME, Digits32Instrument, gan_scores, load_instrument
+from triptych_gangealing.stylegan2.instrument import DIM, NAME, Digits32Instrument, gan_scores, load_instrument
 from triptych_gangealing.stylegan2.weights import EMBEDDED
 
 N = 1_000
@@ -129,8 +129,8 @@ def test_scores_compare_equal_counts(monkeypatch: pytest.MonkeyPatch) -> None:
             return torch.zeros(len(images), 2)
 
     counts: list[int] = []
-    monkeypatch.setattr("triptych_gangealing.instrument.load_instrument", Blank)
-    monkeypatch.setattr("triptych_gangealing.instrument.bootstrap", lambda *_, **__: Estimate(0.0))
+    monkeypatch.setattr("triptych_gangealing.stylegan2.instrument.load_instrument", Blank)
+    monkeypatch.setattr("triptych_gangealing.stylegan2.instrument.bootstrap", lambda *_, **__: Estimate(0.0))
     gan_scores(torch.zeros(2_600, 3, 32, 32, dtype=torch.uint8), digit=3)
     assert counts == [2_600] * 3
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import nn
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
+from triptych_gangealing.stylegan2.convert import difference
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator, open_networks
 from triptych_gangealing.stylegan2.shapes import build, discriminator_config, generator_config
-from triptych_gangealing.stylegan2.verify import difference
-from triptych_gangealing.stylegan2.weights import write_network
+from triptych_gangealing.stylegan2.weights import load_discriminator, load_generator, open_networks, write_network
 
 SMALL = {"resolution": 16, "channel_base": 128, "channel_max": 12}
 KERNEL = torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from triptych_gangealing.losses import flow_identity, psi_schedule, total_variation
+from triptych_gangealing.objective import flow_identity, psi_schedule
+from triptych_gangealing.spatial_transformer import total_variation
 
 
 def deltas(n=3, height=5, width=7, scale=2.0):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from triptych_gangealing.stylegan2 import ops
+from triptych_gangealing.stylegan2 import layers
 
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
 
@@ -93,29 +93,29 @@ def bias_act(x, bias=None, activation="linear", gain=None, clamp=None):
 
 def case(ours, reference, *shapes, **options):
     name = "-".join([ours.__name__, *(f"{k}{v}" for k, v in options.items()), "x".join(map(str, shapes[0]))])
-    if ours in (ops.conv2d, ops.modulated_conv2d):
+    if ours in (layers.conv2d, layers.modulated_conv2d):
         name += f"-k{shapes[1][-1]}"
     return pytest.param(ours, reference, shapes, options, id=name)
 
 
 SIZES = ((2, 3, 5, 8), (1, 1, 4, 7), (3, 2, 6, 3))
 CASES = [
-    *(case(ops.upsample2d, up, shape) for shape in ((1, 1, 1, 1), (2, 3, 1, 4), *SIZES)),
-    case(ops.upsample2d, up, SIZES[0], gain=0.3),
-    *(case(ops.downsample2d, down, shape) for shape in ((1, 1, 2, 2), (2, 3, 3, 2), *SIZES)),
-    case(ops.downsample2d, down, SIZES[0], gain=3),
-    *(case(ops.blur2d, blur, shape, padding=padding) for shape in SIZES for padding in (1, 2)),
-    case(ops.blur2d, blur, SIZES[1]),
-    case(ops.blur2d, blur, SIZES[0], padding=1, gain=4.0),
+    *(case(layers.upsample2d, up, shape) for shape in ((1, 1, 1, 1), (2, 3, 1, 4), *SIZES)),
+    case(layers.upsample2d, up, SIZES[0], gain=0.3),
+    *(case(layers.downsample2d, down, shape) for shape in ((1, 1, 2, 2), (2, 3, 3, 2), *SIZES)),
+    case(layers.downsample2d, down, SIZES[0], gain=3),
+    *(case(layers.blur2d, blur, shape, padding=padding) for shape in SIZES for padding in (1, 2)),
+    case(layers.blur2d, blur, SIZES[1]),
+    case(layers.blur2d, blur, SIZES[0], padding=1, gain=4.0),
     *(
-        case(ops.conv2d, convolved, shape, (4, shape[1], size, size), resample=resample)
+        case(layers.conv2d, convolved, shape, (4, shape[1], size, size), resample=resample)
         for shape in SIZES
         for size in (1, 3)
         for resample in ("same", "up", "down")
     ),
     *(
         case(
-            ops.modulated_conv2d,
+            layers.modulated_conv2d,
             modulated,
             shape,
             (4, shape[1], size, size),
@@ -129,13 +129,13 @@ CASES = [
         for demodulate in (True, False)
     ),
     *(
-        case(ops.bias_act, bias_act, (2, 3, *rest), (3,), activation=activation, gain=gain, clamp=clamp)
+        case(layers.bias_act, bias_act, (2, 3, *rest), (3,), activation=activation, gain=gain, clamp=clamp)
         for rest in ((), (4, 5))
         for activation in ("linear", "lrelu")
         for gain, clamp in ((None, None), (0.5, 0.4))
     ),
-    case(ops.bias_act, bias_act, (2, 3, 4, 5), activation="lrelu"),
-    case(ops.bias_act, bias_act, (2, 3, 4, 5), clamp=0.5),
+    case(layers.bias_act, bias_act, (2, 3, 4, 5), activation="lrelu"),
+    case(layers.bias_act, bias_act, (2, 3, 4, 5), clamp=0.5),
 ]
 
 
@@ -177,15 +177,15 @@ def test_float32_and_bfloat16(ours, reference, shapes, options, dtype, tolerance
 @pytest.mark.parametrize(
     ("op", "shapes", "options"),
     [
-        (ops.upsample2d, [(1, 2, 2, 3)], {}),
-        (ops.downsample2d, [(1, 2, 4, 3)], {}),
-        (ops.blur2d, [(1, 2, 2, 3)], {"padding": 2}),
-        (ops.conv2d, [(1, 2, 2, 3), (2, 2, 3, 3)], {"resample": "up"}),
-        (ops.conv2d, [(1, 2, 4, 3), (2, 2, 3, 3)], {"resample": "down"}),
-        (ops.modulated_conv2d, [(2, 2, 2, 2), (2, 2, 3, 3), (2, 2)], {"resample": "up"}),
-        (ops.modulated_conv2d, [(2, 2, 2, 2), (2, 2, 1, 1), (2, 2)], {"demodulate": False}),
-        (ops.bias_act, [(2, 2, 3, 1), (2,)], {"activation": "lrelu"}),
-        (ops.bias_act, [(2, 2, 3, 1), (2,)], {"activation": "lrelu", "clamp": 0.5}),
+        (layers.upsample2d, [(1, 2, 2, 3)], {}),
+        (layers.downsample2d, [(1, 2, 4, 3)], {}),
+        (layers.blur2d, [(1, 2, 2, 3)], {"padding": 2}),
+        (layers.conv2d, [(1, 2, 2, 3), (2, 2, 3, 3)], {"resample": "up"}),
+        (layers.conv2d, [(1, 2, 4, 3), (2, 2, 3, 3)], {"resample": "down"}),
+        (layers.modulated_conv2d, [(2, 2, 2, 2), (2, 2, 3, 3), (2, 2)], {"resample": "up"}),
+        (layers.modulated_conv2d, [(2, 2, 2, 2), (2, 2, 1, 1), (2, 2)], {"demodulate": False}),
+        (layers.bias_act, [(2, 2, 3, 1), (2,)], {"activation": "lrelu"}),
+        (layers.bias_act, [(2, 2, 3, 1), (2,)], {"activation": "lrelu", "clamp": 0.5}),
     ],
 )
 def test_numerical_derivatives_of_both_orders(op, shapes, options):
@@ -203,7 +203,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("op", [ops.upsample2d, ops.downsample2d, lambda x: ops.blur2d(x, 1), ops.bias_act])
+@pytest.mark.parametrize("op", [layers.upsample2d, layers.downsample2d, lambda x: layers.blur2d(x, 1), layers.bias_act])
 def test_memory_order_changes_nothing(op, order):
     (x,) = drawn([(3, 5, 6, 4)])
     again = ORDERS[order](x)
@@ -214,14 +214,14 @@ def test_memory_order_changes_nothing(op, order):
 
 def test_one_colour_for_all_pixels_is_one_tensor_in_memory():
     x = torch.tensor([0.2, -1.0, 3.0], dtype=torch.float64).view(1, 3, 1, 1).expand(2, 3, 6, 6)
-    for resampled in (ops.upsample2d(x), ops.downsample2d(x), ops.blur2d(x)):
+    for resampled in (layers.upsample2d(x), layers.downsample2d(x), layers.blur2d(x)):
         inside = resampled[:, :, 1:-1, 1:-1]
         torch.testing.assert_close(inside, x[:, :, :1, :1].expand(inside.shape))
 
 
 def test_up_and_down_are_each_others_transpose():
     x, y = drawn([(2, 3, 5, 4), (2, 3, 10, 8)])
-    torch.testing.assert_close((ops.upsample2d(x) * y).sum(), 4 * (x * ops.downsample2d(y)).sum())
+    torch.testing.assert_close((layers.upsample2d(x) * y).sum(), 4 * (x * layers.downsample2d(y)).sum())
 
 
 def single(height: int, width: int, row: int, column: int) -> Tensor:
@@ -232,7 +232,7 @@ def single(height: int, width: int, row: int, column: int) -> Tensor:
 
 def test_an_up_convolution_transposes_the_kernel_as_stored_and_then_filters_with_gain_four():
     """Pixel (1, 1) puts the kernel's corner (0, 2) at (2, 4) of 9x9; the filter reaches two before and one after."""
-    out = ops.conv2d(single(4, 4, 1, 1), single(3, 3, 0, 2), resample="up")
+    out = layers.conv2d(single(4, 4, 1, 1), single(3, 3, 0, 2), resample="up")
     expected = torch.zeros(8, 8, dtype=torch.float64)
     expected[0:4, 2:6] = 4 * FIR
     assert torch.equal(out[0, 0], expected)
@@ -240,14 +240,14 @@ def test_an_up_convolution_transposes_the_kernel_as_stored_and_then_filters_with
 
 def test_a_down_convolution_filters_and_then_correlates():
     """Filtered, pixel (3, 4) covers rows 2..5 and columns 3..6 of 9x9; output (i, j) reads (2i, 2j + 2) through the corner."""
-    out = ops.conv2d(single(8, 8, 3, 4), single(3, 3, 0, 2), resample="down")
+    out = layers.conv2d(single(8, 8, 3, 4), single(3, 3, 0, 2), resample="down")
     expected = torch.zeros(4, 4, dtype=torch.float64)
     expected[1:3, 1:3] = FIR[0::2, 1::2]
     assert torch.equal(out[0, 0], expected)
 
 
 def test_a_convolution_correlates():
-    out = ops.conv2d(single(5, 5, 2, 2), single(3, 3, 0, 2))
+    out = layers.conv2d(single(5, 5, 2, 2), single(3, 3, 0, 2))
     assert torch.equal(out, single(5, 5, 3, 1))
 
 
@@ -255,8 +255,8 @@ def test_inputs_are_left_as_they_are():
     x, bias = drawn([(2, 3, 4, 4), (3,)])
     kept = x.clone()
     for given in (None, bias):
-        ops.bias_act(x, given, "lrelu", clamp=0.1)
-    ops.modulated_conv2d(x, torch.ones(2, 3, 3, 3).double(), torch.ones(2, 3).double(), gain=2)
+        layers.bias_act(x, given, "lrelu", clamp=0.1)
+    layers.modulated_conv2d(x, torch.ones(2, 3, 3, 3).double(), torch.ones(2, 3).double(), gain=2)
     assert torch.equal(x, kept)
 
 
@@ -264,13 +264,13 @@ def test_demodulated_maps_have_unit_variance_for_any_styles():
     rng = torch.Generator().manual_seed(0)
     x, weight = torch.randn(4, 16, 64, 64, generator=rng), 7 * torch.randn(8, 16, 3, 3, generator=rng)
     styles = torch.randn(4, 16, generator=rng) * torch.tensor([0.01, 1.0, 30.0, 1e4])[:, None]
-    spread = ops.modulated_conv2d(x, weight, styles)[:, :, 1:-1, 1:-1].std(dim=(2, 3))
+    spread = layers.modulated_conv2d(x, weight, styles)[:, :, 1:-1, 1:-1].std(dim=(2, 3))
     torch.testing.assert_close(spread, torch.ones(4, 8), rtol=0.1, atol=0)
 
 
 def test_large_styles_do_not_overflow_in_half_precision():
     x, weight, styles = drawn([(2, 3, 4, 4), (4, 3, 3, 3), (2, 3)])
-    found = ops.modulated_conv2d(x.half(), 1e3 * weight.float(), 1e5 * styles.float())
+    found = layers.modulated_conv2d(x.half(), 1e3 * weight.float(), 1e5 * styles.float())
     expected = modulated(x, weight, styles)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
 
@@ -280,23 +280,23 @@ def test_no_images_and_no_storage():
     for device, n in (("cpu", 0), ("meta", 2)):
         x = torch.empty(n, 3, 8, 6, device=device)
         weight, styles = torch.empty(5, 3, 3, 3, device=device), torch.empty(n, 3, device=device)
-        assert ops.upsample2d(x).shape == (n, 3, 16, 12)
-        assert ops.downsample2d(x).shape == (n, 3, 4, 3)
-        assert ops.modulated_conv2d(x, weight, styles, resample="up").shape == (n, 5, 16, 12)
+        assert layers.upsample2d(x).shape == (n, 3, 16, 12)
+        assert layers.downsample2d(x).shape == (n, 3, 4, 3)
+        assert layers.modulated_conv2d(x, weight, styles, resample="up").shape == (n, 5, 16, 12)
 
 
 COMPILED = """
 import torch
-from triptych_gangealing.stylegan2 import ops
+from triptych_gangealing.stylegan2 import layers
 
 CALLS = {
-    "up": (lambda x, w, s: ops.upsample2d(x), 1),
-    "down": (lambda x, w, s: ops.downsample2d(x, gain=2), 1),
-    "blur": (lambda x, w, s: ops.blur2d(x, 2), 1),
-    "bias_act": (lambda x, w, s: ops.bias_act(x, s[0], "lrelu", clamp=0.5), 1),
-    "conv up": (lambda x, w, s: ops.conv2d(x, w, resample="up"), 2),
-    "conv down": (lambda x, w, s: ops.conv2d(x, w, resample="down"), 2),
-    "modulated": (lambda x, w, s: ops.modulated_conv2d(x, w, s, resample="up"), 3),
+    "up": (lambda x, w, s: layers.upsample2d(x), 1),
+    "down": (lambda x, w, s: layers.downsample2d(x, gain=2), 1),
+    "blur": (lambda x, w, s: layers.blur2d(x, 2), 1),
+    "bias_act": (lambda x, w, s: layers.bias_act(x, s[0], "lrelu", clamp=0.5), 1),
+    "conv up": (lambda x, w, s: layers.conv2d(x, w, resample="up"), 2),
+    "conv down": (lambda x, w, s: layers.conv2d(x, w, resample="down"), 2),
+    "modulated": (lambda x, w, s: layers.modulated_conv2d(x, w, s, resample="up"), 3),
 }
 for name, (call, used) in CALLS.items():
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator, open_networks
 from triptych_gangealing.stylegan2.rosinality import fixed_widths, to_rosinality
+from triptych_gangealing.stylegan2.weights import load_discriminator, load_generator, open_networks
 
 WIDTHS = {4: 12, 8: 12, 16: 8}
 STYLE, LAYERS = 20, 3

@@ -302,7 +302,7 @@ def test_what_cannot_be_trained_is_refused_before_there_is_a_folder(
     def two(device: str):
         yield Ranks(0, 2, torch.device("cpu"))
 
-    monkeypatch.setattr(simclr, "ranks", two)
+    monkeypatch.setattr(simclr, "process_group", two)
     with pytest.raises(ValueError, match=r"2 ranks: .* start it without torchrun"):
         train_encoder(tiny_generator(), tiny(out))
     assert not out.exists()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from triptych_gangealing.losses import total_variation
 from triptych_gangealing.spatial_transformer import (
     PRESETS,
     ClusterClassifier,
@@ -16,6 +15,7 @@ from triptych_gangealing.spatial_transformer import (
     SpatialTransformer,
     SpatialTransformerConfig,
     reduced,
+    total_variation,
 )
 from triptych_gangealing.warp import Affine, Warp
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
-from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator, open_networks
+from triptych_gangealing.stylegan2.weights import load_discriminator, load_generator, open_networks
 
 WIDTHS = {4: 12, 8: 12, 16: 8}
 W, LAYERS = 20, 2

@@ -24,8 +24,7 @@ from triptych_gangealing.objective import Choice, Objective
 from triptych_gangealing.spatial_transformer import SpatialTransformer
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import load_generator
-from triptych_gangealing.stylegan2.weights import write_network
+from triptych_gangealing.stylegan2.weights import load_generator, write_network
 from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
 
 STEPS = 8

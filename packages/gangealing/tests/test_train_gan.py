@@ -21,9 +21,8 @@ from triptych_gangealing import cli
 from triptych_gangealing.stylegan2 import snapshots, train
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.data import open_images
-from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
 from triptych_gangealing.stylegan2.objective import Objective
-from triptych_gangealing.stylegan2.snapshots import sample_images
 from triptych_gangealing.stylegan2.train import adversarial_step, make_state
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 from triptych_gangealing.stylegan2.weights import read_network, write_network

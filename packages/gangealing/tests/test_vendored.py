@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triptych_gangealing.stylegan2 import verify
+from triptych_gangealing.stylegan2 import convert
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
@@ -193,8 +193,8 @@ def test_parity(implementation, architecture, c_dim):
     z, x, c = inputs(c_dim)
     generator = make_generator(c_dim=c_dim, architecture=architecture)
     discriminator = make_discriminator(c_dim=c_dim, architecture=architecture, mbstd_group_size=3)
-    images = verify.images(generator.config, generator.state_dict(), z, c)
-    logits = verify.logits(discriminator.config, discriminator.state_dict(), x, c)
+    images = convert.images(generator.config, generator.state_dict(), z, c)
+    logits = convert.logits(discriminator.config, discriminator.state_dict(), x, c)
     assert images.std() > 0.1
     assert logits.std() > 0.1
     torch.testing.assert_close(implementation(generator)(z, c), images, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_gangealing import mipmap
+from triptych_gangealing import warp as warp_module
 from triptych_gangealing.warp import (
     TOLERANCE,
     Affine,
@@ -109,27 +109,27 @@ def test_all_levels_are_met():
     found = []
     for size, out in SIZES:
         x, y = to_pixels(warps(2).grid(out), size).unbind(-1)
-        found.append(mipmap.levels(x, y).flatten())
+        found.append(warp_module.pyramid_levels(x, y).flatten())
     level = torch.cat(found)
     assert set(level.floor().int().tolist()) == {0, 1, 2}
     assert level.min() == 0
-    assert level.max() == mipmap.MAX_LEVEL
+    assert level.max() == warp_module.MAX_LEVEL
     assert ((level > 0) & (level < 0.5)).any()
 
 
 def test_levels_of_the_pyramid():
     x = torch.zeros(1, 1, 1, 12, dtype=F64)
     x[..., 5] = 8
-    torch.testing.assert_close(mipmap.halved(x).flatten(), torch.tensor([0, 0, 3, 1, 0, 0], dtype=F64))
+    torch.testing.assert_close(warp_module.halved(x).flatten(), torch.tensor([0, 0, 3, 1, 0, 0], dtype=F64))
     for size in ((4, 6), (5, 3), (2, 9), (1, 2), (7, 1), (1, 1), (64, 24)):
         image = drawn(1, 3, *size)
         rows, columns = (torch.from_numpy(tent_matrix(side)) for side in size)
-        torch.testing.assert_close(mipmap.halved(image), rows @ image @ columns.mT, rtol=0, atol=1e-12)
+        torch.testing.assert_close(warp_module.halved(image), rows @ image @ columns.mT, rtol=0, atol=1e-12)
         if min(rows.shape[0], columns.shape[0], *size) > 1:
             expected = F.interpolate(image, (len(rows), len(columns)), mode="bilinear", antialias=True)
-            torch.testing.assert_close(mipmap.halved(image), expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(warp_module.halved(image), expected, rtol=0, atol=1e-12)
         if max(size) < 10:
-            assert gradcheck(mipmap.halved, image.requires_grad_())
+            assert gradcheck(warp_module.halved, image.requires_grad_())
 
 
 def test_what_is_made_smaller_does_not_alias():
@@ -146,11 +146,11 @@ def test_the_level_of_a_magnification(magnified, level):
     log_scale = torch.full((1,), math.log(magnified), dtype=F64)
     turn = Affine.similarity(torch.full((1,), 0.7, dtype=F64), log_scale, torch.zeros(1, 2, dtype=F64))
     x, y = to_pixels(Warp((turn,)).grid((9, 9)), (9, 9)).unbind(-1)
-    torch.testing.assert_close(mipmap.levels(x, y), torch.full((1, 9, 9), level, dtype=F64))
+    torch.testing.assert_close(warp_module.pyramid_levels(x, y), torch.full((1, 9, 9), level, dtype=F64))
 
 
 def test_one_pixel_has_no_neighbours():
-    assert mipmap.levels(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1)).eq(0).all()
+    assert warp_module.pyramid_levels(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1)).eq(0).all()
     assert Warp.identity(1).sample(drawn(1, 1, 5, 5, dtype=torch.float32), (1, 1)).shape == (1, 1, 1, 1)
 
 
@@ -161,10 +161,10 @@ def test_levels_nobody_needs_change_nothing(monkeypatch):
         for everything in (False, True):
             with monkeypatch.context() as patch:
                 if everything:
-                    patch.setattr(mipmap, "_range", lambda level: (0, 3))
+                    patch.setattr(warp_module, "_levels_needed", lambda level: (0, 3))
                 grid = warp.grid(out).requires_grad_()
-                level = mipmap.levels(*to_pixels(grid, (20, 24)).unbind(-1))
-                values = mipmap.sample(images, grid, level, "border")
+                level = warp_module.pyramid_levels(*to_pixels(grid, (20, 24)).unbind(-1))
+                values = warp_module.sample_pyramid(images, grid, level, "border")
                 results.append([values, *torch.autograd.grad(values.square().sum(), (images, grid))])
         for mine, other in zip(*results, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)

@@ -11,16 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from triptych_common import workers
 from triptych_common.testing import run_cli
 from triptych_gpt import cli
 from triptych_gpt.tasks import Cohort, open_task
+from triptych_gpt.zoo import PRELOAD
 from triptych_gpt.zoo.cohorts import cohorts, split_of
-from triptych_gpt.zoo.engines import devices, run_local
 from triptych_gpt.zoo.pairs import Pairs
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -481,8 +483,9 @@ def _fail(unit: int, device: str) -> int:
 
 
 def test_the_pool_passes_errors_on_and_notices_death():
-    assert sorted(run_local(_fail, [0, 1], devices(torch.device("cpu"), 2))) == [0, 1]
+    run = partial(workers.run, "local", _fail, preload=PRELOAD)
+    assert sorted(run([0, 1], workers.devices(torch.device("cpu"), 2))) == [0, 1]
     with pytest.raises(OSError, match="no room"):
-        list(run_local(_fail, [2, 2], ["cpu"]))
+        list(run([2, 2], ["cpu"]))
     with pytest.raises(MemoryError, match="a worker process died"):
-        list(run_local(_fail, [3], ["cpu"]))
+        list(run([3], ["cpu"]))

@@ -15,7 +15,7 @@ from triptych_common import data, testing
 from triptych_common.metrics import frechet_distance
 from triptych_common.storage.run import RunDirectory
 from triptych_dit import cli, gflops
-from triptych_dit.training_data import open_training_data
+from triptych_dit.objective import open_training_data
 from triptych_thesis.chapter2 import command, experiments, ledger, statistics
 from triptych_thesis.chapter2.command import StudyConfig
 from triptych_thesis.chapter2.digits import padded_digits, without_margin

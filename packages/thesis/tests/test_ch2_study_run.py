@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from triptych_common.storage.run import flatten
 from triptych_common.testing import run_cli
-from triptych_dit.samples_file import read_npz
+from triptych_dit.sample import read_npz
 from triptych_thesis.chapter2 import unet
 from triptych_thesis.chapter2.command import StudyConfig
 from triptych_thesis.chapter2.sizes import Model

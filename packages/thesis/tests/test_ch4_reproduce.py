@@ -13,7 +13,8 @@ from triptych_gangealing.encoders.perceptual import Vgg16
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.weights import write_network
-from triptych_thesis.chapter4 import ablations
+from triptych_thesis.chapter4.experiments import alignment, clusters
+from triptych_thesis.chapter4.sizes import FIRST_ROWS
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,16 +52,16 @@ def test_report_is_self_contained_and_complete(out):
     page = (out / "first/report.html").read_text()
     assert_self_contained(page, pictures=5)
     for needed in (
-        "PCK-Transfer on grey digits",
+        "PCK-Transfer, in target boxes, per point, grey digits",
         "Congealing",
         "k-means on a contrastive descriptor",
         "k-means, moments-aligned pixels",
-        "intervals resample digits, each with all its pairs",
+        "resample digits, each with all its pairs",
         "Table 4.3",
         "67.2",
         "LPIPS, no style mixing: no VGG weights were given (--lpips-weights)",
         "cut-off one later (--all)",
-        "gangealing.fig-4.3",
+        'id="gangealing.fig-4.3"',
         "make reproduce-ch4 SIZE=smoke",
     ):
         assert needed in page
@@ -69,25 +70,38 @@ def test_report_is_self_contained_and_complete(out):
 def test_results_are_strict_json_with_intervals(out):
     results = strict_json((out / "first/results.json").read_text())
     methods = {"none", "moments", "moments, upright", "Congealing", "GANgealing"}
-    assert {kind: set(scores) for kind, scores in results["scores"].items()} == {"coloured": methods, "grey": methods}
-    for score in results["scores"]["coloured"].values():
+    assert {kind: set(scores) for kind, scores in results["experiments"]["alignment"].items()} == {
+        "coloured": methods,
+        "grey": methods,
+    }
+    for score in results["experiments"]["alignment"]["coloured"].values():
         found = score["pck"]["target box, per point, 0.1"]
         assert found["low"] <= found["value"] <= found["high"]
-    assert results["clusters"]["clusters"] == 3
+    assert results["experiments"]["clusters"]["clusters"] == 3
     assert results["claims"]["gangealing.table-4.3"]["verdict"] == "undecided"
-    assert set(results["ablations"]) == set(ablations.FIRST)
+    assert set(results["experiments"]["ablations"]["rows"]) == set(FIRST_ROWS)
     assert results["commit"]
 
 
-def test_the_first_screen_says_which_aims_were_met(out):
+def test_the_first_screen_is_a_sentence_a_picture_and_the_verdicts(out):
     page, results = (out / "first/report.html").read_text(), json.loads((out / "first/results.json").read_text())
-    lines = re.findall(r"<li>(.*?)</li>", page)
-    assert [line.split(":")[0] for line in lines[:-1]] == [
-        "Met" if found["met"] else "Missed" for found in results["targets"].values()
+    first = page[page.index("<h1>") : page.index("<h2")]
+    (headline,) = re.findall(r'<p class="headline">(.*?)</p>', first, re.DOTALL)
+    assert headline.count(".") == 1
+    assert first.count("<img") == 1
+    table = first[first.index('<table id="verdicts"') : first.index("</table>")]
+    claims = re.findall(r'<td class="mark (\w+)"', table)
+    assert claims == [found["verdict"] for found in results["claims"].values()]
+    assert list(results["claims"]) == ["gangealing.fig-4.1", "gangealing.fig-4.3", "gangealing.table-4.3"]
+    aims = [
+        aim for each in (alignment, clusters) for aim in each.verdicts(results["experiments"][each.EXPERIMENT.name])
     ]
-    assert len(lines) == 7
-    assert lines[-1].startswith("Beside, on plain grey digits")
-    assert set(results["claims"]) == {"gangealing.fig-4.1", "gangealing.fig-4.3", "gangealing.table-4.3"}
+    aims.sort(key=lambda aim: aim.claim)
+    assert re.findall(r'<span class="mark (\w+)"', table) == [aim.verdict for aim in aims]
+    assert len(aims) == 6
+    text = re.sub(r"<[^>]+>", "", table)
+    for aim in aims:
+        assert f"{aim.evidence[0].ours}{aim.evidence[0].beside}" in text.replace("\n", "")
 
 
 @pytest.mark.skipif(find_spec("lpips") is None, reason="LPIPS needs its package")
@@ -100,10 +114,13 @@ def test_repeating_trains_only_what_is_asked_for_besides(out, generator, tmp_pat
     reproduce(out, generator, "--lpips-weights", tmp_path / "vgg.pth")
     after = json.loads((out / "results.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    for name in ("scores", "clusters", "training"):
-        assert after[name] == before[name], name
-    assert set(after["ablations"]) - set(before["ablations"]) == {
+    assert after["training"] == before["training"]
+    for name in ("alignment", "clusters", "correspondence"):
+        assert after["experiments"][name] == before["experiments"][name], name
+        assert after["made"][name] == before["made"][name], name
+    rows, rows_before = (results["experiments"]["ablations"]["rows"] for results in (after, before))
+    assert set(rows) - set(rows_before) == {
         "LPIPS, complete", "LPIPS, lower total variation", "LPIPS, no style mixing",
     }  # fmt: skip
-    assert all(after["ablations"][row] == found for row, found in before["ablations"].items())
+    assert all(rows[row] == found for row, found in rows_before.items())
     assert "no VGG weights" not in (out / "report.html").read_text()

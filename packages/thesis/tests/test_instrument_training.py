@@ -2,7 +2,7 @@
 
 import torch
 from triptych_gangealing.digits32 import Digits32
-from triptych_gangealing.instrument import reading
+from triptych_gangealing.stylegan2.instrument import reading
 from triptych_thesis.instruments.digits32 import loss_of, wanted, whitening
 
 

@@ -11,25 +11,27 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from triptych_common.errors import Diverged, Interrupted
+from triptych_common.fields import FREE, Checked, one_of
 
 
 @dataclass(frozen=True)
-class CommonOptions:
+class CommonOptions(Checked):
     """Options every command takes."""
 
-    out: Path = Path("runs/out")
+    out: Annotated[Path, FREE] = Path("runs/out")
     """where to write"""
     seed: int = 0
     """seed of everything random"""
-    device: str = "auto"
+    device: Annotated[str, FREE] = "auto"
     """torch device; auto: the GPU if there is one"""
-    json: bool = False
+    json: Annotated[bool, FREE] = False
     """print the results as one JSON object, the last line of stdout"""
-    dry_run: bool = False
+    dry_run: Annotated[bool, FREE] = False
     """print what would be run, and stop"""
 
     def resolved(self) -> dict[str, Any]:
@@ -42,7 +44,7 @@ class Command:
     """One subcommand: its config class, the function that runs it, and named presets of the config.
 
     `start` turns the preset and the words of the command line into the defaults that options override, where these depend
-    on other options.
+    on other options. `preview` gives what --dry-run prints.
     """
 
     config: type[CommonOptions]
@@ -50,6 +52,17 @@ class Command:
     presets: Mapping[str, CommonOptions]
     default: str | None = None
     start: Callable[[Any, Sequence[str]], Any] = lambda preset, argv: preset
+    preview: Callable[[Any], dict[str, Any]] = lambda config: config.resolved()
+
+
+def deferred(target: str) -> Callable[..., Any]:
+    """The function that "package.module:name" names, imported when it is called: --help need not wait for what it imports."""
+
+    def call(*arguments: Any) -> Any:
+        module, _, name = target.partition(":")
+        return getattr(import_module(module), name)(*arguments)
+
+    return call
 
 
 _to_stderr = False
@@ -75,7 +88,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         print(_overview(prog, commands))
         return 0 if argv else 2
     if argv[0] not in commands:
-        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(commands)}", 2)
+        return _fail(f"unknown command {argv[0]!r}: expected {one_of(argv[0], commands)}", 2)
     try:
         command = commands[argv[0]][1]()
         config = parse(f"{prog} {argv[0]}", command, argv[1:])
@@ -123,7 +136,7 @@ def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | No
         if word == "--preset" or word.startswith("--preset="):
             preset = word.partition("=")[2] if "=" in word else argv.pop(0) if argv else ""
             if preset not in command.presets:
-                raise SystemExit(_fail(f"preset {preset!r}: expected one of {', '.join(command.presets) or 'none'}", 2))
+                raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, command.presets or ['none'])}", 2))
         else:
             rest.append(word)
     return rest, preset
@@ -142,7 +155,7 @@ def _stdout_kept(kept: bool) -> Iterator[None]:
 
 def _run(command: Command, config: CommonOptions) -> int:
     if config.dry_run:
-        result = config.resolved()
+        result = command.preview(config)
         if not config.json:
             echo(json.dumps(result, indent=2, default=str))
     else:
@@ -167,7 +180,9 @@ def _overview(prog: str, commands: Commands) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The message of tyro's boxed errors, on one line: what stands between title and first rule, in either style."""
+    """The message of tyro's boxed errors, on one line: what stands between title and first rule, in either style; and the
+    first option that tyro suggests instead of an unknown one.
+    """
     groups: list[list[str]] = [[]]
     for line in text.splitlines():
         inner = line.strip("│╭╮╰╯ ")
@@ -176,7 +191,10 @@ def _unboxed(text: str) -> str:
         elif inner and not line.startswith(("╭", "╰")):
             groups[-1].append(inner)
     messages = groups if text.lstrip().startswith("╭") else groups[1:]
-    return " ".join(messages[0]) if messages and messages[0] else " ".join(text.split())
+    if not messages or not messages[0]:
+        return " ".join(text.split())
+    suggested = [group[1].split()[0].rstrip(",") for group in messages[1:] if group[:1] == ["Perhaps you meant:"]]
+    return " ".join(messages[0]) + "".join(f"; did you mean {option}?" for option in suggested[:1])
 
 
 def _one_line(error: BaseException) -> str:

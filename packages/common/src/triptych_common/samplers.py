@@ -4,15 +4,19 @@ A sampler is a generator of `Step`s; `final` runs one to its end. The model it d
 `denoise(x_t, t) -> output` of the current sample and original timesteps (conditions already bound, see `guided`).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from triptych_common.diffusion import GaussianDiffusion, gather
+from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule, gather
 from triptych_common.randomness import SampleNoise
+from triptych_common.sampler_settings import SamplerSettings
+from triptych_common.schedulers import is_ddpm, make_scheduler
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 GuidanceChannels = int | Literal["all"]
@@ -63,6 +67,64 @@ def ddim(
         if eta > 0 and index > 0:
             x = x + sigma * noise.draw()
         yield Step(index, x, p.x_0)
+
+
+def diffusers_steps(
+    denoise: Denoise, diffusion: GaussianDiffusion, noise: SampleNoise, scheduler: Any, *, clip_x_0: bool = False
+) -> Iterator[Step]:
+    """Sample by a scheduler of `make_scheduler`, used once: it keeps state.
+
+    `Step.x` is scaled as the model sees it. Timesteps between two trained ones stay fractional, as in diffusers. A learned
+    variance serves DDPM schedulers and is left out for the others, which have no use for it. What a scheduler draws comes
+    from each sample's own generator.
+    """
+    keywords = {"generator": noise.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    learned_too = diffusion.variance == "learned_range" and is_ddpm(type(scheduler))
+    timesteps = scheduler.timesteps
+    alpha_bars = _alpha_bar_at(diffusion.schedule, timesteps)
+    x = noise.draw() * scheduler.init_noise_sigma
+    x_t = scheduler.scale_model_input(x, timesteps[0])
+    for i, (t, alpha_bar) in enumerate(zip(timesteps, alpha_bars, strict=True)):
+        output, learned = diffusion.split(denoise(x_t, t.expand(len(x_t))), x_t)
+        signal, deviation = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        x_0 = output if diffusion.predict == "sample" else (x_t - deviation * output) / signal
+        if clip_x_0:
+            x_0 = x_0.clamp(-1, 1)
+        exact = diffusion.predict == "noise" and not clip_x_0
+        epsilon = output if exact else (x_t - signal * x_0) / deviation
+        given = torch.cat([epsilon, learned], dim=1) if learned_too else epsilon
+        x = scheduler.step(given, t, x, **keywords).prev_sample
+        last = i + 1 == len(timesteps)
+        x_t = x if last else scheduler.scale_model_input(x, timesteps[i + 1])
+        yield Step(len(timesteps) - 1 - i, x_t, x_0)
+
+
+def sampling(
+    settings: SamplerSettings,
+    denoise: Denoise,
+    diffusion: GaussianDiffusion,
+    noise: SampleNoise,
+    *,
+    clip_x_0: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[Step]:
+    """The sampler that settings ask for, ready to run: ours on a respaced process, or a scheduler of diffusers.
+
+    diffusion: the process of training, not respaced. device: where `noise` is drawn to.
+    Raises ValueError for a number of steps that the scheduler refuses.
+    """
+    if settings.is_own:
+        sampler = {"ddpm": ddpm, "ddim": ddim}[settings.sampler]
+        return sampler(denoise, diffusion.respaced(settings.num_inference_steps), noise, clip_x_0=clip_x_0)
+    scheduler = make_scheduler(settings.sampler, diffusion, settings.num_inference_steps, device=device)
+    return diffusers_steps(denoise, diffusion, noise, scheduler, clip_x_0=clip_x_0)
+
+
+def evaluations(settings: SamplerSettings, diffusion: GaussianDiffusion) -> int:
+    """How many steps `sampling` takes: some schedulers evaluate the model twice for each of `num_inference_steps`."""
+    if settings.is_own:
+        return settings.num_inference_steps
+    return len(make_scheduler(settings.sampler, diffusion, settings.num_inference_steps).timesteps)
 
 
 def one_step(denoise: Denoise, diffusion: GaussianDiffusion, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
@@ -121,3 +183,10 @@ def guided(
         return torch.cat([mixed, conditional[:, n:]], dim=1)
 
     return denoise
+
+
+def _alpha_bar_at(schedule: NoiseSchedule, timesteps: torch.Tensor) -> Sequence[float]:
+    """alpha_bar at timesteps that may lie between two steps: sqrt(1 / alpha_bar - 1) is interpolated linearly there."""
+    sigmas = (1 / schedule.alpha_bar - 1).sqrt().numpy()
+    between = np.interp(timesteps.cpu().double().numpy(), np.arange(len(sigmas)), sigmas)
+    return (1 / (between**2 + 1)).tolist()

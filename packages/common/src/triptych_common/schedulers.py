@@ -1,15 +1,12 @@
-"""Schedulers of the diffusers library as samplers of ours: any that can run a discrete process on given betas."""
+"""Schedulers of the diffusers library, by name: any that can run a discrete process on given betas."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
-from triptych_common.randomness import SampleNoise
-from triptych_common.samplers import Denoise, Step
+from triptych_common.diffusion import GaussianDiffusion
 
 _FOREIGN = {  # arguments that betray another process, or noise that depends on the batch
     "snr_shift_scale", "noise_sampler_seed",
@@ -64,11 +61,11 @@ def make_scheduler(
         "num_train_timesteps": total,
         "trained_betas": diffusion.schedule.betas.tolist(),
         "prediction_type": "epsilon",
-        "clip_sample": False,  # `diffusers_steps` clips for all of them
+        "clip_sample": False,  # `samplers.diffusers_steps` clips for all of them
         "set_alpha_to_one": True,
         "lower_order_final": True,  # everyone's default but one's, which then warns
     }
-    if _is_ddpm(scheduler_class):
+    if is_ddpm(scheduler_class):
         wanted |= {"variance_type": diffusion.variance, "timestep_spacing": "linspace"}
     elif _default(parameters, "timestep_spacing") == "leading":
         wanted["timestep_spacing"] = "trailing"
@@ -83,36 +80,6 @@ def make_scheduler(
             f"num_inference_steps {num_inference_steps}: {name} would begin at timestep {begins:g}, not at noise; use more"
         )
     return scheduler
-
-
-def diffusers_steps(
-    denoise: Denoise, diffusion: GaussianDiffusion, noise: SampleNoise, scheduler: Any, *, clip_x_0: bool = False
-) -> Iterator[Step]:
-    """Sample by a scheduler of `make_scheduler`, used once: it keeps state.
-
-    `Step.x` is scaled as the model sees it. Timesteps between two trained ones stay fractional, as in diffusers. A learned
-    variance serves DDPM schedulers and is left out for the others, which have no use for it. What a scheduler draws comes
-    from each sample's own generator.
-    """
-    keywords = {"generator": noise.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    learned_too = diffusion.variance == "learned_range" and _is_ddpm(type(scheduler))
-    timesteps = scheduler.timesteps
-    alpha_bars = _alpha_bar_at(diffusion.schedule, timesteps)
-    x = noise.draw() * scheduler.init_noise_sigma
-    x_t = scheduler.scale_model_input(x, timesteps[0])
-    for i, (t, alpha_bar) in enumerate(zip(timesteps, alpha_bars, strict=True)):
-        output, learned = diffusion.split(denoise(x_t, t.expand(len(x_t))), x_t)
-        signal, deviation = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-        x_0 = output if diffusion.predict == "sample" else (x_t - deviation * output) / signal
-        if clip_x_0:
-            x_0 = x_0.clamp(-1, 1)
-        exact = diffusion.predict == "noise" and not clip_x_0
-        epsilon = output if exact else (x_t - signal * x_0) / deviation
-        given = torch.cat([epsilon, learned], dim=1) if learned_too else epsilon
-        x = scheduler.step(given, t, x, **keywords).prev_sample
-        last = i + 1 == len(timesteps)
-        x_t = x if last else scheduler.scale_model_input(x, timesteps[i + 1])
-        yield Step(len(timesteps) - 1 - i, x_t, x_0)
 
 
 def _library() -> Any:
@@ -133,17 +100,10 @@ def _fits(name: str, scheduler: Any) -> bool:
     return {"trained_betas", "prediction_type"} <= parameters.keys() and not _FOREIGN & parameters.keys()
 
 
-def _is_ddpm(scheduler_class: type) -> bool:
+def is_ddpm(scheduler_class: type) -> bool:
     """Whether it is ancestral sampling, which takes a learned variance."""
     return scheduler_class.__name__.startswith("DDPM")
 
 
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
     return parameters[name].default if name in parameters else None
-
-
-def _alpha_bar_at(schedule: NoiseSchedule, timesteps: torch.Tensor) -> Sequence[float]:
-    """alpha_bar at timesteps that may lie between two steps: sqrt(1 / alpha_bar - 1) is interpolated linearly there."""
-    sigmas = (1 / schedule.alpha_bar - 1).sqrt().numpy()
-    between = np.interp(timesteps.cpu().double().numpy(), np.arange(len(sigmas)), sigmas)
-    return (1 / (between**2 + 1)).tolist()

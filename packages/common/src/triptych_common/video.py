@@ -12,7 +12,6 @@ from torch import Tensor
 from triptych_common.images import gif_bytes
 from triptych_common.storage.atomic import write_bytes
 
-FORMATS = ("mp4", "gif")
 SMALLEST_SIDE = 256  # smaller frames are enlarged, pixel by pixel: players blur what they scale, codecs what is tiny
 
 

@@ -1,18 +1,6 @@
 """Diffusion transformers for images: chapter 2 of the thesis."""
 
-from triptych_dit.config import PRESETS, DiTConfig
-from triptych_dit.flops import gflops
-from triptych_dit.interop import from_diffusers, load_released, to_diffusers
-from triptych_dit.model import DiT
-from triptych_dit.weights import load_model
+import lazy_loader
 
-__all__ = [
-    "PRESETS",
-    "DiT",
-    "DiTConfig",
-    "from_diffusers",
-    "gflops",
-    "load_model",
-    "load_released",
-    "to_diffusers",
-]
+# What is exported stands in __init__.pyi, and is imported when first used: torch alone takes seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,12 +1,9 @@
 """Score a file of samples: digits by the frozen instruments, images of any kind by the ADM evaluation suite."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from triptych_common import data
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.metrics.adm import NEIGHBOURS, AdmScores, ImageFeatures, adm_scores, image_features
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE, DigitScorer
 from triptych_common.metrics.inception import FILE_NAME, Inception, load_inception
@@ -17,50 +14,10 @@ from triptych_common.storage.atomic import write_json
 from triptych_common.storage.provenance import provenance
 
 from triptych_dit.sample import read_npz
+from triptych_dit.settings import EvaluateConfig
 
 ADM_TITLES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
 ADM_DIGITS = {"fid": 3, "sfid": 3, "inception_score": 2, "precision": 4, "recall": 4}
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(CommonOptions):
-    """Score REFERENCE.npz SAMPLES.npz, in this order, by FID, sFID, IS, precision and recall as the ADM suite does.
-
-    Without the two files: score --samples, digits, against held-out real ones, on the CPU.
-    """
-
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE.npz SAMPLES.npz")] = ()
-    """npz files with arr_0 (NHWC uint8), statistics (mu, sigma, mu_s, sigma_s), or both"""
-    out: Path = Path("runs/samples")
-    """where to write scores.json"""
-    samples: Path = Path("runs/samples/samples.npz")
-    """digits: npz file with arr_0 (NHWC uint8) and, for class accuracy, arr_1 (labels)"""
-    data: str = "mnist5k"
-    """digits: data set the model was trained on; its held-out split is the reference"""
-    inception: Path | None = None
-    """two files: Inception weights of torch-fidelity; None: from the cache, or downloaded there"""
-    batch_size: int = 64
-    """two files: images a forward pass of Inception"""
-    repeats: int = 100
-    """two files: bootstrap repeats of the 95% intervals, 0: no intervals"""
-
-    def __post_init__(self) -> None:
-        if len(self.files) not in (0, 2):
-            raise ValueError(
-                f"files given: {len(self.files)}, expected REFERENCE.npz SAMPLES.npz, or --samples for digits"
-            )
-        others = ("samples", "data") if self.files else ("inception", "batch_size", "repeats")
-        for name in others:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                case = "without REFERENCE.npz SAMPLES.npz" if self.files else "with REFERENCE.npz SAMPLES.npz"
-                raise ValueError(f"--{name.replace('_', '-')} has a meaning only {case}; see --help")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size}: expected at least 1")
-        if self.repeats < 0 or self.repeats == 1:
-            raise ValueError(f"repeats {self.repeats}: expected at least 2, or 0 for no intervals")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

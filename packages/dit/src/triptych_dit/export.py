@@ -1,48 +1,15 @@
 """Carry a model between triptych, the released DiT's files and diffusers."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 
 from triptych_dit.interop import export_released, load_any, to_diffusers
+from triptych_dit.settings import ExportConfig
 from triptych_dit.weights import FILE_NAME, TrainedModel, save_model
-
-
-@dataclass(frozen=True)
-class ExportConfig(CommonOptions):
-    """Write a model, wherever it comes from, in the format of triptych, of the released DiT or of diffusers."""
-
-    checkpoint: str = "runs/dit"
-    """a model file or run folder; a released .pt or "DiT-XL/2@256", "DiT-XL/2@512"; a folder or hub repository of diffusers"""
-    format: Literal["diffusers", "released", "triptych"] = "diffusers"
-    """a folder for DiTPipeline; model.pt as facebookresearch/DiT reads it; model.safetensors for sample and train"""
-    out: Path = Path("runs/export")
-    """folder to write"""
-    vae: str | None = None
-    """diffusers: autoencoder to put beside the model, a folder or hub repository"""
-    scheduler: str | None = None
-    """diffusers: a scheduler by name; DDIMScheduler by default"""
-    labels_file: Path | None = None
-    """diffusers: JSON object of labels and names, {"0": "tench, Tinca tinca", ...}"""
-    weights: Literal["ema", "model"] | None = None
-    """released training checkpoints: which weights; the average where there is one"""
-    num_heads: int | None = None
-    """released files of a width that was not published: attention heads"""
-    num_classes: int | None = None
-    """released files and diffusers: classes, where the label table leaves them open"""
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("vae", "scheduler", "labels_file") if getattr(self, name) is not None]
-        if self.format != "diffusers" and given:
-            raise ValueError(
-                f"--{given[0].replace('_', '-')} is for --format diffusers, not {self.format}; leave it out"
-            )
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def settings_from(config: Any, argv: Sequence[str]) -> Any:
     options override. Without `--init-from`, the preset as it is.
     """
     from triptych_dit.interop import load_any
-    from triptych_dit.training_data import shape_and_classes
+    from triptych_dit.objective import shape_and_classes
 
     init_from = peek(argv, "--init-from")
     if init_from is None:

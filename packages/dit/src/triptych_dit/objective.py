@@ -1,23 +1,37 @@
-"""The training objective: what is drawn for each sample counter, and its loss."""
+"""What a DiT is trained on and for: examples drawn for each sample counter, their loss, and the same loss on held-out data.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+Read `Objective` first. Behind it, `TrainingData` is images in memory or latents drawn from cached posteriors.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.diffusion import GaussianDiffusion, Loss
-from triptych_common.parallel import onto
+from triptych_common.parallel import Ranks, onto
+from triptych_common.storage.run import RunDirectory
+from triptych_common.training import TrainState
 
+from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT
 from triptych_dit.train_config import TrainConfig
-from triptych_dit.training_data import TrainingData
 from triptych_dit.weights import make_diffusion
+
+if TYPE_CHECKING:
+    from triptych_common.data import ImageDataset
+
+VALIDATION_SEED = 2_022  # the same for every run, so that runs can be compared
 
 
 class Examples(NamedTuple):
-    """Everything a loss needs besides the network, on the CPU."""
+    """What a loss needs besides the network, on the CPU."""
 
     x_0: Float[Tensor, "batch channels height width"]
     t: Int[Tensor, " batch"]
@@ -26,14 +40,23 @@ class Examples(NamedTuple):
 
 
 class Objective:
-    """Denoising of a training set's examples. All that is random about an example follows from (seed, its counter)."""
+    """Denoising the examples of a training set.  [thesis 2.3.1]
 
-    def __init__(self, config: TrainConfig, model: DiT, training_data: TrainingData) -> None:
+    Everything random about an example (its image, timestep, noise, whether its label is dropped) follows from the seed and
+    its counter, so that a resumed run, or one on more ranks, sees the same examples.
+
+    Args:
+        config: seed, flips, distribution of timesteps, what is predicted.
+        model: the model to train; only its `drop_labels` is used.
+        training_data: numbered examples with labels.
+    """
+
+    def __init__(self, config: TrainConfig, model: DiT, training_data: "TrainingData") -> None:
         self.config, self.training_data, self.drop_labels = config, training_data, model.drop_labels
         self.diffusion: GaussianDiffusion = make_diffusion(config.model, config.predict)
 
     def draw(self, counters: Sequence[int]) -> Examples:
-        """The examples of some counters: an endless walk over the data, reshuffled every epoch."""
+        """Draw the examples with these counters. Counters run on without end; the data are reshuffled every epoch."""
         config, seed = self.config, self.config.seed
         items = randomness.shuffled(seed, "order", counters, len(self.training_data))
         flipped = torch.zeros(len(items), dtype=torch.bool)
@@ -45,18 +68,18 @@ class Objective:
         return Examples(x_0, draw_timesteps(config, counters, len(self.diffusion.schedule)), noise, labels)
 
     def loss(self, network: nn.Module, examples: Examples, device: torch.device) -> Loss:
-        """Loss of each example under `network`, which may be a parallel wrapper of the model."""
+        """Loss of each example. `network` is the model, or a parallel wrapper of it."""
         x_0, t, noise, labels = (onto(device, value) for value in examples)
         x_t = self.diffusion.q_sample(x_0, t, noise)
         return self.diffusion.loss(network(x_t, t, labels), x_0, x_t, t, noise)
 
 
 def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int) -> Int[Tensor, " batch"]:
-    """Timestep of each sample counter.
+    """Timestep, 0 to num_steps - 1, of each sample counter.
 
-    "uniform_spread": uniform, consecutive counters spread evenly. "logit_normal": one in five uniform, the others
-    num_steps * sigmoid(-0.6 + 0.8 z) with z normal, spread evenly too.  [logit-normal: Esser et al. 2024, "Scaling
-    Rectified Flow Transformers"]
+    "uniform" draws each one independently. "uniform_spread" is uniform too, but spreads consecutive counters evenly over
+    the timesteps. "logit_normal" draws one in five uniformly and the others as num_steps * sigmoid(-0.6 + 0.8 z) with z
+    normal, likewise spread evenly.  [Esser et al. 2024, "Scaling Rectified Flow Transformers"]
     """
     if config.timesteps == "uniform":
         share = randomness.uniform(config.seed, "timestep", counters)
@@ -66,3 +89,187 @@ def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int)
             peaked = torch.sigmoid(0.8 * torch.special.ndtri((u - 0.2) / 0.8) - 0.6)
             share = torch.where(u < 0.2, u / 0.2, peaked)
     return (share * num_steps).long().clamp(max=num_steps - 1)
+
+
+def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Callable[[TrainState], None]:
+    """Make the callback that logs "validation/mse" and "validation/vb" every `validation_every` steps and at the end.
+
+    These are losses of the averaged weights on held-out images, always with the same noise, labels and timesteps; the
+    timesteps are spread evenly over the whole process, whatever training uses.
+
+    Raises ValueError or FileNotFoundError if there is nothing to validate on.
+    """
+    if config.validation_every == 0:
+        return lambda state: None
+    try:
+        held_out = open_training_data(config.validation_data or config.data, config.model, "held_out")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
+    check_fits(config.model, held_out)
+    # The same number on every rank: under FSDP, all of them must make the same forward passes.
+    n = min(config.validation_images, len(held_out)) // ranks.world_size
+    mine = range(ranks.rank * n, (ranks.rank + 1) * n)
+    part = config.micro_batch or config.batch_size // ranks.world_size
+    fixed = replace(config, seed=VALIDATION_SEED, horizontal_flip=False, timesteps="uniform_spread", snapshots=())
+
+    def validate(state: TrainState) -> None:
+        if state.step % config.validation_every and state.samples_seen < config.total_images:
+            return
+        objective = Objective(fixed, state.model, held_out)
+        mse, vb = (
+            ranks.sum(_loss_sums(state.ema, objective, mine, part, ranks.device)) / (n * ranks.world_size)
+        ).tolist()
+        run.log({"step": state.step, "images": state.samples_seen, "validation/mse": mse, "validation/vb": vb})
+
+    return validate
+
+
+def mean_mse(config: TrainConfig, model: DiT, training_data: "TrainingData", n: int) -> float:
+    """Mean squared error of the prediction on the first n examples: timesteps as in training, noise that training never saw."""
+    n = min(n, len(training_data))
+    objective = Objective(
+        replace(config, seed=VALIDATION_SEED, horizontal_flip=False, precision="float32"), model, training_data
+    )
+    return float(_loss_sums(model, objective, range(n), 250, torch.device("cpu"))[0]) / n
+
+
+@torch.no_grad()
+def _loss_sums(network: nn.Module, objective: Objective, counters: range, part: int, device: torch.device) -> Tensor:
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(0, len(counters), part):
+        losses = objective.loss(network, objective.draw(counters[start : start + part]), device)
+        sums += torch.stack([losses.mse.double().sum(), losses.vb.double().sum()])
+    return sums
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """Numbered examples with labels."""
+
+    name: str
+    """as messages call it"""
+    identity: str
+    """what the data are, wherever they lie: a resumed run must have the same"""
+    shape: tuple[int, int, int]
+    """channels, height and width of an example"""
+    labels: Int[Tensor, " items"]
+    num_classes: int
+    facts: dict[str, Any]
+    """what the file of a model trained on it must say: the autoencoder of its latents (or None), class names"""
+
+    def __len__(self) -> int: ...
+
+    def examples(
+        self, items: Int[Tensor, " batch"], flipped: Bool[Tensor, " batch"], seed: int, counters: Sequence[int]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """x_0 of these items, mirrored where `flipped`. Random draws in it follow from (seed, counter)."""
+        ...
+
+    def check_flips(self) -> None:
+        """Raise ValueError if there are no mirrored examples."""
+
+
+class PixelData:
+    """Images in [-1, 1], in memory."""
+
+    def __init__(self, dataset: "ImageDataset") -> None:
+        self.dataset, self.name = dataset, dataset.name
+        self.identity = f"{dataset.name}, {len(dataset):,} images"
+        self.shape = tuple(dataset.images.shape[1:])
+        self.labels, self.num_classes = dataset.labels, dataset.num_classes
+        self.facts = {"autoencoder": None, "lossy_data": dataset.lossy, "class_names": list(dataset.class_names)}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
+        x_0 = self.dataset.scaled(items)
+        return torch.where(flipped[:, None, None, None], x_0.flip(-1), x_0) if bool(flipped.any()) else x_0
+
+    def check_flips(self) -> None:
+        """Any image can be mirrored."""
+
+
+def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> TrainingData:
+    """Open a latent cache, a named data set, a folder of images, or a data set of the hub ("hub:OWNER/NAME").
+
+    Images are cropped to the model's input size, except those of named data sets.
+
+    Args:
+        spec: name or path of the data.
+        model: the model that is to be trained: its input size, channels, and whether it has classes.
+        split: "train" or "held_out".
+
+    Raises ValueError or FileNotFoundError if there is no such data, or if it does not fit the model.
+    """
+    # Imported here: reading images takes Pillow, and training on latents reads none.
+    from triptych_common import data
+
+    from triptych_dit.autoencoder.cache import LatentCache, LatentData, is_latent_cache
+
+    if is_latent_cache(Path(spec)):
+        return LatentData(LatentCache(Path(spec)))
+    if spec in data.DATASETS:
+        return PixelData(data.load(spec, split))
+    source = data.open_source(spec, split, unconditional=model.num_classes == 0)
+    return PixelData(data.in_memory(source, model.input_size, channels=model.in_channels, split=split))
+
+
+def shape_and_classes(spec: str, model: DiTConfig) -> tuple[tuple[int, int, int], int]:
+    """Shape of an example and number of classes of the data that `open_training_data` would open, without reading images."""
+    from triptych_common import data
+
+    from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache
+
+    if is_latent_cache(Path(spec)):
+        cache = LatentCache(Path(spec))
+        return cache.latent_shape, cache.num_classes
+    if spec in data.DATASETS:
+        opened = PixelData(data.load(spec, "train"))
+        return opened.shape, opened.num_classes
+    source = data.open_source(spec, "train", unconditional=model.num_classes == 0)
+    return (model.in_channels, *model.input_size), source.num_classes
+
+
+def check_fits(model: DiTConfig, training_data: "TrainingData") -> None:
+    """Raise ValueError unless the model takes examples of this shape, and has all of their classes."""
+    expected = (model.in_channels, *model.input_size)
+    if training_data.shape != expected:
+        channels, height, width = training_data.shape
+        raise ValueError(
+            f"{training_data.name} has examples of {training_data.shape}, the model takes {expected}; "
+            f"set --model.in-channels {channels} --model.input-size {height} {width}"
+        )
+    if 0 < model.num_classes < training_data.num_classes:
+        raise ValueError(
+            f"{training_data.name} has labels 0..{training_data.num_classes - 1}, the model num_classes="
+            f"{model.num_classes}; pass --model.num-classes {training_data.num_classes}"
+        )
+
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def prefetch(
+    items: Iterable[Item], function: Callable[[Item], Result], *, depth: int = 2, threads: int = 1
+) -> Iterator[Result]:
+    """`map(function, items)` with up to `depth` results computed ahead by background threads, in order.
+
+    Items are taken in the caller's thread, as late as possible. An exception of `function` is raised when its result is
+    asked for. Close the iterator to end the threads early. With depth 0 there are no threads: if training itself runs on
+    the CPU, they would only compete with it.
+    """
+    if depth == 0:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    ahead: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

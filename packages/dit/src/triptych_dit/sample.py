@@ -1,81 +1,43 @@
 """Sample from a trained DiT: an npz file, a grid, and, if asked for, one PNG an image."""
 
+import io
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
-from triptych_common.schedulers import find
+from triptych_common.samplers import evaluations
 from triptych_common.storage import checkpoint
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.atomic import write_json, writing
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any
-from triptych_dit.samples_file import read_batches, read_npz, write_npz
 from triptych_dit.sampling import (
-    OWN_SAMPLERS,
-    SamplerSettings,
     autoencoder_of,
     check_labels,
-    evaluations,
     sample_images,
     trajectory,
 )
+from triptych_dit.settings import SampleConfig, SamplerSettings
 from triptych_dit.weights import TrainedModel
 
 __all__ = ["SampleConfig", "SamplerSettings", "read_npz", "sample", "sample_images", "trajectory"]
 GRID = 100  # images in grid.png
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is run."""
-
-    checkpoint: str = "runs/dit"
-    """a model file, the folder of a finished training run, a released checkpoint or its name (DiT-XL/2@256), or a folder of
-    diffusers"""
-    vae: str | None = None
-    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
-    precision: Literal["float32", "bf16", "float64"] | None = None
-    """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
-    compile_blocks: bool = False
-    """torch.compile each block: pays on a GPU for thousands of images"""
-
-
-@dataclass(frozen=True)
-class SampleConfig(CommonOptions, SamplerSettings, ModelOptions):
-    """Sample images from a trained model. Repeating the command resumes it."""
-
-    out: Path = Path("runs/samples")
-    """where to write samples.npz (arr_0: NHWC uint8, arr_1: labels) and grid.png"""
-    num_samples: int = 100
-    """images to make"""
-    labels: tuple[int, ...] = ()
-    """classes, repeated in turn; all classes in turn by default"""
-    images: bool = False
-    """write each image to OUT/images too, as 000123-CLASS.png"""
-    batch_size: int = 100
-    """images at once on each rank; changes speed, not results"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def sample(config: SampleConfig) -> dict[str, Any]:
@@ -89,7 +51,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "labels": list(config.labels or range(trained.model.config.num_classes)), "num_samples": config.num_samples,
         "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
-    steps = evaluations(trained, config)
+    steps = evaluations(config, trained.diffusion)
     finished = (config.out / "samples.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
@@ -144,8 +106,7 @@ def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] 
 def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
     """What decides the images among sampler settings, seed and precision, defaults resolved for this model."""
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
-    if config.sampler not in OWN_SAMPLERS:
-        settings["sampler"] = find(config.sampler)
+    settings["sampler"] = config.sampler_name()
     if config.clip_x_0 is None:
         settings["clip_x_0"] = trained.facts.get("autoencoder") is None
     return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})
@@ -234,3 +195,78 @@ def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
     names = trained.facts.get("class_names") or ()
     name = re.sub(r"[^\w.-]+", "-", names[label].split(",")[0]).strip("-.") if label < len(names) else ""
     return f"{index:06d}-{name or label}.png"
+
+
+def write_npz(
+    path: Path,
+    batches: Iterable[UInt8[Tensor, "batch channels height width"]],
+    count: int,
+    labels: Int[Tensor, " n"] | None = None,
+) -> None:
+    """Write `count` images, however batched, and their labels, atomically; one batch at a time is in memory.
+
+    Raises ValueError unless the batches hold `count` images of one shape, OSError when the disk refuses.
+    """
+    with writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            _write_pixels(member, batches, count, path)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels.cpu().numpy(), allow_pickle=False)
+
+
+def _write_pixels(file: io.BufferedIOBase, batches: Iterable[Tensor], count: int, path: Path) -> None:
+    written, shape = 0, None
+    for batch in batches:
+        pixels = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        if shape is None:
+            shape = pixels.shape[1:]
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+        if pixels.shape[1:] != shape:
+            raise ValueError(f"{path}: images of {pixels.shape[1:]} among images of {shape}")
+        file.write(pixels.data)
+        written += len(pixels)
+    if written != count:
+        raise ValueError(f"{path}: {written} images came for {count}")
+
+
+def read_npz(path: Path) -> tuple[UInt8[Tensor, "n channels height width"], Int[Tensor, " n"] | None]:
+    """Images and, where present, labels of a samples file: arr_0 NHWC uint8, arr_1 labels.
+
+    Raises ValueError for a file that is not one.
+    """
+    path = Path(path)
+    with _intact(path), np.load(path, allow_pickle=False) as arrays:
+        images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, channels)")
+    return (
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+    )
+
+
+def read_batches(path: Path, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
+    """The images of a file that `write_npz` wrote, in order, `size` at a time and never more in memory.
+
+    Raises ValueError for a damaged file.
+    """
+    with _intact(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+        np.lib.format.read_magic(member)
+        (count, *shape), _, _ = np.lib.format.read_array_header_1_0(member)
+        for start in range(0, count, size):
+            n = min(size, count - start)
+            pixels = np.frombuffer(bytearray(member.read(n * int(np.prod(shape)))), dtype=np.uint8)
+            yield torch.from_numpy(pixels.reshape(n, *shape)).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Whatever an absent or damaged archive raises, as one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such samples file; make one with triptych-dit sample") from error
+    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not an npz file with arr_0, or a damaged one ({error}); make it again") from error

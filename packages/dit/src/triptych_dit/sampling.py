@@ -1,78 +1,26 @@
-"""From noise to images by a trained DiT: the settings, every step of a batch, and images from latents."""
+"""From noise to images by a trained DiT: every step of a batch, and images from latents."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.randomness import SampleNoise
-from triptych_common.samplers import Denoise, Step, ddim, ddpm, final, guided
-from triptych_common.schedulers import diffusers_steps, find, make_scheduler
+from triptych_common.sampler_settings import TIMESTEPS
+from triptych_common.samplers import Denoise, Step, final, guided, sampling
 
-from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT
+from triptych_dit.settings import SamplerSettings
 from triptych_dit.weights import TrainedModel
 
 if TYPE_CHECKING:
     from triptych_dit.autoencoder.model import Autoencoder
 
-OWN_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
-TIMESTEPS = 1000
-
 Labels = Num[Tensor, "batch *classes"] | None  # a class each, or a mixture of classes each; None: unconditional
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How to turn noise into images."""
-
-    sampler: str = "ddpm"
-    """ddpm: ancestral sampling with the learned variance; ddim: deterministic; or a scheduler of diffusers by its name or
-    the beginning of it, such as unipc"""
-    num_inference_steps: int = 250
-    """denoising steps, evenly spaced over the 1000"""
-    guidance_scale: float = 1.0
-    """classifier-free guidance; 1: none"""
-    guidance_channels: int | Literal["all"] = "all"
-    """channels that guidance acts on; the released DiT used 3 of 4"""
-    guidance_interval: tuple[int, int] = (0, TIMESTEPS - 1)
-    """first and last timestep at which guidance acts"""
-    clip_x_0: bool | None = None
-    """clip the predicted clean image to [-1, 1] at every step; None: for pixels but not for latents"""
-
-    def __post_init__(self) -> None:
-        if self.sampler not in OWN_SAMPLERS:
-            find(self.sampler)
-        if not 1 <= self.num_inference_steps <= TIMESTEPS:
-            raise ValueError(f"num_inference_steps {self.num_inference_steps}: expected 1..{TIMESTEPS}")
-        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale {self.guidance_scale}: expected a number of at least 0; 1 is no guidance")
-        if self.guidance_channels != "all" and self.guidance_channels < 1:
-            raise ValueError(f"guidance_channels {self.guidance_channels}: expected 'all' or at least 1")
-        first, last = self.guidance_interval
-        if not 0 <= first <= last < TIMESTEPS:
-            raise ValueError(f"guidance_interval {first} {last}: expected two timesteps, 0 <= first <= last <= 999")
-
-    def check(self, model: DiTConfig) -> None:
-        """Raises ValueError for guidance that this model cannot do."""
-        if self.guidance_scale != 1 and not model.num_classes:
-            raise ValueError(
-                f"guidance_scale {self.guidance_scale}: this model is unconditional (num_classes=0); use 1.0"
-            )
-        if self.guidance_scale != 1 and model.null_label is None:
-            raise ValueError(
-                f"guidance_scale {self.guidance_scale}: this model was trained without label dropout and has no null "
-                "label; use 1.0"
-            )
-        if self.guidance_channels != "all" and self.guidance_channels > model.in_channels:
-            raise ValueError(
-                f"guidance_channels {self.guidance_channels}: expected 'all' or at most {model.in_channels}, the model's"
-            )
 
 
 def trajectory(
@@ -99,18 +47,7 @@ def trajectory(
         noise = SampleNoise(seed, indices, shape, device=weight.device, dtype=weight.dtype)
     denoise = bind(trained.model, labels, len(indices), settings)
     clip = settings.clip_x_0 if settings.clip_x_0 is not None else trained.facts.get("autoencoder") is None
-    if settings.sampler in OWN_SAMPLERS:
-        diffusion = trained.diffusion.respaced(settings.num_inference_steps)
-        return OWN_SAMPLERS[settings.sampler](denoise, diffusion, noise, clip_x_0=clip)
-    scheduler = make_scheduler(settings.sampler, trained.diffusion, settings.num_inference_steps, device=weight.device)
-    return diffusers_steps(denoise, trained.diffusion, noise, scheduler, clip_x_0=clip)
-
-
-def evaluations(trained: TrainedModel, settings: SamplerSettings) -> int:
-    """Steps of a trajectory: some schedulers evaluate the model twice for each of `num_inference_steps`."""
-    if settings.sampler in OWN_SAMPLERS:
-        return settings.num_inference_steps
-    return len(make_scheduler(settings.sampler, trained.diffusion, settings.num_inference_steps).timesteps)
+    return sampling(settings, denoise, trained.diffusion, noise, clip_x_0=clip, device=weight.device)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,20 @@
 """Settings of a training run, and their presets: one row a run of the thesis."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
-from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge, Gt
+from triptych_common.training.settings import TransformerSettings
 
 from triptych_dit.config import PRESETS, DiTConfig
-from triptych_dit.flops import gflops, parameter_count
 
 FORWARDS_PER_STEP = 3  # a backward pass is two forward passes' worth of products
 
 
 @dataclass(frozen=True)
-class TrainConfig(CommonOptions):
+class TrainConfig(TransformerSettings):
     """Train a class-conditional DiT on a named data set. Repeating the command resumes it."""
 
     out: Path = Path("runs/dit")
@@ -24,28 +23,17 @@ class TrainConfig(CommonOptions):
     """shape of the network"""
     data: str = "mnist5k"
     """a named data set (mnist5k is embedded), a folder of images with one subfolder a class, or a cache of latents"""
-    total_images: int = 400_000
+    total_images: Annotated[int, Gt(0)] = 400_000
     """images to train on, repeats counted"""
     batch_size: int = 256
-    """images per optimiser step, over all ranks"""
-    micro_batch: int | None = None
-    """images per backward pass and rank; smaller saves memory and accumulates gradients"""
     lr: float = 1e-4
     """AdamW's peak learning rate"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """constant, as in the thesis, or cosine decay to zero at the end"""
     warmup_images: int = 0
     """images over which the learning rate rises from zero"""
-    adam_beta2: float = 0.999
-    """AdamW's second decay rate"""
-    weight_decay: float = 0.0
-    """AdamW's weight decay"""
-    grad_clip: float | None = None
-    """bound on the gradient's norm"""
-    ema_half_life_images: int = 1_774_000
+    ema_half_life_images: Annotated[int, Gt(0)] = 1_774_000
     """half-life of the weights' moving average; 1,774,000 is decay 0.9999 at batch 256, the thesis's setting"""
-    ema_rampup: float | None = None
-    """bound the half-life to this share of the images seen so far"""
     predict: Literal["noise", "sample"] = "noise"
     """what the network predicts"""
     timesteps: Literal["uniform", "uniform_spread", "logit_normal"] = "uniform"
@@ -59,84 +47,37 @@ class TrainConfig(CommonOptions):
     """fine-tune: a model file, run folder, released checkpoint or diffusers folder to start from"""
     new_class_table: bool = False
     """with init_from: draw all class embeddings afresh, also where the number of classes is the same"""
-    precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
-    """arithmetic of the network; tf32 rounds the inputs of a GPU's float32 products, bf16 keeps weights, average and loss
-    in float32"""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """under torchrun: a whole model on every rank, or sharded weights, average and optimiser (FSDP2)"""
-    activation_checkpointing: bool = False
-    """recompute each block in the backward pass: less memory, a third more arithmetic"""
-    compile_blocks: bool = False
-    """torch.compile each block: pays on a GPU or in runs of an hour"""
-    log_every: int = 50
-    """steps between rows of metrics.jsonl"""
-    checkpoint_every: int = 500
-    """steps between checkpoints"""
     validation_data: str | None = None
     """what the averaged weights are validated on, as `data`; by default the held-out part of a named data set"""
-    validation_every: int = 0
+    validation_every: Annotated[int, Ge(0, "a number of steps, or 0 for none")] = 0
     """steps between validations, always on the same images, noise and timesteps; 0: none"""
-    validation_images: int = 1_000
+    validation_images: Annotated[int, Gt(0)] = 1_000
     """images to validate on"""
     snapshots: tuple[int, ...] = ()
     """image counts at which the averaged model is kept, for looking at training afterwards"""
-    tensorboard: bool = False
-    """write TensorBoard events too (extra: tensorboard)"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "total_images", "batch_size", "log_every", "checkpoint_every", "lr", "ema_half_life_images", "validation_images",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch {self.micro_batch}: expected at least 1")
-        for name in ("grad_clip", "ema_rampup"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value}: expected a number above 0, or None for none")
+        super().__post_init__()
         if any(not 0 < count <= self.total_images for count in self.snapshots):
             raise ValueError(f"snapshots {self.snapshots}: expected counts in 1..{self.total_images} (total_images)")
-        if self.validation_every < 0:
-            raise ValueError(f"validation_every {self.validation_every}: expected a number of steps, or 0 for none")
         if self.new_class_table and self.init_from is None:
             raise ValueError("new_class_table is for fine-tuning: pass --init-from too")
-        if self.warmup_images < 0 or self.warmup_images > self.total_images:
-            raise ValueError(f"warmup_images {self.warmup_images}: expected 0..{self.total_images} (total_images)")
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: all but where it is written, and the device."""
-        free = {
-            "out", "device", "json", "dry_run", "micro_batch", "tensorboard", "parallel", "activation_checkpointing",
-            "compile_blocks",
-        }  # fmt: skip
-        return {key: value for key, value in asdict(self).items() if key not in free}
-
-    @property
-    def arithmetic(self) -> str:
-        """`precision` as `Execution` knows it: tf32 is a way of computing float32."""
-        return "float32" if self.precision == "tf32" else self.precision
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return torch.float64 if self.precision == "float64" else torch.float32
-
-    def learning_rate(self, images_seen: int) -> float:
-        """Learning rate of the step that starts after `images_seen` images."""
-        warmup = min(1.0, (images_seen + self.batch_size) / self.warmup_images) if self.warmup_images else 1.0
+    def learning_rate(self, samples_seen: int) -> float:
+        """Learning rate of the step that starts after `samples_seen` images: linear warmup times the schedule."""
+        rate = super().learning_rate(samples_seen)
         if self.lr_schedule == "constant":
-            return self.lr * warmup
-        return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(images_seen / self.total_images, 1.0)))
+            return rate
+        return rate * 0.5 * (1 + math.cos(math.pi * min(samples_seen / self.total_images, 1.0)))
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
+        from triptych_dit.flops import gflops, parameter_count
+
         cost = gflops(self.model)
-        return {
-            "config": asdict(self) | {"out": str(self.out)},
+        return super().resolved() | {
             "parameters": parameter_count(self.model),
             "gflops_per_forward": round(cost, 6),
-            "steps": math.ceil(self.total_images / self.batch_size),
             "training_gflops": round(cost * FORWARDS_PER_STEP * self.total_images, 1),
         }
 

@@ -1,9 +1,7 @@
 """Films through what a model can draw: from noise to noise at a fixed class, or from class to class with the noise fixed."""
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,71 +10,24 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.randomness import SampleNoise
+from triptych_common.samplers import evaluations
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
-from triptych_common.video import FORMATS, course, ends, import_av, write_video
+from triptych_common.video import course, ends, import_av, write_video
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
-from triptych_dit.sample import ModelOptions, identity, other_decoder, place
-from triptych_dit.samples_file import read_npz, write_npz
-from triptych_dit.sampling import SamplerSettings, check_labels, evaluations, sample_images
+from triptych_dit.sample import identity, other_decoder, place, read_npz, write_npz
+from triptych_dit.sampling import check_labels, sample_images
+from triptych_dit.settings import WalkConfig, blended
 from triptych_dit.weights import TrainedModel
 
 STRIP_LENGTH = 10
-
-
-@dataclass(frozen=True)
-class WalkConfig(CommonOptions, SamplerSettings, ModelOptions):
-    """Film a walk: between noises at one class or blend of classes, or between several classes with the noise fixed."""
-
-    out: Path = Path("runs/walk")
-    """where to write walk.mp4, walk.png (a strip of frames) and walk.npz (all frames)"""
-    sampler: str = "ddim"
-    """ddim: deterministic, so that neighbouring frames are alike; also ddpm, and a scheduler of diffusers by its name"""
-    num_inference_steps: int = 50
-    """denoising steps of each frame, evenly spaced over the 1000"""
-    labels: tuple[int, ...] = ()
-    """one class: walk between noises; several: walk from class to class. By default class 0"""
-    blend: tuple[str, ...] = ()
-    """walk between noises at a mixture of classes instead: LABEL:WEIGHT for each, such as 3:0.5 8:0.5"""
-    noises: tuple[int, ...] = ()
-    """noises to walk between, numbered like the samples of triptych-dit sample; 0 1 2 3 by default, 0 from class to class"""
-    frames: int = 24
-    """frames from one stop of the walk to the next"""
-    loop: bool = False
-    """walk back to the first stop, and let a GIF repeat"""
-    fps: int = 24
-    """frames a second"""
-    format: str = "mp4"
-    """mp4 (extra: video) or gif"""
-    batch_size: int = 50
-    """frames at once; changes speed, not results"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("frames", "fps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.format not in FORMATS:
-            raise ValueError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
-        if self.labels and self.blend:
-            raise ValueError("labels and blend: pass one of them, a blend is a class too")
-        if len(self.labels) > 1 and len(self.noises) > 1:
-            raise ValueError(f"{len(self.labels)} labels and {len(self.noises)} noises: walk between one or the other")
-        if len(self.labels) < 2 and len(self.noises) == 1:
-            raise ValueError("one label and one noise: nothing to walk between; pass more of one")
-        if any(index < 0 for index in self.noises):
-            raise ValueError(f"noises {self.noises}: expected numbers of samples, from 0")
-        blended(self.blend)
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def walk(config: WalkConfig) -> dict[str, Any]:
@@ -96,7 +47,7 @@ def walk(config: WalkConfig) -> dict[str, Any]:
         "labels": list(config.labels), "blend": list(config.blend), "noises": list(noises), "frames": config.frames,
         "loop": config.loop, "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
-    steps = evaluations(trained, config)
+    steps = evaluations(config, trained.diffusion)
     finished = (config.out / "walk.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
@@ -136,27 +87,6 @@ def stops_between_classes(config: WalkConfig, model: DiTConfig) -> Float[Tensor,
     check_labels(torch.tensor(labels), model.num_classes)
     stops = F.one_hot(torch.tensor(labels), model.num_classes).double()
     return torch.tensor([list(blend.values())]).double() @ stops if blend else stops
-
-
-def blended(blend: Sequence[str]) -> dict[int, float]:
-    """LABEL:WEIGHT words as weights of labels, scaled to add up to 1.
-
-    Raises ValueError for anything else.
-    """
-    weights: dict[int, float] = {}
-    for word in blend:
-        label, _, weight = word.partition(":")
-        try:
-            number, value = int(label), float(weight)
-        except ValueError:
-            number, value = -1, math.nan
-        if number < 0 or not (math.isfinite(value) and value > 0) or number in weights:
-            raise ValueError(
-                f"blend {word!r}: expected LABEL:WEIGHT, weights above 0 and each label once, as in 3:0.5 8:0.5"
-            )
-        weights[number] = value
-    total = sum(weights.values())
-    return {label: weight / total for label, weight in weights.items()}
 
 
 def film(

@@ -1,48 +1,6 @@
-"""StyleGAN2 in plain PyTorch, and visual alignment learned from it (thesis, chapter 4)."""
+"""Visual alignment learned from a generator (GANgealing), and StyleGAN2 in plain PyTorch."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from triptych_gangealing.digits32 import Digits32
-    from triptych_gangealing.stylegan2.augment import augment
-    from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
-    from triptych_gangealing.stylegan2.discriminator import Discriminator
-    from triptych_gangealing.stylegan2.generator import Generator
-    from triptych_gangealing.stylegan2.interop import load_discriminator, load_generator
-    from triptych_gangealing.stylegan2.pickles import load_pickle
-    from triptych_gangealing.stylegan2.train_config import PRESETS, GanTrainConfig
-
-_HOMES = {  # imported when first asked for: torch alone takes seconds, and --help needs none of it
-    "Digits32": "digits32",
-    "augment": "stylegan2.augment",
-    "Discriminator": "stylegan2.discriminator",
-    "DiscriminatorConfig": "stylegan2.config",
-    "GanTrainConfig": "stylegan2.train_config",
-    "Generator": "stylegan2.generator",
-    "GeneratorConfig": "stylegan2.config",
-    "PRESETS": "stylegan2.train_config",
-    "load_discriminator": "stylegan2.interop",
-    "load_generator": "stylegan2.interop",
-    "load_pickle": "stylegan2.pickles",
-}
-
-__all__ = [
-    "PRESETS",
-    "Digits32",
-    "Discriminator",
-    "DiscriminatorConfig",
-    "GanTrainConfig",
-    "Generator",
-    "GeneratorConfig",
-    "augment",
-    "load_discriminator",
-    "load_generator",
-    "load_pickle",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+# What is exported stands in __init__.pyi, and is imported when first used: torch alone takes seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,21 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from triptych_common.parallel import process_group
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.encoders.descriptor import Groups
-from triptych_gangealing.losses import total_variation
 from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.spatial_transformer import (
     ClusterClassifier,
     SpatialTransformer,
     SpatialTransformerConfig,
     reduced,
+    total_variation,
 )
 from triptych_gangealing.warp import Warp
 
@@ -33,6 +34,7 @@ _FORMAT = ModelFormat(
 RESAMPLED = 2  # times input_size: as large as images need to be for the flow network's look at them
 
 Images = Float[Tensor, "n 3 height width"]
+Flips = Literal["trained", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Alignment:
     flipped: Bool[Tensor, " n"]
     roughness: Float[Tensor, " n"]
     """total variation of the flow: large where an image fits badly"""
+    names: tuple[str, ...] = ()
+    """of the pictures, where they came from a folder: those that could be read"""
 
     @classmethod
     def of_warp(cls, warp: Warp, cluster: Int[Tensor, " n"] | None = None) -> "Alignment":
@@ -56,17 +60,20 @@ class Alignment:
     @classmethod
     def cat(cls, parts: Sequence["Alignment"]) -> "Alignment":
         """Those of several batches as one."""
-        names = "cluster", "flipped", "roughness"
-        together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(Warp.cat([part.warp for part in parts]), **together)
+        cluster, flipped, roughness = (
+            torch.cat(values)
+            for values in zip(*((part.cluster, part.flipped, part.roughness) for part in parts), strict=True)
+        )
+        return cls(Warp.cat([part.warp for part in parts]), cluster, flipped, roughness)
 
     def select(self, indices: Int[Tensor, " m"]) -> "Alignment":
         """Those of some of the images."""
-        rest = (value[indices] for value in (self.cluster, self.flipped, self.roughness))
-        return Alignment(self.warp.select(indices), *rest)
+        warp, names = self.warp.select(indices), self.names and tuple(self.names[i] for i in indices.tolist())
+        return Alignment(warp, self.cluster[indices], self.flipped[indices], self.roughness[indices], names)
 
     def to(self, device: torch.device | str) -> "Alignment":
-        return Alignment(*(value.to(device) for value in (self.warp, self.cluster, self.flipped, self.roughness)))
+        cluster, flipped, roughness = (value.to(device) for value in (self.cluster, self.flipped, self.roughness))
+        return Alignment(self.warp.to(device), cluster, flipped, roughness, self.names)
 
 
 class Aligner(nn.Module):
@@ -160,3 +167,25 @@ def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
     aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
     aligner.facts = state["facts"]
     return aligner.requires_grad_(False).eval()
+
+
+def open_aligner(
+    path: Path, device: str, iterations: int | None = None, flips: Flips = "trained"
+) -> tuple[Aligner, dict[str, Any]]:
+    """An aligner on a device, and the options of `Aligner.align`: as in training where nothing else is asked for.
+
+    Raises as `load_aligner`, and ValueError for flips or several looks of a transformer that can neither.
+    """
+    with process_group(device) as ranks:
+        aligner = load_aligner(path).to(ranks.device)
+    options = {
+        "iterations": aligner.facts["iterations"] if iterations is None else iterations,
+        "flips": aligner.facts["flips"] if flips == "trained" else flips == "yes",
+    }
+    if options["flips"] and aligner.transformer.flow is None:
+        raise ValueError("flips yes: a transformer without flow has no measure of which is better; pass --flips no")
+    if options["iterations"] > 1 and aligner.transformer.similarity is None:
+        raise ValueError(
+            f"iterations {options['iterations']}: a transformer of flow alone looks once; pass --iterations 1"
+        )
+    return aligner, options

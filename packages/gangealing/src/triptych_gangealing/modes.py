@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.storage import checkpoint
 
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import classes_of
+from triptych_gangealing.stylegan2.generator import Generator, classes_of
 
 CHUNK = 4096  # latents drawn from one generator: part of what a seed means
 FITTED = 32_768  # styles that the decomposition takes in at once: 128 MiB in float64 at 512 dimensions

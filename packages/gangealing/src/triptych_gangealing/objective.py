@@ -1,21 +1,19 @@
 """What GANgealing minimises: how far a warped sample is from its target, and how rough its flow.  [thesis 4.3]"""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from triptych_common import randomness
-from triptych_common.training import Batch
 
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import PerceptualDistance
-from triptych_gangealing.losses import flow_identity, psi_schedule, total_variation
 from triptych_gangealing.modes import Mode, mixed
-from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import classes_of
+from triptych_gangealing.spatial_transformer import Delta, SpatialTransformer, reduced, total_variation
+from triptych_gangealing.stylegan2.generator import Generator, classes_of
 from triptych_gangealing.train_config import AlignTrainConfig
 
 Images = Float[Tensor, "n 3 height width"]
@@ -165,14 +163,16 @@ class Objective:
         return self.generator.synthesis(ws, noise=noise)
 
 
-def accumulate(
-    batch: Batch, micro_batch: int | None, losses: Callable[[range], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Gradients of the mean "loss" over this rank's part of a batch, in portions; and the means of all that `losses` gives."""
-    totals: dict[str, Tensor] = {}
-    for counters, _ in batch.micro_batches(micro_batch):
-        found, share = losses(counters), len(counters) / len(batch.counters)
-        (found["loss"] * share).backward()
-        for name, value in found.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() * share
-    return totals
+def flow_identity(delta: Delta) -> Float[Tensor, " n"]:
+    """L_I of each image: mean square of the displacements, in normalised units.  [thesis 4.3.1; weight 1]"""
+    return delta.square().mean(dim=(1, 2, 3))
+
+
+def psi_schedule(step: int | float, total: int | float) -> float:
+    """How much of an image's own style its target's early layers keep: a cosine from 1 at step 0 to 0 at `total`, then 0.
+
+    With `total` 0 the target is the learned mode from the first step. Raises ValueError for a negative total or step.
+    """
+    if total < 0 or step < 0:
+        raise ValueError(f"psi at step {step} of {total}: expected numbers that are not negative")
+    return 0.0 if step >= total else (1 + math.cos(math.pi * step / total)) / 2

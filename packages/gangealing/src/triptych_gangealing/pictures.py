@@ -1,4 +1,4 @@
-"""People's own pictures, of any size: squared for the transformer, and warps that lead back to their own pixels.
+"""People's own pictures, of any size: `align` and `correspond`, squares for the transformer, warps back to a picture's own pixels.
 
 A folder is read twice, one picture at a time: first what the transformer looks at, much smaller, is kept of each; then each is read
 again where its pixels are needed. So memory does not grow with the number of whole photographs.
@@ -6,7 +6,7 @@ again where its pixels are needed. So memory does not grow with the number of wh
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from triptych_common.data import ImageFolder
 from triptych_common.data.decoding import UnreadableImage, decode, to_tensor
 from triptych_common.images import from_uint8
 
-from triptych_gangealing.aligner import Aligner, Alignment
+from triptych_gangealing.aligner import Aligner, Alignment, load_aligner
+from triptych_gangealing.correspondence import Transferred, transfer
 from triptych_gangealing.warp import Affine, Warp
 
 LARGEST = 4  # times the output's size: of pictures as they are sampled
@@ -122,17 +123,17 @@ def read_picture(path: Path) -> Picture:
     return Picture(path.name, to_tensor(decode(path.read_bytes(), str(path)), 3))
 
 
-def squared(picture: Picture) -> tuple[Float[Tensor, "1 3 side side"], Affine]:
-    """The picture in the middle of a square whose rest repeats its edges, and the way from the square's points to its own."""
-    height, width = picture.size
+def squared(images: Float[Tensor, "n 3 height width"]) -> tuple[Float[Tensor, "n 3 side side"], Affine]:
+    """Images in the middle of squares whose rest repeats their edges, and the way from a square's points to those of its image."""
+    height, width = images.shape[2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    framed = F.pad(picture.values(), (left, side - width - left, top, side - height - top), mode="replicate")
+    framed = F.pad(images, (left, side - width - left, top, side - height - top), mode="replicate")
     # A normalised coordinate of the square, in pixels of the picture, as a normalised coordinate of the picture.
-    matrix = torch.tensor(
-        [[[side / width, 0, (side - 2 * left) / width - 1], [0, side / height, (side - 2 * top) / height - 1]]]
+    matrix = images.new_tensor(
+        [[side / width, 0, (side - 2 * left) / width - 1], [0, side / height, (side - 2 * top) / height - 1]]
     )
-    return framed, Affine(matrix)
+    return framed, Affine(matrix.repeat(len(images), 1, 1))
 
 
 def align_pictures(
@@ -144,7 +145,7 @@ def align_pictures(
     """
     seen, ways = [], []
     for picture in pictures:  # one at a time: whole photographs take hundreds of megabytes each
-        framed, way = squared(picture)
+        framed, way = squared(picture.values())
         seen.append(aligner.reduced(framed))
         ways.append(way)
     if not seen:
@@ -162,6 +163,85 @@ def align_pictures(
     found = Alignment.cat(parts).select(torch.tensor(order).argsort())
     back = Warp((Affine(torch.cat([way.matrix for way in ways])),))
     return Alignment(found.warp.compose(back), found.cluster, found.flipped, found.roughness)
+
+
+def align(
+    images: Float[Tensor, "n 3 height width"] | str | Path | Sequence[Picture],
+    aligner: Aligner | str | Path,
+    *,
+    iterations: int | None = None,
+    flips: bool | None = None,
+) -> Alignment:
+    """Bring images into joint alignment: for each, the warp from congealed coordinates to its own.
+
+    images: a tensor with values in [-1, 1]; or a folder of pictures of any sizes, or such `Picture`s. What is not square is
+    put into a square for the transformer, and the warp leads back to the picture's own pixels.
+    aligner: a trained one, its file, or the run folder of `triptych-gangealing train`.
+    iterations: how often the similarity network looks; flips: whether images are mirrored where their flow is smoother then.
+    Both by default as in training.
+
+    Returns warps, cluster, mirroring and roughness of each image; of a folder, also the `names` of the pictures, without those
+    that could not be read, which are reported. Raises ValueError or OSError for what is no aligner, no folder of pictures, or
+    an option that the transformer cannot follow.
+
+    Example:
+        >>> aligner = load_aligner("runs/align")
+        >>> found = align(images, aligner)
+        >>> average = found.warp.sample(images).mean(0)
+        >>> found = align("photos", aligner)
+        >>> list(zip(found.names, found.cluster.tolist()))
+    """
+    aligner = aligner if isinstance(aligner, Aligner) else load_aligner(aligner)
+    options = _options(aligner, iterations, flips)
+    if isinstance(images, str | Path):
+        folder = Folder(Path(images))
+        found = align_folder(aligner, folder, **options)
+        return replace(found, names=tuple(seen.name for seen in folder.seen))
+    if not isinstance(images, Tensor):
+        return replace(align_pictures(aligner, images, **options), names=tuple(picture.name for picture in images))
+    if images.shape[2] == images.shape[3]:
+        return aligner.align(images, **options)
+    framed, way = squared(images)
+    found = aligner.align(aligner.reduced(framed), **options)
+    return replace(found, warp=found.warp.compose(Warp((way,))))
+
+
+def correspond(
+    points: Float[Tensor, "k 2"],
+    source: Picture | str | Path,
+    target: Picture | str | Path,
+    aligner: Aligner | str | Path,
+    *,
+    iterations: int | None = None,
+    flips: bool | None = None,
+) -> Transferred:
+    """Where points of one picture lie in another: through congealed space.  [thesis 4.4.2]
+
+    points: (x, y) in pixels of the source, the centre of the first pixel at (0, 0). source, target: pictures or their files.
+    aligner, iterations, flips: as for `align`.
+
+    Returns points (k, 2) in pixels of the target, and for each whether the way to it is reliable. Raises ValueError for pictures
+    of different clusters, and as `align` does.
+
+    Example:
+        >>> found = correspond(torch.tensor([[40.0, 25.0]]), "a.jpg", "b.jpg", load_aligner("runs/align"))
+        >>> found.points[found.reliable]
+    """
+    here, there = (
+        picture if isinstance(picture, Picture) else read_picture(Path(picture)) for picture in (source, target)
+    )
+    found = align([here, there], aligner, iterations=iterations, flips=flips)
+    first, second = (found.select(torch.tensor([i])) for i in (0, 1))
+    transferred = transfer(first, second, points[None], here.size, there.size)
+    return Transferred(transferred.points[0], transferred.reliable[0])
+
+
+def _options(aligner: Aligner, iterations: int | None, flips: bool | None) -> dict[str, Any]:
+    """Options of `Aligner.align`: as in training where nothing else is asked for."""
+    return {
+        "iterations": aligner.facts.get("iterations", 1) if iterations is None else iterations,
+        "flips": aligner.facts.get("flips", False) if flips is None else flips,
+    }
 
 
 def align_folder(aligner: Aligner, folder: Folder, **options: Any) -> Alignment:

@@ -1,20 +1,20 @@
 """Settings of a spatial transformer's training, and their presets."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from triptych_common.cli import CommonOptions
+from triptych_common.fields import FREE, Ge, Gt
+from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
 
-from triptych_gangealing.alignment_networks import SpatialTransformerConfig
 from triptych_gangealing.encoders.descriptor import POOL
-from triptych_gangealing.spatial_transformer import SpatialTransformer
+from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
 
 
 @dataclass(frozen=True)
-class AlignTrainConfig(CommonOptions):
+class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     """Train a spatial transformer and the mode it aligns images to, from a frozen generator. Repeating the command resumes it."""
 
     out: Path = Path("runs/align")
@@ -23,7 +23,7 @@ class AlignTrainConfig(CommonOptions):
     """a run folder of train-gan, a network file, a foreign checkpoint, or the name of an embedded generator"""
     distance: str = "simclr:runs/encoder-digits32"
     """what aligned image and target are compared by: lpips, ssl-vgg, or simclr:PATH with an encoder of train-encoder"""
-    distance_weights: Path | None = None
+    distance_weights: Annotated[Path | None, FREE] = None  # free since a run records the weights' digest
     """file of the VGG weights of lpips and ssl-vgg"""
     transforms: Literal["similarity,flow", "similarity", "flow"] = "similarity,flow"
     """stages of the transformer"""
@@ -31,90 +31,67 @@ class AlignTrainConfig(CommonOptions):
     """height and width at which the transformer reads images and writes them"""
     flow_size: int = 16
     """height and width of the flow before it is upsampled"""
-    channel_multiplier: float = 0.5
+    channel_multiplier: Annotated[float, Gt(0)] = 0.5
     """width of the transformer's layers"""
     channel_max: int = 512
     """most feature maps of any of its layers"""
     padding: Literal["border", "reflection", "zeros"] = "reflection"
     """what an image shows beyond its edges"""
-    iterations: int = 1
+    iterations: Annotated[int, Gt(0)] = 1
     """times the similarity stage is applied in training"""
-    clusters: int = 1
+    clusters: Annotated[int, Gt(0)] = 1
     """modes, each with a transformer head of its own; images go to whichever fits"""
     assignment: Literal["whole", "similarity", "descriptor"] = "whole"
     """what decides on an image's cluster: the whole warp as in the thesis, or, faster, its similarity stage alone; or, of real
     images too, a descriptor that knows no pose, trained beforehand from the encoder of simclr: for objects that lie every way up"""
-    descriptor_images: int = 128_000
+    descriptor_images: Annotated[int, Gt(0)] = 128_000
     """generated images to train that descriptor on, repeats counted"""
-    balance: float = 0.0
+    balance: Annotated[float, Ge(0)] = 0.0
     """how fast clusters that take more than an equal share of a batch become less attractive; 0: never, as in the thesis"""
     flips: bool = False
     """try each image mirrored too"""
-    cutoff: int = 5
+    cutoff: Annotated[int, Ge(0)] = 5
     """layers of the generator that take the target's pose from the mode; the others keep the image's own style"""
-    components: int = 1
+    components: Annotated[int, Ge(0)] = 1
     """principal directions of W in which the mode is learned; 0: fixed at the mean"""
     origin: Literal["mean", "sample"] = "mean"
     """where those directions go from: the mean of W, as in the thesis, or a typical sample (several modes: samples by k-means++).
     The mean is no likely image where, for one, light objects on dark ground are as frequent as dark on light"""
-    pca_samples: int = 1_000_000
+    pca_samples: Annotated[int, Gt(0)] = 1_000_000
     """styles for their principal directions"""
-    psi_images: int = 6_000_000
+    psi_images: Annotated[int, Ge(0)] = 6_000_000
     """images over which targets go from the images' own poses to the mode's, by a cosine"""
-    total_images: int = 52_500_000
+    total_images: Annotated[int, Gt(0), FREE] = 52_500_000
     """generated images to train on; the default ends where the learning rate reaches zero"""
     batch_size: int = 40
     """images per step, over all ranks"""
-    micro_batch: int | None = None
-    """images per backward pass and rank; smaller saves memory and accumulates gradients"""
     lr: float = 1e-3
     """Adam's learning rate, of the transformer"""
-    mode_lr: float = 1e-2
+    mode_lr: Annotated[float, Gt(0)] = 1e-2
     """of the modes' coefficients"""
-    constant_images: int = 6_000_000
+    constant_images: Annotated[int, Ge(0)] = 6_000_000
     """images before the learning rates start to fall"""
-    restart_images: int = 1_500_000
+    restart_images: Annotated[int, Gt(0)] = 1_500_000
     """first period of the cosine they then fall by; each is twice the one before and starts at 0.9 of its rate"""
-    tv_weight: float = 1000.0
+    tv_weight: Annotated[float, Ge(0)] = 1000.0
     """weight of the flow's total variation"""
-    identity_weight: float = 1.0
+    identity_weight: Annotated[float, Ge(0)] = 1.0
     """weight of the flow's mean square"""
-    ema_half_life_images: int = 12_500
+    ema_half_life_images: Annotated[int, Gt(0)] = 12_500
     """half-life of the moving average of transformer and modes"""
-    init_images: int = 50_000
+    init_images: Annotated[int, Gt(0)] = 50_000
     """styles among which modes are sought to start from, by k-means++, or as the most typical"""
-    classifier_images: int = 1_000_000
+    classifier_images: Annotated[int, Gt(0)] = 1_000_000
     """generated images to train the classifier of clusters on, after the transformer"""
     precision: Literal["float32", "float64"] = "float32"
     """arithmetic of the networks"""
     log_every: int = 100
-    """steps between rows of metrics.jsonl"""
     checkpoint_every: int = 1_000
-    """steps between checkpoints"""
-    snapshot_every: int = 200_000
+    snapshot_every: Annotated[int, Gt(0), FREE] = 200_000
     """images between pictures of what is aligned"""
-    tensorboard: bool = False
-    """write TensorBoard events too (extra: tensorboard)"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "clusters", "iterations", "total_images", "batch_size", "lr", "mode_lr", "restart_images", "pca_samples",
-            "ema_half_life_images", "init_images", "classifier_images", "log_every", "checkpoint_every", "snapshot_every",
-            "channel_multiplier", "descriptor_images",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in (
-            "cutoff",
-            "components",
-            "psi_images",
-            "constant_images",
-            "tv_weight",
-            "identity_weight",
-            "balance",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
+        super().__post_init__()
         if self.clusters > 1 and self.components == 0 and self.origin == "mean":
             raise ValueError(
                 f"clusters {self.clusters}, components 0: modes fixed at the mean would all be one; pass --origin sample"
@@ -143,22 +120,7 @@ class AlignTrainConfig(CommonOptions):
             )
         if self.clusters > self.init_images:
             raise ValueError(f"init_images {self.init_images}: expected at least as many as clusters, {self.clusters}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch {self.micro_batch}: expected at least 1")
         self.transformer()
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: all but where it is written, the device and what is shown on the way."""
-        free = {
-            "out", "device", "json", "dry_run", "micro_batch", "tensorboard", "snapshot_every", "total_images",
-            "distance_weights",  # the run knows the distance's digest
-        }  # fmt: skip
-        return {key: value for key, value in asdict(self).items() if key not in free}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return torch.float64 if self.precision == "float64" else torch.float32
 
     def rate(self, images: int) -> float:
         """The transformer's learning rate after so many images: constant, then cosines with warm restarts."""
@@ -186,11 +148,7 @@ class AlignTrainConfig(CommonOptions):
         """What --dry-run prints."""
         with torch.device("meta"):
             network = SpatialTransformer(self.transformer())
-        return {
-            "config": asdict(self) | {"out": str(self.out), "distance_weights": str(self.distance_weights)},
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "steps": math.ceil(self.total_images / self.batch_size),
-        }
+        return super().resolved() | {"parameters": sum(p.numel() for p in network.parameters())}
 
 
 # What the released scripts train the thesis's data sets with, and what its Table 4.1 has for cats; see cat-ssl.

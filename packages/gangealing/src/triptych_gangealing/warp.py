@@ -1,9 +1,10 @@
 """Warps: where each pixel of an output (aligned, congealed) image comes from in its input image.
 
-The conventions of coordinates are those of `warping`: points are (x, y), normalised so that -1 and 1 are the image's outer
-edges, or in pixels, the centre of the first at 0. A warp goes from OUTPUT to INPUT; its inverse from input to output.
+`Warp` is a chain of stages, each an affine map, a flow or an inverse flow. It samples images, composes, inverts and maps
+points, and owns every convention of coordinates; the others are its parts.  [thesis 4.3.1]
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,14 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from triptych_gangealing import mipmap
-from triptych_gangealing.warping import Affine, Flow, InverseFlow, Points, Size, centres, to_normalised, to_pixels
-
-__all__ = ["TOLERANCE", "Affine", "Flow", "InverseFlow", "Mapped", "Warp", "centres", "to_normalised", "to_pixels"]
-
-Stage = Affine | Flow | InverseFlow
+Points = Float[Tensor, "n k 2"]
+Images = Float[Tensor, "n channels height width"]
+Size = tuple[int, int]
 
 TOLERANCE = 1e-5  # of an inverse, normalised: 0.005 pixels of an image of 1000
+MAX_LEVEL = 2.5  # of the pyramid that images are sampled from
+_GOOD_ENOUGH = 1e-6  # normalised: where the iteration of an inverse ends; a last step then makes it still better
+_MAX_ITERATIONS = 100
 
 
 class Mapped(NamedTuple):
@@ -35,9 +36,25 @@ class Mapped(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Warp:
-    """Stages for each of n images, in the order in which a point of the output passes them on its way to the input."""
+    """Stages for each of n images, in the order in which a point of the output passes them on its way to the input.
 
-    stages: tuple[Stage, ...]
+    Convention:
+        direction: from OUTPUT (aligned, congealed) to INPUT; `inverse()` goes from input to output.
+        points: (x, y), x to the right, y down.
+        normalised coordinates: -1 and 1 are the image's outer edges (align_corners=False), so that they mean the same place
+        at any resolution. In an image that is not square, a similarity turns what has been squeezed to a square.
+        pixels: the centre of the first pixel is (0, 0); `to_pixels` and `to_normalised` convert.
+        sizes: (height, width), as shapes are.
+
+    Example:
+        >>> quarter_turn = Affine.similarity(torch.tensor([torch.pi / 2]), torch.zeros(1), torch.zeros(1, 2))
+        >>> warp = Warp((quarter_turn,))
+        >>> turned = warp.sample(images)  # (1, channels, height, width)
+        >>> warp.map_points(torch.tensor([[[1.0, 0.0]]])).points.round()  # the right edge is taken from below
+        tensor([[[-0., 1.]]])
+    """
+
+    stages: "tuple[Stage, ...]"
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -120,7 +137,7 @@ class Warp:
         """The output images, of (height, width) `size`, by default the input's.
 
         padding: what is outside the input is "border" (its nearest pixel), "reflection" or "zeros". antialias: what is made
-        smaller is taken from smaller copies, as `mipmap` defines; otherwise bilinear. Differentiable in images and stages;
+        smaller is taken from smaller copies, as `sample_pyramid` defines; otherwise bilinear. Differentiable in images and stages;
         the types of both are promoted for the computation, the result has the images'.
         """
         if len(images) != len(self):
@@ -130,8 +147,8 @@ class Warp:
         source, grid = images.to(dtype), grid.to(dtype)
         if antialias:
             height, width = images.shape[2:]
-            level = mipmap.levels(grid[..., 0] * (width / 2), grid[..., 1] * (height / 2))
-            out = mipmap.sample(source, grid, level, padding)
+            level = pyramid_levels(grid[..., 0] * (width / 2), grid[..., 1] * (height / 2))
+            out = sample_pyramid(source, grid, level, padding)
         else:
             out = F.grid_sample(source, grid, padding_mode=padding, align_corners=False)
         return out.to(images.dtype)
@@ -163,6 +180,284 @@ def _inside(points: Float[Tensor, "*dims 2"]) -> Bool[Tensor, "*dims"]:
     return (points.detach().abs() <= 1).all(dim=-1)
 
 
-def _joined(stages: Sequence[Stage]) -> Stage:
+def _joined(stages: "Sequence[Stage]") -> "Stage":
     tensors = torch.cat([stage.tensor for stage in stages])
     return stages[0].map_tensors(lambda _: tensors)
+
+
+# --- Coordinates
+
+
+def to_normalised(pixels: Float[Tensor, "*dims 2"], size: Size) -> Float[Tensor, "*dims 2"]:
+    """Points in pixels of an image of (height, width) as normalised ones."""
+    sides = _sides(pixels, size)
+    return (2 * pixels + 1) / sides - 1
+
+
+def to_pixels(normalised: Float[Tensor, "*dims 2"], size: Size) -> Float[Tensor, "*dims 2"]:
+    """Normalised points in pixels of an image of (height, width)."""
+    sides = _sides(normalised, size)
+    return ((normalised + 1) * sides - 1) / 2
+
+
+def centres(size: Size, like: Tensor) -> Float[Tensor, "h w 2"]:
+    """The centre of every pixel, normalised."""
+    rows, columns = (torch.arange(side, dtype=like.dtype, device=like.device) for side in size)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return to_normalised(torch.stack((x, y), dim=-1), size)
+
+
+def _sides(points: Tensor, size: Size) -> Float[Tensor, " 2"]:
+    """(width, height), in the order of a point's coordinates."""
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"image size {height}x{width} (height x width): expected at least 1x1")
+    sides = torch.full((2,), float(width), dtype=points.dtype, device=points.device)
+    sides[1] = height  # filled in on the device: a copy from the host would make it wait
+    return sides
+
+
+# --- Stages
+
+
+def _distance(difference: Float[Tensor, "n k 2"]) -> Float[Tensor, "n k"]:
+    return difference.square().sum(dim=-1).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """p -> A p + t, one for each image; `matrix` is [A t]."""
+
+    matrix: Float[Tensor, "n 2 3"]
+
+    @classmethod
+    def similarity(
+        cls, rotation: Float[Tensor, " n"], log_scale: Float[Tensor, " n"], shift: Float[Tensor, "n 2"]
+    ) -> "Affine":
+        """A turn by `rotation` (radians, from x towards y) and a magnification by exp(log_scale), then a shift.
+
+        Of the coordinates: what is seen is turned and moved the other way, and made smaller.
+        """
+        scale = log_scale.exp()
+        a, b = scale * rotation.cos(), scale * rotation.sin()
+        rows = (torch.stack((a, -b, shift[:, 0]), dim=-1), torch.stack((b, a, shift[:, 1]), dim=-1))
+        return cls(torch.stack(rows, dim=1))
+
+    def __call__(self, points: Points) -> Points:
+        x, y = points.unbind(-1)
+        # One by one: a matrix product would be rounded to bfloat16 under autocast, to TF32 on some GPUs.
+        (a, b, tx), (c, d, ty) = (row.unbind(1) for row in self.matrix.unsqueeze(-1).unbind(1))
+        return torch.stack((a * x + b * y + tx, c * x + d * y + ty), dim=-1)
+
+    def inverse(self) -> "Affine":
+        """In closed form. Raises ValueError for a singular matrix."""
+        (a, b, tx), (c, d, ty) = (row.unbind(1) for row in self.matrix.unbind(1))
+        determinant = a * d - b * c
+        size = a.abs() * d.abs() + b.abs() * c.abs()
+        regular = determinant.abs() > 4 * torch.finfo(self.matrix.dtype).eps * size  # false for NaN
+        if not regular.all():
+            item = int((~regular).nonzero()[0])
+            value = float(determinant[item].detach())
+            raise ValueError(f"affine warp {item} has determinant {value:.3g}: expected one that can be inverted")
+        rows = (
+            torch.stack((d, -b, b * ty - d * tx), dim=-1),
+            torch.stack((-c, a, c * tx - a * ty), dim=-1),
+        )
+        return Affine(torch.stack(rows, dim=1) / determinant[:, None, None])
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Affine":
+        return Affine(function(self.matrix))
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """p -> p + delta(p), one for each image; `delta` (x, y), normalised, is bilinear between the centres of the cells of its
+    grid, which spans the output image, and constant beyond the outer ones."""
+
+    delta: Float[Tensor, "n 2 height width"]
+
+    def __call__(self, points: Points) -> Points:
+        delta = F.grid_sample(self.delta, points[:, None], padding_mode="border", align_corners=False)
+        return points + delta[:, :, 0].mT
+
+    def inverse(self) -> "InverseFlow":
+        return InverseFlow(self)
+
+    def resize(self, size: Size) -> "Flow":
+        """On a grid of (height, width) cells: exact at their centres."""
+        if min(size) < 1:
+            raise ValueError(f"flow of {size[0]}x{size[1]} cells (height x width): expected at least 1x1")
+        return Flow(F.interpolate(self.delta, size, mode="bilinear", align_corners=False))
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Flow":
+        return Flow(function(self.delta))
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.delta
+
+    @property
+    def size(self) -> Size:
+        return self.delta.shape[2], self.delta.shape[3]
+
+    def jacobian(self, points: Points) -> Float[Tensor, "n k 2 2"]:
+        """Of p + delta(p), output by input; across the border between two cells, that to the right or below."""
+        column, row = to_pixels(points, self.size).unbind(-1)
+        left, top = column.floor(), row.floor()
+        corners = ((left, row), (left + 1, row), (column, top), (column, top + 1))
+        stacked = torch.cat([torch.stack(corner, dim=-1) for corner in corners], dim=1)
+        at = to_normalised(stacked, self.size)
+        delta = F.grid_sample(self.delta, at[:, None], padding_mode="border", align_corners=False)[:, :, 0].mT
+        west, east, north, south = delta.chunk(4, dim=1)
+        by_x, by_y = (east - west) * (self.size[1] / 2), (south - north) * (self.size[0] / 2)
+        return torch.stack((by_x, by_y), dim=-1) + torch.eye(2, dtype=delta.dtype, device=delta.device)
+
+
+@dataclass(frozen=True, eq=False)
+class InverseFlow:
+    """q -> that p with p + delta(p) = q, by fixed-point iteration."""
+
+    flow: Flow
+
+    def __call__(self, points: Points) -> Points:
+        return self.solve(points)[0]
+
+    def solve(self, points: Points) -> tuple[Points, Float[Tensor, "n k"]]:
+        """p, and how far p + delta(p) is from q.
+
+        The iteration is p <- p + s (q - p - delta(p)), with s = 1 where that brings it nearer, else half as much, and again:
+        it finds its way wherever the flow does not fold, and where it does, one of several answers, or none. A step with the
+        flow's slope at the end gives the last digits, and the derivatives of the implicit function.
+        """
+        with torch.no_grad():
+            found, before = self._iterate(points)
+            (a, b), (c, d) = (row.unbind(-1) for row in self.flow.jacobian(found).unbind(-2))
+            determinant = a * d - b * c
+            regular = determinant > 1e-3  # not a fold, whose other side is no answer
+        x, y = (points - self.flow(found)).unbind(-1)
+        step = torch.stack((d * x - b * y, a * y - c * x), dim=-1) / torch.where(regular, determinant, 1)[..., None]
+        step = torch.where(regular[..., None], step, torch.stack((x, y), dim=-1))
+        with torch.no_grad():
+            after = _distance(points - self.flow(found + step))
+            nearer = after < before
+        step = torch.where(nearer[..., None], step, step - step.detach())  # or the derivatives alone
+        return found + step, torch.where(nearer, after, before)
+
+    def _iterate(self, points: Points) -> tuple[Points, Float[Tensor, "n k"]]:
+        found = points
+        error = points - self.flow(found)
+        distance = _distance(error)
+        share = torch.ones_like(distance)
+        for _ in range(_MAX_ITERATIONS):
+            if not ((distance > _GOOD_ENOUGH) & (share > 1e-3)).any():
+                break
+            trial = found + share[..., None] * error
+            trial_error = points - self.flow(trial)
+            trial_distance = _distance(trial_error)
+            nearer = trial_distance < distance
+            found = torch.where(nearer[..., None], trial, found)
+            error = torch.where(nearer[..., None], trial_error, error)
+            distance = torch.where(nearer, trial_distance, distance)
+            share = torch.where(nearer, (2 * share).clamp(max=1), share / 2)
+        return found, distance
+
+    def inverse(self) -> Flow:
+        return self.flow
+
+    def resize(self, size: Size) -> "InverseFlow":
+        return InverseFlow(self.flow.resize(size))
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "InverseFlow":
+        return InverseFlow(self.flow.map_tensors(function))
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.flow.delta
+
+
+Stage = Affine | Flow | InverseFlow
+
+
+# --- Anti-aliased sampling
+
+
+def sample_pyramid(
+    images: Images, grid: Float[Tensor, "n h w 2"], level: Float[Tensor, "n h w"], padding: str
+) -> Float[Tensor, "n channels h w"]:
+    """Anti-aliased images at the grid's points (x, y), normalised, each at its own level of 0..`MAX_LEVEL`: trilinear, from a
+    pyramid of ever smaller copies (a mip map).
+
+    - Level 0 is the image. Level l + 1 has half the rows and columns of level l, rounded up, filtered by a tent two of its own
+      pixels wide on either side; for even sides the taps are [1, 3, 3, 1] / 8. What of the tent hangs over the edge is left
+      out and the rest scaled up, as in `F.interpolate(..., mode="bilinear", antialias=True, align_corners=False)`.
+    - Every level spans the whole image: a normalised coordinate means the same place in all of them. Each is sampled
+      bilinearly at its own size, with the same padding; between two whole levels is interpolated linearly.
+
+    padding: "border", "reflection" or "zeros". Differentiable in all three; where a level is a whole number, its derivative
+    is taken to be 0.
+    """
+    # Levels need not be brought back to full size, which takes most of the time where it is done: there a sample is bilinear
+    # in an already bilinear enlargement, here in the level itself.
+    first, last = _levels_needed(level)
+    for _ in range(first):
+        images = halved(images)
+    out = F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+    for number in range(first, last):
+        images = halved(images)
+        values = F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+        share = F.hardtanh(level - number, 0, 1)[:, None]  # 1 where the level is higher still: out is forgotten
+        out = torch.lerp(out, values, share)
+    return out
+
+
+def _levels_needed(level: Tensor) -> tuple[int, int]:
+    """First and last level of the pyramid that any pixel needs; on other devices than a CPU, which would have to wait for the
+    answer, all of them."""
+    everything = 0, math.ceil(MAX_LEVEL)
+    if level.device.type != "cpu" or torch.compiler.is_compiling() or level.numel() == 0:
+        return everything
+    low, high = (float(value) for value in level.detach().aminmax())
+    return (math.floor(low), math.ceil(high)) if math.isfinite(low + high) else everything
+
+
+def pyramid_levels(x: Float[Tensor, "n h w"], y: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
+    """The level of each output pixel, 0..`MAX_LEVEL`, from its source point in input pixels, counted from anywhere.
+
+    It is log2 of the largest distance, in input pixels, between the pixel's source and those of its four neighbours.
+    """
+    across = (x[:, :, 1:] - x[:, :, :-1]).square() + (y[:, :, 1:] - y[:, :, :-1]).square()
+    down = (x[:, 1:] - x[:, :-1]).square() + (y[:, 1:] - y[:, :-1]).square()
+    left_right = torch.maximum(F.pad(across, (1, 0)), F.pad(across, (0, 1)))
+    up_down = torch.maximum(F.pad(down, (0, 0, 1, 0)), F.pad(down, (0, 0, 0, 1)))
+    # Of squares: no root whose slope is infinite at 0. Padded with 0, which is never the largest: below 1 counts as 1.
+    return torch.maximum(left_right, up_down).clamp(1, 4**MAX_LEVEL).log2() / 2
+
+
+def halved(images: Images) -> Float[Tensor, "n channels half_height half_width"]:
+    """The next level of the pyramid."""
+    return _halved(_halved(images, 2), 3)
+
+
+def _halved(x: Tensor, dim: int) -> Tensor:
+    """Along one axis; for an even side without a convolution, which on a CPU takes more than twice as long."""
+    side = x.shape[dim]
+    if side == 1:
+        return x
+    half = (side + 1) // 2
+    if side % 2 and dim == 2:  # transposed: torch 2.15 shrinks a single column wrongly
+        return _halved(x.mT.contiguous(), 3).mT.contiguous()
+    if side % 2:
+        return F.interpolate(x, (x.shape[2], half), mode="bilinear", antialias=True, align_corners=False)
+    first, second = x.unflatten(dim, (half, 2)).unbind(dim + 1)
+    out = (first + second).mul_(3 / 8)
+    if half == 1:
+        return out.mul_(8 / 6)
+    out.narrow(dim, 1, half - 1).add_(second.narrow(dim, 0, half - 1), alpha=1 / 8)
+    out.narrow(dim, 0, half - 1).add_(first.narrow(dim, 1, half - 1), alpha=1 / 8)
+    for end in (0, half - 1):
+        out.narrow(dim, end, 1).mul_(8 / 7)
+    return out

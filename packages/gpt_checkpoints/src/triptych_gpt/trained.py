@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 from triptych_common.diffusion import GaussianDiffusion
 from triptych_common.randomness import SampleNoise
-from triptych_common.samplers import ddim, ddpm, final
-from triptych_common.schedulers import diffusers_steps, find, make_scheduler
+from triptych_common.samplers import final, sampling
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gpt.config import GptConfig
 from triptych_gpt.evaluation.update import Update
 from triptych_gpt.model import Gpt
 from triptych_gpt.objective import make_diffusion
+from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks import TASKS, Task
 from triptych_gpt.zoo.cohorts import TaskSpec
 
@@ -31,28 +31,6 @@ _FORMAT = ModelFormat(
     made=f"triptych-gpt train --out FOLDER makes {FILE_NAME}, triptych-gpt convert one of a released model",
     absent="no trained model; make one with triptych-gpt train --out {folder}",
 )
-_OWN_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How an update is sampled."""
-
-    sampler: str = "ddpm"
-    """ddpm: ancestral sampling, as in the thesis; ddim: deterministic; or a scheduler of diffusers by its name or the beginning
-    of it, such as unipc"""
-    num_inference_steps: int = 100
-    """denoising steps, evenly spaced over the 1000 that the thesis takes"""
-    networks_at_once: int = 512
-    """networks in a batch"""
-
-    def __post_init__(self) -> None:
-        if self.sampler not in _OWN_SAMPLERS:
-            find(self.sampler)
-        if not 1 <= self.num_inference_steps <= 1000:
-            raise ValueError(f"num_inference_steps {self.num_inference_steps}: expected 1..1000")
-        if self.networks_at_once < 1:
-            raise ValueError(f"networks_at_once {self.networks_at_once}: expected at least 1")
 
 
 @dataclass
@@ -143,15 +121,7 @@ class TrainedGpt:
         def denoise(noised: Tensor, t: Tensor) -> Tensor:
             return self.model(noised, t, theta, metric, target)
 
-        if settings.sampler in _OWN_SAMPLERS:
-            steps = _OWN_SAMPLERS[settings.sampler](
-                denoise, self.diffusion.respaced(settings.num_inference_steps), noise
-            )
-        else:
-            scheduler = make_scheduler(
-                settings.sampler, self.diffusion, settings.num_inference_steps, device=theta.device
-            )
-            steps = diffusers_steps(denoise, self.diffusion, noise, scheduler)
+        steps = sampling(settings, denoise, self.diffusion, noise, device=theta.device)
         return final(steps, progress)
 
     def update(

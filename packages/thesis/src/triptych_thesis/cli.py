@@ -20,9 +20,9 @@ def _chapter3() -> Command:
 
 
 def _chapter4() -> Command:
-    from triptych_thesis.chapter4.command import ReproduceConfig, reproduce
+    from triptych_thesis.chapter4.study import Chapter4, reproduce
 
-    return Command(ReproduceConfig, reproduce, {})
+    return Command(Chapter4, reproduce, {})
 
 
 def _figures() -> Command:
@@ -38,9 +38,9 @@ def _score_clusters() -> Command:
 
 
 def _score_alignment() -> Command:
-    from triptych_thesis.chapter4.evaluate import AlignmentScoreConfig, evaluate
+    from triptych_thesis.chapter4.alignment_scores import AlignmentScoreConfig, score_alignment
 
-    return Command(AlignmentScoreConfig, evaluate, {})
+    return Command(AlignmentScoreConfig, score_alignment, {})
 
 
 CHAPTERS = {

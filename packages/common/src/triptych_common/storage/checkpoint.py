@@ -5,11 +5,12 @@ temporary name, flushed to disk and renamed. A sharded run writes a folder inste
 (`triptych_common.storage.sharded`); what lists, reads or removes checkpoints here takes either.
 """
 
+import functools
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from torch import Tensor
 
 from triptych_common.storage.atomic import PARTIAL, replacing
 
+INDEX = "index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _EXTRA, _SUFFIX = "-extra", ".safetensors"
 _NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
 
@@ -44,9 +50,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.is_dir():
-        from triptych_common.storage import sharded  # takes a second to import
-
-        return sharded.read(path)
+        return _read_folder(path)
     path.open("rb").close()  # one that may not be read is not a damaged one
     try:
         with safe_open(path, framework="pt") as file:
@@ -59,6 +63,72 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest(tensors, metadata["state"]) != metadata["sha256"]:
         raise ValueError(f"{path}: checksum differs from the recorded one; {remedy(path)}")
     return tensors, json.loads(metadata["state"])
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors (on CPU) and state of a folder that a sharded run wrote; needs no other ranks.
+
+    Raises ValueError when a file is missing, altered or foreign.
+    """
+    index = index_of(folder)
+    verify_files(folder, sorted(index["files"]), index)
+    part, tensors = part_reader(folder), {}
+    for name, entry in index["tensors"].items():
+        tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        for chunk in entry["chunks"]:
+            tensors[name][box(chunk["offsets"], chunk["sizes"])] = part(chunk)
+    return tensors, index["state"]
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """What a folder's index says. Raises ValueError where it is missing, altered or foreign."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        recorded = index.pop("sha256")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{folder}: incomplete, or not one of triptych's checkpoints; {remedy(folder)}"
+        raise ValueError(message) from error
+    if index_digest(index) != recorded:
+        raise ValueError(f"{folder / INDEX}: checksum differs from the recorded one; {remedy(folder)}")
+    return index
+
+
+def verify_files(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -> None:
+    """Compare files of a folder with the index's checksums. Raises ValueError for one that is missing or altered."""
+    for name in files:
+        try:
+            digest = file_digest(folder / name)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder / name}: missing; {remedy(folder)}") from error
+        if digest != index["files"][name]:
+            raise ValueError(f"{folder / name}: checksum differs from the recorded one; {remedy(folder)}")
+
+
+def part_reader(root: Path) -> Callable[..., Tensor]:
+    """A function from a chunk, and a box within it or all of it, to its values; it keeps files open."""
+    opened = functools.cache(lambda name: safe_open(root / name, framework="pt"))
+
+    def part(chunk: Mapping[str, Any], box: tuple[slice, ...] = ()) -> Tensor:
+        file = opened(chunk["file"])
+        return file.get_slice(chunk["key"])[box] if box else file.get_tensor(chunk["key"])
+
+    return part
+
+
+def box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    """A part of a tensor by where it starts and how large it is."""
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+
+
+def index_digest(index: Mapping[str, Any]) -> str:
+    """SHA-256 that an index records of itself."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(path: Path) -> str:

@@ -6,11 +6,9 @@ checksums. Here a folder holds one safetensors file a rank, and `index.json` wit
 tensor lies and the SHA-256 of every file. It is written under a temporary name and renamed once all ranks are done.
 """
 
-import functools
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,7 @@ from torch.futures import Future
 from triptych_common.parallel import Ranks
 from triptych_common.storage import atomic, checkpoint
 
-INDEX = "index.json"
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks) -> None:
@@ -50,22 +43,6 @@ def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any],
         raise _disk_error(failed, f"{folder}: cannot be written", remedy) from failed
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Whole tensors (on CPU) and state of a folder that `write` made; needs no other ranks.
-
-    Raises ValueError when a file is missing, altered or foreign.
-    """
-    index = _index(folder)
-    _verify(folder, sorted(index["files"]), index)
-    part = _part_reader(folder)
-    tensors = {}
-    for name, entry in index["tensors"].items():
-        tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-        for chunk in entry["chunks"]:
-            tensors[name][_box(chunk["offsets"], chunk["sizes"])] = part(chunk)
-    return tensors, index["state"]
-
-
 def read_like(
     path: Path, like: Callable[[str], Tensor | None], ranks: Ranks
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -75,11 +52,11 @@ def read_like(
     needs, whichever ranks wrote them. All ranks call it.
     Raises ValueError, on every rank, when a file is missing, altered or foreign.
     """
-    index = _on_all(ranks, lambda: _index(path) if path.is_dir() else _index_of_file(path, ranks))
-    _on_all(ranks, lambda: _verify(path, sorted(index["files"])[ranks.rank :: ranks.world_size], index))
+    index = _on_all(ranks, lambda: checkpoint.index_of(path) if path.is_dir() else _index_of_file(path, ranks))
+    _on_all(ranks, lambda: checkpoint.verify_files(path, sorted(index["files"])[ranks.rank :: ranks.world_size], index))
     tensors = {}
     for name, entry in index["tensors"].items():
-        shape, dtype, template = torch.Size(entry["shape"]), _DTYPES[entry["dtype"]], like(name)
+        shape, dtype, template = torch.Size(entry["shape"]), checkpoint.DTYPES[entry["dtype"]], like(name)
         fits = template is not None and template.shape == shape
         tensors[name] = torch.empty_like(template, dtype=dtype) if fits else torch.empty(shape, dtype=dtype)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -119,7 +96,7 @@ class _Writer(dcp.StorageWriter):
         parts = {_key(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
         save_file(parts, path)
         atomic.sync(path)
-        digest = _file_digest(path)
+        digest = checkpoint.file_digest(path)
         return _done([WriteResult(item.index, 0, (item.tensor_data, path.name, digest)) for item in plan.items])
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
@@ -130,8 +107,8 @@ class _Writer(dcp.StorageWriter):
             entry = {"dtype": _DTYPE_NAMES[data.properties.dtype], "shape": list(data.size), "chunks": []}
             chunk = {"file": file, "key": _key(result.index), "offsets": data.chunk.offsets, "sizes": data.chunk.sizes}
             index["tensors"].setdefault(result.index.fqn, entry)["chunks"].append(chunk)
-        path = self.partial / INDEX
-        path.write_text(json.dumps({**index, "sha256": _digest(index)}, allow_nan=False))
+        path = self.partial / checkpoint.INDEX
+        path.write_text(json.dumps({**index, "sha256": checkpoint.index_digest(index)}, allow_nan=False))
         atomic.sync(path)
         checkpoint.remove(self.folder)
         self.partial.rename(self.folder)
@@ -145,7 +122,7 @@ class _Reader(dcp.StorageReader):
     """What torch.distributed.checkpoint calls: the index as its metadata, then the parts that its plan names."""
 
     def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
-        self.part, self.index = _part_reader(path if path.is_dir() else path.parent), index
+        self.part, self.index = checkpoint.part_reader(path if path.is_dir() else path.parent), index
         self.chunks: dict[MetadataIndex, Any] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -158,7 +135,7 @@ class _Reader(dcp.StorageReader):
             for chunk in entry["chunks"]:
                 chunks.append(dcp.ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
                 self.chunks[MetadataIndex(name, chunks[-1].offsets)] = chunk
-            properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
+            properties = TensorProperties(dtype=checkpoint.DTYPES[entry["dtype"]])
             tensors[name] = dcp.TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
         return dcp.Metadata(tensors)
 
@@ -174,7 +151,7 @@ class _Reader(dcp.StorageReader):
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
-            target.copy_(self.part(self.chunks[item.storage_index], _box(item.storage_offsets, item.lengths)))
+            target.copy_(self.part(self.chunks[item.storage_index], checkpoint.box(item.storage_offsets, item.lengths)))
             planner.commit_tensor(item, target)
         return _done(None)
 
@@ -201,33 +178,6 @@ def _key(index: MetadataIndex) -> str:
     return f"{index.fqn}@{','.join(map(str, index.offset))}"
 
 
-def _box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-
-
-def _part_reader(root: Path) -> Callable[..., Tensor]:
-    """A function from a chunk, and a box within it or all of it, to its values; it keeps files open."""
-    opened = functools.cache(lambda name: safe_open(root / name, framework="pt"))
-
-    def part(chunk: Mapping[str, Any], box: tuple[slice, ...] = ()) -> Tensor:
-        file = opened(chunk["file"])
-        return file.get_slice(chunk["key"])[box] if box else file.get_tensor(chunk["key"])
-
-    return part
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        recorded = index.pop("sha256")
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{folder}: incomplete, or not one of triptych's checkpoints; {checkpoint.remedy(folder)}"
-        raise ValueError(message) from error
-    if _digest(index) != recorded:
-        raise ValueError(f"{folder / INDEX}: checksum differs from the recorded one; {checkpoint.remedy(folder)}")
-    return index
-
-
 def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
     """What the index of a folder would say of one file; the main rank checks the file for all."""
     if ranks.is_main:
@@ -240,25 +190,6 @@ def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
             chunk = {"file": path.name, "key": name, "offsets": [0] * len(shape), "sizes": shape}
             tensors[name] = {"dtype": part.get_dtype(), "shape": shape, "chunks": [chunk]}
         return {"state": json.loads(file.metadata()["state"]), "files": {}, "tensors": tensors}
-
-
-def _verify(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -> None:
-    for name in files:
-        try:
-            digest = _file_digest(folder / name)
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder / name}: missing; {checkpoint.remedy(folder)}") from error
-        if digest != index["files"][name]:
-            raise ValueError(f"{folder / name}: checksum differs from the recorded one; {checkpoint.remedy(folder)}")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _on_all(ranks: Ranks, act: Callable[[], Any]) -> Any:

@@ -1,6 +1,6 @@
 """What a training loop needs: its state, and steps with exact resume."""
 
-from triptych_common.training.loop import is_due, steps
-from triptych_common.training.state import Batch, TrainState
+import lazy_loader
 
-__all__ = ["Batch", "TrainState", "is_due", "steps"]
+# What is exported stands in __init__.pyi, and is imported when first used: torch alone takes seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

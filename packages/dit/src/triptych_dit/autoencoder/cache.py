@@ -7,26 +7,26 @@ says what was encoded, how and with which autoencoder; it is written last, so a 
 `config.json` is the request a repeated command must repeat.
 """
 
+import hashlib
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from triptych_common import randomness
 from triptych_common.storage import checkpoint
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.provenance import provenance
 
+from triptych_dit.autoencoder.model import scaled_sample
+
 MANIFEST, SKIPPED = "manifest.json", "skipped.json"
 _KIND = "latent cache"
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class LatentCache:
@@ -119,6 +119,34 @@ class LatentCache:
         return tensors
 
 
+class LatentData:
+    """A cache as `TrainingData`: a latent is drawn anew from its image's posterior each time it is used.  [thesis 2.4]"""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.cache, self.name = cache, str(cache.folder)
+        contents = ",".join(shard["sha256"] for shard in cache.facts["shards"])
+        digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
+        self.identity = f"latents of {cache.facts['source']['spec']}, {len(cache):,} images, {digest}"
+        self.shape, self.labels, self.num_classes = cache.latent_shape, cache.labels, cache.num_classes
+        self.facts = {
+            "autoencoder": cache.facts["autoencoder"],
+            "lossy_data": cache.facts["lossy"],
+            "class_names": list(cache.class_names),
+        }
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
+        noise = randomness.normal(seed, "posterior", counters, self.shape)
+        autoencoder = self.facts["autoencoder"]
+        moments = self.cache.moments(items, flipped)
+        return scaled_sample(moments, noise, autoencoder["scale_factor"], autoencoder["shift_factor"])
+
+    def check_flips(self) -> None:
+        self.cache.check_flips()
+
+
 def is_latent_cache(folder: Path) -> bool:
     """Whether a folder is a latent cache, finished or not."""
     return (folder / MANIFEST).is_file() or shard_path(folder, 0).is_file()
@@ -179,31 +207,6 @@ def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> d
     manifest = {"kind": _KIND, "format": 1, **facts, **counts, **provenance(), "shards": shards}
     write_json(folder / MANIFEST, manifest)
     return manifest
-
-
-def prefetch(
-    items: Iterable[Item], function: Callable[[Item], Result], *, depth: int = 2, threads: int = 1
-) -> Iterator[Result]:
-    """`map(function, items)`, up to `depth` results ahead in background threads, in order.
-
-    `items` are taken in the caller's thread, as late as possible; an exception of `function` is raised where its result
-    is asked for. Close the iterator to end the threads early. With depth 0 there are no threads: where the CPU does the
-    training too, they only get in each other's way.
-    """
-    if depth == 0:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
-    ahead: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > depth:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

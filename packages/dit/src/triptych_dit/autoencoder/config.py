@@ -1,15 +1,17 @@
-"""How an autoencoder is trained, and its presets."""
+"""How an autoencoder is trained, and its presets; how images are encoded by one."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge, Gt
+from triptych_common.training.settings import AdamWSettings
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainConfig(CommonOptions):
+class AutoencoderTrainConfig(AdamWSettings):
     """Train an autoencoder on a named data set, for latents. Repeating the command resumes it."""
 
     out: Path = Path("runs/autoencoder")
@@ -18,52 +20,31 @@ class AutoencoderTrainConfig(CommonOptions):
     """data set: mnist5k (embedded), mnist or cifar10"""
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     """channels at each resolution; each one after the first halves the sides"""
-    layers_per_block: int = 1
+    layers_per_block: Annotated[int, Gt(0)] = 1
     """residual blocks at each resolution of the encoder; the decoder has one more"""
-    latent_channels: int = 4
+    latent_channels: Annotated[int, Gt(0)] = 4
     """channels of the latents"""
-    norm_num_groups: int = 8
+    norm_num_groups: Annotated[int, Gt(0)] = 8
     """groups of the group norms"""
     mid_block_attention: bool = False
     """self-attention at the lowest resolution, as Stable Diffusion's has"""
-    kl_weight: float = 1e-3
+    kl_weight: Annotated[float, Ge(0)] = 1e-3
     """weight of the KL divergence per latent value (nats) against the reconstruction's error per pixel"""
-    total_images: int = 40_000
+    total_images: Annotated[int, Gt(0)] = 40_000
     """images to train on, repeats counted"""
-    batch_size: int = 64
-    """images per optimiser step, over all ranks"""
-    micro_batch: int | None = None
-    """images per backward pass and rank; smaller saves memory and accumulates gradients"""
     lr: float = 3e-3
     """AdamW's peak learning rate; decays to zero along a cosine"""
     warmup_images: int = 2_000
     """images over which the learning rate rises from zero"""
     adam_beta2: float = 0.99
-    """AdamW's second decay rate"""
     grad_clip: float | None = 1.0
-    """bound on the gradient's norm"""
-    ema_half_life_images: int = 2_000
+    ema_half_life_images: Annotated[int, Gt(0)] = 2_000
     """half-life of the weights' moving average"""
     ema_rampup: float | None = 0.1
-    """bound the half-life to this share of the images seen so far"""
-    log_every: int = 50
-    """steps between rows of metrics.jsonl"""
     checkpoint_every: int = 250
-    """steps between checkpoints"""
 
     def __post_init__(self) -> None:
-        positive = ("layers_per_block", "latent_channels", "norm_num_groups", "total_images", "batch_size", "lr")
-        for name in (*positive, "ema_half_life_images", "log_every", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in ("micro_batch", "grad_clip", "ema_rampup"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value}: expected a number above 0, or None for none")
-        if not self.kl_weight >= 0:
-            raise ValueError(f"kl_weight {self.kl_weight}: expected a number of at least 0")
-        if not 0 <= self.warmup_images <= self.total_images:
-            raise ValueError(f"warmup_images {self.warmup_images}: expected 0..{self.total_images} (total_images)")
+        super().__post_init__()
         channels = self.block_out_channels
         if not channels or any(c < 1 or c % self.norm_num_groups for c in channels):
             raise ValueError(
@@ -72,25 +53,17 @@ class AutoencoderTrainConfig(CommonOptions):
 
     @property
     def downsampling(self) -> int:
+        """Pixels along a side for each latent along it."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: all but where it is written, and the device."""
-        free = {"out", "device", "json", "dry_run", "micro_batch"}
-        return {key: value for key, value in asdict(self).items() if key not in free}
-
-    def learning_rate(self, images_seen: int) -> float:
-        """Learning rate of the step that starts after `images_seen` images."""
-        warmup = min(1.0, (images_seen + self.batch_size) / self.warmup_images) if self.warmup_images else 1.0
-        return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(images_seen / self.total_images, 1.0)))
+    def learning_rate(self, samples_seen: int) -> float:
+        """Learning rate of the step that starts after `samples_seen` images: linear warmup times half a cosine."""
+        decay = 0.5 * (1 + math.cos(math.pi * min(samples_seen / self.total_images, 1.0)))
+        return super().learning_rate(samples_seen) * decay
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
-        return {
-            "config": asdict(self) | {"out": str(self.out)},
-            "downsampling": self.downsampling,
-            "steps": math.ceil(self.total_images / self.batch_size),
-        }
+        return super().resolved() | {"downsampling": self.downsampling}
 
 
 _DIGITS = AutoencoderTrainConfig(total_images=12_000, batch_size=16, warmup_images=800)
@@ -107,3 +80,50 @@ AUTOENCODER_PRESETS: dict[str, AutoencoderTrainConfig] = {
         checkpoint_every=16,
     ),
 }
+
+
+@dataclass(frozen=True)
+class EncodeConfig(CommonOptions):
+    """Encode images to a latent cache, under torchrun on any number of ranks. Repeating the command resumes it, checks
+    what is there and encodes damaged shards again."""
+
+    out: Path = Path("runs/latents")
+    """folder of the cache"""
+    source: str = "mnist5k"
+    """named data set, folder of images with one subfolder a class, hub:OWNER/NAME, or what its save_to_disk wrote"""
+    split: str = "train"
+    """part of the source"""
+    unconditional: bool = False
+    """make one class of everything"""
+    image_column: str = "auto"
+    """column of a Hugging Face data set"""
+    label_column: str = "auto"
+    """column of a Hugging Face data set"""
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """AutoencoderKL: hub id or folder"""
+    image_size: int | tuple[int, int] = 256
+    """side, or height and width, that images are cropped to: the centre, box-halved and bicubic as ADM does"""
+    allow_upscale: bool = False
+    """enlarge smaller images rather than list them as skipped"""
+    flips: bool = True
+    """encode mirror images too: the mirrored latent is not the latent of the mirror image; never for digits"""
+    dtype: Literal["float16", "float32"] = "float16"
+    """of the stored moments; float16 is off by at most 2^-11 of a value, bfloat16 would be by 2^-8: not offered"""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """of the autoencoder's arithmetic"""
+    batch_size: Annotated[int, Ge(1)] = 64
+    """images at once on each rank; changes rounding only"""
+    shard_size: Annotated[int, Ge(1)] = 4096
+    """images a shard; what is lost at most when a rank is killed"""
+    workers: Annotated[int | None, Ge(0)] = None
+    """processes on each rank that read images; 0: none but the rank itself, default: one a core, 8 at most"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.size) < 1:
+            raise ValueError(f"image_size {self.image_size}: expected at least 1")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size

@@ -10,17 +10,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from math import ceil, prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.data import ImageSource, UnreadableImage, open_source
 from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks, process_group
@@ -28,76 +28,28 @@ from triptych_common.progress import Progress
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.autoencoder.cache import MANIFEST, SKIPPED, LatentCache, is_finished, write_manifest, write_shard
+from triptych_dit.autoencoder.config import EncodeConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIGITS = ("mnist5k", "mnist")
 
 
-@dataclass(frozen=True)
-class EncodeConfig(CommonOptions):
-    """Encode images to a latent cache, under torchrun on any number of ranks. Repeating the command resumes it, checks
-    what is there and encodes damaged shards again."""
+def open_images(config: EncodeConfig) -> ImageSource:
+    """The source of images. Raises ValueError or OSError where it is not to be had, or has none to encode."""
+    if config.flips and config.source in DIGITS:
+        raise ValueError(f"source {config.source}: a mirrored digit is no digit; pass --no-flips")
+    columns = {"image_column": config.image_column, "label_column": config.label_column}
+    source = open_source(config.source, config.split, unconditional=config.unconditional, **columns)
+    _check_usable(source, config)
+    return source
 
-    out: Path = Path("runs/latents")
-    """folder of the cache"""
-    source: str = "mnist5k"
-    """named data set, folder of images with one subfolder a class, hub:OWNER/NAME, or what its save_to_disk wrote"""
-    split: str = "train"
-    """part of the source"""
-    unconditional: bool = False
-    """make one class of everything"""
-    image_column: str = "auto"
-    """column of a Hugging Face data set"""
-    label_column: str = "auto"
-    """column of a Hugging Face data set"""
-    vae: str = "stabilityai/sd-vae-ft-ema"
-    """AutoencoderKL: hub id or folder"""
-    image_size: int | tuple[int, int] = 256
-    """side, or height and width, that images are cropped to: the centre, box-halved and bicubic as ADM does"""
-    allow_upscale: bool = False
-    """enlarge smaller images rather than list them as skipped"""
-    flips: bool = True
-    """encode mirror images too: the mirrored latent is not the latent of the mirror image; never for digits"""
-    dtype: Literal["float16", "float32"] = "float16"
-    """of the stored moments; float16 is off by at most 2^-11 of a value, bfloat16 would be by 2^-8: not offered"""
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """of the autoencoder's arithmetic"""
-    batch_size: int = 64
-    """images at once on each rank; changes rounding only"""
-    shard_size: int = 4096
-    """images a shard; what is lost at most when a rank is killed"""
-    workers: int | None = None
-    """processes on each rank that read images; 0: none but the rank itself, default: one a core, 8 at most"""
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers {self.workers}: expected at least 0")
-        if min(self.size) < 1:
-            raise ValueError(f"image_size {self.image_size}: expected at least 1")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-
-    def open(self) -> ImageSource:
-        """The source of images. Raises ValueError or OSError where it is not to be had, or has none to encode."""
-        if self.flips and self.source in DIGITS:
-            raise ValueError(f"source {self.source}: a mirrored digit is no digit; pass --no-flips")
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
-        source = open_source(self.source, self.split, unconditional=self.unconditional, **columns)
-        _check_usable(source, self)
-        return source
-
-    def resolved(self) -> dict[str, Any]:
-        """What --dry-run prints."""
-        source, autoencoder = self.open(), load_autoencoder(self.vae)
-        shape = latent_shape(autoencoder, self.size)
-        return {"config": asdict(self), **_extent(source, autoencoder, self), "latent_shape": shape}
+def preview(config: EncodeConfig) -> dict[str, Any]:
+    """What --dry-run prints."""
+    source, autoencoder = open_images(config), load_autoencoder(config.vae)
+    shape = latent_shape(autoencoder, config.size)
+    return {"config": asdict(config), **_extent(source, autoencoder, config), "latent_shape": shape}
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
@@ -106,7 +58,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     Raises ValueError for a request that does not fit what `out` already holds, images that cannot be used at all, or
     moments that are not finite.
     """
-    source = config.open()
+    source = open_images(config)
     with process_group(config.device) as ranks:
         autoencoder = load_autoencoder(config.vae, device=ranks.device, dtype=PRECISIONS[config.precision])
         extent = _extent(source, autoencoder, config)

@@ -24,8 +24,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig, fit, make_views, nt_xent
 from triptych_gangealing.spatial_transformer import reduced
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
 from triptych_gangealing.warp import Affine, Warp
 
 GROUPS = "groups.safetensors"

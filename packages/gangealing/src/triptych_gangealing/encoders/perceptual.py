@@ -14,9 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from triptych_common.data.datasets import data_root
-from triptych_common.data.files import fetch
-from triptych_common.storage import foreign
 from triptych_common.storage.model_file import ModelFormat
 
 ENCODER_FILE = "encoder.safetensors"
@@ -162,6 +159,8 @@ def read_vgg(path: Path) -> Vgg16:
 
     Raises FileNotFoundError where there is no such file, ValueError, one line, for one that would run code or holds other weights.
     """
+    from triptych_common.storage import foreign
+
     content = foreign.read(path)
     network = Vgg16()
     wanted = network.state_dict()
@@ -182,6 +181,9 @@ def published_vgg() -> Path:
 
     Raises FileNotFoundError where it cannot be fetched, ValueError for another file in its place.
     """
+    from triptych_common.data.datasets import data_root
+    from triptych_common.data.files import fetch
+
     theirs, ours = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE, data_root() / "vgg" / VGG_FILE
     path = theirs if theirs.exists() and not ours.exists() else ours
     fetch(
@@ -199,6 +201,8 @@ def published_vgg() -> Path:
 
 def lpips_heads() -> list[Tensor]:
     """LPIPS's weights of VGG's channels, version 0.1, from the package `lpips`. Raises ImportError where that is missing."""
+    from triptych_common.storage import foreign
+
     package = find_spec("lpips")
     if package is None:
         raise ImportError(

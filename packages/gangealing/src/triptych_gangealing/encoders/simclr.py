@@ -9,24 +9,25 @@ forget where things lie, and take over the blindness to colours that the maps th
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
+from triptych_common.fields import FREE, Ge, Gt, Interval
 from triptych_common.images import from_uint8
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.progress import Progress
 from triptych_common.randomness import generator as source_of
 from triptych_common.randomness import normal, shuffled, uniform
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
-from triptych_common.training import TrainState, steps
+from triptych_common.training import TrainState, open_run, summary, training_steps
+from triptych_common.training.settings import LoopSettings
 
 from triptych_gangealing.encoders.perceptual import (
     ENCODER_FILE,
@@ -36,8 +37,7 @@ from triptych_gangealing.encoders.perceptual import (
     unit_length,
     write_encoder,
 )
-from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
 MAX_BLUR = 1 / 32  # standard deviation, of the image's height
 
@@ -45,18 +45,18 @@ Images = Float[Tensor, "n 3 height width"]
 
 
 @dataclass(frozen=True)
-class EncoderTrainConfig(CommonOptions):
+class EncoderTrainConfig(LoopSettings):
     """Train a small encoder by SimCLR on a generator's samples. Repeating the command resumes it."""
 
     out: Path = Path("runs/encoder")
     """run directory"""
-    generator: str = "digits32"
+    generator: Annotated[str, FREE] = "digits32"
     """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
     truncation_psi: float = 1.0
     """below 1, the samples' styles are drawn towards their mean"""
     pool_images: int = 8_000
     """different samples; the views of each are new every time"""
-    total_images: int = 16_000
+    total_images: Annotated[int, Gt(0)] = 16_000
     """samples to show, repeats counted, each in two views"""
     batch_size: int = 64
     """samples per step: each view is told from the 2 (batch_size - 1) of the others"""
@@ -64,39 +64,25 @@ class EncoderTrainConfig(CommonOptions):
     """channels of each stage, which has half the resolution of the one before"""
     compared: int = 2
     """so many stages, the last, whose feature maps are compared, in training and after"""
-    temperature: float = 0.2
+    temperature: Annotated[float, Gt(0)] = 0.2
     """of the softmax over views"""
-    crop_scale: float = 0.8
+    crop_scale: Annotated[float, Interval(gt=0, le=1, wanted="a share of the area, above 0 and at most 1")] = 0.8
     """least share of a sample's area that a view shows; 1: all. The encoder is to tell places and sizes apart, so little less"""
-    recolour: float = 0.8
+    recolour: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
-    gray: float = 0.2
+    gray: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """share of the recoloured ones that become gray"""
-    blur: float = 0.5
+    blur: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """share of views that are blurred, by at most 1/32 of the height"""
     lr: float = 0.002
     """AdamW's peak learning rate, after a rise over the first twentieth of the samples; then it falls as a cosine, to 0"""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Ge(0)] = 0.01
     """AdamW's"""
     log_every: int = 25
-    """steps between rows of metrics.jsonl"""
     checkpoint_every: int = 100
-    """steps between checkpoints"""
-    tensorboard: bool = False
-    """write TensorBoard events too (extra: tensorboard)"""
 
     def __post_init__(self) -> None:
-        positive = "total_images", "temperature", "lr", "log_every", "checkpoint_every"
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in ("recolour", "gray", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number in 0..1")
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale {self.crop_scale}: expected a share of the area, above 0 and at most 1")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay {self.weight_decay}: expected a number of at least 0")
+        super().__post_init__()
         if not 2 <= self.batch_size <= self.pool_images:
             raise ValueError(
                 f"batch_size {self.batch_size}: expected 2 to {self.pool_images} (pool_images), so that there are others"
@@ -107,11 +93,6 @@ class EncoderTrainConfig(CommonOptions):
         """Shape of the network."""
         return EncoderConfig(tuple(self.widths), self.compared)
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: all but where it is written, where it runs, and how the generator's file is called."""
-        free = {"out", "device", "json", "dry_run", "tensorboard", "generator"}
-        return {key: value for key, value in asdict(self).items() if key not in free}
-
     def learning_rate(self, images: int) -> float:
         """Of a step, by samples seen before it."""
         rise = min((images + self.batch_size) / (self.total_images / 20), 1)
@@ -119,11 +100,7 @@ class EncoderTrainConfig(CommonOptions):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
-        return {
-            "config": asdict(self) | {"out": str(self.out)},
-            "parameters": sum(p.numel() for p in Encoder(self.encoder()).parameters()),
-            "steps": math.ceil(self.total_images / self.batch_size),
-        }
+        return super().resolved() | {"parameters": sum(p.numel() for p in Encoder(self.encoder()).parameters())}
 
 
 def nt_xent(
@@ -210,13 +187,12 @@ def run(config: EncoderTrainConfig) -> dict[str, Any]:
 
     Raises ValueError or OSError for what is no generator, and as `train_encoder`.
     """
-    from triptych_gangealing.stylegan2.interop import load_generator
+    from triptych_gangealing.stylegan2.weights import load_generator
 
     train_encoder(load_generator(config.generator), config)
-    rows = RunDirectory(config.out, {}).metrics()
     path = config.out / ENCODER_FILE
     echo(f"encoder: {path}")
-    return {"encoder": str(path), "metrics": str(config.out / "metrics.jsonl"), "last": rows[-1] if rows else None}
+    return {"encoder": str(path), **summary(RunDirectory(config.out, {}))}
 
 
 def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
@@ -239,7 +215,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
             raise ValueError(
                 f"{ranks.world_size} ranks: the encoder is trained by one process; start it without torchrun"
             )
-        with RunDirectory(config.out, config.identity() | origin, tensorboard=config.tensorboard) as directory:
+        with open_run(config, ranks, origin) as directory:
             if not (config.out / ENCODER_FILE).exists():
                 pool = sample_images(
                     generator.to(ranks.device), range(config.pool_images), seed=config.seed,
@@ -281,17 +257,11 @@ def fit(
         ema_half_life=config.batch_size,  # unused: the learning rate ends at 0
         learning_rate=config.learning_rate,
     )
-    plan = steps(
-        state, directory, total_samples=config.total_images, batch_size=config.batch_size,
-        checkpoint_every=config.checkpoint_every, log_every=config.log_every,
-    )  # fmt: skip
-    with Progress("training", config.total_images, "img") as progress:
-        for batch in plan:
-            drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
-            images = from_uint8(pool[drawn].to(ranks.device))
-            both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
-            loss, found = contrast(state.parallel_model, *both, config.temperature)
-            loss.backward()
-            state.update(batch, {"loss": loss, "found": found})
-            progress.at(state.samples_seen)
+    for batch in training_steps(config, state, directory):
+        drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
+        images = from_uint8(pool[drawn].to(ranks.device))
+        both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
+        loss, found = contrast(state.parallel_model, *both, config.temperature)
+        loss.backward()
+        state.update(batch, {"loss": loss, "found": found})
     network.requires_grad_(False).eval()

@@ -1,23 +1,36 @@
 """`triptych-gangealing convert`: StyleGAN2 networks of anyone's file in ours, or in rosinality's."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
+from triptych_common import randomness
 from triptych_common.cli import CommonOptions, echo
 from triptych_common.storage import checkpoint, foreign
 
 from triptych_gangealing.stylegan2 import rosinality
+from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.interop import Source, open_networks
-from triptych_gangealing.stylegan2.shapes import build, discriminator_config, generator_config
-from triptych_gangealing.stylegan2.verify import difference
-from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, write_network
+from triptych_gangealing.stylegan2.shapes import FILTER, build, discriminator_config, generator_config
+from triptych_gangealing.stylegan2.weights import (
+    DISCRIMINATOR_FILE,
+    GENERATOR_FILE,
+    Source,
+    open_networks,
+    write_network,
+)
 
+_TOLERANCE = 1e-4  # of the outputs' range, or of one where that is smaller
+_IMAGES = 2
+Images = Float[Tensor, "batch channels height width"]
 _ROSINALITY_FILE = "stylegan2.pt"
 Built = dict[str, tuple[Generator | Discriminator, Mapping[str, Tensor]]]
 
@@ -161,3 +174,176 @@ def _sha256(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Both networks once more, written out plainly, to check a converted network's output against its source's tensors.
+# Resampling inserts zeros and filters, every image has its own weights, and nothing is shared with `layers`.
+
+
+@torch.no_grad()
+def difference(
+    network: Generator | Discriminator,
+    tensors: Mapping[str, Tensor],
+    config: GeneratorConfig | DiscriminatorConfig | None = None,
+) -> float:
+    """Largest difference, on fixed inputs, between a network's outputs and those of `tensors` by the plain forward pass.
+
+    config: of the source, where the network has lost something of it. Raises ValueError where it is more than rounding.
+    """
+    config = config or network.config
+    tensors = {name: value.to(torch.float32) for name, value in tensors.items()}
+    c = torch.eye(config.c_dim)[torch.arange(_IMAGES) % config.c_dim] if config.c_dim else None
+    if isinstance(network, Generator):
+        z = randomness.normal(0, "verify/z", range(_IMAGES), (config.z_dim,))
+        ours, theirs = network(z, c), images(config, tensors, z, c)
+    else:
+        size = (config.image_channels, config.resolution, config.resolution)
+        x = randomness.normal(0, "verify/images", range(_IMAGES), size)
+        ours, theirs = network(x, c), logits(config, tensors, x, c)
+    found = (ours - theirs).abs().max().item()
+    limit = _TOLERANCE * max(1.0, theirs.abs().max().item())
+    if not found <= limit:  # nor where either is not a number
+        raise ValueError(
+            f"outputs of the converted network differ from the source's by {found:.3g}, more than rounding ({limit:.3g}); "
+            "nothing was written"
+        )
+    return found
+
+
+def images(
+    config: GeneratorConfig,
+    tensors: Mapping[str, Tensor],
+    z: Float[Tensor, "batch z_dim"],
+    c: Float[Tensor, "batch c_dim"] | None = None,
+) -> Images:
+    """A generator's images, with its constant noise.  [Karras et al. 2020, figure 2 and appendix B]"""
+    w = _mapping(tensors, config.mapping_layers, z, c)
+    x = tensors["synthesis.b4.const"].expand(len(z), -1, -1, -1)
+    image, root = None, math.sqrt(0.5)
+    for resolution in config.resolutions:
+        block = _part(tensors, f"synthesis.b{resolution}.")
+        residual = config.architecture == "resnet" and resolution > 4
+        skip = _up(x, _scaled(block["skip.weight"])) * root if residual else 0
+        if resolution > 4:
+            x = _styled(block, "conv0.", x, w, config.conv_clamp, up=True)
+        x = skip + _styled(block, "conv1.", x, w, config.conv_clamp) * (root if residual else 1)
+        if image is not None:
+            image = _up(image)
+        if "torgb.weight" in block:
+            style = _linear(block, "torgb.affine.", w)
+            rgb = _per_image(x, style, _scaled(block["torgb.weight"])) + block["torgb.bias"].view(1, -1, 1, 1)
+            rgb = _clamped(rgb, config.conv_clamp)
+            image = rgb if image is None else image + rgb
+    return image
+
+
+def logits(
+    config: DiscriminatorConfig, tensors: Mapping[str, Tensor], x: Images, c: Float[Tensor, "batch c_dim"] | None = None
+) -> Float[Tensor, " batch"]:
+    """A discriminator's logits.  [as above; Karras et al. 2018, section 3]"""
+    image, x, root = x, None, math.sqrt(0.5)
+    for resolution in reversed(config.resolutions[1:]):
+        block = _part(tensors, f"b{resolution}.")
+        if "fromrgb.weight" in block:
+            read = _conv(block, "fromrgb.", image, config.conv_clamp)
+            x, image = read if x is None else x + read, _down(image)
+        y = _conv(block, "conv1.", _conv(block, "conv0.", x, config.conv_clamp), config.conv_clamp, down=True)
+        residual = config.architecture == "resnet"
+        x = (y + _down(x, _scaled(block["skip.weight"]))) * root if residual else y
+    block = _part(tensors, "b4.")
+    if "fromrgb.weight" in block:
+        x = x + _conv(block, "fromrgb.", image, None)
+    for spread in _spreads(x, config):
+        x = torch.cat([x, spread], dim=1)
+    x = _conv(block, "conv.", x, config.conv_clamp).flatten(1)
+    x = _linear(block, "out.", _activated(_linear(block, "fc.", x)))
+    if c is None:
+        return x[:, 0]
+    return (x * _mapping(tensors, config.mapping_layers, None, c)).sum(1) / math.sqrt(x.shape[1])
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _mapping(tensors: Mapping[str, Tensor], layers: int, z: Tensor | None, c: Tensor | None) -> Tensor:
+    inputs = ([] if z is None else [z]) + ([] if c is None else [_linear(tensors, "mapping.embed.", c)])
+    x = torch.cat([y / (y.square().mean(1, keepdim=True) + 1e-8).sqrt() for y in inputs], dim=1)
+    for i in range(layers):
+        x = _activated(_linear(tensors, f"mapping.fc{i}.", x, rate=0.01))
+    return x
+
+
+def _linear(tensors: Mapping[str, Tensor], prefix: str, x: Tensor, rate: float = 1.0) -> Tensor:
+    weight, bias = tensors[f"{prefix}weight"], tensors[f"{prefix}bias"]
+    return rate * (x @ weight.T / math.sqrt(weight.shape[1]) + bias)
+
+
+def _activated(x: Tensor, clamp: float | None = None) -> Tensor:
+    return _clamped(math.sqrt(2) * torch.where(x > 0, x, 0.2 * x), clamp)
+
+
+def _clamped(x: Tensor, clamp: float | None) -> Tensor:
+    return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def _scaled(weight: Tensor) -> Tensor:
+    return weight / math.sqrt(weight[0].numel())
+
+
+def _styled(
+    block: Mapping[str, Tensor], name: str, x: Tensor, w: Tensor, clamp: float | None, *, up: bool = False
+) -> Tensor:
+    weight, style = block[f"{name}weight"], _linear(block, f"{name}affine.", w)
+    norms = (weight * style[:, None, :, None, None]).square().sum((2, 3, 4)) + 1e-8
+    x = _per_image(x, style, weight, up=up) / norms.sqrt()[:, :, None, None]
+    x = x + block[f"{name}noise_strength"] * block[f"{name}noise_const"] + block[f"{name}bias"].view(1, -1, 1, 1)
+    return _activated(x, clamp)
+
+
+def _per_image(x: Tensor, style: Tensor, weight: Tensor, *, up: bool = False) -> Tensor:
+    weights = weight * style[:, None, :, None, None]
+    pad = weight.shape[-1] // 2
+    rows = (_up(y, w) if up else F.conv2d(y, w, padding=pad) for y, w in zip(x.split(1), weights, strict=True))
+    return torch.cat(list(rows))
+
+
+def _conv(block: Mapping[str, Tensor], name: str, x: Tensor, clamp: float | None, *, down: bool = False) -> Tensor:
+    weight = _scaled(block[f"{name}weight"])
+    x = _down(x, weight) if down else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    return _activated(x + block[f"{name}bias"].view(1, -1, 1, 1), clamp)
+
+
+def _filtered(x: Tensor, gain: float = 1.0) -> Tensor:
+    n, channels, height, width = x.shape
+    return F.conv2d(x.reshape(-1, 1, height, width), gain * FILTER[None, None]).view(n, channels, height - 3, width - 3)
+
+
+def _up(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Zeros between pixels, the filter, then a convolution proper (the kernel turned by 180 degrees)."""
+    n, channels, height, width = x.shape
+    spread = x.new_zeros(n, channels, 2 * height, 2 * width)
+    spread[:, :, ::2, ::2] = x
+    edge = 0 if weight is None else weight.shape[-1] // 2
+    x = _filtered(F.pad(spread, (2 + edge, 1 + edge) * 2), gain=4.0)
+    return x if weight is None else F.conv2d(x, weight.flip(2, 3))
+
+
+def _down(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The filter, then a convolution at every second pixel."""
+    edge = 0 if weight is None else weight.shape[-1] // 2
+    x = _filtered(F.pad(x, (1 + edge,) * 4))
+    return x[:, :, ::2, ::2] if weight is None else F.conv2d(x, weight, stride=2)
+
+
+def _spreads(x: Tensor, config: DiscriminatorConfig) -> list[Tensor]:
+    """Standard deviations over the images of a group, averaged over each of `mbstd_channels` parts of the channels."""
+    size = min(config.mbstd_group_size, len(x))
+    apart = len(x) // size
+    spreads = []
+    for part in x.chunk(config.mbstd_channels, dim=1) if config.mbstd_channels else []:
+        values = [
+            (part[i % apart :: apart].var(0, correction=0) + 1e-8).sqrt().mean().expand(1, 4, 4) for i in range(len(x))
+        ]
+        spreads.append(torch.stack(values))
+    return spreads

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from triptych_gangealing.stylegan2 import ops
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig
-from triptych_gangealing.stylegan2.layers import Conv2d, FullyConnected, Mapping
+from triptych_gangealing.stylegan2.layers import Conv2d, FullyConnected, Mapping, downsample2d
 
 Images = Float[Tensor, "batch channels height width"]
 
@@ -40,7 +39,7 @@ class DiscriminatorBlock(nn.Module):
         if self.fromrgb is not None:
             read = self.fromrgb(image.to(dtype))
             x = read if x is None else x + read
-            image = ops.downsample2d(image) if self.architecture == "skip" else None
+            image = downsample2d(image) if self.architecture == "skip" else None
         if self.architecture == "resnet":
             skip = self.skip(x, gain=math.sqrt(0.5))
             return skip + self.conv1(self.conv0(x), gain=math.sqrt(0.5)), image

@@ -6,15 +6,25 @@ Names of parameters are those of the files that stylegan2-ada-pytorch writes, wh
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.nn import functional as F
 from triptych_common import randomness
+from triptych_common.images import to_uint8
 
-from triptych_gangealing.stylegan2 import ops
 from triptych_gangealing.stylegan2.config import GeneratorConfig
-from triptych_gangealing.stylegan2.layers import Conv2d, FullyConnected, Mapping
+from triptych_gangealing.stylegan2.layers import (
+    ACTIVATION_GAINS,
+    Conv2d,
+    FullyConnected,
+    Mapping,
+    bias_act,
+    modulated_conv2d,
+    upsample2d,
+)
 
 Images = Float[Tensor, "batch channels height width"]
+AT_ONCE = 64  # images, where nothing else is asked for
 Noise = str | Float[Tensor, "batch noise_size"]
 
 
@@ -39,15 +49,15 @@ class StyledConv(nn.Module):
         noise: Noise,
         gain: float | int = 1.0,
     ) -> Float[Tensor, "batch new_maps new_height new_width"]:
-        scale = gain * ops.ACTIVATION_GAINS["lrelu"]
-        x = ops.modulated_conv2d(x, self.weight, self.affine(w), resample=self.resample, gain=scale)
+        scale = gain * ACTIVATION_GAINS["lrelu"]
+        x = modulated_conv2d(x, self.weight, self.affine(w), resample=self.resample, gain=scale)
         if isinstance(noise, Tensor):
             noise = noise.view(-1, 1, self.resolution, self.resolution)
             x = x + (noise * (self.noise_strength * scale)).to(x.dtype)
         elif noise == "const":
             x = x + (self.noise_const * (self.noise_strength * scale)).to(x.dtype)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return ops.bias_act(x, self.bias * scale, "lrelu", gain=1, clamp=clamp)
+        return bias_act(x, self.bias * scale, "lrelu", gain=1, clamp=clamp)
 
 
 class ToRGB(nn.Module):
@@ -62,8 +72,8 @@ class ToRGB(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: Float[Tensor, "batch maps height width"], w: Float[Tensor, "batch w_dim"]) -> Images:
-        x = ops.modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
-        return ops.bias_act(x, self.bias, clamp=self.conv_clamp)
+        x = modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
+        return bias_act(x, self.bias, clamp=self.conv_clamp)
 
 
 class SynthesisBlock(nn.Module):
@@ -108,7 +118,7 @@ class SynthesisBlock(nn.Module):
             x = self.conv0(x.to(dtype), next(w), next(noise))
             x = self.conv1(x, next(w), next(noise))
         if image is not None:
-            image = ops.upsample2d(image)
+            image = upsample2d(image)
         if self.torgb is not None:
             rgb = self.torgb(x, next(w)).to(ws.dtype)
             image = rgb if image is None else image + rgb
@@ -209,3 +219,43 @@ class Generator(nn.Module):
         """Images of latents; see `styles` and `Synthesis`."""
         ws = self.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
         return self.synthesis(ws, noise=noise)
+
+
+# --- Samples by their number
+
+
+@torch.inference_mode()
+def sample_images(
+    generator: Generator,
+    indices: range,
+    *,
+    seed: int = 0,
+    truncation_psi: float | int = 1.0,
+    truncation_cutoff: int | None = None,
+    labels: Tensor | None = None,
+    at_once: int = AT_ONCE,
+) -> UInt8[Tensor, "n channels height width"]:
+    """Images that belong to indices of the samples of a seed, on the CPU; classes in turn unless `labels` says which."""
+    out = []
+    for start in range(0, len(indices), at_once):
+        part = indices[start : start + at_once]
+        z = latents_of(generator, part, seed)
+        c = classes_of(generator, part, None if labels is None else labels[start : start + at_once])
+        noise = generator.synthesis.noise(seed, "sample/noise", part)
+        ws = generator.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+        out.append(to_uint8(generator.synthesis(ws, noise=noise)).cpu())
+    return torch.cat(out)
+
+
+def latents_of(generator: Generator, indices: range, seed: int) -> Float[Tensor, "n z_dim"]:
+    """Latents that belong to indices of the samples of a seed, where the generator's weights are."""
+    return randomness.normal(seed, "sample/z", indices, (generator.config.z_dim,)).to(next(generator.parameters()))
+
+
+def classes_of(generator: Generator, indices: range, labels: Tensor | None = None) -> Float[Tensor, "n c_dim"] | None:
+    """One-hot classes of images for a conditional generator: those of `labels`, or all in turn."""
+    classes = generator.config.c_dim
+    if not classes:
+        return None
+    numbers = torch.tensor(indices) % classes if labels is None else labels
+    return F.one_hot(numbers, classes).to(next(generator.parameters()))

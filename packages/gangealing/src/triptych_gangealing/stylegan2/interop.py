@@ -1,14 +1,13 @@
-"""StyleGAN2 networks out of anyone's files, without running a line of them.
+"""StyleGAN2 networks out of other people's files, without running a line of them.
 
 Read are: pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks), and of their TensorFlow era; checkpoints of
-rosinality/stylegan2-pytorch; and our own. What a file says of its networks is checked against their tensors.
+rosinality/stylegan2-pytorch. What a file says of its networks is checked against their tensors. `weights.open_networks` is
+the door.
 """
 
 import argparse
 import math
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,7 @@ from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
 from triptych_gangealing.stylegan2.shapes import agrees, build, discriminator_config, generator_config, without_filters
-from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, locate, read_network
-
-_LEGACY_TORCH = (
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
-)
+from triptych_gangealing.stylegan2.weights import Source
 
 # NVIDIA's options: fields of our configs, those that every network here has, and those of training, speed or telling shapes
 _FIELDS = {
@@ -55,66 +50,11 @@ _IGNORED = {
 _SETTINGS = ("activation", "bias_gain", "conv_clamp", "architecture")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file with networks in it.
+def read_rosinality(path: Path) -> Source:
+    """What a checkpoint of rosinality's code holds.
 
-    generator, discriminator: build them, in float32 on the CPU for evaluation, beside their tensors by NVIDIA's names as the
-    file has them; None where it has none. Building raises ValueError, one line, for what cannot be represented.
+    Raises ValueError, one line, for one that would run code or holds no networks.
     """
-
-    path: Path
-    format: str
-    generator: Callable[[], tuple[Generator, dict[str, Tensor]]] | None = None
-    discriminator: Callable[[], tuple[Discriminator, dict[str, Tensor]]] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def load_generator(path: str | Path) -> Generator:
-    """The generator of a file, the averaged one where it has several, or one that ships ("digits32", "digits32-3").
-
-    Raises FileNotFoundError where there is no file; ValueError, one line naming what is wrong, for one that is damaged, would run
-    code, holds no generator, or one that contradicts its own settings.
-    """
-    source = open_networks(path)
-    if source.generator is None:
-        raise ValueError(f"{path}: holds no generator")
-    return source.generator()[0]
-
-
-def load_discriminator(path: str | Path) -> Discriminator:
-    """The same of its discriminator."""
-    source = open_networks(path)
-    if source.discriminator is None:
-        raise ValueError(f"{path}: holds no discriminator")
-    return source.discriminator()[0]
-
-
-def open_networks(path: str | Path) -> Source:
-    """What a file holds, by its content; of a folder, our own files in it. Raises as `load_generator`."""
-    path = locate(path)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return _own(path)
-    with path.open("rb") as file:
-        start = file.read(len(_LEGACY_TORCH))
-    if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
-        return _rosinality(path)
-    return _pickle(path)
-
-
-def _own(path: Path) -> Source:
-    files = [path / name for name in (GENERATOR_FILE, DISCRIMINATOR_FILE)] if path.is_dir() else [path]
-    loaded = [read_network(file) for file in files if not path.is_dir() or file.exists()]
-    if not loaded:
-        raise FileNotFoundError(f"{path}: no {GENERATOR_FILE} or {DISCRIMINATOR_FILE} in this folder")
-    found: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
-    for network, _ in loaded:
-        name = "generator" if isinstance(network, Generator) else "discriminator"
-        found[name] = lambda network=network: (network, network.state_dict())
-    return Source(path, "triptych", **found)
-
-
-def _rosinality(path: Path) -> Source:
     try:
         content = foreign.read(path, allow=[argparse.Namespace])  # the options of a training run
     except ValueError as error:
@@ -154,7 +94,8 @@ def _rosinality_discriminator(state: Mapping[str, Any]) -> tuple[Discriminator, 
     return build(discriminator_config(tensors), tensors), tensors
 
 
-def _pickle(path: Path) -> Source:
+def read_pickle(path: Path) -> Source:
+    """What a pickle of NVIDIA's code holds. Raises as `load_pickle`."""
     networks = load_pickle(path)
     found: dict[str, Any] = {}
     key = "G_ema" if "G_ema" in networks else "G"

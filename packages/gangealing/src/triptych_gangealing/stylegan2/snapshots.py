@@ -3,59 +3,20 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 from triptych_common import randomness
-from triptych_common.images import image_grid, to_uint8, write_png
+from triptych_common.images import image_grid, write_png
 from triptych_common.metrics.distances import frechet_distance, kernel_distance
 from triptych_common.parallel import Ranks
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, is_due
 
 from triptych_gangealing.stylegan2.data import TrainingImages
-from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.generator import AT_ONCE, Generator, sample_images
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 
 GRID = 80  # images in a grid
-AT_ONCE = 64
-
-
-@torch.inference_mode()
-def sample_images(
-    generator: Generator,
-    indices: range,
-    *,
-    seed: int = 0,
-    truncation_psi: float | int = 1.0,
-    truncation_cutoff: int | None = None,
-    labels: Tensor | None = None,
-    at_once: int = AT_ONCE,
-) -> UInt8[Tensor, "n channels height width"]:
-    """Images that belong to indices of the samples of a seed, on the CPU; classes in turn unless `labels` says which."""
-    out = []
-    for start in range(0, len(indices), at_once):
-        part = indices[start : start + at_once]
-        z = latents_of(generator, part, seed)
-        c = classes_of(generator, part, None if labels is None else labels[start : start + at_once])
-        noise = generator.synthesis.noise(seed, "sample/noise", part)
-        ws = generator.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
-        out.append(to_uint8(generator.synthesis(ws, noise=noise)).cpu())
-    return torch.cat(out)
-
-
-def latents_of(generator: Generator, indices: range, seed: int) -> Float[Tensor, "n z_dim"]:
-    """Latents that belong to indices of the samples of a seed, where the generator's weights are."""
-    return randomness.normal(seed, "sample/z", indices, (generator.config.z_dim,)).to(next(generator.parameters()))
-
-
-def classes_of(generator: Generator, indices: range, labels: Tensor | None = None) -> Float[Tensor, "n c_dim"] | None:
-    """One-hot classes of images for a conditional generator: those of `labels`, or all in turn."""
-    classes = generator.config.c_dim
-    if not classes:
-        return None
-    numbers = torch.tensor(indices) % classes if labels is None else labels
-    return F.one_hot(numbers, classes).to(next(generator.parameters()))
 
 
 def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float[Tensor, "n dim"]]:
@@ -64,7 +25,7 @@ def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float
     Raises OSError with a remedy where these are absent.
     """
     if name == "digits32":
-        from triptych_gangealing.instrument import load_instrument
+        from triptych_gangealing.stylegan2.instrument import load_instrument
 
         return load_instrument().features
     from triptych_common.metrics.inception import load_inception

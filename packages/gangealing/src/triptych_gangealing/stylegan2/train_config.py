@@ -1,20 +1,19 @@
 """Settings of an adversarial training run, and their presets."""
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
-from triptych_common.cli import CommonOptions
+from triptych_common.fields import FREE, Ge, Gt, Interval
+from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
 
 from triptych_gangealing.stylegan2.config import Architecture, DiscriminatorConfig, GeneratorConfig
 
 
 @dataclass(frozen=True)
-class GanTrainConfig(CommonOptions):
+class GanTrainConfig(AccumulatingSettings, WeightPrecision):
     """Train a StyleGAN2 on a named data set, a folder or a Hugging Face data set. Repeating the command resumes it."""
 
     out: Path = Path("runs/gan")
@@ -28,12 +27,12 @@ class GanTrainConfig(CommonOptions):
     """give both networks the images' classes"""
     x_flip: bool = False
     """mirrored images are images too; never for digits"""
-    total_images: int = 25_000_000
+    total_images: Annotated[int, Gt(0), FREE] = (
+        25_000_000  # free since nothing else depends on it: a run may be prolonged
+    )
     """real images to show the discriminator, repeats counted"""
     batch_size: int = 32
     """images per step, over all ranks"""
-    micro_batch: int | None = None
-    """images per backward pass and rank; smaller saves memory and accumulates gradients"""
     channel_base: int = 16384
     """feature maps at resolution r: channel_base / r, at most channel_max"""
     channel_max: int = 512
@@ -52,86 +51,55 @@ class GanTrainConfig(CommonOptions):
     """images over which the discriminator sees a standard deviation"""
     conv_clamp: float | None = None
     """bound on activations, 256 in mixed precision"""
-    bf16_resolutions: int = 0
+    bf16_resolutions: Annotated[int, Ge(0)] = 0
     """how many of the highest resolutions run in bfloat16 (mixed precision); for GPUs"""
-    precision: Literal["float32", "float64"] = "float32"
-    """type of weights"""
     lr: float = 0.0025
     """Adam's learning rate for both networks, before the correction for lazy regularisation"""
-    discriminator_lr: float | None = None
+    discriminator_lr: Annotated[float | None, Gt(0)] = None
     """the discriminator's, where it differs"""
-    r1_gamma: float = 1.0
+    r1_gamma: Annotated[float, Ge(0)] = 1.0
     """weight of the gradient penalty on real images"""
-    r1_gamma_later: float | None = None
+    r1_gamma_later: Annotated[float | None, Ge(0)] = None
     """its weight from `r1_gamma_switch` on: a penalty that steadies the beginning holds the discriminator back later"""
-    r1_gamma_switch: int = 0
+    r1_gamma_switch: Annotated[int, Ge(0)] = 0
     """real images after which `r1_gamma_later` holds"""
-    r1_every: int = 16
+    r1_every: Annotated[int, Gt(0)] = 16
     """steps between gradient penalties, which then weigh as much more"""
-    path_length_weight: float = 2.0
+    path_length_weight: Annotated[float, Ge(0)] = 2.0
     """weight of the path length penalty; 0: none"""
-    path_length_every: int = 4
+    path_length_every: Annotated[int, Gt(0)] = 4
     """steps between path length penalties"""
-    style_mixing: float = 0.9
+    style_mixing: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """share of generated images whose later layers take another latent's style"""
     noise: bool = True
     """feed noise to the generator's layers; without, its strengths stay at their zeros (for images without texture)"""
-    ema_half_life_images: int = 10_000
+    ema_half_life_images: Annotated[int, Gt(0)] = 10_000
     """half-life of the generator's moving average"""
-    ema_rampup: float | None = None
+    ema_rampup: Annotated[float | None, Gt(0)] = None
     """bound the half-life to this share of the images seen so far"""
     augment: Literal["none", "blit", "geom", "color", "bg", "bgc"] = "bgc"
     """augmentations in front of the discriminator (ADA)"""
-    augment_p: float | None = None
+    augment_p: Annotated[float | None, Interval(ge=0, le=1)] = None
     """their probability, fixed; by default adapted to ada_target"""
-    ada_target: float = 0.6
+    ada_target: Annotated[float, Interval(ge=0, le=1)] = 0.6
     """mean sign of the discriminator on real images to steer for; above it, it overfits"""
-    ada_images: int = 500_000
+    ada_images: Annotated[int, Gt(0)] = 500_000
     """images in which the probability may move by one"""
-    ada_every: int = 4
+    ada_every: Annotated[int, Gt(0)] = 4
     """steps between adaptations"""
     init_from: str | None = None
     """fine-tune: a run folder, generator.safetensors, or a foreign checkpoint that `convert` reads"""
-    freeze_d: int = 0
+    freeze_d: Annotated[int, Ge(0)] = 0
     """keep the discriminator's first layers as they are (FreezeD); 0: none"""
-    log_every: int = 50
-    """steps between rows of metrics.jsonl"""
-    checkpoint_every: int = 500
-    """steps between checkpoints"""
-    snapshot_every: int = 50_000
+    snapshot_every: Annotated[int, Gt(0), FREE] = 50_000
     """images between grids of samples, and scores"""
-    scores: Literal["none", "digits32", "inception"] = "none"
+    scores: Annotated[Literal["none", "digits32", "inception"], FREE] = "none"
     """feature network whose Fréchet and kernel distances are logged with each snapshot"""
-    score_images: int = 2_000
+    score_images: Annotated[int, Gt(0), FREE] = 2_000
     """generated and real images of a score; published ones take 50,000"""
-    tensorboard: bool = False
-    """write TensorBoard events too (extra: tensorboard)"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "total_images", "batch_size", "lr", "r1_every", "path_length_every", "ema_half_life_images", "ada_images",
-            "ada_every", "log_every", "checkpoint_every", "snapshot_every", "score_images",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
-        for name in (
-            "r1_gamma",
-            "r1_gamma_later",
-            "r1_gamma_switch",
-            "path_length_weight",
-            "freeze_d",
-            "bf16_resolutions",
-        ):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number of at least 0")
-        for name in ("style_mixing", "augment_p", "ada_target"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} {value}: expected a number in 0..1")
-        for name in ("discriminator_lr", "ema_rampup"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value}: expected a number above 0, or None for none")
+        super().__post_init__()
         if self.freeze_d and self.init_from is None:
             raise ValueError("freeze_d is for fine-tuning: pass --init-from too")
         if self.augment == "none" and self.augment_p is not None:
@@ -170,21 +138,10 @@ class GanTrainConfig(CommonOptions):
         )
         return generator, discriminator
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: all but where it is written, the device and what is shown on the way."""
-        free = {
-            "out", "device", "json", "dry_run", "micro_batch", "tensorboard", "snapshot_every", "scores", "score_images",
-            "total_images",  # nothing depends on it: a run may be prolonged
-        }  # fmt: skip
-        return {key: value for key, value in asdict(self).items() if key not in free}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return torch.float64 if self.precision == "float64" else torch.float32
-
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
+        import torch
+
         from triptych_gangealing.stylegan2.discriminator import Discriminator
         from triptych_gangealing.stylegan2.generator import Generator
 
@@ -192,12 +149,7 @@ class GanTrainConfig(CommonOptions):
         with torch.device("meta"):
             networks = Generator(generator), Discriminator(discriminator)
         counts = [sum(p.numel() for p in network.parameters()) for network in networks]
-        return {
-            "config": asdict(self) | {"out": str(self.out)},
-            "generator_parameters": counts[0],
-            "discriminator_parameters": counts[1],
-            "steps": math.ceil(self.total_images / self.batch_size),
-        }
+        return super().resolved() | {"generator_parameters": counts[0], "discriminator_parameters": counts[1]}
 
 
 def auto(resolution: int, ranks: int = 1) -> GanTrainConfig:
@@ -213,7 +165,8 @@ def auto(resolution: int, ranks: int = 1) -> GanTrainConfig:
         r1_gamma=0.0002 * resolution**2 / batch,
         ema_half_life_images=batch * 10_000 // 32,
         ema_rampup=0.05,
-        **_MIXED,
+        conv_clamp=256.0,
+        bf16_resolutions=4,
     )
 
 
@@ -230,8 +183,6 @@ def start(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
             return preset
     return auto(resolution, int(os.environ.get("WORLD_SIZE", 1)))
 
-
-_MIXED = {"conv_clamp": 256.0, "bf16_resolutions": 4 if torch.cuda.is_available() else 0}
 
 _DIGITS = GanTrainConfig(  # coloured jittered digits on two cores
     out=Path("runs/gan-digits32"),
@@ -270,7 +221,8 @@ PRESETS: dict[str, GanTrainConfig] = {
         lr=0.0025,
         r1_gamma=1.0,
         ema_half_life_images=20_000,
-        **_MIXED,
+        conv_clamp=256.0,
+        bf16_resolutions=4,
     ),
     "cifar": GanTrainConfig(
         data="cifar10",
@@ -287,7 +239,8 @@ PRESETS: dict[str, GanTrainConfig] = {
         ema_rampup=0.05,
         path_length_weight=0.0,
         style_mixing=0.0,
-        **_MIXED,
+        conv_clamp=256.0,
+        bf16_resolutions=4,
     ),
     "digits32": _DIGITS,
     "digits32-3": replace(  # one digit, from the finished run of all

@@ -1,12 +1,14 @@
-"""Network files: one safetensors file with a generator's or discriminator's weights, its config and where it comes from."""
+"""Network files, whoever wrote them: ours, one safetensors file with weights, config and origin; or anyone's, by `interop`."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from triptych_common.cli import echo
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
@@ -24,6 +26,90 @@ _FORMAT = ModelFormat(
     made=f"triptych-gangealing train-gan --out FOLDER makes {GENERATOR_FILE}",
     absent="no finished generator; train one with triptych-gangealing train-gan --out {folder}",
 )
+_LEGACY_TORCH = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file with networks in it.
+
+    generator, discriminator: build them, in float32 on the CPU for evaluation, beside their tensors by NVIDIA's names as the
+    file has them; None where it has none. Building raises ValueError, one line, for what cannot be represented.
+    """
+
+    path: Path
+    format: str
+    generator: Callable[[], tuple[Generator, dict[str, Tensor]]] | None = None
+    discriminator: Callable[[], tuple[Discriminator, dict[str, Tensor]]] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def load_generator(path: str | Path) -> Generator:
+    """The generator of a file, the averaged one where it has several, or one that ships ("digits32", "digits32-3").
+
+    Raises FileNotFoundError where there is no file; ValueError, one line naming what is wrong, for one that is damaged, would run
+    code, holds no generator, or one that contradicts its own settings.
+    """
+    source = open_networks(path)
+    if source.generator is None:
+        raise ValueError(f"{path}: holds no generator")
+    return source.generator()[0]
+
+
+def load_discriminator(path: str | Path) -> Discriminator:
+    """The same of its discriminator."""
+    source = open_networks(path)
+    if source.discriminator is None:
+        raise ValueError(f"{path}: holds no discriminator")
+    return source.discriminator()[0]
+
+
+def open_networks(path: str | Path) -> Source:
+    """What a file holds, by its content; of a folder, our own files in it. Raises as `load_generator`."""
+    # Readers of foreign files are imported where one is met: training from a file of ours needs none of them.
+    path = locate(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _own(path)
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY_TORCH))
+    if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
+        from triptych_gangealing.stylegan2.interop import read_rosinality
+
+        return read_rosinality(path)
+    from triptych_gangealing.stylegan2.interop import read_pickle
+
+    return read_pickle(path)
+
+
+def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
+    """Replace the weights of both networks by those of `source`: a run folder, a file of ours, or a foreign checkpoint.
+
+    A source without a discriminator leaves that one freshly initialised, and says so.
+    Raises ValueError naming the first tensor that does not fit, FileNotFoundError where there is nothing.
+    """
+    found = open_networks(source)
+    if found.generator is None:
+        raise ValueError(f"{source}: holds no generator to start from")
+    _copy_weights(found.generator()[0], generator, source)
+    if found.discriminator is None:
+        echo(f"{source}: no discriminator in it; one is trained from scratch")
+    else:
+        _copy_weights(found.discriminator()[0], discriminator, source)
+
+
+@torch.no_grad()
+def _copy_weights(source: nn.Module, target: nn.Module, where: str) -> None:
+    theirs, ours, kind = source.state_dict(), target.state_dict(), type(target).__name__.lower()
+    for name in [*ours, *theirs]:
+        has, wants = (tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours))
+        if has != wants:
+            raise ValueError(
+                f"{where}: {kind} has {name} {has}, this config wants {wants}; "
+                "pass its own resolution, channels, z_dim, classes and architecture"
+            )
+    target.load_state_dict(theirs)
 
 
 def locate(name: str | Path) -> Path:
@@ -66,3 +152,15 @@ def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Loaded:
         network = Discriminator(DiscriminatorConfig(**facts["config"]))
     network.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
     return Loaded(network.requires_grad_(False).eval(), facts)
+
+
+def _own(path: Path) -> Source:
+    files = [path / name for name in (GENERATOR_FILE, DISCRIMINATOR_FILE)] if path.is_dir() else [path]
+    loaded = [read_network(file) for file in files if not path.is_dir() or file.exists()]
+    if not loaded:
+        raise FileNotFoundError(f"{path}: no {GENERATOR_FILE} or {DISCRIMINATOR_FILE} in this folder")
+    found: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
+    for network, _ in loaded:
+        name = "generator" if isinstance(network, Generator) else "discriminator"
+        found[name] = lambda network=network: (network, network.state_dict())
+    return Source(path, "triptych", **found)

@@ -8,15 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from triptych_common import workers
 from triptych_common.cli import echo
 from triptych_common.progress import Progress
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory, differences
 
 from triptych_gpt.tasks import Cohort, Task
+from triptych_gpt.zoo import PRELOAD
 from triptych_gpt.zoo.cohorts import Work, cohorts, collect_cohort, recipe_digest, split_of
 from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig, measured
-from triptych_gpt.zoo.engines import ENGINES, devices
 from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
 from triptych_gpt.zoo.store import SHARDS
 
@@ -117,12 +118,15 @@ def _damaged(manifest: Manifest, config: CollectConfig) -> list[Work]:
 
 def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config: CollectConfig) -> None:
     total = sum(len(unit.cohort.runs) for unit in units)
-    workers = min(config.processes, len(units))
+    processes = min(config.processes, len(units))
     at_once = min(units[0].networks_at_once, max(len(unit.cohort.runs) for unit in units))
     echo(
-        f"{total:,} runs in {_count(len(units), 'cohort')}, {at_once} networks at once in each of {_count(workers, 'process')}"
+        f"{total:,} runs in {_count(len(units), 'cohort')}, {at_once} networks at once in each of {_count(processes, 'process')}"
     )
-    results = ENGINES[config.engine](collect_cohort, units, devices(config.on, workers))
+    results = workers.run(
+        config.engine, collect_cohort, units, workers.devices(config.on, processes), preload=PRELOAD,
+        remedy="use fewer --workers or a smaller --cohort-runs, and repeat", extra="triptych-gpt[ray]",
+    )  # fmt: skip
     with Progress("collecting", total, "run") as progress:
         progress.at(0)
         try:

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE
 from triptych_common.storage.run import RunDirectory
-from triptych_dit.samples_file import read_npz
+from triptych_dit.objective import mean_mse, open_training_data
+from triptych_dit.sample import read_npz
 from triptych_dit.sampling import sample_images
-from triptych_dit.training_data import open_training_data
-from triptych_dit.validation import mean_mse
 from triptych_dit.weights import load_model
 
 from triptych_thesis.chapter2.context import Bench, Draw

@@ -9,7 +9,7 @@ import torch
 from triptych_common.images import image_grid, png_bytes
 from triptych_common.storage.atomic import write_bytes
 from triptych_dit.flops import gflops
-from triptych_dit.samples_file import read_batches
+from triptych_dit.sample import read_batches
 
 from triptych_thesis.chapter2.context import Bench, Draw
 from triptych_thesis.chapter2.scoring import METRICS

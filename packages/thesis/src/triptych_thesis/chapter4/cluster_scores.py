@@ -1,4 +1,4 @@
-"""How well clusters found without labels agree with the true digits, beside k-means on aligned pixels."""
+"""How well clusters found without labels agree with the true digits, beside k-means on pixels; `triptych score-clusters`."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +11,7 @@ from triptych_common.cli import CommonOptions, echo
 from triptych_common.images import from_uint8
 from triptych_common.metrics.bootstrap import Estimate, bootstrap
 from triptych_common.storage.atomic import write_json
-from triptych_gangealing.align_config import open_aligner
-from triptych_gangealing.aligner import Aligner
+from triptych_gangealing.aligner import Aligner, open_aligner
 from triptych_gangealing.baselines.moments import ink, moments
 from triptych_gangealing.clustering import purity
 from triptych_gangealing.encoders.descriptor import Groups
@@ -20,8 +19,8 @@ from triptych_gangealing.keypoints.evaluate import Data
 from triptych_gangealing.keypoints.synthetic import Posed, posed_digits
 from triptych_gangealing.warp import Warp
 
-from triptych_thesis.chapter4.targets import CLUSTERS, K_MEANS
-
+CLUSTERS = "GANgealing's clusters: k-means on a contrastive descriptor"  # the alignment itself has no part in them
+K_MEANS = "k-means, moments-aligned pixels"
 RESTARTS = 10
 TRAINING = 4  # times as many digits for k-means on pixels to learn from
 
@@ -46,7 +45,14 @@ class ClustersConfig(CommonOptions):
 
 @dataclass(frozen=True)
 class ClusterScores:
-    """Purity and normalised mutual information with the labels; the largest cluster's share. 95% intervals resample digits."""
+    """Scores of one assignment of n images to clusters; 95% intervals resample digits.
+
+    Args:
+        n: number of images.
+        purity: share of images whose label is the most frequent one of their cluster.
+        nmi: normalised mutual information of clusters and labels.
+        largest: the largest cluster's share of the images.
+    """
 
     n: int
     purity: Estimate
@@ -54,6 +60,7 @@ class ClusterScores:
     largest: float
 
     def as_dict(self) -> dict[str, Any]:
+        """The scores as JSON holds them."""
         return {"n": self.n, "purity": self.purity._asdict(), "nmi": self.nmi._asdict(), "largest": self.largest}
 
 
@@ -65,9 +72,16 @@ def cluster_scores(
     seed: int = 0,
     groups: Int[Tensor, " n"] | None = None,
 ) -> ClusterScores:
-    """Of an assignment. One cluster for each image would be pure: compare equal numbers of clusters only.
+    """Score an assignment of images to clusters against their labels.
 
-    groups: of images that show one object, for intervals.
+    One cluster for each image would be pure, so compare equal numbers of clusters only.
+
+    Args:
+        clusters: each image's cluster.
+        labels: each image's true class.
+        repeats: resamples for the intervals.
+        seed: of the resampling.
+        groups: images of one group show one object and are resampled together.
     """
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -85,38 +99,38 @@ def cluster_scores(
 
 
 def compare_clusters(aligner: Aligner, images: int, seed: int = 0, source: Data = "mnist5k") -> dict[str, Any]:
-    """Scores of an aligner's clusters of held-out digits of all classes, and of as many by k-means on pixels, by name.
+    """Scores of an aligner's clusters of held-out digits of all classes, and of as many clusters by k-means on pixels.
 
-    Raises ValueError for an aligner of one cluster.
+    Returns the number of clusters, and scores by method. Raises ValueError for an aligner of one cluster.
     """
     heads = aligner.config.heads
     if heads == 1:
         raise ValueError("clusters: the aligner has one; pass --aligner of a training with --clusters")
     training = posed_digits(TRAINING * images, seed, None, split="train", source=source)
     held_out = posed_digits(images, seed + 1, None, source=source)
-    found = {
+    assigned = {
         CLUSTERS if isinstance(aligner.classifier, Groups) else "GANgealing's clusters": _assigned(aligner, held_out),
         K_MEANS: kmeans_clusters(training, held_out, heads, seed),
     }
     jitters = held_out.jitters
     scores = {
         name: cluster_scores(clusters, jitters.label, seed=seed, groups=jitters.digit).as_dict()
-        for name, clusters in found.items()
+        for name, clusters in assigned.items()
     }
     return {"clusters": heads, **scores}
 
 
 def score_clusters(config: ClustersConfig) -> dict[str, Any]:
-    """Score and write clusters.json. Raises ValueError or OSError for what is no aligner, or one of one cluster."""
+    """Score and write clusters.json. Raises ValueError or OSError for a file that is no aligner, or an aligner of one cluster."""
     aligner, _ = open_aligner(config.aligner, config.device)
-    found = compare_clusters(aligner, config.images, config.seed, config.data)
-    for name, scores in found.items():
-        if isinstance(scores, dict):
-            echo(f"{name}: purity {Estimate(**scores['purity'])}, mutual information {Estimate(**scores['nmi'])}")
+    scores = compare_clusters(aligner, config.images, config.seed, config.data)
+    for name, each in scores.items():
+        if isinstance(each, dict):
+            echo(f"{name}: purity {Estimate(**each['purity'])}, mutual information {Estimate(**each['nmi'])}")
     settings = {**asdict(config), "out": str(config.out), "aligner": str(config.aligner)}
-    write_json(config.out / "clusters.json", {"config": settings, "scores": found})
+    write_json(config.out / "clusters.json", {"config": settings, "scores": scores})
     echo(f"scores: {config.out / 'clusters.json'}")
-    return {"scores": found, "file": str(config.out / "clusters.json")}
+    return {"scores": scores, "file": str(config.out / "clusters.json")}
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""Make a run's averaged generator one of those that ship: `python -m triptych_thesis.chapter4.embed RUN NAME`.
+"""Make a run's averaged generator one that ships with the library: `python -m triptych_thesis.chapter4.embed RUN NAME`.
 
-Its file then tells by which command, seed and commit it was trained, for how long, and how far its images are from held-out
-digits in the frozen instrument's features, beside what real ones score.
+The file's facts record command, seed, commit and length of its training, and how far its images are from held-out digits in
+the frozen instrument's features, beside what real digits score.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 from triptych_common.images import image_grid, write_png
 from triptych_common.storage import checkpoint
-from triptych_gangealing.instrument import gan_scores, load_instrument
-from triptych_gangealing.stylegan2.snapshots import sample_images
+from triptych_gangealing.stylegan2.generator import Generator, sample_images
+from triptych_gangealing.stylegan2.instrument import gan_scores, load_instrument
 from triptych_gangealing.stylegan2.train_config import PRESETS
 from triptych_gangealing.stylegan2.weights import EMBEDDED, GENERATOR_FILE, read_network, write_network
 
@@ -20,11 +20,13 @@ IMAGES, COLUMNS, LIMIT_BYTES = 1_000, 16, 5_000_000
 
 
 def embed(run: Path, name: str, folder: Path = EMBEDDED) -> dict[str, Any]:
-    """Write `folder`/NAME.safetensors and NAME.png, a grid; returns the facts that the former carries.
+    """Write `folder`/NAME.safetensors, with its facts, and NAME.png, a grid of its images; returns the facts.
 
-    Raises FileNotFoundError for a run that is not finished, ValueError for a generator too large to ship.
+    Raises FileNotFoundError for an unfinished run, ValueError for a generator too large to ship.
     """
     generator, facts = read_network(run / GENERATOR_FILE)
+    if not isinstance(generator, Generator):
+        raise ValueError(f"{run / GENERATOR_FILE}: expected a generator")
     made = json.loads((run / "config.json").read_text())
     images = sample_images(generator, range(IMAGES))
     digit = facts["data"].partition(":")[2]

@@ -6,7 +6,7 @@ Each takes days, so they are not run from here: this writes them down, and repor
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from triptych_common.cli import echo
 from triptych_common.storage.atomic import write_json, write_text
@@ -15,12 +15,12 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gangealing.aligner import FILE
 from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
 
-from triptych_thesis.chapter4 import ablations
-from triptych_thesis.study.old_report import Report
+from triptych_thesis.chapter4.sizes import LPIPS_ROWS, TABLE_4_3, ablation, folder_name
+from triptych_thesis.study.experiment import Picture, Section, Table
+from triptych_thesis.study.report import Report
+from triptych_thesis.study.runner import refuse_torchrun
 
-if TYPE_CHECKING:
-    from triptych_thesis.chapter4.command import ReproduceConfig
-
+PAPER = "paper"
 DATASETS = ("bicycle", "cat", "dog", "tv", "celeba", "cub", "car", "horse")
 GPUS = 8
 TORCHRUN = f"torchrun --nproc-per-node {GPUS} -m triptych_gangealing.cli"
@@ -30,7 +30,7 @@ SSL_VGG = "simclr_vgg_phase150.pt"
 
 @dataclass(frozen=True)
 class PaperRun:
-    """One training run of the thesis: where its settings start from, and what they are."""
+    """One training run of the thesis: the preset it starts from, and its settings."""
 
     name: str
     preset: str
@@ -47,17 +47,20 @@ class PaperRun:
         return shlex.join(words)
 
     @property
+    def trained(self) -> bool:
+        return (self.config.out / FILE).exists()
+
+    @property
     def state(self) -> str:
         """How far it has come."""
-        if (self.config.out / FILE).exists():
+        if self.trained:
             return "trained"
         images = self.last.get("images")
         if images is not None:
             return f"{images:,} of {self.config.total_images:,} images"
-        missing = [
-            path for path in (Path(self.config.generator), self.config.distance_weights) if path and not path.exists()
-        ]
-        return f"needs {' and '.join(map(str, missing))}" if missing else "ready to train"
+        needed = [Path(self.config.generator), *[self.config.distance_weights] * bool(self.config.distance_weights)]
+        missing = [str(path) for path in needed if path and not path.exists()]
+        return f"needs {' and '.join(missing)}" if missing else "ready to train"
 
     @property
     def last(self) -> dict[str, Any]:
@@ -66,86 +69,86 @@ class PaperRun:
         return rows[-1] if rows else {}
 
 
-def paper_runs(config: "ReproduceConfig") -> list[PaperRun]:
-    """The data sets asked for; with `all`, also the rows of Table 4.3 other than the cats of Table 4.1."""
-    runs, datasets = [], config.datasets or DATASETS
-    for name in datasets:
-        out = config.folder / name
-        runs.append(PaperRun(name, name, _settled(config, PRESETS[name], out, name, config.lpips_weights)))
-    if config.all:
-        start = PRESETS["cat-ssl"]
-        for row, published in ablations.THESIS.items():
-            if not published:
+@dataclass(frozen=True)
+class Paper:
+    """The thesis's runs that a study asks for (see the options of `Chapter4`)."""
+
+    folder: Path
+    seed: int
+    device: str
+    datasets: tuple[str, ...]
+    generators: Path
+    lpips_weights: Path | None
+    all_rows: bool
+
+    def runs(self) -> list[PaperRun]:
+        """The data sets; with `all_rows`, also the rows of Table 4.3 other than the cats of Table 4.1."""
+        runs = [
+            PaperRun(name, name, self._placed(PRESETS[name], self.folder / name, name, self.lpips_weights))
+            for name in self.datasets
+        ]
+        for row, published in TABLE_4_3.items() if self.all_rows else ():
+            if not published or (row == "LPIPS, complete" and "cat" in self.datasets):  # the data set cat is that row
                 continue
-            lpips = row in ablations.LPIPS
-            vgg = config.lpips_weights if lpips else config.generators / SSL_VGG
-            changed = ablations.ablation(row, start, num_ws=NUM_WS, w_dim=W_DIM, vgg=vgg)
-            out = config.folder / "ablations" / ablations.folder_name(row)
-            if row != "LPIPS, complete" or "cat" not in datasets:  # else the preset cat is that row
-                settled = _settled(config, changed, out, "cat", vgg)
-                runs.append(PaperRun(f"Table 4.3, {row}", "cat" if lpips else "cat-ssl", settled))
-    return runs
+            lpips = row in LPIPS_ROWS
+            vgg = self.lpips_weights if lpips else self.generators / SSL_VGG
+            config = ablation(row, PRESETS["cat-ssl"], num_ws=NUM_WS, w_dim=W_DIM, vgg=vgg)
+            config = self._placed(config, self.folder / "ablations" / folder_name(row), "cat", vgg)
+            runs.append(PaperRun(f"Table 4.3, {row}", "cat" if lpips else "cat-ssl", config))
+        return runs
 
+    def _placed(self, config: AlignTrainConfig, out: Path, generator: str, vgg: Path | None) -> AlignTrainConfig:
+        """Settings with this study's paths, seed and device. A generator's file may be of any form that can be read."""
+        forms = [self.generators / f"{generator}{ending}" for ending in (".pkl", ".pt", ".safetensors", "")]
+        path = next((form for form in forms if form.exists()), forms[0])
+        return replace(config, out=out, generator=str(path), distance_weights=vgg, seed=self.seed, device=self.device)
 
-def _settled(
-    config: "ReproduceConfig", settings: AlignTrainConfig, out: Path, generator: str, vgg: Path | None
-) -> AlignTrainConfig:
-    """With paths, seed and device of a reproduction. A generator may be of any form that can be read."""
-    forms = [config.generators / f"{generator}{ending}" for ending in (".pkl", ".pt", ".safetensors", "")]
-    path = next((form for form in forms if form.exists()), forms[0])
-    return replace(settings, out=out, generator=str(path), distance_weights=vgg, seed=config.seed, device=config.device)
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints."""
+        return {"runs": {run.name: {"command": run.command, **run.config.resolved()} for run in self.runs()}}
 
+    def write(self) -> dict[str, Any]:
+        """Write commands.sh, results.json and report.html on what is to run and what has run; returns the results."""
+        refuse_torchrun()
+        runs = self.runs()
+        results = {
+            "chapter": 4,
+            "size": PAPER,
+            "seed": self.seed,
+            "runs": {
+                run.name: {
+                    "command": run.command, "state": run.state, "last": run.last, "settings": run.config.identity(),
+                    "distance_weights": None if run.config.distance_weights is None else str(run.config.distance_weights),
+                }
+                for run in runs
+            },
+            **provenance(),
+        }  # fmt: skip
+        for run in runs:
+            echo(f"# {run.name}: {run.state}\n{run.command}")
+        lines = ["#!/bin/sh", "# Repeating a command resumes it.", "set -e", *(run.command for run in runs)]
+        write_text(self.folder / "commands.sh", "\n".join(lines) + "\n")
+        write_json(self.folder / "results.json", results)
+        trained = f"{sum(run.trained for run in runs)} of {len(runs)} runs trained"
+        self._report(runs, trained).write(self.folder / "report.html")
+        echo(f"wrote {self.folder / 'report.html'}: {trained}")
+        return results
 
-def reproduce_paper(config: "ReproduceConfig") -> dict[str, Any]:
-    """Write commands.sh, results.json and report.html of what is to run and what has run; returns the results."""
-    runs = paper_runs(config)
-    results = {
-        "chapter": 4,
-        "size": config.size,
-        "seed": config.seed,
-        "runs": {
-            run.name: {
-                "command": run.command, "state": run.state, "last": run.last, "settings": run.config.identity(),
-                "distance_weights": None if run.config.distance_weights is None else str(run.config.distance_weights),
-            }
+    def _report(self, runs: list[PaperRun], trained: str) -> Report:
+        rows = [
+            (run.name, run.state, f"{run.last['distance']:.4f}" if run.last else "", run.last.get("images", ""))
             for run in runs
-        },
-        **provenance(),
-    }  # fmt: skip
-    for run in runs:
-        echo(f"# {run.name}: {run.state}\n{run.command}")
-    lines = ["#!/bin/sh", "# Repeating a command resumes it.", "set -e", *(run.command for run in runs)]
-    write_text(config.folder / "commands.sh", "\n".join(lines) + "\n")
-    write_json(config.folder / "results.json", results)
-    _report(config, runs)
-    echo(f"wrote {config.folder / 'report.html'}: {_trained(runs)}")
-    return results
-
-
-def _trained(runs: list[PaperRun]) -> str:
-    return f"{sum(run.state == 'trained' for run in runs)} of {len(runs)} runs trained"
-
-
-def _report(config: "ReproduceConfig", runs: list[PaperRun]) -> None:
-    report = Report(
-        title="Eight data sets learn to stand in line",
-        subtitle=f"Chapter 4 (GANgealing), size {config.size}, seed {config.seed}: the thesis's own settings.",
-        findings=[
-            f"{_trained(runs)}. What is missing is trained by the commands below, on {GPUS} GPUs.",
-            "No PCK here: SPair-71k and CUB are not read yet. Pictures are of generated images.",
-        ],
-    )
-    header = ["run", "state", "distance to targets", "images"]
-    rows = [
-        [run.name, run.state, f"{run.last['distance']:.4f}" if run.last else "", run.last.get("images", "")]
-        for run in runs
-    ]
-    report.table(header, rows)
-    for run in runs:
-        pictures = sorted((run.config.out / "samples").glob("images-*.png"))
-        if pictures:
-            caption = f"{run.name}, {pictures[-1].stem}: generated images, aligned, and their targets."
-            report.figures((pictures[-1].read_bytes(), caption))
-    report.heading("Commands")
-    report.code("\n".join(run.command for run in runs))
-    report.write(config.folder / "report.html")
+        ]
+        pictures = []
+        for run in runs:
+            if files := sorted((run.config.out / "samples").glob("images-*.png")):
+                caption = f"{run.name}, {files[-1].stem}: generated images, aligned, and their targets."
+                pictures.append(Picture(files[-1].read_bytes(), caption))
+        return Report(
+            title="Eight data sets learn to stand in line",
+            headline=f"{trained}; the commands below train the others, on {GPUS} GPUs.",
+            setting=f"Chapter 4 (GANgealing), size {PAPER}, seed {self.seed}: the thesis's own settings. "
+            "No PCK here: SPair-71k and CUB are not read yet.",
+            sections=[Section("Runs", pictures, [Table(("run", "state", "distance to targets", "images"), rows)])],
+            command="\n".join(run.command for run in runs),
+        )

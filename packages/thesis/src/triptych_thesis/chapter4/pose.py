@@ -6,8 +6,8 @@ images should all show their digits alike; how they show them is up to the metho
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -100,6 +100,11 @@ class PoseErrors:
     median_rotation_deg: Estimate
     median_log_scale: Estimate
     median_shift_px: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        """The errors as JSON holds them."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in found.items()}
 
 
 def pose_errors(
@@ -198,4 +203,5 @@ def sharpness(
 
     both = torch.cat([aligned, at_mode], dim=1)
     ratio = bootstrap(gain, both, repeats=repeats, seed=seed, groups=jitters.digit)
-    return Sharpness(*(float(mean_gradient(stack.mean(0))) for stack in (aligned, at_mode, upright)), ratio)
+    gradients = [float(mean_gradient(stack.mean(0))) for stack in (aligned, at_mode, upright)]
+    return Sharpness(gradients[0], gradients[1], gradients[2], ratio)

@@ -16,7 +16,7 @@ from triptych_common.images import from_uint8
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import git_commit
 from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32, Jitters
-from triptych_gangealing.instrument import NAME, PARTS, feature_network, reading
+from triptych_gangealing.stylegan2.instrument import NAME, PARTS, feature_network, reading
 from triptych_gangealing.stylegan2.weights import EMBEDDED
 
 SEED, STEPS, BATCH = 7, 4_400, 100  # the seed is no generator's: its jitters are others

@@ -5,8 +5,10 @@ how numbers were made folds out.
 """
 
 import base64
+import re
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; } h2 { font-size: 1
 a { color: var(--accent); } .headline { font-size: 1.1rem; margin: .4rem 0 .8rem; }
 .soft, figcaption, caption, .note { color: var(--soft); font-size: .88rem; }
 figure { margin: .8rem 0; } img { max-width: 100%; height: auto; } .pixels { image-rendering: pixelated; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; margin: .6rem 0 1.2rem; } .number { white-space: nowrap; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; caption-side: bottom; padding-top: .5rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } pre { background: #f0f0ec; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
@@ -39,8 +42,12 @@ th { font-weight: 600; } pre { background: #f0f0ec; padding: .8rem 1rem; overflo
 nav { font-size: .9rem; margin: 1rem 0; } nav a { margin-right: .9rem; white-space: nowrap; }
 summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
 .mark { font-weight: 700; } .confirmed { color: #0b7a5e; } .refuted { color: #b03a2e; } .undecided { color: #8a6d1f; }
+@media (max-width: 40rem) {
+  #verdicts thead { display: none; } #verdicts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--line); }
+  #verdicts td { display: inline; border: 0; padding: 0 .3rem 0 0; } #verdicts td.soft:not(:empty)::before { content: "against "; }
+}
 @media (min-width: 52rem) {
-  .first { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.6rem; align-items: start; }
+  .beside { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.6rem; align-items: start; }
 }
 </style>
 </head>
@@ -49,21 +56,28 @@ summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
 src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</figcaption></figure>{% endmacro %}
 {% macro table(t) %}{% if t.folded %}<details><summary>{{ t.caption.split(".")[0] }}</summary>{% endif %}
 <div class="scroll"><table>{% if t.caption %}<caption>{{ t.caption }}</caption>{% endif %}<thead><tr>{% for h in t.header %}
-<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for row in t.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}
-</tr>{% endfor %}</tbody></table></div>{% if t.folded %}</details>{% endif %}{% endmacro %}
+<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for row in t.rows %}<tr>{% for cell in row %}
+<td>{{ cell | kept }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% if t.folded %}</details>{% endif %}{% endmacro %}
 <h1>{{ report.title }}</h1>
 <p class="headline">{{ report.headline }}</p>
-<div class="first"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
-<div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead><tbody>
-{% for v, name in report.verdicts %}<tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
-<td>{{ name }}</td><td>{% for e in v.shown %}<div>{% if e.verdict %}<span class="mark {{ e.verdict }}" title="{{ e.verdict }}">
-{{- marks[e.verdict] }}</span> {% endif %}{{ e.what }}: {{ e.ours }}{% if e.beside -%}
-{{ " " }}<span class="soft">against {{ e.beside }}</span>{% endif %}</div>{% else %}{{ v.why }}{% endfor %}</td></tr>{% endfor %}
-</tbody></table></div></div>
-<p class="soft">{{ report.setting }}{% for mark, verdict in legend %} <span class="mark {{ verdict }}">{{ mark }}
-{{- " " }}{{ verdict }}</span>
-{%- endfor %}.</p>
-<nav>{% for s in report.sections %}<a href="#{{ loop.index }}">{{ s.title }}</a> {% endfor %}<a href="#evidence">Evidence</a>
+<div class="{{ "beside" if report.beside }}"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
+{% if report.verdicts %}
+<div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>here</th><th>against</th></tr></thead>
+{% for v, name in report.verdicts %}{% set single = v.shown[0] if v.shown | length == 1 and not v.shown[0].verdict %}
+<tbody id="{{ v.claim }}"><tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
+{% if single %}
+<td>{{ name }}<div class="soft">{{ single.what }}</div></td><td>{{ single.ours | kept }}</td>
+<td class="soft">{{ single.beside | kept }}</td></tr>
+{% else %}<td colspan="3">{{ name }}{% if not v.shown %}<div class="soft">{{ v.why }}</div>{% endif %}</td></tr>
+{% for e in v.shown %}<tr><td></td><td><span class="mark {{ e.verdict }}" title="{{ e.verdict }}">{{ marks[e.verdict] }}</span>
+{{ e.what }}</td><td>{{ e.ours | kept }}</td><td class="soft">{{ e.beside | kept }}</td></tr>{% endfor %}
+{% endif %}</tbody>{% endfor %}
+</table></div>{% endif %}</div>
+<p class="soft">{{ report.setting }}
+{% for mark, verdict in legend %} <span class="mark {{ verdict }}">{{ mark }}</span> {{ verdict }}
+{{- "." if loop.last else "," }}{% endfor %}</p>
+<nav>{% for s in report.sections %}<a href="#{{ loop.index }}">{{ s.title }}</a> {% endfor %}
+{% if report.verdicts %}<a href="#evidence">Evidence</a> {% endif %}
 <a href="#made">How this was made</a></nav>
 {% for s in report.sections %}<h2 id="{{ loop.index }}">{{ s.title }}</h2>
 {% if s.pictures %}<div class="row">{% for p in s.pictures %}{{ picture(p) }}{% endfor %}</div>{% endif %}
@@ -73,11 +87,11 @@ src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</fi
 {% for name, path in links.items() %}<a href="{{ path | urlencode }}">{{ name }}</a> {% endfor %}</li>{% endfor %}</ul></details>
 {% endfor %}
 {% endfor %}
-<h2 id="evidence">Evidence</h2>
-{{ table(report.evidence) }}
+{% if report.verdicts %}<h2 id="evidence">Evidence</h2>
+{{ table(report.evidence) }}{% endif %}
 <h2 id="made">How this was made</h2>
 <pre>{{ report.command }}</pre>
-<details><summary>Settings, versions and times</summary>{{ table(report.facts) }}</details>
+{% if report.facts %}<details><summary>Settings, versions and times</summary>{{ table(report.facts) }}</details>{% endif %}
 </body>
 </html>
 """
@@ -86,6 +100,8 @@ INTERVALS_DECIDE = (
     "Confirmed: every comparison that the claim consists of has its whole 95% interval on the claimed side; refuted: one lies "
     "wholly on the other side; undecided otherwise. Comparisons are not corrected for their number."
 )
+
+WIDE = 2  # width over height from which on a picture takes the page's whole width
 
 
 @dataclass
@@ -96,31 +112,37 @@ class Report:
         title: what was done, in a few words.
         headline: the one sentence to take away.
         setting: size, seed, commit, time and hardware, on one line.
+        command: what a reader types to make this page.
         pictures: what was made beside what it is compared with; one, two where they belong together.
         verdicts: each with the item of the thesis that makes the claim, such as "Figure 2.5: adaLN-Zero is the best design".
         sections: the experiments.
-        rule: how verdicts follow from the evidence.
-        command: what a reader types to make this page.
         facts: settings, versions, times: rows of name and value.
+        rule: how verdicts follow from the evidence.
     """
 
     title: str
     headline: str
     setting: str
-    pictures: Sequence[Picture]
-    verdicts: Sequence[tuple[Verdict, str]]
     command: str
-    facts: Table
-    sections: list[Section] = field(default_factory=list)
+    pictures: Sequence[Picture] = ()
+    verdicts: Sequence[tuple[Verdict, str]] = ()
+    sections: Sequence[Section] = ()
+    facts: Table | None = None
     rule: str = INTERVALS_DECIDE
+
+    @property
+    def beside(self) -> bool:
+        """Whether the first screen has the table beside its pictures: below them where one is wide."""
+        sizes = [struct.unpack(">II", picture.png[16:24]) for picture in self.pictures]  # from the header of a PNG file
+        return bool(sizes) and all(width <= WIDE * height for width, height in sizes)
 
     @property
     def evidence(self) -> Table:
         """Every measured quantity behind the verdicts."""
         rows = [
-            (name, MARKS[each.verdict or verdict.verdict], each.what, each.ours, each.against, each.thesis)
+            ("" if i else name, MARKS[each.verdict or verdict.verdict], each.what, each.ours, each.against, each.thesis)
             for verdict, name in self.verdicts
-            for each in verdict.evidence
+            for i, each in enumerate(verdict.evidence)
         ]
         rows += [(name, MARKS[v.verdict], v.why, "", "", "") for v, name in self.verdicts if v.why]
         caption = f"A verdict speaks of this size alone, never of the thesis's. {self.rule}"
@@ -134,9 +156,11 @@ class Report:
         for path in (path for _, links in rows for path in links.values()):
             if path.startswith("/") or ".." in path or ":" in path:
                 raise ValueError(f"link {path}: expected a path below the page's folder")
-        template = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
-        present = dict.fromkeys(verdict.verdict for verdict, _ in self.verdicts)
-        legend = [(MARKS[verdict], verdict) for verdict in present]
+        environment = Environment(autoescape=True, trim_blocks=True)
+        environment.filters["kept"] = _kept
+        template = environment.from_string(_TEMPLATE)
+        shown = [each.verdict for verdict, _ in self.verdicts for each in (verdict, *verdict.shown) if each.verdict]
+        legend = [(MARKS[verdict], verdict) for verdict in dict.fromkeys(shown)]
         return template.render(
             report=self, marks=MARKS, legend=legend, encoded=lambda png: base64.b64encode(png).decode()
         )
@@ -144,6 +168,13 @@ class Report:
     def write(self, path: Path) -> None:
         """Write the page atomically. Raises as `html`, and OSError when the disk refuses."""
         write_text(path, self.html())
+
+
+def _kept(text: Any) -> Any:
+    """HTML of a text in which numbers stay on one line with their intervals."""
+    from markupsafe import Markup
+
+    return Markup(re.sub(r"\S+ \[[^][]+\]", r'<span class="number">\g<0></span>', escape(str(text))))
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:

@@ -173,13 +173,18 @@ class Stopwatch:
                 write_json(self.path, self.seconds)
 
 
+def refuse_torchrun() -> None:
+    """Raise ValueError on several ranks, which would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("reproduce is for one process; use the libraries' own commands under torchrun, then repeat it")
+
+
 def run(study: Study) -> dict[str, Any]:
     """Run what is missing of a study's chosen experiments; returns the content of results.json.
 
     Raises what training, sampling and measuring raise, and ValueError under torchrun.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("reproduce is for one process; use the libraries' own commands under torchrun, then repeat it")
+    refuse_torchrun()
     study.check()
     context = study.context()
     with RunDirectory(study.folder, study.identity()) as directory:

@@ -17,8 +17,8 @@ from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp
 from triptych_thesis import cli
+from triptych_thesis.chapter4.alignment_scores import score
 from triptych_thesis.chapter4.cluster_scores import cluster_scores
-from triptych_thesis.chapter4.evaluate import score
 from triptych_thesis.chapter4.pose import pose_errors
 
 command = partial(run_here, cli.run)

@@ -1,0 +1,18 @@
+from .datasets import (
+    DATASETS as DATASETS,
+    ImageDataset as ImageDataset,
+    in_memory as in_memory,
+    load as load,
+    load_folder as load_folder,
+    open_source as open_source,
+)
+from .decoding import (
+    ImageTooSmall as ImageTooSmall,
+    UnreadableImage as UnreadableImage,
+    center_crop as center_crop,
+    decode as decode,
+    to_tensor as to_tensor,
+)
+from .folder import ImageFolder as ImageFolder
+from .hub import HubImages as HubImages
+from .source import ImageSource as ImageSource

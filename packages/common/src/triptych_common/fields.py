@@ -1,0 +1,164 @@
+"""Constraints on the fields of settings: declared beside the type, checked by one function.
+
+    @dataclass(frozen=True)
+    class Settings(Checked):
+        batch_size: Annotated[int, Gt(0)] = 64
+        micro_batch: Annotated[int | None, Ge(1), FREE] = None
+        precision: Literal["float32", "bf16"] = "float32"
+
+    Settings(batch_size=0)  # ValueError: batch_size 0: expected a number above 0
+
+A subclass that declares a field again, for another default or help text, keeps the constraints and marks of its bases.
+"""
+
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from inspect import get_annotations
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Bounds of a number, or of every number of a tuple; NaN lies within none.
+
+    wanted: what an error says was expected, instead of the bounds.
+    """
+
+    gt: float | int | None = None
+    ge: float | int | None = None
+    lt: float | int | None = None
+    le: float | int | None = None
+    wanted: str | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(number in self for number in value)
+        return (
+            (self.gt is None or value > self.gt)
+            and (self.ge is None or value >= self.ge)
+            and (self.lt is None or value < self.lt)
+            and (self.le is None or value <= self.le)
+        )
+
+    def expected(self, value: Any) -> str:
+        """What was expected instead of `value`, for an error."""
+        if self.wanted is not None:
+            return self.wanted
+        if self.ge is not None and self.le is not None:
+            return f"{'a number in ' if isinstance(value, float) else ''}{self.ge}..{self.le}"
+        words = ("above", self.gt), ("at least", self.ge), ("below", self.lt), ("at most", self.le)
+        bounds = " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
+        if bounds.startswith("above") and " and " not in bounds:
+            return f"a number {bounds}"
+        return f"a number of {bounds}" if isinstance(value, float) and " and " not in bounds else bounds
+
+
+def Gt(bound: float | int, wanted: str | None = None) -> Interval:
+    """Above `bound`."""
+    return Interval(gt=bound, wanted=wanted)
+
+
+def Ge(bound: float | int, wanted: str | None = None) -> Interval:
+    """At least `bound`."""
+    return Interval(ge=bound, wanted=wanted)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some names, where a `Literal` cannot list them. Literal fields are checked without it."""
+
+    names: Iterable[str]
+
+    def __contains__(self, value: object) -> bool:
+        return value in tuple(self.names)
+
+    def expected(self, value: Any) -> str:
+        """What was expected instead of `value`, for an error."""
+        return one_of(value, self.names)
+
+
+def one_of(word: object, names: Iterable[object]) -> str:
+    """What was expected instead of a mistyped word, for an error: all names, and the nearest where one is near."""
+    import difflib
+
+    known = [str(name) for name in names]
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"one of {', '.join(known)}" + "".join(f"; did you mean {name!r}?" for name in near)
+
+
+class Free:
+    """Type of `FREE`."""
+
+
+FREE = Free()  # marks a field that does not decide a run's results
+
+
+class Checked:
+    """Base of dataclasses whose fields are checked when made; a subclass with more checks calls `super().__post_init__()`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if hasattr(super(), "__post_init__"):  # of another base, where several are combined
+            super().__post_init__()  # type: ignore[misc]
+
+
+def check_fields(settings: object) -> None:
+    """Check every field of a dataclass instance against the constraints in its annotations; None passes where it is allowed.
+
+    Raises ValueError that names the field, its value and what was expected.
+    """
+    cls: Any = type(settings)
+    for name, (constraints, optional) in _rules(cls).items():
+        value = getattr(settings, name)
+        if value is None and optional:
+            continue
+        for constraint in constraints:
+            if value not in constraint:
+                shown = repr(value) if isinstance(constraint, OneOf) else value
+                none = ", or None for none" if optional and getattr(constraint, "gt", None) is not None else ""
+                raise ValueError(f"{name} {shown}: expected {constraint.expected(value)}{none}")
+
+
+def identity(settings: Any) -> dict[str, Any]:
+    """A dataclass instance as a dictionary without the fields marked `FREE`: what decides a run's results."""
+    cls: Any = type(settings)
+    free = {name for name, metadata in _metadata(cls).items() if FREE in metadata}
+    return {name: value for name, value in asdict(settings).items() if name not in free}
+
+
+@cache
+def _metadata(cls: type) -> dict[str, tuple[Any, ...]]:
+    """Metadata of each field's annotations, of all classes that declare it, the base first."""
+    out: dict[str, tuple[Any, ...]] = {}
+    for base in reversed(cls.__mro__):
+        for name, annotation in get_annotations(base).items():
+            out[name] = out.get(name, ()) + getattr(annotation, "__metadata__", ())
+    return out
+
+
+@cache
+def _rules(cls: type) -> dict[str, tuple[tuple[Interval | OneOf, ...], bool]]:
+    """Constraints of each field that has any, and whether None is allowed."""
+    rules = {}
+    for field in fields(cls):
+        declared = next(a[field.name] for a in map(get_annotations, cls.__mro__) if field.name in a)
+        members = list(_members(declared))
+        constraints = [m for m in _metadata(cls)[field.name] if isinstance(m, (Interval, OneOf))]
+        if members and all(get_origin(m) is Literal or m is type(None) for m in members):
+            constraints.append(OneOf(tuple(name for m in members for name in get_args(m))))
+        if constraints:
+            rules[field.name] = tuple(constraints), type(None) in members
+    return rules
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The types that a union lists, or else the type itself, without metadata."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation

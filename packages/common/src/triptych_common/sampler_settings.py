@@ -1,0 +1,40 @@
+"""What a person chooses about sampling; `triptych_common.samplers.sampling` makes a sampler of it. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from triptych_common.fields import Checked, Interval
+
+OWN_SAMPLERS = ("ddpm", "ddim")
+TIMESTEPS = 1000  # that the thesis's models are trained on
+
+
+@dataclass(frozen=True)
+class SamplerSettings(Checked):
+    """How to turn noise into data."""
+
+    sampler: str = "ddpm"
+    """ddpm: ancestral sampling, as in the thesis; ddim: deterministic; or a scheduler of diffusers by its name or the beginning
+    of it, such as unipc"""
+    num_inference_steps: Annotated[int, Interval(ge=1, le=TIMESTEPS)] = 250
+    """denoising steps, evenly spaced over the 1000 of training"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sampler_name()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the sampler is one of triptych's, rather than a scheduler of diffusers."""
+        return self.sampler in OWN_SAMPLERS
+
+    def sampler_name(self) -> str:
+        """The sampler's full name: that of the scheduler where its beginning was given.
+
+        Raises ValueError for no scheduler, several, or where diffusers is not installed.
+        """
+        if self.is_own:
+            return self.sampler
+        from triptych_common.schedulers import find
+
+        return find(self.sampler)

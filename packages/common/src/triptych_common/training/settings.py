@@ -1,0 +1,144 @@
+"""Settings that every training loop shares. A package's own settings class derives from the one that fits its loop."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from triptych_common import fields
+from triptych_common.cli import CommonOptions
+from triptych_common.fields import FREE, Ge, Gt, Interval
+
+if TYPE_CHECKING:
+    import torch
+
+    from triptych_common.parallel import Execution
+
+
+@dataclass(frozen=True)
+class LoopSettings(CommonOptions):
+    """What every training loop takes. A subclass declares `total_images`, or the total of whatever `unit` it counts in, and
+    gives its own defaults and help texts by declaring a field again: constraints and marks stay those declared here.
+    """
+
+    unit: ClassVar[str] = "images"  # what the loop counts; fields named after it: total_, warmup_, ema_half_life_
+
+    batch_size: Annotated[int, Gt(0)] = 64
+    """images per optimiser step, over all ranks"""
+    lr: Annotated[float, Gt(0)] = 1e-3
+    """peak learning rate"""
+    log_every: Annotated[int, Gt(0)] = 50
+    """steps between rows of metrics.jsonl"""
+    checkpoint_every: Annotated[int, Gt(0)] = 500
+    """steps between checkpoints"""
+    tensorboard: Annotated[bool, FREE] = False
+    """write TensorBoard events too (extra: tensorboard)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = f"warmup_{self.unit}"
+        if not 0 <= getattr(self, name, 0) <= self.total_samples:
+            raise ValueError(f"{name} {getattr(self, name)}: expected 0..{self.total_samples} (total_{self.unit})")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results: every field that is not marked `FREE`."""
+        return fields.identity(self)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples to train on, repeats counted."""
+        return getattr(self, f"total_{self.unit}")
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints: the settings, and the number of optimiser steps."""
+        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return {"config": config, "steps": math.ceil(self.total_samples / self.batch_size)}
+
+
+@dataclass(frozen=True)
+class AccumulatingSettings(LoopSettings):
+    """A loop whose batch may be computed in parts."""
+
+    micro_batch: Annotated[int | None, Ge(1), FREE] = None
+    """images per backward pass and rank; smaller saves memory and accumulates gradients"""
+
+
+@dataclass(frozen=True)
+class AdamWSettings(AccumulatingSettings):
+    """A loop over one model with AdamW, clipping and an average of the weights. Subclasses
+    declare the average's half-life and the length of the warmup, in the loop's unit."""
+
+    adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.999
+    """AdamW's second decay rate"""
+    grad_clip: Annotated[float | None, Gt(0)] = None
+    """bound on the gradient's norm"""
+    ema_rampup: Annotated[float | None, Gt(0)] = None
+    """bound the half-life to this share of the images seen so far"""
+
+    def learning_rate(self, samples_seen: int) -> float:
+        """Learning rate of the step that starts after `samples_seen` samples: here linear warmup, then constant."""
+        warmup = getattr(self, f"warmup_{self.unit}")
+        return self.lr * (min(1.0, (samples_seen + self.batch_size) / warmup) if warmup else 1.0)
+
+    def state_options(self) -> dict[str, Any]:
+        """What `TrainState` takes from the settings."""
+        return {
+            "ema_half_life": getattr(self, f"ema_half_life_{self.unit}"),
+            "ema_rampup": self.ema_rampup,
+            "grad_clip": self.grad_clip,
+            "learning_rate": self.learning_rate,
+        }
+
+
+@dataclass(frozen=True)
+class WeightPrecision:
+    """A choice between weights of single and double precision."""
+
+    precision: Literal["float32", "float64"] = "float32"
+    """type of weights"""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Type of the weights."""
+        import torch
+
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+
+@dataclass(frozen=True)
+class ExecutionSettings(WeightPrecision):
+    """How a network of blocks is run: see `triptych_common.parallel.Execution`."""
+
+    precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"  # type: ignore[assignment]
+    """arithmetic of the network; tf32 rounds the inputs of a GPU's float32 products, bf16 keeps weights, average and loss
+    in float32"""
+    parallel: Annotated[Literal["ddp", "fsdp"], FREE] = "ddp"
+    """under torchrun: a whole model on every rank, or sharded weights, average and optimiser (FSDP2)"""
+    activation_checkpointing: Annotated[bool, FREE] = False
+    """recompute each block in the backward pass: less memory, a third more arithmetic"""
+    compile_blocks: Annotated[bool, FREE] = False
+    """torch.compile each block: pays on a GPU or in runs of an hour"""
+
+    @property
+    def arithmetic(self) -> str:
+        """`precision` as `Execution` knows it: tf32 is a way of computing float32."""
+        return "float32" if self.precision == "tf32" else self.precision
+
+    @property
+    def execution(self) -> "Execution":
+        """What `TrainState` is to run the model by."""
+        from triptych_common.parallel import Execution
+
+        return Execution(self.parallel, self.arithmetic, self.activation_checkpointing, self.compile_blocks)
+
+
+@dataclass(frozen=True)
+class TransformerSettings(AdamWSettings, ExecutionSettings):
+    """A loop over a transformer: AdamW, and every way of running its blocks."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """AdamW's weight decay"""
+
+    def state_options(self) -> dict[str, Any]:
+        """What `TrainState` takes from the settings."""
+        return super().state_options() | {"execution": self.execution}

@@ -1,0 +1,5 @@
+from .config import PRESETS as PRESETS, DiTConfig as DiTConfig
+from .flops import gflops as gflops
+from .interop import from_diffusers as from_diffusers, load_released as load_released, to_diffusers as to_diffusers
+from .model import DiT as DiT
+from .weights import load_model as load_model

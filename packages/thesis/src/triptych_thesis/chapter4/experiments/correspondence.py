@@ -1,0 +1,68 @@
+"""Correspondence and edits: points of one digit found in another, and a disc drawn on the average, carried to digits."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from triptych_common.images import from_uint8
+from triptych_common.storage.atomic import write_bytes
+from triptych_gangealing.correspondence import between, matches_figure, middle_points
+from triptych_gangealing.edit import propagate
+from triptych_gangealing.keypoints.synthetic import posed_digits
+from triptych_gangealing.warp import centres, to_pixels
+
+from triptych_thesis.chapter4.context import ONE, Context
+from triptych_thesis.chapter4.pictures import COLUMNS, picture_path, save_grid
+from triptych_thesis.chapter4.sizes import DIGIT
+from triptych_thesis.study.experiment import Experiment, Result, Section
+
+SPACING = 6  # points a side of the grid that is carried over
+
+
+def measure(context: Context) -> dict[str, Any]:
+    """Draw both pictures, on held-out digits; the result is how many were edited."""
+    posed = posed_digits(context.size.shown, context.seed + 2, DIGIT)
+    images = from_uint8(posed.images)
+    warp = context.aligner(ONE).align(images, iterations=context.size.iterations).warp
+    edited = propagate(disc(images.shape[-1]), warp, images)
+    save_grid(context.folder, "edit", torch.cat([images[:COLUMNS], edited[:COLUMNS]]))
+
+    source, target = warp.select([0]), warp.select([1])
+    height, width = images.shape[2:]
+    points = to_pixels(source.map_points(middle_points(SPACING)).points, (height, width))
+    transferred = between(source, target, points, (height, width), (height, width))
+    reliable = transferred.reliable[0]
+    matches = matches_figure(
+        posed.images[0], posed.images[1], points[0, reliable], transferred.points[0, reliable], ("one digit", "another")
+    )
+    write_bytes(picture_path(context.folder, "matches"), matches)
+    return {"edited": COLUMNS}
+
+
+def disc(size: int) -> Float[Tensor, "4 {size} {size}"]:
+    """A small yellow disc with a red rim, to be drawn on the average: RGB in [-1, 1], alpha in 0..1."""
+    points = centres((size, size), torch.zeros(()))
+    distance = (points - torch.tensor([0.0, -0.35])).norm(dim=-1)
+    yellow, red = torch.tensor([1.0, 0.9, -1.0])[:, None, None], torch.tensor([1.0, -1, -1])[:, None, None]
+    return torch.cat([torch.where((distance < 0.12)[None], yellow, red), (distance < 0.2).float()[None]])
+
+
+def section(study: Any, result: Result) -> Section:
+    """Both pictures."""
+    return Section(
+        "Correspondence and edits",
+        [
+            study.figure("matches", "Points of one digit found in another, by way of the aligned picture."),
+            study.figure("edit", "A disc drawn once, on the average, carried to real digits.", pixels=True),
+        ],
+    )
+
+
+EXPERIMENT = Experiment(
+    name="correspondence",
+    order=2.0,
+    needs=lambda context: [context.training(ONE)],
+    measure=measure,
+    section=section,
+)

@@ -1,0 +1,142 @@
+"""Chapter 4 end to end: an encoder, an alignment of one digit, clusters of all, scores beside baselines, ablations, report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from triptych_gangealing.encoders.perceptual import open_distance
+from triptych_gangealing.encoders.simclr import run as train_encoder
+from triptych_gangealing.stylegan2.weights import load_generator
+from triptych_gangealing.train import digest_of
+
+from triptych_thesis.chapter4.context import CLUSTERED, ONE, Context, Training
+from triptych_thesis.chapter4.paper import DATASETS, PAPER, Paper
+from triptych_thesis.chapter4.pictures import picture_path
+from triptych_thesis.chapter4.sizes import DIGIT, SIZES
+from triptych_thesis.study.runner import Opening, Stopwatch, Study, run
+
+
+@dataclass(frozen=True)
+class Chapter4(Study):
+    """Reproduce chapter 4: align one digit, cluster all, score, report. Repeating the command resumes it."""
+
+    chapter: ClassVar[int] = 4
+    sizes: ClassVar = {**SIZES, PAPER: None}
+    package: ClassVar[str] = "triptych_thesis.chapter4.experiments"
+
+    out: Path = Path("runs/ch4")
+    """everything goes to OUT/SIZE; OUT/report.html is the latest finished size"""
+    size: str = "laptop"
+    """smoke (a minute), laptop (two cores, under twenty minutes), gpu (one GPU, resumable slices), paper (writes down the
+    thesis's runs for eight GPUs, and reports on those that were run)"""
+    all: bool = False
+    """also what takes longer: the remaining rows of Table 4.3"""
+    generator: str = "digits32"
+    """generator of all digits: an embedded one, a run folder or a file"""
+    digit_generator: str = "digits32-3"
+    """generator of the one digit"""
+    lpips_weights: Path | None = None
+    """file of VGG-16's weights, as torchvision has them: adds LPIPS's rows of Table 4.3"""
+    datasets: tuple[str, ...] = ()
+    """size paper: which of the thesis's eight data sets; none named: all"""
+    generators: Path = Path("generators")
+    """size paper: folder of their generators, cat.pkl and so on"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.datasets and self.size != PAPER:
+            raise ValueError(f"datasets {' '.join(self.datasets)}: of size {PAPER}; pass --size {PAPER}")
+        if unknown := set(self.datasets) - set(DATASETS):
+            raise ValueError(f"dataset {min(unknown)!r}: expected some of {', '.join(DATASETS)}")
+
+    def check(self) -> None:
+        super().check()
+        if self.lpips_weights is not None:
+            open_distance("lpips", weights=self.lpips_weights)
+
+    def context(self) -> Context:
+        return Context(
+            self.folder, SIZES[self.size], self.seed, self.device, self.generator, self.digit_generator,
+            self.lpips_weights, self.all,
+        )  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        context = self.context()
+        placed = "distance", "generator"  # where they lie decides nothing; generators are identified by their digests
+        alignments = {
+            name: {key: value for key, value in context.align_config(name).identity().items() if key not in placed}
+            for name in (ONE, CLUSTERED)
+        }
+        amounts = {
+            name: getattr(context.size, name)
+            for name in ("ablation_images", "pairs", "images", "cluster_images", "shown", "iterations")
+        }
+        digests = {name: digest_of(load_generator(getattr(self, name))) for name in ("generator", "digit_generator")}
+        return {"size": self.size, "encoder": context.encoder_config().identity(), **alignments, **amounts, **digests}
+
+    def prepare(self, context: Context, clock: Stopwatch) -> None:
+        with clock("encoder"):
+            train_encoder(context.encoder_config())
+
+    def units(self, context: Context, needs: Sequence[Training]) -> dict[str, list[Training]]:
+        return {"alignments": list({each.title: each for each in needs}.values())}
+
+    def facts(self, context: Context) -> dict[str, Any]:
+        training = {name: context.align_config(name).identity() for name in (ONE, CLUSTERED)}
+        return {"all": self.all, "digit": DIGIT, "training": training}
+
+    def opening(self, results: Mapping[str, Any]) -> Opening:
+        caption = (
+            f"Real digits {DIGIT} that nothing was trained on, and their average: above as they are, below aligned."
+        )
+        drawn = picture_path(self.folder, "before-after").exists()
+        return Opening(
+            "Digits learn to stand in line",
+            "From nothing but a frozen generator of coloured, turned, scaled and shifted digits, and without a single label, a "
+            "network learns to bring every digit into one and the same pose.",
+            [self.figure("before-after", caption, pixels=True)] if drawn else [],
+            "No number of the thesis measures its pictures. For digits, aims stand for them: errors and PCK better than those of "
+            "every baseline with 95% intervals apart, a sharp average, purer clusters than those of k-means. A picture is "
+            "confirmed where all of its aims are reached, refuted where none is, undecided otherwise. Table 4.3 is confirmed where "
+            "every row collapses or stands as in the thesis, refuted where one does the contrary, and undecided while rows are "
+            "missing or shorter than the complete method.",
+        )
+
+    def command_options(self) -> list[str]:
+        given = {name: getattr(self, name) for name in ("generator", "digit_generator", "lpips_weights")}
+        return [
+            word
+            for name, value in given.items()
+            if value != getattr(type(self), name)
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
+
+    def paper(self) -> Paper:
+        """The thesis's own runs, of size paper."""
+        return Paper(
+            self.folder,
+            self.seed,
+            self.device,
+            self.datasets or DATASETS,
+            self.generators,
+            self.lpips_weights,
+            self.all,
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        if self.size == PAPER:
+            return self.paper().resolved()
+        context = self.context()
+        return {
+            "encoder": context.encoder_config().resolved(),
+            "one": context.align_config(ONE).resolved(),
+            "clustered": context.align_config(CLUSTERED).resolved(),
+            "scores": asdict(context.score_config(grey=False)),
+            "ablations": context.wanted_rows,
+        }
+
+
+def reproduce(study: Chapter4) -> dict[str, Any]:
+    """Run what is missing of a study; returns the content of results.json. Of size paper nothing is trained: see `Paper`."""
+    return study.paper().write() if study.size == PAPER else run(study)
