@@ -14,11 +14,10 @@ from triptych_common.diffusion import NoiseSchedule
 from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_gpt.evaluation import plots
-from triptych_gpt.evaluation.alignment import Alignment
+from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep, quality_against_steps
 from triptych_gpt.evaluation.plots import measure, panels, thousands, words
-from triptych_gpt.evaluation.quality import Quality, kl_last_step, quality_against_steps
 from triptych_gpt.evaluation.records import plain
-from triptych_gpt.evaluation.sweep import Sweep
+from triptych_gpt.evaluation.trial import kl_last_step
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task
 

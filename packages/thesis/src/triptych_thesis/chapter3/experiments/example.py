@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from triptych_gpt.prompt_command import PromptConfig, prompt_command
+from triptych_gpt.prompting import PromptConfig, prompt_command
 from triptych_gpt.zoo.inspect import ExportConfig, export
 
 from triptych_thesis.chapter3.context import Context

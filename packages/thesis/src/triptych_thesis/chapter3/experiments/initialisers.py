@@ -11,9 +11,8 @@ from torch import Tensor
 from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_gpt.evaluation.plots import measure, words
-from triptych_gpt.evaluation.prompted import advanced, starting_metrics
+from triptych_gpt.evaluation.prompted import Update, advanced, starting_metrics
 from triptych_gpt.evaluation.records import plain
-from triptych_gpt.evaluation.update import Update
 from triptych_gpt.tasks.task import Metric, Task
 
 from triptych_thesis.chapter3.context import Context

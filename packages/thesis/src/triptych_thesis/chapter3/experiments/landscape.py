@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from triptych_common.images import figure_png
 from triptych_gpt.evaluation.plots import measure, words
-from triptych_gpt.evaluation.prompted import measured, prompted, starting_metrics
+from triptych_gpt.evaluation.prompted import Update, measured, prompted, starting_metrics
 from triptych_gpt.evaluation.records import plain
-from triptych_gpt.evaluation.update import Update
 from triptych_gpt.symmetry.matching import canonicalise
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tasks.task import Metric, Task

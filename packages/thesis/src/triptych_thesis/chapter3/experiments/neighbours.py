@@ -18,8 +18,8 @@ from torch import Tensor
 from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate, bootstrap_rate
 from triptych_gpt.evaluation.plots import measure, words
+from triptych_gpt.evaluation.prompted import Update
 from triptych_gpt.evaluation.trial import MODEL
-from triptych_gpt.evaluation.update import Update
 from triptych_gpt.nearest import Nearest, Pool, nearest
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.zoo.zoo import Zoo
