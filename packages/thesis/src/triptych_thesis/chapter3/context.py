@@ -11,8 +11,8 @@ from torch import Tensor
 from triptych_common.storage.checkpoint import digest
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import Trial
+from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.trained import SamplerSettings
 from triptych_gpt.zoo.source import recipe_of
 
 from triptych_thesis.chapter3.sizes import Amounts, Variants

@@ -8,7 +8,7 @@ from typing import Any
 
 from triptych_common.cli import CommonOptions, echo
 from triptych_common.storage.run import RunDirectory
-from triptych_gpt.trained import SamplerSettings
+from triptych_gpt.settings import SamplerSettings
 
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.sizes import Amounts
@@ -43,6 +43,7 @@ class FiguresConfig(CommonOptions):
     amounts: Amounts = field(default_factory=Amounts)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [name for name in self.experiments if name not in EXPERIMENTS]
         if unknown or not self.experiments:
             raise ValueError(f"experiments {', '.join(unknown) or 'none'}: expected some of {', '.join(EXPERIMENTS)}")

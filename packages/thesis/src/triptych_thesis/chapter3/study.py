@@ -61,7 +61,7 @@ class Chapter3(Study):
         }
 
     def context(self) -> "Context":
-        from triptych_gpt.trained import SamplerSettings
+        from triptych_gpt.settings import SamplerSettings
 
         from triptych_thesis.chapter3.context import Context
 
