@@ -39,8 +39,13 @@ def open_images(config: EncodeConfig) -> ImageSource:
     """The source of images. Raises ValueError or OSError where it is not to be had, or has none to encode."""
     if config.flips and config.source in DIGITS:
         raise ValueError(f"source {config.source}: a mirrored digit is no digit; pass --no-flips")
-    columns = {"image_column": config.image_column, "label_column": config.label_column}
-    source = open_source(config.source, config.split, unconditional=config.unconditional, **columns)
+    source = open_source(
+        config.source,
+        config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        unconditional=config.unconditional,
+    )
     _check_usable(source, config)
     return source
 
@@ -53,10 +58,10 @@ def preview(config: EncodeConfig) -> dict[str, Any]:
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
-    """Make, resume or check the cache in `config.out`; returns where it is and what it holds.
+    """Make, resume or verify the cache in `config.out`; returns where it is and what it holds.
 
-    Raises ValueError for a request that does not fit what `out` already holds, images that cannot be used at all, or
-    moments that are not finite.
+    Raises ValueError for a request that does not fit what `out` already holds, if no image can be used, or for moments that are
+    not finite.
     """
     source = open_images(config)
     with process_group(config.device) as ranks:
@@ -165,14 +170,17 @@ class _Batches(Dataset):
     """Ranges of images, read and cropped."""
 
     def __init__(self, source: ImageSource, channels: int, config: EncodeConfig) -> None:
-        self.source = source
-        self.how = {"size": config.size, "channels": channels, "allow_upscale": config.allow_upscale}
+        self.source, self.channels, self.config = source, channels, config
 
     def __getitem__(self, items: range) -> _Batch:
         pixels, kept, skipped = [], [], []
         for item in items:
             try:
-                pixels.append(self.source.read(item, **self.how))
+                pixels.append(
+                    self.source.read(
+                        item, self.config.size, channels=self.channels, allow_upscale=self.config.allow_upscale
+                    )
+                )
                 kept.append(item)
             except UnreadableImage as error:
                 skipped.append({"item": item, "path": error.path, "reason": error.reason})

@@ -68,31 +68,43 @@ def to_diffusers(
     *,
     vae: "AutoencoderKL | Autoencoder | str | Path | None" = None,
     scheduler: "SchedulerMixin | str | None" = None,
-    id2label: Mapping[int | str, Any] | None = None,
+    id2label: Mapping[int, Any] | Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model, float32, as a folder of diffusers; guidance works there for any number of classes.
+    """Write a model, in float32, as a folder that `DiTPipeline.from_pretrained` opens.
 
-    vae: what decodes its latents; without one, pass it to `DiTPipeline.from_pretrained(folder, vae=...)`.
-    scheduler: an instance, or the name of a class of diffusers on the released noise schedule; by default DDIM.
-    id2label: names of classes, synonyms separated by commas.
-    facts: those of the model's file; by default it predicts noise.
-    Raises ValueError for a model or parts that the pipeline cannot run, OSError where the folder cannot be written,
-    ImportError without diffusers.
+    Guidance works there for any number of classes.
+
+    Args:
+        model: a DiT of square inputs with adaLN-Zero blocks.
+        folder: where to write; an earlier export there is replaced.
+        vae: what decodes the model's latents. Without it, pass one to `DiTPipeline.from_pretrained(folder, vae=...)`.
+        scheduler: an instance, or the name of a class of diffusers, made for the released noise schedule; by default DDIM.
+        id2label: names of the classes by label; synonyms are separated by commas.
+        facts: those of the model's file (what it predicts, its autoencoder); by default it predicts noise.
+
+    Raises ValueError for a model or parts that the pipeline cannot run, OSError if the folder cannot be written, ImportError
+    without diffusers.
+
+    Example:
+        >>> to_diffusers(load_model("runs/dit").model, "exported")
+        >>> images = DiTPipeline.from_pretrained("exported")(class_labels=[3, 7], guidance_scale=1.5).images
     """
     diffusers = import_diffusers()
     facts = {"predict": "noise"} | {
         name: fact for name, fact in (facts or {}).items() if name not in ("kind", "config")
     }
     folder, names = Path(folder), check_names(id2label, model.config)
-    scheduler = checked_scheduler(scheduler, str(facts["predict"]))
-    vae = None if vae is None else checked_vae(vae, model.config, facts)
-    transformer = diffusers_transformer(model).float().cpu()
+    parts: dict[str, Any] = {
+        "scheduler": checked_scheduler(scheduler, str(facts["predict"])),
+        "vae": None if vae is None else checked_vae(vae, model.config, facts),
+        "transformer": diffusers_transformer(model).float().cpu(),
+    }
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     if names:
         index["id2label"] = names
     with new_folder(folder, replaces=SIDE_FILE) as new:
-        for name, part in (("transformer", transformer), ("scheduler", scheduler), ("vae", vae)):
+        for name, part in parts.items():
             index[name] = [None, None] if part is None else ["diffusers", type(part).__name__]
             if part is not None:
                 part.save_pretrained(new / name)
@@ -103,20 +115,23 @@ def to_diffusers(
 def from_diffusers(
     source: str | Path, *, num_classes: int | None = None, timestep_frequency_shift: int | None = None
 ) -> DiT:
-    """The transformer of a diffusers folder or hub repository as a DiT, float32, on the CPU and in evaluation mode.
+    """The transformer of a diffusers folder or hub repository, as a DiT: float32, on the CPU, in evaluation mode.
 
-    The options come from the folder's triptych.json where there is one. Without, the label table tells the number of
-    classes, and the network is the function that diffusers computes (shift 1, its norm_eps), except for the repositories
-    of the released weights, which were trained with shift 0 and epsilon 1e-6.
-    Raises OSError where there is no such folder or repository, ValueError for one that is not of a DiT.
+    Args:
+        source: a pipeline's folder, its transformer's folder, or a hub repository, such as "facebook/DiT-XL-2-256".
+        num_classes: by default what the folder's triptych.json says, else what the rows of its label table say.
+        timestep_frequency_shift: likewise; without triptych.json 1, which is what diffusers computes, except for the
+            repositories of the released weights, which were trained with 0 (and epsilon 1e-6).
+
+    Raises OSError if there is no such folder or repository, ValueError if it is not of a DiT.
     """
     return _read(source, num_classes, timestep_frequency_shift)[0]
 
 
 def read_folder(source: str | Path, *, num_classes: int | None = None) -> tuple[DiT, dict[str, Any]]:
-    """`from_diffusers`, and the facts of the model: what it predicts, and its autoencoder where the folder has one.
+    """Like `from_diffusers`, with the facts of the model: what it predicts, and its autoencoder if the folder has one.
 
-    Raises ValueError besides for a pipeline of another diffusion process than the released one.
+    Raises ValueError also for a pipeline of a diffusion process other than the released one.
     """
     model, root, facts = _read(source, num_classes)
     if not facts:
@@ -159,8 +174,8 @@ def _read(
 
 
 def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
-    """A model as diffusers' module, of its own dtype and sharing some of its memory; see this file's top on when both are
-    the same function.
+    """A model as diffusers' module, in the model's dtype and sharing some of its memory. The top of this file says when both
+    compute the same function.
 
     Raises ValueError for a model that diffusers has no module for.
     """
@@ -193,7 +208,7 @@ def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
 
 
 def use_released_timesteps(transformer: "DiTTransformer2DModel", shift: int = 0) -> None:
-    """Give an opened diffusers DiT the timestep frequencies that the released models, and ours of shift 0, are trained with."""
+    """Give an opened diffusers DiT the timestep frequencies that the released models, and ours of shift 0, were trained with."""
     for module in transformer.modules():
         if type(module).__name__ == "Timesteps":
             module.downscale_freq_shift = shift
@@ -303,17 +318,17 @@ class LabelTable(NamedTuple):
 
     rows: Float[
         Tensor, "labels width"
-    ]  # classes, then the null label where there is one; equal rows where unconditional
+    ]  # classes, then the null label if there is one; without classes all rows are equal
     num_classes: int
     has_null: bool
 
 
 def padded_table(config: DiTConfig, table: Float[Tensor, "labels width"] | None) -> Float[Tensor, "rows width"]:
-    """The table with the null row both where diffusers keeps it, last, and where its pipeline looks for it.
+    """The label table with the null row in both places where it is looked for: last by diffusers' model, row 1000 by its pipeline.
 
-    Fewer than 1000 classes: rows up to 1000 repeat the null row. More: class 1000 gives way, its row is second to last.
-    No null label: the table as it is, so that guidance on up to 1000 classes finds no row rather than a wrong one.
-    Unconditional: zeros, so that every label and every guidance scale gives the same image.
+    With fewer than 1000 classes, rows up to 1000 repeat the null row. With more, class 1000 makes room: its row becomes the
+    second to last. Without a null label the table stays as it is, so that guidance on up to 1000 classes finds no row rather
+    than a wrong one. Without classes it is all zeros, so that every label and guidance scale gives the same image.
     """
     n = config.num_classes
     if table is None:
@@ -332,10 +347,11 @@ def pipeline_label(label: int, config: DiTConfig) -> int:
 
 
 def unpadded_table(table: Float[Tensor, "rows width"], num_classes: int | None = None) -> LabelTable:
-    """Undo `padded_table`, by the repeated rows alone.
+    """Undo `padded_table`, going by the repeated rows alone.
 
-    num_classes: by default what the rows say; a table without a null label cannot say that, and has to be told.
-    Raises ValueError where the rows contradict num_classes.
+    num_classes: by default what the rows say. For a table without a null label it must be given.
+
+    Raises ValueError if the rows contradict num_classes.
     """
     rows = len(table)
     null = (table == table[-1]).all(dim=1)
@@ -354,7 +370,7 @@ def unpadded_table(table: Float[Tensor, "rows width"], num_classes: int | None =
     )
 
 
-def check_names(id2label: Mapping[int | str, Any] | None, config: DiTConfig) -> dict[str, str]:
+def check_names(id2label: Mapping[int, Any] | Mapping[str, Any] | None, config: DiTConfig) -> dict[str, str]:
     """Names of classes by the label that the pipeline takes, as model_index.json has them.
 
     Raises ValueError for what names no class.

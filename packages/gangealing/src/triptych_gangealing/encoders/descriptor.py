@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig
+from triptych_gangealing.config import EncoderConfig
+from triptych_gangealing.encoders.perceptual import Encoder
 from triptych_gangealing.spatial_transformer import reduced
 
-POOL = 8_000  # different samples to train on, at most
 HIDDEN, DIM = 128, 64
 
 Images = Float[Tensor, "n 3 height width"]
