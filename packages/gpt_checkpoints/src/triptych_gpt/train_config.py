@@ -8,10 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from triptych_common.fields import FREE, Ge, Gt, Interval
 from triptych_common.training.settings import TransformerSettings
 
-from triptych_gpt.zoo.pairs import SAMPLINGS
-
-SAMPLING_NAMES = ("stratified", *SAMPLINGS)
-
 
 @dataclass(frozen=True)
 class GptTrainConfig(TransformerSettings):
@@ -86,12 +82,6 @@ class GptTrainConfig(TransformerSettings):
             return super().learning_rate(samples_seen)
         past = (samples_seen - self.warmup_pairs) / max(1, self.total_pairs - self.warmup_pairs)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
-
-    def resolved(self) -> dict[str, Any]:
-        """What --dry-run prints."""
-        from triptych_gpt.objective import plan  # opens the zoo
-
-        return plan(self)
 
 
 _RELEASED = GptTrainConfig(  # reference: AdamW (0.9, 0.999), decay 0.1 on linear weights, EMA 0.9999, cosine, plain pairs
