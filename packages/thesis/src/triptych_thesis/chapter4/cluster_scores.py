@@ -2,12 +2,13 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.images import from_uint8
 from triptych_common.metrics.bootstrap import Estimate, bootstrap
 from triptych_common.storage.atomic import write_json
@@ -35,12 +36,8 @@ class ClustersConfig(CommonOptions):
     """run folder of triptych-gangealing train, or its aligner.safetensors, of several clusters"""
     data: Data = "mnist5k"
     """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
-    images: int = 1_000
+    images: Annotated[int, Ge(2)] = 1_000
     """images to score; k-means on pixels learns from four times as many of the training split"""
-
-    def __post_init__(self) -> None:
-        if self.images < 2:
-            raise ValueError(f"images {self.images}: expected at least 2")
 
 
 @dataclass(frozen=True)
