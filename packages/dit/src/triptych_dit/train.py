@@ -52,6 +52,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ahead = 0 if ranks.device.type == "cpu" else 2
 
         def losses(counters: range) -> dict[str, Tensor]:
+            assert drawn is not None  # made from the first batch
             total, mse, vb = objective.loss(state.parallel_model, next(drawn), ranks.device)
             return {"loss": total.mean(), "mse": mse.mean(), "vb": vb.mean()}
 
