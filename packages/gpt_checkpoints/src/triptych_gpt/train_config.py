@@ -102,12 +102,18 @@ def _released(
     )  # fmt: skip
 
 
-_MNIST = {"runs": 10_228, "pairs_a_run": 9, "epochs": 2000, "warmup_epochs": 5, "lr": 4e-4, "width": 1536, "chunk_size": 1000,
-          "grad_clip": 0.75}  # fmt: skip
-_CIFAR = {"runs": 54_790, "pairs_a_run": 1, "epochs": 15_000, "warmup_epochs": 5, "lr": 4e-4, "width": 2048, "chunk_size": 576,
-          "grad_clip": 0.1, "batch_size": 550}  # fmt: skip
-_CARTPOLE = {"runs": 47_976, "pairs_a_run": 16, "epochs": 2000, "warmup_epochs": 10, "lr": 2e-4, "width": 1536,
-             "tokenizer": "layer", "num_heads": 12, "grad_clip": None, "batch_size": 8192}  # fmt: skip
+_MNIST: dict[str, Any] = {
+    "runs": 10_228, "pairs_a_run": 9, "epochs": 2000, "warmup_epochs": 5, "lr": 4e-4, "width": 1536, "chunk_size": 1000,
+    "grad_clip": 0.75,
+}  # fmt: skip
+_CIFAR: dict[str, Any] = {
+    "runs": 54_790, "pairs_a_run": 1, "epochs": 15_000, "warmup_epochs": 5, "lr": 4e-4, "width": 2048, "chunk_size": 576,
+    "grad_clip": 0.1, "batch_size": 550,
+}  # fmt: skip
+_CARTPOLE: dict[str, Any] = {
+    "runs": 47_976, "pairs_a_run": 16, "epochs": 2000, "warmup_epochs": 10, "lr": 2e-4, "width": 1536, "tokenizer": "layer",
+    "num_heads": 12, "grad_clip": None, "batch_size": 8192,
+}  # fmt: skip
 
 TRAIN_PRESETS = {
     "laptop": GptTrainConfig(),
