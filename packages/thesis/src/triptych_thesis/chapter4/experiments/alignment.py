@@ -87,7 +87,7 @@ def _beats(name: str, scores: Mapping[str, Any]) -> Verdict:
 
 def _sharp(scores: Mapping[str, Any]) -> Verdict:
     ratio, before = (scores[method]["sharpness"]["ratio"] for method in (OURS, "none"))
-    what = f"sharpness: gradient of the average, at least {SHARP} asked for"
+    what = f"sharpness: gradient of the average (at least {SHARP} asked for)"
     evidence = Evidence(what, interval(ratio), beside=f"no alignment {interval(before)}")
     claim = "gangealing.fig-4.1"
     return Verdict(claim, CONFIRMED if ratio["value"] >= SHARP else REFUTED, [evidence], aims=AIMS_OF[claim])
