@@ -80,10 +80,12 @@ def test_dry_run_prints_and_does_nothing(capsys):
 
 @pytest.mark.parametrize(("argv", "status", "message"), [
     (("work", "--lr", "x"), 2, "could not convert string to float: 'x'"),
-    (("work", "--lrr", "1"), 2, "Unrecognized options: --lrr"),
+    (("work", "--lrr", "1"), 2, "Unrecognized options: --lrr, 1; did you mean --lr?"),
     (("work", "--lr", "-1"), 2, "lr -1.0: expected a number above 0"),
     (("work", "--preset", "huge"), 2, "preset 'huge': expected one of big"),
-    (("wrok",), 2, "unknown command 'wrok': expected one of work"),
+    (("wrok",), 2, "unknown command 'wrok': expected one of work; did you mean 'work'?"),
+    (("play",), 2, "unknown command 'play': expected one of work\n"),
+    (("work", "--preset", "bg"), 2, "preset 'bg': expected one of big; did you mean 'big'?"),
     (("work", "--seed", "1"), 1, "error: bad value; do this"),
     (("work", "--seed", "2"), 143, "stopped; repeat"),
     (("work", "--seed", "3"), 1, "error: lost"),
@@ -92,7 +94,7 @@ def test_dry_run_prints_and_does_nothing(capsys):
 ])  # fmt: skip
 def test_every_error_is_one_line_and_a_status(argv, status, message, capsys):
     assert call(*argv) == status
-    err = [line for line in capsys.readouterr().err.splitlines() if line]
+    err = [line for line in capsys.readouterr().err.splitlines(keepends=True) if line.strip()]
     assert len(err) == 1
     assert message in err[0]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from triptych_common.errors import Diverged, Interrupted
-from triptych_common.fields import FREE, Checked
+from triptych_common.fields import FREE, Checked, one_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         print(_overview(prog, commands))
         return 0 if argv else 2
     if argv[0] not in commands:
-        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(commands)}", 2)
+        return _fail(f"unknown command {argv[0]!r}: expected {one_of(argv[0], commands)}", 2)
     try:
         command = commands[argv[0]][1]()
         config = parse(f"{prog} {argv[0]}", command, argv[1:])
@@ -136,7 +136,7 @@ def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | No
         if word == "--preset" or word.startswith("--preset="):
             preset = word.partition("=")[2] if "=" in word else argv.pop(0) if argv else ""
             if preset not in command.presets:
-                raise SystemExit(_fail(f"preset {preset!r}: expected one of {', '.join(command.presets) or 'none'}", 2))
+                raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, command.presets or ['none'])}", 2))
         else:
             rest.append(word)
     return rest, preset
@@ -180,7 +180,9 @@ def _overview(prog: str, commands: Commands) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The message of tyro's boxed errors, on one line: what stands between title and first rule, in either style."""
+    """The message of tyro's boxed errors, on one line: what stands between title and first rule, in either style; and the
+    first option that tyro suggests instead of an unknown one.
+    """
     groups: list[list[str]] = [[]]
     for line in text.splitlines():
         inner = line.strip("│╭╮╰╯ ")
@@ -189,7 +191,10 @@ def _unboxed(text: str) -> str:
         elif inner and not line.startswith(("╭", "╰")):
             groups[-1].append(inner)
     messages = groups if text.lstrip().startswith("╭") else groups[1:]
-    return " ".join(messages[0]) if messages and messages[0] else " ".join(text.split())
+    if not messages or not messages[0]:
+        return " ".join(text.split())
+    suggested = [group[1].split()[0].rstrip(",") for group in messages[1:] if group[:1] == ["Perhaps you meant:"]]
+    return " ".join(messages[0]) + "".join(f"; did you mean {option}?" for option in suggested[:1])
 
 
 def _one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Interval:
-    """Bounds of a number; NaN lies within none.
+    """Bounds of a number, or of every number of a tuple; NaN lies within none.
 
     wanted: what an error says was expected, instead of the bounds.
     """
@@ -32,7 +32,9 @@ class Interval:
     le: float | int | None = None
     wanted: str | None = None
 
-    def __contains__(self, value: float | int) -> bool:
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(number in self for number in value)
         return (
             (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)
@@ -74,7 +76,16 @@ class OneOf:
 
     def expected(self, value: Any) -> str:
         """What was expected instead of `value`, for an error."""
-        return f"one of {', '.join(map(str, self.names))}"
+        return one_of(value, self.names)
+
+
+def one_of(word: object, names: Iterable[object]) -> str:
+    """What was expected instead of a mistyped word, for an error: all names, and the nearest where one is near."""
+    import difflib
+
+    known = [str(name) for name in names]
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"one of {', '.join(known)}" + "".join(f"; did you mean {name!r}?" for name in near)
 
 
 class Free:
@@ -98,7 +109,8 @@ def check_fields(settings: object) -> None:
 
     Raises ValueError that names the field, its value and what was expected.
     """
-    for name, (constraints, optional) in _rules(type(settings)).items():
+    cls: Any = type(settings)
+    for name, (constraints, optional) in _rules(cls).items():
         value = getattr(settings, name)
         if value is None and optional:
             continue
@@ -111,7 +123,7 @@ def check_fields(settings: object) -> None:
 
 def identity(settings: Any) -> dict[str, Any]:
     """A dataclass instance as a dictionary without the fields marked `FREE`: what decides a run's results."""
-    cls: type = type(settings)
+    cls: Any = type(settings)
     free = {name for name, metadata in _metadata(cls).items() if FREE in metadata}
     return {name: value for name, value in asdict(settings).items() if name not in free}
 

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
+
+from triptych_common.fields import Checked, OneOf
 
 # The backends' own limits, 10 and 30 minutes, are for steps of training; one rank may prepare something alone for longer while
 # the others wait at a barrier: statistics of a million samples, a descriptor, a reference set.
@@ -116,7 +118,7 @@ def _device(name: str, local_rank: int, local_ranks: int) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Execution:
+class Execution(Checked):
     """How a model is run: of its results this changes the rounding, and nothing else.
 
     parallel: over several ranks, "ddp" keeps a whole replica on each, "fsdp" a share of every weight, average and
@@ -130,16 +132,11 @@ class Execution:
     Raises ValueError for an unknown choice.
     """
 
-    parallel: str = "ddp"
-    precision: str = "float32"
+    parallel: Annotated[str, OneOf(("ddp", "fsdp"))] = "ddp"
+    precision: Annotated[str, OneOf(("float32", "bf16", "float64"))] = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
     blocks: tuple[str, ...] = ("blocks",)
-
-    def __post_init__(self) -> None:
-        for name, choices in (("parallel", ("ddp", "fsdp")), ("precision", ("float32", "bf16", "float64"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
 
     @property
     def weight_dtype(self) -> torch.dtype:

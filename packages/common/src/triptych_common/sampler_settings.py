@@ -1,25 +1,27 @@
 """What a person chooses about sampling; `triptych_common.samplers.sampling` makes a sampler of it. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from triptych_common.fields import Checked, Interval
 
 OWN_SAMPLERS = ("ddpm", "ddim")
 TIMESTEPS = 1000  # that the thesis's models are trained on
 
 
 @dataclass(frozen=True)
-class SamplerSettings:
+class SamplerSettings(Checked):
     """How to turn noise into data."""
 
     sampler: str = "ddpm"
     """ddpm: ancestral sampling, as in the thesis; ddim: deterministic; or a scheduler of diffusers by its name or the beginning
     of it, such as unipc"""
-    num_inference_steps: int = 250
+    num_inference_steps: Annotated[int, Interval(ge=1, le=TIMESTEPS)] = 250
     """denoising steps, evenly spaced over the 1000 of training"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.sampler_name()
-        if not 1 <= self.num_inference_steps <= TIMESTEPS:
-            raise ValueError(f"num_inference_steps {self.num_inference_steps}: expected 1..{TIMESTEPS}")
 
     @property
     def is_own(self) -> bool:

@@ -63,11 +63,11 @@ def _export() -> Command:
 COMMANDS = {
     "train": ("train a class-conditional DiT, or resume", _train),
     "autoencoder": ("train an autoencoder for latents, or resume", _autoencoder),
-    "encode": ("encode images to a cache of latents, or resume", _encode),
+    "encode": ("encode images into a cache of latents, or resume", _encode),
     "sample": ("sample images from a trained model", _sample),
-    "walk": ("film a walk between noises, or between classes", _walk),
-    "evaluate": ("score samples: two npz files as the ADM suite does, or digits", _evaluate),
-    "export": ("carry a model to diffusers, to the released DiT's format, or from them", _export),
+    "walk": ("render a video of a walk between noises, or between classes", _walk),
+    "evaluate": ("score samples: the ADM suite on two npz files, or the scores for digits", _evaluate),
+    "export": ("convert a model to or from diffusers and the released DiT's format", _export),
 }
 
 

@@ -1,49 +1,47 @@
 """DiTConfig and its presets: one row a model."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from triptych_common.fields import Checked, Ge, Gt, Interval
 
 BlockDesign = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 BLOCK_DESIGNS: tuple[str, ...] = get_args(BlockDesign)
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Checked):
     """Shape of a diffusion transformer.  [thesis 2.3.2, Table 2.1]"""
 
     input_size: tuple[int, int] = (32, 32)
     """height and width of the model's input: latents, or pixels"""
-    in_channels: int = 4
+    in_channels: Annotated[int, Ge(1)] = 4
     """channels of the input; 4 for Stable Diffusion's latents, 1 for gray pixels"""
-    patch_size: int = 2
+    patch_size: Annotated[int, Ge(1)] = 2
     """side of a square patch; one patch is one token"""
-    hidden_size: int = 1152
+    hidden_size: Annotated[int, Ge(1)] = 1152
     """width of a token"""
-    depth: int = 28
+    depth: Annotated[int, Ge(1)] = 28
     """number of transformer blocks"""
-    num_heads: int = 16
+    num_heads: Annotated[int, Ge(1)] = 16
     """attention heads; hidden_size must be a multiple"""
     mlp_ratio: float = 4.0
     """hidden width of the feed-forward over hidden_size"""
-    num_classes: int = 1000
+    num_classes: Annotated[int, Ge(0, "at least 1, or 0 for an unconditional model")] = 1000
     """classes 0 .. num_classes-1; the null label of guidance is num_classes itself; 0: unconditional"""
-    class_dropout_prob: float = 0.1
+    class_dropout_prob: Annotated[float, Interval(ge=0, lt=1, wanted="0 <= p < 1")] = 0.1
     """share of training samples whose label becomes the null label; 0: no null label, no guidance"""
     learn_sigma: bool = True
     """predict the variance too, in as many further output channels"""
     block_design: BlockDesign = "adaln_zero"
     """how blocks see timestep and class; the thesis's best is adaln_zero"""
-    timestep_frequency_shift: int = 0
+    timestep_frequency_shift: Annotated[int, Interval(ge=0, le=1, wanted="0 or 1")] = 0
     """frequencies of the timestep run down to 10000^-1 with 1, as in diffusers, or stop short of it with 0, as released"""
-    mlp_norm_eps: float = 1e-6
+    mlp_norm_eps: Annotated[float, Gt(0, "a number above 0, such as 1e-6")] = 1e-6
     """epsilon of the last LayerNorm of a block; 1e-5 is the default of diffusers"""
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes {self.num_classes}: expected at least 1, or 0 for an unconditional model")
+        super().__post_init__()
         if any(side < 1 or side % self.patch_size for side in self.input_size):
             raise ValueError(
                 f"input_size {self.input_size[0]}x{self.input_size[1]} is not a multiple of patch_size "
@@ -55,14 +53,6 @@ class DiTConfig:
             )
         if int(self.hidden_size * self.mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio}: expected a number above 0, such as 4")
-        if not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob {self.class_dropout_prob}: expected 0 <= p < 1")
-        if self.block_design not in BLOCK_DESIGNS:
-            raise ValueError(f"block_design {self.block_design!r}: expected one of {', '.join(BLOCK_DESIGNS)}")
-        if self.timestep_frequency_shift not in (0, 1):
-            raise ValueError(f"timestep_frequency_shift {self.timestep_frequency_shift}: expected 0 or 1")
-        if not self.mlp_norm_eps > 0:
-            raise ValueError(f"mlp_norm_eps {self.mlp_norm_eps}: expected a number above 0, such as 1e-6")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -9,18 +9,20 @@ from typing import Annotated, Any, Literal
 import tyro
 from triptych_common import sampler_settings
 from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge, Interval, OneOf
 from triptych_common.sampler_settings import TIMESTEPS
 
 from triptych_dit.config import DiTConfig
 
 FORMATS = ("mp4", "gif")
+_SCALE = Interval(ge=0, lt=math.inf, wanted="a number of at least 0; 1 is no guidance")
 
 
 @dataclass(frozen=True)
 class SamplerSettings(sampler_settings.SamplerSettings):
     """How to turn noise into images: a sampler, and guidance."""
 
-    guidance_scale: float = 1.0
+    guidance_scale: Annotated[float, _SCALE] = 1.0
     """classifier-free guidance; 1: none"""
     guidance_channels: int | Literal["all"] = "all"
     """channels that guidance acts on; the released DiT used 3 of 4"""
@@ -31,8 +33,6 @@ class SamplerSettings(sampler_settings.SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale {self.guidance_scale}: expected a number of at least 0; 1 is no guidance")
         if self.guidance_channels != "all" and self.guidance_channels < 1:
             raise ValueError(f"guidance_channels {self.guidance_channels}: expected 'all' or at least 1")
         first, last = self.guidance_interval
@@ -77,20 +77,14 @@ class SampleConfig(CommonOptions, SamplerSettings, ModelOptions):
 
     out: Path = Path("runs/samples")
     """where to write samples.npz (arr_0: NHWC uint8, arr_1: labels) and grid.png"""
-    num_samples: int = 100
+    num_samples: Annotated[int, Ge(1)] = 100
     """images to make"""
     labels: tuple[int, ...] = ()
     """classes, repeated in turn; all classes in turn by default"""
     images: bool = False
     """write each image to OUT/images too, as 000123-CLASS.png"""
-    batch_size: int = 100
+    batch_size: Annotated[int, Ge(1)] = 100
     """images at once on each rank; changes speed, not results"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}
@@ -110,34 +104,27 @@ class WalkConfig(CommonOptions, SamplerSettings, ModelOptions):
     """one class: walk between noises; several: walk from class to class. By default class 0"""
     blend: tuple[str, ...] = ()
     """walk between noises at a mixture of classes instead: LABEL:WEIGHT for each, such as 3:0.5 8:0.5"""
-    noises: tuple[int, ...] = ()
+    noises: Annotated[tuple[int, ...], Ge(0, "numbers of samples, from 0")] = ()
     """noises to walk between, numbered like the samples of triptych-dit sample; 0 1 2 3 by default, 0 from class to class"""
-    frames: int = 24
+    frames: Annotated[int, Ge(1)] = 24
     """frames from one stop of the walk to the next"""
     loop: bool = False
     """walk back to the first stop, and let a GIF repeat"""
-    fps: int = 24
+    fps: Annotated[int, Ge(1)] = 24
     """frames a second"""
-    format: str = "mp4"
+    format: Annotated[str, OneOf(FORMATS)] = "mp4"
     """mp4 (extra: video) or gif"""
-    batch_size: int = 50
+    batch_size: Annotated[int, Ge(1)] = 50
     """frames at once; changes speed, not results"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("frames", "fps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.format not in FORMATS:
-            raise ValueError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
         if self.labels and self.blend:
             raise ValueError("labels and blend: pass one of them, a blend is a class too")
         if len(self.labels) > 1 and len(self.noises) > 1:
             raise ValueError(f"{len(self.labels)} labels and {len(self.noises)} noises: walk between one or the other")
         if len(self.labels) < 2 and len(self.noises) == 1:
             raise ValueError("one label and one noise: nothing to walk between; pass more of one")
-        if any(index < 0 for index in self.noises):
-            raise ValueError(f"noises {self.noises}: expected numbers of samples, from 0")
         blended(self.blend)
 
     def resolved(self) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.parallel import Execution, Ranks, gradient_sync, process_group
-from triptych_common.progress import Progress
+from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import RunDirectory
-from triptych_common.throughput import peak_flops
-from triptych_common.training import Batch, TrainState, steps
+from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
 from triptych_dit.flops import gflops
 from triptych_dit.model import DiT
@@ -36,17 +35,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises ValueError for a config that does not fit data, run directory or ranks, Interrupted after a signal.
     """
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     training_data = open_training_data(config.data, config.model)
     check_fits(config.model, training_data)
     if config.horizontal_flip:
         training_data.check_flips()
-    identity = config.identity() | {"data": training_data.identity}
-    with (
-        process_group(config.device) as ranks,
-        RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run,
-    ):
+    with process_group(config.device) as ranks, open_run(config, ranks, {"data": training_data.identity}) as run:
         state = make_state(config, ranks, run)
         objective = Objective(config, state.model, training_data)
         validate, keep_snapshot = make_validation(config, run, ranks), make_snapshots(config, run, training_data)
@@ -55,43 +48,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
             validate(state)
             keep_snapshot(state)
 
-        plan = steps(
-            state,
-            run,
-            total_samples=config.total_images,
-            batch_size=config.batch_size,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            on_step=on_step,
-            flops_per_sample=2e9 * FORWARDS_PER_STEP * gflops(config.model),  # 2 a multiply-add
-            peak_flops=peak_flops(ranks.device, config.arithmetic),
-        )
-        with Progress("training", config.total_images, "img", enabled=ranks.is_main) as progress:
-            drawn: Iterator[Examples] | None = None
-            ahead = 0 if ranks.device.type == "cpu" else 2
-            for batch in plan:
-                drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
-                loss, mse, vb = 0.0, 0.0, 0.0
-                for counters, last in batch.micro_batches(config.micro_batch):
-                    share = len(counters) / len(batch.counters)
-                    with gradient_sync(state.parallel_model, last):
-                        losses = objective.loss(state.parallel_model, next(drawn), ranks.device)
-                        (losses.total.mean() * share).backward()
-                    loss, mse, vb = (
-                        total + part.detach().mean() * share
-                        for total, part in zip((loss, mse, vb), losses, strict=True)
-                    )
-                state.update(batch, {"loss": loss, "mse": mse, "vb": vb})
-                progress.at(state.samples_seen)
+        drawn: Iterator[Examples] | None = None
+        ahead = 0 if ranks.device.type == "cpu" else 2
+
+        def losses(counters: range) -> dict[str, Tensor]:
+            total, mse, vb = objective.loss(state.parallel_model, next(drawn), ranks.device)
+            return {"loss": total.mean(), "mse": mse.mean(), "vb": vb.mean()}
+
+        flops = 2e9 * FORWARDS_PER_STEP * gflops(config.model)  # 2 a multiply-add
+        for batch in training_steps(config, state, run, on_step=on_step, flops_per_sample=flops):
+            drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
+            state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / FILE_NAME, config, state, training_data)
-        if ranks.is_main:
-            echo(f"model: {run.path / FILE_NAME}")
-        rows = [row for row in run.metrics() if "loss" in row]
-        return {
-            "model": str(run.path / FILE_NAME),
-            "metrics": str(run.metrics_path),
-            "last": rows[-1] if rows else None,
-        }
+        echo(f"model: {run.path / FILE_NAME}")
+        return {"model": str(run.path / FILE_NAME), **summary(run)}
 
 
 def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
@@ -129,11 +99,7 @@ def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = Non
             fused=True,
         ),
         ranks,
-        ema_half_life=config.ema_half_life_images,
-        ema_rampup=config.ema_rampup,
-        grad_clip=config.grad_clip,
-        learning_rate=config.learning_rate,
-        execution=Execution(config.parallel, config.arithmetic, config.activation_checkpointing, config.compile_blocks),
+        **config.state_options(),
     )
 
 

@@ -70,15 +70,15 @@ def _convert() -> Command:
 
 COMMANDS = {
     "train-gan": ("train a StyleGAN2 on images, or resume", _train_gan),
-    "generate": ("draw images from a generator", _generate),
-    "train-encoder": ("train a small encoder on a generator's images, to compare images by", _train_encoder),
-    "train": ("learn to align images from a generator, or resume", _train),
-    "align": ("align a folder of pictures", _align),
-    "average": ("the average of a folder's aligned pictures", _average),
-    "propagate": ("what is drawn on the average, in every picture of a folder", _propagate),
-    "correspond": ("points of one picture in another", _correspond),
+    "generate": ("sample images from a generator", _generate),
+    "train-encoder": ("train a small encoder on generated images (SimCLR), for perceptual distances", _train_encoder),
+    "train": ("train a spatial transformer from a generator (GANgealing), or resume", _train),
+    "align": ("align a folder of images", _align),
+    "average": ("average the aligned images of a folder", _average),
+    "propagate": ("propagate an edit or points from the average to every image of a folder", _propagate),
+    "correspond": ("transfer points from one image to another", _correspond),
     "pck": ("PCK of an aligner on digits whose correspondences are known, beside baselines", _pck),
-    "convert": ("somebody else's StyleGAN2 checkpoint as network files, or ours as rosinality's", _convert),
+    "convert": ("convert StyleGAN2 checkpoints of other implementations, or ours to rosinality's", _convert),
 }
 
 

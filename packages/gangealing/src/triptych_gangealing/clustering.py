@@ -8,14 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import randomness
 from triptych_common.parallel import Ranks
-from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
-from triptych_common.storage.run import RunDirectory
-from triptych_common.training import TrainState, steps
+from triptych_common.training import TrainState, open_run, training_steps
 
 from triptych_gangealing.encoders.perceptual import Features
 from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.objective import Objective, accumulate
+from triptych_gangealing.objective import Objective
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced
 
 AT_ONCE = 256
@@ -145,21 +143,16 @@ def train_classifier(
         right = (logits.argmax(1) == cluster).to(logits.dtype).mean()
         return {"loss": F.cross_entropy(logits, cluster), "accuracy": right}
 
-    identity = config.identity() | {
+    facts = {
         "transformer": checkpoint.digest(transformer.state_dict()),
         "mode": checkpoint.digest(mode.state_dict()),
     }
-    with RunDirectory(out, identity, is_main=ranks.is_main) as run:
-        plan = steps(
-            state, run, total_samples=config.classifier_images, batch_size=config.batch_size,
-            checkpoint_every=config.checkpoint_every, log_every=config.log_every,
-        )  # fmt: skip
-        with Progress("training the classifier", config.classifier_images, "img", enabled=ranks.is_main) as progress:
-            for batch in plan:
-                totals = accumulate(batch, config.micro_batch, losses)
-                _, finite = state.optimise()
-                state.count(batch, totals, finite)
-                progress.at(state.samples_seen)
+    with open_run(config, ranks, facts, out=out) as run:
+        total, title = config.classifier_images, "training the classifier"
+        for batch in training_steps(config, state, run, total_samples=total, title=title):
+            means = state.accumulate(batch, config.micro_batch, losses)
+            _, finite = state.optimise()
+            state.count(batch, means, finite)
     return state.ema
 
 

@@ -3,13 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge, Interval
 from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
 from triptych_common.storage.atomic import write_bytes, write_text
 
@@ -30,14 +31,10 @@ class UseOptions(CommonOptions):
 
     aligner: Path = Path("runs/align-digits32")
     """run folder of triptych-gangealing train, or its aligner.safetensors"""
-    iterations: int | None = None
+    iterations: Annotated[int | None, Ge(1)] = None
     """times the similarity network looks; default: as in training. 3 were published for most data sets"""
     flips: Flips = "trained"
     """mirror pictures whose flow is smoother then; trained: where the training did"""
-
-    def __post_init__(self) -> None:
-        if self.iterations is not None and self.iterations < 1:
-            raise ValueError(f"iterations {self.iterations}: expected at least 1")
 
     def open(self) -> tuple[Aligner, dict[str, Any]]:
         """The aligner, and the options with which it is to look at pictures."""
@@ -52,16 +49,10 @@ class FolderOptions(UseOptions):
     """where to write"""
     images: Path = Path("images")
     """folder of pictures"""
-    limit: int | None = None
+    limit: Annotated[int | None, Ge(1)] = None
     """the first so many of them only"""
-    size: int | None = None
+    size: Annotated[int | None, Ge(1)] = None
     """height and width of the aligned pictures and their average; default: the transformer's input size"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("limit", "size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     def open(self) -> tuple[Aligner, dict[str, Any]]:
         """As `UseOptions.open`; raises ValueError where what is written would lie among what is read."""
@@ -100,13 +91,8 @@ class AverageConfig(WarpedOptions):
 
     out: Path = Path("runs/average")
     """where to write"""
-    keep: float = 1.0
+    keep: Annotated[float, Interval(gt=0, le=1, wanted="a share above 0, at most 1")] = 1.0
     """share of the pictures that count, those with the smoothest flows"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep {self.keep}: expected a share above 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -135,13 +121,8 @@ class CorrespondConfig(UseOptions):
     """picture to find them in"""
     points: Path | None = None
     """JSON list of [x, y] in pixels of the source; default: a grid of them"""
-    spacing: int = 8
+    spacing: Annotated[int, Ge(1)] = 8
     """points of that grid a side"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.spacing < 1:
-            raise ValueError(f"spacing {self.spacing}: expected at least 1")
 
 
 def write_aligned(config: AlignConfig) -> dict[str, Any]:

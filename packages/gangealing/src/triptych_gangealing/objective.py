@@ -1,14 +1,13 @@
 """What GANgealing minimises: how far a warped sample is from its target, and how rough its flow.  [thesis 4.3]"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from triptych_common import randomness
-from triptych_common.training import Batch
 
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import PerceptualDistance
@@ -177,16 +176,3 @@ def psi_schedule(step: int | float, total: int | float) -> float:
     if total < 0 or step < 0:
         raise ValueError(f"psi at step {step} of {total}: expected numbers that are not negative")
     return 0.0 if step >= total else (1 + math.cos(math.pi * step / total)) / 2
-
-
-def accumulate(
-    batch: Batch, micro_batch: int | None, losses: Callable[[range], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Gradients of the mean "loss" over this rank's part of a batch, in portions; and the means of all that `losses` gives."""
-    totals: dict[str, Tensor] = {}
-    for counters, _ in batch.micro_batches(micro_batch):
-        found, share = losses(counters), len(counters) / len(batch.counters)
-        (found["loss"] * share).backward()
-        for name, value in found.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() * share
-    return totals

@@ -11,17 +11,15 @@ from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
-from triptych_common.storage.run import RunDirectory
-from triptych_common.training import Batch, TrainState, is_due, steps
+from triptych_common.training import Batch, TrainState, is_due, open_run, summary, training_steps
 
 from triptych_gangealing.aligner import FILE, Aligner, write_aligner
 from triptych_gangealing.clustering import start, train_classifier
 from triptych_gangealing.encoders.descriptor import open_groups
 from triptych_gangealing.encoders.perceptual import open_distance
 from triptych_gangealing.modes import Mode, pca
-from triptych_gangealing.objective import Objective, accumulate
+from triptych_gangealing.objective import Objective
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.weights import load_generator
@@ -41,11 +39,12 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
     with process_group(config.device) as ranks:
         generator, distance = (network.to(ranks.device, config.dtype) for network in (generator, distance))
         objective = Objective(config, generator, distance)
-        identity = config.identity() | {"generator": digest_of(generator), "distance": digest_of(distance)}
-        with RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run:
+        facts = {"generator": digest_of(generator), "distance": digest_of(distance)}
+        with open_run(config, ranks, facts) as run:
             state = make_state(objective, ranks, run.path)
-            optimise(objective, state, run)
-            rows = [row for row in run.metrics() if "loss" in row]
+            for batch in training_steps(config, state, run, on_step=make_snapshots(objective, run.path)):
+                step(objective, state, batch)
+            metrics = summary(run)
         transformer, mode = state.ema["transformer"], state.ema["mode"]
         classifier = objective.groups
         if config.clusters > 1 and classifier is None:
@@ -54,34 +53,16 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
             classifier = train_classifier(objective, transformer, mode, folder, ranks)
         path = config.out / FILE
         if ranks.is_main:
-            write_aligner(path, Aligner(transformer, mode, classifier), facts_of(config, identity))
+            write_aligner(path, Aligner(transformer, mode, classifier), facts_of(config, facts))
     echo(f"aligner: {path}")
-    return {"aligner": str(path), "metrics": str(run.metrics_path), "last": rows[-1] if rows else None}
-
-
-def optimise(objective: Objective, state: TrainState, run: RunDirectory) -> None:
-    """Every step of the run that is left."""
-    config = objective.config
-    plan = steps(
-        state,
-        run,
-        total_samples=config.total_images,
-        batch_size=config.batch_size,
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
-        on_step=make_snapshots(objective, run.path),
-    )
-    with Progress("training", config.total_images, "img", enabled=state.ranks.is_main) as progress:
-        for batch in plan:
-            step(objective, state, batch)
-            progress.at(state.samples_seen)
+    return {"aligner": str(path), **metrics}
 
 
 def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     """One optimiser step of transformer and modes."""
     transformer, mode = state.model["transformer"], state.model["mode"]
     seen = state.samples_seen
-    totals = accumulate(
+    totals = state.accumulate(
         batch, objective.config.micro_batch, lambda counters: objective.loss(transformer, mode, counters, seen)
     )
     shares = state.ranks.sum(totals.pop("cluster_shares")) / state.ranks.world_size
@@ -158,10 +139,11 @@ def digest_of(network: Generator | nn.Module) -> str:
     return checkpoint.digest(network.state_dict())
 
 
-def facts_of(config: AlignTrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
+def facts_of(config: AlignTrainConfig, digests: dict[str, str]) -> dict[str, Any]:
     """What an aligner says of itself."""
-    kept = "generator", "distance", "seed"
-    return {name: identity[name] for name in kept} | {
+    return {
+        **digests,
+        "seed": config.seed,
         "trained_on": config.generator,
         "padding": config.padding,
         "iterations": config.iterations,

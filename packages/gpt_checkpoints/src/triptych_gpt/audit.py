@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.images import figure_png
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
@@ -27,11 +28,11 @@ class AuditConfig(CommonOptions):
     """the zoo it was trained on"""
     out: Path = Path("runs/gpt-audit")
     """folder for audit.json and audit.png"""
-    samples: int = 100
+    samples: Annotated[int, Ge(1)] = 100
     """networks to make, each from another unseen one"""
     target: float | None = None
     """what to ask for; default: what does best on validation runs"""
-    every: int = 1
+    every: Annotated[int, Ge(1)] = 1
     """search every so many checkpoints of the training runs; 1: all"""
     sampler: str = "ddpm"
     """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
@@ -39,9 +40,7 @@ class AuditConfig(CommonOptions):
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        super().__post_init__()
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"target {self.target}: expected a finite number")
         self.settings  # noqa: B018 - checked at the door

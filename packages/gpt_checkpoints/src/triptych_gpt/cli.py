@@ -71,16 +71,16 @@ def _convert() -> Command:
 
 
 COMMANDS = {
-    "collect": ("train networks in many runs, and keep their checkpoints", _collect),
-    "info": ("what a zoo holds", _info),
-    "verify": ("compare a zoo's files with their checksums", _verify),
-    "export": ("one checkpoint as a plain state dict", _export),
-    "import": ("make a zoo of the released G.pt data", _import),
+    "collect": ("train many networks and store their checkpoints in a zoo", _collect),
+    "info": ("describe what a zoo holds", _info),
+    "verify": ("check a zoo's files against their checksums", _verify),
+    "export": ("export one checkpoint as a plain state dict", _export),
+    "import": ("import the released G.pt data as a zoo", _import),
     "train": ("train a G.pt on a zoo, or resume", _train),
-    "prompt": ("make networks that achieve a metric you ask for", _prompt),
-    "evaluate": ("how well a trained G.pt obeys prompts on unseen networks, beside baselines", _evaluate),
-    "audit": ("is it new, or memorised: generated networks against the training set", _audit),
-    "convert": ("a released G.pt's checkpoint as a model file", _convert),
+    "prompt": ("generate networks that achieve a prompted metric", _prompt),
+    "evaluate": ("score how well a trained G.pt follows prompts on unseen networks, beside baselines", _evaluate),
+    "audit": ("compare generated networks with the training set: new, or memorised?", _audit),
+    "convert": ("convert a released G.pt's checkpoint to a model file", _convert),
 }
 
 

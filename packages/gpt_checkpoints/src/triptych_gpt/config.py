@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from triptych_common.fields import Checked, Gt, OneOf
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.symmetry.derivation import derive
@@ -63,41 +64,36 @@ class MetricScale:
 
 
 @dataclass(frozen=True)
-class GptConfig:
+class GptConfig(Checked):
     """Shape of a G.pt.  [thesis 3.2.2]"""
 
     symmetry: PermutationSpec
     """parameters of the networks it reads and writes, and which of their axes permute"""
-    tokenizer: str = "neuron"
+    tokenizer: Annotated[str, OneOf(TOKENIZERS)] = "neuron"
     """a token a parameter tensor (thesis), a chunk of one (released models), or a hidden unit"""
     chunk_size: int | None = None
     """most parameters of a token (chunk only)"""
-    width: int = 256
+    width: Annotated[int, Gt(0)] = 256
     """hidden size of the transformer"""
-    depth: int = 4
+    depth: Annotated[int, Gt(0)] = 4
     """number of transformer blocks"""
-    num_heads: int = 4
+    num_heads: Annotated[int, Gt(0)] = 4
     """attention heads; width must be a multiple"""
-    edge_width: int = 32
+    edge_width: Annotated[int, Gt(0)] = 32
     """channels of a weight between two hidden units (neuron only; networks of one hidden layer have none)"""
-    scalars: str = "normalised"
+    scalars: Annotated[str, OneOf(SCALARS)] = "normalised"
     """metrics and timestep by 128 frequencies over 14 octaves as they are (released), or scaled first"""
-    num_frequencies: int = 32
+    num_frequencies: Annotated[int, Gt(0)] = 32
     """frequencies of a normalised scalar"""
-    octaves: float | int = 8.0
+    octaves: Annotated[float | int, Gt(0)] = 8.0
     """over how many octaves they lie, the lowest a quarter of a wave over the range"""
-    metric_factor: float | int = 1.0
+    metric_factor: Annotated[float | int, Gt(0)] = 1.0
     """multiplies raw metrics: the released error models were trained on per cent, our errors are fractions"""
     metric_scale: MetricScale | None = None
     """what normalised metrics are measured against; taken from training data"""
 
     def __post_init__(self) -> None:
-        for name, known in (("tokenizer", TOKENIZERS), ("scalars", SCALARS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
-        for name in ("width", "depth", "num_heads", "edge_width", "num_frequencies", "octaves", "metric_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}; change one of them")
         if self.tokenizer == "chunk" and not (self.chunk_size and self.chunk_size > 0):

@@ -2,10 +2,11 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint, foreign
@@ -29,9 +30,9 @@ class PromptConfig(CommonOptions):
     """the trained G.pt: a run folder, or a model file"""
     out: Path = Path("runs/prompted")
     """folder for the new networks and prompt.json"""
-    recursive: int = 1
+    recursive: Annotated[int, Ge(1)] = 1
     """updates in a row, each given what the one before made"""
-    samples: int = 1
+    samples: Annotated[int, Ge(1)] = 1
     """networks to make, each from noise of its own"""
     sampler: str = "ddpm"
     """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
@@ -45,9 +46,7 @@ class PromptConfig(CommonOptions):
     """write .pt files for torch.load, not .safetensors"""
 
     def __post_init__(self) -> None:
-        for name in ("recursive", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        super().__post_init__()
         if self.checkpoint is not None and self.initialiser is not None:
             raise ValueError(
                 f"initialiser {self.initialiser!r}: draws a random network, but --checkpoint gives one; leave out one of them"

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.parallel import Execution, Ranks, gradient_sync, process_group
-from triptych_common.progress import Progress
-from triptych_common.storage.run import RunDirectory
-from triptych_common.throughput import peak_flops
-from triptych_common.training import TrainState, steps
+from triptych_common.parallel import Ranks, process_group
+from triptych_common.training import TrainState, open_run, summary, training_steps
 
 from triptych_gpt.model import Gpt, decayed
 from triptych_gpt.objective import Objective, TrainingZoo, training_flops
@@ -29,53 +27,23 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     model.safetensors is the averaged model that followed prompts best on validation runs, last.safetensors the one at the end.
     Raises ValueError for a config that does not fit zoo, run directory or ranks, Interrupted after a signal.
     """
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     data = TrainingZoo(config)
     check(config, data)
     flops = training_flops(data.model_config)  # refuses, too, before there is a folder that knows this config
-    identity = config.identity() | {"zoo": data.identity()}
-    with (
-        process_group(config.device) as ranks,
-        RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run,
-    ):
+    with process_group(config.device) as ranks, open_run(config, ranks, {"zoo": data.identity()}) as run:
         state, objective = make_state(config, data, ranks), Objective(data)
         save = partial(save_average, config, state, data)
         validation = Validation(config, data, run, ranks, save)
-        plan = steps(
-            state,
-            run,
-            total_samples=config.total_pairs,
-            batch_size=config.batch_size,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            on_step=validation,
-            flops_per_sample=flops,
-            peak_flops=peak_flops(ranks.device, config.arithmetic),
-            unit="pairs",
-        )
-        with Progress("training", config.total_pairs, "pairs", enabled=ranks.is_main) as progress:
-            for batch in plan:
-                loss = torch.zeros((), device=ranks.device)
-                for counters, last in batch.micro_batches(config.micro_batch):
-                    share = len(counters) / len(batch.counters)
-                    with gradient_sync(state.parallel_model, last):
-                        mean = objective.loss(state.parallel_model, objective.draw(counters), ranks.device).total.mean()
-                        (mean * share).backward()
-                    loss = loss + mean.detach() * share
-                state.update(batch, {"loss": loss})
-                progress.at(state.samples_seen)
+
+        def losses(counters: range) -> dict[str, Tensor]:
+            return {"loss": objective.loss(state.parallel_model, objective.draw(counters), ranks.device).total.mean()}
+
+        for batch in training_steps(config, state, run, on_step=validation, flops_per_sample=flops):
+            state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save(run.path / LAST, {})
         kept = validation.finish(run.path / LAST)
-        if ranks.is_main:
-            echo(f"model: {run.path / FILE_NAME} ({kept})")
-        rows = [row for row in run.metrics() if "loss" in row]
-        return {
-            "model": str(run.path / FILE_NAME),
-            "metrics": str(run.metrics_path),
-            "kept": kept,
-            "last": rows[-1] if rows else None,
-        }
+        echo(f"model: {run.path / FILE_NAME} ({kept})")
+        return {"model": str(run.path / FILE_NAME), "kept": kept, **summary(run)}
 
 
 def make_state(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> TrainState:
@@ -93,11 +61,7 @@ def make_state(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> Train
         model,
         optimizer,
         ranks,
-        ema_half_life=config.ema_half_life_pairs,
-        ema_rampup=config.ema_rampup,
-        grad_clip=config.grad_clip,
-        learning_rate=config.learning_rate,
-        execution=Execution(config.parallel, config.arithmetic, config.activation_checkpointing, config.compile_blocks),
+        **config.state_options(),
     )
 
 

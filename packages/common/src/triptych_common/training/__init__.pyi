@@ -1,2 +1,8 @@
-from .loop import is_due as is_due, steps as steps
+from .loop import (
+    is_due as is_due,
+    open_run as open_run,
+    steps as steps,
+    summary as summary,
+    training_steps as training_steps,
+)
 from .state import Batch as Batch, TrainState as TrainState

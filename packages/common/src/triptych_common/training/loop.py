@@ -2,11 +2,11 @@
 
 There is no trainer. A package's loop stays a short flat `for`:
 
-    for batch in steps(state, run, total_samples=..., batch_size=..., ...):
-        for counters, last in batch.micro_batches(size):
-            with gradient_sync(state.parallel_model, last):
-                (loss_of(counters) * len(counters) / len(batch.counters)).backward()
-        state.update(batch, {"loss": ...})
+    with process_group(config.device) as ranks, open_run(config, ranks, {"data": digest}) as run:
+        state = TrainState(model, optimizer, ranks, **config.state_options())
+        for batch in training_steps(config, state, run):
+            means = state.accumulate(batch, config.micro_batch, lambda counters: {"loss": loss_of(counters)})
+            state.update(batch, means)
 
 Randomness comes from (seed, stream, sample counter), so a checkpoint is weights, optimiser and counters. A resumed run
 equals the uninterrupted one bit for bit; on several ranks logged means agree to rounding.
@@ -16,13 +16,73 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from triptych_common.errors import Diverged, Interrupted
+from triptych_common.parallel import Ranks
+from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
-from triptych_common.throughput import peak_bytes
+from triptych_common.throughput import peak_bytes, peak_flops
+from triptych_common.training.settings import ExecutionSettings, LoopSettings
 from triptych_common.training.state import Batch, TrainState
+
+
+def open_run(
+    config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *, out: Path | None = None
+) -> RunDirectory:
+    """The run directory of a training, to be entered.
+
+    facts: what the run's identity holds besides the settings', such as a digest of the data. out: by default `config.out`.
+    """
+    if isinstance(config, ExecutionSettings) and config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    return RunDirectory(
+        out or config.out,
+        {**config.identity(), **(facts or {})},
+        is_main=ranks.is_main,
+        tensorboard=config.tensorboard,
+    )
+
+
+def training_steps(
+    config: LoopSettings,
+    state: TrainState,
+    run: RunDirectory,
+    *,
+    total_samples: int | None = None,
+    title: str = "training",
+    on_step: Callable[[TrainState], None] = lambda state: None,
+    flops_per_sample: float | int | None = None,
+) -> Iterator[Batch]:
+    """`steps` as the settings say, with a progress bar.
+
+    total_samples: by default those of the settings. on_step, flops_per_sample: as for `steps`. Raises as `steps` does.
+    """
+    total = config.total_samples if total_samples is None else total_samples
+    fastest = None
+    if flops_per_sample is not None and isinstance(config, ExecutionSettings):
+        fastest = peak_flops(state.ranks.device, config.arithmetic)
+    plan = steps(
+        state, run, total_samples=total, batch_size=config.batch_size, checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every, on_step=on_step, flops_per_sample=flops_per_sample, peak_flops=fastest,
+        unit=config.unit,
+    )  # fmt: skip
+    name = {"images": "img"}.get(config.unit, config.unit)
+    with Progress(title, total, name, enabled=state.ranks.is_main) as progress:
+        for batch in plan:
+            yield batch
+            progress.at(state.samples_seen)
+
+
+def summary(run: RunDirectory, measured: str = "loss") -> dict[str, Any]:
+    """What a training command returns of its metrics: their file, and the last row that holds a value of `measured`."""
+    rows = [row for row in run.metrics() if measured in row]
+    return {"metrics": str(run.metrics_path), "last": rows[-1] if rows else None}
 
 
 def steps(
@@ -175,7 +235,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Signals":
         if threading.current_thread() is threading.main_thread():

@@ -8,11 +8,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triptych_common.parallel import Execution, Ranks, average_gradients, distributed, local, prepare, whole
+from triptych_common.parallel import (
+    Execution,
+    Ranks,
+    average_gradients,
+    distributed,
+    gradient_sync,
+    local,
+    prepare,
+    whole,
+)
 from triptych_common.storage import checkpoint
 
 COUNTERS = ("samples_seen", "step", "skipped", "skipped_in_a_row", "rollbacks", "rollbacks_in_a_row", "metered_steps")
@@ -56,7 +66,7 @@ class TrainState:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    optimizer: Any  # given as an optimizer or as what makes it; an optimizer from then on
     ranks: Ranks
     ema_half_life: float | int
     ema_rampup: float | None = 0.1
@@ -93,6 +103,23 @@ class TrainState:
     def sharded(self) -> bool:
         """Whether weights, average and optimiser slots are spread over ranks."""
         return self.execution.sharded(self.ranks)
+
+    def accumulate(
+        self, batch: Batch, micro_batch: int | None, losses: Callable[[range], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Gradients of the mean "loss" over this rank's part of a batch, in portions of at most `micro_batch` samples.
+
+        losses: of sample counters, the mean "loss" and other means to report. Returns the means of all of them.
+        """
+        totals: dict[str, Tensor] = {}
+        for counters, last in batch.micro_batches(micro_batch):
+            share = len(counters) / len(batch.counters)
+            with gradient_sync(self.parallel_model, last):
+                means = losses(counters)
+                (means["loss"] * share).backward()
+            for name, value in means.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() * share
+        return totals
 
     def update(self, batch: Batch, metered: Mapping[str, Tensor]) -> bool:
         """Finish a step: clip, optimise, average, count; True if weights moved.

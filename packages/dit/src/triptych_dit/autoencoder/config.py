@@ -111,19 +111,15 @@ class EncodeConfig(CommonOptions):
     """of the stored moments; float16 is off by at most 2^-11 of a value, bfloat16 would be by 2^-8: not offered"""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """of the autoencoder's arithmetic"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """images at once on each rank; changes rounding only"""
-    shard_size: int = 4096
+    shard_size: Annotated[int, Ge(1)] = 4096
     """images a shard; what is lost at most when a rank is killed"""
-    workers: int | None = None
+    workers: Annotated[int | None, Ge(0)] = None
     """processes on each rank that read images; 0: none but the rank itself, default: one a core, 8 at most"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers {self.workers}: expected at least 0")
+        super().__post_init__()
         if min(self.size) < 1:
             raise ValueError(f"image_size {self.image_size}: expected at least 1")
 

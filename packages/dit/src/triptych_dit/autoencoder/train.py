@@ -16,12 +16,10 @@ from torch.nn import functional as F
 from triptych_common import data, randomness
 from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
-from triptych_common.parallel import Ranks, gradient_sync, process_group
-from triptych_common.progress import Progress
+from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
-from triptych_common.storage.run import RunDirectory
-from triptych_common.training import TrainState, steps
+from triptych_common.training import TrainState, open_run, summary, training_steps
 
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import WEIGHTS, Autoencoder, import_autoencoder_kl, load_autoencoder, scaled_sample
@@ -59,42 +57,17 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
     """
     train_set = data.load(config.data, "train")
     check_fits(config, train_set)
-    with (
-        process_group(config.device) as ranks,
-        RunDirectory(config.out, config.identity(), is_main=ranks.is_main) as run,
-    ):
+    with process_group(config.device) as ranks, open_run(config, ranks) as run:
         state = make_state(config, train_set, ranks)
-        losses_of = make_losses(config, state, train_set, ranks)
-        plan = steps(
-            state,
-            run,
-            total_samples=config.total_images,
-            batch_size=config.batch_size,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-        )
-        with Progress("training", config.total_images, "img", enabled=ranks.is_main) as progress:
-            for batch in plan:
-                error, kl = 0.0, 0.0
-                for counters, last in batch.micro_batches(config.micro_batch):
-                    share = len(counters) / len(batch.counters)
-                    with gradient_sync(state.parallel_model, last):
-                        error_here, kl_here = losses_of(counters)
-                        ((error_here + config.kl_weight * kl_here) * share).backward()
-                    error, kl = error + error_here.detach() * share, kl + kl_here.detach() * share
-                state.update(batch, {"mse": error, "kl": kl})
-                progress.at(state.samples_seen)
+        losses = make_losses(config, state, train_set, ranks)
+        for batch in training_steps(config, state, run):
+            means = state.accumulate(batch, config.micro_batch, losses)
+            state.update(batch, {"mse": means["mse"], "kl": means["kl"]})
         facts: dict[str, Any] = {}
         if ranks.is_main:
             facts = finish(config, state.ema.vae, train_set, ranks)
             echo(f"autoencoder: {config.out / FOLDER}")
-        rows = run.metrics()
-    return {
-        "vae": str(config.out / FOLDER),
-        **facts,
-        "metrics": str(run.metrics_path),
-        "last": rows[-1] if rows else None,
-    }
+        return {"vae": str(config.out / FOLDER), **facts, **summary(run, "mse")}
 
 
 def check_fits(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> None:
@@ -137,25 +110,23 @@ def make_state(config: AutoencoderTrainConfig, dataset: data.ImageDataset, ranks
         model,
         optimizer,
         ranks,
-        ema_half_life=config.ema_half_life_images,
-        ema_rampup=config.ema_rampup,
-        grad_clip=config.grad_clip,
-        learning_rate=config.learning_rate,
+        **config.state_options(),
     )
 
 
 def make_losses(
     config: AutoencoderTrainConfig, state: TrainState, dataset: data.ImageDataset, ranks: Ranks
-) -> Callable[[range], tuple[Tensor, Tensor]]:
-    """Reconstruction error and KL divergence of given sample counters."""
+) -> Callable[[range], dict[str, Tensor]]:
+    """Reconstruction error, KL divergence and the loss made of them, of given sample counters."""
     shape = latent_shape(config, dataset)
 
-    def losses_of(counters: range) -> tuple[Tensor, Tensor]:
+    def losses(counters: range) -> dict[str, Tensor]:
         images = dataset.scaled(randomness.shuffled(config.seed, "order", counters, len(dataset)))
         noise = randomness.normal(config.seed, "noise", counters, shape)
-        return state.parallel_model(images.to(ranks.device), noise.to(ranks.device))
+        error, kl = state.parallel_model(images.to(ranks.device), noise.to(ranks.device))
+        return {"loss": error + config.kl_weight * kl, "mse": error, "kl": kl}
 
-    return losses_of
+    return losses
 
 
 def latent_shape(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> tuple[int, int, int]:

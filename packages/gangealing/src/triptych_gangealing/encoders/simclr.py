@@ -22,12 +22,11 @@ from triptych_common.fields import FREE, Ge, Gt, Interval
 from triptych_common.images import from_uint8
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.progress import Progress
 from triptych_common.randomness import generator as source_of
 from triptych_common.randomness import normal, shuffled, uniform
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
-from triptych_common.training import TrainState, steps
+from triptych_common.training import TrainState, open_run, summary, training_steps
 from triptych_common.training.settings import LoopSettings
 
 from triptych_gangealing.encoders.perceptual import (
@@ -191,10 +190,9 @@ def run(config: EncoderTrainConfig) -> dict[str, Any]:
     from triptych_gangealing.stylegan2.weights import load_generator
 
     train_encoder(load_generator(config.generator), config)
-    rows = RunDirectory(config.out, {}).metrics()
     path = config.out / ENCODER_FILE
     echo(f"encoder: {path}")
-    return {"encoder": str(path), "metrics": str(config.out / "metrics.jsonl"), "last": rows[-1] if rows else None}
+    return {"encoder": str(path), **summary(RunDirectory(config.out, {}))}
 
 
 def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
@@ -217,7 +215,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
             raise ValueError(
                 f"{ranks.world_size} ranks: the encoder is trained by one process; start it without torchrun"
             )
-        with RunDirectory(config.out, config.identity() | origin, tensorboard=config.tensorboard) as directory:
+        with open_run(config, ranks, origin) as directory:
             if not (config.out / ENCODER_FILE).exists():
                 pool = sample_images(
                     generator.to(ranks.device), range(config.pool_images), seed=config.seed,
@@ -259,17 +257,11 @@ def fit(
         ema_half_life=config.batch_size,  # unused: the learning rate ends at 0
         learning_rate=config.learning_rate,
     )
-    plan = steps(
-        state, directory, total_samples=config.total_images, batch_size=config.batch_size,
-        checkpoint_every=config.checkpoint_every, log_every=config.log_every,
-    )  # fmt: skip
-    with Progress("training", config.total_images, "img") as progress:
-        for batch in plan:
-            drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
-            images = from_uint8(pool[drawn].to(ranks.device))
-            both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
-            loss, found = contrast(state.parallel_model, *both, config.temperature)
-            loss.backward()
-            state.update(batch, {"loss": loss, "found": found})
-            progress.at(state.samples_seen)
+    for batch in training_steps(config, state, directory):
+        drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
+        images = from_uint8(pool[drawn].to(ranks.device))
+        both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
+        loss, found = contrast(state.parallel_model, *both, config.temperature)
+        loss.backward()
+        state.update(batch, {"loss": loss, "found": found})
     network.requires_grad_(False).eval()

@@ -2,10 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge, Interval
 from triptych_common.storage.atomic import write_json
 
 from triptych_gangealing.aligner import Flips, open_aligner
@@ -27,29 +28,22 @@ class PckConfig(CommonOptions):
     """where to write pck.json"""
     aligner: Path | None = Path("runs/align-digits32")
     """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
-    digit: int | None = 3
+    digit: Annotated[int | None, Interval(ge=0, le=9, wanted="0 to 9, or None for all")] = 3
     """digit to align; None: all"""
     data: Data = "mnist5k"
     """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
-    pairs: int = 300
+    pairs: Annotated[int, Ge(1)] = 300
     """pairs of images for PCK"""
     elastic_px: float = 2.5
     """largest displacement between the two images of a pair but for their jitters, in pixels of a 28-pixel digit"""
     grey: bool = False
     """plain white digits on black instead of coloured ones, where the baselines are strong"""
-    iterations: int | None = None
+    iterations: Annotated[int | None, Ge(1)] = None
     """times the aligner's similarity network looks; default: as in training"""
     flips: Flips = "trained"
     """mirror images whose flow is smoother then; trained: where the training did"""
     baselines: Literal["all", "none"] = "all"
     """score moments and classical Congealing too"""
-
-    def __post_init__(self) -> None:
-        for name in ("pairs", "iterations"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.digit is not None and not 0 <= self.digit <= 9:
-            raise ValueError(f"digit {self.digit}: expected 0 to 9, or None for all")
 
 
 class PairScores(NamedTuple):

@@ -1,36 +1,34 @@
 """Shapes of StyleGAN2's two networks."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from triptych_common.fields import Checked, Ge
 
 Architecture = Literal["skip", "resnet", "orig"]
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Shape(Checked):
     resolution: int = 32
     """height and width of the images: a power of two, 8..1024"""
     channel_base: int = 32768
     """feature maps at resolution r: channel_base / r, at most channel_max; 16384 halves the published full width"""
-    channel_max: int = 512
+    channel_max: Annotated[int, Ge(1)] = 512
     """most feature maps of any layer"""
-    c_dim: int = 0
+    c_dim: Annotated[int, Ge(0, "a number of classes, or 0 for an unconditional model")] = 0
     """number of classes of a conditional model; 0: unconditional"""
-    image_channels: int = 3
+    image_channels: Annotated[int, Ge(1)] = 3
     """colours of the images"""
     conv_clamp: float | None = None
     """bound on the activations of every convolution; 256 in mixed precision, None: none"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.resolution not in (8, 16, 32, 64, 128, 256, 512, 1024):
             raise ValueError(f"resolution {self.resolution}: expected a power of two from 8 to 1024")
-        for name in ("channel_max", "image_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.channel_base < self.resolution:
             raise ValueError(f"channel_base {self.channel_base}: expected at least the resolution, {self.resolution}")
-        if self.c_dim < 0:
-            raise ValueError(f"c_dim {self.c_dim}: expected a number of classes, or 0 for an unconditional model")
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -46,20 +44,14 @@ class _Shape:
 class GeneratorConfig(_Shape):
     """Shape of a generator.  [Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN"]"""
 
-    z_dim: int = 512
+    z_dim: Annotated[int, Ge(1)] = 512
     """dimensions of z"""
-    w_dim: int = 512
+    w_dim: Annotated[int, Ge(1)] = 512
     """dimensions of w"""
-    mapping_layers: int = 8
+    mapping_layers: Annotated[int, Ge(1)] = 8
     """layers from z to w"""
     architecture: Architecture = "skip"
     """how blocks make the image: a sum of RGB images, residual blocks, or plain ones"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("z_dim", "w_dim", "mapping_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     @property
     def num_ws(self) -> int:
@@ -73,20 +65,15 @@ class DiscriminatorConfig(_Shape):
 
     architecture: Architecture = "resnet"
     """how blocks read the image: residual blocks, one RGB image for each, or plain ones"""
-    mapping_layers: int = 8
+    mapping_layers: Annotated[int, Ge(1)] = 8
     """layers of the class embedding of a conditional discriminator"""
-    mbstd_group_size: int = 4
+    mbstd_group_size: Annotated[int, Ge(1)] = 4
     """images over which the minibatch standard deviation is taken"""
-    mbstd_channels: int = 1
+    mbstd_channels: Annotated[int, Ge(0)] = 1
     """feature maps that tell it; 0: none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mbstd_group_size < 1 or self.mbstd_channels < 0 or self.mapping_layers < 1:
-            raise ValueError(
-                f"mbstd_group_size {self.mbstd_group_size}, mbstd_channels {self.mbstd_channels}, mapping_layers "
-                f"{self.mapping_layers}: expected at least 1, 0 and 1"
-            )
         if self.mbstd_channels and self.channels_at(4) % self.mbstd_channels:
             raise ValueError(
                 f"mbstd_channels {self.mbstd_channels}: expected a divisor of the {self.channels_at(4)} feature maps at 4x4"

@@ -2,12 +2,13 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
@@ -28,7 +29,7 @@ class GenerateConfig(CommonOptions):
     """where to write grid.png, and what else is asked for"""
     generator: str = "digits32"
     """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
-    num_samples: int = 100
+    num_samples: Annotated[int, Ge(1)] = 100
     """images to draw; the same numbers are the same images"""
     truncation_psi: float = 1.0
     """below 1, styles are drawn towards their mean: fewer odd images, less variety"""
@@ -40,19 +41,14 @@ class GenerateConfig(CommonOptions):
     """write each image to OUT/images too"""
     video: Literal["none", "mp4", "gif"] = "none"
     """film walks between latents, 4x4 of them side by side: mp4 (extra: video) or gif"""
-    keyframes: int = 4
+    keyframes: Annotated[int, Ge(1)] = 4
     """latents of each walk, which ends where it began"""
-    frames: int = 48
+    frames: Annotated[int, Ge(1)] = 48
     """frames from one to the next"""
-    fps: int = 24
+    fps: Annotated[int, Ge(1)] = 24
     """frames a second"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """images at once; changes speed, not results"""
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "keyframes", "frames", "fps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}

@@ -11,9 +11,8 @@ from triptych_common import randomness
 from triptych_common.cli import echo
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.progress import Progress
 from triptych_common.storage.run import RunDirectory
-from triptych_common.training import Batch, TrainState, steps
+from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
 from triptych_gangealing.stylegan2.augment import AdaptiveProbability
 from triptych_gangealing.stylegan2.data import TrainingImages, open_images
@@ -35,38 +34,21 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
     """
     keep_freed_memory()
     images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip)
-    identity = config.identity() | {"images": images.fingerprint()}
     with process_group(config.device) as ranks:
         config.check_groups(ranks.world_size)
         state = make_state(config, ranks, images)
+        objective = Objective(config, images, state.model["generator"], state.model["discriminator"])
         # Only now: what is refused above must not leave a folder that would refuse the corrected command.
-        with RunDirectory(config.out, identity, is_main=ranks.is_main, tensorboard=config.tensorboard) as run:
-            _train(config, state, run, images)
-            rows = [row for row in run.metrics() if "loss/generator" in row]
-    return {
-        "generator": str(run.path / GENERATOR_FILE),
-        "discriminator": str(run.path / DISCRIMINATOR_FILE),
-        "metrics": str(run.metrics_path),
-        "last": rows[-1] if rows else None,
-    }
-
-
-def _train(config: GanTrainConfig, state: TrainState, run: RunDirectory, images: TrainingImages) -> None:
-    objective = Objective(config, images, state.model["generator"], state.model["discriminator"])
-    plan = steps(
-        state,
-        run,
-        total_samples=config.total_images,
-        batch_size=config.batch_size,
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
-        on_step=make_snapshots(config, run, images, state.ranks),
-    )
-    with Progress("training", config.total_images, "img", enabled=state.ranks.is_main) as progress:
-        for batch in plan:
-            adversarial_step(state, objective, batch)
-            progress.at(state.samples_seen)
-    save_networks(config, run, state)
+        with open_run(config, ranks, {"images": images.fingerprint()}) as run:
+            snapshot = make_snapshots(config, run, images, ranks)
+            for batch in training_steps(config, state, run, on_step=snapshot):
+                adversarial_step(state, objective, batch)
+            save_networks(config, run, state)
+            return {
+                "generator": str(run.path / GENERATOR_FILE),
+                "discriminator": str(run.path / DISCRIMINATOR_FILE),
+                **summary(run, "loss/generator"),
+            }
 
 
 class Statistics(nn.Module):

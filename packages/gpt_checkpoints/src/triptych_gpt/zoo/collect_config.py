@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge
 from triptych_common.parallel import process_group
 
 from triptych_gpt.tasks import Speed, SupervisedTask, Task
@@ -26,7 +27,7 @@ class CollectConfig(CommonOptions):
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")] = tyro.MISSING
     """mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME for a task of your own"""
-    runs: int | None = None
+    runs: Annotated[int | None, Ge(1)] = None
     """training runs the zoo shall have, those dropped included; default: 1,000, or none more with --repair"""
     out: Path = Path("runs/zoo")
     """folder of the zoo"""
@@ -34,35 +35,32 @@ class CollectConfig(CommonOptions):
     """data set in place of the task's own, such as mnist5k for mnist_mlp"""
     epochs: int | None = None
     """epochs in place of the task's own"""
-    checkpoints: int = 200
+    checkpoints: Annotated[int, Ge(2)] = 200
     """of each run: before training, after random steps, and after the last"""
     early: bool = False
     """draw half of those steps mostly from the beginning of a run (by 1 / step), where metrics change fast"""
     initialiser: str = "default"
     """how networks are drawn: default, or xavier, kaiming, orthogonal with _uniform or _normal"""
-    cohort_runs: int = 100
+    cohort_runs: Annotated[int, Ge(1)] = 100
     """runs that share their minibatches (which makes them faster, and correlates them), a shard and a split; what an
     interruption costs each process at most"""
     shared_batches: bool = True
     """off: every run has minibatches of its own"""
-    split_every: int = 10
+    split_every: Annotated[int, Ge(3)] = 10
     """of so many cohorts one is for testing and one for validation"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of stored parameters; bfloat16 takes half the bytes, and metrics are of what is stored"""
     engine: Literal["local", "ray", "here"] = "local"
     """processes of this machine, Ray (RAY_ADDRESS names a cluster), or this process alone"""
-    workers: int | None = None
+    workers: Annotated[int | None, Ge(1)] = None
     """processes; default: one a core, or one a GPU"""
-    networks_at_once: int | None = None
+    networks_at_once: Annotated[int | None, Ge(1)] = None
     """networks trained together, the cohort's at most; changes rounding only; default: measured when the zoo is begun"""
     repair: bool = False
     """verify every checksum first, and collect damaged cohorts again"""
 
     def __post_init__(self) -> None:
-        least = {"runs": 1, "checkpoints": 2, "cohort_runs": 1, "split_every": 3, "workers": 1, "networks_at_once": 1}
-        for name, smallest in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < smallest:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least {smallest}")
+        super().__post_init__()
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: expected a number of 64 bits")
 

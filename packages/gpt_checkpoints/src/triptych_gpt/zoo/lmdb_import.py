@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import xxhash
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.progress import Progress
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
@@ -26,7 +27,7 @@ from triptych_gpt.zoo.lmdb_runs import (
     require_lmdb,
 )
 from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
-from triptych_gpt.zoo.store import DTYPES, CohortData, shard_name, unsound, write_shard
+from triptych_gpt.zoo.store import CohortData, shard_name, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"
@@ -42,23 +43,16 @@ class ImportConfig(CommonOptions):
     """folder of the zoo"""
     task: str = "mnist_mlp"
     """task whose network the checkpoints are of"""
-    num_test_runs: int = 500
+    num_test_runs: Annotated[int, Ge(0)] = 500
     """runs in the test split, the last ones by name; released: 500 for MNIST, 2050 for the others"""
-    checkpoints: int = 200
+    checkpoints: Annotated[int, Ge(2)] = 200
     """checkpoints of a run; runs with another number are dropped"""
-    cohort_runs: int = 50
+    cohort_runs: Annotated[int, Ge(1)] = 50
     """runs in a shard"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: half the bytes, 8 bits of precision"""
     repair: bool = False
     """verify the shards that are there, and import damaged ones again"""
-
-    def __post_init__(self) -> None:
-        for name, least in {"num_test_runs": 0, "checkpoints": 2, "cohort_runs": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
 
     def resolved(self) -> dict[str, Any]:
         runs, skipped = find_runs(self.lmdb)

@@ -15,8 +15,7 @@ from triptych_common.parallel import Execution, process_group
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import final, sampling
 from triptych_common.storage.model_file import ModelFormat
-from triptych_common.storage.run import RunDirectory
-from triptych_common.training import TrainState, steps
+from triptych_common.training import TrainState, open_run, training_steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
 from triptych_dit.model import DiT
@@ -122,8 +121,8 @@ def train_unet(config: TrainConfig) -> None:
     training_data = open_training_data(config.data, config.model)
     check_fits(config.model, training_data)
     shape = matched(config.model)
-    identity = config.identity() | {"data": training_data.identity, "unet": asdict(shape)}
-    with process_group(config.device) as ranks, RunDirectory(config.out, identity, is_main=ranks.is_main) as run:
+    facts = {"data": training_data.identity, "unet": asdict(shape)}
+    with process_group(config.device) as ranks, open_run(config, ranks, facts) as run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
             model = UNet(shape)
@@ -133,11 +132,7 @@ def train_unet(config: TrainConfig) -> None:
             model.to(config.dtype),
             partial(torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay),
             ranks,
-            ema_half_life=config.ema_half_life_images,
-            ema_rampup=config.ema_rampup,
-            grad_clip=config.grad_clip,
-            learning_rate=config.learning_rate,
-            execution=Execution(precision=config.arithmetic),
+            **config.state_options() | {"execution": Execution(precision=config.arithmetic)},
         )
         objective = Objective(config, labels_of, training_data)
 
@@ -146,10 +141,7 @@ def train_unet(config: TrainConfig) -> None:
                 if state.samples_seen - config.batch_size < count <= state.samples_seen:
                     _write(snapshot_path(run.path, count), shape, state, training_data.facts)
 
-        for batch in steps(
-            state, run, total_samples=config.total_images, batch_size=config.batch_size,
-            checkpoint_every=config.checkpoint_every, log_every=config.log_every, on_step=keep,
-        ):  # fmt: skip
+        for batch in training_steps(config, state, run, on_step=keep):
             losses = objective.loss(state.parallel_model, objective.draw(batch.counters), ranks.device)
             losses.total.mean().backward()
             state.update(batch, {"loss": losses.total.mean(), "mse": losses.mse.mean(), "vb": losses.vb.mean()})

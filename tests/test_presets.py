@@ -1,0 +1,30 @@
+"""Presets of training: their identities are those that runs on disk were recorded with, on every machine."""
+
+import hashlib
+import importlib.util
+import json
+
+import pytest
+import torch
+
+PRESETS = {  # module, table of presets, digest of all their identities
+    "dit": ("triptych_dit.train_config", "TRAIN_PRESETS", "95eff8e09598"),
+    "autoencoder": ("triptych_dit.autoencoder.config", "AUTOENCODER_PRESETS", "73373ee335f9"),
+    "gpt": ("triptych_gpt.train_config", "TRAIN_PRESETS", "ce4b97a83086"),
+    "gan": ("triptych_gangealing.stylegan2.train_config", "PRESETS", "eb8b58c4a09a"),
+    "align": ("triptych_gangealing.train_config", "PRESETS", "81f4e211c1e6"),
+}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_one_identity(name, gpu, monkeypatch):
+    """A changed digest refuses to resume runs that were started before: give a new setting a preset of its own instead."""
+    module, table, digest = PRESETS[name]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    spec = importlib.util.find_spec(module)
+    copy = importlib.util.module_from_spec(spec)  # the module itself was imported before
+    spec.loader.exec_module(copy)
+    identities = {preset: config.identity() for preset, config in getattr(copy, table).items()}
+    text = json.dumps(identities, sort_keys=True, default=str)
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
