@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from triptych_gangealing.digits32 import render
+from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.keypoints.synthetic import posed_digits
-from triptych_thesis.chapter4.alignment_scores import AT, OURS
+from triptych_thesis.chapter4.alignment_scores import AT
 from triptych_thesis.chapter4.cluster_scores import CLUSTERS
 from triptych_thesis.chapter4.experiments import ablations, alignment, clusters
 from triptych_thesis.chapter4.sizes import FIRST_ROWS, REMAINING_ROWS, TABLE_4_3

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from triptych_common.images import from_uint8
 from triptych_gangealing.baselines.moments import ink
+from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.keypoints.synthetic import posed_digits
 
-from triptych_thesis.chapter4.alignment_scores import AT, OURS
+from triptych_thesis.chapter4.alignment_scores import AT
 from triptych_thesis.chapter4.context import ONE, Context
 from triptych_thesis.chapter4.pictures import COLUMNS, as_grey, inked, save_grid
 from triptych_thesis.chapter4.sizes import DIGIT
