@@ -13,9 +13,10 @@ from triptych_common.parallel import Ranks
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddpm, final
 from triptych_common.training.state import Batch, TrainState
-from triptych_gpt.config import PRESETS, GptConfig, MetricScale
+from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
 from triptych_gpt.objective import make_diffusion
+from triptych_gpt.presets import PRESETS
 
 from benchmarks.runner import Job
 

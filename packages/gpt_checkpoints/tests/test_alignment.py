@@ -9,9 +9,16 @@ import torch
 from sklearn.metrics import r2_score
 from torch import nn
 from triptych_common.randomness import normal
-from triptych_gpt.evaluation.alignment import alignment_of, prompt_alignment, r_squared
-from triptych_gpt.evaluation.prompts import with_prompts
-from triptych_gpt.evaluation.sweep import Sweep, prompt_sweep, swept, trained_best
+from triptych_gpt.evaluation.alignment import (
+    Sweep,
+    alignment_of,
+    prompt_alignment,
+    prompt_sweep,
+    r_squared,
+    swept,
+    trained_best,
+)
+from triptych_gpt.evaluation.prompted import with_prompts
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task
 from triptych_gpt.zoo.zoo import Zoo

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from triptych_gpt.config import PRESETS, GptConfig
+from triptych_gpt.config import GptConfig
 from triptych_gpt.interop import RELEASED, export_released, load_released
 from triptych_gpt.model import Gpt
+from triptych_gpt.presets import PRESETS
 
 SPEC = PRESETS["cartpole"].symmetry
 SPLITS = {"layer": [1, 128, 32, 1024, 32, 32, 1], "chunk": [1, 100, 28, 32, *[100] * 10, 24, 32, 32, 1]}

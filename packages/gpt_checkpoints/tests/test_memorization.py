@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import nn
 from triptych_gpt.evaluation.baselines import nearest_in_metric
-from triptych_gpt.memorization import audit, error_overlap, held_out, made_of_training, predictions
-from triptych_gpt.memorization_verdict import HELD_OUT, HELD_OUT_FINALS, SAMPLES, Group, verdict
+from triptych_gpt.memorization import (
+    HELD_OUT,
+    HELD_OUT_FINALS,
+    SAMPLES,
+    Group,
+    audit,
+    error_overlap,
+    held_out,
+    made_of_training,
+    predictions,
+    verdict,
+)
 from triptych_gpt.nearest import Nearest
 from triptych_gpt.tasks import Cohort, Items, SupervisedTask
 from triptych_gpt.zoo.manifest import Manifest

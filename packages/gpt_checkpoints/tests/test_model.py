@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from triptych_gpt.config import PRESETS, GptConfig, MetricScale
+from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt, decayed
-from triptych_gpt.scalars import ScalarTokens, both_scales
+from triptych_gpt.presets import PRESETS
 from triptych_gpt.tasks import TASKS
+from triptych_gpt.tokenizers import ScalarTokens, both_scales
 
 pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 

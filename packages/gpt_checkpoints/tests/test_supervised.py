@@ -30,10 +30,9 @@ from triptych_gpt.tasks import (
     zero_one,
 )
 from triptych_gpt.tasks.cifar_cnn import FlipAndCrop, SmallConvNet
-from triptych_gpt.tasks.describe import describe
 from triptych_gpt.tasks.networks import Scored, score_networks, train_networks
 from triptych_gpt.tasks.optimizers import ELEMENTWISE_OPTIMIZERS
-from triptych_gpt.tasks.supervised import candidate_counts, even_slices, recorded_steps
+from triptych_gpt.tasks.supervised import candidate_counts, describe, even_slices, recorded_steps
 
 CPU = torch.device("cpu")
 Network = Callable[[], nn.Module]

@@ -118,7 +118,7 @@ def test_pictures_are_normalised_by_the_published_constants(monkeypatch):
         labels=torch.arange(20) % 10,
     )
     before = raw.images.clone()
-    monkeypatch.setattr("triptych_gpt.tasks.cifar_cnn.load", lambda name, split: raw)
+    monkeypatch.setattr("triptych_common.data.load", lambda name, split: raw)
     items = Pictures()("train")
     for channel, (mean, std) in enumerate(zip((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), strict=True)):
         expected = (before[:, channel].double() - mean) / std
@@ -130,7 +130,7 @@ def test_data_of_another_kind_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"data 'mnist5k': images of \(1, 28, 28\); expected cifar10"):
         Pictures("mnist5k")("train")
     wide = replace(load("mnist5k"), images=torch.zeros(4, 3, 32, 32, dtype=torch.uint8), labels=torch.zeros(4).long())
-    monkeypatch.setattr("triptych_gpt.tasks.mnist_mlp.load", lambda name, split: wide)
+    monkeypatch.setattr("triptych_common.data.load", lambda name, split: wide)
     with pytest.raises(ValueError, match=r"data 'cifar10': images of \(3, 32, 32\); expected digits"):
         Digits("cifar10")("train")
 

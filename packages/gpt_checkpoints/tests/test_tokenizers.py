@@ -6,15 +6,14 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from triptych_gpt.config import PRESETS, GptConfig
+from triptych_gpt.config import GptConfig
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.model import Gpt
+from triptych_gpt.presets import PRESETS
 from triptych_gpt.symmetry.derivation import Residual, derive
 from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 from triptych_gpt.tasks import TASKS
-from triptych_gpt.tokenizers import make_tokenizer
-from triptych_gpt.tokenizers.parts import parts_of
-from triptych_gpt.tokenizers.sequence import splits
+from triptych_gpt.tokenizers import make_tokenizer, parts_of, splits
 
 pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from triptych_common.diffusion import NoiseSchedule
 from triptych_common.randomness import normal
-from triptych_gpt.evaluation.quality import kl_last_step, quality_against_steps
+from triptych_gpt.evaluation.alignment import kl_last_step, quality_against_steps
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task

@@ -10,9 +10,7 @@ from matplotlib.colors import same_color
 from PIL import Image
 from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate
-from triptych_gpt.evaluation.alignment import Alignment
-from triptych_gpt.evaluation.quality import Quality
-from triptych_gpt.evaluation.sweep import Sweep
+from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep
 from triptych_thesis.chapter3 import figures
 from triptych_thesis.chapter3.figures.style import BLUE, GREY, INK, ORANGE, measure, panels, shown, thousands, words
 from triptych_thesis.chapter3.landscape import Landscape

@@ -10,10 +10,9 @@ from torch import nn
 from triptych_gpt import nearest as nearest_module
 from triptych_gpt.evaluation.baselines import identity, mean_of_finals, nearest_in_metric, retrieval
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.nearest import Pool, nearest
+from triptych_gpt.nearest import Pool, UnitVectors, augmented, lower_bound, nearest, weighted
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.symmetry.matching import match
-from triptych_gpt.unit_vectors import UnitVectors, augmented, lower_bound, weighted
 from triptych_gpt.zoo.manifest import Manifest
 from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo

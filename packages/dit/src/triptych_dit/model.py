@@ -66,7 +66,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Num[Tensor, " conditions"]) -> Float[Tensor, "conditions width"]:
         angles = frequency_embedding(t.float(), self.frequencies, shift=self.frequency_shift)
-        return self.mlp(angles.to(self.mlp[0].weight.dtype))
+        return self.mlp(angles.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -120,7 +120,9 @@ class AdaLNBlock(Block):
         super().__init__(width, config.num_heads, config.mlp_ratio, mlp_norm_eps=config.mlp_norm_eps)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.modulations * width))
 
-    def forward(self, x: Tokens, c: Float[Tensor, "conditions width"], condition_of: ConditionOf = None) -> Tokens:
+    def forward(  # type: ignore[override]  # takes a condition, from which it computes the modulations
+        self, x: Tokens, c: Float[Tensor, "conditions width"], condition_of: ConditionOf = None
+    ) -> Tokens:
         modulation = per_sample(self.adaLN_modulation(c), condition_of)[:, None]
         parts = modulation.chunk(self.modulations, dim=-1)  # each (batch, 1, width)
         half = self.modulations // 2
@@ -167,7 +169,7 @@ class CrossAttentionBlock(Block):
         self.norm_cross = nn.LayerNorm(width, eps=1e-6)
         self.cross_attn = CrossAttention(width, heads)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
     ) -> Tokens:
         x = x + self.attn(self.norm1(x))
@@ -187,7 +189,7 @@ class InContextBlock(Block):
             config.hidden_size, config.num_heads, config.mlp_ratio, affine_norm=True, mlp_norm_eps=config.mlp_norm_eps
         )
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
     ) -> Tokens:
         return super().forward(x)
@@ -273,11 +275,16 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
-                nn.init.zeros_(module.bias)
-        tables = [] if self.y_embedder is None else [self.y_embedder.embedding_table]
-        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
-            unit = math.sqrt(2 / module.in_features) if isinstance(module, nn.Linear) else 1.0
-            nn.init.normal_(module.weight, std=unit if embeddings == "unit" else 0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        embedders: list[nn.Linear | nn.Embedding] = [
+            layer for layer in self.t_embedder.mlp if isinstance(layer, nn.Linear)
+        ]
+        if self.y_embedder is not None:
+            embedders.append(self.y_embedder.embedding_table)
+        for layer in embedders:
+            unit = math.sqrt(2 / layer.in_features) if isinstance(layer, nn.Linear) else 1.0
+            nn.init.normal_(layer.weight, std=unit if embeddings == "unit" else 0.02, generator=generator)
         zero = [self.final_layer.linear]
         if self.config.block_design == "adaln_zero":
             zero += [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,8 +51,8 @@ class Objective:
         training_data: numbered examples with labels.
     """
 
-    def __init__(self, config: TrainConfig, model: DiT, training_data: "TrainingData") -> None:
-        self.config, self.training_data, self.drop_labels = config, training_data, model.drop_labels
+    def __init__(self, config: TrainConfig, model: nn.Module, training_data: "TrainingData") -> None:
+        self.config, self.training_data, self.drop_labels = config, training_data, cast(DiT, model).drop_labels
         self.diffusion: GaussianDiffusion = make_diffusion(config.model, config.predict)
 
     def draw(self, counters: Sequence[int]) -> Examples:
@@ -175,7 +175,8 @@ class PixelData:
     def __init__(self, dataset: "ImageDataset") -> None:
         self.dataset, self.name = dataset, dataset.name
         self.identity = f"{dataset.name}, {len(dataset):,} images"
-        self.shape = tuple(dataset.images.shape[1:])
+        _, channels, height, width = dataset.images.shape
+        self.shape = (channels, height, width)
         self.labels, self.num_classes = dataset.labels, dataset.num_classes
         self.facts = {"autoencoder": None, "lossy_data": dataset.lossy, "class_names": list(dataset.class_names)}
 
@@ -247,7 +248,8 @@ def check_fits(model: DiTConfig, training_data: "TrainingData") -> None:
         )
 
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def prefetch(

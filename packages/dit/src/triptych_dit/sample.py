@@ -1,6 +1,5 @@
 """Sample from a trained DiT: an npz file, a grid, and, if asked for, one PNG an image."""
 
-import io
 import re
 import shutil
 import zipfile
@@ -11,7 +10,7 @@ from dataclasses import fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -124,9 +123,10 @@ def place(trained: TrainedModel, ranks: Ranks, config: Any) -> None:
 
 def other_decoder(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
     """What is part of a request where another decoder draws than the one in training."""
-    facts, autoencoder = trained.facts.get("autoencoder"), autoencoder_of(trained, ranks.device, config.vae)
+    autoencoder = autoencoder_of(trained, ranks.device, config.vae)
     if autoencoder is None:
         return {}
+    facts = trained.facts["autoencoder"]
     released = facts["sha256"] is None  # which only has a name
     same = autoencoder.spec == facts["spec"] if released else autoencoder.sha256 == facts["sha256"]
     return {} if same else {"decoder": autoencoder.sha256}
@@ -159,7 +159,9 @@ def _consecutive(indices: Sequence[int], size: int) -> Iterator[range]:
 
 
 def _parts(out: Path) -> list[tuple[int, int, Path]]:
-    return [(*map(int, path.stem.split("-")), path) for path in sorted((out / "parts").glob("*-*.npz"))]
+    """First index, last index + 1 and path of every part file."""
+    paths = sorted((out / "parts").glob("*-*.npz"))
+    return [(int(path.stem.split("-")[0]), int(path.stem.split("-")[1]), path) for path in paths]
 
 
 def gather(config: SampleConfig, labels: Int[Tensor, " n"] | None) -> None:
@@ -215,7 +217,7 @@ def write_npz(
                 np.lib.format.write_array(member, labels.cpu().numpy(), allow_pickle=False)
 
 
-def _write_pixels(file: io.BufferedIOBase, batches: Iterable[Tensor], count: int, path: Path) -> None:
+def _write_pixels(file: IO[bytes], batches: Iterable[Tensor], count: int, path: Path) -> None:
     written, shape = 0, None
     for batch in batches:
         pixels = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -100,18 +100,19 @@ def film(
     weight = trained.model.pos_embed
     shape = (trained.model.config.in_channels, *trained.model.config.input_size)
     x_T = SampleNoise(config.seed, noises, shape).draw()
-    classes_move = mixtures is not None and len(mixtures) > 1
-    legs = course(len(mixtures) if classes_move else len(noises), config.frames, loop=config.loop)
+    between_classes = mixtures if mixtures is not None and len(mixtures) > 1 else None
+    stops = len(noises) if between_classes is None else len(between_classes)
+    legs = course(stops, config.frames, loop=config.loop)
     images = []
     with Progress("walking", len(legs) * steps, "frame steps") as progress:
         for start in range(0, len(legs), config.batch_size):
             leg = legs[start : start + config.batch_size]
-            if classes_move:
-                here, there = ends(mixtures, leg)
-                labels, x = here + leg[:, 2:] * (there - here), x_T.expand(len(leg), *shape)
-            else:
+            if between_classes is None:
                 labels = None if mixtures is None else mixtures.expand(len(leg), -1)
                 x = slerp(*ends(x_T, leg), leg[:, 2])
+            else:
+                here, there = ends(between_classes, leg)
+                labels, x = here + leg[:, 2:] * (there - here), x_T.expand(len(leg), *shape)
             noise = FrameNoise(x, config.seed, noises[0], device=weight.device, dtype=weight.dtype)
             drawn = sample_images(
                 trained, labels, config, count=len(leg), noise=noise, vae=config.vae,
@@ -126,7 +127,7 @@ class FrameNoise(SampleNoise):
 
     def __init__(self, x_T: Float[Tensor, "frames *shape"], seed: int, index: int, **kwargs: Any) -> None:
         super().__init__(seed, [index] * len(x_T), x_T.shape[1:], **kwargs)
-        self.x_T = x_T
+        self.x_T: Tensor | None = x_T
 
     def draw(self) -> Float[Tensor, "frames *shape"]:
         drawn, x_T = super().draw(), self.x_T

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
@@ -31,9 +31,9 @@ class TrainedModel(NamedTuple):
     facts: dict[str, Any]
 
 
-def make_diffusion(config: DiTConfig, predict: str) -> GaussianDiffusion:
+def make_diffusion(config: DiTConfig, predict: Literal["noise", "sample"]) -> GaussianDiffusion:
     """The thesis's process: 1000 linear steps; the variance learned where the model has channels for it."""
-    variance = "learned_range" if config.learn_sigma else "fixed_large"
+    variance: Literal["learned_range", "fixed_large"] = "learned_range" if config.learn_sigma else "fixed_large"
     return GaussianDiffusion(NoiseSchedule.linear(), predict=predict, variance=variance)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.modes import Directions, Mode
+from triptych_gangealing.settings import Flips
 from triptych_gangealing.spatial_transformer import (
     ClusterClassifier,
     SpatialTransformer,
@@ -34,7 +35,6 @@ _FORMAT = ModelFormat(
 RESAMPLED = 2  # times input_size: as large as images need to be for the flow network's look at them
 
 Images = Float[Tensor, "n 3 height width"]
-Flips = Literal["trained", "yes", "no"]
 
 
 @dataclass(frozen=True)

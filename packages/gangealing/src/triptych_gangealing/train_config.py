@@ -5,12 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
 
-from triptych_gangealing.encoders.descriptor import POOL
-from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
+from triptych_gangealing.config import DESCRIPTOR_POOL, SpatialTransformerConfig
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,10 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
                 f"iterations {self.iterations}, transforms {self.transforms}: only the similarity network looks repeatedly; pass "
                 "--iterations 1"
             )
-        if self.assignment == "descriptor" and self.clusters > max(1, min(POOL, self.descriptor_images)):
+        if self.assignment == "descriptor" and self.clusters > max(1, min(DESCRIPTOR_POOL, self.descriptor_images)):
             raise ValueError(
                 f"clusters {self.clusters}, descriptor_images {self.descriptor_images}: groups are sought among so many images, at "
-                f"most {POOL}; pass --descriptor-images {self.clusters} or more, or fewer --clusters"
+                f"most {DESCRIPTOR_POOL}; pass --descriptor-images {self.clusters} or more, or fewer --clusters"
             )
         if self.assignment == "descriptor" and not self.distance.startswith("simclr:"):
             raise ValueError(
@@ -146,6 +144,10 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
+        import torch
+
+        from triptych_gangealing.spatial_transformer import SpatialTransformer
+
         with torch.device("meta"):
             network = SpatialTransformer(self.transformer())
         return super().resolved() | {"parameters": sum(p.numel() for p in network.parameters())}

@@ -1,7 +1,8 @@
-from .config import PRESETS as PRESETS, GptConfig as GptConfig
+from .config import GptConfig as GptConfig
 from .interop import load_released as load_released
 from .layout import ParameterLayout as ParameterLayout
 from .model import Gpt as Gpt
+from .presets import PRESETS as PRESETS
 from .prompting import Answer as Answer, prompt as prompt
 from .settings import SamplerSettings as SamplerSettings
 from .symmetry.derivation import Residual as Residual, derive as derive

@@ -33,7 +33,7 @@ def _export() -> Command:
 
 
 def _import() -> Command:
-    from triptych_gpt.tasks import open_task
+    from triptych_gpt.tasks.registry import open_task
     from triptych_gpt.zoo.lmdb_import import ImportConfig, import_lmdb
 
     return Command(ImportConfig, lambda config: import_lmdb(config, open_task(config.task).layout), {})
@@ -47,7 +47,7 @@ def _train() -> Command:
 
 
 def _prompt() -> Command:
-    from triptych_gpt.prompt_command import PromptConfig, prompt_command
+    from triptych_gpt.prompting import PromptConfig, prompt_command
 
     return Command(PromptConfig, prompt_command, {})
 

@@ -1,4 +1,4 @@
-"""GptConfig, the shape of a G.pt, and its presets: one row a model."""
+"""GptConfig, the shape of a G.pt."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triptych_common.fields import Checked, Gt, OneOf
 
-from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry.derivation import derive
-from triptych_gpt.symmetry.spec import Axis, PermutationSpec
-from triptych_gpt.tasks.cifar_cnn import SmallConvNet
-from triptych_gpt.tasks.mnist_mlp import Perceptron
+from triptych_gpt.symmetry.spec import PermutationSpec
 
 TOKENIZERS = ("layer", "chunk", "neuron")
 SCALARS = ("raw", "normalised")
@@ -122,33 +118,3 @@ class GptConfig(Checked):
         except (KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"not the config of a G.pt ({reason}); make or fetch the file again") from error
-
-
-def _cartpole() -> PermutationSpec:
-    """The policy of the released cartpole model: 4-32-32-1, its log standard deviation first."""
-    first, second = Axis("fc1"), Axis("fc2")
-    axes = {
-        "log_std": (None,),
-        "fc1.weight": (first, None),
-        "fc1.bias": (first,),
-        "fc2.weight": (second, first),
-        "fc2.bias": (second,),
-        "fc3.weight": (None, second),
-        "fc3.bias": (None,),
-    }
-    shapes = {"log_std": (1,), "fc1.weight": (32, 4), "fc1.bias": (32,), "fc2.weight": (32, 32), "fc2.bias": (32,),
-              "fc3.weight": (1, 32), "fc3.bias": (1,)}  # fmt: skip
-    return PermutationSpec(ParameterLayout(shapes), axes)
-
-
-with torch.device("meta"):  # where layers draw no random numbers
-    _MNIST, _CIFAR, _DIGITS = derive(Perceptron(784)()), derive(SmallConvNet()()), derive(Perceptron(196)())
-
-PRESETS: dict[str, GptConfig] = {  # tokens of at most chunk_size  width  depth  heads
-    "mnist_loss": GptConfig(_MNIST, "chunk", 1000, 1536, 12, 16, scalars="raw"),
-    "mnist_error": GptConfig(_MNIST, "chunk", 1000, 1536, 12, 16, scalars="raw", metric_factor=100.0),
-    "cifar10_loss": GptConfig(_CIFAR, "chunk", 576, 2048, 12, 16, scalars="raw"),
-    "cifar10_error": GptConfig(_CIFAR, "chunk", 576, 2048, 12, 16, scalars="raw", metric_factor=100.0),
-    "cartpole": GptConfig(_cartpole(), "layer", None, 1536, 12, 12, scalars="raw"),
-    "laptop": GptConfig(_DIGITS, "neuron", None, 256, 4, 4),  # its metric_scale comes from the zoo
-}

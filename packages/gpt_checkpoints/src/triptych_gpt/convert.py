@@ -6,10 +6,10 @@ from typing import Any
 
 from triptych_common.cli import CommonOptions, echo
 
-from triptych_gpt.config import PRESETS
 from triptych_gpt.interop import RELEASED, load_released
+from triptych_gpt.presets import PRESETS
 from triptych_gpt.trained import FILE_NAME, write_model
-from triptych_gpt.zoo.cohorts import TaskSpec
+from triptych_gpt.zoo.source import TaskSpec
 
 
 @dataclass(frozen=True)

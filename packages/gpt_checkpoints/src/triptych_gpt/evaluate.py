@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge, Interval
 from triptych_common.images import figure_png
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.checkpoint import digest
@@ -34,11 +35,11 @@ class EvaluateConfig(CommonOptions):
     """the zoo it was trained on"""
     out: Path = Path("runs/gpt-evaluation")
     """folder for alignment.json and alignment.png"""
-    networks: int = 32
+    networks: Annotated[int, Ge(1)] = 32
     """unseen networks"""
-    prompts: int = 20
+    prompts: Annotated[int, Ge(2)] = 20
     """prompts for each, from the best to a random network's metric"""
-    sampler_steps: tuple[int, ...] = ()
+    sampler_steps: Annotated[tuple[int, ...], Interval(ge=1, le=1000)] = ()
     """also compare samplers at these numbers of denoising steps, on validation networks; such as 2 5 10 25 50 100"""
     sampler: str = "ddpm"
     """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
@@ -48,11 +49,7 @@ class EvaluateConfig(CommonOptions):
     """networks in a batch"""
 
     def __post_init__(self) -> None:
-        for name, least in (("networks", 1), ("prompts", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
-        if any(not 1 <= steps <= 1000 for steps in self.sampler_steps):
-            raise ValueError(f"sampler_steps {self.sampler_steps}: expected numbers of 1..1000")
+        super().__post_init__()
         self.settings  # noqa: B018 - checked at the door
 
     @property

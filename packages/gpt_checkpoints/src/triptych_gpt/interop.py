@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from triptych_common.storage import foreign
 
-from triptych_gpt.config import PRESETS, GptConfig
+from triptych_gpt.config import GptConfig
 from triptych_gpt.model import Gpt
-from triptych_gpt.scalars import RAW_FREQUENCIES, RAW_OCTAVES
-from triptych_gpt.tokenizers.sequence import splits
+from triptych_gpt.presets import PRESETS
+from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, splits
 
 
 class Released(NamedTuple):

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from triptych_common.transformer import Block
 
 from triptych_gpt.config import GptConfig
-from triptych_gpt.scalars import TOKENS, ScalarTokens
-from triptych_gpt.tokenizers import make_tokenizer
+from triptych_gpt.tokenizers import TOKENS, ScalarTokens, make_tokenizer
 
 
 class Gpt(nn.Module):

@@ -14,15 +14,13 @@ from triptych_common import randomness
 from triptych_common.diffusion import GaussianDiffusion, Loss, NoiseSchedule
 from triptych_common.parallel import onto
 
-from triptych_gpt.config import GptConfig
+from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
-from triptych_gpt.scalars import MetricScale
 from triptych_gpt.symmetry.matching import match
-from triptych_gpt.tasks import Task
+from triptych_gpt.tasks.task import Task
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.zoo.cohorts import TaskSpec
 from triptych_gpt.zoo.pairs import Pairs, stratified
-from triptych_gpt.zoo.source import recipe_of, task_of
+from triptych_gpt.zoo.source import TaskSpec, recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
 PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], which the noise schedule was made for

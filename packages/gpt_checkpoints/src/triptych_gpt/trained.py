@@ -15,12 +15,12 @@ from triptych_common.samplers import final, sampling
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gpt.config import GptConfig
-from triptych_gpt.evaluation.update import Update
+from triptych_gpt.evaluation.prompted import Update
 from triptych_gpt.model import Gpt
 from triptych_gpt.objective import make_diffusion
 from triptych_gpt.settings import SamplerSettings
-from triptych_gpt.tasks import TASKS, Task
-from triptych_gpt.zoo.cohorts import TaskSpec
+from triptych_gpt.tasks.task import Task
+from triptych_gpt.zoo.source import TaskSpec
 
 FILE_NAME = "model.safetensors"
 _FORMAT = ModelFormat(
@@ -56,6 +56,8 @@ class TrainedGpt:
 
         Raises ValueError for one whose networks are not those that the model was trained on, or that cannot be found.
         """
+        from triptych_gpt.tasks.registry import TASKS  # imports every task's networks
+
         if self.spec.task not in TASKS and ".py:" not in self.spec.task:  # of a converted model
             raise ValueError(
                 f"task {self.spec.task}: the model's networks are scored by it, but it is none of {', '.join(TASKS)}; give one of "

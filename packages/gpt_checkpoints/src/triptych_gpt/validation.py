@@ -12,9 +12,9 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
 
 from triptych_gpt.evaluation.alignment import prompt_alignment
-from triptych_gpt.evaluation.prompts import with_prompts
+from triptych_gpt.evaluation.prompted import with_prompts
 from triptych_gpt.objective import TrainingZoo
-from triptych_gpt.tasks import Metric
+from triptych_gpt.tasks.task import Metric
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import FILE_NAME, SamplerSettings, TrainedGpt
 

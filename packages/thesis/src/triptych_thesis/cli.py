@@ -7,9 +7,10 @@ from triptych_common.cli import Command, deferred, main
 
 
 def _chapter2() -> Command:
-    from triptych_thesis.chapter2.command import StudyConfig, study
+    from triptych_thesis.chapter2.study import Chapter2
+    from triptych_thesis.study.runner import run
 
-    return Command(StudyConfig, study, {})
+    return Command(Chapter2, run, {})
 
 
 def _chapter3() -> Command:
@@ -22,6 +23,12 @@ def _chapter4() -> Command:
     from triptych_thesis.chapter4.study import Chapter4, reproduce
 
     return Command(Chapter4, reproduce, {})
+
+
+def _claims() -> Command:
+    from triptych_thesis.study.claims import ClaimsConfig, claims
+
+    return Command(ClaimsConfig, claims, {})
 
 
 def _figures() -> Command:
@@ -48,6 +55,11 @@ CHAPTERS = {
     "ch4": ("GANgealing: alignment, correspondence, clusters", _chapter4),
 }
 COMMANDS = {
+    "reproduce": (
+        "ch2, ch3 or ch4: a chapter of the thesis from nothing to a report; triptych reproduce --help",
+        _chapter2,
+    ),
+    "claims": ("write verdicts from results into the ledger of the thesis's claims, and render its page", _claims),
     "figures": ("chapter 3's figures for one trained G.pt", _figures),
     "score-alignment": ("PCK, pose errors and sharpness of an aligner on digits, beside baselines", _score_alignment),
     "score-clusters": ("score an aligner's clusters of digits against the true ones, beside k-means", _score_clusters),

@@ -39,8 +39,13 @@ def open_images(config: EncodeConfig) -> ImageSource:
     """The source of images. Raises ValueError or OSError where it is not to be had, or has none to encode."""
     if config.flips and config.source in DIGITS:
         raise ValueError(f"source {config.source}: a mirrored digit is no digit; pass --no-flips")
-    columns = {"image_column": config.image_column, "label_column": config.label_column}
-    source = open_source(config.source, config.split, unconditional=config.unconditional, **columns)
+    source = open_source(
+        config.source,
+        config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        unconditional=config.unconditional,
+    )
     _check_usable(source, config)
     return source
 
@@ -165,14 +170,17 @@ class _Batches(Dataset):
     """Ranges of images, read and cropped."""
 
     def __init__(self, source: ImageSource, channels: int, config: EncodeConfig) -> None:
-        self.source = source
-        self.how = {"size": config.size, "channels": channels, "allow_upscale": config.allow_upscale}
+        self.source, self.channels, self.config = source, channels, config
 
     def __getitem__(self, items: range) -> _Batch:
         pixels, kept, skipped = [], [], []
         for item in items:
             try:
-                pixels.append(self.source.read(item, **self.how))
+                pixels.append(
+                    self.source.read(
+                        item, self.config.size, channels=self.channels, allow_upscale=self.config.allow_upscale
+                    )
+                )
                 kept.append(item)
             except UnreadableImage as error:
                 skipped.append({"item": item, "path": error.path, "reason": error.reason})

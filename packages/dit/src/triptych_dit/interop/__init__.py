@@ -54,9 +54,10 @@ def load_any(
         _refuse(name, options, "a model file of triptych's own")
         return load_model(path)
     if path.is_file() or name in PUBLISHED:
-        model = load_released(spec, **options)
-        facts = {"predict": "noise", "autoencoder": STABLE_DIFFUSION_VAE if model.config.in_channels == 4 else None}
-        return TrainedModel(model, make_diffusion(model.config, "noise"), {**facts, "source": name})
+        model = load_released(spec, weights=weights, num_heads=num_heads, num_classes=num_classes)
+        autoencoder = STABLE_DIFFUSION_VAE if model.config.in_channels == 4 else None
+        facts: dict[str, Any] = {"predict": "noise", "autoencoder": autoencoder, "source": name}
+        return TrainedModel(model, make_diffusion(model.config, "noise"), facts)
     if path.is_dir() and not is_of_diffusers(path):
         return load_model(path)  # a run without a finished model: it says so
     repository = re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", name) and not path.parent.exists() and name not in PRESETS

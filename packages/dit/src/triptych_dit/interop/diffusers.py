@@ -68,31 +68,43 @@ def to_diffusers(
     *,
     vae: "AutoencoderKL | Autoencoder | str | Path | None" = None,
     scheduler: "SchedulerMixin | str | None" = None,
-    id2label: Mapping[int | str, Any] | None = None,
+    id2label: Mapping[int, Any] | Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model, float32, as a folder of diffusers; guidance works there for any number of classes.
+    """Write a model, in float32, as a folder that `DiTPipeline.from_pretrained` opens.
 
-    vae: what decodes its latents; without one, pass it to `DiTPipeline.from_pretrained(folder, vae=...)`.
-    scheduler: an instance, or the name of a class of diffusers on the released noise schedule; by default DDIM.
-    id2label: names of classes, synonyms separated by commas.
-    facts: those of the model's file; by default it predicts noise.
-    Raises ValueError for a model or parts that the pipeline cannot run, OSError where the folder cannot be written,
-    ImportError without diffusers.
+    Guidance works there for any number of classes.
+
+    Args:
+        model: a DiT of square inputs with adaLN-Zero blocks.
+        folder: where to write; an earlier export there is replaced.
+        vae: what decodes the model's latents. Without it, pass one to `DiTPipeline.from_pretrained(folder, vae=...)`.
+        scheduler: an instance, or the name of a class of diffusers, made for the released noise schedule; by default DDIM.
+        id2label: names of the classes by label; synonyms are separated by commas.
+        facts: those of the model's file (what it predicts, its autoencoder); by default it predicts noise.
+
+    Raises ValueError for a model or parts that the pipeline cannot run, OSError if the folder cannot be written, ImportError
+    without diffusers.
+
+    Example:
+        >>> to_diffusers(load_model("runs/dit").model, "exported")
+        >>> images = DiTPipeline.from_pretrained("exported")(class_labels=[3, 7], guidance_scale=1.5).images
     """
     diffusers = import_diffusers()
     facts = {"predict": "noise"} | {
         name: fact for name, fact in (facts or {}).items() if name not in ("kind", "config")
     }
     folder, names = Path(folder), check_names(id2label, model.config)
-    scheduler = checked_scheduler(scheduler, str(facts["predict"]))
-    vae = None if vae is None else checked_vae(vae, model.config, facts)
-    transformer = diffusers_transformer(model).float().cpu()
+    parts: dict[str, Any] = {
+        "scheduler": checked_scheduler(scheduler, str(facts["predict"])),
+        "vae": None if vae is None else checked_vae(vae, model.config, facts),
+        "transformer": diffusers_transformer(model).float().cpu(),
+    }
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     if names:
         index["id2label"] = names
     with new_folder(folder, replaces=SIDE_FILE) as new:
-        for name, part in (("transformer", transformer), ("scheduler", scheduler), ("vae", vae)):
+        for name, part in parts.items():
             index[name] = [None, None] if part is None else ["diffusers", type(part).__name__]
             if part is not None:
                 part.save_pretrained(new / name)
@@ -103,12 +115,15 @@ def to_diffusers(
 def from_diffusers(
     source: str | Path, *, num_classes: int | None = None, timestep_frequency_shift: int | None = None
 ) -> DiT:
-    """The transformer of a diffusers folder or hub repository as a DiT, float32, on the CPU and in evaluation mode.
+    """The transformer of a diffusers folder or hub repository, as a DiT: float32, on the CPU, in evaluation mode.
 
-    The options come from the folder's triptych.json where there is one. Without, the label table tells the number of
-    classes, and the network is the function that diffusers computes (shift 1, its norm_eps), except for the repositories
-    of the released weights, which were trained with shift 0 and epsilon 1e-6.
-    Raises OSError where there is no such folder or repository, ValueError for one that is not of a DiT.
+    Args:
+        source: a pipeline's folder, its transformer's folder, or a hub repository, such as "facebook/DiT-XL-2-256".
+        num_classes: by default what the folder's triptych.json says, else what the rows of its label table say.
+        timestep_frequency_shift: likewise; without triptych.json 1, which is what diffusers computes, except for the
+            repositories of the released weights, which were trained with 0 (and epsilon 1e-6).
+
+    Raises OSError if there is no such folder or repository, ValueError if it is not of a DiT.
     """
     return _read(source, num_classes, timestep_frequency_shift)[0]
 
@@ -354,7 +369,7 @@ def unpadded_table(table: Float[Tensor, "rows width"], num_classes: int | None =
     )
 
 
-def check_names(id2label: Mapping[int | str, Any] | None, config: DiTConfig) -> dict[str, str]:
+def check_names(id2label: Mapping[int, Any] | Mapping[str, Any] | None, config: DiTConfig) -> dict[str, str]:
     """Names of classes by the label that the pipeline takes, as model_index.json has them.
 
     Raises ValueError for what names no class.

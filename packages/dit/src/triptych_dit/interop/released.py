@@ -53,14 +53,20 @@ PUBLISHED = {
 def load_released(
     source: str | Path, *, weights: str | None = None, num_heads: int | None = None, num_classes: int | None = None
 ) -> DiT:
-    """A released or self-trained file of facebookresearch/DiT as a DiT, float32, on the CPU and in evaluation mode.
+    """Read a released or self-trained file of facebookresearch/DiT: float32, on the CPU, in evaluation mode.
 
-    source: a file (.pt, or its state dict as .safetensors), or a published name ("DiT-XL/2@256", "DiT-XL/2@512"), which is
-        downloaded to `$TRIPTYCH_DATA/dit` once.
-    weights: "ema" or "model" of a training checkpoint; by default the former where present.
-    num_heads: needed for widths that were not published.
-    num_classes: by default what the checkpoint's args say, or one less than rows of the label table (the null label's).
-    Raises FileNotFoundError where there is no such file, ValueError for one that is not such a model.
+    Args:
+        source: a file (.pt, or its state dict as .safetensors), or a published name ("DiT-XL/2@256", "DiT-XL/2@512"), which
+            is downloaded to `$TRIPTYCH_DATA/dit` once.
+        weights: "ema" or "model" of a training checkpoint; by default "ema" if it is there.
+        num_heads: number of attention heads; needed for widths that were not published.
+        num_classes: by default what the checkpoint's arguments say, else one less than the label table has rows.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is not such a model.
+
+    Example:
+        >>> load_released("DiT-XL/2@256").config.hidden_size
+        1152
     """
     path = Path(source).expanduser()
     if str(source) in PUBLISHED and not path.is_file():
@@ -74,7 +80,7 @@ def load_released(
     rows = len(state[TABLE])
     if num_classes is None:
         num_classes = said if isinstance(said, int) and rows - said in (0, 1) else rows - 1
-    heads = num_heads or getattr(PRESETS.get(getattr(args, "model", None)), "num_heads", None)
+    heads = num_heads or getattr(PRESETS.get(getattr(args, "model", "")), "num_heads", None)
     try:
         config = infer_config(state, num_heads=heads, num_classes=num_classes)
     except ValueError as error:

@@ -21,14 +21,15 @@ from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 
-from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig
+from triptych_gangealing.config import DESCRIPTOR_POOL, EncoderConfig
+from triptych_gangealing.encoders.perceptual import Encoder
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig, fit, make_views, nt_xent
 from triptych_gangealing.spatial_transformer import reduced
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 from triptych_gangealing.warp import Affine, Warp
 
 GROUPS = "groups.safetensors"
-BATCH, TEMPERATURE, POOL = 64, 0.2, 8_000
+BATCH, TEMPERATURE, POOL = 64, 0.2, DESCRIPTOR_POOL
 MAX_ANGLE, MAX_LOG_SCALE, MAX_SHIFT = math.pi / 3, 0.4, 0.25  # of views; the shift in normalised units
 MAX_SHEAR, MAX_LOG_ASPECT = 0.5, 0.4  # x by so much of y; height over width
 HIDDEN, DIM = 128, 64

@@ -6,7 +6,7 @@ summed over channels, averaged over pixels and summed over layers.  [Zhang et al
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common.storage.model_file import ModelFormat
+
+from triptych_gangealing.config import EncoderConfig
 
 ENCODER_FILE = "encoder.safetensors"
 _FORMAT = ModelFormat(
@@ -213,22 +215,6 @@ def lpips_heads() -> list[Tensor]:
 
 
 # --- our own encoder
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """widths: channels of each stage; a stage has half the resolution of the one before, the first that of the images.
-    compared: so many stages, the last, give the features; those before see little but colours.
-    """
-
-    widths: tuple[int, ...] = (16, 32, 64, 128)
-    compared: int = 2
-
-    def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths {self.widths}: expected at least one stage, each of at least 1 channel")
-        if not 1 <= self.compared <= len(self.widths):
-            raise ValueError(f"compared {self.compared}: expected 1 to {len(self.widths)}, the stages there are")
 
 
 class Encoder(nn.Module):

@@ -9,16 +9,13 @@ forget where things lie, and take over the blindness to colours that the maps th
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.cli import echo
-from triptych_common.fields import FREE, Ge, Gt, Interval
 from triptych_common.images import from_uint8
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
@@ -27,80 +24,20 @@ from triptych_common.randomness import normal, shuffled, uniform
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, open_run, summary, training_steps
-from triptych_common.training.settings import LoopSettings
 
 from triptych_gangealing.encoders.perceptual import (
     ENCODER_FILE,
     Encoder,
-    EncoderConfig,
     read_encoder,
     unit_length,
     write_encoder,
 )
+from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
 MAX_BLUR = 1 / 32  # standard deviation, of the image's height
 
 Images = Float[Tensor, "n 3 height width"]
-
-
-@dataclass(frozen=True)
-class EncoderTrainConfig(LoopSettings):
-    """Train a small encoder by SimCLR on a generator's samples. Repeating the command resumes it."""
-
-    out: Path = Path("runs/encoder")
-    """run directory"""
-    generator: Annotated[str, FREE] = "digits32"
-    """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
-    truncation_psi: float = 1.0
-    """below 1, the samples' styles are drawn towards their mean"""
-    pool_images: int = 8_000
-    """different samples; the views of each are new every time"""
-    total_images: Annotated[int, Gt(0)] = 16_000
-    """samples to show, repeats counted, each in two views"""
-    batch_size: int = 64
-    """samples per step: each view is told from the 2 (batch_size - 1) of the others"""
-    widths: tuple[int, ...] = (16, 32, 64, 128)
-    """channels of each stage, which has half the resolution of the one before"""
-    compared: int = 2
-    """so many stages, the last, whose feature maps are compared, in training and after"""
-    temperature: Annotated[float, Gt(0)] = 0.2
-    """of the softmax over views"""
-    crop_scale: Annotated[float, Interval(gt=0, le=1, wanted="a share of the area, above 0 and at most 1")] = 0.8
-    """least share of a sample's area that a view shows; 1: all. The encoder is to tell places and sizes apart, so little less"""
-    recolour: Annotated[float, Interval(ge=0, le=1)] = 0.8
-    """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
-    gray: Annotated[float, Interval(ge=0, le=1)] = 0.2
-    """share of the recoloured ones that become gray"""
-    blur: Annotated[float, Interval(ge=0, le=1)] = 0.5
-    """share of views that are blurred, by at most 1/32 of the height"""
-    lr: float = 0.002
-    """AdamW's peak learning rate, after a rise over the first twentieth of the samples; then it falls as a cosine, to 0"""
-    weight_decay: Annotated[float, Ge(0)] = 0.01
-    """AdamW's"""
-    log_every: int = 25
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.batch_size <= self.pool_images:
-            raise ValueError(
-                f"batch_size {self.batch_size}: expected 2 to {self.pool_images} (pool_images), so that there are others"
-            )
-        self.encoder()
-
-    def encoder(self) -> EncoderConfig:
-        """Shape of the network."""
-        return EncoderConfig(tuple(self.widths), self.compared)
-
-    def learning_rate(self, images: int) -> float:
-        """Of a step, by samples seen before it."""
-        rise = min((images + self.batch_size) / (self.total_images / 20), 1)
-        return self.lr * rise * math.cos(images / self.total_images * math.pi / 2) ** 2
-
-    def resolved(self) -> dict[str, Any]:
-        """What --dry-run prints."""
-        return super().resolved() | {"parameters": sum(p.numel() for p in Encoder(self.encoder()).parameters())}
 
 
 def nt_xent(

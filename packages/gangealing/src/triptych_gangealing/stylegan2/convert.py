@@ -3,18 +3,19 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import randomness
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.storage import checkpoint, foreign
 
+from triptych_gangealing.settings import ConvertConfig
 from triptych_gangealing.stylegan2 import rosinality
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
@@ -33,28 +34,6 @@ _IMAGES = 2
 Images = Float[Tensor, "batch channels height width"]
 _ROSINALITY_FILE = "stylegan2.pt"
 Built = dict[str, tuple[Generator | Discriminator, Mapping[str, Tensor]]]
-
-
-@dataclass(frozen=True)
-class ConvertConfig(CommonOptions):
-    """Convert StyleGAN2 networks: from pickles of NVIDIA's code, rosinality's checkpoints or files of ours."""
-
-    checkpoint: Path | None = None
-    """file to read, without running a line of it"""
-    format: Literal["safetensors", "rosinality"] = "safetensors"
-    """what to write: files of ours, or a checkpoint that rosinality/stylegan2-pytorch loads"""
-    generator_only: bool = False
-    """leave the discriminator out"""
-    out: Path = Path("runs/converted")
-    """folder to write to, or a file: .safetensors for a generator alone, .pt for rosinality's"""
-
-    def __post_init__(self) -> None:
-        suffix = self.out.suffix
-        if (suffix, self.format) in ((".pt", "safetensors"), (".safetensors", "rosinality")):
-            raise ValueError(f"--out {self.out}: not a file of format {self.format}; choose another name or --format")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:

@@ -1,14 +1,32 @@
 """Prompting networks and measuring what comes back: what every experiment with an update does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from triptych_gpt.evaluation.update import Update
-from triptych_gpt.tasks.task import Metric, Task
+from triptych_gpt.tasks.task import Metric, Prompts, Task
+
+Update = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+"""(theta [n, D], metric [n], target [n], indices) -> theta_star [n, D], in the networks' own units: one update of each network,
+whose metric is known, towards a prompted one. indices number the samples: noise follows from them, not from the batch.
+"""
+
+
+def with_prompts(name: str, metrics: Sequence[Metric], trained_best: float | int) -> Metric:
+    """The metric of this name; where the task names no prompts, asking for the best means the best of training checkpoints, and
+    a sweep reaches to a network's own value.
+
+    Raises ValueError where the task does not score it.
+    """
+    known = {metric.name: metric for metric in metrics}
+    if name not in known:
+        raise ValueError(f"metric {name!r}: the task scores {', '.join(known)}; choose one of these")
+    metric = known[name]
+    return metric if metric.prompts is not None else replace(metric, prompts=Prompts(trained_best, trained_best))
 
 
 class Updated(NamedTuple):

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.data import load
 
-from triptych_gpt.tasks.items import Items
-from triptych_gpt.tasks.supervised import SupervisedTask, classification
+from triptych_gpt.tasks.supervised import Items, SupervisedTask, classification
 from triptych_gpt.tasks.task import Prompts
 
 MEAN = (125.3, 123.0, 113.9)  # of the training pixels in 0 .. 255, red, green, blue
@@ -24,6 +22,8 @@ class Pictures:
 
     def __call__(self, part: str) -> Items:
         """Items of part "train" or "test", inputs [items, 3, 32, 32]."""
+        from triptych_common.data import load
+
         images = load(self.name, "train" if part == "train" else "held_out")
         if images.images.shape[1:] != (3, 32, 32):
             raise ValueError(f"data {self.name!r}: images of {tuple(images.images.shape[1:])}; expected cifar10")

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn import functional as F
-from triptych_common.data import load
 
-from triptych_gpt.tasks.items import Items
-from triptych_gpt.tasks.supervised import SupervisedTask, classification
+from triptych_gpt.tasks.supervised import Items, SupervisedTask, classification
 from triptych_gpt.tasks.task import Prompts
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the released recipe rounds them
@@ -30,6 +28,8 @@ class Digits:
 
     def __call__(self, part: str) -> Items:
         """Items of part "train" or "test", inputs [items, side * side]."""
+        from triptych_common.data import load
+
         images = load(self.name, "train" if part == "train" else "held_out")
         pixels = images.images.float() / 255
         if pixels.shape[1:] != (1, 28, 28):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property, partial
 from itertools import islice, pairwise
 from typing import Any, Literal
@@ -16,14 +16,58 @@ from triptych_common.storage.checkpoint import digest
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.symmetry.spec import PermutationSpec, check_invariance, forward_of
-from triptych_gpt.tasks.describe import describe
 from triptych_gpt.tasks.initialisers import INITIALISERS, initial_networks
-from triptych_gpt.tasks.items import Items
 from triptych_gpt.tasks.measures import cross_entropy, zero_one
 from triptych_gpt.tasks.networks import Measure, Scored, score_networks, train_networks
 from triptych_gpt.tasks.optimizers import OptimizerSettings, momentum_sgd
 from triptych_gpt.tasks.stack import Stack
 from triptych_gpt.tasks.task import Cohort, Metric, Prompts, Speed, Task, Trajectories
+
+
+@dataclass(frozen=True)
+class Items:
+    """One part of a data set, in memory.
+
+    Raises ValueError for inputs that are not floating-point, or not as many as targets.
+    """
+
+    inputs: Float[Tensor, "items *shape"]
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets) or not len(self.inputs):
+            raise ValueError(
+                f"{len(self.inputs)} inputs and {len(self.targets)} targets: expected as many, at least one"
+            )
+        if not self.inputs.is_floating_point():
+            raise ValueError(f"inputs of {self.inputs.dtype}: expected floating-point, normalised; use .float()")
+
+    def spread(self, count: int) -> "Items":
+        """Items spread evenly over all, `count` at most."""
+        count = min(count, len(self.inputs))
+        chosen = torch.arange(count) * len(self.inputs) // count
+        return Items(self.inputs[chosen], self.targets[chosen])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Items":
+        return Items(self.inputs.to(device, dtype), self.targets.to(device))
+
+
+def describe(thing: Any) -> str:
+    """A callable as a recipe notes it, alike in every process: a function by its name, anything else with its settings.
+
+    Raises ValueError for what has neither.
+    """
+    if isinstance(thing, partial):
+        parts = [*map(describe, thing.args), *(f"{name}={describe(value)}" for name, value in thing.keywords.items())]
+        return f"{describe(thing.func)}({', '.join(parts)})"
+    if is_dataclass(thing) and not isinstance(thing, type):
+        parts = [f"{part.name}={describe(getattr(thing, part.name))}" for part in fields(thing)]
+        return f"{type(thing).__qualname__}({', '.join(parts)})"
+    if hasattr(thing, "__qualname__"):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    if " at 0x" in repr(thing):
+        raise ValueError(f"{type(thing).__name__} object: its settings are unknown; make it a dataclass or a function")
+    return repr(thing)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
 """The zoo: collecting training runs, storing and reading them."""
 
-PRELOAD = (
-    "torch._dynamo",
-    "triptych_gpt.zoo.cohorts",
-)  # what workers are forked with; the first optimiser imports the former
+# What workers are forked with: the first optimiser of a process imports torch._dynamo, the first task all that tasks are made of.
+PRELOAD = ("torch._dynamo", "triptych_gpt.zoo.cohorts", "triptych_gpt.tasks.registry")

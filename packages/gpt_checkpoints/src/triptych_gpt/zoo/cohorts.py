@@ -1,9 +1,6 @@
 """Which runs form a cohort, which split it belongs to, and the work it takes: trained, scored, written."""
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,34 +8,13 @@ from typing import Any
 
 import torch
 
-from triptych_gpt.tasks import Cohort, Task, Trajectories, open_task
+from triptych_gpt.tasks.task import Cohort, Task, Trajectories
+from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
 from triptych_gpt.zoo.store import CohortData, ShardRecord, shard_name, unsound, write_shard
 
 SETTINGS = ("split", "cohort", "seed", "initialiser", "shared_batches")
 """columns of the index that say what a run was, beside the task's own settings"""
 _SCORED_AT_ONCE = 4000  # checkpoints on the device
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """A task as a process that has not opened it needs it: what `open_task` takes."""
-
-    task: str
-    data: str | None = None
-    epochs: int | None = None
-
-    def open(self) -> Task:
-        return open_task(self.task, data=self.data, epochs=self.epochs)
-
-    def source(self) -> dict[str, str]:
-        """A hash of the file that a task of the user's own stands in: its functions are only names in the recipe."""
-        path, _, _ = self.task.rpartition(":")
-        return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
-
-
-def recipe_digest(recipe: Mapping[str, Any]) -> str:
-    """A hash of a recipe. Raises TypeError for one that is not JSON-able."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -51,17 +27,6 @@ def _opened(spec: TaskSpec, recipe: str) -> Task:
             "the same in every process (seed what is drawn)"
         )
     return task
-
-
-@contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Errors in a user's own functions as one line, like any other of theirs; TRIPTYCH_DEBUG=1 shows where."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{what}: {type(error).__name__}: {error} (TRIPTYCH_DEBUG=1 shows where)") from error
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from triptych_common.progress import Progress
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory, differences
 
-from triptych_gpt.tasks import Cohort, Task
+from triptych_gpt.tasks.task import Cohort, Task
 from triptych_gpt.zoo import PRELOAD
-from triptych_gpt.zoo.cohorts import Work, cohorts, collect_cohort, recipe_digest, split_of
+from triptych_gpt.zoo.cohorts import Work, cohorts, collect_cohort, split_of
 from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig, measured
 from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
+from triptych_gpt.zoo.source import recipe_digest
 from triptych_gpt.zoo.store import SHARDS
 
 

@@ -12,8 +12,10 @@ from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge
 from triptych_common.parallel import process_group
 
-from triptych_gpt.tasks import Speed, SupervisedTask, Task
-from triptych_gpt.zoo.cohorts import SETTINGS, TaskSpec, cohorts, one_line, recipe_digest, split_of
+from triptych_gpt.tasks.supervised import SupervisedTask
+from triptych_gpt.tasks.task import Speed, Task
+from triptych_gpt.zoo.cohorts import SETTINGS, cohorts, split_of
+from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
 from triptych_gpt.zoo.store import DTYPES, OWN_COLUMNS
 
 RECIPE_VERSION = 1  # raised whenever the same recipe would give other runs

@@ -1,8 +1,41 @@
-"""The task whose zoo this is, opened again: what trains on a zoo also has to score networks."""
+"""Which task a zoo is of: named, hashed, and opened again, as what trains on a zoo also has to score networks."""
 
-from triptych_gpt.tasks import Task
-from triptych_gpt.zoo.cohorts import TaskSpec, one_line, recipe_digest
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.zoo import Zoo
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task as a process that has not opened it needs it: what `open_task` takes."""
+
+    task: str
+    data: str | None = None
+    epochs: int | None = None
+
+    def open(self) -> Task:
+        from triptych_gpt.tasks.registry import open_task  # imports every task's networks
+
+        return open_task(self.task, data=self.data, epochs=self.epochs)
+
+    def source(self) -> dict[str, str]:
+        """A hash of the file that a task of the user's own stands in: its functions are only names in the recipe."""
+        path, _, _ = self.task.rpartition(":")
+        return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
+
+
+def recipe_digest(recipe: Mapping[str, Any]) -> str:
+    """A hash of a recipe. Raises TypeError for one that is not JSON-able."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def recipe_of(zoo: Zoo) -> str:
@@ -33,3 +66,14 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple[Task, TaskSpec]:
             "same with --task, or collect again"
         )
     return opened, spec
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Errors in a user's own functions as one line, like any other of theirs; TRIPTYCH_DEBUG=1 shows where."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error} (TRIPTYCH_DEBUG=1 shows where)") from error

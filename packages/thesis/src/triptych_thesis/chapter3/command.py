@@ -11,7 +11,7 @@ from triptych_common.progress import Stopwatch
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
-from triptych_gpt.prompt_command import PromptConfig, prompt_command
+from triptych_gpt.prompting import PromptConfig, prompt_command
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import load

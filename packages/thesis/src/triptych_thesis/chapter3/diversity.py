@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_gpt.evaluation.prompted import prompted, starting_metrics
+from triptych_gpt.evaluation.prompted import Update, prompted, starting_metrics
 from triptych_gpt.evaluation.records import plain
-from triptych_gpt.evaluation.update import Update
 from triptych_gpt.symmetry.matching import canonicalise
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tasks.task import Metric, Task

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from triptych_gpt.evaluation.prompted import measured, prompted, starting_metrics
+from triptych_gpt.evaluation.prompted import Update, measured, prompted, starting_metrics
 from triptych_gpt.evaluation.records import plain
-from triptych_gpt.evaluation.update import Update
 from triptych_gpt.tasks.task import Metric, Task
 
 from triptych_thesis.chapter3.diversity import low_prompt

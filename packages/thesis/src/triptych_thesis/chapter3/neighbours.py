@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate, bootstrap_rate
-from triptych_gpt.evaluation.update import Update
+from triptych_gpt.evaluation.prompted import Update
 from triptych_gpt.nearest import Nearest, Pool, nearest
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.zoo.zoo import Zoo

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_gpt.evaluation.prompted import advanced, starting_metrics
+from triptych_gpt.evaluation.prompted import Update, advanced, starting_metrics
 from triptych_gpt.evaluation.records import plain
-from triptych_gpt.evaluation.update import Update
 from triptych_gpt.tasks.task import Metric, Task
 
 

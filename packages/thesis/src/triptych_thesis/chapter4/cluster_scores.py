@@ -14,8 +14,8 @@ from triptych_gangealing.aligner import Aligner, open_aligner
 from triptych_gangealing.baselines.moments import ink, moments
 from triptych_gangealing.clustering import purity
 from triptych_gangealing.encoders.descriptor import Groups
-from triptych_gangealing.keypoints.evaluate import Data
 from triptych_gangealing.keypoints.synthetic import Posed, posed_digits
+from triptych_gangealing.settings import Data
 from triptych_gangealing.warp import Warp
 
 from triptych_thesis.chapter4.options import ClustersConfig

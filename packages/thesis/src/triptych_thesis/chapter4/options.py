@@ -6,7 +6,7 @@ from typing import Annotated
 
 from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge
-from triptych_gangealing.keypoints.evaluate import Data, PckConfig
+from triptych_gangealing.settings import Data, PckConfig
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory
@@ -60,19 +61,18 @@ class Study(CommonOptions):
     """experiments to run; by default all that the size offers"""
     all: bool = False
     """also what takes longest"""
-    workers: int | None = None
+    workers: Annotated[int | None, Ge(1)] = None
     """processes, each with one thread on a CPU; by default one a core, and one on a GPU. Changes no result"""
     claims: Path = Path("claims.toml")
     """ledger of the thesis's figures and tables, for the report; left out where absent"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size not in self.sizes:
             raise ValueError(f"size {self.size!r}: expected one of {', '.join(self.sizes)}")
         for name in self.only:
             if name not in self.offered:
                 raise ValueError(f"experiment {name!r}: expected one of {', '.join(self.offered)} at size {self.size}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers {self.workers}: expected at least 1")
 
     @property
     def folder(self) -> Path:

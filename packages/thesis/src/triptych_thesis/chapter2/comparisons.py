@@ -1,15 +1,16 @@
-"""How far a comparison of scores carries: differences with intervals, correlations, and verdicts made of them."""
+"""Whether one set of samples scores better than another: differences with intervals, the noise of seeds, correlations."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from triptych_common.metrics import Estimate, as_share
 
-HOLDS, FAILS, UNCLEAR = "holds at this size", "does not hold at this size", "cannot be told apart from noise"
-SHOWN = "nothing measured here decides it"
+from triptych_thesis.study.estimates import quantile
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED
+
 STRONG = 0.5  # a correlation beyond this is called strong
 LOWER_IS_BETTER = ("frechet", "spatial_frechet")
 
@@ -18,9 +19,11 @@ LOWER_IS_BETTER = ("frechet", "spatial_frechet")
 class Score:
     """One metric of one set of samples.
 
-    replicates: the same metric of bootstrap resamples. Replicate r of two sets of equal size resamples the same sample
-    numbers and the same real digits, so that differences are paired. deviation: one standard deviation where there are no
-    replicates. trials: of a share, of how many; its interval then stays within 0..1, and never closes at either.
+    Args:
+        replicates: the same metric of bootstrap resamples. Replicate r of two sets of equal size resamples the same sample
+            numbers and the same real digits, so that differences are paired.
+        deviation: one standard deviation, where there are no replicates.
+        trials: for a share, the number it is a share of; its interval then stays within 0..1 and never closes at either end.
     """
 
     value: float
@@ -30,18 +33,18 @@ class Score:
 
     @property
     def spread(self) -> float:
-        """One standard deviation of sampling."""
+        """One standard deviation of the noise of sampling."""
         return _deviation(self.replicates) if self.replicates else self.deviation
 
     @property
     def estimate(self) -> Estimate:
-        found = Estimate(self.value, self.value - 1.96 * self.spread, self.value + 1.96 * self.spread)
-        return as_share(found, self.trials) if self.trials else found
+        """The value with its 95% interval."""
+        estimate = Estimate(self.value, self.value - 1.96 * self.spread, self.value + 1.96 * self.spread)
+        return as_share(estimate, self.trials) if self.trials else estimate
 
 
 class SeedNoise(NamedTuple):
-    """How much retraining with another seed moves a metric after some number of images: one standard deviation, from so many
-    pairs of runs."""
+    """How much retraining with another seed moves a metric: one standard deviation, and from how many pairs of runs."""
 
     deviation: float
     pairs: int
@@ -52,19 +55,19 @@ NO_SEEDS = SeedNoise(0.0, 0)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether `better` beats `worse`, by one metric.
+    """Whether `better`, as the thesis claims, beats `worse` by one metric.
 
     difference: positive where it does. Fréchet distances compare as the logarithm of worse over better, so 0.69 is half the
-    distance; other metrics as better minus worse.
+    distance; other metrics as better minus worse. The verdict is the difference's sign.
     """
 
     better: str
     worse: str
     difference: Estimate
-    verdict: str
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """As results.json holds it."""
         return {**vars(self), "difference": self.difference._asdict(), "about": dict(self.about)}
 
 
@@ -75,8 +78,8 @@ def compare(
     noises: tuple[SeedNoise, SeedNoise] = (NO_SEEDS, NO_SEEDS),
     **about: Any,
 ) -> Comparison:
-    """`better` and `worse` are names with scores. The interval, of 95%, holds the noise of sampling (paired where both have as
-    many replicates) and, where it is known, each side's of training seeds, by Student's t with as many degrees as pairs.
+    """Compare two named scores. The 95% interval holds the noise of sampling, paired where both have equally many replicates,
+    and each side's noise of training seeds where it is known, by Student's t with as many degrees of freedom as pairs of runs.
     """
     (name, a), (other, b) = better, worse
     logarithmic = metric in LOWER_IS_BETTER
@@ -90,27 +93,14 @@ def compare(
     else:
         sampled = math.hypot(scales[0] * a.spread, scales[1] * b.spread)
     pairs = min(noise.pairs for noise in noises)
-    margin = student(pairs) * math.sqrt(sampled**2 + sum(noise.deviation**2 for noise in noises))
+    margin = quantile(pairs) * math.sqrt(sampled**2 + sum(noise.deviation**2 for noise in noises))
     difference = Estimate(value, value - margin, value + margin)
-    return Comparison(name, other, difference, sign_verdict(difference), about)
-
-
-def sign_verdict(difference: Estimate) -> str:
-    """Holds where the whole interval is positive, does not where it is negative; touching zero decides nothing."""
-    return HOLDS if difference.low > 0 else FAILS if difference.high < 0 else UNCLEAR
-
-
-def overall(verdicts: Iterable[str]) -> str:
-    """Of a claim that consists of several: it holds where all do, and does not where any does not."""
-    found = list(verdicts)
-    if len(set(found)) == 1:
-        return found[0]
-    return FAILS if FAILS in found else UNCLEAR
+    return Comparison(name, other, difference, about)
 
 
 def seed_noise(pairs: Sequence[tuple[Score, Score]], metric: str) -> SeedNoise:
-    """From pairs of runs that differ by their seed alone; Fréchet distances by their logarithms. What is left of the noise of
-    sampling is in it too.
+    """From pairs of runs that differ by their seed alone; Fréchet distances by their logarithms. It includes what is left of the
+    noise of sampling.
     """
     if not pairs:
         return NO_SEEDS
@@ -122,8 +112,8 @@ def seed_noise(pairs: Sequence[tuple[Score, Score]], metric: str) -> SeedNoise:
 
 
 def correlation(x: Sequence[float], scores: Sequence[Score]) -> Estimate:
-    """Pearson's, of x with the scores. Its interval, of 95%, is Fisher's for as many models, widened by the noise of sampling:
-    both are variances of atanh(r). No interval for fewer than four models, or where all points are one.
+    """Pearson's correlation of x with the scores. Its 95% interval is Fisher's for as many models, widened by the noise of
+    sampling: both are variances of atanh(r). No interval for fewer than four models, or where x or the scores do not vary.
     """
     values = [score.value for score in scores]
     r = pearson(x, values)
@@ -144,23 +134,13 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def strong_verdict(r: Estimate, sign: int) -> str:
-    """Whether a correlation of that sign is strong: the whole interval beyond 0.5, or none of it."""
-    if r.low is None or r.high is None:
-        return UNCLEAR
-    low, high = (r.low, r.high) if sign > 0 else (-r.high, -r.low)
-    return HOLDS if low > STRONG else FAILS if high < STRONG else UNCLEAR
-
-
-def student(degrees: int) -> float:
-    """0.975 quantile of Student's t; 0 degrees stand for the normal distribution's 1.96."""
-    if degrees == 0:
-        return 1.96
-    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # t = sqrt(degrees) tan(angle)
-    density = torch.cos(angle).clamp(min=0) ** (degrees - 1)
-    mass = torch.cumulative_trapezoid(density, angle)
-    found = int(torch.searchsorted(mass, 0.95 * mass[-1]))
-    return math.sqrt(degrees) * math.tan(float(angle[found + 1]))
+def strong(r: Estimate | Mapping[str, Any], sign: int) -> str:
+    """The verdict on "this correlation of that sign is strong": its whole interval beyond 0.5 confirms, none of it refutes."""
+    low, high = (r["low"], r["high"]) if isinstance(r, Mapping) else r[1:]
+    if low is None or high is None:
+        return UNDECIDED
+    low, high = (low, high) if sign > 0 else (-high, -low)
+    return CONFIRMED if low > STRONG else REFUTED if high < STRONG else UNDECIDED
 
 
 def _atanh(r: float) -> float:
