@@ -75,7 +75,9 @@ class Chapter4(Study):
         return context.facts()
 
     def opening(self, results: Mapping[str, Any]) -> Opening:
-        caption = f"Real digits {results['digit']} that nothing was trained on, and their average: above as they are, below aligned."
+        caption = (
+            f"Real digits {results['digit']}, never trained on, and their average: above as they are, below aligned."
+        )
         drawn = (self.folder / "figures" / "before-after.png").exists()
         return Opening(
             "Digits learn to stand in line",
