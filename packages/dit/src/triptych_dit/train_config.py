@@ -131,7 +131,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = (
         "digits": _DIGITS,
         "digits-smoke": _SMOKE,
     }
-    | {  # latents of an autoencoder of their own: see reproduce.py
+    | {  # latents of an autoencoder trained on the digits
         "digits-latent": replace(
             _DIGITS, model=PRESETS["digits-latent"], total_images=240_000
         ),  # less the autoencoder's time

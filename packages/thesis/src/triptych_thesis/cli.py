@@ -14,9 +14,10 @@ def _chapter2() -> Command:
 
 
 def _chapter3() -> Command:
-    from triptych_thesis.chapter3.command import ReproduceConfig, reproduce
+    from triptych_thesis.chapter3.study import Chapter3
+    from triptych_thesis.study.runner import run
 
-    return Command(ReproduceConfig, reproduce, {})
+    return Command(Chapter3, run, {})
 
 
 def _chapter4() -> Command:
@@ -32,9 +33,9 @@ def _claims() -> Command:
 
 
 def _figures() -> Command:
-    from triptych_thesis.chapter3.evaluate import EvaluateConfig, evaluate
+    from triptych_thesis.chapter3.figures import FiguresConfig, figures
 
-    return Command(EvaluateConfig, evaluate, {})
+    return Command(FiguresConfig, figures, {})
 
 
 def _score_clusters() -> Command:
