@@ -16,7 +16,7 @@ from triptych_gpt.symmetry.matching import match
 from triptych_gpt.zoo.manifest import Manifest
 from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
-from triptych_thesis.chapter3.neighbours import nearest_neighbour_scores
+from triptych_thesis.chapter3.experiments.neighbours import nearest_neighbour_scores
 
 CHECKPOINTS = 5
 

@@ -238,7 +238,9 @@ def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     """Context of one forward and backward pass: gradients are averaged over ranks in the last of several only."""
     if _is_sharded(model):
-        model.set_requires_gradient_sync(enabled)  # whole gradients are kept until then: as much memory as a replica's
+        sharded: Any = model
+        # whole gradients are kept until the last pass: as much memory as a replica takes
+        sharded.set_requires_gradient_sync(enabled)
         return nullcontext()
     if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()
@@ -248,7 +250,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
 def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """Replace gradients by their mean over ranks, in one exchange; for passes that no wrapper of the model has seen."""
     if ranks.world_size > 1 and parameters:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         mean = ranks.sum(torch.cat([g.flatten() for g in gradients])) / ranks.world_size
         for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

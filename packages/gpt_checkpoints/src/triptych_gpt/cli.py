@@ -4,70 +4,70 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, deferred, main
 
 
 def _collect() -> Command:
-    from triptych_gpt.zoo.collect import collect
     from triptych_gpt.zoo.collect_config import PRESETS, CollectConfig
 
-    return Command(CollectConfig, collect, PRESETS)
+    preview = deferred("triptych_gpt.zoo.collect:preview")
+    return Command(CollectConfig, deferred("triptych_gpt.zoo.collect:collect"), PRESETS, preview=preview)
 
 
 def _info() -> Command:
-    from triptych_gpt.zoo.inspect import InfoConfig, info
+    from triptych_gpt.settings import InfoConfig
 
-    return Command(InfoConfig, info, {})
+    return Command(InfoConfig, deferred("triptych_gpt.zoo.inspect:info"), {})
 
 
 def _verify() -> Command:
-    from triptych_gpt.zoo.inspect import VerifyConfig, verify
+    from triptych_gpt.settings import VerifyConfig
 
-    return Command(VerifyConfig, verify, {})
+    return Command(VerifyConfig, deferred("triptych_gpt.zoo.inspect:verify"), {})
 
 
 def _export() -> Command:
-    from triptych_gpt.zoo.inspect import ExportConfig, export
+    from triptych_gpt.settings import ExportConfig
 
-    return Command(ExportConfig, export, {})
+    return Command(ExportConfig, deferred("triptych_gpt.zoo.inspect:export"), {})
 
 
 def _import() -> Command:
-    from triptych_gpt.tasks.registry import open_task
-    from triptych_gpt.zoo.lmdb_import import ImportConfig, import_lmdb
+    from triptych_gpt.settings import ImportConfig
 
-    return Command(ImportConfig, lambda config: import_lmdb(config, open_task(config.task).layout), {})
+    preview = deferred("triptych_gpt.zoo.lmdb_import:preview")
+    return Command(ImportConfig, deferred("triptych_gpt.zoo.lmdb_import:import_command"), {}, preview=preview)
 
 
 def _train() -> Command:
-    from triptych_gpt.train import train
     from triptych_gpt.train_config import TRAIN_PRESETS, GptTrainConfig
 
-    return Command(GptTrainConfig, train, TRAIN_PRESETS, default="laptop")
+    train, preview = deferred("triptych_gpt.train:train"), deferred("triptych_gpt.objective:plan")
+    return Command(GptTrainConfig, train, TRAIN_PRESETS, default="laptop", preview=preview)
 
 
 def _prompt() -> Command:
-    from triptych_gpt.prompting import PromptConfig, prompt_command
+    from triptych_gpt.settings import PromptConfig
 
-    return Command(PromptConfig, prompt_command, {})
+    return Command(PromptConfig, deferred("triptych_gpt.prompting:prompt_command"), {})
 
 
 def _evaluate() -> Command:
-    from triptych_gpt.evaluate import EvaluateConfig, evaluate
+    from triptych_gpt.settings import EvaluateConfig
 
-    return Command(EvaluateConfig, evaluate, {})
+    return Command(EvaluateConfig, deferred("triptych_gpt.evaluate:evaluate"), {})
 
 
 def _audit() -> Command:
-    from triptych_gpt.audit import AuditConfig, audit_command
+    from triptych_gpt.settings import AuditConfig
 
-    return Command(AuditConfig, audit_command, {})
+    return Command(AuditConfig, deferred("triptych_gpt.audit:audit_command"), {})
 
 
 def _convert() -> Command:
-    from triptych_gpt.convert import ConvertConfig, convert
+    from triptych_gpt.settings import ConvertConfig
 
-    return Command(ConvertConfig, convert, {})
+    return Command(ConvertConfig, deferred("triptych_gpt.convert:convert"), {})
 
 
 COMMANDS = {

@@ -18,9 +18,8 @@ from triptych_gpt.config import GptConfig
 from triptych_gpt.evaluation.prompted import Update
 from triptych_gpt.model import Gpt
 from triptych_gpt.objective import make_diffusion
-from triptych_gpt.settings import SamplerSettings
+from triptych_gpt.settings import SamplerSettings, TaskSpec
 from triptych_gpt.tasks.task import Task
-from triptych_gpt.zoo.source import TaskSpec
 
 FILE_NAME = "model.safetensors"
 _FORMAT = ModelFormat(

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, deferred, main
 
 
 def _chapter2() -> Command:
@@ -14,9 +14,10 @@ def _chapter2() -> Command:
 
 
 def _chapter3() -> Command:
-    from triptych_thesis.chapter3.command import ReproduceConfig, reproduce
+    from triptych_thesis.chapter3.study import Chapter3
+    from triptych_thesis.study.runner import run
 
-    return Command(ReproduceConfig, reproduce, {})
+    return Command(Chapter3, run, {})
 
 
 def _chapter4() -> Command:
@@ -32,21 +33,21 @@ def _claims() -> Command:
 
 
 def _figures() -> Command:
-    from triptych_thesis.chapter3.evaluate import EvaluateConfig, evaluate
+    from triptych_thesis.chapter3.figures import FiguresConfig, figures
 
-    return Command(EvaluateConfig, evaluate, {})
+    return Command(FiguresConfig, figures, {})
 
 
 def _score_clusters() -> Command:
-    from triptych_thesis.chapter4.cluster_scores import ClustersConfig, score_clusters
+    from triptych_thesis.chapter4.options import ClustersConfig
 
-    return Command(ClustersConfig, score_clusters, {})
+    return Command(ClustersConfig, deferred("triptych_thesis.chapter4.cluster_scores:score_clusters"), {})
 
 
 def _score_alignment() -> Command:
-    from triptych_thesis.chapter4.alignment_scores import AlignmentScoreConfig, score_alignment
+    from triptych_thesis.chapter4.options import AlignmentScoreConfig
 
-    return Command(AlignmentScoreConfig, score_alignment, {})
+    return Command(AlignmentScoreConfig, deferred("triptych_thesis.chapter4.alignment_scores:score_alignment"), {})
 
 
 CHAPTERS = {

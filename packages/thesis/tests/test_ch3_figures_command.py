@@ -18,7 +18,8 @@ from triptych_gpt.trained import FILE_NAME, write_model
 from triptych_gpt.zoo.collect import collect
 from triptych_gpt.zoo.collect_config import CollectConfig
 from triptych_thesis import cli
-from triptych_thesis.chapter3.suite import SUITE
+from triptych_thesis.chapter3.figures import offered
+from triptych_thesis.study.verdicts import VERDICTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 
@@ -58,9 +59,11 @@ def evaluated(place) -> Path:
     options = ["--model", "gpt", "--zoo", "zoo", "--out", "all", *FEW, "--json"]
     done = run_cli("triptych_thesis.cli", "figures", *options, cwd=place)
     assert done.returncode == 0, done.stderr
-    told = strict_json(done.stdout)["findings"]
-    assert any(line.startswith("Prompt alignment: R^2 ") for line in told)
-    assert all(line in done.stderr for line in told)
+    claims = strict_json(done.stdout)["claims"]
+    assert claims.keys() == {f"gpt.fig-3.{number}" for number in (3, 4, 5, 6, 8, 9)}
+    assert set(claims.values()) <= set(VERDICTS)
+    assert all(f"{claim}: {verdict} (" in done.stderr for claim, verdict in claims.items())
+    assert "R² between prompted and achieved test loss" in done.stderr
     return place / "all"
 
 
@@ -69,12 +72,12 @@ def evaluate(place: Path, out: Path, *options: object) -> subprocess.CompletedPr
 
 
 def test_every_experiment_leaves_strict_json_and_its_figures(evaluated):
-    assert {path.stem for path in evaluated.glob("*.json")} == {*SUITE, "config"}
-    for name in SUITE:
+    assert {path.stem for path in evaluated.glob("*.json")} == {*offered(), "config"}
+    for name in offered():
         written = strict_json((evaluated / f"{name}.json").read_text())
         assert written["experiment"] == name
         assert written["result"]
-        assert written["commit"]
+        assert written["made"]["commit"]
         pictures = list(evaluated.glob(f"{name}*.png"))
         assert pictures, name
         assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
@@ -128,7 +131,7 @@ def test_another_models_results_are_not_taken_for_this_ones(place, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "status", "message"), [
-    (["figures", "--experiments", "fig-3.3", "fig-9.9"], 2, "experiments fig-9.9: expected some of fig-3.3, fig-3.4"),
+    (["figures", "--experiments", "fig-3.3", "fig-9.9"], 2, "experiments fig-9.9: expected some of fig-3.5, fig-3.3"),
     (["figures", "--amounts.networks", "0"], 2, "networks 0: expected at least 1"),
     (["figures", "--amounts.sampler-steps", "0"], 2, "expected numbers of 1..1000"),
     (["figures", "--num-inference-steps", "0"], 2, "num_inference_steps 0: expected 1..1000"),
@@ -145,7 +148,7 @@ def test_bad_input_is_one_clear_line(place, tmp_path, monkeypatch, options, stat
     fails_with(command(options[0], *given, *few, *options[1:]), message, status)
 
 
-def test_a_model_that_went_astray_is_told_of_in_words(place, tmp_path):
+def test_a_model_whose_updates_are_not_finite_is_reported_in_words(place, tmp_path):
     tensors, facts = checkpoint.read(place / "gpt" / FILE_NAME)
     wild = {name: torch.full_like(value, torch.nan) if "norm_out" in name else value for name, value in tensors.items()}
     write_model(tmp_path / "gpt" / FILE_NAME, load(place / "gpt").model.config, wild, facts)
@@ -154,7 +157,7 @@ def test_a_model_that_went_astray_is_told_of_in_words(place, tmp_path):
         "fig-3.8": "0 networks that span no plane",
         "audit": "none of 4 updates is finite",
     }
-    some = [name for name in SUITE if name not in nothing_to_show]
+    some = [name for name in offered() if name not in nothing_to_show]
     done = command("figures", *options, *FEW, "--out", tmp_path / "out", "--experiments", *some)
     assert done.returncode == 0, done.stderr
     assert "G.pt" not in done.stderr
