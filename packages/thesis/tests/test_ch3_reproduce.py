@@ -95,6 +95,10 @@ def test_the_first_screen_is_a_sentence_a_picture_and_the_verdicts(out):
     assert rows.count("<tr>") == 1 + len(CLAIMS)
 
 
+def test_the_page_fits_every_screen(out, check_page):
+    check_page(out / "report.html")
+
+
 def test_audits_conclusions_and_tables_are_in_the_page(out):
     page, experiments = (out / "report.html").read_text(), results_in(out)["experiments"]
     lines = experiments["audit"]["verdict"]

@@ -67,6 +67,10 @@ def test_report_is_self_contained_and_complete(out):
         assert needed in page
 
 
+def test_the_page_fits_every_screen(out, check_page):
+    check_page(out / "first/report.html")
+
+
 def test_results_are_strict_json_with_intervals(out):
     results = strict_json((out / "first/results.json").read_text())
     methods = {"none", "moments", "moments, upright", "Congealing", "GANgealing"}
@@ -101,7 +105,8 @@ def test_the_first_screen_is_a_sentence_a_picture_and_the_verdicts(out):
     assert len(aims) == 6
     text = re.sub(r"<[^>]+>", "", table)
     for aim in aims:
-        assert f"{aim.evidence[0].ours}{aim.evidence[0].beside}" in text.replace("\n", "")
+        shown = aim.evidence[0]
+        assert f"{shown.ours}{'against ' * bool(shown.beside)}{shown.beside}" in text.replace("\n", "")
 
 
 @pytest.mark.skipif(find_spec("lpips") is None, reason="LPIPS needs its package")

@@ -54,6 +54,7 @@ class AdmScorer:
             return known["scores"]
         inception, source = self._loaded.inception, NpzImages(samples)
         found = image_features(source, inception)
+        assert found.pool.vectors is not None  # features of images, not of a file's statistics
         probabilities = inception.probabilities(found.pool.vectors)
         suite = adm_scores(
             self._loaded.reference, found, probabilities, device=self.device_of(inception), repeats=self.repeats,

@@ -51,6 +51,7 @@ class SeedNoise(NamedTuple):
 
 
 NO_SEEDS = SeedNoise(0.0, 0)
+NO_NOISES = (NO_SEEDS, NO_SEEDS)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def compare(
     better: tuple[str, Score],
     worse: tuple[str, Score],
     metric: str,
-    noises: tuple[SeedNoise, SeedNoise] = (NO_SEEDS, NO_SEEDS),
+    noises: tuple[SeedNoise, SeedNoise] = NO_NOISES,
     **about: Any,
 ) -> Comparison:
     """Compare two named scores. The 95% interval holds the noise of sampling, paired where both have equally many replicates,

@@ -21,7 +21,7 @@ from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
 from triptych_dit.weights import FILE_NAME
 
 from triptych_thesis.chapter2.adm import AdmScorer
-from triptych_thesis.chapter2.comparisons import Comparison, Score, SeedNoise, compare, seed_noise
+from triptych_thesis.chapter2.comparisons import NO_NOISES, Comparison, Score, SeedNoise, compare, seed_noise
 from triptych_thesis.chapter2.scoring import METRICS, StudyScorer, score_of
 from triptych_thesis.chapter2.sizes import Model, Size
 
@@ -97,7 +97,8 @@ def _sample_unet(config: SampleConfig) -> None:
     from triptych_thesis.chapter2.unet import load_unet, sample_unet
 
     trained = load_unet(Path(config.checkpoint))
-    classes = trained.model.config.num_embeddings - 1
+    unet: Any = trained.model
+    classes = unet.config.num_embeddings - 1
     labels = torch.arange(config.num_samples) % classes
     weights = checkpoint.digest(trained.model.state_dict())
     request = identity(config, trained) | {"num_samples": config.num_samples, "model_sha256": weights}
@@ -143,11 +144,9 @@ class Context:
         self.size, self.folder, self.data, self.vae, self.seed, self.device = size, folder, data, vae, seed, device
         self.decoder = decoder or vae
         self.grid = size.grid(everything)
-        self.scorer: StudyScorer | AdmScorer = (
-            StudyScorer(size.data, seed, size.repeats)
-            if reference is None
-            else AdmScorer(reference, device, seed, size.repeats)
-        )
+        self.scorer: Any = StudyScorer(size.data, seed, size.repeats)
+        if reference is not None:
+            self.scorer = AdmScorer(reference, device, seed, size.repeats)
 
     def train_config(self, model: Model) -> TrainConfig:
         size, images = self.size, self.size.images(model)
@@ -228,10 +227,9 @@ class Context:
     ) -> Comparison:
         """Compare two sets of samples. seeds: whether their models were trained apart, so that the noise of training seeds
         counts, each side's at its own stage."""
-        sides = (better, worse)
-        noises = {"noises": tuple(self.noise(each.images, metric) for each in sides)} if seeds else {}
-        pair = ((each.model.title, self.score(each, metric)) for each in sides)
-        return compare(*pair, metric, **noises, **about)
+        noises = (self.noise(better.images, metric), self.noise(worse.images, metric)) if seeds else NO_NOISES
+        ours, theirs = ((each.model.title, self.score(each, metric)) for each in (better, worse))
+        return compare(ours, theirs, metric, noises, **about)
 
     def noise(self, images: int, metric: str = FRECHET) -> SeedNoise:
         """The noise of training seeds after so many images, those of a stage."""

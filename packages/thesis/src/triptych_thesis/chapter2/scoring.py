@@ -71,7 +71,7 @@ class StudyScorer:
         return _reference(self)
 
     def features(self, images: UInt8[Tensor, "n 1 28 28"]) -> Features:
-        layers = self.digits.features.network
+        layers: Any = self.digits.features.network
         with torch.inference_mode():
             maps = torch.cat([layers[:_SPATIAL_LAYERS](from_uint8(part)) for part in images.split(256)])
             pool = torch.cat([layers[_SPATIAL_LAYERS:](part) for part in maps.split(256)])
@@ -94,11 +94,14 @@ class StudyScorer:
         if kept.exists() and (known := read_scores(kept))["asked"] == asked:
             return known["scores"]
         images, labels = read_npz(samples)
+        if labels is None:
+            raise ValueError(f"{samples}: holds no labels, expected samples of classes of digits")
         scores = self.score(without_margin(images), labels)
         write_json(kept, {"asked": asked, "scores": scores})
         return scores
 
     def score(self, images: UInt8[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict[str, Any]:
+        """Every metric of labelled digits with its replicates, as `__call__` returns them."""
         found, real = self.features(images), self.reference
         n, m = len(found.pool), len(real.pool)
         rows, real_rows = self._rows(n, m)

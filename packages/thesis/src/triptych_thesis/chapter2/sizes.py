@@ -1,9 +1,10 @@
 """How large a study of chapter 2 is: sizes only, the code is the same."""
 
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from triptych_dit.autoencoder.config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
-from triptych_dit.config import BLOCK_DESIGNS, PRESETS, BlockDesign, DiTConfig
+from triptych_dit.config import PRESETS, BlockDesign, DiTConfig
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.train_config import TRAIN_PRESETS, TrainConfig
 
@@ -94,7 +95,7 @@ class Size:
 
     def others(self) -> list[Model]:
         """Models of the three other block designs."""
-        return [Model(self.designs, design) for design in BLOCK_DESIGNS if design != "adaln_zero"]
+        return [Model(self.designs, design) for design in get_args(BlockDesign) if design != "adaln_zero"]
 
 
 def _grid(base: DiTConfig, widths: dict[str, tuple[int, int, int]], patches: tuple[int, ...]) -> dict[str, DiTConfig]:

@@ -160,7 +160,7 @@ def load_unet(path: Path) -> TrainedModel:
 
 
 def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedModel:
-    model = UNet(UNetConfig(**facts["config"]))
+    model: Any = UNet(UNetConfig(**facts["config"]))
     model.load_state_dict(tensors)
     learns_variance = model.config.out_channels == 2 * model.config.in_channels
     diffusion = make_diffusion(DiTConfig(learn_sigma=learns_variance), "noise")
@@ -178,13 +178,12 @@ def sample_unet(
     """
     if settings.guidance_scale != 1 or not settings.is_own:
         raise ValueError(f"sampler {settings.sampler}: the U-Net is sampled by ddpm or ddim, without guidance")
-    config, device = trained.model.config, next(trained.model.parameters()).device
+    unet: Any = trained.model
+    config, device = unet.config, next(unet.parameters()).device
     indices = range(first_index, first_index + len(labels))
     noise = SampleNoise(seed, indices, (config.in_channels, config.side, config.side), device=device)
     clip = trained.facts.get("autoencoder") is None
-    steps = sampling(
-        settings, lambda x, t: trained.model(x, t, labels.to(device)), trained.diffusion, noise, clip_x_0=clip
-    )
+    steps = sampling(settings, lambda x, t: unet(x, t, labels.to(device)), trained.diffusion, noise, clip_x_0=clip)
     x = final(steps)
     return to_uint8(decoded(trained, x, vae=vae)).cpu()
 

@@ -2,11 +2,10 @@
 
 import json
 import re
-import sys
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,25 +80,25 @@ def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
     head, *blocks = ledger.read_text().split("[[claim]]\n")
     for i, block in enumerate(blocks):
         claim = tomllib.loads(block)["id"]
-        values = found.get(claim)
-        for name in FOUND if values else ():
-            replace(known[claim], **values)  # refuses what is no verdict
-            line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
-            block = re.sub(rf'^{name} = ".*"$', lambda _, line=line: line, block, flags=re.MULTILINE)
+        if values := found.get(claim):
+            Claim(**{**vars(known[claim]), **values})  # refuses what is no verdict
+            for name in FOUND:
+                line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
+                block = re.sub(rf'^{name} = ".*"$', line.replace("\\", r"\\"), block, flags=re.MULTILINE)
         blocks[i] = block
     write_text(ledger, "[[claim]]\n".join([head, *blocks]))
 
 
-def record_results(results: Path, ledger: Path, chapter: int | None = None) -> list[str]:
+def record_results(results: Path, ledger: Path) -> list[str]:
     """Write the verdicts of a run's results.json into the ledger; returns the ids of their claims.
 
     Raises ValueError for what are no results, for those of another chapter than their claims, and for those of a smoke run,
     which decide nothing.
     """
-    verdicts, of = _verdicts(results)
+    verdicts, chapter = _verdicts(results)
     claims = load_claims(ledger)
-    if chapter not in (None, of) or any(claims[claim].chapter != of for claim in verdicts if claim in claims):
-        raise ValueError(f"{results}: decides no claim of chapter {chapter or of}; expected its results.json")
+    if any(claims[claim].chapter != chapter for claim in verdicts if claim in claims):
+        raise ValueError(f"{results}: decides no claim of chapter {chapter}; expected its results.json")
     record(ledger, verdicts)
     return list(verdicts)
 
@@ -148,16 +147,6 @@ def claims(config: ClaimsConfig) -> dict[str, Any]:
     write_text(config.page, claims_page(load_claims(config.ledger)))
     echo(f"wrote {config.page}")
     return {"written": written, "page": str(config.page)}
-
-
-def run_record(chapter: int, module: str) -> None:
-    """`record_results` as a command of two words: python -m MODULE RESULTS.json claims.toml."""
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: python -m {module} RESULTS.json claims.toml")
-    try:
-        record_results(*map(Path, sys.argv[1:]), chapter)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def claims_page(claims: dict[str, Claim]) -> str:

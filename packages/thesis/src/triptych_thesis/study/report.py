@@ -162,8 +162,8 @@ class Report:
         environment = Environment(autoescape=True, trim_blocks=True)
         environment.filters["cell"] = _cell
         template = environment.from_string(_TEMPLATE)
-        shown = [each.verdict for verdict, _ in self.verdicts for each in (verdict, *verdict.shown) if each.verdict]
-        legend = [(MARKS[verdict], verdict) for verdict in dict.fromkeys(shown)]
+        shown = [name for each, _ in self.verdicts for name in (each.verdict, *(one.verdict for one in each.shown))]
+        legend = [(MARKS[name], name) for name in dict.fromkeys(shown) if name]
         return template.render(
             report=self, marks=MARKS, legend=legend, encoded=lambda png: base64.b64encode(png).decode()
         )

@@ -14,6 +14,7 @@ from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE
 from triptych_common.storage.atomic import write_bytes
 from triptych_common.storage.provenance import command_line, git_commit
 from triptych_common.storage.run import RunDirectory
+from triptych_dit.model import DiT
 from triptych_dit.objective import mean_mse, open_training_data
 from triptych_dit.sample import read_npz
 from triptych_dit.sampling import decoded, sample_images, trajectory
@@ -23,7 +24,7 @@ from triptych_dit.weights import TrainedModel, load_model
 from triptych_thesis.chapter2.context import Context, SampleSet
 from triptych_thesis.chapter2.digits import with_margin, without_margin
 from triptych_thesis.chapter2.showing import sample_links
-from triptych_thesis.chapter2.sizes import Model
+from triptych_thesis.chapter2.sizes import SIZES, Model
 from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import BLUE, ORANGE, PALE_BLUE, legend, panels, thousands
@@ -102,7 +103,7 @@ def verdicts(result: Result) -> list[Verdict]:
 
 def section(study: Study, result: Result) -> Section:
     guided = f"Sampled with guidance {result['guidance_scale']}; one class a column, nothing selected."
-    images = study.sizes[study.size].main_images
+    images = SIZES[study.size].main_images
     pictures = [
         study.figure("guided", guided, pixels=True),
         study.figure("unguided", "The same noise and classes without guidance.", pixels=True),
@@ -236,7 +237,7 @@ def real_digits(context: Context, rows: int) -> UInt8[Tensor, "n 1 32 32"]:
     return with_margin(held_out.images[torch.stack(columns, dim=1).flatten()])
 
 
-def _snapshot_losses(context: Context, models: Sequence[torch.nn.Module]) -> dict[str, list[float]]:
+def _snapshot_losses(context: Context, models: Sequence[DiT]) -> dict[str, list[float]]:
     """Noise-prediction errors of averaged weights on training and held-out digits.
 
     Latents of held-out images lie in a cache beside that of the training images; pixels in the same folder.

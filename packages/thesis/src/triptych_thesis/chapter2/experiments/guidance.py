@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from triptych_common.images import figure_png
 
@@ -27,7 +27,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def _headline(context: Context) -> int | str:
+def _headline(context: Context) -> int | Literal["all"]:
     """The channels that the thesis guides for its headline numbers, where the size repeats them; otherwise all."""
     return context.size.guidance_channels or "all"
 

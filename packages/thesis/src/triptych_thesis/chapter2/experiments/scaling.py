@@ -99,8 +99,9 @@ def _at_equal_training_compute(context: Context) -> list[dict[str, Any]]:
         within = [s for s in size.stages if gflops(context.grid[large]) * size.count(s) <= budget]
         if within:
             ours = context.after(Model(large), max(within))
-            about = {"grows": grows, "images": ours.images, "images_of_smaller": size.count(1.0)}
-            comparisons.append(context.compare(ours, context.after(Model(small)), **about).as_dict())
+            theirs, images = context.after(Model(small)), size.count(1.0)
+            comparison = context.compare(ours, theirs, grows=grows, images=ours.images, images_of_smaller=images)
+            comparisons.append(comparison.as_dict())
     return comparisons
 
 
