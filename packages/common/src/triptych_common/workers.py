@@ -18,8 +18,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from triptych_common.cli import echo
-from triptych_common.errors import Interrupted
+from triptych_common.cli import Interrupted, echo
 from triptych_common.progress import Progress
 
 if TYPE_CHECKING:

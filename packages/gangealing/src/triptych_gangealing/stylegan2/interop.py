@@ -20,7 +20,7 @@ from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
 from triptych_gangealing.stylegan2.shapes import agrees, build, discriminator_config, generator_config, without_filters
-from triptych_gangealing.stylegan2.weights import Source
+from triptych_gangealing.stylegan2.source import Source
 
 # NVIDIA's options: fields of our configs, those that every network here has, and those of training, speed or telling shapes
 _FIELDS = {

@@ -1,8 +1,8 @@
 """Network files, whoever wrote them: ours, one safetensors file with weights, config and origin; or anyone's, by `interop`."""
 
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from triptych_common.storage.model_file import ModelFormat
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.source import Source
 
 GENERATOR_FILE, DISCRIMINATOR_FILE = "generator.safetensors", "discriminator.safetensors"
 EMBEDDED, GENERATORS = Path(__file__).parent.parent / "weights", ("digits32", "digits32-3")
@@ -29,21 +30,6 @@ _FORMAT = ModelFormat(
 _LEGACY_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file with networks in it.
-
-    generator, discriminator: build them, in float32 on the CPU for evaluation, beside their tensors by NVIDIA's names as the
-    file has them; None where it has none. Building raises ValueError, one line, for what cannot be represented.
-    """
-
-    path: Path
-    format: str
-    generator: Callable[[], tuple[Generator, dict[str, Tensor]]] | None = None
-    discriminator: Callable[[], tuple[Discriminator, dict[str, Tensor]]] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def load_generator(path: str | Path) -> Generator:
