@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from triptych_common.parallel import Ranks
 from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch
+from triptych_gangealing import warp as warp_module
 from triptych_gangealing.config import PRESETS, SpatialTransformerConfig
 from triptych_gangealing.encoders.perceptual import SSL_DIVISOR, Encoder, EncoderConfig, PerceptualDistance
 from triptych_gangealing.objective import Objective

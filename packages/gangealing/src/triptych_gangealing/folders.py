@@ -1,4 +1,4 @@
-"""Commands that use an aligner on people's own pictures: align a folder, average it, draw on all of it, match two of it."""
+"""Commands for people's own pictures: align a folder, average it, propagate an edit through it, match two pictures."""
 
 import json
 from pathlib import Path
@@ -33,9 +33,9 @@ FARTHEST_PX = 1e6  # from a picture's corner that a point may be: beyond any pic
 
 
 def _open(config: UseOptions) -> tuple[Aligner, dict[str, Any]]:
-    """The aligner, and the options with which it is to look at pictures.
+    """The aligner, and the options of `Aligner.align`.
 
-    Raises ValueError where what is written would lie among what is read.
+    Raises ValueError where the output would lie inside the folder that is read.
     """
     if isinstance(config, FolderOptions):
         out, images = config.out.resolve(), config.images.resolve()
@@ -63,7 +63,8 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
     aligner, options = _open(config)
     size, padding = _shown(config, aligner)
     folder, found = _aligned(aligner, config, options)
-    averages, rows, cells = Averages(heads=aligner.config.heads), [], []
+    averages, rows = Averages(heads=aligner.config.heads), []
+    cells: list[tuple[Tensor, Tensor]] = []
     for i, picture in folder.again():
         warp = found.warp.select([i])
         image = warped(picture, warp, size, padding)
@@ -86,7 +87,7 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
     write_png(config.out / "grid.png", image_grid(to_uint8(torch.cat(columns)), columns=len(cells)))
     files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
     paths = {name: str(config.out / file) for name, file in files.items()}
-    return _told(paths | averages.write(config.out)) | {"pictures": len(rows)}
+    return _reported(paths | averages.write(config.out)) | {"pictures": len(rows)}
 
 
 def write_average(config: AverageConfig) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def write_average(config: AverageConfig) -> dict[str, Any]:
         if i in kept:
             warp = found.warp.select([i])
             averages.add(int(found.cluster[i]), warped(picture, warp, size, padding), warp)
-    return _told(averages.write(config.out))
+    return _reported(averages.write(config.out))
 
 
 def smoothest(found: Alignment, share: float) -> set[int]:
@@ -141,6 +142,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
         )
     if edit is not None:
         return _edited(config.out / "pictures", edit, set(here), folder, found)
+    assert points is not None
     places = {}
     for i in here:
         seen, mapped = folder.seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
@@ -149,7 +151,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
             "inside": mapped.inside[0].tolist(),
         }
     write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
-    return _told({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
+    return _reported({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
 
 
 def _edited(
@@ -161,7 +163,7 @@ def _edited(
         if i in here:
             image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
         write_png(out / folder.seen[i].png, to_uint8(image)[0])
-    return _told({"pictures": str(out)}) | {"edited": edited}
+    return _reported({"pictures": str(out)}) | {"edited": edited}
 
 
 def write_matches(config: CorrespondConfig) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def write_matches(config: CorrespondConfig) -> dict[str, Any]:
     ends = points[0, reliable], found.points[0, reliable]
     picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
     write_bytes(config.out / "matches.png", picture)
-    return _told({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
+    return _reported({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
 
 
 class Averages:
@@ -269,7 +271,7 @@ def _corners(found: Alignment, index: int) -> Float[Tensor, "4 2"]:
     return found.warp.select([index]).map_points(corners).points[0]
 
 
-def _told(files: dict[str, str]) -> dict[str, Any]:
+def _reported(files: dict[str, str]) -> dict[str, Any]:
     for name, path in files.items():
         echo(f"{name}: {path}")
     return files

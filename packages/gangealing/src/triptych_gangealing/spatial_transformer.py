@@ -49,10 +49,10 @@ class Similarity(NamedTuple):
 
 @dataclass(frozen=True)
 class Aligned:
-    """Warps of n images, or of n x heads: those of an image in turn, then those of the next.
+    """Warps of n images; or of n x heads, all heads of an image, then all of the next.
 
-    similarity: what the similarity network found, all iterations together. delta: what the flow network did, as the warp's Flow
-    has it, in normalised units. Either is None where the transformer has no such network.
+    similarity: all iterations of the similarity network together. delta: the flow network's displacements, in normalised units,
+    as the warp's Flow has them. Either is None where the transformer has no such network.
     """
 
     warp: Warp
@@ -99,7 +99,7 @@ class SpatialTransformer(nn.Module):
     def align_flips(
         self, images: Images, *, iterations: int = 1, head: Int[Tensor, " n"] | None = None
     ) -> tuple[Aligned, Bool[Tensor, " rows"]]:
-        """Warps of the images or of their mirror images, whichever's flow is smoother, and which were mirrored.
+        """Warps of the images or of their mirror images, whichever have the smoother flow, and which were mirrored.
 
         The warps lead to the original images either way; of a mirrored one, similarity and delta are of its mirror image.
         Raises as `forward`, and ValueError without a flow network.
@@ -144,7 +144,7 @@ class SpatialTransformer(nn.Module):
 
 
 class ClusterClassifier(nn.Module):
-    """Images to logits over classes: by default one for each head of a transformer, whose similarity trunk this repeats."""
+    """Images to logits over classes, by a network like the transformer's similarity trunk; by default one class for each head."""
 
     def __init__(self, config: SpatialTransformerConfig, num_classes: int | None = None) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def _huber(steps: Delta) -> Float[Tensor, " n"]:
 
 
 class Residual(nn.Module):
-    """The block of StyleGAN2's discriminator, which halves height and width, or not."""
+    """The residual block of StyleGAN2's discriminator; with "down" it halves height and width."""
 
     def __init__(self, channels: int, after: int, resample: Literal["same", "down"] = "down") -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class SimilarityNetwork(nn.Module):
 
 
 class FlowNetwork(nn.Module):
-    """Images of `input_size` to displacements in normalised units: of one head each, or of all heads in turn."""
+    """Images of `input_size` to displacements in normalised units: by one head for each image, or by all heads in turn."""
 
     def __init__(self, config: SpatialTransformerConfig) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class FlowNetwork(nn.Module):
             Conv2d(channels, channels, 3, activation="lrelu"),
         )
         self.delta = _two_convolutions(channels, 2 * config.heads)
-        nn.init.zeros_(self.delta[-1].weight)
+        nn.init.zeros_(self.delta.get_parameter("1.weight"))
         self.mask = _two_convolutions(channels, 9 * config.flow_upsampling**2 * config.heads)
 
     def forward(self, images: Images, head: Int[Tensor, " n"] | None) -> Float[Tensor, "rows 2 fine_height fine_width"]:
@@ -291,5 +291,5 @@ def convex_upsample(
 
 
 def chosen(values: Float[Tensor, "n heads *rest"], head: Int[Tensor, " n"] | None) -> Float[Tensor, "rows *rest"]:
-    """Of each image the values of its head, or those of all heads in turn."""
+    """The values of each image's head; without heads, of all heads in turn."""
     return values.flatten(0, 1) if head is None else values[torch.arange(len(values), device=values.device), head]

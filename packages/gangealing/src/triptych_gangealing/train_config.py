@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
@@ -136,7 +136,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
             channel_max=self.channel_max,
             channel_multiplier=self.channel_multiplier,
             heads=self.clusters,
-            transforms=tuple(self.transforms.split(",")),
+            transforms=cast(Any, tuple(self.transforms.split(","))),
             flow_size=self.flow_size,
             flow_upsampling=max(1, self.input_size // self.flow_size),
             padding=self.padding,
@@ -153,7 +153,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
         return super().resolved() | {"parameters": sum(p.numel() for p in network.parameters())}
 
 
-# What the released scripts train the thesis's data sets with, and what its Table 4.1 has for cats; see cat-ssl.
+# Settings of the released scripts for the thesis's data sets; for cats, see also cat-ssl.  [thesis 4.4, Table 4.1]
 _LPIPS = AlignTrainConfig(distance="lpips", tv_weight=2500.0)
 _BORDER = replace(_LPIPS, padding="border")
 
@@ -195,7 +195,7 @@ PRESETS: dict[str, AlignTrainConfig] = {
     ),
     "horse": replace(_LPIPS, out=Path("runs/align-horse"), generator="horse.pkl", clusters=4, flips=True),
 }
-PRESETS["cat-ssl"] = replace(  # where Table 4.3 starts from
+PRESETS["cat-ssl"] = replace(  # the ablations start from it  [thesis Table 4.3]
     PRESETS["cat"], out=Path("runs/align-cat-ssl"), distance="ssl-vgg", tv_weight=1000.0
 )
 PRESETS["digits32-all"] = replace(

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, deferred, main
 
 
 def _chapter2() -> Command:
@@ -39,15 +39,15 @@ def _figures() -> Command:
 
 
 def _score_clusters() -> Command:
-    from triptych_thesis.chapter4.cluster_scores import ClustersConfig, score_clusters
+    from triptych_thesis.chapter4.options import ClustersConfig
 
-    return Command(ClustersConfig, score_clusters, {})
+    return Command(ClustersConfig, deferred("triptych_thesis.chapter4.cluster_scores:score_clusters"), {})
 
 
 def _score_alignment() -> Command:
-    from triptych_thesis.chapter4.alignment_scores import AlignmentScoreConfig, score_alignment
+    from triptych_thesis.chapter4.options import AlignmentScoreConfig
 
-    return Command(AlignmentScoreConfig, score_alignment, {})
+    return Command(AlignmentScoreConfig, deferred("triptych_thesis.chapter4.alignment_scores:score_alignment"), {})
 
 
 CHAPTERS = {

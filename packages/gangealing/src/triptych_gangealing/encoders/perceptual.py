@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,9 @@ class PerceptualDistance(nn.Module):
     whose features nobody has weighted. shift, scale: of the colours, before the trunk sees them.
     """
 
+    shift: Float[Tensor, "3 1 1"]
+    scale: Float[Tensor, "3 1 1"]
+
     def __init__(
         self,
         trunk: nn.Module,
@@ -69,7 +72,7 @@ class PerceptualDistance(nn.Module):
 
         Raises ValueError for images of another shape, or too small.
         """
-        least = self.trunk.least
+        least = cast(int, self.trunk.least)
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
             raise ValueError(
                 f"images {tuple(images.shape)}: expected (n, 3, height, width) of at least {least}x{least}"
@@ -206,7 +209,7 @@ def lpips_heads() -> list[Tensor]:
     from triptych_common.storage import foreign
 
     package = find_spec("lpips")
-    if package is None:
+    if package is None or package.origin is None:
         raise ImportError(
             "LPIPS needs a package: pip install 'triptych-gangealing[lpips]'; or use ssl-vgg or simclr:PATH"
         )

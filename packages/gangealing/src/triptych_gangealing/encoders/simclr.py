@@ -1,6 +1,6 @@
 """Train a small encoder on a generator's own samples, without labels: SimCLR.  [Chen et al. 2020]
 
-Two views of a sample are to be found alike, views of different samples apart. Views differ in colour, polarity, blur and a
+Views of one sample should have similar features, those of two samples different ones. Views differ in colour, polarity, blur and a
 slight crop; they are never rotated, mirrored or moved far, since that is what the encoder must see when it judges an alignment.
 
 What is compared are the feature maps, as `PerceptualDistance` compares them, not projections of their mean: such a head would
@@ -59,7 +59,7 @@ def contrast_maps(
     """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
     maps = [unit_length(x).flatten(1).chunk(2) for x in encoder(images)]
-    losses, found = zip(*(nt_xent(*pair, temperature) for pair in maps), strict=True)
+    losses, found = zip(*(nt_xent(one, other, temperature) for one, other in maps), strict=True)
     return torch.stack(losses).mean(), torch.stack(found).mean()
 
 
@@ -120,7 +120,7 @@ def recoloured(
 
 
 def run(config: EncoderTrainConfig) -> dict[str, Any]:
-    """Train as the config says, or resume; returns where the encoder is and the last metrics.
+    """Train to the end, or resume; returns where the encoder is and the last metrics.
 
     Raises ValueError or OSError for what is no generator, and as `train_encoder`.
     """
@@ -136,7 +136,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
     """An encoder trained on the generator's samples, frozen, on the CPU, as `config.out` has it too, where a run can be resumed.
 
     The generator is moved to the config's device. Raises ValueError for a run directory with another config or generator, images
-    too small, or several ranks: what an image is told from must be in one place. Interrupted after a signal.
+    too small, or several ranks: the samples that an image is contrasted with must be in one process. Interrupted after a signal.
     """
     keep_freed_memory()
     shape = generator.config.image_channels, generator.config.resolution
@@ -186,7 +186,7 @@ def fit(
     views: what makes them, by default `make_views`. contrast: its loss of two views, and the share of views found.
     """
     views = make_views if views is None else views
-    network.to(ranks.device, memory_format=torch.channels_last)
+    network.to(ranks.device).to(memory_format=torch.channels_last)
     state = TrainState(
         network,
         torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
@@ -197,8 +197,8 @@ def fit(
     for batch in training_steps(config, state, directory):
         drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
         images = from_uint8(pool[drawn].to(ranks.device))
-        both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
-        loss, found = contrast(state.parallel_model, *both, config.temperature)
+        one, other = (views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1))
+        loss, found = contrast(state.parallel_model, one, other, config.temperature)
         loss.backward()
         state.update(batch, {"loss": loss, "found": found})
     network.requires_grad_(False).eval()

@@ -26,7 +26,7 @@ class EncoderTrainConfig(LoopSettings):
     total_images: Annotated[int, Gt(0)] = 16_000
     """samples to show, repeats counted, each in two views"""
     batch_size: int = 64
-    """samples per step: each view is told from the 2 (batch_size - 1) of the others"""
+    """samples per step: each view is contrasted with the 2 (batch_size - 1) views of the others"""
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """channels of each stage, which has half the resolution of the one before"""
     compared: int = 2
@@ -34,7 +34,7 @@ class EncoderTrainConfig(LoopSettings):
     temperature: Annotated[float, Gt(0)] = 0.2
     """of the softmax over views"""
     crop_scale: Annotated[float, Interval(gt=0, le=1, wanted="a share of the area, above 0 and at most 1")] = 0.8
-    """least share of a sample's area that a view shows; 1: all. The encoder is to tell places and sizes apart, so little less"""
+    """least share of a sample's area that a view shows; 1: all. Kept near 1, as the encoder must distinguish places and sizes"""
     recolour: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
     gray: Annotated[float, Interval(ge=0, le=1)] = 0.2

@@ -41,9 +41,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
                 write_png(config.out / "images" / f"{index:06d}.png", image)
             written["images"] = str(config.out / "images")
         if config.video != "none":
-            path = config.out / f"walk.{config.video}"
-            write_video(path, film(generator, config), fps=config.fps, loop=True)
-            written["video"] = str(path)
+            video = config.out / f"walk.{config.video}"
+            write_video(video, film(generator, config), fps=config.fps, loop=True)
+            written["video"] = str(video)
     for what, path in written.items():
         echo(f"{what}: {path}")
     return written

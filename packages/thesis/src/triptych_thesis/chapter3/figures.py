@@ -10,15 +10,18 @@ from triptych_common.cli import CommonOptions, echo
 from triptych_common.storage.run import RunDirectory
 from triptych_gpt.settings import SamplerSettings
 
-from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.sizes import Amounts
 from triptych_thesis.chapter3.study import Chapter3
-from triptych_thesis.study.experiment import discover
+from triptych_thesis.study.experiment import Experiment, discover
 from triptych_thesis.study.runner import measure_once
 from triptych_thesis.study.verdicts import merged
 
 OF_ONE_RUN = ("example", "fig-3.7", "training")  # what belongs to a training run of the chapter's own
-EXPERIMENTS = {name: each for name, each in discover(Chapter3.package).items() if name not in OF_ONE_RUN}
+
+
+def offered() -> dict[str, Experiment]:
+    """The experiments that any trained model can be put to, by name; they are imported on the first call, and torch with them."""
+    return {name: each for name, each in discover(Chapter3.package).items() if name not in OF_ONE_RUN}
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class FiguresConfig(CommonOptions):
     """the zoo it was trained on"""
     out: Path = Path("runs/gpt-figures")
     """folder for a JSON file and a figure of each experiment"""
-    experiments: tuple[str, ...] = tuple(EXPERIMENTS)
-    """which: fig-3.3 (one step), fig-3.4 (optimisers' curves), fig-3.5 (prompts), fig-3.6 (initialisers), fig-3.8 (landscape),
-    fig-3.9 (neighbours), audit (memorisation), sampler-steps, filters"""
+    experiments: tuple[str, ...] = ()
+    """which, by default all: fig-3.3 (one step), fig-3.4 (optimisers' curves), fig-3.5 (prompts), fig-3.6 (initialisers),
+    fig-3.8 (landscape), fig-3.9 (neighbours), audit (memorisation), sampler-steps, filters"""
     sampler: str = "ddpm"
     """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
     num_inference_steps: int = 50
@@ -44,9 +47,8 @@ class FiguresConfig(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [name for name in self.experiments if name not in EXPERIMENTS]
-        if unknown or not self.experiments:
-            raise ValueError(f"experiments {', '.join(unknown) or 'none'}: expected some of {', '.join(EXPERIMENTS)}")
+        if unknown := [name for name in self.experiments if name not in offered()]:
+            raise ValueError(f"experiments {', '.join(unknown)}: expected some of {', '.join(offered())}")
         self.settings  # noqa: B018 - checked at the door
 
     @property
@@ -63,17 +65,20 @@ def figures(config: FiguresConfig) -> dict[str, Any]:
 
     Raises what opening model, task and zoo raises, and ValueError where the folder holds another model's results.
     """
+    from triptych_thesis.chapter3.context import Context
+
+    names = config.experiments or tuple(offered())
     context = Context(config.model, config.zoo, config.settings, config.amounts, config.seed, config.device)
     identity = context.identity()
     command = shlex.join(["triptych", *sys.argv[1:]])
     verdicts = []
     with RunDirectory(config.out, identity):
-        for name in config.experiments:
-            experiment = EXPERIMENTS[name]
+        for name in names:
+            experiment = offered()[name]
             result = measure_once(experiment, context, config.out / f"{name}.json", config.out, command)
             verdicts += experiment.verdicts(result)
     decided = merged(verdicts)
     for claim, verdict in decided.items():
         echo(f"{claim}: {verdict.verdict} ({verdict.shown[0].line})")
-    echo(f"wrote {len(config.experiments)} experiments, with figures, to {config.out}")
+    echo(f"wrote {len(names)} experiments, with figures, to {config.out}")
     return {"out": str(config.out), "claims": {claim: verdict.verdict for claim, verdict in decided.items()}}

@@ -12,7 +12,7 @@ import shlex
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ class Study(CommonOptions):
     """The options that the studies of all chapters share. Everything else is a chapter's own."""
 
     chapter: ClassVar[int]
-    sizes: ClassVar[Mapping[str, Any]]
+    sizes: ClassVar[Collection[str]]  # their names
     package: ClassVar[str]  # of the experiments' modules, such as "triptych_thesis.chapter2.experiments"
     results_folder: ClassVar[str] = "experiments"
 
