@@ -138,10 +138,10 @@ class Aligner(nn.Module):
 
 def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> None:
     """Write an aligner. Raises OSError when the disk refuses."""
-    own = aligner.classifier is None or isinstance(aligner.classifier, ClusterClassifier)
+    shape = getattr(aligner.classifier, "shape", None)  # of `Groups`, which cannot be built again without it
     state = {
         "has_classifier": aligner.classifier is not None,
-        "groups": None if own else aligner.classifier.shape(),
+        "groups": shape() if shape else None,
         "facts": dict(facts),
     }
     _FORMAT.write(path, aligner.state_dict(), asdict(aligner.config), state)

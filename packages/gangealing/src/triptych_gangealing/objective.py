@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from triptych_common import randomness
 
 from triptych_gangealing.encoders.perceptual import PerceptualDistance
