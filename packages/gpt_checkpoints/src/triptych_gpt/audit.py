@@ -1,13 +1,9 @@
 """`triptych-gpt audit`: are the networks a model makes new, or training networks in disguise?"""
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from triptych_common.cli import CommonOptions, echo
-from triptych_common.fields import Ge
+from triptych_common.cli import echo
 from triptych_common.images import figure_png
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
@@ -15,42 +11,7 @@ from triptych_common.storage.provenance import provenance
 from triptych_gpt.evaluation.plots import memorization_figure
 from triptych_gpt.evaluation.records import interval, plain, table
 from triptych_gpt.evaluation.trial import Trial, memorization
-from triptych_gpt.trained import SamplerSettings
-
-
-@dataclass(frozen=True)
-class AuditConfig(CommonOptions):
-    """Audit a trained G.pt for memorisation: its networks, their nearest training networks, and trivial ways to make either."""
-
-    model: Path = Path("runs/gpt")
-    """the trained G.pt: a run folder, or a model file"""
-    zoo: Path = Path("runs/zoo")
-    """the zoo it was trained on"""
-    out: Path = Path("runs/gpt-audit")
-    """folder for audit.json and audit.png"""
-    samples: Annotated[int, Ge(1)] = 100
-    """networks to make, each from another unseen one"""
-    target: float | None = None
-    """what to ask for; default: what does best on validation runs"""
-    every: Annotated[int, Ge(1)] = 1
-    """search every so many checkpoints of the training runs; 1: all"""
-    sampler: str = "ddpm"
-    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
-    num_inference_steps: int = 50
-    """denoising steps of an update, evenly spaced over the thesis's 1000"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target is not None and not math.isfinite(self.target):
-            raise ValueError(f"target {self.target}: expected a finite number")
-        self.settings  # noqa: B018 - checked at the door
-
-    @property
-    def settings(self) -> SamplerSettings:
-        return SamplerSettings(self.sampler, self.num_inference_steps)
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
+from triptych_gpt.settings import AuditConfig
 
 
 def audit_command(config: AuditConfig) -> dict[str, Any]:

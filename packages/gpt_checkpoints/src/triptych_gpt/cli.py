@@ -4,70 +4,58 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, deferred, main
 
 
 def _collect() -> Command:
-    from triptych_gpt.zoo.collect import collect
     from triptych_gpt.zoo.collect_config import PRESETS, CollectConfig
 
-    return Command(CollectConfig, collect, PRESETS)
+    return Command(CollectConfig, deferred("triptych_gpt.zoo.collect:collect"), PRESETS)
 
 
 def _info() -> Command:
-    from triptych_gpt.zoo.inspect import InfoConfig, info
-
-    return Command(InfoConfig, info, {})
+    return _command("InfoConfig", "triptych_gpt.zoo.inspect:info")
 
 
 def _verify() -> Command:
-    from triptych_gpt.zoo.inspect import VerifyConfig, verify
-
-    return Command(VerifyConfig, verify, {})
+    return _command("VerifyConfig", "triptych_gpt.zoo.inspect:verify")
 
 
 def _export() -> Command:
-    from triptych_gpt.zoo.inspect import ExportConfig, export
-
-    return Command(ExportConfig, export, {})
+    return _command("ExportConfig", "triptych_gpt.zoo.inspect:export")
 
 
 def _import() -> Command:
-    from triptych_gpt.tasks.registry import open_task
-    from triptych_gpt.zoo.lmdb_import import ImportConfig, import_lmdb
-
-    return Command(ImportConfig, lambda config: import_lmdb(config, open_task(config.task).layout), {})
+    return _command("ImportConfig", "triptych_gpt.zoo.lmdb_import:import_command")
 
 
 def _train() -> Command:
-    from triptych_gpt.train import train
     from triptych_gpt.train_config import TRAIN_PRESETS, GptTrainConfig
 
-    return Command(GptTrainConfig, train, TRAIN_PRESETS, default="laptop")
+    return Command(GptTrainConfig, deferred("triptych_gpt.train:train"), TRAIN_PRESETS, default="laptop")
 
 
 def _prompt() -> Command:
-    from triptych_gpt.prompting import PromptConfig, prompt_command
-
-    return Command(PromptConfig, prompt_command, {})
+    return _command("PromptConfig", "triptych_gpt.prompting:prompt_command")
 
 
 def _evaluate() -> Command:
-    from triptych_gpt.evaluate import EvaluateConfig, evaluate
-
-    return Command(EvaluateConfig, evaluate, {})
+    return _command("EvaluateConfig", "triptych_gpt.evaluate:evaluate")
 
 
 def _audit() -> Command:
-    from triptych_gpt.audit import AuditConfig, audit_command
-
-    return Command(AuditConfig, audit_command, {})
+    return _command("AuditConfig", "triptych_gpt.audit:audit_command")
 
 
 def _convert() -> Command:
-    from triptych_gpt.convert import ConvertConfig, convert
+    return _command("ConvertConfig", "triptych_gpt.convert:convert")
 
-    return Command(ConvertConfig, convert, {})
+
+def _command(config: str, function: str) -> Command:
+    """A command without presets, by the name of its settings and where its function stands."""
+    from triptych_gpt import settings
+
+    return Command(getattr(settings, config), deferred(function), {})
 
 
 COMMANDS = {
@@ -99,13 +87,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     return main("triptych-gpt", COMMANDS, words)
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as a line, once: where in the code it arose is nothing to its user."""
-    if str(message) not in _told:
-        _told.add(str(message))
+    """A warning as one line, shown once, without the place in the code."""
+    if str(message) not in _warned:
+        _warned.add(str(message))
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

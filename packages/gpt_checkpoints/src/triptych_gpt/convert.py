@@ -1,34 +1,15 @@
 """`triptych-gpt convert`: a released G.pt's checkpoint as a model file of ours."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 
 from triptych_gpt.interop import RELEASED, load_released
+from triptych_gpt.model import FILE_NAME, write_model
 from triptych_gpt.presets import PRESETS
-from triptych_gpt.trained import FILE_NAME, write_model
+from triptych_gpt.settings import ConvertConfig
 from triptych_gpt.zoo.source import TaskSpec
-
-
-@dataclass(frozen=True)
-class ConvertConfig(CommonOptions):
-    """Convert a checkpoint of wpeebles/G.pt to a model file that prompt, evaluate and audit take."""
-
-    checkpoint: Path | None = None
-    """the released file, such as best.pt; read without running a line of it"""
-    released: str = "mnist_loss"
-    """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
-    out: Path = Path("runs/released")
-    """folder for model.safetensors"""
-
-    def __post_init__(self) -> None:
-        if self.released not in RELEASED:
-            raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.images import figure_png
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.checkpoint import digest
@@ -17,50 +17,8 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gpt.evaluation.plots import alignment_figure, quality
 from triptych_gpt.evaluation.records import interval, plain, table
 from triptych_gpt.evaluation.trial import Trial, alignment_beside_baselines, quality_against_sampler_steps
-from triptych_gpt.trained import SamplerSettings
+from triptych_gpt.settings import EvaluateConfig
 from triptych_gpt.zoo.source import recipe_of
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(CommonOptions):
-    """Evaluate a trained G.pt on networks it never saw: how closely what it makes follows the prompts, beside baselines.
-
-    Repeating the command does what is missing.
-    """
-
-    model: Path = Path("runs/gpt")
-    """the trained G.pt: a run folder, or a model file"""
-    zoo: Path = Path("runs/zoo")
-    """the zoo it was trained on"""
-    out: Path = Path("runs/gpt-evaluation")
-    """folder for alignment.json and alignment.png"""
-    networks: int = 32
-    """unseen networks"""
-    prompts: int = 20
-    """prompts for each, from the best to a random network's metric"""
-    sampler_steps: tuple[int, ...] = ()
-    """also compare samplers at these numbers of denoising steps, on validation networks; such as 2 5 10 25 50 100"""
-    sampler: str = "ddpm"
-    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
-    num_inference_steps: int = 50
-    """denoising steps of an update, evenly spaced over the thesis's 1000"""
-    networks_at_once: int = 512
-    """networks in a batch"""
-
-    def __post_init__(self) -> None:
-        for name, least in (("networks", 1), ("prompts", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
-        if any(not 1 <= steps <= 1000 for steps in self.sampler_steps):
-            raise ValueError(f"sampler_steps {self.sampler_steps}: expected numbers of 1..1000")
-        self.settings  # noqa: B018 - checked at the door
-
-    @property
-    def settings(self) -> SamplerSettings:
-        return SamplerSettings(self.sampler, self.num_inference_steps, self.networks_at_once)
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -5,13 +5,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from triptych_common.cli import CommonOptions, echo
-from triptych_common.fields import Ge
+from triptych_common.cli import echo
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint, foreign
@@ -21,7 +20,8 @@ from triptych_common.storage.provenance import provenance
 from triptych_gpt.evaluation.prompted import advanced, measured
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.trained import SamplerSettings, TrainedGpt, load
+from triptych_gpt.settings import PromptConfig, SamplerSettings, parse_target
+from triptych_gpt.trained import TrainedGpt, load
 
 _UPDATES = 1 << 20  # that a sample may go through, so that none shares noise with the next
 _ENTRIES = ("state_dict", "model_state_dict", "model")  # where training scripts put the network beside other things
@@ -68,7 +68,7 @@ def prompt(
     seed: int = 0,
     settings: SamplerSettings | None = None,
     progress: Callable[[], None] = lambda: None,
-    **target: float | int,
+    **target: float,
 ) -> list[Answer]:
     """Networks that a G.pt makes of `network` when asked for a metric, say test_loss=0.3; `samples` of them, by `recursive`
     updates each: every update's output is scored and given back with the same prompt.  [thesis 3.2.2, 3.4.1, 3.4.3]
@@ -197,7 +197,7 @@ def _check_values(value: Tensor, where: str, *, weights: bool) -> None:
         )
 
 
-def _asked(trained: TrainedGpt, target: Mapping[str, float | int]) -> float:
+def _asked(trained: TrainedGpt, target: Mapping[str, float]) -> float:
     """The prompt. Raises ValueError for another metric than the trained one, warns outside its range."""
     if list(target) != [trained.metric]:
         given = ", ".join(target) or "nothing"
@@ -225,62 +225,6 @@ def _asked(trained: TrainedGpt, target: Mapping[str, float | int]) -> float:
             stacklevel=3,
         )
     return asked
-
-
-def parse_target(text: str) -> dict[str, float]:
-    """ "test_loss=0.3" as {"test_loss": 0.3}. Raises ValueError for anything else."""
-    name, equals, value = text.partition("=")
-    try:
-        if not (name and equals):
-            raise ValueError
-        return {name.strip(): float(value)}
-    except ValueError as error:
-        raise ValueError(f"target {text!r}: expected METRIC=VALUE, such as test_loss=0.3") from error
-
-
-@dataclass(frozen=True)
-class PromptConfig(CommonOptions):
-    """Prompt a network into being: give your own network and a metric to achieve; new networks are written."""
-
-    checkpoint: Path | None = None
-    """your network: a state dict of the task's architecture, .safetensors or .pt; default: a random one"""
-    target: str = ""
-    """what to achieve, METRIC=VALUE, such as test_loss=0.3"""
-    model: Path = Path("runs/gpt")
-    """the trained G.pt: a run folder, or a model file"""
-    out: Path = Path("runs/prompted")
-    """folder for the new networks and prompt.json"""
-    recursive: Annotated[int, Ge(1)] = 1
-    """updates in a row, each given what the one before made"""
-    samples: Annotated[int, Ge(1)] = 1
-    """networks to make, each from noise of its own"""
-    sampler: str = "ddpm"
-    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
-    num_inference_steps: int = 100
-    """denoising steps of an update, evenly spaced over the thesis's 1000"""
-    task: str | None = None
-    """the task that scores networks where the model cannot tell itself: a name, or file.py:NAME that has moved"""
-    initialiser: str | None = None
-    """without a checkpoint: how the random network is drawn; default: the task's own way"""
-    pickle: bool = False
-    """write .pt files for torch.load, not .safetensors"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.checkpoint is not None and self.initialiser is not None:
-            raise ValueError(
-                f"initialiser {self.initialiser!r}: draws a random network, but --checkpoint gives one; leave out one of them"
-            )
-        if self.target:
-            parse_target(self.target)
-        self.settings  # noqa: B018 - checked at the door
-
-    @property
-    def settings(self) -> SamplerSettings:
-        return SamplerSettings(self.sampler, self.num_inference_steps)
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def prompt_command(config: PromptConfig) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""The settings of sampling and of the smaller commands: what a person types, checked. Imports no torch, so --help is quick."""
+"""The settings of sampling and of every command but collect and train: what a person types, checked. Imports no torch."""
 
-from dataclasses import dataclass
-from typing import Annotated
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from triptych_common import sampler_settings
-from triptych_common.fields import Ge
+from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge, Interval
+
+PICKLE_SUFFIXES = (".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -15,3 +20,195 @@ class SamplerSettings(sampler_settings.SamplerSettings):
     """denoising steps, evenly spaced over the 1000 that the thesis takes"""
     networks_at_once: Annotated[int, Ge(1)] = 512
     """networks in a batch"""
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions):
+    """Options whose --dry-run prints them."""
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Options):
+    """Options of commands that sample updates."""
+
+    model: Path = Path("runs/gpt")
+    """the trained G.pt: a run folder, or a model file"""
+    sampler: str = "ddpm"
+    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
+    num_inference_steps: int = 50
+    """denoising steps of an update, evenly spaced over the thesis's 1000"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings  # noqa: B018 - SamplerSettings refuses what it does not know before anything is loaded
+
+    @property
+    def settings(self) -> SamplerSettings:
+        return SamplerSettings(self.sampler, self.num_inference_steps)
+
+
+def parse_target(text: str) -> dict[str, float]:
+    """ "test_loss=0.3" as {"test_loss": 0.3}. Raises ValueError for anything else."""
+    name, equals, value = text.partition("=")
+    try:
+        if not (name and equals):
+            raise ValueError
+        return {name.strip(): float(value)}
+    except ValueError as error:
+        raise ValueError(f"target {text!r}: expected METRIC=VALUE, such as test_loss=0.3") from error
+
+
+@dataclass(frozen=True)
+class PromptConfig(SamplingOptions):
+    """Generate networks that achieve a prompted metric, starting from your own network or a random one."""
+
+    checkpoint: Path | None = None
+    """your network: a state dict of the task's architecture, .safetensors or .pt; default: a randomly initialised one"""
+    target: str = ""
+    """the prompt, METRIC=VALUE, such as test_loss=0.3"""
+    out: Path = Path("runs/prompted")
+    """folder for the new networks and prompt.json"""
+    recursive: Annotated[int, Ge(1)] = 1
+    """consecutive updates, each starting from the network that the previous one generated"""
+    samples: Annotated[int, Ge(1)] = 1
+    """networks to generate, each from different noise"""
+    num_inference_steps: int = 100
+    """denoising steps of an update, evenly spaced over the thesis's 1000"""
+    task: str | None = None
+    """the task that scores networks where the model file does not name it: a name, or file.py:NAME if the file has moved"""
+    initialiser: str | None = None
+    """without a checkpoint: how the random network is initialised; default: as the task does"""
+    pickle: bool = False
+    """write .pt files for torch.load, not .safetensors"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint is not None and self.initialiser is not None:
+            raise ValueError(
+                f"initialiser {self.initialiser!r}: draws a random network, but --checkpoint gives one; leave out one of them"
+            )
+        if self.target:
+            parse_target(self.target)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(SamplingOptions):
+    """Score how well a trained G.pt follows prompts on networks it never saw, beside baselines.
+
+    Repeating the command measures what is missing.
+    """
+
+    zoo: Path = Path("runs/zoo")
+    """the zoo it was trained on"""
+    out: Path = Path("runs/gpt-evaluation")
+    """folder for alignment.json and alignment.png"""
+    networks: Annotated[int, Ge(1)] = 32
+    """networks of test runs, which the model never saw"""
+    prompts: Annotated[int, Ge(2)] = 20
+    """prompts for each network, from the best value to the network's own"""
+    sampler_steps: Annotated[tuple[int, ...], Interval(ge=1, le=1000, wanted="numbers of 1..1000")] = ()
+    """also compare samplers at these numbers of denoising steps, on validation networks; such as 2 5 10 25 50 100"""
+    networks_at_once: int = 512
+    """networks in a batch"""
+
+    @property
+    def settings(self) -> SamplerSettings:
+        return SamplerSettings(self.sampler, self.num_inference_steps, self.networks_at_once)
+
+
+@dataclass(frozen=True)
+class AuditConfig(SamplingOptions):
+    """Audit a trained G.pt for memorisation: how near generated networks are to training networks, beside baselines."""
+
+    zoo: Path = Path("runs/zoo")
+    """the zoo it was trained on"""
+    out: Path = Path("runs/gpt-audit")
+    """folder for audit.json and audit.png"""
+    samples: Annotated[int, Ge(1)] = 100
+    """networks to generate, each from a different unseen network"""
+    target: float | None = None
+    """the prompt; default: the value that gives the best networks on validation runs"""
+    every: Annotated[int, Ge(1)] = 1
+    """search only every k-th checkpoint of the training runs; 1: all"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"target {self.target}: expected a finite number")
+
+
+@dataclass(frozen=True)
+class ConvertConfig(Options):
+    """Convert a checkpoint of wpeebles/G.pt to a model file that prompt, evaluate and audit take."""
+
+    checkpoint: Path | None = None
+    """the released file, such as best.pt; read without executing code from it"""
+    released: Literal["mnist_loss", "mnist_error", "cifar10_loss", "cifar10_error", "cartpole"] = "mnist_loss"
+    """which of the released models it is"""
+    out: Path = Path("runs/released")
+    """folder for model.safetensors"""
+
+
+@dataclass(frozen=True)
+class InfoConfig(Options):
+    """Describe what a zoo holds: runs by split, checkpoints, bytes, and the range of its metrics."""
+
+    zoo: Path = Path("runs/zoo")
+    """folder of the zoo, finished or growing"""
+
+
+@dataclass(frozen=True)
+class VerifyConfig(Options):
+    """Read every file of a zoo and compare it with its checksum."""
+
+    zoo: Path = Path("runs/zoo")
+    """folder of the zoo, finished or growing"""
+
+
+@dataclass(frozen=True)
+class ExportConfig(Options):
+    """Write one checkpoint of a zoo as a plain state dict that load_state_dict takes."""
+
+    zoo: Path = Path("runs/zoo")
+    """folder of the zoo"""
+    run: int = 0
+    """number of the run"""
+    checkpoint: str = "-1"
+    """0 .. checkpoints-1, or from the end (-1: the last), or best:METRIC, such as best:test_loss"""
+    out: Path = Path("runs/checkpoint.safetensors")
+    """file to write: .safetensors, which also records task, run, step and metrics, or .pt/.pth for torch.load"""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+            raise ValueError(f"out {self.out}: expected a file ending in .safetensors, .pt or .pth")
+
+
+@dataclass(frozen=True)
+class ImportConfig(Options):
+    """Make a zoo of the released G.pt checkpoint data; repeat the command to resume after an interruption."""
+
+    lmdb: Path = Path("checkpoint_datasets/mnist")
+    """folder of the released data: an LMDB environment for each run, or for several runs"""
+    out: Path = Path("runs/zoo")
+    """folder of the zoo"""
+    task: str = "mnist_mlp"
+    """task whose network the checkpoints are of"""
+    num_test_runs: Annotated[int, Ge(0)] = 500
+    """runs in the test split, the last ones by name; released: 500 for MNIST, 2050 for the others"""
+    checkpoints: Annotated[int, Ge(2)] = 200
+    """checkpoints of a run; runs with another number are dropped"""
+    cohort_runs: Annotated[int, Ge(1)] = 50
+    """runs in a shard"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: half the bytes, 8 bits of precision"""
+    repair: bool = False
+    """verify the existing shards, and import damaged ones again"""
+
+    def resolved(self) -> dict[str, Any]:
+        from triptych_gpt.zoo.lmdb_import import find_runs
+
+        runs, skipped = find_runs(self.lmdb)
+        return {"config": asdict(self), "runs": len(runs), "unfinished_folders": skipped}

@@ -8,10 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from triptych_common.fields import FREE, Ge, Gt, Interval
 from triptych_common.training.settings import TransformerSettings
 
-from triptych_gpt.zoo.pairs import SAMPLINGS
-
-SAMPLING_NAMES = ("stratified", *SAMPLINGS)
-
 
 @dataclass(frozen=True)
 class GptTrainConfig(TransformerSettings):

@@ -1,65 +1,20 @@
 """Commands that read a zoo: what it holds, whether it is whole, and one checkpoint of it as a plain state dict."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint, foreign
 
-from triptych_gpt.zoo.manifest import Manifest, damages
+from triptych_gpt.settings import PICKLE_SUFFIXES, ExportConfig, InfoConfig, VerifyConfig
+from triptych_gpt.zoo.store import Manifest, damages
 from triptych_gpt.zoo.zoo import Zoo
 
 QUANTILES = (0.05, 0.5, 0.95)
-_PICKLE_SUFFIXES = (".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class InfoConfig(CommonOptions):
-    """Tell what a zoo holds: runs by split, checkpoints, bytes, and the range of its metrics."""
-
-    zoo: Path = Path("runs/zoo")
-    """folder of the zoo, finished or growing"""
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
-
-
-@dataclass(frozen=True)
-class VerifyConfig(CommonOptions):
-    """Read every file of a zoo and compare it with its checksum."""
-
-    zoo: Path = Path("runs/zoo")
-    """folder of the zoo, finished or growing"""
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
-
-
-@dataclass(frozen=True)
-class ExportConfig(CommonOptions):
-    """Write one checkpoint of a zoo as a plain state dict that load_state_dict takes."""
-
-    zoo: Path = Path("runs/zoo")
-    """folder of the zoo"""
-    run: int = 0
-    """number of the run"""
-    checkpoint: str = "-1"
-    """0 .. checkpoints-1, or from the end (-1: the last), or best:METRIC, such as best:test_loss"""
-    out: Path = Path("runs/checkpoint.safetensors")
-    """file to write: .safetensors, which also tells task, run, step and metrics, or .pt/.pth for torch.load"""
-
-    def __post_init__(self) -> None:
-        if self.out.suffix not in (".safetensors", *_PICKLE_SUFFIXES):
-            raise ValueError(f"out {self.out}: expected a file ending in .safetensors, .pt or .pth")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def info(config: InfoConfig) -> dict[str, Any]:
@@ -163,7 +118,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         "step": int(zoo.steps[row, place]),
         "metrics": {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names},
     }
-    if config.out.suffix in _PICKLE_SUFFIXES:
+    if config.out.suffix in PICKLE_SUFFIXES:
         foreign.write(config.out, state_dict)
     else:
         checkpoint.write(config.out, state_dict, {"kind": "state dict", **facts})

@@ -11,22 +11,20 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
-from triptych_common.cli import CommonOptions, echo
-from triptych_common.fields import Ge
+from triptych_common.cli import echo
 from triptych_common.progress import Progress
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
-from triptych_gpt.zoo.store import CohortData, shard_name, unsound, write_shard
+from triptych_gpt.settings import ImportConfig
+from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"
@@ -50,30 +48,11 @@ SUPERVISED = {
 }
 
 
-@dataclass(frozen=True)
-class ImportConfig(CommonOptions):
-    """Make a zoo of the released G.pt checkpoint data; repeat the command to go on after an interruption."""
+def import_command(config: ImportConfig) -> dict[str, Any]:
+    """`import_lmdb` with the layout of the task's network."""
+    from triptych_gpt.tasks.registry import open_task
 
-    lmdb: Path = Path("checkpoint_datasets/mnist")
-    """folder of the released data: one LMDB environment a run, or for several runs"""
-    out: Path = Path("runs/zoo")
-    """folder of the zoo"""
-    task: str = "mnist_mlp"
-    """task whose network the checkpoints are of"""
-    num_test_runs: Annotated[int, Ge(0)] = 500
-    """runs in the test split, the last ones by name; released: 500 for MNIST, 2050 for the others"""
-    checkpoints: Annotated[int, Ge(2)] = 200
-    """checkpoints of a run; runs with another number are dropped"""
-    cohort_runs: Annotated[int, Ge(1)] = 50
-    """runs in a shard"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: half the bytes, 8 bits of precision"""
-    repair: bool = False
-    """verify the shards that are there, and import damaged ones again"""
-
-    def resolved(self) -> dict[str, Any]:
-        runs, skipped = find_runs(self.lmdb)
-        return {"config": asdict(self), "runs": len(runs), "unfinished_folders": skipped}
+    return import_lmdb(config, open_task(config.task).layout)
 
 
 def import_lmdb(

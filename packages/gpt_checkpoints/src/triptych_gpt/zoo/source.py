@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.zoo import Zoo
+
+if TYPE_CHECKING:
+    from triptych_gpt.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class TaskSpec:
     data: str | None = None
     epochs: int | None = None
 
-    def open(self) -> Task:
+    def open(self) -> "Task":
         from triptych_gpt.tasks.registry import open_task  # imports every task's networks
 
         return open_task(self.task, data=self.data, epochs=self.epochs)
@@ -43,7 +45,7 @@ def recipe_of(zoo: Zoo) -> str:
     return recipe_digest(zoo.facts.get("recipe", {}))[:16]
 
 
-def task_of(zoo: Zoo, task: str | None = None) -> tuple[Task, TaskSpec]:
+def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
     """The zoo's task, and how it was opened.
 
     task: a name or file.py:NAME in place of what the zoo tells, for a file that has moved or a zoo that was imported.

@@ -15,7 +15,7 @@ from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import Trial
-from triptych_gpt.trained import SamplerSettings
+from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.zoo.source import recipe_of
 
 from triptych_thesis.chapter3.context import Amounts

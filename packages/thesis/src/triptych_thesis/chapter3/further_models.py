@@ -11,9 +11,10 @@ from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import differences
 from triptych_gpt.evaluation.alignment import prompt_alignment
 from triptych_gpt.evaluation.trial import Trial
+from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.trained import SamplerSettings, load
+from triptych_gpt.trained import load
 from triptych_gpt.zoo.zoo import Zoo
 
 from triptych_thesis.chapter3.context import Amounts
