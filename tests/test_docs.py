@@ -10,11 +10,17 @@ import pytest
 from triptych_dit.cli import COMMANDS as DIT_COMMANDS
 from triptych_gangealing.cli import COMMANDS as GANGEALING_COMMANDS
 from triptych_gpt.cli import COMMANDS as GPT_COMMANDS
-from triptych_thesis.chapter2.published import THESIS
+from triptych_thesis.chapter2.experiments.gallery import THESIS
+from triptych_thesis.cli import CHAPTERS
+from triptych_thesis.cli import COMMANDS as THESIS_COMMANDS
 from triptych_thesis.study.claims import Claim, claims_page, load_claims
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"triptych-dit": DIT_COMMANDS, "triptych-gpt": GPT_COMMANDS, "triptych-gangealing": GANGEALING_COMMANDS}
+COMMANDS = {
+    "triptych-dit": DIT_COMMANDS, "triptych-gpt": GPT_COMMANDS, "triptych-gangealing": GANGEALING_COMMANDS,
+    "triptych": THESIS_COMMANDS, "triptych reproduce": CHAPTERS,
+}  # fmt: skip
+PROGRAM = r"(?<![\w-])(triptych(?:-(?:dit|gpt|gangealing)| reproduce)?) ([a-z][\w-]*)"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -29,7 +35,7 @@ def test_commands_named_exist(page):
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"\bmake ([a-z][\w-]*)", code):
         assert target in targets, f"{page.name}: make {target}"
-    for program, command in re.findall(r"\b(triptych-(?:dit|gpt|gangealing)) ([a-z][\w-]*)", code):
+    for program, command in re.findall(PROGRAM, code):
         assert command in COMMANDS[program], f"{page.name}: {program} {command}"
     for module in re.findall(r"python -m ([\w.]+)", code):
         assert subprocess.run([sys.executable, "-c", f"import importlib.util as u, sys; sys.exit(not u.find_spec('{module}'))"],
@@ -46,9 +52,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_options_named_are_options(page):
     code = code_of(page)
-    for program, command, options in re.findall(
-        r"\b(triptych-(?:dit|gpt|gangealing)) ([a-z][a-z-]*)((?: +[^\n#`]+)?)", code
-    ):
+    for program, command, options in re.findall(PROGRAM + r"((?: +[^\n#`]+)?)", code):
         flags = re.findall(r"--([a-z][\w.-]*)", options)
         if not flags:
             continue
@@ -91,11 +95,11 @@ def test_a_verdict_needs_its_evidence(tmp_path):
     row = tomllib.loads((ROOT / "claims.toml").read_text())["claim"][0]
     with pytest.raises(ValueError, match="without size and command"):
         Claim(**{**row, "verdict": "confirmed", "size": "", "command": ""})
-    with pytest.raises(ValueError, match="expected one of not run"):
+    with pytest.raises(ValueError, match="expected one of confirmed"):
         Claim(**{**row, "verdict": "yes"})
     yes = (ROOT / "claims.toml").read_text().replace('verdict = "not run"', 'verdict = "yes"', 1)
     (tmp_path / "c.toml").write_text(yes)
-    with pytest.raises(ValueError, match=r"c\.toml: claim \S+: verdict 'yes', expected one of not run"):
+    with pytest.raises(ValueError, match=r"c\.toml: claim \S+: verdict 'yes', expected one of confirmed"):
         load_claims(tmp_path / "c.toml")
     (tmp_path / "c.toml").write_text('[[claim]]\nid = "x"\n')
     with pytest.raises(ValueError, match="keys differ"):

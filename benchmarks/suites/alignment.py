@@ -22,9 +22,11 @@ from torch.nn import functional as F
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks
 from triptych_common.training import Batch
+from triptych_gangealing import warp as warp_module
+from triptych_gangealing.config import PRESETS, SpatialTransformerConfig
 from triptych_gangealing.encoders.perceptual import SSL_DIVISOR, Encoder, EncoderConfig, PerceptualDistance
 from triptych_gangealing.objective import Objective
-from triptych_gangealing.spatial_transformer import PRESETS, SpatialTransformer, SpatialTransformerConfig
+from triptych_gangealing.spatial_transformer import SpatialTransformer
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.train_config import PRESETS as GENERATORS
 from triptych_gangealing.train import make_state, step

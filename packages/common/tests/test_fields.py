@@ -25,6 +25,7 @@ class Settings(Checked):
     beta: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     every: Annotated[int, Ge(0, "a number of steps, or 0 for none")] = 0
     indices: Annotated[tuple[int, ...], Ge(0, "numbers from 0")] = ()
+    counts: Annotated[tuple[int, ...], Interval(ge=1, le=9)] = ()
     format: Annotated[str, OneOf(("mp4", "gif"))] = "mp4"
     precision: Literal["float32", "bf16"] = "float32"
     free: str = ""
@@ -42,6 +43,7 @@ class Settings(Checked):
     ({"beta": 1.0}, "beta 1.0: expected at least 0 and below 1"),
     ({"every": -1}, "every -1: expected a number of steps, or 0 for none"),
     ({"indices": (0, -1)}, r"indices \(0, -1\): expected numbers from 0"),
+    ({"counts": (1, 10)}, r"counts \(1, 10\): expected numbers of 1..9"),
     ({"format": "git"}, "format 'git': expected one of mp4, gif; did you mean 'gif'?"),
     ({"precision": "fp16"}, "precision 'fp16': expected one of float32, bf16"),
 ])  # fmt: skip

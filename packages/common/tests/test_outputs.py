@@ -1,18 +1,13 @@
 """What people look at: pictures, pages, progress."""
 
 import io
-import json
-import re
 import sys
-from urllib.parse import unquote
 
 import pytest
 import torch
 from PIL import Image
-from triptych_common.images import figure_png, from_uint8, image_grid, png_bytes, to_uint8
-from triptych_common.progress import Progress, Stopwatch
-from triptych_common.testing import assert_self_contained
-from triptych_thesis.study.old_report import Report, publish
+from triptych_common.images import from_uint8, image_grid, png_bytes, to_uint8
+from triptych_common.progress import Progress
 
 
 def test_to_uint8_is_the_released_rule():
@@ -48,43 +43,6 @@ def test_png_holds_pixels_and_provenance():
     assert Image.open(io.BytesIO(png_bytes(image.expand(3, 2, 3)))).mode == "RGB"
 
 
-def test_report_escapes_text_and_embeds_pictures(tmp_path):
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    figure.add_subplot().plot([1, 2])
-    report = Report("a < b", "sub", ["1 & 2"])
-    report.heading("<script>")
-    report.text("x > y")
-    report.code("make it > log")
-    report.table(("a", "b"), [("<i>", 1)], "caption")
-    report.figures((figure_png(figure), 'a "quoted" caption'))
-    report.write(tmp_path / "r.html")
-    page = (tmp_path / "r.html").read_text()
-    assert "<script>" not in page
-    assert "<i>" not in page
-    for text in ("a &lt; b", "1 &amp; 2", "&lt;i&gt;", "x &gt; y", "data:image/png;base64,iVBOR"):
-        assert text in page
-
-
-def test_links_of_a_published_report_lead_where_its_own_do(tmp_path):
-    out, folder = tmp_path / "runs", tmp_path / "runs/small size"
-    (folder / "samples").mkdir(parents=True)
-    (folder / "samples/a b.png").write_bytes(b"x")
-    (folder / "results.json").write_text("{}")
-    report = Report("title", "sub", [])
-    report.links("all <samples>", [("first", {"picture": "samples/a b.png"})])
-    report.write(folder / "report.html")
-    publish(folder, out, "small")
-    for page in (folder / "report.html", out / "report.html"):
-        assert_self_contained(page.read_text(), pictures=0)
-        (link,) = re.findall(r'href="([^"]*)"', page.read_text())
-        assert (page.parent / unquote(link)).read_bytes() == b"x"
-    for path in ("/etc/passwd", "../up", "https://example.org"):
-        with pytest.raises(ValueError, match="expected a path below the page's folder"):
-            report.links("", [("", {"": path})])
-
-
 def test_progress_without_a_terminal_prints_plain_lines(capsys, monkeypatch):
     monkeypatch.setattr(Progress, "PLAIN_INTERVAL", 0.0)
     with Progress("training", 100, "img") as progress:
@@ -112,35 +70,3 @@ def test_progress_on_a_terminal_and_disabled(monkeypatch):
             for _ in range(10):
                 progress.advance()
         assert ("sampling" in terminal.getvalue()) == enabled
-
-
-def test_a_stopwatch_adds_up_what_is_resumed_and_forgets_what_is_done_afresh(tmp_path, monkeypatch):
-    path, now = tmp_path / "seconds.json", [0.0]
-    monkeypatch.setattr("triptych_common.progress.time.perf_counter", lambda: now[0])
-
-    def spend(clock: Stopwatch, seconds: float, stage: str, **options: bool) -> None:
-        with clock(stage, **options):
-            now[0] += seconds
-
-    for _ in range(2):
-        spend(Stopwatch(path), 3.0, "training")
-        spend(Stopwatch(path), 2.0, "drawing", afresh=True)
-    assert json.loads(path.read_text()) == {"training": 6.0, "drawing": 2.0}
-    done = Stopwatch(path, finished=True)
-    spend(done, 5.0, "training")
-    spend(done, 4.0, "more")
-    assert done.seconds == json.loads(path.read_text()) == {"training": 6.0, "drawing": 2.0, "more": 4.0}
-
-
-@pytest.mark.parametrize("content", ['{"training": ', "[1.0]", '{"training": null}'])
-def test_a_damaged_stopwatch_is_named(tmp_path, content):
-    (tmp_path / "seconds.json").write_text(content)
-    with pytest.raises(ValueError, match=r"seconds.json: damaged, expected JSON; delete it"):
-        Stopwatch(tmp_path / "seconds.json")
-
-
-def test_a_stopwatch_counts_a_stage_that_is_interrupted(tmp_path):
-    clock = Stopwatch(tmp_path / "seconds.json")
-    with pytest.raises(KeyboardInterrupt), clock("training"):
-        raise KeyboardInterrupt
-    assert clock.seconds["training"] >= 0

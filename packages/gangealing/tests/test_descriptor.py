@@ -18,8 +18,9 @@ from triptych_gangealing import cli
 from triptych_gangealing.aligner import load_aligner
 from triptych_gangealing.clustering import STREAM, starting_modes
 from triptych_gangealing.digits32 import Digits32, render
-from triptych_gangealing.encoders import descriptor
-from triptych_gangealing.encoders.descriptor import DIM, Descriptor, Groups, contrast, open_groups, posed_views
+from triptych_gangealing.encoders import groups as training
+from triptych_gangealing.encoders.descriptor import DIM, Descriptor, Groups
+from triptych_gangealing.encoders.groups import contrast, open_groups, posed_views
 from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig, PerceptualDistance, write_encoder
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig, fit
 from triptych_gangealing.keypoints.synthetic import white_on_black
@@ -137,7 +138,7 @@ def test_groups_are_those_of_k_means_and_are_kept(
     model = KMeans(3, n_init=10, random_state=0).fit(described.double().numpy())
     assert torch.equal(groups(pool).argmax(1), torch.from_numpy(model.labels_).long())
     assert len(groups(pool).argmax(1).unique()) == 3
-    monkeypatch.setattr(descriptor, "fit", None)  # it is not trained again
+    monkeypatch.setattr(training, "fit", None)  # it is not trained again
     again = groups_in(tmp_path, generator, distance)
     assert checkpoint.digest(again.state_dict()) == checkpoint.digest(groups.state_dict())
     assert all(not parameter.requires_grad for parameter in distance.parameters())  # it was a copy that learned
@@ -146,9 +147,9 @@ def test_groups_are_those_of_k_means_and_are_kept(
 def test_an_interrupted_descriptor_ends_the_same(
     generator: Generator, distance: PerceptualDistance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descriptor, "BATCH", 16)
+    monkeypatch.setattr(training, "BATCH", 16)
     whole = groups_in(tmp_path / "whole", generator, distance)
-    views, calls = descriptor.posed_views, []
+    views, calls = training.posed_views, []
 
     def stopping(*args: object) -> Tensor:
         calls.append(1)
@@ -156,10 +157,10 @@ def test_an_interrupted_descriptor_ends_the_same(
             raise Interrupted("as by a signal", 2)
         return views(*args)
 
-    monkeypatch.setattr(descriptor, "posed_views", stopping)
+    monkeypatch.setattr(training, "posed_views", stopping)
     with pytest.raises(Interrupted):
         groups_in(tmp_path / "cut", generator, distance)
-    assert not (tmp_path / "cut" / descriptor.GROUPS).exists()
+    assert not (tmp_path / "cut" / training.GROUPS).exists()
     resumed = groups_in(tmp_path / "cut", generator, distance)
     assert checkpoint.digest(resumed.state_dict()) == checkpoint.digest(whole.state_dict())
 
@@ -201,14 +202,14 @@ def test_a_run_with_a_descriptor_and_the_same_on_two_ranks(given: list[str], tmp
     assert isinstance(aligner.classifier, Groups)
     assert aligner.facts["trained_on"] == given[1]
     groups = Groups.from_shape(aligner.classifier.shape())
-    groups.load_state_dict(checkpoint.read(tmp_path / "one" / descriptor.GROUPS)[0])
+    groups.load_state_dict(checkpoint.read(tmp_path / "one" / training.GROUPS)[0])
     torch.manual_seed(2)
     images = torch.rand(6, 3, 20, 20) * 2 - 1  # of another size, as pictures are
     assert torch.equal(aligner.align(images).cluster, groups.eval()(reduced(images, 16)).argmax(1))
     assert len(aligner.mode().unique(dim=0)) == 3
     both = run_torchrun(2, "triptych_gangealing.cli", "train", *TINY, *given, "--out", str(tmp_path / "two"))
     assert both.returncode == 0, both.stderr
-    kept = [checkpoint.content_sha256(tmp_path / run / descriptor.GROUPS) for run in ("one", "two")]
+    kept = [checkpoint.content_sha256(tmp_path / run / training.GROUPS) for run in ("one", "two")]
     assert kept[0] == kept[1]
 
 

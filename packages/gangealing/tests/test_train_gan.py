@@ -242,7 +242,7 @@ def test_ranks_that_cut_groups_apart_are_refused_and_leave_nothing(pictures, tmp
     def many(device):
         yield Ranks(0, ranks, torch.device("cpu"))
 
-    monkeypatch.setattr(train, "ranks", many)
+    monkeypatch.setattr(train, "process_group", many)
     done = train_gan(pictures, tmp_path / "run", *options)
     fails_with(done, f"batch_size 8 on {ranks} ranks, {8 // ranks} images at once: expected whole groups of")
     assert not (tmp_path / "run").exists()

@@ -14,25 +14,29 @@ from scipy import stats
 from triptych_common import data, testing
 from triptych_common.metrics import frechet_distance
 from triptych_common.storage.run import RunDirectory
-from triptych_dit import cli, gflops
+from triptych_dit import cli as dit_cli
+from triptych_dit import gflops
 from triptych_dit.objective import open_training_data
-from triptych_thesis.chapter2 import command, experiments, ledger, statistics
-from triptych_thesis.chapter2.command import StudyConfig
+from triptych_thesis import cli
+from triptych_thesis.chapter2 import comparisons
+from triptych_thesis.chapter2.comparisons import Score, SeedNoise, compare
 from triptych_thesis.chapter2.digits import padded_digits, without_margin
-from triptych_thesis.chapter2.experiments import EXPERIMENTS, Experiment
-from triptych_thesis.chapter2.ledger import verdicts
-from triptych_thesis.chapter2.report import write_report
+from triptych_thesis.chapter2.experiments.guidance import RIVALS, against_rivals
 from triptych_thesis.chapter2.scoring import METRICS, StudyScorer, score_of
 from triptych_thesis.chapter2.sizes import SIZES, Model
-from triptych_thesis.chapter2.statistics import FAILS, HOLDS, SHOWN, UNCLEAR, Score, SeedNoise, compare
+from triptych_thesis.chapter2.study import Chapter2
 from triptych_thesis.chapter2.unet import UNet, matched, unet_gflops
-from triptych_thesis.study.claims import FOUND, load_claims, record
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, merged, sign
 
 ROOT = Path(__file__).parents[3]
 
 
 def run(*words: object):
-    return testing.run_here(lambda argv: cli.main("triptych-dit", cli.COMMANDS, argv), *words)
+    return testing.run_here(cli.run, *words)
+
+
+def run_dit(*words: object):
+    return testing.run_here(lambda argv: dit_cli.main("triptych-dit", dit_cli.COMMANDS, argv), *words)
 
 
 def around(value: float, deviation: float, seed: int = 0, n: int = 4000) -> Score:
@@ -41,16 +45,11 @@ def around(value: float, deviation: float, seed: int = 0, n: int = 4000) -> Scor
     return Score(value, tuple((value + deviation * (draws - draws.mean()) / draws.std()).tolist()))
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 10, 100])
-def test_students_quantile_is_scipys(degrees):
-    assert statistics.student(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-3)
-
-
 def test_correlation_and_its_interval_are_scipys_where_samples_have_no_noise():
     rng = np.random.default_rng(0)
     x = rng.normal(size=9)
     y = -2 * x + rng.normal(size=9)
-    found = statistics.correlation(x.tolist(), [Score(float(v)) for v in y])
+    found = comparisons.correlation(x.tolist(), [Score(float(v)) for v in y])
     expected = stats.pearsonr(x, y)
     interval = expected.confidence_interval(0.95)
     assert found.value == pytest.approx(expected.statistic)
@@ -60,26 +59,26 @@ def test_correlation_and_its_interval_are_scipys_where_samples_have_no_noise():
 def test_noise_of_samples_widens_a_correlations_interval():
     x = [0.0, 1.0, 2.0, 3.0, 4.0]
     values = [5.0, 4.2, 2.9, 2.1, 0.7]
-    calm = statistics.correlation(x, [around(v, 1e-6, seed=i) for i, v in enumerate(values)])
-    noisy = statistics.correlation(x, [around(v, 1.0, seed=i) for i, v in enumerate(values)])
+    calm = comparisons.correlation(x, [around(v, 1e-6, seed=i) for i, v in enumerate(values)])
+    noisy = comparisons.correlation(x, [around(v, 1.0, seed=i) for i, v in enumerate(values)])
     assert noisy.high > calm.high
     assert noisy.value == pytest.approx(calm.value)
-    assert statistics.correlation(x[:3], [Score(v) for v in values[:3]]).low is None
-    assert statistics.correlation(x, [Score(1.0)] * 5).value == 0.0  # no variation, no correlation
+    assert comparisons.correlation(x[:3], [Score(v) for v in values[:3]]).low is None
+    assert comparisons.correlation(x, [Score(1.0)] * 5).value == 0.0  # no variation, no correlation
 
 
 @pytest.mark.parametrize(
     ("low", "high", "sign", "verdict"),
     [
-        (0.6, 0.9, 1, HOLDS),
-        (0.1, 0.4, 1, FAILS),
-        (0.4, 0.9, 1, UNCLEAR),
-        (-0.9, -0.6, -1, HOLDS),
-        (0.6, 0.9, -1, FAILS),
+        (0.6, 0.9, 1, CONFIRMED),
+        (0.1, 0.4, 1, REFUTED),
+        (0.4, 0.9, 1, UNDECIDED),
+        (-0.9, -0.6, -1, CONFIRMED),
+        (0.6, 0.9, -1, REFUTED),
     ],
 )
 def test_a_correlation_is_strong_where_its_whole_interval_is(low, high, sign, verdict):
-    assert statistics.strong_verdict(statistics.Estimate((low + high) / 2, low, high), sign) == verdict
+    assert comparisons.strong({"low": low, "high": high}, sign) == verdict
 
 
 def test_differences_of_distances_are_logarithmic_and_follow_the_closed_form():
@@ -88,26 +87,26 @@ def test_differences_of_distances_are_logarithmic_and_follow_the_closed_form():
     assert found.difference.value == pytest.approx(math.log(2))
     margin = 1.96 * math.sqrt((1 / 10) ** 2 + (3 / 20) ** 2)  # the delta method, independent samples
     assert found.difference.high - found.difference.value == pytest.approx(margin, rel=0.05)
-    assert found.verdict == HOLDS
-    assert compare(("b", b), ("a", a), "frechet").verdict == FAILS
+    assert sign(found.difference) == CONFIRMED
+    assert sign(compare(("b", b), ("a", a), "frechet").difference) == REFUTED
 
 
 def test_paired_replicates_cancel_what_two_sets_share():
     a = around(10.0, 2.0, seed=1)
     b = Score(10.5, tuple(v * 1.05 for v in a.replicates))
-    assert compare(("a", a), ("b", b), "frechet").verdict == HOLDS
-    assert compare(("a", a), ("b", around(10.5, 2.1, seed=2)), "frechet").verdict == UNCLEAR
+    assert sign(compare(("a", a), ("b", b), "frechet").difference) == CONFIRMED
+    assert sign(compare(("a", a), ("b", around(10.5, 2.1, seed=2)), "frechet").difference) == UNDECIDED
 
 
 def test_the_noise_of_seeds_can_take_a_verdict_back():
     a, b = around(10.0, 0.1, seed=1), around(13.0, 0.1, seed=2)
     pairs = [(Score(10.0), Score(14.0)), (Score(20.0), Score(15.0))]
-    noise = statistics.seed_noise(pairs, "frechet")
+    noise = comparisons.seed_noise(pairs, "frechet")
     logs = [math.log(10 / 14), math.log(20 / 15)]
     assert noise == pytest.approx((math.sqrt(sum(x**2 / 2 for x in logs) / 2), 2))
-    assert compare(("a", a), ("b", b), "frechet").verdict == HOLDS
+    assert sign(compare(("a", a), ("b", b), "frechet").difference) == CONFIRMED
     with_seeds = compare(("a", a), ("b", b), "frechet", (noise, noise))
-    assert with_seeds.verdict == UNCLEAR
+    assert sign(with_seeds.difference) == UNDECIDED
     margin = stats.t.ppf(0.975, 2) * noise.deviation * math.sqrt(2)
     assert with_seeds.difference.high - with_seeds.difference.value == pytest.approx(margin, rel=0.01)
     at_other_stages = compare(("a", a), ("b", b), "frechet", (SeedNoise(0.3, 2), SeedNoise(0.4, 2))).difference
@@ -128,21 +127,6 @@ def test_rates_compare_as_they_are():
     )
     assert found.difference.value == pytest.approx(0.1)
     assert found.difference.high - found.difference.value == pytest.approx(1.96 * math.hypot(0.01, 0.02))
-
-
-@pytest.mark.parametrize(
-    ("parts", "whole"),
-    [
-        ([], UNCLEAR),
-        ([HOLDS, HOLDS], HOLDS),
-        ([HOLDS, UNCLEAR], UNCLEAR),
-        ([HOLDS, UNCLEAR, FAILS], FAILS),
-        ([SHOWN], SHOWN),
-        ([HOLDS, SHOWN], UNCLEAR),
-    ],
-)
-def test_a_claim_of_parts(parts, whole):
-    assert statistics.overall(parts) == whole
 
 
 @pytest.mark.parametrize("name", ["laptop", "laptop-pixels", "gpu"])
@@ -235,68 +219,55 @@ def test_no_model_is_narrower_than_its_patches():
 
 @pytest.mark.parametrize(
     ("fid", "inception", "verdict"),
-    [((2.1, 2.25), (270, 280), HOLDS), ((2.1, 2.4), (270, 280), UNCLEAR), ((2.1, 2.25), (240, 260), FAILS)],
+    [((2.1, 2.25), (270, 280), CONFIRMED), ((2.1, 2.4), (270, 280), UNDECIDED), ((2.1, 2.25), (240, 260), REFUTED)],
 )
 def test_table_2_2_is_decided_by_the_best_of_its_other_models(fid, inception, verdict):
     """2.30 of StyleGAN-XL, 267.75 of its Inception Scores."""
-
-    def score(metric):
-        low, high = {"frechet": fid, "digit_score": inception}[metric]
-        return Score((low + high) / 2, deviation=(high - low) / 2 / 1.96)
-
-    assert experiments.against_rivals(256, score) == verdict
-    assert experiments.against_rivals(32, score) == SHOWN
+    scores = {"frechet": dict(zip(("low", "high"), fid, strict=True))}
+    scores["digit_score"] = dict(zip(("low", "high"), inception, strict=True))
+    assert against_rivals(RIVALS[256], scores) == verdict
 
 
 def test_the_papers_headline_is_guided_on_three_channels():
-    bench = StudyConfig(size="paper").bench()
-    guided = [draw for draw in EXPERIMENTS["guidance"].needs(bench) if draw.settings.guidance_scale == 1.5]
+    context = Chapter2(size="paper").context()
+    guided = [draw for draw in Chapter2().experiments["guidance"].needs(context) if draw.settings.guidance_scale == 1.5]
     on = {(draw.images, draw.settings.guidance_channels) for draw in guided}
     assert on == {(7_000_000 * 256, "all"), (7_000_000 * 256, 3), (2_350_000 * 256, 3)}
 
 
-def test_the_ledger_takes_verdicts_and_keeps_all_else(tmp_path):
-    file = tmp_path / "claims.toml"
-    file.write_text((ROOT / "claims.toml").read_text())
-    before = load_claims(file)
-    row = ("undecided", "laptop", 'says "1.2 times" [0.9, 1.5]', "triptych-dit study --size laptop --seed 0")
-    record(file, {"dit.fig-2.5": dict(zip(FOUND, row, strict=True))})
-    after = load_claims(file)
-    assert after["dit.fig-2.5"].interval == 'says "1.2 times" [0.9, 1.5]'
-    assert (after["dit.fig-2.5"].verdict, after["dit.fig-2.5"].size) == ("undecided", "laptop")
-    assert {id: claim for id, claim in after.items() if id != "dit.fig-2.5"} == {
-        id: claim for id, claim in before.items() if id != "dit.fig-2.5"
-    }
-    lines = zip((ROOT / "claims.toml").read_text().splitlines(), file.read_text().splitlines(), strict=True)
-    assert sum(a != b for a, b in lines) <= 4
-    with pytest.raises(ValueError, match=r"has no claim 'dit\.fig-9'"):
-        record(file, {"dit.fig-9": dict(zip(FOUND, row, strict=True))})
-
-
 def test_figure_2_2_needs_both_of_its_halves():
-    left, right = {"verdicts": {"dit.fig-2.2": HOLDS, "dit.fig-2.6": HOLDS}}, {"verdicts": {"dit.fig-2.2": UNCLEAR}}
-    assert verdicts({"scaling": left}) == {"dit.fig-2.6": HOLDS}
-    assert verdicts({"scaling": left, "unet": right}) == {"dit.fig-2.2": UNCLEAR, "dit.fig-2.6": HOLDS}
-    assert list(verdicts({"a": {"verdicts": dict.fromkeys(("dit.fig-2.10", "dit.fig-2.9"), HOLDS)}})) == [
-        "dit.fig-2.9",
-        "dit.fig-2.10",
-    ]
+    experiments = Chapter2().experiments
+    apart = {"better": "a", "worse": "b", "difference": {"value": 1.0, "low": 0.5, "high": 1.5}}
+    pairs = [{**apart, "about": {"images": 1, "grows": grows}} for grows in ("model size", "tokens")]
+    weak = {"value": -0.9, "low": -0.95, "high": -0.6}
+    left = {"comparisons": pairs, "correlations": {"frechet": weak}, "similar": [], "budgets": []}
+    unclear = {"value": 0.1, "low": -1.0, "high": 1.0}
+    right = {"comparisons": [{**apart, "difference": unclear, "about": {"images": 1}}]}
+    of_scaling = experiments["scaling"].verdicts(left)
+    found = {claim: each.verdict for claim, each in merged(of_scaling).items()}
+    assert found == {
+        "dit.fig-2.6": CONFIRMED, "dit.fig-2.8": CONFIRMED, "dit.fig-2.9": CONFIRMED, "dit.fig-2.10": UNDECIDED,
+    }  # fmt: skip
+    both = merged([*of_scaling, *experiments["unet"].verdicts(right)])["dit.fig-2.2"]
+    assert both.verdict == UNDECIDED
+    assert both.evidence[0].what == "left: larger models better"
+    assert both.evidence[-1].ours == "1.11× [0.37, 2.72]"
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_size_is_a_study(name):
-    config = StudyConfig(size=name)
-    bench = config.bench()
+    config = Chapter2(size=name)
+    context = config.context()
     for experiment in config.chosen:
-        for draw in EXPERIMENTS[experiment].needs(bench):
-            train = bench.train_config(draw.model)
+        for draw in config.experiments[experiment].needs(context):
+            train = context.train_config(draw.model)
             assert draw.images in (*train.snapshots, train.total_images)
             assert train.total_images % train.batch_size == 0
-            bench.sampling(draw).config.check(train.model)
+            context.sampling(draw).config.check(train.model)
 
 
 def test_the_paper_sizes_print_the_theses_runs():
-    plan = StudyConfig(size="paper").resolved()
+    plan = Chapter2(size="paper").resolved()
     assert plan["models"].keys() == {
         *(f"{w}/{p}" for w in ("S", "B", "L", "XL") for p in (8, 4, 2)),
         "XL/2 adaln", "XL/2 cross-attention", "XL/2 in-context",
@@ -314,7 +285,7 @@ def test_the_paper_sizes_print_the_theses_runs():
     assert any("--num-inference-steps 1000" in line and "--num-samples 10000" in line for line in samples)
     for line in plan["run_first"]:  # they are commands that the program takes
         words = line.split("triptych_dit.cli ")[1].split()
-        done = run(*words, "--device", "cpu", "--dry-run")
+        done = run_dit(*words, "--device", "cpu", "--dry-run")
         assert done.returncode == 0 or "no model" in done.stderr or "ILSVRC2012" in done.stderr, done.stderr
 
 
@@ -322,24 +293,27 @@ def test_the_paper_sizes_print_the_theses_runs():
     ("words", "message"),
     [
         (["--size", "huge"], "size 'huge': expected one of smoke, smoke-pixels, laptop"),
-        (["--only", "everything"], "experiment 'everything': expected one of gallery, block-designs"),
+        (
+            ["--only", "everything"],
+            "experiment 'everything': expected one of gallery, scaling, visual-scaling, block-designs",
+        ),
         (
             ["--size", "paper", "--only", "gallery"],
-            "experiment 'gallery': not for size paper; expected one of block-designs",
+            "experiment 'gallery': expected one of scaling, visual-scaling, block-designs, compute",
         ),
         (["--workers", "0"], "workers 0: expected at least 1"),
         (["--latents", "here"], "latents here: for the paper sizes alone"),
     ],
 )
 def test_bad_requests_are_one_line(tmp_path, words, message):
-    testing.fails_with(run("study", "--out", tmp_path, *words), message, 2)
+    testing.fails_with(run("reproduce", "ch2", "--out", tmp_path, *words), message, 2)
 
 
 @pytest.mark.parametrize("content", ["a = 1", "[[claim", "claim = 1", "claim = [1]", None])
 def test_what_is_no_ledger_is_said_before_the_work(tmp_path, content):
     file = tmp_path / "claims.toml"
     file.write_text(content) if content else file.mkdir()
-    done = run("study", "--size", "smoke", "--out", tmp_path / "out", "--claims", file)
+    done = run("reproduce", "ch2", "--size", "smoke", "--out", tmp_path / "out", "--claims", file)
     testing.fails_with(done, f"{file}: no ledger, expected TOML with [[claim]] tables")
     assert not (tmp_path / "out").exists()
 
@@ -356,14 +330,14 @@ def test_paper_sizes_are_what_they_were_given(tmp_path):
         Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / f"{i}.png")
     for side in (8, 16):
         words = ("--source", tmp_path / "pictures", "--vae", tmp_path / "vae", "--image-size", side)
-        done = run("encode", *words, "--out", tmp_path / f"latents-{side}")
+        done = run_dit("encode", *words, "--out", tmp_path / f"latents-{side}")
         assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "latents-16", tmp_path / "moved")
     for name, content in (("a", b"1"), ("b", b"2"), ("copy", b"1")):
         (tmp_path / f"{name}.npz").write_bytes(content)
 
     def identity(latents="latents-16", reference="a.npz", **settings):
-        config = StudyConfig(size="paper", latents=str(tmp_path / latents), reference=tmp_path / reference, **settings)
+        config = Chapter2(size="paper", latents=str(tmp_path / latents), reference=tmp_path / reference, **settings)
         return config.identity()
 
     assert identity() == identity(latents="moved", reference="copy.npz")
@@ -374,62 +348,21 @@ def test_paper_sizes_are_what_they_were_given(tmp_path):
     words = ("--size", "paper", "--out", tmp_path / "out", "--latents", tmp_path / "latents-16")
     with RunDirectory(tmp_path / "out/paper", identity()):
         pass
-    done = run("study", *words, "--reference", tmp_path / "b.npz")
+    done = run("reproduce", "ch2", *words, "--reference", tmp_path / "b.npz")
     testing.fails_with(done, "paper: holds a run with reference='6b86b273ff34")  # SHA-256 of b"1"
     assert "or use another --out" in done.stderr
-    done = run("study", *words, "--reference", tmp_path / "none.npz")
+    done = run("reproduce", "ch2", *words, "--reference", tmp_path / "none.npz")
     testing.fails_with(done, "none.npz: no such reference; fetch it from the ADM suite, pass --reference")
 
 
-def test_a_claims_command_is_that_of_its_experiment(monkeypatch):
-    monkeypatch.setattr(ledger, "measured", lambda experiments: dict.fromkeys(("dit.fig-2.6", "dit.fig-2.5"), "words"))
-    experiments = {
-        "scaling": {"verdicts": {"dit.fig-2.6": HOLDS}, "made": {"command": "study --all", "commit": "a"}},
-        "block-designs": {"verdicts": {"dit.fig-2.5": UNCLEAR}, "made": {"command": "study", "commit": "b"}},
-    }
-    found = ledger.claims(experiments, "laptop")
-    assert found["dit.fig-2.6"] == dict(zip(FOUND, ("confirmed", "laptop", "words", "study --all"), strict=True))
-    assert found["dit.fig-2.5"]["command"] == "study"
-    for name in experiments:  # a claim of two
-        experiments[name]["verdicts"] = {"dit.fig-2.5": UNCLEAR}
-    assert ledger.claims(experiments, "laptop")["dit.fig-2.5"]["command"] == "study --all; study"
-
-
-def test_what_comes_out_as_before_keeps_its_command_and_commit(tmp_path, monkeypatch):
-    value, commit = [1.0], ["before"]
-    monkeypatch.setitem(command.EXPERIMENTS, "scaling", Experiment(list, lambda bench: {"rows": ({"x": value[0]},)}))
-    monkeypatch.setattr(command, "git_commit", lambda: commit[0])
-    monkeypatch.setattr(command, "drawn", lambda name, result: {})
-    file = tmp_path / "smoke/experiments/scaling.json"
-
-    def made(**options):
-        config = StudyConfig(out=tmp_path, size="smoke", **options)
-        command.measure(config, config.bench(), "scaling")
-        return command.read_result(file)["made"]
-
-    first = {"command": "triptych-dit study --size smoke --all --seed 0", "commit": "before"}
-    assert made(all=True) == first
-    commit[0] = "after"
-    assert made() == first
-    value[0] *= 1 + 1e-9
-    assert made() == first  # linear algebra on many threads
-    value[0] *= 1.001
-    assert made() == {"command": "triptych-dit study --size smoke --seed 0", "commit": "after"}
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"scaling\.json: damaged, expected JSON; delete it and repeat the command"):
-        made()
-
-
 def test_the_command_of_a_paper_size_names_what_it_was_given():
-    config = StudyConfig(size="paper", vae="mine", decoder="stabilityai/sd-vae-ft-ema", reference=Path("a b.npz"))
-    words = (
-        "triptych-dit study --size paper --vae mine --decoder stabilityai/sd-vae-ft-ema --reference 'a b.npz' --seed 0"
-    )
-    assert command.made_by(config)["command"] == words
+    config = Chapter2(size="paper", vae="mine", decoder="stabilityai/sd-vae-ft-ema", reference=Path("a b.npz"))
+    words = "triptych reproduce ch2 --size paper --vae mine --decoder stabilityai/sd-vae-ft-ema --reference 'a b.npz' --seed 0"
+    assert config.command == words
 
 
 def test_another_decoder_draws_and_nothing_else():
-    plain, other = (StudyConfig(size="paper", decoder=name).resolved() for name in (None, "stabilityai/sd-vae-ft-ema"))
+    plain, other = (Chapter2(size="paper", decoder=name).resolved() for name in (None, "stabilityai/sd-vae-ft-ema"))
     for before, line in zip(plain["run_first"], other["run_first"], strict=True):
         changed = before.replace("--vae stabilityai/sd-vae-ft-mse", "--vae stabilityai/sd-vae-ft-ema")
         assert line == (changed if " sample " in line else before)
@@ -437,41 +370,15 @@ def test_another_decoder_draws_and_nothing_else():
 
 def test_the_plan_leaves_out_what_is_drawn(tmp_path):
     """Samples are drawn under torchrun, and scored by the study itself."""
-    before = StudyConfig(size="paper-512", out=tmp_path).resolved()["run_first"]
+    before = Chapter2(size="paper-512", out=tmp_path).resolved()["run_first"]
     drawn = next(line for line in before if " sample " in line)
     folder = Path(drawn.split("--out ")[1].split()[0])
     folder.mkdir(parents=True)
     (folder / "samples.npz").touch()
-    assert StudyConfig(size="paper-512", out=tmp_path).resolved()["run_first"] == [x for x in before if x != drawn]
-
-
-def test_the_page_names_its_subject_and_other_commits(tmp_path):
-    results = {
-        "experiments": {
-            "first": {"made": {"command": "study --all", "commit": "older"}, "verdicts": {}},
-            "second": {"made": {"command": "study", "commit": "now"}, "verdicts": {}},
-        },
-        "verdicts": {}, "findings": [], "models": {}, "seconds": {"training": 60.0}, "space": "latents of vae",
-        "autoencoder": None, "model": {"name": "XL/2", "parameters": 1, "gflops_per_forward": 1, "images": 1, "config": {}},
-        "training": {"data": "here"}, "hardware": {"cores": 2, "cpu": "one"}, "versions": {}, "command": "study",
-        "commit": "now", "commits": ["now", "oldest"], "decoder": "another vae",
-    }  # fmt: skip
-    for size, subject in (("paper-512", "ImageNet"), ("laptop", "digits")):
-        write_report(tmp_path / "report.html", StudyConfig(size=size, claims=tmp_path / "none"), results)
-        page = (tmp_path / "report.html").read_text()
-        assert f"<h1>Diffusion transformers on {subject}: what of chapter 2 holds at this size</h1>" in page
-        assert "1.0 minutes, without what was cut short by a kill" in page
-        for cells in (
-            ("command, of experiments", "first `study --all`, second `study`"),
-            ("commit, of experiments", "first older"),
-            ("commits, of models and samples", "oldest"),
-            ("autoencoder", "latents of vae"),
-            ("decoder of the samples", "another vae"),
-        ):
-            assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert Chapter2(size="paper-512", out=tmp_path).resolved()["run_first"] == [x for x in before if x != drawn]
 
 
 def test_missing_latents_are_one_line(tmp_path):
-    done = run("study", "--size", "paper", "--out", tmp_path, "--latents", tmp_path / "none")
+    done = run("reproduce", "ch2", "--size", "paper", "--out", tmp_path, "--latents", tmp_path / "none")
     testing.fails_with(done, "no latent cache; pass --latents, or make it: torchrun", 1)
     assert not list(tmp_path.iterdir())

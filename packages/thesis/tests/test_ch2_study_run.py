@@ -14,16 +14,16 @@ from triptych_common.storage.run import flatten
 from triptych_common.testing import run_cli
 from triptych_dit.sample import read_npz
 from triptych_thesis.chapter2 import unet
-from triptych_thesis.chapter2.command import StudyConfig
 from triptych_thesis.chapter2.sizes import Model
+from triptych_thesis.chapter2.study import Chapter2
 
-STUDY = ["study", "--size", "smoke", "--only", "unet", "--workers", "2", "--claims", "none"]
+STUDY = ["reproduce", "ch2", "--size", "smoke", "--only", "unet", "--workers", "2", "--claims", "none"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    done = run_cli("triptych_dit.cli", *STUDY, "--out", str(out), timeout=900)
+    done = run_cli("triptych_thesis.cli", *STUDY, "--out", str(out), timeout=900)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -37,7 +37,7 @@ def found(out: Path) -> dict:
 
 def kill_when(out: Path, there: Callable[[], bool]) -> None:
     """Start the study and kill it, its workers left to themselves, once `there`."""
-    command = [sys.executable, "-m", "triptych_dit.cli", *STUDY, "--out", str(out)]
+    command = [sys.executable, "-m", "triptych_thesis.cli", *STUDY, "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while not there():
@@ -52,7 +52,7 @@ def test_one_experiment_reports_on_itself_alone(whole):
     results = json.loads((whole / "results.json").read_text())
     assert results["experiments"].keys() == {"unet"}
     assert {path.name for path in (whole / "smoke/models").iterdir()} == {"B-2", "U-Net-like-B-2", "S-2", "S-2-seed-+1"}
-    assert results["verdicts"] == {}  # the other half of Figure 2.2 has not run
+    assert results["claims"] == {}  # the other half of Figure 2.2 has not run
     page = (whole / "report.html").read_text()
     assert "Against a U-Net" in page
     assert "Block designs" not in page
@@ -65,7 +65,7 @@ def test_killed_three_times_it_ends_with_the_same_numbers(whole, tmp_path):
     kill_when(tmp_path, lambda: any((smoke / "samples").rglob("samples.npz")))
     trained = smoke / "models/B-2/metrics.jsonl"
     before = trained.read_bytes()
-    done = run_cli("triptych_dit.cli", *STUDY, "--out", str(tmp_path), timeout=900)
+    done = run_cli("triptych_thesis.cli", *STUDY, "--out", str(tmp_path), timeout=900)
     assert done.returncode == 0, done.stderr
     assert trained.read_bytes() == before  # it was finished, and not trained again
     ours, expected = found(tmp_path), found(whole)
@@ -76,14 +76,14 @@ def test_killed_three_times_it_ends_with_the_same_numbers(whole, tmp_path):
 
 def test_another_number_of_workers_changes_nothing(whole, tmp_path):
     alone = [word if word != "2" else "1" for word in STUDY]
-    done = run_cli("triptych_dit.cli", *alone, "--out", str(tmp_path), timeout=900)
+    done = run_cli("triptych_thesis.cli", *alone, "--out", str(tmp_path), timeout=900)
     assert done.returncode == 0, done.stderr
     assert found(tmp_path) == found(whole)
 
 
 def test_the_unets_samples_resume_by_batches(whole, tmp_path, monkeypatch):
-    bench = StudyConfig(out=whole, size="smoke", device="cpu").bench()
-    unit = bench.sampling(bench.draw(Model("B/2", unet=True)))
+    context = Chapter2(out=whole, size="smoke", device="cpu").context()
+    unit = context.sampling(context.after(Model("B/2", unet=True)))
     assert unit.done
     ours = replace(unit, config=replace(unit.config, out=tmp_path, batch_size=20))
     drawn, real = [], unet.sample_unet

@@ -1,4 +1,4 @@
-"""Recursion, diversity, landscape and quality, on networks whose metrics are known functions of their weights."""
+"""Recursion, diversity and landscape, on networks whose metrics are known functions of their weights."""
 
 import itertools
 import json
@@ -8,17 +8,13 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from torch import nn
-from torch.distributions import Normal, kl_divergence
-from triptych_common.diffusion import NoiseSchedule
 from triptych_common.randomness import normal
-from triptych_gpt.evaluation.alignment import kl_last_step, quality_against_steps
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task
-from triptych_thesis.chapter3.diversity import diversity, spread
-from triptych_thesis.chapter3.filters import filters_before_and_after, first_layer_filters
-from triptych_thesis.chapter3.landscape import Plane, landscape
-from triptych_thesis.chapter3.recursion import new_networks, recursive_prompting
+from triptych_thesis.chapter3.experiments.filters import filters_before_and_after, first_layer_filters
+from triptych_thesis.chapter3.experiments.initialisers import new_networks, recursive_prompting
+from triptych_thesis.chapter3.experiments.landscape import Plane, diversity, landscape, spread
 
 NETWORK = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
 SIZE, MERIT = Metric("size", "lower", Prompts(0.0, 0.1, 0.9)), Metric("merit", "higher", Prompts(5.0, 4.9))
@@ -249,46 +245,7 @@ def test_the_landscape_takes_another_plane_batches_and_what_is_not_finite():
     assert torch.allclose(again.values, found.values, rtol=1e-12)
 
 
-# --- quality and the last step
-
-
-def test_quality_has_a_row_for_each_update_in_order():
-    def off_by(scale):
-        def update(theta, metric, target, indices):
-            size = target + scale * metric
-            return theta * (size / theta.square().mean(1)).sqrt()[:, None]
-
-        return update
-
-    updates = {("slow", 100): off_by(0.0), ("slow", 5): off_by(0.3), ("fast", 1): off_by(0.1)}
-    rows = quality_against_steps(updates, TASK, SIZE, networks(3), prompts=5)
-    assert [(row.sampler, row.model_evaluations) for row in rows] == [("slow", 5), ("slow", 100), ("fast", 1)]
-    start = TASK.evaluate(networks(3))["size"].mean()
-    assert rows[0].alignment.mean_gap == pytest.approx(0.3 * float(start))
-    assert rows[1].alignment.r2.value == pytest.approx(1)
-    assert rows[0].alignment.r2.value < rows[2].alignment.r2.value < 1
-    json.dumps([row.as_dict() for row in rows], allow_nan=False)
-
-
-def test_the_last_steps_divergence_equals_torchs_and_an_integral():
-    alpha_bar, x_0 = 0.3, torch.tensor([[0.7, -1.2, 0.1], [2.0, 0.4, 0.0]], dtype=torch.float64)
-    noised = Normal(math.sqrt(alpha_bar) * x_0, math.sqrt(1 - alpha_bar))
-    standard = Normal(torch.zeros(2, 3).double(), torch.ones(2, 3).double())
-    expected = float(kl_divergence(noised, standard).mean()) / math.log(2)
-    assert kl_last_step(alpha_bar, x_0) == pytest.approx(expected, rel=1e-12)
-    grid = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
-    one = Normal(math.sqrt(alpha_bar) * 0.7, math.sqrt(1 - alpha_bar))
-    gap = one.log_prob(grid) - Normal(0.0, 1.0).log_prob(grid)
-    integral = float(torch.trapezoid(one.log_prob(grid).exp() * gap, grid)) / math.log(2)
-    assert kl_last_step(alpha_bar, x_0[:1, :1]) == pytest.approx(integral, rel=1e-6)
-
-
-def test_the_thesis_normalisation_leaves_eight_millionths_of_a_bit():
-    theta_star = 0.538 * torch.randn(200, 500, generator=torch.Generator().manual_seed(0))
-    assert kl_last_step(NoiseSchedule.linear().alpha_bar[-1], theta_star) == pytest.approx(8e-6, rel=0.1)
-
-
-# --- filters and records
+# --- filters
 
 
 def test_filters_are_rows_of_the_first_weight():
@@ -302,10 +259,3 @@ def test_filters_are_rows_of_the_first_weight():
     assert found["before"]["metric"] == 2.0
     with pytest.raises(ValueError, match="side \\* side"):
         first_layer_filters(derive(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))).layout, torch.zeros(46))
-
-
-def test_records_hold_what_json_can():
-    value = {"a": (1, 2.5, math.inf), "b": torch.tensor([[1.0, torch.nan]]), 3: None, "c": torch.tensor([True])}
-    assert plain(value) == {"a": [1, 2.5, None], "b": [[1.0, None]], "3": None, "c": [True]}
-    with pytest.raises(TypeError, match="set"):
-        plain({1, 2})

@@ -9,12 +9,20 @@ import torch
 from matplotlib.colors import same_color
 from PIL import Image
 from triptych_common.images import figure_png
-from triptych_common.metrics.bootstrap import Estimate
-from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep
-from triptych_thesis.chapter3 import figures
-from triptych_thesis.chapter3.figures.style import BLUE, GREY, INK, ORANGE, measure, panels, shown, thousands, words
-from triptych_thesis.chapter3.landscape import Landscape
-from triptych_thesis.chapter3.recursion import Curve, Recursion
+from triptych_thesis.chapter3.experiments import (
+    filters,
+    initialisers,
+    landscape,
+    neighbours,
+    one_update,
+    optimisation,
+    scaling,
+    training,
+)
+from triptych_thesis.chapter3.experiments.initialisers import Curve, Recursion
+from triptych_thesis.chapter3.experiments.landscape import Landscape
+from triptych_thesis.chapter3.naming import shown
+from triptych_thesis.study.plots import BLUE, GREY, INK, ORANGE
 
 torch.manual_seed(0)
 
@@ -40,46 +48,6 @@ def line(axes, label: str):
     return handle[0] if isinstance(handle, tuple) else handle
 
 
-def a_sweep(scale: float = 1.0, networks: int = 3) -> dict:
-    prompts = torch.linspace(0, 2, 5).double() * torch.linspace(1, 1.1, networks).double()[:, None]
-    achieved = scale * prompts + 0.1
-    achieved[0, 1] = torch.nan
-    values = {"test_loss": achieved, "test_error": achieved / 4}
-    start = {name: torch.full((networks,), 2.4).double() for name in values}
-    return read_back(Sweep("test_loss", "lower", prompts, values, start, {"test_loss": 0.25}).as_dict())
-
-
-def test_a_sweep_shows_every_network_the_mean_and_the_training_sets_best():
-    data, other = a_sweep(), a_sweep(0.5)
-    figure = figures.sweep(data, also=["test_error"], beside={"identity": other})
-    left, right = figure.axes
-    curves = [one for one in left.lines if same_color(one.get_color(), "#9db4cf")]
-    assert len(curves) == 3
-    for curve, prompts, achieved in zip(curves, data["prompts"], data["achieved"]["test_loss"], strict=True):
-        assert curve.get_xdata() == pytest.approx(prompts)
-        assert curve.get_ydata() == pytest.approx(np.array(achieved, dtype=float), nan_ok=True)
-    mean = np.nanmean(np.array(data["achieved"]["test_loss"], dtype=float), axis=0)
-    assert line(left, "mean").get_ydata() == pytest.approx(mean)
-    assert line(left, "mean").get_xdata() == pytest.approx(np.mean(data["prompts"], axis=0))
-    identity = np.nanmean(np.array(other["achieved"]["test_error"], dtype=float), axis=0)
-    assert line(right, "identity").get_ydata() == pytest.approx(identity)
-    diagonal = line(left, "achieved as prompted")
-    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == pytest.approx([0, 2.2])
-    best = line(left, "best training checkpoint")
-    assert list(best.get_ydata()) == [0.25, 0.25]
-    assert best.get_linestyle() == "--"
-    assert "achieved as prompted" not in right.get_legend_handles_labels()[1]
-    assert (left.get_xlabel(), right.get_ylabel()) == ("prompted test loss (nats)", "achieved test error (%)")
-    png_of(figure)
-
-
-def test_a_diverged_network_does_not_set_the_scale_of_a_sweep():
-    data = a_sweep()
-    data["achieved"]["test_loss"][1][2] = 1e6
-    (axes,) = figures.sweep(data).axes
-    assert axes.get_ylim()[1] < 4
-
-
 def a_recursion() -> dict:
     sizes = {"default": [[2.0, 0.4, 0.3], [2.2, 0.5, 0.35]], "kaiming_normal": [[9.0, 1.4, 0.4], [7.0, 1.0, 0.5]]}
     curves = {}
@@ -92,7 +60,7 @@ def a_recursion() -> dict:
 
 def test_recursion_shows_means_and_standard_errors():
     data = a_recursion()
-    figure = figures.recursion(data)
+    figure = initialisers.figure(data)
     (axes,) = figure.axes
     curve = line(axes, "kaiming normal")
     assert list(curve.get_xdata()) == [0, 1, 2]
@@ -105,31 +73,9 @@ def test_recursion_shows_means_and_standard_errors():
     assert line(axes, "one update, the zoo’s own initialiser").get_ydata()[0] == 0.45
     assert axes.get_yscale() == "log"
     png_of(figure)
-    (axes,) = figures.recursion(data, metric="test_error").axes
+    (axes,) = initialisers.figure(data, metric="test_error").axes
     assert line(axes, "kaiming normal").get_ydata() == pytest.approx([0.8, 0.12, 0.045])
     assert axes.get_ylabel() == "test error (%)"
-
-
-def alignment(r2: float, best: float) -> Alignment:
-    estimates = Estimate(r2, r2 - 0.1, r2 + 0.2), Estimate(best, best - 0.05, best + 0.05)
-    return Alignment(
-        "test_loss", "lower", 2, 5, estimates[0], r2, None, (r2, r2), 0.9, 0.1, 0, (0.0, 2.0), estimates[1]
-    )
-
-
-def test_quality_shows_both_scores_of_every_sampler():
-    values = {("ddpm", 10): (0.2, 0.9), ("ddpm", 1000): (0.9, 0.3), ("ddim", 5): (0.6, 0.5)}
-    rows = read_back([Quality(*key, alignment(*value)).as_dict() for key, value in values.items()])
-    figure = figures.quality(rows)
-    left, right = figure.axes
-    assert list(line(left, "ddpm").get_xdata()) == [10, 1000]
-    assert list(line(left, "ddpm").get_ydata()) == [0.2, 0.9]
-    assert list(line(right, "ddpm").get_ydata()) == [0.9, 0.3]
-    assert list(line(right, "ddim").get_ydata()) == [0.5]
-    handles, labels = left.get_legend_handles_labels()
-    assert handles[labels.index("ddim")][2][0].get_segments()[0][:, 1] == pytest.approx([0.5, 0.8])
-    assert left.get_xscale() == "log"
-    png_of(figure)
 
 
 def test_training_curves_skip_rows_of_the_other_kind():
@@ -140,7 +86,7 @@ def test_training_curves_skip_rows_of_the_other_kind():
         {"pairs": 20, "loss": 0.2},
         {"pairs": 20, score: 0.5},
     ]
-    figure = figures.training_curves([*rows, {"pairs": 30, "loss": None}])
+    figure = training.figure([*rows, {"pairs": 30, "loss": None}])
     left, right = figure.axes
     assert (list(left.lines[0].get_xdata()), list(left.lines[0].get_ydata())) == ([10, 20], [0.4, 0.2])
     assert list(right.lines[0].get_ydata()) == [-1.5, 0.5]
@@ -154,7 +100,7 @@ def test_one_step_has_a_bar_for_each_method_in_order():
         {"name": "Adam", "kind": "optimiser", "mean": 0.5, "low": 0.4, "high": 0.6},
         {"name": "SGD", "kind": "optimiser", "mean": None, "low": None, "high": None},
     ]
-    figure = figures.one_step({"metric": "test_error", "start": 0.9, "trained_best": 0.06, "methods": methods})
+    figure = one_update.figure({"metric": "test_error", "start": 0.9, "trained_best": 0.06, "methods": methods})
     (axes,) = figure.axes
     bars = {round(bar.get_y() + bar.get_height() / 2): bar for bar in axes.patches}
     assert [bars[row].get_width() for row in (0, 1, 2)] == [0.1, 0.9, 0.5]
@@ -168,7 +114,7 @@ def test_one_step_has_a_bar_for_each_method_in_order():
     assert axes.get_xscale() == "linear"
     png_of(figure)
     methods[0]["mean"] = 0.001
-    (axes,) = figures.one_step({"metric": "test_error", "methods": methods}).axes
+    (axes,) = one_update.figure({"metric": "test_error", "methods": methods}).axes
     assert axes.get_xscale() == "log"
 
 
@@ -177,7 +123,7 @@ def test_optimisation_curves_start_before_the_first_step():
     curve = {"optimizer": "Adam", "steps": [1, 10, 100], "envelope": envelope, "caught_up": 10}
     level = {"mean": 0.4, "low": 0.3, "high": 0.5}
     data = {"metric": "test_loss", "start": 2.3, "one_step": level, "trained_best": 0.25, "curves": [curve]}
-    figure = figures.optimisation_curves(data)
+    figure = optimisation.figure(data)
     (axes,) = figure.axes
     drawn = line(axes, "Adam (caught up after 10)")
     assert list(drawn.get_xdata()) == [0, 1, 10, 100]
@@ -195,7 +141,7 @@ def test_as_many_curves_as_there_are_optimisers_are_told_apart():
     envelope = {"mean": [2.0, 1.0], "standard_error": [0.1, None]}
     curves = [{"optimizer": f"optimiser {i}", "steps": [1, 10], "envelope": envelope} for i in range(9)]
     data = {"metric": "test_loss", "start": 2.3, "one_step": {"mean": 0.4}, "curves": curves}
-    figure = figures.optimisation_curves(data)
+    figure = optimisation.figure(data)
     drawn = [line(figure.axes[0], f"optimiser {i}") for i in range(9)]
     assert len(set(looks(drawn))) == 9
     assert len({one.get_marker() for one in drawn}) == 7
@@ -209,7 +155,7 @@ def test_scaling_has_a_panel_for_each_thing_scaled():
         {"label": "parameters of G.pt", "points": points, "train": runs},
         {"label": "training runs", "points": runs},
     ]
-    figure = figures.scaling(data)
+    figure = scaling.figure(data)
     left, right = figure.axes
     assert list(line(left, "unseen networks").get_ydata()) == [-0.4, 0.8]
     assert list(line(left, "training networks").get_xdata()) == [100]
@@ -226,7 +172,7 @@ def test_nearest_neighbour_scores_are_per_cent():
         "scores": scores,
         "baselines": {"identity": {"value": [1, 1]}},
     }
-    figure = figures.nearest_neighbours(data)
+    figure = neighbours.figure(data)
     (axes,) = figure.axes
     assert list(line(axes, "raw").get_ydata()) == [20, 100]
     assert list(line(axes, "matched").get_xdata()) == [0.3, 2.0]
@@ -242,7 +188,7 @@ def test_twelve_neighbour_curves_are_told_apart_and_gaps_are_skipped():
     baselines = {f"{update}, {kind}": {**curve, "value": [None] * 3 if "near" in kind else [1.0, float("inf"), 1.0]}
                  for update in ("identity", "retrieval") for kind in kinds}  # fmt: skip
     data = {"metric": "test_loss", "prompts": [0.3, 1.0, 2.0], "scores": scores, "baselines": baselines}
-    figure = figures.nearest_neighbours(data)
+    figure = neighbours.figure(data)
     (axes,) = figure.axes
     drawn = [line(axes, name) for name in (*scores, *baselines)]
     assert len(set(looks(drawn))) == 12
@@ -251,22 +197,6 @@ def test_twelve_neighbour_curves_are_told_apart_and_gaps_are_skipped():
     assert (list(drawn[0].get_xdata()), list(drawn[0].get_ydata())) == ([0.3, 2.0], [20, 60])
     assert list(line(axes, "identity, all checkpoints").get_ydata()) == [100, 100]
     assert list(line(axes, "identity, near the prompt").get_ydata()) == []
-    png_of(figure)
-
-
-def test_the_audit_shows_every_distance_and_the_median():
-    groups = [
-        {"name": "samples", "kind": "model", "distances": [3.0, 1.0, 2.0, None]},
-        {"name": "held-out finals", "kind": "real", "distances": [4.0] * 5},
-    ]
-    figure = figures.audit({"label": "distance (normalised)", "groups": groups})
-    (axes,) = figure.axes
-    dots, _, median = axes.lines[:3]
-    assert list(dots.get_xdata()) == [3.0, 1.0, 2.0]
-    assert ((dots.get_ydata() > -0.3) & (dots.get_ydata() < 0.3)).all()
-    assert list(median.get_xdata()) == [2.0, 2.0]
-    assert list(axes.lines[3].get_xdata()) == [4.0] * 5
-    assert axes.get_xlabel() == "distance (normalised)"
     png_of(figure)
 
 
@@ -286,7 +216,7 @@ def a_landscape(accurate: list[bool]) -> dict:
 
 def test_a_landscape_marks_which_samples_lie_in_its_plane():
     data = [a_landscape([True, False, True]), a_landscape([True])]
-    figure = figures.landscape(data)
+    figure = landscape.figure(data)
     left, right = figure.axes[:2]
     handles, labels = left.get_legend_handles_labels()
     dots = dict(zip(labels, handles, strict=True))
@@ -305,7 +235,7 @@ def test_a_landscape_marks_which_samples_lie_in_its_plane():
 def test_filters_share_one_symmetric_range():
     before, after = 0.1 * torch.randn(3, 5, 5), torch.randn(3, 5, 5)
     rows = {"before": {"filters": before.tolist(), "metric": 0.9}, "after": {"filters": after.tolist(), "metric": 0.08}}
-    figure = figures.filters(read_back({"metric": "test_error", "prompt": 0.05, **rows}))
+    figure = filters.figure(read_back({"metric": "test_error", "prompt": 0.05, **rows}))
     images = [axes.images[0] for axes in figure.axes if axes.images]
     assert len(images) == 6
     largest = float(after.abs().max())
@@ -318,25 +248,10 @@ def test_filters_share_one_symmetric_range():
 
 def test_what_is_not_finite_is_a_dash_and_does_not_stop_a_figure():
     assert shown("test_error", None) == shown("test_loss", None) == "–"
+    assert (shown("test_error", 0.0512), shown("test_loss", 0.0512)) == ("5.12", "0.0512")
     images = [[[0.1, -0.2], [0.3, 0.0]]]
     gone = [[[None, None], [None, None]]]
     rows = {"before": {"filters": images, "metric": 0.9}, "after": {"filters": gone, "metric": None}}
-    figure = figures.filters({"metric": "test_error", "prompt": 0.05, **rows})
+    figure = filters.figure({"metric": "test_error", "prompt": 0.05, **rows})
     assert figure.axes[1].get_ylabel() == "after\n–"
     assert figure.axes[0].images[0].get_clim() == pytest.approx((-0.3, 0.3))
-    rows = read_back([Quality("ddpm", steps, alignment(0.5, 0.5)).as_dict() for steps in (5, 10)])
-    rows[0]["alignment"]["achieved_at_best"] = {"value": None, "low": None, "high": None}
-    assert np.isnan(line(figures.quality(rows).axes[1], "ddpm").get_ydata()[0])
-
-
-def test_words_and_numbers_of_axes():
-    assert [words(name) for name in ("test_loss", "test_error", "train_return")] == [
-        "test loss (nats)", "test error (%)", "train return",
-    ]  # fmt: skip
-    assert [thousands(value) for value in (7, 1500, 2e6)] == ["7", "1.5k", "2M"]
-    assert (shown("test_error", 0.0512), shown("test_loss", 0.0512)) == ("5.12", "0.0512")
-    _, (axes,) = panels()
-    axes.set(ylim=(0.05, 0.9), yscale="log")
-    measure(axes.yaxis, "test_error")
-    assert axes.yaxis.get_major_formatter()(0.1) == "10"
-    assert [axes.yaxis.get_minor_formatter()(value) for value in (0.2, 0.3, 0.5)] == ["20", "", "50"]

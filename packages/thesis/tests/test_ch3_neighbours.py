@@ -15,7 +15,7 @@ from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.symmetry.matching import match
 from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
-from triptych_thesis.chapter3.neighbours import nearest_neighbour_scores
+from triptych_thesis.chapter3.experiments.neighbours import nearest_neighbour_scores
 
 CHECKPOINTS = 5
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from triptych_gpt import cli
 from triptych_thesis import cli as thesis_cli
-from triptych_thesis.chapter3.findings import best_optimiser
+from triptych_thesis.chapter3.experiments.one_update import best_optimiser
 
 TASK = """
 import torch

@@ -1,18 +1,18 @@
 """What a reproduction of chapter 4 makes of its numbers: aims, verdicts, and their way into the ledger."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from triptych_gangealing.digits32 import render
+from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.keypoints.synthetic import posed_digits
-from triptych_thesis.chapter4.alignment_scores import AT, OURS
+from triptych_thesis.chapter4.alignment_scores import AT
 from triptych_thesis.chapter4.cluster_scores import CLUSTERS
 from triptych_thesis.chapter4.experiments import ablations, alignment, clusters
 from triptych_thesis.chapter4.sizes import FIRST_ROWS, REMAINING_ROWS, TABLE_4_3
 from triptych_thesis.chapter4.study import Chapter4
-from triptych_thesis.study.claims import load_claims, record, record_results
+from triptych_thesis.study.claims import load_claims
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Verdict, merged
 
 ROOT = Path(__file__).parents[3]
@@ -201,48 +201,6 @@ def test_the_ledger_has_the_command_that_made_a_verdict():
 
 
 # --- the ledger
-
-
-@pytest.fixture
-def copied(tmp_path) -> Path:
-    path = tmp_path / "claims.toml"
-    path.write_text((ROOT / "claims.toml").read_text())
-    record(
-        path, {"gangealing.table-4.3": {"verdict": "refuted", "size": "laptop", "interval": "x", "command": "make y"}}
-    )
-    return path
-
-
-def written(folder: Path, size: str = "laptop") -> Path:
-    row = {"verdict": "undecided", "size": size, "interval": 'a "quoted" 0.5 [0.4, 0.6] \\ more', "command": "make x"}
-    path = folder / "results.json"
-    path.write_text(json.dumps({"chapter": 4, "size": size, "claims": {"gangealing.table-4.3": row}}))
-    return path
-
-
-def test_a_verdict_enters_its_row_and_no_other(copied, tmp_path):
-    before, text = load_claims(copied), copied.read_text().splitlines()
-    record_results(written(tmp_path), copied, 4)
-    after, new_text = load_claims(copied), copied.read_text().splitlines()
-    assert [claim for claim in after if after[claim] != before[claim]] == ["gangealing.table-4.3"]
-    assert after["gangealing.table-4.3"].interval == 'a "quoted" 0.5 [0.4, 0.6] \\ more'
-    assert after["gangealing.table-4.3"].claim == before["gangealing.table-4.3"].claim
-    assert len(new_text) == len(text)
-    changed = {old.split(" = ")[0] for old, new in zip(text, new_text, strict=True) if old != new}
-    assert changed == {"verdict", "interval", "command"}
-    record_results(written(tmp_path), copied, 4)
-    assert copied.read_text().splitlines() == new_text
-
-
-def test_what_decides_nothing_stays_out(copied, tmp_path):
-    before = copied.read_text()
-    with pytest.raises(ValueError, match="decides no claim of chapter 4"):
-        record_results(written(tmp_path, "smoke"), copied, 4)
-    with pytest.raises(ValueError, match=r"has no claim 'gangealing\.fig-9'"):
-        record(copied, {"gangealing.fig-9": {}})
-    with pytest.raises(ValueError, match="expected one of not run"):
-        record(copied, {"gangealing.fig-4.1": {"verdict": "yes", "size": "", "interval": "", "command": ""}})
-    assert copied.read_text() == before
 
 
 def test_the_ledger_has_every_claim_that_is_decided():

@@ -47,7 +47,8 @@ class Interval:
         if self.wanted is not None:
             return self.wanted
         if self.ge is not None and self.le is not None:
-            return f"{'a number in ' if isinstance(value, float) else ''}{self.ge}..{self.le}"
+            kind = {float: "a number in ", tuple: "numbers of "}.get(type(value), "")
+            return f"{kind}{self.ge}..{self.le}"
         words = ("above", self.gt), ("at least", self.ge), ("below", self.lt), ("at most", self.le)
         bounds = " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
         if bounds.startswith("above") and " and " not in bounds:

@@ -248,7 +248,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
 def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """Replace gradients by their mean over ranks, in one exchange; for passes that no wrapper of the model has seen."""
     if ranks.world_size > 1 and parameters:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         mean = ranks.sum(torch.cat([g.flatten() for g in gradients])) / ranks.world_size
         for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -1,4 +1,4 @@
-"""Diffusion transformers for images: chapter 2 of the thesis."""
+"""Diffusion transformers for images.  [thesis 2]"""
 
 import lazy_loader
 

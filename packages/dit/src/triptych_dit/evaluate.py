@@ -85,7 +85,7 @@ def _evaluate_adm(config: EvaluateConfig) -> dict[str, Any]:
     }
     path = config.out / "scores.json"
     write_json(path, {**result, **provenance()})
-    _tell(result, scores)
+    _print_scores(result, scores)
     echo(f"wrote {path}")
     return result
 
@@ -105,7 +105,7 @@ def _described(source: NpzImages) -> dict[str, Any]:
     }
 
 
-def _tell(result: dict[str, Any], scores: AdmScores) -> None:
+def _print_scores(result: dict[str, Any], scores: AdmScores) -> None:
     for role in ("reference", "samples"):
         file = result[role]
         held = [f"{file['images']:,} images"] * bool(file["images"]) + ["statistics"] * file["statistics"]

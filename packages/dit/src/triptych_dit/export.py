@@ -13,7 +13,7 @@ from triptych_dit.weights import FILE_NAME, TrainedModel, save_model
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write the model to `config.out` and return what was written, with notes on what is different there.
+    """Write the model to `config.out`; returns what was written, with notes on what differs in that format.
 
     Raises ValueError or OSError for a model that cannot be read, or that the format cannot hold.
     """

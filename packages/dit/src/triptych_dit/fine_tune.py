@@ -1,4 +1,4 @@
-"""Start a model from another's weights, with a new class table or resolution where asked."""
+"""Start a model from the weights of another one, with a new class table or resolution if needed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,12 +21,13 @@ def fitted_config(source: DiTConfig, *, input_size: tuple[int, int], num_classes
 
 @torch.no_grad()
 def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dict[str, str]:
-    """Give `model` the weights of `source`; returns what became of each tensor, by name.
+    """Copy the weights of `source` into `model`, in place; returns what became of each tensor, by name.
 
-    Everything is copied but the position embedding of another grid, which keeps its closed form, and the class table
-    where the number of classes differs or `new_class_table` asks for it: its rows stay as `model` drew them, only the
-    null row is the source's, so that unguided knowledge is kept.
-    Raises ValueError, listing both sides, where the two differ in anything else.
+    Everything is copied except two: the position embedding, which keeps its closed form if the grids differ, and the class
+    table, if the number of classes differs or `new_class_table` asks for it. Its rows stay as `model` drew them, but the null
+    row is copied, so that what the source knows without a label is kept.
+
+    Raises ValueError, listing both sides, if the models differ in anything else.
     """
     _check_same_shape(model.config, source.config)
     found, became = source.state_dict(), {}
@@ -49,7 +50,7 @@ def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dic
 
 
 def by_layer(became: dict[str, str]) -> dict[str, str]:
-    """The same, one line a layer: what became of its tensors, with their number."""
+    """The same in one line per layer: what became of its tensors, and how many there are."""
     layers: dict[str, list[str]] = {}
     for name, fate in became.items():
         parts = name.split(".")
@@ -71,7 +72,7 @@ def _check_same_shape(wanted: DiTConfig, found: DiTConfig) -> None:
 
 
 def peek(argv: Sequence[str], option: str) -> str | None:
-    """The value of one option of a command line that is not parsed yet."""
+    """The value of an option in a command line that is not parsed yet; None if it is absent."""
     for word, following in zip(argv, [*argv[1:], None], strict=True):
         name, _, value = word.partition("=")
         if name.replace("_", "-") == option:
@@ -80,8 +81,9 @@ def peek(argv: Sequence[str], option: str) -> str | None:
 
 
 def settings_from(config: Any, argv: Sequence[str]) -> Any:
-    """A training preset with the model that `--init-from` names, fitted to what `--data` names: the defaults that other
-    options override. Without `--init-from`, the preset as it is.
+    """The training preset with the model that `--init-from` names, fitted to the data that `--data` names.
+
+    These are the defaults that the command's other options override. Without `--init-from`, the preset as it is.
     """
     from triptych_dit.interop import load_any
     from triptych_dit.objective import shape_and_classes

@@ -5,8 +5,12 @@ from triptych_dit.model import BLOCKS, TimestepEmbedder
 
 
 def gflops(config: DiTConfig) -> float:
-    """GFLOPs of one forward pass on one input, one multiply-accumulate counted as one flop; biases, norms and
-    elementwise operations are not counted.  [thesis Table 2.1 and Figure 2.5]
+    """Cost of one forward pass on one input, in GFLOPs; a multiply-accumulate counts as one flop, as in the thesis. Biases, norms
+    and elementwise operations are not counted.  [thesis Table 2.1 and Figure 2.5]
+
+    Example:
+        >>> gflops(PRESETS["DiT-XL/2"])
+        118.6...
     """
     width, tokens, conditions = config.hidden_size, config.grid[0] * config.grid[1], config.condition_tokens
     sequence = tokens + (conditions if config.block_design == "in_context" else 0)
@@ -26,7 +30,7 @@ _MODULATIONS = {design: block.modulations for design, block in BLOCKS.items() if
 
 
 def parameter_count(config: DiTConfig) -> int:
-    """Parameters of the model, the fixed position embedding among them (675,129,632 for DiT-XL/2)."""
+    """Number of parameters, including the fixed position embedding: 675,129,632 for DiT-XL/2."""
     import torch
 
     from triptych_dit.model import DiT

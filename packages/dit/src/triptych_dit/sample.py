@@ -87,7 +87,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
 
 
 def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] | None:
-    """The class of each sample, None for an unconditional model.
+    """The class of each sample; None for a model without classes.
 
     Raises ValueError for labels that the model does not have, and for guidance that it cannot do.
     """
@@ -103,7 +103,7 @@ def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] 
 
 
 def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
-    """What decides the images among sampler settings, seed and precision, defaults resolved for this model."""
+    """What decides the images: sampler settings, seed and precision, with defaults resolved for this model."""
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
     settings["sampler"] = config.sampler_name()
     if config.clip_x_0 is None:
@@ -112,9 +112,9 @@ def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
 
 
 def place(trained: TrainedModel, ranks: Ranks, config: Any) -> None:
-    """Put the model on its device, in the precision asked for.
+    """Put the model on its device, in the requested precision.
 
-    Raises ValueError where the autoencoder of its latents is not to be had.
+    Raises ValueError if the autoencoder of its latents cannot be had.
     """
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
     prepare(trained.model, ranks, Execution(precision=config.precision or stored, compile=config.compile_blocks))
@@ -122,7 +122,7 @@ def place(trained: TrainedModel, ranks: Ranks, config: Any) -> None:
 
 
 def other_decoder(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
-    """What is part of a request where another decoder draws than the one in training."""
+    """What a request says besides if another decoder is used than the one of training."""
     autoencoder = autoencoder_of(trained, ranks.device, config.vae)
     if autoencoder is None:
         return {}
@@ -135,9 +135,10 @@ def other_decoder(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str,
 def draw_missing(
     config: SampleConfig, draw: Callable[[range, Callable[[], None]], Tensor], steps: int, ranks: Ranks
 ) -> None:
-    """Make what no part file holds yet; ranks take turns at batches of consecutive indices.
+    """Make the samples that no part file holds yet; ranks take turns at batches of consecutive indices.
 
-    draw: images, uint8, of the samples with these indices; it calls its second argument after each of `steps` steps.
+    draw: called with indices and a progress callback; returns images (batch, channels, height, width), uint8, and calls the
+    callback after each of its `steps` steps.
     """
     done = {index for start, end, _ in _parts(config.out) for index in range(start, end)}
     missing = [index for index in range(config.num_samples) if index not in done]
@@ -165,7 +166,7 @@ def _parts(out: Path) -> list[tuple[int, int, Path]]:
 
 
 def gather(config: SampleConfig, labels: Int[Tensor, " n"] | None) -> None:
-    """All parts as one file, one part at a time in memory; the parts are removed once it stands."""
+    """Join the part files into samples.npz, holding one at a time in memory, and remove them once it is written."""
     path = config.out / "samples.npz"
     if not path.exists():
         batches = (read_npz(part)[0] for _, _, part in _parts(config.out))
@@ -191,7 +192,7 @@ def _write_images(out: Path, trained: TrainedModel, labels: Tensor | None, ranks
 
 
 def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
-    """000123-CLASS.png, by the class's name where the model file has it; 000123.png without classes."""
+    """000123-CLASS.png, with the class's name if the model file has it; 000123.png without classes."""
     if label is None:
         return f"{index:06d}.png"
     names = trained.facts.get("class_names") or ()
@@ -205,9 +206,16 @@ def write_npz(
     count: int,
     labels: Int[Tensor, " n"] | None = None,
 ) -> None:
-    """Write `count` images, however batched, and their labels, atomically; one batch at a time is in memory.
+    """Write a samples file, atomically: an npz with images as `arr_0` (NHWC, uint8) and labels as `arr_1`, the format of the
+    ADM evaluation suite. One batch at a time is in memory.
 
-    Raises ValueError unless the batches hold `count` images of one shape, OSError when the disk refuses.
+    Args:
+        path: the file.
+        batches: the images, in batches of any size.
+        count: number of images in all batches together.
+        labels: one for each image.
+
+    Raises ValueError unless the batches hold `count` images of one shape, OSError if the disk refuses.
     """
     with writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -234,9 +242,9 @@ def _write_pixels(file: IO[bytes], batches: Iterable[Tensor], count: int, path: 
 
 
 def read_npz(path: Path) -> tuple[UInt8[Tensor, "n channels height width"], Int[Tensor, " n"] | None]:
-    """Images and, where present, labels of a samples file: arr_0 NHWC uint8, arr_1 labels.
+    """Read the images of a samples file and, if it has them, the labels.
 
-    Raises ValueError for a file that is not one.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not a samples file.
     """
     path = Path(path)
     with _intact(path), np.load(path, allow_pickle=False) as arrays:
@@ -250,7 +258,7 @@ def read_npz(path: Path) -> tuple[UInt8[Tensor, "n channels height width"], Int[
 
 
 def read_batches(path: Path, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-    """The images of a file that `write_npz` wrote, in order, `size` at a time and never more in memory.
+    """The images of a file written by `write_npz`, in order, never more than `size` in memory.
 
     Raises ValueError for a damaged file.
     """
@@ -265,7 +273,7 @@ def read_batches(path: Path, size: int) -> Iterator[UInt8[Tensor, "batch channel
 
 @contextmanager
 def _intact(path: Path) -> Iterator[None]:
-    """Whatever an absent or damaged archive raises, as one line."""
+    """Turn whatever an absent or damaged archive raises into one line."""
     try:
         yield
     except FileNotFoundError as error:

@@ -32,12 +32,20 @@ def trajectory(
     seed: int = 0,
     noise: SampleNoise | None = None,
 ) -> Iterator[Step]:
-    """Every step of sampling a batch, in the model's space (`decoded` makes images of it).
+    """Sample a batch, step by step, in the model's space; `decoded` turns it into images.
 
-    labels: classes (batch,), or mixtures of classes, float weights (batch, num_classes) over the label embeddings, or None
-    for an unconditional model. Sample i's noise follows from (seed, i) alone; `noise` stands in for it.
+    Args:
+        trained: a loaded model.
+        labels: classes (batch,), or mixtures of classes: float weights (batch, num_classes) of the label embeddings. None for a
+            model without classes.
+        indices: number of each sample. Sample i's noise follows from (seed, i) alone, whatever the batch.
+        settings: sampler, number of steps, guidance.
+        seed: of the noise.
+        noise: used instead of the noise that follows from seed and indices.
 
-    Raises ValueError for a label outside the model's classes, or guidance it cannot do.
+    Yields a `Step` with x and predicted x_0, each (batch, channels, height, width), for every step.
+
+    Raises ValueError for a label outside the model's classes, or guidance that the model cannot do.
     """
     config, weight = trained.model.config, trained.model.pos_embed
     settings.check(config)
@@ -123,11 +131,23 @@ def sample_images(
     vae: str | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Sample one image for each label, in [-1, 1], or `count` images of an unconditional model, whose labels are None.
+    """Sample a batch of images, in [-1, 1].
 
-    `first_index` numbers the first of them; labels, noise and errors are those of `trajectory`, vae that of `decoded`.
+    Args:
+        trained: a loaded model.
+        labels: as for `trajectory`: one class for each image.
+        settings: sampler, number of steps, guidance; by default 250 steps of DDPM without guidance.
+        count: number of images, for a model without classes.
+        seed, noise: as for `trajectory`.
+        first_index: number of the first image: image i is the same in every batch that holds it.
+        vae: autoencoder of a latent model, if it no longer lies where training had it.
+        progress: called after each step.
 
-    Raises ValueError besides where the images come out as NaN.
+    Raises ValueError as `trajectory` and `decoded` do, and if the images come out as NaN.
+
+    Example:
+        >>> trained = load_model("runs/dit")
+        >>> images = sample_images(trained, torch.tensor([3, 7]), SamplerSettings(sampler="ddim", num_inference_steps=50))
     """
     count = len(labels) if labels is not None else count
     if count is None:
@@ -146,9 +166,9 @@ def sample_images(
 def decoded(
     trained: TrainedModel, x: Float[Tensor, "batch channels height width"], *, vae: str | None = None
 ) -> Float[Tensor, "batch image_channels image_height image_width"]:
-    """Images of what a model draws: latents through the autoencoder they were made with, pixels as they are.
+    """Turn what a model draws into images: latents go through their autoencoder, pixels stay as they are.
 
-    vae, and errors: those of `autoencoder_of`.
+    vae: as for `autoencoder_of`, whose errors this raises too.
     """
     autoencoder = autoencoder_of(trained, x.device, vae)
     return x if autoencoder is None else autoencoder.decode(x)
@@ -157,10 +177,10 @@ def decoded(
 def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None = None) -> "Autoencoder | None":
     """The autoencoder of a model's latents, loaded once; None for a model of pixels.
 
-    vae: where it lies now, a folder or a name on the hub; by default where it lay in training. Another decoder will do if its
-    encoder is the same, such as stabilityai's ft-MSE and ft-EMA.
+    vae: a folder or a name on the hub; by default where the autoencoder lay in training. Another decoder is accepted if its
+    encoder is the same, as those of stabilityai's ft-MSE and ft-EMA are.
 
-    Raises ValueError for another autoencoder, or one for a model of pixels, and what `load_autoencoder` raises.
+    Raises ValueError for another autoencoder, or for one given to a model of pixels, and whatever `load_autoencoder` raises.
     """
     facts = trained.facts.get("autoencoder")
     if facts is not None:
@@ -193,8 +213,8 @@ def _autoencoder(spec: str, sha256: str | None, encoder_sha256: str | None, devi
 
 
 def check_labels(labels: Labels, num_classes: int) -> None:
-    """Raises ValueError for a label outside 0 .. num_classes-1, and for labels where there are no classes or none where
-    there are.
+    """Raise ValueError for a label outside 0 .. num_classes-1, for labels given to a model without classes, and for a model
+    with classes that gets none.
     """
     if (labels is None) == bool(num_classes):
         expected = "one a sample" if num_classes else "none, it is unconditional"

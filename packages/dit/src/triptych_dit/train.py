@@ -15,7 +15,6 @@ from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
-from triptych_dit.flops import gflops
 from triptych_dit.model import DiT
 from triptych_dit.objective import (
     Examples,
@@ -26,14 +25,16 @@ from triptych_dit.objective import (
     open_training_data,
     prefetch,
 )
-from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
+from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import FILE_NAME, write_model
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train to the end, or resume; returns where the model is and the last metrics.
+    """Train to the end, or resume a run that was stopped.
 
-    Raises ValueError for a config that does not fit data, run directory or ranks, Interrupted after a signal.
+    Returns where the model file and the metrics are, and the last row of the metrics.
+
+    Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
     training_data = open_training_data(config.data, config.model)
     check_fits(config.model, training_data)
@@ -52,11 +53,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ahead = 0 if ranks.device.type == "cpu" else 2
 
         def losses(counters: range) -> dict[str, Tensor]:
+            assert drawn is not None
             total, mse, vb = objective.loss(state.parallel_model, next(drawn), ranks.device)
             return {"loss": total.mean(), "mse": mse.mean(), "vb": vb.mean()}
 
-        flops = 2e9 * FORWARDS_PER_STEP * gflops(config.model)  # 2 a multiply-add
-        for batch in training_steps(config, state, run, on_step=on_step, flops_per_sample=flops):
+        for batch in training_steps(config, state, run, on_step=on_step, flops_per_sample=config.flops_per_image):
             drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / FILE_NAME, config, state, training_data)
@@ -65,7 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
-    """Counters of every micro-batch of this rank, from those of the batch that comes first to the end of training."""
+    """Counters of every micro-batch of this rank, from the batch `first` to the end of training."""
     for done in range(0, config.total_images - first.step * first.size, first.size):
         counters = range(first.counters.start + done, first.counters.stop + done)
         for part, _ in replace(first, counters=counters).micro_batches(config.micro_batch):
@@ -73,9 +74,9 @@ def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
 
 
 def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = None) -> TrainState:
-    """A model, freshly initialised or started from another, its average and AdamW, as the config wants them run.
+    """The model, freshly initialised or started from another one, with its moving average and AdamW.
 
-    What fine-tuning took over is printed, and written to `run` as init.json.
+    Fine-tuning prints what became of each layer of the other model, and writes it to the run directory as init.json.
     """
     model = DiT(config.model)
     model.initialize_weights(randomness.generator(config.seed, "init"), embeddings=config.embedding_init)
@@ -104,7 +105,7 @@ def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = Non
 
 
 def make_snapshots(config: TrainConfig, run: RunDirectory, training_data: TrainingData) -> Callable[[TrainState], None]:
-    """A callback that keeps the averaged model whenever a count in `snapshots` is passed."""
+    """Make the callback that keeps the averaged model whenever one of the counts in `snapshots` is passed."""
 
     def keep(state: TrainState) -> None:
         before = state.samples_seen - config.batch_size
@@ -116,7 +117,7 @@ def make_snapshots(config: TrainConfig, run: RunDirectory, training_data: Traini
 
 
 def save_average(path: Path, config: TrainConfig, state: TrainState, training_data: TrainingData) -> None:
-    """Write the averaged model; every rank must call it."""
+    """Write the model file of the averaged weights; every rank must call it."""
     tensors = state.averaged()
     if state.ranks.is_main:
         facts = {

@@ -31,7 +31,7 @@ STRIP_LENGTH = 10
 
 
 def walk(config: WalkConfig) -> dict[str, Any]:
-    """Write walk.mp4 or walk.gif, walk.png and walk.npz to `config.out`; frames that are there already are only filmed.
+    """Write walk.mp4 (or walk.gif), walk.png and walk.npz to `config.out`. Frames that are already there are only filmed again.
 
     Raises ValueError for a request that does not fit the model, or what `out` already holds, and under torchrun.
     """
@@ -74,7 +74,7 @@ def show(out: Path, config: WalkConfig) -> dict[str, Any]:
 
 
 def stops_between_classes(config: WalkConfig, model: DiTConfig) -> Float[Tensor, "stops classes"] | None:
-    """The classes of the walk, or its one class or blend, as weights of all classes; None for an unconditional model.
+    """The classes of the walk, or its one class or blend, as weights of all classes; None for a model without classes.
 
     Raises ValueError for labels that the model does not have.
     """
@@ -96,7 +96,11 @@ def film(
     mixtures: Float[Tensor, "stops classes"] | None,
     steps: int,
 ) -> UInt8[Tensor, "frames channels height width"]:
-    """The frames of the walk, uint8; whatever a sampler draws after x_T is the same for all of them."""
+    """Sample the frames of the walk. Noise that a sampler draws after x_T is the same for all frames.
+
+    noises: numbers of the samples whose x_T the walk passes through. mixtures: the classes it passes through, as weights of all
+    classes. steps: evaluations of the model for one frame.
+    """
     weight = trained.model.pos_embed
     shape = (trained.model.config.in_channels, *trained.model.config.input_size)
     x_T = SampleNoise(config.seed, noises, shape).draw()
@@ -123,7 +127,7 @@ def film(
 
 
 class FrameNoise(SampleNoise):
-    """x_T as given, a row for each frame; what a sampler draws after it is one sample's, the same for every frame."""
+    """Noise of frames: x_T is given, one for each frame; later draws are those of one sample, the same for every frame."""
 
     def __init__(self, x_T: Float[Tensor, "frames *shape"], seed: int, index: int, **kwargs: Any) -> None:
         super().__init__(seed, [index] * len(x_T), x_T.shape[1:], **kwargs)
@@ -138,7 +142,9 @@ class FrameNoise(SampleNoise):
 def slerp(
     a: Float[Tensor, "n *shape"], b: Float[Tensor, "n *shape"], share: Float[Tensor, " n"]
 ) -> Float[Tensor, "n *shape"]:
-    """Along the arc from each a to its b: unlike a straight line it stays where Gaussian noise lives.  [Shoemake 1985]"""
+    """Interpolate along the arc from each a to its b. A straight line would leave the shell on which Gaussian noise lies.
+    [Shoemake 1985]
+    """
     x, y = a.double().flatten(1), b.double().flatten(1)
     angle = torch.acos(F.cosine_similarity(x, y).clamp(-1, 1))[:, None]
     share = share.double()[:, None]

@@ -32,27 +32,38 @@ class TrainedModel(NamedTuple):
 
 
 def make_diffusion(config: DiTConfig, predict: Literal["noise", "sample"]) -> GaussianDiffusion:
-    """The thesis's process: 1000 linear steps; the variance learned where the model has channels for it."""
+    """The diffusion process of the thesis: 1000 steps, linear noise schedule; the variance is learned if the model has
+    channels for it.  [thesis 2.3.1, 2.4]
+    """
     variance: Literal["learned_range", "fixed_large"] = "learned_range" if config.learn_sigma else "fixed_large"
     return GaussianDiffusion(NoiseSchedule.linear(), predict=predict, variance=variance)
 
 
 def save_model(path: Path, model: DiT, facts: dict[str, Any]) -> None:
-    """Write a model; `facts` must be JSON-able and hold "predict"."""
+    """Write a model file. `facts` must be JSON-able and say what the model predicts: {"predict": "noise"}."""
     write_model(path, model.config, model.state_dict(), facts)
 
 
 def write_model(path: Path, config: DiTConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """The same from a state dict."""
+    """Write a model file from a state dict."""
     _FORMAT.write(path, tensors, asdict(config), facts)
 
 
-def load_model(path: Path) -> TrainedModel:
-    """Read a model file, or the one in a run's folder, onto the CPU in evaluation mode.
+def load_model(path: str | Path) -> TrainedModel:
+    """Read a model file, onto the CPU and in evaluation mode.
 
-    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
+    Args:
+        path: the file, or the folder of the run that wrote it.
+
+    Returns the model, its diffusion process, and the facts of its training (what it predicts, the autoencoder of its latents,
+    names of its classes).
+
+    Raises FileNotFoundError if there is none, ValueError for a file of another kind.
+
+    Example:
+        >>> model, diffusion, facts = load_model("runs/dit")
     """
-    return _FORMAT.read(path, _build)
+    return _FORMAT.read(Path(path), _build)
 
 
 def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedModel:

@@ -2,9 +2,9 @@ from .aligner import Aligner as Aligner, Alignment as Alignment, load_aligner as
 from .digits32 import Digits32 as Digits32
 from .keypoints.pck import pck as pck
 from .pictures import align as align, correspond as correspond
+from .config import SpatialTransformerConfig as SpatialTransformerConfig
 from .spatial_transformer import (
     SpatialTransformer as SpatialTransformer,
-    SpatialTransformerConfig as SpatialTransformerConfig,
 )
 from .stylegan2.augment import augment as augment
 from .stylegan2.config import DiscriminatorConfig as DiscriminatorConfig, GeneratorConfig as GeneratorConfig

@@ -1,9 +1,9 @@
-"""A trained alignment: transformer, modes, and the classifier of real images, in one file."""
+"""A trained alignment: spatial transformer, modes and the classifier of real images; its use, and its file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.modes import Directions, Mode
+from triptych_gangealing.settings import Flips
 from triptych_gangealing.spatial_transformer import (
     ClusterClassifier,
     SpatialTransformer,
@@ -34,7 +35,6 @@ _FORMAT = ModelFormat(
 RESAMPLED = 2  # times input_size: as large as images need to be for the flow network's look at them
 
 Images = Float[Tensor, "n 3 height width"]
-Flips = Literal["trained", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Alignment:
 
     @classmethod
     def cat(cls, parts: Sequence["Alignment"]) -> "Alignment":
-        """Those of several batches as one."""
+        """Alignments of several batches as one."""
         cluster, flipped, roughness = (
             torch.cat(values)
             for values in zip(*((part.cluster, part.flipped, part.roughness) for part in parts), strict=True)
@@ -67,7 +67,7 @@ class Alignment:
         return cls(Warp.cat([part.warp for part in parts]), cluster, flipped, roughness)
 
     def select(self, indices: Int[Tensor, " m"]) -> "Alignment":
-        """Those of some of the images."""
+        """The alignment of some of the images."""
         warp, names = self.warp.select(indices), self.names and tuple(self.names[i] for i in indices.tolist())
         return Alignment(warp, self.cluster[indices], self.flipped[indices], self.roughness[indices], names)
 
@@ -101,24 +101,25 @@ class Aligner(nn.Module):
         cluster: Int[Tensor, " n"] | None = None,
         at_once: int = 64,
     ) -> Alignment:
-        """Warps of images, on their device, the networks staying on theirs; clusters are the classifier's where none are given.
+        """Warps of images, `at_once` at a time; the result lies on the images' device, whatever that of the networks.
 
-        flips: mirror images whose flow is smoother then. Raises ValueError as the transformer does.
+        iterations: how often the similarity network looks. flips: mirror images whose flow is smoother then. cluster: of each
+        image; by default the classifier's. Raises ValueError as the transformer does.
         """
         device, parts = next(self.parameters()).device, []
         for i in range(0, len(images), at_once):
             known = None if cluster is None else cluster[i : i + at_once].to(device)
-            found = self._align(images[i : i + at_once].to(device), iterations, flips, known)
-            parts.append(found.to(images.device))
+            part = self._align(images[i : i + at_once].to(device), iterations, flips, known)
+            parts.append(part.to(images.device))
         return Alignment.cat(parts)
 
     def reduced(self, images: Images) -> Float[Tensor, "n 3 new_height new_width"]:
-        """Images no larger than what the transformer looks at twice: fine detail is sampled from the originals."""
+        """Images reduced to at most twice the transformer's input size: enough to find a warp for the originals."""
         side = RESAMPLED * self.config.input_size
         return images if images.shape[-1] <= side else reduced(images, side)
 
     def clusters(self, images: Images) -> Int[Tensor, " n"]:
-        """Cluster of each image; of a single one, 0. Raises ValueError where several have no classifier."""
+        """Cluster of each image; 0 where there is one cluster. Raises ValueError for several clusters without a classifier."""
         if self.config.heads == 1:
             return torch.zeros(len(images), dtype=torch.long, device=images.device)
         if self.classifier is None:

@@ -3,69 +3,68 @@
 import sys
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, deferred, main
 
 
 def _train_gan() -> Command:
-    from triptych_gangealing.stylegan2.train import train_gan
     from triptych_gangealing.stylegan2.train_config import PRESETS, GanTrainConfig, start
 
-    return Command(GanTrainConfig, train_gan, PRESETS, default="digits32", start=start)
+    train = deferred("triptych_gangealing.stylegan2.train:train_gan")
+    return Command(GanTrainConfig, train, PRESETS, default="digits32", start=start)
 
 
 def _generate() -> Command:
-    from triptych_gangealing.stylegan2.generate import GenerateConfig, generate
+    from triptych_gangealing.settings import GenerateConfig
 
-    return Command(GenerateConfig, generate, {})
+    return Command(GenerateConfig, deferred("triptych_gangealing.stylegan2.generate:generate"), {})
 
 
 def _train_encoder() -> Command:
-    from triptych_gangealing.encoders.simclr import EncoderTrainConfig, run
+    from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 
-    return Command(EncoderTrainConfig, run, {})
+    return Command(EncoderTrainConfig, deferred("triptych_gangealing.encoders.simclr:run"), {})
 
 
 def _train() -> Command:
-    from triptych_gangealing.train import train
     from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
 
-    return Command(AlignTrainConfig, train, PRESETS, default="digits32")
+    return Command(AlignTrainConfig, deferred("triptych_gangealing.train:train"), PRESETS, default="digits32")
 
 
 def _align() -> Command:
-    from triptych_gangealing.folders import AlignConfig, write_aligned
+    from triptych_gangealing.settings import AlignConfig
 
-    return Command(AlignConfig, write_aligned, {})
+    return Command(AlignConfig, deferred("triptych_gangealing.folders:write_aligned"), {})
 
 
 def _average() -> Command:
-    from triptych_gangealing.folders import AverageConfig, write_average
+    from triptych_gangealing.settings import AverageConfig
 
-    return Command(AverageConfig, write_average, {})
+    return Command(AverageConfig, deferred("triptych_gangealing.folders:write_average"), {})
 
 
 def _propagate() -> Command:
-    from triptych_gangealing.folders import PropagateConfig, propagate_to_folder
+    from triptych_gangealing.settings import PropagateConfig
 
-    return Command(PropagateConfig, propagate_to_folder, {})
+    return Command(PropagateConfig, deferred("triptych_gangealing.folders:propagate_to_folder"), {})
 
 
 def _correspond() -> Command:
-    from triptych_gangealing.folders import CorrespondConfig, write_matches
+    from triptych_gangealing.settings import CorrespondConfig
 
-    return Command(CorrespondConfig, write_matches, {})
+    return Command(CorrespondConfig, deferred("triptych_gangealing.folders:write_matches"), {})
 
 
 def _pck() -> Command:
-    from triptych_gangealing.keypoints.evaluate import PckConfig, evaluate
+    from triptych_gangealing.settings import PckConfig
 
-    return Command(PckConfig, evaluate, {})
+    return Command(PckConfig, deferred("triptych_gangealing.keypoints.evaluate:evaluate"), {})
 
 
 def _convert() -> Command:
-    from triptych_gangealing.stylegan2.convert import ConvertConfig, convert
+    from triptych_gangealing.settings import ConvertConfig
 
-    return Command(ConvertConfig, convert, {})
+    return Command(ConvertConfig, deferred("triptych_gangealing.stylegan2.convert:convert"), {})
 
 
 COMMANDS = {

@@ -1,6 +1,7 @@
-"""Several modes at once: where they start, and the classifier that tells real images' clusters.  [thesis 4.3.2]"""
+"""Several modes at once: where they start, the classifier of real images, and the purity of clusters.  [thesis 4.3.2]"""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +22,7 @@ START, STREAM = "start.safetensors", "k-means++"
 
 
 def start(objective: Objective, directions: Directions, ranks: Ranks, folder: Path) -> dict[str, Tensor]:
-    """Where modes start ("origins", "alpha"), found once in a run and kept in its folder."""
+    """Where modes start ("origins", "alpha"): computed once in a run, and kept in its folder."""
     path = folder / START
     if ranks.is_main and not path.exists():
         checkpoint.write(path, starting_modes(objective, directions), {"kind": "starting modes"})
@@ -33,7 +34,7 @@ def start(objective: Objective, directions: Directions, ranks: Ranks, folder: Pa
 def starting_modes(objective: Objective, directions: Directions) -> dict[str, Tensor]:
     """Modes to start from: "origins" (modes, w), "alpha" (modes, N).
 
-    One starts at the mean of W, several at styles that k-means++ finds, or rather the nearest points to them that their
+    A single mode starts at the mean of W; several at the styles that k-means++ chooses, projected onto the points that their
     directions reach from the mean. With `origin` "sample" they start at typical styles.
     """
     config, count = objective.config, len(directions.components)
@@ -50,7 +51,7 @@ def starting_modes(objective: Objective, directions: Directions) -> dict[str, Te
 
 
 def _spread(objective: Objective) -> list[int]:
-    """As many samples as clusters, apart from one another, by k-means++.  [Arthur and Vassilvitskii 2007]
+    """One sample for each cluster, far apart from one another, by k-means++.  [Arthur and Vassilvitskii 2007]
 
     The first is drawn evenly, each other with a probability in proportion to its distance from the nearest so far. Perceptual
     distances are sums of squares, so they stand for the squares of k-means++.
@@ -70,10 +71,10 @@ def _spread(objective: Objective) -> list[int]:
 
 
 def _typical(objective: Objective) -> list[int]:
-    """Of each part of the samples the one nearest to its mean, by their features.
+    """The sample nearest to the mean of each part of the samples, by their features.
 
-    Parts are those that k-means finds among the same features; with `assignment` "descriptor" the halves of groups that lie nearer
-    to their centres: the mean, and with it the sample, then has a pose in the middle of all poses.
+    Parts are the clusters of k-means on the same features; with `assignment` "descriptor" the halves of its groups that lie
+    nearer to their centres: the mean, and with it the sample, then has a pose in the middle of all poses.
     """
     config = objective.config
     features = torch.cat([_flat(_features(objective, items)) for items in _portions(config.init_images)])
@@ -153,7 +154,7 @@ def train_classifier(
             means = state.accumulate(batch, config.micro_batch, losses)
             _, finite = state.optimise()
             state.count(batch, means, finite)
-    return state.ema
+    return cast(ClusterClassifier, state.ema)
 
 
 def purity(clusters: Int[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:

@@ -1,10 +1,10 @@
-"""Points of one image in another: into congealed space, and out of it again.  [thesis 4.4.2]
+"""Correspondence: points of one image in another, into congealed space and out of it again; and its picture.  [thesis 4.4.2]
 
-Of the four ways to mirror a pair, neither, either or both, the released code takes the one with the smoothest flows together: as
-the sum has one term for each image, that is each image's own choice, `Aligner.align(flips=True)`.
+The released code mirrors neither image of a pair, either or both, whichever has the smallest sum of the flows' total variation.
+That sum has one term for each image, so the choice is made for each image by itself: `Aligner.align(flips=True)`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -22,7 +22,8 @@ class Transferred(NamedTuple):
 
     points: Float[Tensor, "*n k 2"]
     reliable: Bool[Tensor, "*n k"]
-    """the way could be inverted, and lies within both images and congealed space; of a flow that folds it is one of several"""
+    """the source's warp could be inverted there, and the point lies within both images and congealed space; where a flow folds,
+    it is one of several answers"""
 
 
 def middle_points(side: int) -> Float[Tensor, "1 k 2"]:
@@ -35,7 +36,7 @@ def transfer(
 ) -> Transferred:
     """Points of n source images, (x, y) in their pixels, to the target images. Sizes are (height, width).
 
-    Raises ValueError for pairs of different clusters: congealed spaces of two have nothing in common.
+    Raises ValueError for pairs of different clusters, whose congealed spaces have nothing in common.
     """
     apart = source.cluster != target.cluster
     if bool(apart.any()):
@@ -50,13 +51,13 @@ def transfer(
 def between(
     source: Warp, target: Warp, points: Float[Tensor, "n k 2"], source_size: Size, target_size: Size
 ) -> Transferred:
-    """The same by warps, whatever they come from. One of a mirrored image leads to the original, so nothing asks which are."""
+    """`transfer` by warps alone, of any method. The warp of a mirrored image leads to the original, so mirroring needs no care."""
     start = to_normalised(points, source_size)
     congealed = source.inverse().map_points(start)
-    found = target.map_points(congealed.points)
-    pixels = to_pixels(found.points, target_size).to(points)
-    within = (start.abs() <= 1).all(-1) & congealed.inside & found.inside
-    return Transferred(pixels, congealed.converged & found.converged & within)
+    end = target.map_points(congealed.points)
+    pixels = to_pixels(end.points, target_size).to(points)
+    within = (start.abs() <= 1).all(-1) & congealed.inside & end.inside
+    return Transferred(pixels, congealed.converged & end.converged & within)
 
 
 def matches_figure(
@@ -77,7 +78,7 @@ def matches_figure(
         axis.set_axis_off()
         axis.set_title(name, fontsize=9)
     span = here.amax(0) - here.amin(0) if len(here) else here.new_ones(2)
-    style = {"lw": 0.7, "alpha": 0.8}
+    style: dict[str, Any] = {"lw": 0.7, "alpha": 0.8}
     for a, b in zip(here, there, strict=True):
         place = (a - here.amin(0)) / span.clamp_min(1e-6)
         colour = (float(place[0]), 0.35, float(place[1]))

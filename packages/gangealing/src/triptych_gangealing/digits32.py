@@ -30,7 +30,7 @@ class Jitters(NamedTuple):
     """How each of n items is drawn.
 
     Convention: x to the right, y down; `shift_px` (x, y) is where the digit's middle lies from the canvas's, in pixels of a
-    32-pixel canvas, whatever the size drawn; a positive angle turns the digit counter-clockwise as one sees it.
+    32-pixel canvas at any size drawn; a positive angle turns the digit counter-clockwise as one sees it.
     Colours are RGB in 0..1: `background` at the canvas's middle, from where it brightens by gradient . (x, y), with x and y
     from -1 to 1 across the canvas, and is clamped.
     """
@@ -66,7 +66,7 @@ def affine(jitters: Jitters) -> Float[Tensor, "n 2 3"]:
 def render(
     digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, size: int = CANVAS
 ) -> UInt8[Tensor, "n 3 {size} {size}"]:
-    """Draw digits as their jitters say; antialiased, each pixel the mean of at least 2 x 2 points of an enlarged digit.
+    """Draw digits by their jitters; antialiased, each pixel the mean of at least 2 x 2 points of an enlarged digit.
 
     The background goes on beyond the digit's own image. Ink that leaves the canvas is cut off at its border: in 1 item of 200,
     and then at most a few hundredths of it. Raises ValueError for a size below 8.
@@ -171,8 +171,8 @@ class Digits32(ImageSource):
         """Over the digits, their labels, and every setting that decides pixels."""
         settings = (RECIPE, self.split, self.digit, self.source, self.copies, self.seed, self.size)
         digest = hashlib.sha256(repr(settings).encode())
-        digest.update(self._digit_labels.numpy())
-        digest.update(self.digits.contiguous().numpy())
+        digest.update(self._digit_labels.numpy().tobytes())
+        digest.update(self.digits.numpy().tobytes())
         return f"recipe:{digest.hexdigest()}"
 
 

@@ -1,4 +1,4 @@
-"""What is drawn once, on the average aligned image, in every picture.  [thesis 4.4.1]"""
+"""Edit propagation: an edit is drawn once, on the average aligned image, and laid over every picture.  [thesis 4.4.1]"""
 
 import torch
 from jaxtyping import Float, UInt8
@@ -9,13 +9,17 @@ from triptych_gangealing.warp import Warp, centres
 
 
 class RunningAverage:
-    """The mean of aligned images as they come: of each pixel over those whose own pixels reach there; over all where none do."""
+    """A running mean of aligned images.
+
+    Each pixel is averaged over the images that cover it with pixels of their own; where none does, over all.
+    """
 
     def __init__(self) -> None:
         self.n: int = 0
-        self.plain: Tensor | float = 0.0  # sums in float64: of all, of those that reach, and how many these are
-        self.reaching: Tensor | float = 0.0
-        self.weight: Tensor | float = 0.0
+        # Sums in float64: of all, of those that reach, and how many these are.
+        self.plain = torch.zeros((), dtype=torch.float64)
+        self.reaching = torch.zeros((), dtype=torch.float64)
+        self.weight = torch.zeros((), dtype=torch.float64)
 
     def add(self, aligned: Float[Tensor, "n 3 height width"], inside: Float[Tensor, "n 1 height width"]) -> None:
         """Images, and 1 where a pixel comes from within its image, else 0."""
@@ -36,18 +40,19 @@ class RunningAverage:
 def propagate(
     edit: Float[Tensor, "4 edit_height edit_width"], warp: Warp, images: Float[Tensor, "n 3 height width"]
 ) -> Float[Tensor, "n 3 height width"]:
-    """Pictures in [-1, 1] with an edit laid over them: RGB in [-1, 1], alpha in 0..1, in congealed coordinates.
+    """Pictures in [-1, 1] with an edit laid over them.
 
-    Each pixel of a picture looks up where it is in congealed space, by the inverse of its warp: no holes, no splatting. Where
-    the inverse is not found, or leads out of the edit, the picture stays. Where a flow folds, several places lead to one pixel,
-    which shows what lies at one of them.
+    edit: RGB in [-1, 1] and alpha in 0..1, in congealed coordinates. warp: of each picture, from congealed to its coordinates.
+    Each pixel of a picture looks up its place in congealed space by the inverse of the warp, which leaves no holes. Where the
+    inverse has no solution, or leads out of the edit, the picture stays as it is. Where a flow folds, several places lead to one
+    pixel, which shows one of them.
     """
     n, _, height, width = images.shape
     places = centres((height, width), images).view(1, -1, 2).expand(n, -1, -1)
-    found = warp.inverse().map_points(places)
-    shown = (found.converged & found.inside).view(n, 1, height, width)
+    congealed = warp.inverse().map_points(places)
+    shown = (congealed.converged & congealed.inside).view(n, 1, height, width)
     premultiplied = torch.cat([(edit[:3] + 1) / 2 * edit[3:], edit[3:]])[None].expand(n, -1, -1, -1)
-    grid = found.points.view(n, height, width, 2).to(premultiplied)
+    grid = congealed.points.view(n, height, width, 2).to(premultiplied)
     layer = F.grid_sample(premultiplied, grid, align_corners=False) * shown
     alpha = layer[:, 3:].clamp(0, 1)
     mixed = (images + 1) / 2 * (1 - alpha) + layer[:, :3]

@@ -1,23 +1,30 @@
-"""Commands that use an aligner on people's own pictures: align a folder, average it, draw on all of it, match two of it."""
+"""Commands for people's own pictures: align a folder, average it, propagate an edit through it, match two pictures."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
-from triptych_common.cli import CommonOptions, echo
-from triptych_common.fields import Ge, Interval
+from triptych_common.cli import echo
 from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
 from triptych_common.storage.atomic import write_bytes, write_text
 
-from triptych_gangealing.aligner import Aligner, Alignment, Flips, open_aligner
+from triptych_gangealing.aligner import Aligner, Alignment, open_aligner
 from triptych_gangealing.correspondence import matches_figure, middle_points, transfer
 from triptych_gangealing.edit import RunningAverage, as_edit, propagate
 from triptych_gangealing.pictures import Folder, align_folder, align_pictures, read_picture, warped
+from triptych_gangealing.settings import (
+    AlignConfig,
+    AverageConfig,
+    CorrespondConfig,
+    FolderOptions,
+    PropagateConfig,
+    UseOptions,
+    WarpedOptions,
+)
 from triptych_gangealing.warp import Warp, to_normalised, to_pixels
 
 SHOWN = 10  # pictures in rows of a grid
@@ -25,104 +32,27 @@ CELL_PX = 96  # of them
 FARTHEST_PX = 1e6  # from a picture's corner that a point may be: beyond any picture, and exact enough in float32
 
 
-@dataclass(frozen=True)
-class UseOptions(CommonOptions):
-    """What every use of an aligner takes."""
+def _open(config: UseOptions) -> tuple[Aligner, dict[str, Any]]:
+    """The aligner, and the options of `Aligner.align`.
 
-    aligner: Path = Path("runs/align-digits32")
-    """run folder of triptych-gangealing train, or its aligner.safetensors"""
-    iterations: Annotated[int | None, Ge(1)] = None
-    """times the similarity network looks; default: as in training. 3 were published for most data sets"""
-    flips: Flips = "trained"
-    """mirror pictures whose flow is smoother then; trained: where the training did"""
-
-    def open(self) -> tuple[Aligner, dict[str, Any]]:
-        """The aligner, and the options with which it is to look at pictures."""
-        return open_aligner(self.aligner, self.device, self.iterations, self.flips)
-
-
-@dataclass(frozen=True)
-class FolderOptions(UseOptions):
-    """What every use of an aligner on a folder takes."""
-
-    out: Path = Path("runs/aligned")
-    """where to write"""
-    images: Path = Path("images")
-    """folder of pictures"""
-    limit: Annotated[int | None, Ge(1)] = None
-    """the first so many of them only"""
-    size: Annotated[int | None, Ge(1)] = None
-    """height and width of the aligned pictures and their average; default: the transformer's input size"""
-
-    def open(self) -> tuple[Aligner, dict[str, Any]]:
-        """As `UseOptions.open`; raises ValueError where what is written would lie among what is read."""
-        out, images = self.out.resolve(), self.images.resolve()
+    Raises ValueError where the output would lie inside the folder that is read.
+    """
+    if isinstance(config, FolderOptions):
+        out, images = config.out.resolve(), config.images.resolve()
         if out == images or images in out.parents:
             raise ValueError(
-                f"out {self.out}: lies in {self.images}, among the pictures to be read; choose a folder elsewhere"
+                f"out {config.out}: lies in {config.images}, among the pictures to be read; choose a folder elsewhere"
             )
         for written in (out / "aligned", out / "pictures"):
             if written == images or written in images.parents:
-                raise ValueError(f"out {self.out}: would overwrite {self.images}; choose another")
-        return super().open()
+                raise ValueError(f"out {config.out}: would overwrite {config.images}; choose another")
+    return open_aligner(config.aligner, config.device, config.iterations, config.flips)
 
 
-@dataclass(frozen=True)
-class WarpedOptions(FolderOptions):
-    """What every command that shows aligned pictures takes."""
-
-    padding: Literal["trained", "border", "reflection", "zeros"] = "trained"
-    """what a picture shows beyond its edges; trained: as in training"""
-
-    def shown(self, aligner: Aligner) -> tuple[int, str]:
-        """Height and width of aligned pictures, and the padding."""
-        padding = aligner.facts["padding"] if self.padding == "trained" else self.padding
-        return self.size or aligner.config.input_size, padding
-
-
-@dataclass(frozen=True)
-class AlignConfig(WarpedOptions):
-    """Align a folder of pictures: OUT/aligned, OUT/grid.png, OUT/average.png, OUT/alignment.jsonl."""
-
-
-@dataclass(frozen=True)
-class AverageConfig(WarpedOptions):
-    """The average of a folder's aligned pictures, to draw on: OUT/average.png, one for each cluster."""
-
-    out: Path = Path("runs/average")
-    """where to write"""
-    keep: Annotated[float, Interval(gt=0, le=1, wanted="a share above 0, at most 1")] = 1.0
-    """share of the pictures that count, those with the smoothest flows"""
-
-
-@dataclass(frozen=True)
-class PropagateConfig(FolderOptions):
-    """What is drawn on the average aligned picture, in every picture of a folder: OUT/pictures, or OUT/points.json."""
-
-    out: Path = Path("runs/propagated")
-    """where to write"""
-    edit: Path | None = None
-    """RGBA picture of the size of average.png: what to lay over it"""
-    points: Path | None = None
-    """JSON list of [x, y] in pixels of average.png, the centre of the first pixel at 0"""
-    cluster: int = 0
-    """whose average was drawn on; pictures of others stay as they are"""
-
-
-@dataclass(frozen=True)
-class CorrespondConfig(UseOptions):
-    """Points of one picture in another: OUT/matches.png, OUT/matches.json."""
-
-    out: Path = Path("runs/matches")
-    """where to write"""
-    source: Path = Path("a.png")
-    """picture to take points from"""
-    target: Path = Path("b.png")
-    """picture to find them in"""
-    points: Path | None = None
-    """JSON list of [x, y] in pixels of the source; default: a grid of them"""
-    spacing: Annotated[int, Ge(1)] = 8
-    """points of that grid a side"""
+def _shown(config: WarpedOptions, aligner: Aligner) -> tuple[int, str]:
+    """Height and width of aligned pictures, and the padding."""
+    padding = aligner.facts["padding"] if config.padding == "trained" else config.padding
+    return config.size or aligner.config.input_size, padding
 
 
 def write_aligned(config: AlignConfig) -> dict[str, Any]:
@@ -130,10 +60,11 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
 
     Raises ValueError or OSError for what is no aligner, or a folder none of whose pictures can be read.
     """
-    aligner, options = config.open()
-    size, padding = config.shown(aligner)
+    aligner, options = _open(config)
+    size, padding = _shown(config, aligner)
     folder, found = _aligned(aligner, config, options)
-    averages, rows, cells = Averages(heads=aligner.config.heads), [], []
+    averages, rows = Averages(heads=aligner.config.heads), []
+    cells: list[tuple[Tensor, Tensor]] = []
     for i, picture in folder.again():
         warp = found.warp.select([i])
         image = warped(picture, warp, size, padding)
@@ -156,7 +87,7 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
     write_png(config.out / "grid.png", image_grid(to_uint8(torch.cat(columns)), columns=len(cells)))
     files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
     paths = {name: str(config.out / file) for name, file in files.items()}
-    return _told(paths | averages.write(config.out)) | {"pictures": len(rows)}
+    return _reported(paths | averages.write(config.out)) | {"pictures": len(rows)}
 
 
 def write_average(config: AverageConfig) -> dict[str, Any]:
@@ -164,12 +95,12 @@ def write_average(config: AverageConfig) -> dict[str, Any]:
 
     Raises ValueError for a part of what a transformer without flow aligned, else as `write_aligned`.
     """
-    aligner, options = config.open()
+    aligner, options = _open(config)
     if config.keep < 1 and aligner.transformer.flow is None:
         raise ValueError(
             f"keep {config.keep}: a transformer without flow has no measure of which fit; leave --keep out, or pass 1"
         )
-    size, padding = config.shown(aligner)
+    size, padding = _shown(config, aligner)
     folder, found = _aligned(aligner, config, options)
     kept = smoothest(found, config.keep)
     averages = Averages(heads=aligner.config.heads)
@@ -177,7 +108,7 @@ def write_average(config: AverageConfig) -> dict[str, Any]:
         if i in kept:
             warp = found.warp.select([i])
             averages.add(int(found.cluster[i]), warped(picture, warp, size, padding), warp)
-    return _told(averages.write(config.out))
+    return _reported(averages.write(config.out))
 
 
 def smoothest(found: Alignment, share: float) -> set[int]:
@@ -197,7 +128,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
     """
     if (config.edit is None) == (config.points is None):
         raise ValueError("propagate: expected one of --edit PICTURE and --points FILE")
-    aligner, options = config.open()
+    aligner, options = _open(config)
     size = config.size or aligner.config.input_size
     if not 0 <= config.cluster < aligner.config.heads:
         raise ValueError(f"cluster {config.cluster}: expected 0 to {aligner.config.heads - 1}")
@@ -211,6 +142,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
         )
     if edit is not None:
         return _edited(config.out / "pictures", edit, set(here), folder, found)
+    assert points is not None
     places = {}
     for i in here:
         seen, mapped = folder.seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
@@ -219,7 +151,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
             "inside": mapped.inside[0].tolist(),
         }
     write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
-    return _told({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
+    return _reported({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
 
 
 def _edited(
@@ -231,7 +163,7 @@ def _edited(
         if i in here:
             image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
         write_png(out / folder.seen[i].png, to_uint8(image)[0])
-    return _told({"pictures": str(out)}) | {"edited": edited}
+    return _reported({"pictures": str(out)}) | {"edited": edited}
 
 
 def write_matches(config: CorrespondConfig) -> dict[str, Any]:
@@ -239,7 +171,7 @@ def write_matches(config: CorrespondConfig) -> dict[str, Any]:
 
     Raises ValueError for pictures of different clusters, else as `write_aligned`.
     """
-    aligner, options = config.open()
+    aligner, options = _open(config)
     source, target = read_picture(config.source), read_picture(config.target)
     here, there = (align_pictures(aligner, [picture], **options) for picture in (source, target))
     if config.points is None:
@@ -260,7 +192,7 @@ def write_matches(config: CorrespondConfig) -> dict[str, Any]:
     ends = points[0, reliable], found.points[0, reliable]
     picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
     write_bytes(config.out / "matches.png", picture)
-    return _told({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
+    return _reported({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
 
 
 class Averages:
@@ -339,7 +271,7 @@ def _corners(found: Alignment, index: int) -> Float[Tensor, "4 2"]:
     return found.warp.select([index]).map_points(corners).points[0]
 
 
-def _told(files: dict[str, str]) -> dict[str, Any]:
+def _reported(files: dict[str, str]) -> dict[str, Any]:
     for name, path in files.items():
         echo(f"{name}: {path}")
     return files

@@ -1,6 +1,7 @@
-"""The target of an alignment: a learned point c of the generator's W space, and what an image shares with it.
+"""Modes: the target of an alignment is a learned point c of the generator's W space.
 
-c moves along a few principal directions of W only, which keeps its image a likely one.  [thesis 4.3.1, equation 4.4]
+c moves along a few principal directions of W only, which keeps its image a likely one; `mixed` gives an image its pose.
+[thesis 4.3.1, equation 4.4]
 """
 
 import hashlib
@@ -78,6 +79,10 @@ class Mode(nn.Module):
     images choose among modes, 0 unless `even_out` is called.
     """
 
+    origins: Float[Tensor, "modes w"]
+    components: Float[Tensor, "N w"]
+    handicap: Float[Tensor, " modes"]
+
     def __init__(self, directions: Directions, modes: int = 1) -> None:
         super().__init__()
         if modes < 1:
@@ -102,8 +107,8 @@ class Mode(nn.Module):
     def even_out(self, shares: Float[Tensor, " modes"], pull: float) -> None:
         """Make modes that had more than an equal share of a batch less attractive, and others more.
 
-        Modes whose images are easily met, of little ink say, otherwise take everything. As experts are balanced without a loss
-        of their own.  [Wang et al. 2024, "Auxiliary-loss-free load balancing"]
+        Otherwise modes whose images are easily matched, such as those of little ink, take everything. Experts are balanced in
+        this way, without an auxiliary loss.  [Wang et al. 2024, "Auxiliary-loss-free load balancing"]
         """
         self.handicap += pull * (shares.to(self.handicap) * len(self.handicap) - 1)
 
@@ -151,12 +156,12 @@ def _fit(generator: Generator, n_samples: int, seed: int) -> Directions:
     for i in range(portions):
         part = range(n_samples * i // portions, n_samples * (i + 1) // portions)
         model.partial_fit(sampled_styles(generator, part, seed).double().cpu().numpy())
-    found = (model.mean_, model.components_[:dim], model.explained_variance_[:dim] ** 0.5)
-    return Directions(*(torch.from_numpy(values).float() for values in found))
+    fitted = (model.mean_, model.components_[:dim], model.explained_variance_[:dim] ** 0.5)
+    return Directions(*(torch.from_numpy(values).float() for values in fitted))
 
 
 def _key(generator: Generator, n_samples: int, seed: int) -> str:
-    """What a fitted result depends on, hashed; of the generator, its mapping network alone."""
+    """Hash of everything the result depends on; of the generator, that is its mapping network alone."""
     weights = {name: value for name, value in generator.mapping.state_dict().items() if name != "w_avg"}
     sha256 = checkpoint.digest(weights)
     facts = {"mapping_sha256": sha256, "n_samples": n_samples, "seed": seed, "recipe": [RECIPE, CHUNK]}
@@ -164,7 +169,7 @@ def _key(generator: Generator, n_samples: int, seed: int) -> str:
 
 
 def _read(path: Path, key: str) -> Directions | None:
-    """A kept result; None where there is none, or a damaged one, which is then replaced."""
+    """The cached result; None where there is none, or it is damaged, and then replaced."""
     try:
         tensors, state = checkpoint.read(path)
     except (FileNotFoundError, ValueError):

@@ -76,9 +76,9 @@ class Objective:
         counters: Sequence[int],
         stream: str = "align",
     ) -> Images:
-        """The pose of c, or of a point on the way to it, with the appearance of w, as small as what is compared with them.
+        """Targets: the pose of c, or of a point on the way to it, with the appearance of w, reduced to the input size.
 
-        Noise is drawn again: shared, it would tell the transformer where things lay.
+        Noise is drawn anew: if it were shared with the input, it would betray where things lay.
         """
         ws = mixed(w, c, num_ws=self.generator.num_ws, cutoff=self.config.cutoff, psi=psi)
         return reduced(self._images(ws, counters, f"{stream}/target-noise"), self.config.input_size)
@@ -94,7 +94,7 @@ class Objective:
         counters: Sequence[int],
         stream: str = "align",
     ) -> Terms:
-        """What aligning images to the clusters chosen for them costs."""
+        """Loss terms of aligning images to the clusters chosen for them."""
         images = choice.turned(images)
         aligned = transformer(images, iterations=self.config.iterations, head=choice.cluster)
         size = (self.config.input_size, self.config.input_size)
@@ -115,11 +115,11 @@ class Objective:
         counters: Sequence[int],
         stream: str = "align",
     ) -> Choice:
-        """The cluster, and side, to which each image comes nearest: the minimum of equation 4.6, and what its gradient is of.
+        """The cluster and side (mirrored or not) to which each image comes nearest: the minimum in equation 4.6.
 
-        Up to rounding, the distances are those of `terms` for every cluster in turn; what an image has in common with itself in
-        other clusters is computed once. With `assignment` "similarity" they are those without the flow, with "descriptor" those of
-        the images' descriptions to the centres of groups.
+        Up to rounding, the distances are those of `terms` for every cluster in turn; what they share is computed once. With
+        `assignment` "similarity" they are distances without the flow, with "descriptor" those of the images' descriptions to the
+        centres of groups.
         """
         n, clusters, config = len(images), self.config.clusters, self.config
         sides = (images, images.flip(3)) if config.flips else (images,)
@@ -132,18 +132,18 @@ class Objective:
         centres = mode(torch.arange(clusters, device=images.device)).repeat(n, 1)
         again = [counter for counter in counters for _ in range(clusters)]
         targets = self.targets(w.repeat_interleave(clusters, 0), centres, psi, again, stream)
-        with_flow, found = config.assignment == "whole", []
+        with_flow, distances = config.assignment == "whole", []
         for side in sides:
             warp = transformer(side, iterations=config.iterations, with_flow=with_flow).warp
             warped = warp.sample(side.repeat_interleave(clusters, 0), size, padding=config.padding)
-            found.append(self.distance(warped, targets).view(n, clusters))
-        best = (torch.cat(found, 1) * mode.handicap.exp().repeat(len(sides))).argmin(1)
+            distances.append(self.distance(warped, targets).view(n, clusters))
+        best = (torch.cat(distances, 1) * mode.handicap.exp().repeat(len(sides))).argmin(1)
         return Choice(best % clusters, best >= clusters)
 
     def loss(
         self, transformer: SpatialTransformer, mode: Mode, counters: Sequence[int], images_seen: int
     ) -> dict[str, Tensor]:
-        """Mean loss of some counters ("loss", to be differentiated), what it is made of, and how they spread over clusters."""
+        """Mean "loss" over some samples, to be differentiated; its terms; and the samples' shares of the clusters."""
         psi = psi_schedule(images_seen, self.config.psi_images)
         w, images = self.samples(counters)
         choice = self.choose(transformer, mode, w, images, psi, counters)

@@ -45,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is kept of a picture that was read once: its name, that of a PNG made of it, and its (height, width)."""
+    """What is remembered of a picture: its name, the name of a PNG made of it, and its (height, width)."""
 
     name: str
     png: str
@@ -53,9 +53,9 @@ class Seen:
 
 
 class Folder:
-    """A folder's pictures in the order of their names; what cannot be read is left out, and listed in `unreadable`.
+    """A folder's pictures in the order of their names; those that cannot be read are left out, and listed in `unreadable`.
 
-    Iterated, it reads one picture after another; `seen` then holds those that could be read. limit: the first so many only.
+    Iteration reads one picture after another; afterwards `seen` lists those that could be read. limit: how many, from the first.
     Raises FileNotFoundError for no folder, ValueError for one without pictures.
     """
 
@@ -79,9 +79,9 @@ class Folder:
             yield picture
 
     def again(self) -> Iterator[tuple[int, Picture]]:
-        """Those in `seen`, read once more, each with its number there; what went or changed meanwhile is said, and left out.
+        """The pictures in `seen`, read once more, each with its index there.
 
-        Raises ValueError where nothing is left.
+        Pictures that vanished or changed meanwhile are reported and left out. Raises ValueError where none is left.
         """
         left = 0
         for number, seen in enumerate(self.seen):
@@ -99,7 +99,7 @@ class Folder:
             raise ValueError(f"{self.source.root}: none of {len(self.seen):,} pictures could be read a second time")
 
     def complain(self) -> None:
-        """Say which pictures were left out. Raises ValueError where none could be read."""
+        """Report which pictures were left out. Raises ValueError where none could be read."""
         if not self.seen:
             raise ValueError(f"none of {len(self.names):,} pictures can be read; the first: {self.unreadable[0]}")
         for line in self.unreadable:
@@ -107,7 +107,7 @@ class Folder:
 
 
 def png_names(names: Sequence[str]) -> list[str]:
-    """What PNGs made of files are called, each differently: of a.jpg a.png, or a.jpg.png beside another that would be a.png."""
+    """Distinct names of PNGs made of files: a.png for a.jpg, or a.jpg.png where another file would become a.png too."""
     short = [Path(name).with_suffix(".png").as_posix() for name in names]
     count, long = Counter(short), {f"{name}.png" for name in names}
     return [
@@ -139,9 +139,9 @@ def squared(images: Float[Tensor, "n 3 height width"]) -> tuple[Float[Tensor, "n
 def align_pictures(
     aligner: Aligner, pictures: Iterable[Picture], *, iterations: int = 1, flips: bool = False, at_once: int = 64
 ) -> Alignment:
-    """Warps from congealed coordinates to those of each picture, of which only its reduced square is kept. Sizes may differ.
+    """Warps from congealed coordinates to those of each picture; sizes may differ.
 
-    Raises ValueError for no pictures.
+    Pictures are taken one at a time, and only their reduced squares kept. Raises ValueError for no pictures.
     """
     seen, ways = [], []
     for picture in pictures:  # one at a time: whole photographs take hundreds of megabytes each
@@ -245,7 +245,7 @@ def _options(aligner: Aligner, iterations: int | None, flips: bool | None) -> di
 
 
 def align_folder(aligner: Aligner, folder: Folder, **options: Any) -> Alignment:
-    """`align_pictures` of `folder.seen`; says what cannot be read. Raises ValueError where nothing can."""
+    """`align_pictures` of a folder's pictures; reports those that cannot be read. Raises ValueError where none can."""
 
     def pictures() -> Iterator[Picture]:
         yield from folder
@@ -260,7 +260,7 @@ def warped(picture: Picture, warp: Warp, size: int, padding: str) -> Float[Tenso
 
 
 def _no_larger(picture: Picture, side: int) -> Float[Tensor, "1 3 new_height new_width"]:
-    """Photographs are brought near the output's size first: the sampler's pyramid ends at 5.7 times it. Warps fit any size."""
+    """A picture reduced to about the output's size: the sampler's pyramid ends at 5.7 times it, and a warp fits any size."""
     height, width = picture.size
     share = side / max(height, width)
     if share >= 1:

@@ -9,79 +9,20 @@ and a similarity is one of that.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.fields import Checked, Ge, Interval
 
+from triptych_gangealing.config import SMALLEST, SpatialTransformerConfig
 from triptych_gangealing.stylegan2.layers import Conv2d, FullyConnected
 from triptych_gangealing.warp import Affine, Flow, Warp
 
 Images = Float[Tensor, "n channels height width"]
 Delta = Float[Tensor, "n 2 rows columns"]
-SMALLEST = 4  # pixels of the feature maps that the similarity network ends with
-
-
-@dataclass(frozen=True)
-class SpatialTransformerConfig(Checked):
-    """Shape of a spatial transformer."""
-
-    input_size: int = 128
-    """height and width of what the networks see, a power of two; images of other sizes are resampled to it"""
-    channel_max: Annotated[int, Ge(1)] = 512
-    """feature maps from a quarter of input_size down"""
-    channel_multiplier: Annotated[float, Interval(gt=0, lt=math.inf, wanted="a positive number")] = 0.5
-    """scales the feature maps above: channel_max / 2 at half of input_size and channel_max / 4 at input_size, times this"""
-    heads: Annotated[int, Ge(1)] = 1
-    """warps of each image: one for each cluster"""
-    transforms: tuple[Literal["similarity", "flow"], ...] = ("similarity", "flow")
-    """networks, in the order in which they look at the image; either may stand alone"""
-    flow_size: int = 16
-    """height and width of the grid of displacements that the flow network predicts, a power of two"""
-    flow_upsampling: Annotated[int, Ge(1)] = 8
-    """how many times finer the flow is than that grid"""
-    flow_unit_factor: Annotated[float, Interval(gt=0, lt=math.inf, wanted="a positive number")] = 1.0
-    """scales the flow; 8 as in the released code, which takes its normalised units for cells of the coarse grid"""
-    flow_padding: Literal["replicate", "zeros"] = "replicate"
-    """displacements beyond the coarse grid; zeros, as in the released code, shrink those at borders and more so in corners"""
-    padding: Literal["border", "reflection", "zeros"] = "border"
-    """what the flow network, and the similarity network when it looks again, see beyond the image"""
-    image_channels: Annotated[int, Ge(1)] = 3
-    """colours of the images"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.transforms not in (("similarity",), ("flow",), ("similarity", "flow")):
-            raise ValueError(f"transforms {self.transforms}: expected similarity, flow, or both in this order")
-        if self.input_size.bit_count() != 1 or self.input_size <= SMALLEST:
-            raise ValueError(f"input_size {self.input_size}: expected a power of two, at least {2 * SMALLEST}")
-        if self.flow_size.bit_count() != 1 or not SMALLEST <= self.flow_size <= self.input_size:
-            raise ValueError(
-                f"flow_size {self.flow_size}: expected a power of two from {SMALLEST} to the input_size, {self.input_size}"
-            )
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> "SpatialTransformerConfig":
-        """The config whose `dataclasses.asdict` went through JSON, which knows no tuples."""
-        return cls(**{**facts, "transforms": tuple(facts["transforms"])})
-
-    def channels_at(self, size: int) -> int:
-        """Feature maps `size` pixels high and wide."""
-        coarser = 4 * size / self.input_size
-        return self.channel_max if coarser <= 1 else max(1, int(self.channel_max * self.channel_multiplier / coarser))
-
-
-PRESETS: dict[str, SpatialTransformerConfig] = {
-    "paper": SpatialTransformerConfig(),  # 22.42M and 20.63M parameters
-    "digits32": SpatialTransformerConfig(  # 0.07M and 0.12M
-        input_size=32, channel_max=32, channel_multiplier=2.0, flow_size=8, flow_upsampling=4
-    ),
-}
 
 
 class Similarity(NamedTuple):
@@ -108,10 +49,10 @@ class Similarity(NamedTuple):
 
 @dataclass(frozen=True)
 class Aligned:
-    """Warps of n images, or of n x heads: those of an image in turn, then those of the next.
+    """Warps of n images; or of n x heads, all heads of an image, then all of the next.
 
-    similarity: what the similarity network found, all iterations together. delta: what the flow network did, as the warp's Flow
-    has it, in normalised units. Either is None where the transformer has no such network.
+    similarity: all iterations of the similarity network together. delta: the flow network's displacements, in normalised units,
+    as the warp's Flow has them. Either is None where the transformer has no such network.
     """
 
     warp: Warp
@@ -158,7 +99,7 @@ class SpatialTransformer(nn.Module):
     def align_flips(
         self, images: Images, *, iterations: int = 1, head: Int[Tensor, " n"] | None = None
     ) -> tuple[Aligned, Bool[Tensor, " rows"]]:
-        """Warps of the images or of their mirror images, whichever's flow is smoother, and which were mirrored.
+        """Warps of the images or of their mirror images, whichever have the smoother flow, and which were mirrored.
 
         The warps lead to the original images either way; of a mirrored one, similarity and delta are of its mirror image.
         Raises as `forward`, and ValueError without a flow network.
@@ -203,7 +144,7 @@ class SpatialTransformer(nn.Module):
 
 
 class ClusterClassifier(nn.Module):
-    """Images to logits over classes: by default one for each head of a transformer, whose similarity trunk this repeats."""
+    """Images to logits over classes, by a network like the transformer's similarity trunk; by default one class for each head."""
 
     def __init__(self, config: SpatialTransformerConfig, num_classes: int | None = None) -> None:
         super().__init__()
@@ -254,7 +195,7 @@ def _huber(steps: Delta) -> Float[Tensor, " n"]:
 
 
 class Residual(nn.Module):
-    """The block of StyleGAN2's discriminator, which halves height and width, or not."""
+    """The residual block of StyleGAN2's discriminator; with "down" it halves height and width."""
 
     def __init__(self, channels: int, after: int, resample: Literal["same", "down"] = "down") -> None:
         super().__init__()
@@ -306,7 +247,7 @@ class SimilarityNetwork(nn.Module):
 
 
 class FlowNetwork(nn.Module):
-    """Images of `input_size` to displacements in normalised units: of one head each, or of all heads in turn."""
+    """Images of `input_size` to displacements in normalised units: by one head for each image, or by all heads in turn."""
 
     def __init__(self, config: SpatialTransformerConfig) -> None:
         super().__init__()
@@ -317,7 +258,7 @@ class FlowNetwork(nn.Module):
             Conv2d(channels, channels, 3, activation="lrelu"),
         )
         self.delta = _two_convolutions(channels, 2 * config.heads)
-        nn.init.zeros_(self.delta[-1].weight)
+        nn.init.zeros_(self.delta.get_parameter("1.weight"))
         self.mask = _two_convolutions(channels, 9 * config.flow_upsampling**2 * config.heads)
 
     def forward(self, images: Images, head: Int[Tensor, " n"] | None) -> Float[Tensor, "rows 2 fine_height fine_width"]:
@@ -350,5 +291,5 @@ def convex_upsample(
 
 
 def chosen(values: Float[Tensor, "n heads *rest"], head: Int[Tensor, " n"] | None) -> Float[Tensor, "rows *rest"]:
-    """Of each image the values of its head, or those of all heads in turn."""
+    """The values of each image's head; without heads, of all heads in turn."""
     return values.flatten(0, 1) if head is None else values[torch.arange(len(values), device=values.device), head]

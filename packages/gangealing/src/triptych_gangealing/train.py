@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,11 +16,11 @@ from triptych_common.training import Batch, TrainState, is_due, open_run, summar
 
 from triptych_gangealing.aligner import FILE, Aligner, write_aligner
 from triptych_gangealing.clustering import start, train_classifier
-from triptych_gangealing.encoders.descriptor import open_groups
-from triptych_gangealing.encoders.perceptual import open_distance
+from triptych_gangealing.encoders.descriptor import Groups
+from triptych_gangealing.encoders.perceptual import Encoder, open_distance
 from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Objective
-from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
+from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train_config import AlignTrainConfig
@@ -37,7 +37,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
     generator = load_generator(config.generator)
     distance = open_distance(config.distance, weights=config.distance_weights)
     with process_group(config.device) as ranks:
-        generator, distance = (network.to(ranks.device, config.dtype) for network in (generator, distance))
+        generator, distance = generator.to(ranks.device, config.dtype), distance.to(ranks.device, config.dtype)
         objective = Objective(config, generator, distance)
         facts = {"generator": digest_of(generator), "distance": digest_of(distance)}
         with open_run(config, ranks, facts) as run:
@@ -45,10 +45,10 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
             for batch in training_steps(config, state, run, on_step=make_snapshots(objective, run.path)):
                 step(objective, state, batch)
             metrics = summary(run)
-        transformer, mode = state.ema["transformer"], state.ema["mode"]
-        classifier = objective.groups
+        transformer, mode = parts_of(state.ema)
+        classifier: ClusterClassifier | Groups | None = objective.groups
         if config.clusters > 1 and classifier is None:
-            # In a folder of this length of training: prolonged, the transformer has clusters of its own.
+            # The folder names the length of training: after a longer one the clusters are others.
             folder = config.out / "classifier" / f"images-{state.samples_seen:09d}"
             classifier = train_classifier(objective, transformer, mode, folder, ranks)
         path = config.out / FILE
@@ -60,7 +60,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
 
 def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     """One optimiser step of transformer and modes."""
-    transformer, mode = state.model["transformer"], state.model["mode"]
+    transformer, mode = parts_of(state.model)
     seen = state.samples_seen
     totals = state.accumulate(
         batch, objective.config.micro_batch, lambda counters: objective.loss(transformer, mode, counters, seen)
@@ -70,6 +70,12 @@ def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     totals["smallest_cluster"], totals["largest_cluster"] = shares.min(), shares.max()
     _, finite = state.optimise()
     state.count(batch, totals, finite)
+
+
+def parts_of(model: nn.Module) -> tuple[SpatialTransformer, Mode]:
+    """Transformer and modes, of what is being trained or of its average."""
+    parts = cast(nn.ModuleDict, model)
+    return cast(SpatialTransformer, parts["transformer"]), cast(Mode, parts["mode"])
 
 
 def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
@@ -83,9 +89,11 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
     ranks.barrier()
     directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     if config.assignment == "descriptor" and config.clusters > 1:
+        from triptych_gangealing.encoders.groups import open_groups  # what others train needs no SimCLR
+
         objective.groups = open_groups(
-            generator, objective.distance.trunk, clusters=config.clusters, images=config.descriptor_images, seed=config.seed,
-            folder=folder, ranks=ranks,
+            generator, cast(Encoder, objective.distance.trunk), clusters=config.clusters, images=config.descriptor_images,
+            seed=config.seed, folder=folder, ranks=ranks,
         )  # fmt: skip
     mode = Mode(directions, config.clusters)
     mode.begin(**start(objective, directions, ranks, folder))
@@ -112,20 +120,24 @@ def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState],
 
     @torch.inference_mode()
     def snapshot(state: TrainState) -> None:
-        seen, every = state.samples_seen, config.snapshot_every
-        due = is_due(seen, every=every, batch_size=config.batch_size, total_samples=config.total_images)
+        due = is_due(
+            state.samples_seen,
+            every=config.snapshot_every,
+            batch_size=config.batch_size,
+            total_samples=config.total_images,
+        )
         if not state.ranks.is_main or not due:
             return
-        transformer, mode = state.ema["transformer"], state.ema["mode"]
+        transformer, mode = parts_of(state.ema)
         counters = range(SHOWN)
         w, images = objective.samples(counters, "shown")
         choice = objective.choose(transformer, mode, w, images, 0.0, counters, "shown")
-        seen = choice.turned(images)
+        turned = choice.turned(images)
         size = (config.input_size, config.input_size)
-        warp = transformer(seen, iterations=config.iterations, head=choice.cluster).warp
+        warp = transformer(turned, iterations=config.iterations, head=choice.cluster).warp
         rows = [
             reduced(images, config.input_size),
-            warp.sample(seen, size, padding=config.padding),
+            warp.sample(turned, size, padding=config.padding),
             objective.targets(w, mode(choice.cluster), 0.0, counters, "shown"),
         ]
         grid = image_grid(to_uint8(torch.cat(rows)).cpu(), columns=SHOWN)
@@ -135,12 +147,12 @@ def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState],
 
 
 def digest_of(network: Generator | nn.Module) -> str:
-    """Of its weights."""
+    """Digest of its weights."""
     return checkpoint.digest(network.state_dict())
 
 
 def facts_of(config: AlignTrainConfig, digests: dict[str, str]) -> dict[str, Any]:
-    """What an aligner says of itself."""
+    """Facts about its training that an aligner's file carries."""
     return {
         **digests,
         "seed": config.seed,

@@ -3,14 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-import torch
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
 
-from triptych_gangealing.encoders.descriptor import POOL
-from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
+from triptych_gangealing.config import DESCRIPTOR_POOL, SpatialTransformerConfig
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,10 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
                 f"iterations {self.iterations}, transforms {self.transforms}: only the similarity network looks repeatedly; pass "
                 "--iterations 1"
             )
-        if self.assignment == "descriptor" and self.clusters > max(1, min(POOL, self.descriptor_images)):
+        if self.assignment == "descriptor" and self.clusters > max(1, min(DESCRIPTOR_POOL, self.descriptor_images)):
             raise ValueError(
                 f"clusters {self.clusters}, descriptor_images {self.descriptor_images}: groups are sought among so many images, at "
-                f"most {POOL}; pass --descriptor-images {self.clusters} or more, or fewer --clusters"
+                f"most {DESCRIPTOR_POOL}; pass --descriptor-images {self.clusters} or more, or fewer --clusters"
             )
         if self.assignment == "descriptor" and not self.distance.startswith("simclr:"):
             raise ValueError(
@@ -138,7 +136,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
             channel_max=self.channel_max,
             channel_multiplier=self.channel_multiplier,
             heads=self.clusters,
-            transforms=tuple(self.transforms.split(",")),
+            transforms=cast(Any, tuple(self.transforms.split(","))),
             flow_size=self.flow_size,
             flow_upsampling=max(1, self.input_size // self.flow_size),
             padding=self.padding,
@@ -146,12 +144,16 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
+        import torch
+
+        from triptych_gangealing.spatial_transformer import SpatialTransformer
+
         with torch.device("meta"):
             network = SpatialTransformer(self.transformer())
         return super().resolved() | {"parameters": sum(p.numel() for p in network.parameters())}
 
 
-# What the released scripts train the thesis's data sets with, and what its Table 4.1 has for cats; see cat-ssl.
+# Settings of the released scripts for the thesis's data sets; for cats, see also cat-ssl.  [thesis 4.4, Table 4.1]
 _LPIPS = AlignTrainConfig(distance="lpips", tv_weight=2500.0)
 _BORDER = replace(_LPIPS, padding="border")
 
@@ -193,7 +195,7 @@ PRESETS: dict[str, AlignTrainConfig] = {
     ),
     "horse": replace(_LPIPS, out=Path("runs/align-horse"), generator="horse.pkl", clusters=4, flips=True),
 }
-PRESETS["cat-ssl"] = replace(  # where Table 4.3 starts from
+PRESETS["cat-ssl"] = replace(  # the ablations start from it  [thesis Table 4.3]
     PRESETS["cat"], out=Path("runs/align-cat-ssl"), distance="ssl-vgg", tv_weight=1000.0
 )
 PRESETS["digits32-all"] = replace(

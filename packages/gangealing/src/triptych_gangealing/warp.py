@@ -30,7 +30,7 @@ class Mapped(NamedTuple):
     points: Float[Tensor, "n k 2"]  # normalised
     residual: Float[Tensor, "n k"]  # of inverse flows, the largest: how far from the point asked for, normalised
     converged: Bool[Tensor, "n k"]
-    """residual at most TOLERANCE: this is an answer. Where a flow folds there are several, and it is one of them"""
+    """residual at most TOLERANCE. Where a flow folds there are several solutions, and this is one of them"""
     inside: Bool[Tensor, "n k"]  # of the image they arrive in, edges included
 
 
@@ -87,7 +87,7 @@ class Warp:
         return cls(tuple(_joined(stages) for stages in columns))
 
     def select(self, indices: Int[Tensor, " m"] | Bool[Tensor, " n"] | Sequence[int] | slice) -> "Warp":
-        """Those of some of the images."""
+        """Warps of some of the images."""
         return self._map_tensors(lambda x: x[indices])
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Warp":
@@ -108,21 +108,22 @@ class Warp:
         return Warp(tuple(stage.inverse() for stage in reversed(self.stages)))
 
     def mirror(self) -> "Warp":
-        """For an image, where this warp is for the image flipped left to right."""
+        """The warp for an image, where this one is for the image flipped left to right."""
         flip = torch.eye(2, 3, dtype=self.stages[0].tensor.dtype, device=self.stages[0].tensor.device)
         flip[0, 0] = -1
         return Warp((*self.stages, Affine(flip.repeat(len(self), 1, 1))))
 
     def resize(self, size: Size) -> "Warp":
-        """With flows on a grid of (height, width) cells. No image needs it: a warp fits every resolution as it is."""
+        """The warp with flows on a grid of (height, width) cells. Sampling needs none of it: a warp fits every resolution."""
         return Warp(tuple(stage if isinstance(stage, Affine) else stage.resize(size) for stage in self.stages))
 
     def grid(self, size: Size) -> Float[Tensor, "n h w 2"]:
         """Where each pixel of an output of (height, width) comes from."""
         start = centres(size, self.stages[0].tensor).view(1, -1, 2).expand(len(self), -1, -1)
         first, *rest = self.stages
-        whole = isinstance(first, Flow) and first.size == tuple(size)  # asked at the centres of its cells
-        points = start + first.delta.flatten(2).mT if whole else first(start)
+        # Where a flow is asked at the centres of its own cells, nothing is interpolated.
+        exact = isinstance(first, Flow) and first.size == tuple(size)
+        points = start + first.tensor.flatten(2).mT if exact else first(start)
         for stage in rest:
             points = stage(points)
         return points.unflatten(1, tuple(size))
@@ -142,11 +143,11 @@ class Warp:
         """
         if len(images) != len(self):
             raise ValueError(f"{len(images)} images for {len(self)} warps: expected one each; select or repeat")
-        grid = self.grid(tuple(images.shape[2:]) if size is None else size)
+        height, width = images.shape[2:]
+        grid = self.grid((height, width) if size is None else size)
         dtype = torch.promote_types(images.dtype, grid.dtype)
         source, grid = images.to(dtype), grid.to(dtype)
         if antialias:
-            height, width = images.shape[2:]
             level = pyramid_levels(grid[..., 0] * (width / 2), grid[..., 1] * (height / 2))
             out = sample_pyramid(source, grid, level, padding)
         else:
@@ -236,7 +237,7 @@ class Affine:
     ) -> "Affine":
         """A turn by `rotation` (radians, from x towards y) and a magnification by exp(log_scale), then a shift.
 
-        Of the coordinates: what is seen is turned and moved the other way, and made smaller.
+        This acts on coordinates: what an image shows is turned and moved the other way, and made smaller.
         """
         scale = log_scale.exp()
         a, b = scale * rotation.cos(), scale * rotation.sin()
@@ -327,17 +328,17 @@ class InverseFlow:
         return self.solve(points)[0]
 
     def solve(self, points: Points) -> tuple[Points, Float[Tensor, "n k"]]:
-        """p, and how far p + delta(p) is from q.
+        """The point p with p + delta(p) = q, and how far p + delta(p) is from q.
 
-        The iteration is p <- p + s (q - p - delta(p)), with s = 1 where that brings it nearer, else half as much, and again:
-        it finds its way wherever the flow does not fold, and where it does, one of several answers, or none. A step with the
-        flow's slope at the end gives the last digits, and the derivatives of the implicit function.
+        The iteration is p <- p + s (q - p - delta(p)), with s halved until that brings it nearer. It converges wherever the
+        flow does not fold, and where it does, to one of several solutions, or none. A Newton step at the end gives the last
+        digits, and the derivatives of the implicit function.
         """
         with torch.no_grad():
             found, before = self._iterate(points)
             (a, b), (c, d) = (row.unbind(-1) for row in self.flow.jacobian(found).unbind(-2))
             determinant = a * d - b * c
-            regular = determinant > 1e-3  # not a fold, whose other side is no answer
+            regular = determinant > 1e-3  # beyond a fold, there is no solution
         x, y = (points - self.flow(found)).unbind(-1)
         step = torch.stack((d * x - b * y, a * y - c * x), dim=-1) / torch.where(regular, determinant, 1)[..., None]
         step = torch.where(regular[..., None], step, torch.stack((x, y), dim=-1))

@@ -10,52 +10,64 @@ from triptych_common.cli import Command, deferred, main
 def _collect() -> Command:
     from triptych_gpt.zoo.collect_config import PRESETS, CollectConfig
 
-    return Command(CollectConfig, deferred("triptych_gpt.zoo.collect:collect"), PRESETS)
+    preview = deferred("triptych_gpt.zoo.collect:preview")
+    return Command(CollectConfig, deferred("triptych_gpt.zoo.collect:collect"), PRESETS, preview=preview)
 
 
 def _info() -> Command:
-    return _command("InfoConfig", "triptych_gpt.zoo.inspect:info")
+    from triptych_gpt.settings import InfoConfig
+
+    return Command(InfoConfig, deferred("triptych_gpt.zoo.inspect:info"), {})
 
 
 def _verify() -> Command:
-    return _command("VerifyConfig", "triptych_gpt.zoo.inspect:verify")
+    from triptych_gpt.settings import VerifyConfig
+
+    return Command(VerifyConfig, deferred("triptych_gpt.zoo.inspect:verify"), {})
 
 
 def _export() -> Command:
-    return _command("ExportConfig", "triptych_gpt.zoo.inspect:export")
+    from triptych_gpt.settings import ExportConfig
+
+    return Command(ExportConfig, deferred("triptych_gpt.zoo.inspect:export"), {})
 
 
 def _import() -> Command:
-    return _command("ImportConfig", "triptych_gpt.zoo.lmdb_import:import_command")
+    from triptych_gpt.settings import ImportConfig
+
+    preview = deferred("triptych_gpt.zoo.lmdb_import:preview")
+    return Command(ImportConfig, deferred("triptych_gpt.zoo.lmdb_import:import_command"), {}, preview=preview)
 
 
 def _train() -> Command:
     from triptych_gpt.train_config import TRAIN_PRESETS, GptTrainConfig
 
-    return Command(GptTrainConfig, deferred("triptych_gpt.train:train"), TRAIN_PRESETS, default="laptop")
+    train, preview = deferred("triptych_gpt.train:train"), deferred("triptych_gpt.objective:plan")
+    return Command(GptTrainConfig, train, TRAIN_PRESETS, default="laptop", preview=preview)
 
 
 def _prompt() -> Command:
-    return _command("PromptConfig", "triptych_gpt.prompting:prompt_command")
+    from triptych_gpt.settings import PromptConfig
+
+    return Command(PromptConfig, deferred("triptych_gpt.prompting:prompt_command"), {})
 
 
 def _evaluate() -> Command:
-    return _command("EvaluateConfig", "triptych_gpt.evaluate:evaluate")
+    from triptych_gpt.settings import EvaluateConfig
+
+    return Command(EvaluateConfig, deferred("triptych_gpt.evaluate:evaluate"), {})
 
 
 def _audit() -> Command:
-    return _command("AuditConfig", "triptych_gpt.audit:audit_command")
+    from triptych_gpt.settings import AuditConfig
+
+    return Command(AuditConfig, deferred("triptych_gpt.audit:audit_command"), {})
 
 
 def _convert() -> Command:
-    return _command("ConvertConfig", "triptych_gpt.convert:convert")
+    from triptych_gpt.settings import ConvertConfig
 
-
-def _command(config: str, function: str) -> Command:
-    """A command without presets, by the name of its settings and where its function stands."""
-    from triptych_gpt import settings
-
-    return Command(getattr(settings, config), deferred(function), {})
+    return Command(ConvertConfig, deferred("triptych_gpt.convert:convert"), {})
 
 
 COMMANDS = {
@@ -87,13 +99,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     return main("triptych-gpt", COMMANDS, words)
 
 
-_warned: set[str] = set()
+_told: set[str] = set()
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as one line, shown once, without the place in the code."""
-    if str(message) not in _warned:
-        _warned.add(str(message))
+    """A warning as a line, once: where in the code it arose is nothing to its user."""
+    if str(message) not in _told:
+        _told.add(str(message))
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

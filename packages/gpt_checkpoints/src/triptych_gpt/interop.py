@@ -7,7 +7,7 @@ query, key and value are layers of their own there.
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +16,9 @@ from triptych_common.storage import foreign
 from triptych_gpt.config import GptConfig
 from triptych_gpt.model import Gpt
 from triptych_gpt.presets import PRESETS
+from triptych_gpt.settings import RELEASED
 from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, splits
 
-
-class Released(NamedTuple):
-    """What a released model's file does not say. scale: parameters are multiplied by it to be normalised; task: by name."""
-
-    scale: float
-    metric: str
-    better: Literal["lower", "higher"]
-    task: str
-
-
-RELEASED = {
-    "mnist_loss": Released(4.185, "test_loss", "lower", "mnist_mlp"),
-    "mnist_error": Released(4.185, "test_error", "lower", "mnist_mlp"),
-    "cifar10_loss": Released(1.646, "test_loss", "lower", "cifar_cnn"),
-    "cifar10_error": Released(1.646, "test_error", "lower", "cifar_cnn"),
-    "cartpole": Released(2.06, "train_return", "higher", "cartpole"),
-}
 _FREQUENCIES = "scalar_embedder.frequencies"
 
 

@@ -1,9 +1,9 @@
-"""The settings of sampling and of every command but collect and train: what a person types, checked. Imports no torch."""
+"""Settings of sampling and of every command but training: what a person types, checked. Imports no torch, so --help is quick."""
 
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from triptych_common import sampler_settings
 from triptych_common.cli import CommonOptions
@@ -24,7 +24,7 @@ class SamplerSettings(sampler_settings.SamplerSettings):
 
 @dataclass(frozen=True)
 class Options(CommonOptions):
-    """Options whose --dry-run prints them."""
+    """Options of a command whose --dry-run prints them."""
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}
@@ -32,7 +32,7 @@ class Options(CommonOptions):
 
 @dataclass(frozen=True)
 class SamplingOptions(Options):
-    """Options of commands that sample updates."""
+    """Options of commands that sample updates of a trained model."""
 
     model: Path = Path("runs/gpt")
     """the trained G.pt: a run folder, or a model file"""
@@ -43,22 +43,11 @@ class SamplingOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.settings  # noqa: B018 - SamplerSettings refuses what it does not know before anything is loaded
+        self.settings  # noqa: B018 - SamplerSettings refuses what it does not know, before anything is loaded
 
     @property
     def settings(self) -> SamplerSettings:
         return SamplerSettings(self.sampler, self.num_inference_steps)
-
-
-def parse_target(text: str) -> dict[str, float]:
-    """ "test_loss=0.3" as {"test_loss": 0.3}. Raises ValueError for anything else."""
-    name, equals, value = text.partition("=")
-    try:
-        if not (name and equals):
-            raise ValueError
-        return {name.strip(): float(value)}
-    except ValueError as error:
-        raise ValueError(f"target {text!r}: expected METRIC=VALUE, such as test_loss=0.3") from error
 
 
 @dataclass(frozen=True)
@@ -94,6 +83,17 @@ class PromptConfig(SamplingOptions):
             parse_target(self.target)
 
 
+def parse_target(text: str) -> dict[str, float]:
+    """ "test_loss=0.3" as {"test_loss": 0.3}. Raises ValueError for anything else."""
+    name, equals, value = text.partition("=")
+    try:
+        if not (name and equals):
+            raise ValueError
+        return {name.strip(): float(value)}
+    except ValueError as error:
+        raise ValueError(f"target {text!r}: expected METRIC=VALUE, such as test_loss=0.3") from error
+
+
 @dataclass(frozen=True)
 class EvaluateConfig(SamplingOptions):
     """Score how well a trained G.pt follows prompts on networks it never saw, beside baselines.
@@ -109,7 +109,7 @@ class EvaluateConfig(SamplingOptions):
     """networks of test runs, which the model never saw"""
     prompts: Annotated[int, Ge(2)] = 20
     """prompts for each network, from the best value to the network's own"""
-    sampler_steps: Annotated[tuple[int, ...], Interval(ge=1, le=1000, wanted="numbers of 1..1000")] = ()
+    sampler_steps: Annotated[tuple[int, ...], Interval(ge=1, le=1000)] = ()
     """also compare samplers at these numbers of denoising steps, on validation networks; such as 2 5 10 25 50 100"""
     networks_at_once: int = 512
     """networks in a batch"""
@@ -138,18 +138,6 @@ class AuditConfig(SamplingOptions):
         super().__post_init__()
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"target {self.target}: expected a finite number")
-
-
-@dataclass(frozen=True)
-class ConvertConfig(Options):
-    """Convert a checkpoint of wpeebles/G.pt to a model file that prompt, evaluate and audit take."""
-
-    checkpoint: Path | None = None
-    """the released file, such as best.pt; read without executing code from it"""
-    released: Literal["mnist_loss", "mnist_error", "cifar10_loss", "cifar10_error", "cartpole"] = "mnist_loss"
-    """which of the released models it is"""
-    out: Path = Path("runs/released")
-    """folder for model.safetensors"""
 
 
 @dataclass(frozen=True)
@@ -207,8 +195,36 @@ class ImportConfig(Options):
     repair: bool = False
     """verify the existing shards, and import damaged ones again"""
 
-    def resolved(self) -> dict[str, Any]:
-        from triptych_gpt.zoo.lmdb_import import find_runs
 
-        runs, skipped = find_runs(self.lmdb)
-        return {"config": asdict(self), "runs": len(runs), "unfinished_folders": skipped}
+class Released(NamedTuple):
+    """What a released model's file does not say. scale: parameters are multiplied by it to be normalised; task: by name."""
+
+    scale: float
+    metric: str
+    better: Literal["lower", "higher"]
+    task: str
+
+
+RELEASED = {
+    "mnist_loss": Released(4.185, "test_loss", "lower", "mnist_mlp"),
+    "mnist_error": Released(4.185, "test_error", "lower", "mnist_mlp"),
+    "cifar10_loss": Released(1.646, "test_loss", "lower", "cifar_cnn"),
+    "cifar10_error": Released(1.646, "test_error", "lower", "cifar_cnn"),
+    "cartpole": Released(2.06, "train_return", "higher", "cartpole"),
+}
+
+
+@dataclass(frozen=True)
+class ConvertConfig(Options):
+    """Convert a checkpoint of wpeebles/G.pt to a model file that prompt, evaluate and audit take."""
+
+    checkpoint: Path | None = None
+    """the released file, such as best.pt; read without executing code from it"""
+    released: str = "mnist_loss"
+    """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
+    out: Path = Path("runs/released")
+    """folder for model.safetensors"""
+
+    def __post_init__(self) -> None:
+        if self.released not in RELEASED:
+            raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")

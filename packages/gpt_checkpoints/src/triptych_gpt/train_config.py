@@ -83,12 +83,6 @@ class GptTrainConfig(TransformerSettings):
         past = (samples_seen - self.warmup_pairs) / max(1, self.total_pairs - self.warmup_pairs)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
 
-    def resolved(self) -> dict[str, Any]:
-        """What --dry-run prints."""
-        from triptych_gpt.objective import plan  # opens the zoo
-
-        return plan(self)
-
 
 _RELEASED = GptTrainConfig(  # reference: AdamW (0.9, 0.999), decay 0.1 on linear weights, EMA 0.9999, cosine, plain pairs
     tokenizer="chunk", scalars="raw", pairs="released", depth=12, num_heads=16, adam_beta2=0.999, ema_rampup=None,
@@ -108,12 +102,18 @@ def _released(
     )  # fmt: skip
 
 
-_MNIST = {"runs": 10_228, "pairs_a_run": 9, "epochs": 2000, "warmup_epochs": 5, "lr": 4e-4, "width": 1536, "chunk_size": 1000,
-          "grad_clip": 0.75}  # fmt: skip
-_CIFAR = {"runs": 54_790, "pairs_a_run": 1, "epochs": 15_000, "warmup_epochs": 5, "lr": 4e-4, "width": 2048, "chunk_size": 576,
-          "grad_clip": 0.1, "batch_size": 550}  # fmt: skip
-_CARTPOLE = {"runs": 47_976, "pairs_a_run": 16, "epochs": 2000, "warmup_epochs": 10, "lr": 2e-4, "width": 1536,
-             "tokenizer": "layer", "num_heads": 12, "grad_clip": None, "batch_size": 8192}  # fmt: skip
+_MNIST: dict[str, Any] = {
+    "runs": 10_228, "pairs_a_run": 9, "epochs": 2000, "warmup_epochs": 5, "lr": 4e-4, "width": 1536, "chunk_size": 1000,
+    "grad_clip": 0.75,
+}  # fmt: skip
+_CIFAR: dict[str, Any] = {
+    "runs": 54_790, "pairs_a_run": 1, "epochs": 15_000, "warmup_epochs": 5, "lr": 4e-4, "width": 2048, "chunk_size": 576,
+    "grad_clip": 0.1, "batch_size": 550,
+}  # fmt: skip
+_CARTPOLE: dict[str, Any] = {
+    "runs": 47_976, "pairs_a_run": 16, "epochs": 2000, "warmup_epochs": 10, "lr": 2e-4, "width": 1536, "tokenizer": "layer",
+    "num_heads": 12, "grad_clip": None, "batch_size": 8192,
+}  # fmt: skip
 
 TRAIN_PRESETS = {
     "laptop": GptTrainConfig(),

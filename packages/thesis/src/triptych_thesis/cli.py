@@ -3,19 +3,21 @@
 import sys
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, deferred, main
 
 
 def _chapter2() -> Command:
-    from triptych_thesis.chapter2.command import StudyConfig, study
+    from triptych_thesis.chapter2.study import Chapter2
+    from triptych_thesis.study.runner import run
 
-    return Command(StudyConfig, study, {})
+    return Command(Chapter2, run, {})
 
 
 def _chapter3() -> Command:
-    from triptych_thesis.chapter3.command import ReproduceConfig, reproduce
+    from triptych_thesis.chapter3.study import Chapter3
+    from triptych_thesis.study.runner import run
 
-    return Command(ReproduceConfig, reproduce, {})
+    return Command(Chapter3, run, {})
 
 
 def _chapter4() -> Command:
@@ -24,22 +26,28 @@ def _chapter4() -> Command:
     return Command(Chapter4, reproduce, {})
 
 
-def _figures() -> Command:
-    from triptych_thesis.chapter3.evaluate import EvaluateConfig, evaluate
+def _claims() -> Command:
+    from triptych_thesis.study.claims import ClaimsConfig, claims
 
-    return Command(EvaluateConfig, evaluate, {})
+    return Command(ClaimsConfig, claims, {})
+
+
+def _figures() -> Command:
+    from triptych_thesis.chapter3.figures import FiguresConfig, figures
+
+    return Command(FiguresConfig, figures, {})
 
 
 def _score_clusters() -> Command:
-    from triptych_thesis.chapter4.cluster_scores import ClustersConfig, score_clusters
+    from triptych_thesis.chapter4.options import ClustersConfig
 
-    return Command(ClustersConfig, score_clusters, {})
+    return Command(ClustersConfig, deferred("triptych_thesis.chapter4.cluster_scores:score_clusters"), {})
 
 
 def _score_alignment() -> Command:
-    from triptych_thesis.chapter4.alignment_scores import AlignmentScoreConfig, score_alignment
+    from triptych_thesis.chapter4.options import AlignmentScoreConfig
 
-    return Command(AlignmentScoreConfig, score_alignment, {})
+    return Command(AlignmentScoreConfig, deferred("triptych_thesis.chapter4.alignment_scores:score_alignment"), {})
 
 
 CHAPTERS = {
@@ -48,6 +56,11 @@ CHAPTERS = {
     "ch4": ("GANgealing: alignment, correspondence, clusters", _chapter4),
 }
 COMMANDS = {
+    "reproduce": (
+        "ch2, ch3 or ch4: a chapter of the thesis from nothing to a report; triptych reproduce --help",
+        _chapter2,
+    ),
+    "claims": ("write verdicts from results into the ledger of the thesis's claims, and render its page", _claims),
     "figures": ("chapter 3's figures for one trained G.pt", _figures),
     "score-alignment": ("PCK, pose errors and sharpness of an aligner on digits, beside baselines", _score_alignment),
     "score-clusters": ("score an aligner's clusters of digits against the true ones, beside k-means", _score_clusters),

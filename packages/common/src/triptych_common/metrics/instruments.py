@@ -1,8 +1,7 @@
 """Frozen instruments for digits: a feature network and an independent classifier.
 
-Both were trained once, on the 4,000 training digits of `mnist5k` alone, by
-`python -m triptych_thesis.instruments.digits`, and ship as safetensors; `instruments.json` beside them records
-SHA-256, held-out accuracy, command, seed and commit.
+Both were trained once, on the 4,000 training digits of `mnist5k` alone, and ship as safetensors; `instruments.json` beside
+them records SHA-256, held-out accuracy, command, seed and commit.
 """
 
 import hashlib

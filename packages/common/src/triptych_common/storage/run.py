@@ -10,7 +10,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from triptych_common.storage.atomic import cannot_write, write_json, write_text
-from triptych_common.storage.provenance import provenance
 
 
 class RunDirectory:
@@ -64,6 +63,8 @@ class RunDirectory:
     def _check_identity(self) -> None:
         path = self.path / "config.json"
         if not path.exists():
+            from triptych_common.storage.provenance import provenance  # asks git, and imports what that takes
+
             write_json(path, {"config": self.identity, **provenance()})
             return
         try:

@@ -58,10 +58,10 @@ def preview(config: EncodeConfig) -> dict[str, Any]:
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
-    """Make, resume or check the cache in `config.out`; returns where it is and what it holds.
+    """Make, resume or verify the cache in `config.out`; returns where it is and what it holds.
 
-    Raises ValueError for a request that does not fit what `out` already holds, images that cannot be used at all, or
-    moments that are not finite.
+    Raises ValueError for a request that does not fit what `out` already holds, if no image can be used, or for moments that are
+    not finite.
     """
     source = open_images(config)
     with process_group(config.device) as ranks:

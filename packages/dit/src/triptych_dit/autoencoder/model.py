@@ -112,11 +112,17 @@ def scaled_sample(
 def load_autoencoder(
     spec: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """An `AutoencoderKL` from a local folder or the Hugging Face hub; where it lies in a subfolder `vae`, as in a
-    diffusers pipeline or a run of `triptych-dit autoencoder`, the folder above will do.
+    """Load an `AutoencoderKL` of diffusers.
 
-    Weights are read as safetensors; a `.bin` only where there are none, and restricted to tensors. Raises ValueError or
-    OSError with one line for what cannot be used, ImportError without diffusers.
+    Args:
+        spec: a folder, or a repository of the Hugging Face hub. If the autoencoder is in a subfolder `vae`, as in a pipeline of
+            diffusers or a run of `triptych-dit autoencoder`, the folder above it will do.
+        device: where it runs.
+        dtype: arithmetic of encoding; decoding is always in float32.
+
+    Weights are read from safetensors files, or, if there are none, from a `.bin` restricted to tensors.
+
+    Raises ValueError or OSError, in one line, for what cannot be used, ImportError without diffusers.
     """
     kind = import_autoencoder_kl()
     with _quiet("diffusers"), _quiet("huggingface_hub"):
@@ -205,5 +211,5 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _full_float32() -> AbstractContextManager[None]:
-    """GPUs round the inputs of float32 convolutions to 10 bits of mantissa (TF32) unless told otherwise."""
+    """Unless told otherwise, GPUs round the inputs of float32 convolutions to 10 bits of mantissa (TF32)."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

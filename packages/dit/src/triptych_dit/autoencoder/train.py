@@ -1,7 +1,7 @@
 """Train a small autoencoder for latents: a variational `AutoencoderKL` of diffusers, on a data set in memory.
 
-The thesis takes Stable Diffusion's autoencoder; digits of 28 x 28 want one of their own. Its loss is a pixel distance
-and a KL divergence: no perceptual network, since the one there is for digits is what scores them.
+The thesis uses Stable Diffusion's autoencoder; digits of 28 x 28 need a smaller one. Its loss is a pixel distance and a KL
+divergence. There is no perceptual loss: the only network for digits is the one that scores them.
 """
 
 from collections.abc import Callable
@@ -50,10 +50,11 @@ class Reconstruction(nn.Module):
 
 
 def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
-    """Train to the end, or resume, and write OUT/vae, OUT/autoencoder.json and OUT/reconstructions.png; returns where the
-    autoencoder is, its scale factor, and how held-out images come back.
+    """Train to the end, or resume, and write OUT/vae, OUT/autoencoder.json and OUT/reconstructions.png.
 
-    Raises ValueError for a config that does not fit data, run directory or ranks, Interrupted after a signal.
+    Returns where the autoencoder is, its facts (scale factor among them), and its error on held-out images.
+
+    Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
     train_set = data.load(config.data, "train")
     check_fits(config, train_set)
@@ -71,7 +72,7 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
 
 
 def check_fits(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> None:
-    """Raises ValueError unless the images' sides can be halved as often as the autoencoder does."""
+    """Raise ValueError unless the images' sides can be halved as often as the autoencoder halves them."""
     height, width = dataset.images.shape[2:]
     if height % config.downsampling or width % config.downsampling:
         raise ValueError(
@@ -137,9 +138,10 @@ def latent_shape(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> 
 def finish(
     config: AutoencoderTrainConfig, vae: "AutoencoderKL", dataset: data.ImageDataset, ranks: Ranks
 ) -> dict[str, Any]:
-    """Set the scale factor, write the autoencoder, and see what comes back of held-out images.
+    """Set the scale factor, write the autoencoder, and measure how well held-out images are reconstructed.
 
-    The scale factor is 1 / the standard deviation of draws from the posteriors of training images, all values alike.
+    The scale factor is one over the standard deviation of latents drawn from the posteriors of training images, all values
+    taken together.
     """
     folder = config.out / FOLDER
     raw = Autoencoder(vae, str(folder), device=ranks.device)
@@ -161,7 +163,7 @@ def finish(
 
 
 def some_images(dataset: data.ImageDataset, seed: int) -> Float[Tensor, "images channels height width"]:
-    """Up to 1,000 images to measure on, in an order that mixes classes."""
+    """Up to 1,000 images to measure on, all classes mixed."""
     return dataset.scaled(randomness.permutation(seed, "measured", 0, len(dataset))[:1000])
 
 
@@ -175,7 +177,7 @@ def draw_latents(
 
 
 def write_vae(folder: Path, vae: "AutoencoderKL") -> None:
-    """Write a folder that diffusers opens; config.json comes last, so that where it is, weights are whole."""
+    """Write a folder that diffusers opens. config.json is written last: if it is there, the weights are complete."""
     with TemporaryDirectory() as temporary:
         vae.save_pretrained(temporary)
         for name in (WEIGHTS[0], "config.json"):

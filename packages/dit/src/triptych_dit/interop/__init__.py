@@ -42,11 +42,14 @@ def load_any(
     num_heads: int | None = None,
     num_classes: int | None = None,
 ) -> TrainedModel:
-    """A model from wherever it is: one of ours (file or run folder), a released file or published name, a folder or hub
-    repository of diffusers. On the CPU, in evaluation mode, with the facts that its origin implies.
+    """Load a model from wherever it is, onto the CPU and in evaluation mode.
 
-    The options are those of `load_released` and `from_diffusers`. Raises OSError where there is nothing, ValueError for what
-    is no such model, or for an option that it has no use for.
+    Args:
+        spec: a model file or run folder of this package, a released file or a published name, or a folder or hub repository of
+            diffusers.
+        weights, num_heads, num_classes: as for `load_released` and `from_diffusers`.
+
+    Raises OSError if there is nothing there, ValueError if it is not such a model, or for an option that it has no use for.
     """
     path, name = Path(spec).expanduser(), str(spec)
     options = {"weights": weights, "num_heads": num_heads, "num_classes": num_classes}

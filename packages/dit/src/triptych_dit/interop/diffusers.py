@@ -129,9 +129,9 @@ def from_diffusers(
 
 
 def read_folder(source: str | Path, *, num_classes: int | None = None) -> tuple[DiT, dict[str, Any]]:
-    """`from_diffusers`, and the facts of the model: what it predicts, and its autoencoder where the folder has one.
+    """Like `from_diffusers`, with the facts of the model: what it predicts, and its autoencoder if the folder has one.
 
-    Raises ValueError besides for a pipeline of another diffusion process than the released one.
+    Raises ValueError also for a pipeline of a diffusion process other than the released one.
     """
     model, root, facts = _read(source, num_classes)
     if not facts:
@@ -174,8 +174,8 @@ def _read(
 
 
 def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
-    """A model as diffusers' module, of its own dtype and sharing some of its memory; see this file's top on when both are
-    the same function.
+    """A model as diffusers' module, in the model's dtype and sharing some of its memory. The top of this file says when both
+    compute the same function.
 
     Raises ValueError for a model that diffusers has no module for.
     """
@@ -208,7 +208,7 @@ def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
 
 
 def use_released_timesteps(transformer: "DiTTransformer2DModel", shift: int = 0) -> None:
-    """Give an opened diffusers DiT the timestep frequencies that the released models, and ours of shift 0, are trained with."""
+    """Give an opened diffusers DiT the timestep frequencies that the released models, and ours of shift 0, were trained with."""
     for module in transformer.modules():
         if type(module).__name__ == "Timesteps":
             module.downscale_freq_shift = shift
@@ -318,17 +318,17 @@ class LabelTable(NamedTuple):
 
     rows: Float[
         Tensor, "labels width"
-    ]  # classes, then the null label where there is one; equal rows where unconditional
+    ]  # classes, then the null label if there is one; without classes all rows are equal
     num_classes: int
     has_null: bool
 
 
 def padded_table(config: DiTConfig, table: Float[Tensor, "labels width"] | None) -> Float[Tensor, "rows width"]:
-    """The table with the null row both where diffusers keeps it, last, and where its pipeline looks for it.
+    """The label table with the null row in both places where it is looked for: last by diffusers' model, row 1000 by its pipeline.
 
-    Fewer than 1000 classes: rows up to 1000 repeat the null row. More: class 1000 gives way, its row is second to last.
-    No null label: the table as it is, so that guidance on up to 1000 classes finds no row rather than a wrong one.
-    Unconditional: zeros, so that every label and every guidance scale gives the same image.
+    With fewer than 1000 classes, rows up to 1000 repeat the null row. With more, class 1000 makes room: its row becomes the
+    second to last. Without a null label the table stays as it is, so that guidance on up to 1000 classes finds no row rather
+    than a wrong one. Without classes it is all zeros, so that every label and guidance scale gives the same image.
     """
     n = config.num_classes
     if table is None:
@@ -347,10 +347,11 @@ def pipeline_label(label: int, config: DiTConfig) -> int:
 
 
 def unpadded_table(table: Float[Tensor, "rows width"], num_classes: int | None = None) -> LabelTable:
-    """Undo `padded_table`, by the repeated rows alone.
+    """Undo `padded_table`, going by the repeated rows alone.
 
-    num_classes: by default what the rows say; a table without a null label cannot say that, and has to be told.
-    Raises ValueError where the rows contradict num_classes.
+    num_classes: by default what the rows say. For a table without a null label it must be given.
+
+    Raises ValueError if the rows contradict num_classes.
     """
     rows = len(table)
     null = (table == table[-1]).all(dim=1)

@@ -35,10 +35,12 @@ def import_diffusers() -> ModuleType:
 
 
 def checked_scheduler(scheduler: "SchedulerMixin | str | None", predict: str) -> "SchedulerMixin":
-    """A scheduler on the process the model was trained on; made, where named, without clipping, since latents pass 1.
+    """A scheduler on the process the model was trained on. One that is given by name is made without clipping, since latents
+    exceed 1.
 
     DDIM and DDPM keep diffusers' "leading" timesteps, whose strides are the ones their steps assume; the solvers, whose
     default is "linspace", get "trailing", which came closer to the exact solution.
+
     Raises ValueError for an instance on another process.
     """
     prediction_type = _PREDICTIONS[predict]
@@ -60,7 +62,7 @@ def checked_scheduler(scheduler: "SchedulerMixin | str | None", predict: str) ->
 def prediction(scheduler: Mapping[str, Any], source: str) -> str:
     """What a pipeline's model predicts, by its scheduler's config: "noise" or "sample".
 
-    Raises ValueError for another process than the released one, which is all that is sampled here.
+    Raises ValueError for a process other than the released one, the only one that is sampled here.
     """
     wrong = _differences(scheduler, _PROCESS)
     kinds = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
@@ -83,9 +85,9 @@ def _differences(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
 def checked_vae(
     vae: "AutoencoderKL | Autoencoder | str | Path", config: DiTConfig, facts: Mapping[str, Any]
 ) -> "AutoencoderKL":
-    """The autoencoder, where it decodes what the model generates.
+    """The autoencoder, if it decodes what the model generates.
 
-    Raises ValueError where it does not, or where the pipeline would not know how.
+    Raises ValueError if it does not, or if the pipeline would not know how to use it.
     """
     if isinstance(vae, str | Path):
         vae = load_autoencoder(str(vae))
@@ -114,7 +116,7 @@ def checked_vae(
 
 
 def autoencoder_facts(theirs: Mapping[str, Any], source: str, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Facts of the autoencoder in a pipeline's folder, by its config, or those known of one that is elsewhere.
+    """Facts of the autoencoder in a pipeline's folder, from its config, or those known of one that lies elsewhere.
 
     Raises ValueError for an autoencoder of another kind.
     """
@@ -134,9 +136,9 @@ def autoencoder_facts(theirs: Mapping[str, Any], source: str, known: Mapping[str
 
 
 def fetched(name: str) -> Path:
-    """Where the hub's cache holds a repository's transformer and what describes it, downloaded if need be.
+    """Where the hub's cache holds a repository's transformer and its configs; they are downloaded if need be.
 
-    Raises OSError where it cannot be had, ImportError without the hub's library.
+    Raises OSError if they cannot be had, ImportError without the hub's library.
     """
     try:
         from huggingface_hub import hf_hub_download
@@ -146,7 +148,9 @@ def fetched(name: str) -> Path:
             f"{name}: no such folder, and the Hugging Face hub needs a package: pip install 'triptych-dit[latents]'"
         ) from error
     echo(f"looking for {name} on the Hugging Face hub")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it tells of every attempt of half a minute's
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it would report each of its attempts, for half a minute
     try:
         root = Path(hf_hub_download(name, "transformer/config.json")).parent.parent
         for file in _FILES:

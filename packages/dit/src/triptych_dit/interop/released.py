@@ -115,10 +115,11 @@ def published_file(name: str) -> Path:
 
 
 def export_released(model: DiT, path: Path) -> None:
-    """Write a model's state dict, float32, as the original code reads it.
+    """Write a model's state dict, in float32, as the original code reads it.
 
-    An unconditional model gets a label table of one row, zero: label 0 there. Raises ValueError for a model that the
-    original code cannot run, OSError where it cannot be written.
+    A model without classes gets a label table of one row of zeros: pass label 0 there.
+
+    Raises ValueError for a model that the original code cannot run, OSError if the file cannot be written.
     """
     config = model.config
     for name, wanted in (("block_design", "adaln_zero"), ("timestep_frequency_shift", 0), ("mlp_norm_eps", 1e-6)):
@@ -132,9 +133,9 @@ def export_released(model: DiT, path: Path) -> None:
 
 
 def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_classes: int) -> DiTConfig:
-    """The shape of the model that a state dict of released names is of.
+    """The config of the model that a state dict of released names belongs to.
 
-    Raises ValueError where that has no answer, or where num_classes does not fit the label table.
+    Raises ValueError if the tensors do not determine it, or if num_classes does not fit the label table.
     """
     for name, axes in (("x_embedder.proj.weight", 4), ("pos_embed", 3), (TABLE, 2)):
         if state[name].ndim != axes:
@@ -171,14 +172,16 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_clas
 
 
 def fold_table(state: dict[str, Tensor]) -> None:
-    """Take the label table of an unconditional model, whose every row is the same, into the timestep's bias: c = t + y."""
+    """Add the label table of a model without classes, all of whose rows are equal, to the timestep's bias: the condition is their
+    sum.
+    """
     state[TIMESTEP_BIAS] = state[TIMESTEP_BIAS] + state.pop(TABLE)[-1]
 
 
 def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
-    """A model of a complete state dict: float32, frozen, in evaluation mode.
+    """Build the model of a complete state dict: float32, frozen, in evaluation mode.
 
-    Raises ValueError, listing both sides, for one that does not fit.
+    Raises ValueError, listing both sides, if it does not fit.
     """
     with torch.device("meta"):
         model = DiT(config)
@@ -189,7 +192,7 @@ def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> Di
 
 
 def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Raises ValueError, in one line, for names or shapes that differ."""
+    """Raise ValueError, in one line, for names or shapes that differ."""
     shapes = [
         f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"
         for name, tensor in expected.items()

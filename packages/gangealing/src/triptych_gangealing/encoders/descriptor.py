@@ -1,38 +1,25 @@
-"""What an image shows, whatever its pose and colours: where clusters of objects, rather than of poses, start from.
+"""A descriptor of what an image shows, invariant to pose and colours: clusters of objects, rather than of poses, start from it.
 
-The perceptual distance must see poses, so what it finds alike before anything is aligned are like poses. A copy of its encoder is
-trained on to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and k-means groups samples by what
-it then says of them. No label is used. Ours: the thesis starts from the perceptual distance, and its objects all stand upright.
+The perceptual distance must see poses, so before anything is aligned it groups images by pose. A copy of its encoder is trained
+to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and k-means groups samples by its output,
+both in `groups`. No label is used. This is not in the thesis, which starts from the perceptual distance: its objects all stand
+upright.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common import randomness
-from triptych_common.images import from_uint8
-from triptych_common.parallel import Ranks
-from triptych_common.storage import checkpoint
-from triptych_common.storage.run import RunDirectory
 
-from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig
-from triptych_gangealing.encoders.simclr import EncoderTrainConfig, fit, make_views, nt_xent
+from triptych_gangealing.config import EncoderConfig
+from triptych_gangealing.encoders.perceptual import Encoder
 from triptych_gangealing.spatial_transformer import reduced
-from triptych_gangealing.stylegan2.generator import Generator, sample_images
-from triptych_gangealing.warp import Affine, Warp
 
-GROUPS = "groups.safetensors"
-BATCH, TEMPERATURE, POOL = 64, 0.2, 8_000
-MAX_ANGLE, MAX_LOG_SCALE, MAX_SHIFT = math.pi / 3, 0.4, 0.25  # of views; the shift in normalised units
-MAX_SHEAR, MAX_LOG_ASPECT = 0.5, 0.4  # x by so much of y; height over width
 HIDDEN, DIM = 128, 64
-AT_ONCE = 256
 
 Images = Float[Tensor, "n 3 height width"]
 
@@ -58,6 +45,8 @@ class Groups(nn.Module):
     size: height and width that images are brought to, those of the samples it was trained on.
     """
 
+    centres: Float[Tensor, "clusters dim"]
+
     def __init__(self, config: EncoderConfig, size: int, clusters: int) -> None:
         super().__init__()
         self.size, self.descriptor = size, Descriptor(config)
@@ -67,79 +56,11 @@ class Groups(nn.Module):
         return -torch.cdist(self.descriptor(reduced(images, self.size)), self.centres)
 
     def shape(self) -> dict[str, Any]:
-        """What `from_shape` makes another from, for JSON."""
+        """The shape for `from_shape`, as JSON holds it."""
         return {"encoder": asdict(self.descriptor.trunk.config), "size": self.size, "clusters": len(self.centres)}
 
     @classmethod
     def from_shape(cls, shape: Mapping[str, Any]) -> "Groups":
-        """Of random weights. Raises KeyError or TypeError for what is no shape."""
+        """A network of random weights with this shape. Raises KeyError or TypeError for anything else."""
         encoder = EncoderConfig(**{**shape["encoder"], "widths": tuple(shape["encoder"]["widths"])})
         return cls(encoder, shape["size"], shape["clusters"])
-
-
-def open_groups(
-    generator: Generator, encoder: Encoder, *, clusters: int, images: int, seed: int, folder: Path, ranks: Ranks
-) -> Groups:
-    """Groups of a generator's samples, where the ranks compute; trained once in a run, by its main process.
-
-    encoder: where the descriptor starts. images: how many it is trained on. folder: the run's, where an interrupted training is
-    resumed. In float32 whatever the precision of the rest.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(randomness.generator(seed, "descriptor/init").initial_seed())
-        groups = Groups(encoder.config, generator.config.resolution, clusters)
-    path = folder / GROUPS
-    if ranks.is_main and not path.exists():
-        groups.descriptor.trunk.load_state_dict(encoder.state_dict())
-        groups.to(ranks.device)
-        _train(groups, generator, images, seed, folder / "descriptor", Ranks(0, 1, ranks.device))
-        checkpoint.write(path, groups.state_dict(), {"kind": "groups of samples", **groups.shape()})
-    ranks.barrier()
-    groups.load_state_dict(checkpoint.read(path)[0])
-    return groups.to(ranks.device).requires_grad_(False).eval()
-
-
-def _train(groups: Groups, generator: Generator, images: int, seed: int, folder: Path, alone: Ranks) -> None:
-    from sklearn.cluster import KMeans  # takes a second to import
-
-    recipe = EncoderTrainConfig(
-        seed=seed, total_images=images, pool_images=max(2, min(POOL, images)), batch_size=max(2, min(BATCH, images)),
-        temperature=TEMPERATURE,
-    )  # fmt: skip
-    pool = sample_images(generator, range(recipe.pool_images), seed=seed)
-    identity = {"descriptor": recipe.identity(), "generator": checkpoint.digest(generator.state_dict())}
-    with RunDirectory(folder, identity) as directory:
-        fit(recipe, directory, pool, alone, groups.descriptor, views=posed_views, contrast=contrast)
-    groups.eval()
-    with torch.no_grad():
-        parts = [groups.descriptor(from_uint8(part.to(alone.device))).cpu() for part in pool.split(AT_ONCE)]
-    model = KMeans(len(groups.centres), n_init=10, random_state=seed).fit(torch.cat(parts).double().numpy())
-    groups.centres.copy_(torch.from_numpy(model.cluster_centers_))
-
-
-def posed_views(images: Images, config: EncoderTrainConfig, indices: list[int]) -> Images:
-    """Views of `make_views` of images that were turned, scaled, sheared and moved before; a function of (seed, index) too.
-
-    Shear and aspect are what writing differs in besides pose: what ignores them groups by what is written.
-    """
-
-    def draw(quantity: str) -> Float[Tensor, " n"]:
-        return (randomness.uniform(config.seed, f"descriptor/{quantity}", indices) * 2 - 1).to(images)
-
-    shift = MAX_SHIFT * torch.stack([draw("x"), draw("y")], dim=1)
-    pose = Affine.similarity(MAX_ANGLE * draw("angle"), MAX_LOG_SCALE * draw("scale"), shift)
-    wider, still = (MAX_LOG_ASPECT / 2 * draw("aspect")).exp(), torch.zeros_like(shift[:, 0])
-    rows = [
-        torch.stack([wider, wider * MAX_SHEAR * draw("shear"), still], 1),
-        torch.stack([still, 1 / wider, still], 1),
-    ]
-    warp = Warp((pose, Affine(torch.stack(rows, 1))))
-    return make_views(warp.sample(images, padding="border"), config, indices)
-
-
-def contrast(
-    descriptor: nn.Module, first: Images, second: Images, temperature: float | int
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """`nt_xent` of descriptions of two views."""
-    images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
-    return nt_xent(*descriptor(images).chunk(2), temperature)

@@ -6,15 +6,17 @@ summed over channels, averaged over pixels and summed over layers.  [Zhang et al
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common.storage.model_file import ModelFormat
+
+from triptych_gangealing.config import EncoderConfig
 
 ENCODER_FILE = "encoder.safetensors"
 _FORMAT = ModelFormat(
@@ -42,6 +44,9 @@ class PerceptualDistance(nn.Module):
     whose features nobody has weighted. shift, scale: of the colours, before the trunk sees them.
     """
 
+    shift: Float[Tensor, "3 1 1"]
+    scale: Float[Tensor, "3 1 1"]
+
     def __init__(
         self,
         trunk: nn.Module,
@@ -67,7 +72,7 @@ class PerceptualDistance(nn.Module):
 
         Raises ValueError for images of another shape, or too small.
         """
-        least = self.trunk.least
+        least = cast(int, self.trunk.least)
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
             raise ValueError(
                 f"images {tuple(images.shape)}: expected (n, 3, height, width) of at least {least}x{least}"
@@ -204,7 +209,7 @@ def lpips_heads() -> list[Tensor]:
     from triptych_common.storage import foreign
 
     package = find_spec("lpips")
-    if package is None:
+    if package is None or package.origin is None:
         raise ImportError(
             "LPIPS needs a package: pip install 'triptych-gangealing[lpips]'; or use ssl-vgg or simclr:PATH"
         )
@@ -213,22 +218,6 @@ def lpips_heads() -> list[Tensor]:
 
 
 # --- our own encoder
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """widths: channels of each stage; a stage has half the resolution of the one before, the first that of the images.
-    compared: so many stages, the last, give the features; those before see little but colours.
-    """
-
-    widths: tuple[int, ...] = (16, 32, 64, 128)
-    compared: int = 2
-
-    def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths {self.widths}: expected at least one stage, each of at least 1 channel")
-        if not 1 <= self.compared <= len(self.widths):
-            raise ValueError(f"compared {self.compared}: expected 1 to {len(self.widths)}, the stages there are")
 
 
 class Encoder(nn.Module):

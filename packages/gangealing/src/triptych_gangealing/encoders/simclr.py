@@ -1,6 +1,6 @@
 """Train a small encoder on a generator's own samples, without labels: SimCLR.  [Chen et al. 2020]
 
-Two views of a sample are to be found alike, views of different samples apart. Views differ in colour, polarity, blur and a
+Views of one sample should have similar features, those of two samples different ones. Views differ in colour, polarity, blur and a
 slight crop; they are never rotated, mirrored or moved far, since that is what the encoder must see when it judges an alignment.
 
 What is compared are the feature maps, as `PerceptualDistance` compares them, not projections of their mean: such a head would
@@ -9,16 +9,13 @@ forget where things lie, and take over the blindness to colours that the maps th
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.cli import echo
-from triptych_common.fields import FREE, Ge, Gt, Interval
 from triptych_common.images import from_uint8
 from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
@@ -27,80 +24,20 @@ from triptych_common.randomness import normal, shuffled, uniform
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, open_run, summary, training_steps
-from triptych_common.training.settings import LoopSettings
 
 from triptych_gangealing.encoders.perceptual import (
     ENCODER_FILE,
     Encoder,
-    EncoderConfig,
     read_encoder,
     unit_length,
     write_encoder,
 )
+from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
 MAX_BLUR = 1 / 32  # standard deviation, of the image's height
 
 Images = Float[Tensor, "n 3 height width"]
-
-
-@dataclass(frozen=True)
-class EncoderTrainConfig(LoopSettings):
-    """Train a small encoder by SimCLR on a generator's samples. Repeating the command resumes it."""
-
-    out: Path = Path("runs/encoder")
-    """run directory"""
-    generator: Annotated[str, FREE] = "digits32"
-    """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
-    truncation_psi: float = 1.0
-    """below 1, the samples' styles are drawn towards their mean"""
-    pool_images: int = 8_000
-    """different samples; the views of each are new every time"""
-    total_images: Annotated[int, Gt(0)] = 16_000
-    """samples to show, repeats counted, each in two views"""
-    batch_size: int = 64
-    """samples per step: each view is told from the 2 (batch_size - 1) of the others"""
-    widths: tuple[int, ...] = (16, 32, 64, 128)
-    """channels of each stage, which has half the resolution of the one before"""
-    compared: int = 2
-    """so many stages, the last, whose feature maps are compared, in training and after"""
-    temperature: Annotated[float, Gt(0)] = 0.2
-    """of the softmax over views"""
-    crop_scale: Annotated[float, Interval(gt=0, le=1, wanted="a share of the area, above 0 and at most 1")] = 0.8
-    """least share of a sample's area that a view shows; 1: all. The encoder is to tell places and sizes apart, so little less"""
-    recolour: Annotated[float, Interval(ge=0, le=1)] = 0.8
-    """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
-    gray: Annotated[float, Interval(ge=0, le=1)] = 0.2
-    """share of the recoloured ones that become gray"""
-    blur: Annotated[float, Interval(ge=0, le=1)] = 0.5
-    """share of views that are blurred, by at most 1/32 of the height"""
-    lr: float = 0.002
-    """AdamW's peak learning rate, after a rise over the first twentieth of the samples; then it falls as a cosine, to 0"""
-    weight_decay: Annotated[float, Ge(0)] = 0.01
-    """AdamW's"""
-    log_every: int = 25
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.batch_size <= self.pool_images:
-            raise ValueError(
-                f"batch_size {self.batch_size}: expected 2 to {self.pool_images} (pool_images), so that there are others"
-            )
-        self.encoder()
-
-    def encoder(self) -> EncoderConfig:
-        """Shape of the network."""
-        return EncoderConfig(tuple(self.widths), self.compared)
-
-    def learning_rate(self, images: int) -> float:
-        """Of a step, by samples seen before it."""
-        rise = min((images + self.batch_size) / (self.total_images / 20), 1)
-        return self.lr * rise * math.cos(images / self.total_images * math.pi / 2) ** 2
-
-    def resolved(self) -> dict[str, Any]:
-        """What --dry-run prints."""
-        return super().resolved() | {"parameters": sum(p.numel() for p in Encoder(self.encoder()).parameters())}
 
 
 def nt_xent(
@@ -122,7 +59,7 @@ def contrast_maps(
     """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
     maps = [unit_length(x).flatten(1).chunk(2) for x in encoder(images)]
-    losses, found = zip(*(nt_xent(*pair, temperature) for pair in maps), strict=True)
+    losses, found = zip(*(nt_xent(one, other, temperature) for one, other in maps), strict=True)
     return torch.stack(losses).mean(), torch.stack(found).mean()
 
 
@@ -183,7 +120,7 @@ def recoloured(
 
 
 def run(config: EncoderTrainConfig) -> dict[str, Any]:
-    """Train as the config says, or resume; returns where the encoder is and the last metrics.
+    """Train to the end, or resume; returns where the encoder is and the last metrics.
 
     Raises ValueError or OSError for what is no generator, and as `train_encoder`.
     """
@@ -199,7 +136,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
     """An encoder trained on the generator's samples, frozen, on the CPU, as `config.out` has it too, where a run can be resumed.
 
     The generator is moved to the config's device. Raises ValueError for a run directory with another config or generator, images
-    too small, or several ranks: what an image is told from must be in one place. Interrupted after a signal.
+    too small, or several ranks: the samples that an image is contrasted with must be in one process. Interrupted after a signal.
     """
     keep_freed_memory()
     shape = generator.config.image_channels, generator.config.resolution
@@ -249,7 +186,7 @@ def fit(
     views: what makes them, by default `make_views`. contrast: its loss of two views, and the share of views found.
     """
     views = make_views if views is None else views
-    network.to(ranks.device, memory_format=torch.channels_last)
+    network.to(ranks.device).to(memory_format=torch.channels_last)
     state = TrainState(
         network,
         torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
@@ -260,8 +197,8 @@ def fit(
     for batch in training_steps(config, state, directory):
         drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
         images = from_uint8(pool[drawn].to(ranks.device))
-        both = [views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1)]
-        loss, found = contrast(state.parallel_model, *both, config.temperature)
+        one, other = (views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1))
+        loss, found = contrast(state.parallel_model, one, other, config.temperature)
         loss.backward()
         state.update(batch, {"loss": loss, "found": found})
     network.requires_grad_(False).eval()

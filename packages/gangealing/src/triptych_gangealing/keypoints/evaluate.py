@@ -1,49 +1,21 @@
 """PCK of an aligner on pairs of images whose correspondences are known, beside baselines: `triptych-gangealing pck`."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
-from triptych_common.cli import CommonOptions, echo
-from triptych_common.fields import Ge, Interval
+from triptych_common.cli import echo
 from triptych_common.storage.atomic import write_json
 
-from triptych_gangealing.aligner import Flips, open_aligner
+from triptych_gangealing.aligner import open_aligner
 from triptych_gangealing.baselines.methods import Method, baselines, learned
 from triptych_gangealing.correspondence import between
 from triptych_gangealing.keypoints.pck import BOX, IMAGE, PER_POINT, PckTable, box_size, pck
 from triptych_gangealing.keypoints.synthetic import Pairs, pairs, posed_digits
+from triptych_gangealing.settings import PckConfig
 
 OURS = "GANgealing"
 FITTED = 400  # training images that classical Congealing is fitted to
-Data = Literal["mnist5k", "mnist"]
-
-
-@dataclass(frozen=True)
-class PckConfig(CommonOptions):
-    """Score an aligner by PCK on pairs of held-out coloured digits whose correspondences are known, beside baselines."""
-
-    out: Path = Path("runs/pck")
-    """where to write pck.json"""
-    aligner: Path | None = Path("runs/align-digits32")
-    """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
-    digit: Annotated[int | None, Interval(ge=0, le=9, wanted="0 to 9, or None for all")] = 3
-    """digit to align; None: all"""
-    data: Data = "mnist5k"
-    """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
-    pairs: Annotated[int, Ge(1)] = 300
-    """pairs of images for PCK"""
-    elastic_px: float = 2.5
-    """largest displacement between the two images of a pair but for their jitters, in pixels of a 28-pixel digit"""
-    grey: bool = False
-    """plain white digits on black instead of coloured ones, where the baselines are strong"""
-    iterations: Annotated[int | None, Ge(1)] = None
-    """times the aligner's similarity network looks; default: as in training"""
-    flips: Flips = "trained"
-    """mirror images whose flow is smoother then; trained: where the training did"""
-    baselines: Literal["all", "none"] = "all"
-    """score moments and classical Congealing too"""
 
 
 class PairScores(NamedTuple):

@@ -70,7 +70,7 @@ class DiscriminatorConfig(_Shape):
     mbstd_group_size: Annotated[int, Ge(1)] = 4
     """images over which the minibatch standard deviation is taken"""
     mbstd_channels: Annotated[int, Ge(0)] = 1
-    """feature maps that tell it; 0: none"""
+    """feature maps that carry it; 0: none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

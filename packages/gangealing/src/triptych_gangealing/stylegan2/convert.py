@@ -1,20 +1,21 @@
-"""`triptych-gangealing convert`: StyleGAN2 networks of anyone's file in ours, or in rosinality's."""
+"""`triptych-gangealing convert`: StyleGAN2 networks from any known file to ours, or to rosinality's, checked by their outputs."""
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import randomness
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.storage import checkpoint, foreign
 
+from triptych_gangealing.settings import ConvertConfig
 from triptych_gangealing.stylegan2 import rosinality
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
@@ -33,28 +34,6 @@ _IMAGES = 2
 Images = Float[Tensor, "batch channels height width"]
 _ROSINALITY_FILE = "stylegan2.pt"
 Built = dict[str, tuple[Generator | Discriminator, Mapping[str, Tensor]]]
-
-
-@dataclass(frozen=True)
-class ConvertConfig(CommonOptions):
-    """Convert StyleGAN2 networks: from pickles of NVIDIA's code, rosinality's checkpoints or files of ours."""
-
-    checkpoint: Path | None = None
-    """file to read, without running a line of it"""
-    format: Literal["safetensors", "rosinality"] = "safetensors"
-    """what to write: files of ours, or a checkpoint that rosinality/stylegan2-pytorch loads"""
-    generator_only: bool = False
-    """leave the discriminator out"""
-    out: Path = Path("runs/converted")
-    """folder to write to, or a file: .safetensors for a generator alone, .pt for rosinality's"""
-
-    def __post_init__(self) -> None:
-        suffix = self.out.suffix
-        if (suffix, self.format) in ((".pt", "safetensors"), (".safetensors", "rosinality")):
-            raise ValueError(f"--out {self.out}: not a file of format {self.format}; choose another name or --format")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:
@@ -115,16 +94,18 @@ def _write_own(built: Built, facts: dict[str, Any], config: ConvertConfig) -> tu
 
 def _write_rosinality(built: Built, facts: dict[str, Any], config: ConvertConfig) -> tuple[dict[str, float], list[str]]:
     path = config.out if config.out.suffix == ".pt" else config.out / _ROSINALITY_FILE
-    content = rosinality.to_rosinality(*(network for network, _ in built.values()))
+    generator = cast(Generator, built["generator"][0])
+    discriminator = cast(Discriminator, built["discriminator"][0]) if "discriminator" in built else None
+    content = rosinality.to_rosinality(generator, discriminator)
     again = {"generator": rosinality.generator_tensors(content["g_ema"], content["latent_avg"])}
     if "d" in content:
         again["discriminator"] = rosinality.discriminator_tensors(content["d"])
-    infer = {"generator": generator_config, "discriminator": discriminator_config}
+    infer: dict[str, Callable[..., Any]] = {"generator": generator_config, "discriminator": discriminator_config}
     differences = {
         name: difference(build(infer[name](again[name]), again[name]), tensors, network.config)
         for name, (network, tensors) in built.items()
     }
-    if not rosinality.fixed_widths(built["generator"][0].config):
+    if not rosinality.fixed_widths(generator.config):
         echo(
             "their code has fixed numbers of feature maps, other than these: edit `channels` in its model.py before loading"
         )
@@ -194,20 +175,22 @@ def difference(
     tensors = {name: value.to(torch.float32) for name, value in tensors.items()}
     c = torch.eye(config.c_dim)[torch.arange(_IMAGES) % config.c_dim] if config.c_dim else None
     if isinstance(network, Generator):
+        assert isinstance(config, GeneratorConfig)
         z = randomness.normal(0, "verify/z", range(_IMAGES), (config.z_dim,))
         ours, theirs = network(z, c), images(config, tensors, z, c)
     else:
+        assert isinstance(config, DiscriminatorConfig)
         size = (config.image_channels, config.resolution, config.resolution)
         x = randomness.normal(0, "verify/images", range(_IMAGES), size)
         ours, theirs = network(x, c), logits(config, tensors, x, c)
-    found = (ours - theirs).abs().max().item()
+    largest = (ours - theirs).abs().max().item()
     limit = _TOLERANCE * max(1.0, theirs.abs().max().item())
-    if not found <= limit:  # nor where either is not a number
+    if not largest <= limit:  # nor where either is not a number
         raise ValueError(
-            f"outputs of the converted network differ from the source's by {found:.3g}, more than rounding ({limit:.3g}); "
+            f"outputs of the converted network differ from the source's by {largest:.3g}, more than rounding ({limit:.3g}); "
             "nothing was written"
         )
-    return found
+    return largest
 
 
 def images(
@@ -234,6 +217,7 @@ def images(
             rgb = _per_image(x, style, _scaled(block["torgb.weight"])) + block["torgb.bias"].view(1, -1, 1, 1)
             rgb = _clamped(rgb, config.conv_clamp)
             image = rgb if image is None else image + rgb
+    assert image is not None
     return image
 
 
@@ -241,16 +225,19 @@ def logits(
     config: DiscriminatorConfig, tensors: Mapping[str, Tensor], x: Images, c: Float[Tensor, "batch c_dim"] | None = None
 ) -> Float[Tensor, " batch"]:
     """A discriminator's logits.  [as above; Karras et al. 2018, section 3]"""
-    image, x, root = x, None, math.sqrt(0.5)
+    image, root = x, math.sqrt(0.5)
+    maps: Tensor | None = None
     for resolution in reversed(config.resolutions[1:]):
         block = _part(tensors, f"b{resolution}.")
         if "fromrgb.weight" in block:
             read = _conv(block, "fromrgb.", image, config.conv_clamp)
-            x, image = read if x is None else x + read, _down(image)
-        y = _conv(block, "conv1.", _conv(block, "conv0.", x, config.conv_clamp), config.conv_clamp, down=True)
+            maps, image = read if maps is None else maps + read, _down(image)
+        assert maps is not None
+        y = _conv(block, "conv1.", _conv(block, "conv0.", maps, config.conv_clamp), config.conv_clamp, down=True)
         residual = config.architecture == "resnet"
-        x = (y + _down(x, _scaled(block["skip.weight"]))) * root if residual else y
-    block = _part(tensors, "b4.")
+        maps = (y + _down(maps, _scaled(block["skip.weight"]))) * root if residual else y
+    assert maps is not None
+    block, x = _part(tensors, "b4."), maps
     if "fromrgb.weight" in block:
         x = x + _conv(block, "fromrgb.", image, None)
     for spread in _spreads(x, config):

@@ -1,8 +1,7 @@
-"""Images to train a generator on, whatever they come from, behind one class."""
+"""Images to train a generator on, from any source, behind one class."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Int, UInt8
@@ -13,12 +12,7 @@ from triptych_common.data import DATASETS, ImageDataset, ImageSource, ImageTooSm
 
 from triptych_gangealing.digits32 import Digits32
 
-
-@runtime_checkable
-class Batches(Protocol):
-    """What yields pixels by item number; `ImageDataset` indexes, `Digits32` draws."""
-
-    def __call__(self, items: Tensor) -> UInt8[Tensor, "n channels height width"]: ...
+Batches = Callable[[Tensor], UInt8[Tensor, "n channels height width"]]  # pixels by item number: indexed, or drawn
 
 
 class TrainingImages:
@@ -34,7 +28,7 @@ class TrainingImages:
         return len(self.labels)
 
     def batch(self, indices: Sequence[int] | Tensor) -> UInt8[Tensor, "n 3 resolution resolution"]:
-        """Items as pixels, on the CPU. Raises IndexError for an item there is not."""
+        """Items as pixels, on the CPU. Raises IndexError for an item out of range."""
         items = torch.as_tensor(indices, dtype=torch.long).reshape(-1)
         if len(items) and not 0 <= int(items.min()) <= int(items.max()) < len(self):
             raise IndexError(f"{self.name}: items {int(items.min())}..{int(items.max())}, expected 0..{len(self) - 1}")
@@ -56,11 +50,11 @@ def open_images(
     """Open `digits32`, `digits32:3` (one digit), a named data set, a folder of images, or `hub:OWNER/NAME`.
 
     Pictures are cropped to their central square and reduced to `resolution`, grey ones become RGB; small named data sets are
-    enlarged. Pictures of several sizes are said to be so. conditional: their classes are wanted.
+    enlarged. Several sizes are reported. conditional: classes are required.
     Raises ValueError or OSError, one line, for what is absent, empty, damaged, smaller than `resolution`, or lacks classes.
     """
     if spec.partition(":")[0] == "digits32":
-        source = _digits(spec, split, resolution)
+        source: ImageSource = _digits(spec, split, resolution)
     else:
         source = open_source(spec, split, unconditional=not conditional)
     if conditional and source.num_classes < 2:
@@ -72,7 +66,7 @@ def open_images(
 
 
 def _read(source: ImageSource, spec: str, resolution: int, split: str) -> ImageDataset:
-    """All pictures in memory; says so where they had several sizes."""
+    """All pictures in memory; reports it where they had several sizes."""
     measured = _Measured(source)
     try:
         held = in_memory(measured, resolution, allow_upscale=spec in DATASETS, split=split)

@@ -37,6 +37,7 @@ class DiscriminatorBlock(nn.Module):
         if x is not None:
             x = x.to(dtype)
         if self.fromrgb is not None:
+            assert image is not None
             read = self.fromrgb(image.to(dtype))
             x = read if x is None else x + read
             image = downsample2d(image) if self.architecture == "skip" else None
@@ -95,7 +96,7 @@ def minibatch_std(
 def grouped(n: int, group_size: int) -> list[int]:
     """Order of n images in which `minibatch_std` puts each `group_size` consecutive ones in a group.
 
-    Groups are then parts of the whole batch, whatever ranks or micro-batches it is dealt to.
+    Groups are then parts of the whole batch, however it is dealt to ranks and micro-batches.
     """
     size = min(group_size, n)
     return [group * size + member for member in range(size) for group in range(n // size)]
@@ -128,6 +129,7 @@ class Discriminator(nn.Module):
         for i, resolution in enumerate(config.resolutions[:0:-1]):
             low = i < self.bf16_resolutions
             x, image = getattr(self, f"b{resolution}")(x, image, torch.bfloat16 if low else images.dtype)
+        assert x is not None
         x = self.b4(x.to(images.dtype), image)
         if not config.c_dim:
             return x.squeeze(1)

@@ -1,57 +1,22 @@
 """Draw images from a generator: a grid, one PNG an image, a film through its styles."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from triptych_common.cli import CommonOptions, echo
-from triptych_common.fields import Ge
+from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.video import course, ends, import_av, write_video
 
+from triptych_gangealing.settings import GenerateConfig
 from triptych_gangealing.stylegan2.generator import Generator, classes_of, latents_of, sample_images
 from triptych_gangealing.stylegan2.weights import load_generator
 
 GRID = 100  # images in grid.png
 VIDEO_SIDE = 4  # walks side by side, and one above another
-
-
-@dataclass(frozen=True)
-class GenerateConfig(CommonOptions):
-    """Draw images from a generator."""
-
-    out: Path = Path("runs/generated")
-    """where to write grid.png, and what else is asked for"""
-    generator: str = "digits32"
-    """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
-    num_samples: Annotated[int, Ge(1)] = 100
-    """images to draw; the same numbers are the same images"""
-    truncation_psi: float = 1.0
-    """below 1, styles are drawn towards their mean: fewer odd images, less variety"""
-    truncation_cutoff: int | None = None
-    """only the first so many layers; by default all"""
-    label: int | None = None
-    """class of a conditional generator; by default all in turn"""
-    images: bool = False
-    """write each image to OUT/images too"""
-    video: Literal["none", "mp4", "gif"] = "none"
-    """film walks between latents, 4x4 of them side by side: mp4 (extra: video) or gif"""
-    keyframes: Annotated[int, Ge(1)] = 4
-    """latents of each walk, which ends where it began"""
-    frames: Annotated[int, Ge(1)] = 48
-    """frames from one to the next"""
-    fps: Annotated[int, Ge(1)] = 24
-    """frames a second"""
-    batch_size: Annotated[int, Ge(1)] = 64
-    """images at once; changes speed, not results"""
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
@@ -76,9 +41,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
                 write_png(config.out / "images" / f"{index:06d}.png", image)
             written["images"] = str(config.out / "images")
         if config.video != "none":
-            path = config.out / f"walk.{config.video}"
-            write_video(path, film(generator, config), fps=config.fps, loop=True)
-            written["video"] = str(path)
+            video = config.out / f"walk.{config.video}"
+            write_video(video, film(generator, config), fps=config.fps, loop=True)
+            written["video"] = str(video)
     for what, path in written.items():
         echo(f"{what}: {path}")
     return written

@@ -4,6 +4,7 @@ Names of parameters are those of the files that stylegan2-ada-pytorch writes, wh
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,6 +19,7 @@ from triptych_gangealing.stylegan2.layers import (
     Conv2d,
     FullyConnected,
     Mapping,
+    Resample,
     bias_act,
     modulated_conv2d,
     upsample2d,
@@ -31,11 +33,14 @@ Noise = str | Float[Tensor, "batch noise_size"]
 class StyledConv(nn.Module):
     """Modulated 3x3 convolution, noise, bias and activation."""
 
+    noise_const: Tensor
+
     def __init__(
         self, in_channels: int, out_channels: int, resolution: int, config: GeneratorConfig, *, up: bool
     ) -> None:
         super().__init__()
-        self.resolution, self.resample, self.conv_clamp = resolution, "up" if up else "same", config.conv_clamp
+        self.resolution, self.conv_clamp = resolution, config.conv_clamp
+        self.resample: Resample = "up" if up else "same"
         self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
@@ -164,11 +169,12 @@ class Synthesis(nn.Module):
             styles = ws[:, used : used + block.num_convs + 1]  # the last is the image's, and the next block's first
             x, image = block(x, image, styles, noises[here], torch.bfloat16 if low else ws.dtype)
             used += block.num_convs
+        assert image is not None
         return image
 
-    def noise(self, seed: int, stream: str, indices: range | list[int]) -> Float[Tensor, "batch noise_size"]:
-        """Noise inputs that belong to indices of a stream, on the device and of the type of the weights."""
-        weight = self.b4.const
+    def noise(self, seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, "batch noise_size"]:
+        """Noise inputs number `indices` of a stream, on the device and of the type of the weights."""
+        weight = self.get_parameter("b4.const")
         return randomness.normal(
             seed, stream, indices, (sum(self.noise_sizes),), dtype=weight.dtype, device=weight.device
         )
@@ -235,7 +241,7 @@ def sample_images(
     labels: Tensor | None = None,
     at_once: int = AT_ONCE,
 ) -> UInt8[Tensor, "n channels height width"]:
-    """Images that belong to indices of the samples of a seed, on the CPU; classes in turn unless `labels` says which."""
+    """Images number `indices` of a seed's samples, on the CPU; of a conditional generator all classes in turn, or `labels`."""
     out = []
     for start in range(0, len(indices), at_once):
         part = indices[start : start + at_once]
@@ -248,11 +254,13 @@ def sample_images(
 
 
 def latents_of(generator: Generator, indices: range, seed: int) -> Float[Tensor, "n z_dim"]:
-    """Latents that belong to indices of the samples of a seed, where the generator's weights are."""
+    """Latents number `indices` of a seed's samples, on the device of the generator's weights."""
     return randomness.normal(seed, "sample/z", indices, (generator.config.z_dim,)).to(next(generator.parameters()))
 
 
-def classes_of(generator: Generator, indices: range, labels: Tensor | None = None) -> Float[Tensor, "n c_dim"] | None:
+def classes_of(
+    generator: Generator, indices: Sequence[int], labels: Tensor | None = None
+) -> Float[Tensor, "n c_dim"] | None:
     """One-hot classes of images for a conditional generator: those of `labels`, or all in turn."""
     classes = generator.config.c_dim
     if not classes:

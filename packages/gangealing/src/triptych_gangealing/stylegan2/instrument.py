@@ -1,6 +1,6 @@
 """The frozen instrument for coloured jittered digits: a feature network that also reads digit, place and colours.
 
-It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits, by `python -m triptych_thesis.instruments.digits32`,
+It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits, by `triptych_thesis.instruments.digits32`,
 and ships as safetensors; `weights/instruments.json` records SHA-256, held-out scores, command, seed and commit. Having
 to tell places and colours as well as digits, its features see what a classifier would be blind to.
 """
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -32,7 +32,7 @@ def feature_network() -> nn.Sequential:
     """32x32 RGB digits to 64 features, each of variance 1, then to 23 numbers: 10 logits, cosine and sine of the angle, scale,
     shift, two colours, gradient. `[:-1]` are the features.
 
-    The last step is linear and the features are of one size, so that what is small in pixels, a hue say, is not so in them.
+    The last step is linear and the features are of one size, so that what is small in pixels, such as a hue, is not small in them.
     """
     layers: list[nn.Module] = []
     for channels_in, channels_out, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
@@ -96,7 +96,8 @@ def reading(outputs: Float[Tensor, "n 23"]) -> Reading:
 @cache
 def load_instrument(folder: Path = EMBEDDED) -> Digits32Instrument:
     """The instrument, checked against its recorded hash. Raises ValueError where that differs."""
-    return Digits32Instrument(*load_frozen(NAME, feature_network(), folder))
+    network, sha256, record = load_frozen(NAME, feature_network(), folder)
+    return Digits32Instrument(cast(nn.Sequential, network), sha256, record)
 
 
 class GanScores(NamedTuple):

@@ -1,8 +1,7 @@
 """StyleGAN2 networks out of other people's files, without running a line of them.
 
 Read are: pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks), and of their TensorFlow era; checkpoints of
-rosinality/stylegan2-pytorch. What a file says of its networks is checked against their tensors. `weights.open_networks` is
-the door.
+rosinality/stylegan2-pytorch. The options that a file gives are checked against its tensors. `weights.open_networks` is the door.
 """
 
 import argparse
@@ -148,13 +147,13 @@ def _fields(network: PickledNetwork, fields: Mapping[str, str]) -> dict[str, Any
             raise ValueError(f"its option {name} is not {_FIXED[name]}, as all networks here have it")
         elif name not in _FIXED and name not in _IGNORED:
             raise ValueError(f"its option {ascii(name)[:60]} is not known here")
-    told = {
+    module_settings = {
         "synthesis.b4.conv1.conv_clamp": "conv_clamp",
         "b4.conv.conv_clamp": "conv_clamp",
         "b4.mbstd.group_size": "mbstd_group_size",
         "b4.mbstd.num_channels": "mbstd_channels",
     }
-    for name, field_name in told.items():
+    for name, field_name in module_settings.items():
         if name in network.settings:
             value = network.settings[name]
             given = found.get(field_name, value)
@@ -172,6 +171,9 @@ def _check_settings(network: Generator | Discriminator, settings: Mapping[str, A
         if attribute not in _SETTINGS or path not in modules:
             continue
         expected = getattr(modules[path], attribute, "lrelu" if attribute == "activation" else value)
-        both_numbers = isinstance(value, float | int) and isinstance(expected, float | int)
-        if not (math.isclose(value, expected, rel_tol=1e-6) if both_numbers else value == expected):
+        if isinstance(value, float | int) and isinstance(expected, float | int):
+            same = math.isclose(value, expected, rel_tol=1e-6)
+        else:
+            same = value == expected
+        if not same:
             raise ValueError(f"{name[:100]} is {ascii(value)[:40]}, here it is {expected}")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 Images = Float[Tensor, "batch channels height width"]
 Resample = Literal["same", "up", "down"]
+Activation = Literal["linear", "lrelu"]
 ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2)}  # which keep unit variance
 
 
@@ -33,7 +34,7 @@ class FullyConnected(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        activation: str = "linear",
+        activation: Activation = "linear",
         lr_multiplier: float | int = 1.0,
         bias_init: float | int = 0.0,
     ) -> None:
@@ -58,8 +59,8 @@ class Conv2d(nn.Module):
         kernel_size: int,
         *,
         bias: bool = True,
-        activation: str = "linear",
-        resample: str = "same",
+        activation: Activation = "linear",
+        resample: Resample = "same",
         conv_clamp: float | None = None,
     ) -> None:
         super().__init__()
@@ -89,6 +90,8 @@ class Mapping(nn.Module):
     Without `z_dim` it embeds classes alone, as a conditional discriminator does. `w_avg` is a running mean of w, which the
     training loop keeps: over the batch of all ranks.
     """
+
+    w_avg: Tensor
 
     def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_layers: int, *, w_avg: bool = True) -> None:
         super().__init__()
@@ -158,7 +161,7 @@ def _channels_last(x: Images) -> Images:
 def bias_act(
     x: Float[Tensor, "batch channels *rest"],
     bias: Float[Tensor, " channels"] | None = None,
-    activation: Literal["linear", "lrelu"] = "linear",
+    activation: Activation = "linear",
     gain: float | int | None = None,
     clamp: float | int | None = None,
 ) -> Float[Tensor, "batch channels *rest"]:

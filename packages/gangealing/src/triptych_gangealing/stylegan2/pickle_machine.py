@@ -9,7 +9,7 @@ import mmap
 import pickletools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 _LITERALS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE",
@@ -20,7 +20,7 @@ _PLAIN_KEYS = (str, int, float, bool, bytes, type(None))  # hashing a nested tup
 
 
 class Refused(ValueError):
-    """What a pickle asks for and may not have; the text says what."""
+    """A pickle asks for something it may not have; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, content: mmap.mmap | io.BytesIO) -> Any:
-        """What the pickle makes. Raises Refused, or whatever a damaged one leads to."""
-        for opcode, argument, _ in pickletools.genops(content):
+        """The object that a pickle describes. Raises Refused, or any error that damaged bytes lead to."""
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in _LITERALS:

@@ -42,7 +42,7 @@ class PickledNetwork:
 
 
 def load_pickle(path: Path) -> dict[str, PickledNetwork]:
-    """Networks "G", "D" and "G_ema", as many as there are, of a file by stylegan2-ada-pytorch, stylegan3 or their TensorFlow era.
+    """Networks "G", "D" and "G_ema", those that are present, of a file by stylegan2-ada-pytorch, stylegan3 or their TensorFlow era.
 
     Raises FileNotFoundError where there is none; ValueError, one line, for a file that names anything that networks do not need
     (nothing has been run), is damaged, or holds no networks.
@@ -82,14 +82,14 @@ def _build(target: Any, state: Any) -> None:
     if type(target) is _TensorFlowNetwork and type(state) is dict:
         target.state = state
     elif isinstance(target, np.dtype) and _is_byte_order(state):
-        target.__setstate__((3, state[1], None, None, None, -1, -1, 0))
+        target.__setstate__((3, state[1], None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
     elif type(target) is np.ndarray and type(state) is tuple and len(state) == 5:
         _, shape, dtype, fortran, raw = state
         if not (_is_number_type(dtype) and _is_shape(shape) and type(raw) is bytes):
             raise Refused("has a numpy array of something else than numbers")
         if math.prod(shape) * dtype.itemsize != len(raw):
             raise ValueError("array of another size")
-        target.__setstate__((1, shape, dtype, bool(fortran), raw))
+        target.__setstate__((1, shape, dtype, bool(fortran), raw))  # type: ignore[arg-type]
     else:
         raise Refused(f"sets the state of a {type(target).__name__}")
 

@@ -49,7 +49,7 @@ def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> di
 
 
 def discriminator_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The same of a discriminator."""
+    """A discriminator's tensors by NVIDIA's names. Raises as `generator_tensors`."""
     state = without_filters(_unwrapped(state), _DISCRIMINATOR_FILTERS)
     return _to_ours(state, _discriminator_rows(_count(state, r"convs\.(\d+)\.skip\.1\.weight")))
 
@@ -64,7 +64,7 @@ def mean_style(generator: Generator) -> Tensor:
 def to_rosinality(generator: Generator, discriminator: Discriminator | None = None) -> dict[str, Any]:
     """A checkpoint that their code loads: "g_ema", "latent_avg" and, where given, "d"; with filters, as strict loading needs.
 
-    Raises ValueError for networks of a design that theirs have not.
+    Raises ValueError for networks of a design that their code does not have.
     """
     config = generator.config
     expected = {"architecture": "skip", "c_dim": 0, "image_channels": 3, "z_dim": config.w_dim}
@@ -144,7 +144,7 @@ def _discriminator_rows(blocks: int) -> Iterator[Row]:
         yield f"{ours}.bias", f"{bias}.bias", "same"
 
 
-def _longer(shape: Sequence[int], form: str) -> tuple[int, ...]:
+def _longer(shape: Sequence[Any], form: str) -> tuple[Any, ...]:
     """Their shape of a tensor of ours."""
     before = {"same": (), "batch": (1,), "map": (1, 1), "number": (1,), "image": (1,)}[form]
     return (*before, *shape, *((1, 1) if form == "image" else ()))

@@ -1,8 +1,8 @@
-"""What a network's tensors, by NVIDIA's names, say about its shape; and whether they are those of a config."""
+"""The config of a network inferred from its tensors, by NVIDIA's names; and networks built from config and tensors."""
 
 import re
 from collections.abc import Mapping
-from typing import get_args
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
@@ -14,20 +14,23 @@ from triptych_gangealing.stylegan2.generator import Generator
 Tensors = Mapping[str, Tensor]
 _LARGEST = 2**20  # of any number in a config
 FILTER = torch.outer(torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
-_NETWORKS = {GeneratorConfig: Generator, DiscriminatorConfig: Discriminator}
+_NETWORKS: dict[type, Any] = {
+    GeneratorConfig: Generator,
+    DiscriminatorConfig: Discriminator,
+}
 
 
-def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
+def generator_config(tensors: Tensors, **known: Any) -> GeneratorConfig:
     """The config that a generator's tensors fit; fields that are `known` are not inferred.
 
-    Raises ValueError, naming the tensor, where one that tells is missing, for feature maps that no config has, and for a known
-    field of another type.
+    Raises ValueError, naming the tensor, where a needed one is missing, for numbers of feature maps that no config has, and for
+    a known field of another type.
     """
     resolutions = _resolutions(tensors, "synthesis.")
     w_dim, features = _shape(tensors, "mapping.fc0.weight", 2)
     c_dim = _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0
     base, most = _widths({r: _shape(tensors, f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions})
-    inferred = {
+    inferred: dict[str, Any] = {
         "resolution": resolutions[-1],
         "channel_base": base,
         "channel_max": most,
@@ -41,13 +44,13 @@ def generator_config(tensors: Tensors, **known: object) -> GeneratorConfig:
     return GeneratorConfig(**{**inferred, **_checked(known)})
 
 
-def discriminator_config(tensors: Tensors, **known: object) -> DiscriminatorConfig:
-    """The same of a discriminator."""
+def discriminator_config(tensors: Tensors, **known: Any) -> DiscriminatorConfig:
+    """The config that a discriminator's tensors fit; see `generator_config`."""
     resolutions = _resolutions(tensors, "")
     widths = {r: _shape(tensors, f"b{r}.conv0.weight", 4)[0] for r in resolutions if r > 4}
     widths[4] = _shape(tensors, "b4.conv.weight", 4)[0]
     base, most = _widths(widths)
-    inferred = {
+    inferred: dict[str, Any] = {
         "resolution": resolutions[-1],
         "channel_base": base,
         "channel_max": most,
@@ -60,6 +63,10 @@ def discriminator_config(tensors: Tensors, **known: object) -> DiscriminatorConf
     return DiscriminatorConfig(**{**inferred, **_checked(known)})
 
 
+@overload
+def build(config: GeneratorConfig, tensors: Tensors) -> Generator: ...
+@overload
+def build(config: DiscriminatorConfig, tensors: Tensors) -> Discriminator: ...
 def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Generator | Discriminator:
     """The network of a config with these tensors in float32, for evaluation.
 
@@ -68,15 +75,16 @@ def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Ge
     network_class = _NETWORKS[type(config)]
     with torch.device("meta"):  # shapes alone: a wrong config may be huge
         expected = {name: tuple(value.shape) for name, value in network_class(config).state_dict().items()}
-    says = f"expected by its resolution {config.resolution}, channel_base {config.channel_base}, channel_max {config.channel_max}"
+    widths = f"channel_base {config.channel_base}, channel_max {config.channel_max}"
+    by_config = f"expected by its resolution {config.resolution}, {widths}"
     for name, shape in expected.items():
         if name not in tensors:
-            raise ValueError(f"lacks {name} {shape}, {says}")
+            raise ValueError(f"lacks {name} {shape}, {by_config}")
         if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape} as {says}")
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape} as {by_config}")
     for name, value in tensors.items():
         if name not in expected:
-            raise ValueError(f"{name[:100]} {tuple(value.shape)} is no part of the network {says}")
+            raise ValueError(f"{name[:100]} {tuple(value.shape)} is no part of the network {by_config}")
     network = network_class(config)
     network.load_state_dict({name: tensors[name].detach().to(torch.float32) for name in expected})
     return network.requires_grad_(False).eval()
@@ -99,14 +107,14 @@ def without_filters(tensors: Tensors, filters: Mapping[str, float]) -> dict[str,
     return kept
 
 
-def agrees(option: object, expected: object) -> bool:
-    """Whether an option in a file is what every network here has; it may be any plain data."""
+def agrees(option: Any, expected: Any) -> bool:
+    """Whether an option in a file, which may be any plain data, equals the value that every network here has."""
     if isinstance(expected, list):
         return type(option) in (list, tuple) and len(option) == len(expected) and all(map(agrees, option, expected))
     return type(option) in (str, int, float, bool) and option == expected
 
 
-def _checked(known: Mapping[str, object]) -> dict[str, object]:
+def _checked(known: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(known)
     for name, value in known.items():
         if name == "architecture":
@@ -138,7 +146,7 @@ def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _architecture(tensors: Tensors, of_skip: str, of_resnet: str) -> Architecture:
-    """By the tensors that only the one and only the other design has."""
+    """Inferred from tensors that only one design has."""
     return "skip" if of_skip in tensors else "resnet" if of_resnet in tensors else "orig"
 
 

@@ -1,6 +1,7 @@
 """What a run shows of itself on the way: grids of samples, and distances to real images."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -71,12 +72,13 @@ def make_snapshots(
         sizes = {"batch_size": config.batch_size, "total_samples": config.total_images}
         if not is_due(state.samples_seen, every=config.snapshot_every, **sizes):
             return
+        generator = cast(Generator, state.ema)
         if state.ranks.is_main:
-            grid = image_grid(sample_images(state.ema, range(GRID), seed=config.seed), columns=10)
+            grid = image_grid(sample_images(generator, range(GRID), seed=config.seed), columns=10)
             write_png(run.path / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=2)
         if features is not None:
             if not made:
                 made.append(Scores(features, config, images, state.ranks))
-            run.log({"step": state.step, "images": state.samples_seen, **made[0](state.ema)})
+            run.log({"step": state.step, "images": state.samples_seen, **made[0](generator)})
 
     return snapshot

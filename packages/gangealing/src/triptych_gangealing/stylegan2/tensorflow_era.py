@@ -1,7 +1,7 @@
 """Networks of NVIDIA's TensorFlow code (StyleGAN2, StyleGAN2-ADA) by the names of their PyTorch files.
 
 Kernels are height, width, in, out there, and those that upsample are turned by 180 degrees; matrices are in, out; what a style
-multiplies by is one plus what its layer says.
+multiplies by is one plus the output of its layer.
 """
 
 import re
@@ -24,7 +24,7 @@ _CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "first": lambda x: x[0],
     "map": lambda x: x[0, 0],
 }
-# Options of training, of speed, or that tensors' shapes tell
+# Options of training, of speed, or that follow from the tensors' shapes
 _IGNORED = {
     *("truncation_psi", "truncation_cutoff", "style_mixing_prob", "structure", "num_fp16_res", "w_avg_beta"),
     *("freeze_layers", "label_fmaps", "mapping_fmaps"),

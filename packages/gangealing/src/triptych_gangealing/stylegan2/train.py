@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
     with process_group(config.device) as ranks:
         config.check_groups(ranks.world_size)
         state = make_state(config, ranks, images)
-        objective = Objective(config, images, state.model["generator"], state.model["discriminator"])
+        generator, discriminator, _ = parts_of(state)
+        objective = Objective(config, images, generator, discriminator)
         # Only now: what is refused above must not leave a folder that would refuse the corrected command.
         with open_run(config, ranks, {"images": images.fingerprint()}) as run:
             snapshot = make_snapshots(config, run, images, ranks)
@@ -52,7 +53,14 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
 
 
 class Statistics(nn.Module):
-    """What is kept about the batches seen, over all ranks: the augmentation's probability, and running means."""
+    """Running statistics of the batches seen, over all ranks: the augmentation's probability, and means."""
+
+    augment_p: Tensor
+    path_length: Tensor
+    signs: Tensor
+    steps: Tensor
+    r1: Tensor
+    path_length_penalty: Tensor
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -60,6 +68,16 @@ class Statistics(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         for name in ("r1", "path_length_penalty"):  # the last ones, since most steps have none
             self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
+
+
+def parts_of(state: TrainState) -> tuple[Generator, Discriminator, Statistics]:
+    """Both networks that are being trained, and the statistics."""
+    parts = cast(nn.ModuleDict, state.model)
+    return (
+        cast(Generator, parts["generator"]),
+        cast(Discriminator, parts["discriminator"]),
+        cast(Statistics, parts["statistics"]),
+    )
 
 
 class Pass(NamedTuple):
@@ -77,7 +95,8 @@ class Pass(NamedTuple):
 
 def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> None:
     """Generator, its path lengths, discriminator, its gradient penalty: an optimiser step each.  [Karras et al. 2020]"""
-    config, statistics, ranks = objective.config, state.model["statistics"], state.ranks
+    config, ranks = objective.config, state.ranks
+    generator, _, statistics = parts_of(state)
     p = float(statistics.augment_p)
     passes = {
         "generator": Pass("generator", 1, 1.0, partial(objective.generator_loss, p=p)),
@@ -103,7 +122,7 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
             finite &= state.optimise()[1]
     seen = {name: ranks.sum(value) / ranks.world_size for name, value in observed.items()}
     if finite:
-        state.model["generator"].mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)
+        generator.mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)
         if "path_length" in seen:
             statistics.path_length.lerp_(seen["path_length"].double(), 1 - PATH_LENGTH_DECAY)
             statistics.path_length_penalty.copy_(ranks.sum(losses["path_length"]) / ranks.world_size)
@@ -123,10 +142,11 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
 
 
 def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
-    other = {"generator": "discriminator", "discriminator": "generator"}[play.player]
+    generator, discriminator, _ = parts_of(state)
+    other = discriminator if play.player == "generator" else generator
     totals: tuple[Tensor, Tensor] | None = None
     first, samples = batch.step * batch.size, -(-batch.size // play.stride)  # of the batch of all ranks
-    with _frozen(state.model[other]):
+    with _frozen(other):
         for part, _ in batch.micro_batches(micro_batch):
             counters = part[(first - part.start) % play.stride :: play.stride]
             share = len(counters) / samples * (batch.size / len(batch.counters))
@@ -135,6 +155,7 @@ def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) 
             (loss * (play.weight * share)).backward()
             parts = loss.detach() * share, observed * share
             totals = parts if totals is None else (totals[0] + parts[0], totals[1] + parts[1])
+    assert totals is not None
     return totals
 
 
@@ -240,6 +261,6 @@ def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState) 
         "seed": config.seed,
         "images_seen": state.samples_seen,
     }
-    write_network(run.path / GENERATOR_FILE, state.ema, facts)
-    write_network(run.path / DISCRIMINATOR_FILE, state.model["discriminator"], facts)
+    write_network(run.path / GENERATOR_FILE, cast(Generator, state.ema), facts)
+    write_network(run.path / DISCRIMINATOR_FILE, parts_of(state)[1], facts)
     echo(f"generator: {run.path / GENERATOR_FILE}")

@@ -119,12 +119,13 @@ class GanTrainConfig(AccumulatingSettings, WeightPrecision):
 
     def gamma(self, images: int) -> float:
         """Weight of the gradient penalty after so many real images."""
-        later = self.r1_gamma_later is not None and images >= self.r1_gamma_switch
-        return self.r1_gamma_later if later else self.r1_gamma
+        if self.r1_gamma_later is not None and images >= self.r1_gamma_switch:
+            return self.r1_gamma_later
+        return self.r1_gamma
 
     def networks(self, c_dim: int) -> tuple[GeneratorConfig, DiscriminatorConfig]:
         """Shapes of both networks, for a number of classes (0: unconditional)."""
-        shape = {
+        shape: dict[str, Any] = {
             "resolution": self.resolution, "channel_base": self.channel_base, "channel_max": self.channel_max,
             "c_dim": c_dim, "conv_clamp": self.conv_clamp,
         }  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class VendoredDiscriminator(nn.Module):
         return self.network(images, labels, force_fp32=True).squeeze(1)
 
 
-def _generator(networks: object, network: Generator) -> nn.Module:
+def _generator(networks: ModuleType, network: Generator) -> nn.Module:
     config = network.config
     return networks.Generator(
         **_images(config),
@@ -99,7 +100,7 @@ def _generator(networks: object, network: Generator) -> nn.Module:
     )
 
 
-def _discriminator(networks: object, network: Discriminator) -> nn.Module:
+def _discriminator(networks: ModuleType, network: Discriminator) -> nn.Module:
     config = network.config
     return networks.Discriminator(
         **_images(config),

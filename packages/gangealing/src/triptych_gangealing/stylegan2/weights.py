@@ -1,4 +1,4 @@
-"""Network files, whoever wrote them: ours, one safetensors file with weights, config and origin; or anyone's, by `interop`."""
+"""Files of StyleGAN2 networks: our own, with weights, config and origin; other people's are opened by `interop`."""
 
 import zipfile
 from collections.abc import Callable, Mapping
@@ -86,7 +86,7 @@ def open_networks(path: str | Path) -> Source:
 def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
     """Replace the weights of both networks by those of `source`: a run folder, a file of ours, or a foreign checkpoint.
 
-    A source without a discriminator leaves that one freshly initialised, and says so.
+    Where the source has no discriminator, that one stays freshly initialised, which is reported.
     Raises ValueError naming the first tensor that does not fit, FileNotFoundError where there is nothing.
     """
     found = open_networks(source)

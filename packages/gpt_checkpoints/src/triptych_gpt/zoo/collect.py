@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     Raises ValueError for a request that does not fit the task or the zoo that is there, OSError when the disk refuses: all
     cohorts written before are kept.
     """
-    task, identity = open_task_of(config)
+    task, identity = request(config)
     _refuse_another(config.out, identity)
     with RunDirectory(config.out, identity):
         manifest = _manifest(task, config, identity)
@@ -50,6 +51,105 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     return _told(manifest, config)
 
 
+def spec_of(config: CollectConfig) -> TaskSpec:
+    """The task as workers open it: the path of a user's own file is made absolute."""
+    path, colon, name = config.task.rpartition(":")
+    own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else config.task
+    return TaskSpec(own, config.data, config.epochs)
+
+
+def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
+    """The task to collect, and everything that decides what its zoo is.
+
+    Raises ValueError or OSError where this command could not collect it.
+    """
+    task = spec_of(config).open()
+    with one_line(f"task {task.name}"):
+        task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
+        identity = {
+            "recipe_version": RECIPE_VERSION,
+            "task": task.name,
+            "recipe": task.recipe(),
+            **spec_of(config).source(),
+        }
+        recipe_digest(identity["recipe"])  # JSON, that is
+        _check(config, task)
+        if isinstance(task, SupervisedTask):
+            task.check_symmetry()
+    early = {"early": True} if config.early else {}  # left out otherwise: older zoos know nothing of it
+    return task, identity | {name: getattr(config, name) for name in IDENTITY} | early
+
+
+def _check(config: CollectConfig, task: Task) -> None:
+    if config.initialiser not in task.initialisers:
+        raise ValueError(f"initialiser {config.initialiser!r}: expected one of {', '.join(task.initialisers)}")
+    if config.checkpoints > task.steps + 1:
+        raise ValueError(
+            f"checkpoints {config.checkpoints}: a run of {task.name} takes {task.steps:,} steps, so expected 2 to "
+            f"{task.steps + 1:,}"
+        )
+    names = [*OWN_COLUMNS, *SETTINGS, "minibatch_loss", *(metric.name for metric in task.metrics), *task.settings()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"task {task.name}: {twice[0]!r} would name two columns of the index; rename its metric or setting"
+        )
+    _device(config.device)
+
+
+@cache
+def _device(name: str) -> torch.device:
+    """The device to collect on. Raises ValueError for one that is not here."""
+    with process_group(name) as ranks:
+        return torch.device("cuda") if name in ("auto", "cuda") and ranks.device.type == "cuda" else ranks.device
+
+
+def _processes(config: CollectConfig) -> int:
+    if config.engine == "here":
+        return 1
+    if config.workers is not None:
+        return config.workers
+    return torch.cuda.device_count() if _device(config.device).type == "cuda" else _cores()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def preview(config: CollectConfig) -> dict[str, Any]:
+    """What --dry-run prints: of the runs asked for, as if there were none yet."""
+    (task, identity), runs, processes = request(config), config.runs_asked, _processes(config)
+    speed = _measured(task, config)
+    seconds = speed.seconds_per_run + config.checkpoints * speed.seconds_per_score
+    of_run = config.checkpoints * task.layout.size
+    by_split = dict.fromkeys(("train", "validation", "test"), 0)
+    for number, some in cohorts(0, runs, config.cohort_runs):
+        by_split[split_of(number, config.split_every)] += len(some)
+    return {
+        "config": asdict(config),
+        "recipe": identity["recipe"],
+        "runs": runs,
+        "cohorts": -(-runs // config.cohort_runs),
+        "runs_by_split": by_split,
+        "bytes": runs * of_run * DTYPES[config.dtype][1].itemsize,
+        "bytes_of_checkpoints_in_memory": min(runs, config.cohort_runs) * of_run * 4 * processes,
+        "processes": processes,
+        "networks_at_once": speed.networks_at_once,
+        "minutes": runs * seconds / processes / 60,
+    }
+
+
+def _measured(task: Task, config: CollectConfig) -> Speed:
+    """A short measurement on one thread, as a worker has it."""
+    device, threads = _device(config.device), torch.get_num_threads()
+    torch.set_num_threads(1)
+    most = 4096 if device.type == "cuda" else 256  # more was never faster
+    try:
+        with one_line(f"task {task.name}"):
+            return task.measure(device, min(config.cohort_runs, most), config.shared_batches)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _refuse_another(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises ValueError for a zoo of another recipe, or shards that have lost their manifest."""
     if (folder / MANIFEST).exists():
@@ -63,7 +163,7 @@ def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) ->
     """The zoo's manifest, founded where there is none."""
     if (config.out / MANIFEST).exists():
         return Manifest.read(config.out)
-    at_once = config.networks_at_once or measured_speed(task, config).networks_at_once
+    at_once = config.networks_at_once or _measured(task, config).networks_at_once
     facts = {
         "task": task.name,
         "layout": task.layout.to_json(),
@@ -130,13 +230,13 @@ def _damaged(manifest: Manifest, config: CollectConfig) -> list[Work]:
 
 def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config: CollectConfig) -> None:
     total = sum(len(unit.cohort.runs) for unit in units)
-    processes = min(process_count(config), len(units))
+    processes = min(_processes(config), len(units))
     at_once = min(units[0].networks_at_once, max(len(unit.cohort.runs) for unit in units))
     echo(
         f"{total:,} runs in {_count(len(units), 'cohort')}, {at_once} networks at once in each of {_count(processes, 'process')}"
     )
     results = workers.run(
-        config.engine, collect_cohort, units, workers.devices(device_of(config), processes), preload=PRELOAD,
+        config.engine, collect_cohort, units, workers.devices(_device(config.device), processes), preload=PRELOAD,
         remedy="use fewer --workers or a smaller --cohort-runs, and repeat", extra="triptych-gpt[ray]",
     )  # fmt: skip
     with Progress("collecting", total, "run") as progress:
@@ -174,104 +274,3 @@ def _told(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
 
 def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
-
-
-def spec_of(config: CollectConfig) -> TaskSpec:
-    """The task as workers open it: the path of a file of the user's own is made absolute."""
-    path, colon, name = config.task.rpartition(":")
-    own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else config.task
-    return TaskSpec(own, config.data, config.epochs)
-
-
-def device_of(config: CollectConfig) -> torch.device:
-    """The device, without a number where every GPU is to be used. Raises ValueError for one that is not here."""
-    with process_group(config.device) as ranks:
-        every_gpu = config.device in ("auto", "cuda") and ranks.device.type == "cuda"
-        return torch.device("cuda") if every_gpu else ranks.device
-
-
-def process_count(config: CollectConfig) -> int:
-    if config.engine == "here":
-        return 1
-    if config.workers is not None:
-        return config.workers
-    return torch.cuda.device_count() if device_of(config).type == "cuda" else _cores()
-
-
-def open_task_of(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
-    """The task, and everything that decides what its zoo is.
-
-    Raises ValueError or OSError where this command could not collect it.
-    """
-    spec = spec_of(config)
-    task = spec.open()
-    with one_line(f"task {task.name}"):
-        task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
-        identity = {
-            "recipe_version": RECIPE_VERSION,
-            "task": task.name,
-            "recipe": task.recipe(),
-            **spec.source(),
-        }
-        recipe_digest(identity["recipe"])  # raises where the recipe is not JSON-able
-        _check(task, config)
-        if isinstance(task, SupervisedTask):
-            task.check_symmetry()
-    early = {"early": True} if config.early else {}  # left out otherwise: manifests of older zoos lack the key
-    return task, identity | {name: getattr(config, name) for name in IDENTITY} | early
-
-
-def _check(task: Task, config: CollectConfig) -> None:
-    """Raises ValueError for options that the task does not allow."""
-    if config.initialiser not in task.initialisers:
-        raise ValueError(f"initialiser {config.initialiser!r}: expected one of {', '.join(task.initialisers)}")
-    if config.checkpoints > task.steps + 1:
-        raise ValueError(
-            f"checkpoints {config.checkpoints}: a run of {task.name} takes {task.steps:,} steps, so expected 2 to "
-            f"{task.steps + 1:,}"
-        )
-    names = [*OWN_COLUMNS, *SETTINGS, "minibatch_loss", *(metric.name for metric in task.metrics), *task.settings()]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"task {task.name}: {twice[0]!r} would name two columns of the index; rename its metric or setting"
-        )
-    device_of(config)
-
-
-def plan(config: CollectConfig) -> dict[str, Any]:
-    """What collecting would take: sizes and minutes of the runs asked for, as if the zoo held none yet."""
-    (task, identity), runs = open_task_of(config), config.runs_asked
-    speed, processes = measured_speed(task, config), process_count(config)
-    seconds = speed.seconds_per_run + config.checkpoints * speed.seconds_per_score
-    of_run = config.checkpoints * task.layout.size
-    by_split = dict.fromkeys(("train", "validation", "test"), 0)
-    for number, some in cohorts(0, runs, config.cohort_runs):
-        by_split[split_of(number, config.split_every)] += len(some)
-    return {
-        "config": asdict(config),
-        "recipe": identity["recipe"],
-        "runs": runs,
-        "cohorts": -(-runs // config.cohort_runs),
-        "runs_by_split": by_split,
-        "bytes": runs * of_run * DTYPES[config.dtype][1].itemsize,
-        "bytes_of_checkpoints_in_memory": min(runs, config.cohort_runs) * of_run * 4 * processes,
-        "processes": processes,
-        "networks_at_once": speed.networks_at_once,
-        "minutes": runs * seconds / processes / 60,
-    }
-
-
-def measured_speed(task: Task, config: CollectConfig) -> Speed:
-    """A short measurement on one thread, as a worker has it."""
-    device, threads = device_of(config), torch.get_num_threads()
-    torch.set_num_threads(1)
-    most = 4096 if device.type == "cuda" else 256  # more was never faster
-    try:
-        with one_line(f"task {task.name}"):
-            return task.measure(device, min(config.cohort_runs, most), config.shared_batches)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from triptych_common.cli import CommonOptions
@@ -59,11 +59,6 @@ class CollectConfig(CommonOptions):
     def runs_asked(self) -> int:
         """Runs the zoo shall have, 0 where it shall only be repaired."""
         return self.runs if self.runs is not None else 0 if self.repair else NEW_ZOO_RUNS
-
-    def resolved(self) -> dict[str, Any]:
-        """What --dry-run prints."""
-
-        return plan(self)
 
 
 PRESETS = {  # thesis 3.3: the released data sets' numbers of runs

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from triptych_common.storage.run import RunDirectory
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
+from triptych_gpt.tasks.registry import open_task
 from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
@@ -48,10 +50,14 @@ SUPERVISED = {
 }
 
 
-def import_command(config: ImportConfig) -> dict[str, Any]:
-    """`import_lmdb` with the layout of the task's network."""
-    from triptych_gpt.tasks.registry import open_task
+def preview(config: ImportConfig) -> dict[str, Any]:
+    """What --dry-run prints."""
+    runs, skipped = find_runs(config.lmdb)
+    return {"config": asdict(config), "runs": len(runs), "unfinished_folders": skipped}
 
+
+def import_command(config: ImportConfig) -> dict[str, Any]:
+    """`import_lmdb` for networks of the task that the settings name."""
     return import_lmdb(config, open_task(config.task).layout)
 
 

@@ -25,6 +25,7 @@ class TaskSpec:
     epochs: int | None = None
 
     def open(self) -> "Task":
+        """The task, its networks and data imported."""
         from triptych_gpt.tasks.registry import open_task  # imports every task's networks
 
         return open_task(self.task, data=self.data, epochs=self.epochs)

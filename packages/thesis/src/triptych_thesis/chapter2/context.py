@@ -1,31 +1,36 @@
-"""What every experiment works on: models by name, samples of them, their scores, each made once."""
+"""What the experiments of chapter 2 measure: models by name, samples of them, and their scores, each made once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from triptych_common.parallel import process_group
+from triptych_common.storage import checkpoint
+from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import on_gpu
 from triptych_dit.flops import gflops
-from triptych_dit.sample import SampleConfig
-from triptych_dit.sampling import SamplerSettings
-from triptych_dit.train import snapshot_path
+from triptych_dit.sample import SampleConfig, draw_missing, gather, identity, sample, write_grid
+from triptych_dit.settings import SamplerSettings
+from triptych_dit.train import snapshot_path, train
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
 from triptych_dit.weights import FILE_NAME
 
 from triptych_thesis.chapter2.adm import AdmScorer
+from triptych_thesis.chapter2.comparisons import Comparison, Score, SeedNoise, compare, seed_noise
 from triptych_thesis.chapter2.scoring import METRICS, StudyScorer, score_of
 from triptych_thesis.chapter2.sizes import Model, Size
-from triptych_thesis.chapter2.statistics import Comparison, Score, SeedNoise, compare, seed_noise
-from triptych_thesis.chapter2.units import Sampling, Training
 
 FRECHET = "frechet"
 
 
 @dataclass(frozen=True)
-class Draw:
-    """So many samples of a model as it is after so many images, drawn with some settings."""
+class SampleSet:
+    """`n` samples of a model as it is after so many training images, drawn with some settings."""
 
     model: Model
     images: int
@@ -40,11 +45,86 @@ class Draw:
         return f"{self.model.folder}/{self.images}-{s.sampler}{s.num_inference_steps}{guidance}{channels}-n{self.n}"
 
 
-class Bench:
-    """A study's folder: where its models and samples lie, what they cost, what they score.
+@dataclass(frozen=True)
+class Training:
+    """A unit of work: one training run. `cost`, in GFLOPs of forward passes, decides the order and the progress bar."""
 
-    grid: names of the models that are compared, with their shapes. data: what they are trained on; vae: where the autoencoder of
-    their latents lies, None for pixels; decoder: another with the same encoder, to draw samples with.
+    title: str
+    config: TrainConfig
+    unet: bool
+    cost: float
+
+    @property
+    def done(self) -> bool:
+        return (self.config.out / FILE_NAME).exists()
+
+    def __call__(self) -> None:
+        if self.unet:
+            from triptych_thesis.chapter2.unet import train_unet
+
+            train_unet(self.config)
+        else:
+            train(self.config)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A unit of work: one set of samples drawn and scored."""
+
+    title: str
+    config: SampleConfig
+    unet: bool
+    scorer: StudyScorer | AdmScorer
+    cost: float
+
+    @property
+    def drawn(self) -> bool:
+        return (self.config.out / "samples.npz").exists()
+
+    @property
+    def done(self) -> bool:
+        return self.drawn and (self.config.out / "scores.json").exists()
+
+    def __call__(self) -> None:
+        if self.unet:
+            _sample_unet(self.config)
+        else:
+            sample(self.config)
+        self.scorer(self.config.out / "samples.npz")
+
+
+def _sample_unet(config: SampleConfig) -> None:
+    from triptych_thesis.chapter2.unet import load_unet, sample_unet
+
+    trained = load_unet(Path(config.checkpoint))
+    classes = trained.model.config.num_embeddings - 1
+    labels = torch.arange(config.num_samples) % classes
+    weights = checkpoint.digest(trained.model.state_dict())
+    request = identity(config, trained) | {"num_samples": config.num_samples, "model_sha256": weights}
+    with process_group(config.device) as ranks, RunDirectory(config.out, request, is_main=ranks.is_main):
+        trained.model.to(ranks.device)
+
+        def draw(batch: range, step: Callable[[], None]) -> UInt8[Tensor, "batch channels height width"]:
+            some = labels[batch.start : batch.stop]
+            return sample_unet(trained, some, config, seed=config.seed, first_index=batch.start, vae=config.vae)
+
+        if not (config.out / "samples.npz").exists():
+            draw_missing(config, draw, 1, ranks)
+        gather(config, labels)
+        write_grid(config.out, classes)
+
+
+class Context:
+    """A study's folder: where its models and samples lie, what they cost, and how they score.
+
+    Args:
+        size: what is trained and measured.
+        folder: where everything lies.
+        everything: whether the grid has the models that take longest, too.
+        data: what the models are trained on: a folder of images, or a cache of latents.
+        vae: where the autoencoder of the latents lies, None for pixels.
+        decoder: another autoencoder with the same encoder, to draw samples with.
+        reference: an ADM reference file, for photographs; None for digits.
     """
 
     def __init__(
@@ -63,10 +143,11 @@ class Bench:
         self.size, self.folder, self.data, self.vae, self.seed, self.device = size, folder, data, vae, seed, device
         self.decoder = decoder or vae
         self.grid = size.grid(everything)
-        if reference is None:
-            self.scorer = StudyScorer(size.data, seed, size.repeats)
-        else:
-            self.scorer = AdmScorer(reference, device, seed, size.repeats)
+        self.scorer: StudyScorer | AdmScorer = (
+            StudyScorer(size.data, seed, size.repeats)
+            if reference is None
+            else AdmScorer(reference, device, seed, size.repeats)
+        )
 
     def train_config(self, model: Model) -> TrainConfig:
         size, images = self.size, self.size.images(model)
@@ -81,85 +162,96 @@ class Bench:
         return Training(model.title, config, model.unet, gflops(config.model) * config.total_images)
 
     def weights(self, model: Model, images: int) -> Path:
+        """The file of a model's weights after so many images."""
         config = self.train_config(model)
         return config.out / FILE_NAME if images == config.total_images else snapshot_path(config.out, images)
 
-    def sampling(self, draw: Draw) -> Sampling:
+    def sampling(self, samples: SampleSet) -> Sampling:
+        settings = samples.settings
         config = SampleConfig(
-            **{field.name: getattr(draw.settings, field.name) for field in fields(SamplerSettings)},
-            out=self.folder / "samples" / draw.folder,
-            checkpoint=str(self.weights(draw.model, draw.images)),
+            **{field.name: getattr(settings, field.name) for field in fields(SamplerSettings)},
+            out=self.folder / "samples" / samples.folder,
+            checkpoint=str(self.weights(samples.model, samples.images)),
             vae=self.decoder,
-            num_samples=draw.n,
+            num_samples=samples.n,
             seed=self.seed,
             device=self.device,
             batch_size=1000 if on_gpu(self.device) else 100,
         )
-        passes = draw.n * draw.settings.num_inference_steps * (1 + (draw.settings.guidance_scale != 1))
-        cost = gflops(self.size.shape(draw.model)) * passes
-        return Sampling(f"{draw.model.title}, {draw.folder.split('/')[1]}", config, draw.model.unet, self.scorer, cost)
+        passes = samples.n * settings.num_inference_steps * (1 + (settings.guidance_scale != 1))
+        title = f"{samples.model.title}, {samples.folder.split('/')[1]}"
+        cost = gflops(self.size.shape(samples.model)) * passes
+        return Sampling(title, config, samples.model.unet, self.scorer, cost)
 
-    def draw(self, model: Model, stage: float = 1.0, n: int | None = None, **settings: Any) -> Draw:
-        """With the study's settings, but for those given."""
+    def after(self, model: Model, stage: float = 1.0, n: int | None = None, **settings: Any) -> SampleSet:
+        """Samples of a model after a stage of training, with the study's settings but for those given."""
         size = self.size
-        return Draw(model, size.count(stage), replace(size.sampler, **settings), n or size.samples)
+        return SampleSet(model, size.count(stage), replace(size.sampler, **settings), n or size.samples)
 
-    def of_main(self, n: int, **settings: Any) -> Draw:
-        """Of the main model at its end."""
+    def of_main(self, n: int, **settings: Any) -> SampleSet:
+        """Samples of the main model at the end of its training."""
         main = Model(self.size.main)
-        return Draw(main, self.size.images(main), replace(self.size.sampler, **settings), n)
+        return SampleSet(main, self.size.images(main), replace(self.size.sampler, **settings), n)
 
-    def samples(self, draw: Draw) -> Path:
-        return self.folder / "samples" / draw.folder / "samples.npz"
+    def path(self, samples: SampleSet) -> Path:
+        return self.folder / "samples" / samples.folder / "samples.npz"
 
-    def scores(self, draw: Draw) -> dict[str, Any]:
-        return self.scorer(self.samples(draw))
+    def place(self, samples: SampleSet) -> str:
+        """The path of samples within the study's folder."""
+        return str(self.path(samples).relative_to(self.folder))
 
-    def score(self, draw: Draw, metric: str = FRECHET) -> Score:
-        return score_of(self.scores(draw), metric)
+    def scores(self, samples: SampleSet) -> dict[str, Any]:
+        return self.scorer(self.path(samples))
 
-    def row(self, draw: Draw) -> dict[str, Any]:
-        """A table's row: what was drawn, what it cost, and every metric with its interval."""
-        cost, scores = gflops(self.size.shape(draw.model)), self.scores(draw)
+    def score(self, samples: SampleSet, metric: str = FRECHET) -> Score:
+        return score_of(self.scores(samples), metric)
+
+    def row(self, samples: SampleSet) -> dict[str, Any]:
+        """A row of a table: what was sampled, what it cost, and every metric with its interval."""
+        cost, scores, settings = gflops(self.size.shape(samples.model)), self.scores(samples), samples.settings
         return {
-            "model": draw.model.title,
-            "images": draw.images,
+            "model": samples.model.title,
+            "images": samples.images,
             "gflops": cost,
-            "training_gflops": cost * draw.images * FORWARDS_PER_STEP,
-            "sampler": draw.settings.sampler,
-            "steps": draw.settings.num_inference_steps,
-            "guidance": draw.settings.guidance_scale,
-            "n": draw.n,
-            "samples": str(self.samples(draw).relative_to(self.folder)),
+            "training_gflops": cost * samples.images * FORWARDS_PER_STEP,
+            "sampler": settings.sampler,
+            "steps": settings.num_inference_steps,
+            "guidance": settings.guidance_scale,
+            "n": samples.n,
+            "samples": self.place(samples),
         } | {
             metric: score_of(scores, metric).estimate._asdict() for metric in (*METRICS, "accuracy") if metric in scores
         }
 
     def compare(
-        self, better: Draw, worse: Draw, metric: str = FRECHET, *, seeds: bool = True, **about: Any
+        self, better: SampleSet, worse: SampleSet, metric: str = FRECHET, *, seeds: bool = True, **about: Any
     ) -> Comparison:
-        """seeds: whether the two are different trainings, so that the noise of seeds counts, each side's at its own stage."""
-        noises = {"noises": tuple(self.noise(draw.images, metric) for draw in (better, worse))} if seeds else {}
-        pair = ((draw.model.title, self.score(draw, metric)) for draw in (better, worse))
+        """Compare two sets of samples. seeds: whether their models were trained apart, so that the noise of training seeds
+        counts, each side's at its own stage."""
+        sides = (better, worse)
+        noises = {"noises": tuple(self.noise(each.images, metric) for each in sides)} if seeds else {}
+        pair = ((each.model.title, self.score(each, metric)) for each in sides)
         return compare(*pair, metric, **noises, **about)
 
     def noise(self, images: int, metric: str = FRECHET) -> SeedNoise:
-        """Of training seeds after so many images, a stage's."""
-        pairs = [tuple(self.score(draw, metric) for draw in pair) for pair in self._seed_pairs[images]]
+        """The noise of training seeds after so many images, those of a stage."""
+        pairs = [(self.score(one, metric), self.score(other, metric)) for one, other in self._seed_pairs[images]]
         return seed_noise(pairs, metric)
 
     def noises(self) -> list[dict[str, Any]]:
-        """Of every stage, for a report."""
+        """The noise of training seeds at every stage, as results.json holds it."""
         return [{"images": images, **self.noise(images)._asdict()} for images in self._seed_pairs]
 
     @cached_property
-    def _seed_pairs(self) -> dict[int, list[tuple[Draw, Draw]]]:
+    def _seed_pairs(self) -> dict[int, list[tuple[SampleSet, SampleSet]]]:
         size = self.size
         return {
-            size.count(stage): [(self.draw(Model(n), stage), self.draw(Model(n, seed=1), stage)) for n in size.repeated]
+            size.count(stage): [
+                (self.after(Model(n), stage), self.after(Model(n, seed=1), stage)) for n in size.repeated
+            ]
             for stage in size.stages
         }
 
-    def repeated(self) -> Sequence[Draw]:
-        """What the noise of seeds is measured on."""
-        return [draw for pairs in self._seed_pairs.values() for pair in pairs for draw in pair]
+    def repeated(self) -> list[SampleSet]:
+        """The samples that the noise of training seeds is measured on."""
+        return [samples for pairs in self._seed_pairs.values() for pair in pairs for samples in pair]

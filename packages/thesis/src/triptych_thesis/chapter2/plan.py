@@ -1,4 +1,4 @@
-"""The commands of a study, one a unit of work: what a cluster runs under torchrun before the study itself collects it."""
+"""The commands behind a study, one for each unit of work: what a cluster runs under torchrun before the study collects it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,13 +7,13 @@ from typing import Any
 from triptych_dit.sample import SampleConfig
 from triptych_dit.train_config import TRAIN_PRESETS, TrainConfig
 
-from triptych_thesis.chapter2.units import Sampling, Training
+from triptych_thesis.chapter2.context import Sampling, Training
 
 LAUNCH = "torchrun --nproc-per-node=8 -m triptych_dit.cli"
 
 
 def commands(data: str, vae: str, side: int, trainings: Sequence[Training], samplings: Sequence[Sampling]) -> list[str]:
-    """Encode, train each model that is not there yet, sample each set that is not."""
+    """Commands that encode the images, train each model that is not there yet, and sample each set that is not."""
     return [
         f"{LAUNCH} encode --source ILSVRC2012/train --image-size {side} --vae {vae} --out {data}",
         *(train_command(unit) for unit in trainings if not unit.done),
@@ -22,7 +22,7 @@ def commands(data: str, vae: str, side: int, trainings: Sequence[Training], samp
 
 
 def train_command(unit: Training) -> str:
-    """The run as a preset and what differs from it."""
+    """A training run as a preset and the options that differ from it."""
     preset = _nearest_preset(unit.config)
     before, now = asdict(TRAIN_PRESETS[preset]), asdict(unit.config)
     return " ".join([f"{LAUNCH} train --preset {preset}", *_flags(before, now), "--parallel fsdp"])
@@ -33,9 +33,8 @@ def sample_command(unit: Sampling) -> str:
 
 
 def _nearest_preset(config: TrainConfig) -> str:
-    """A published run of this model; there is one for each."""
-    found = [name for name, preset in TRAIN_PRESETS.items() if preset.model == config.model]
-    return found[0] if found else "DiT-XL/2"
+    """The published run of this model."""
+    return next((name for name, preset in TRAIN_PRESETS.items() if preset.model == config.model), "DiT-XL/2")
 
 
 def _flags(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -21,8 +21,8 @@ from triptych_common.metrics.digits import NEIGHBOURS, DigitScorer
 from triptych_common.storage.atomic import write_json
 from triptych_dit.sample import read_npz
 
+from triptych_thesis.chapter2.comparisons import Score
 from triptych_thesis.chapter2.digits import without_margin
-from triptych_thesis.chapter2.statistics import Score
 
 METRICS = {  # of the thesis, and what stands for each here
     "frechet": ("FID", "Fréchet distance in 64 features of the frozen digit network"),

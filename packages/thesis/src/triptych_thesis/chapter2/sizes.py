@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from triptych_dit.autoencoder.config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
 from triptych_dit.config import BLOCK_DESIGNS, PRESETS, BlockDesign, DiTConfig
-from triptych_dit.sampling import SamplerSettings
+from triptych_dit.settings import SamplerSettings
 from triptych_dit.train_config import TRAIN_PRESETS, TrainConfig
 
 

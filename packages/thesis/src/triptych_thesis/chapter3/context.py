@@ -1,48 +1,87 @@
-"""How much of everything the experiments of chapter 3 do."""
+"""What the experiments of chapter 3 are given: a trained G.pt beside the zoo that it was trained on."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from triptych_common.storage.checkpoint import digest
+from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import Trial
+from triptych_gpt.settings import SamplerSettings
+from triptych_gpt.train_config import GptTrainConfig
+from triptych_gpt.zoo.source import recipe_of
+
+from triptych_thesis.chapter3.sizes import Amounts, Variants
+from triptych_thesis.study.estimates import quantile
 
 
-@dataclass(frozen=True)
-class Amounts:
-    """How much of everything an evaluation does."""
+@dataclass
+class Context:
+    """A trained G.pt and the zoo that it was trained on; both are opened when first asked for.
 
-    networks: int = 32
-    """unseen networks for prompt alignment"""
-    prompts: int = 20
-    """prompts for each"""
-    baseline_networks: int = 5
-    """unseen networks in the comparison with optimisers, and as many validation networks to tune on; the thesis has five"""
-    optimizer_steps: int | None = None
-    """steps of the optimisers' curves; default: those of a training run"""
-    updates: int = 10
-    """updates in a row, of networks from other initialisers"""
-    recursion_networks: int = 8
-    """networks of each initialiser"""
-    samples: int = 16
-    """samples of one start, for diversity and landscape"""
-    audit_samples: int = 100
-    """networks of the memorisation audit"""
-    neighbour_prompts: int = 5
-    """prompts of the nearest-neighbour score"""
-    every: int = 1
-    """search every so many checkpoints of the training runs for neighbours; 1: all"""
-    sampler_steps: tuple[int, ...] = (2, 5, 10, 25, 50, 100)
-    """denoising steps to compare samplers at"""
+    Args:
+        model: run folder or model file of the trained G.pt.
+        zoo: folder of the zoo that it was trained on.
+        settings: how updates are sampled.
+        amounts: how many networks, prompts and samples every experiment takes.
+        seed: of everything random.
+        device: a torch device, or "auto".
+        folder: where further models and example networks are kept; None where there is no such place.
+        training: how the model was trained, for further models; None for a model from elsewhere.
+        variants: which further models to compare.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("networks", "baseline_networks", "updates", "recursion_networks", "audit_samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        for name, least in (("prompts", 2), ("samples", 3), ("neighbour_prompts", 2)):  # three samples span a plane
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
-        if any(not 1 <= steps <= 1000 for steps in self.sampler_steps):
-            raise ValueError(f"sampler_steps {self.sampler_steps}: expected numbers of 1..1000")
+    model: Path
+    zoo: Path
+    settings: SamplerSettings
+    amounts: Amounts
+    seed: int = 0
+    device: str = "auto"
+    folder: Path | None = None
+    training: GptTrainConfig | None = None
+    variants: Variants | None = None
 
-    def check(self, trial: Trial) -> None:
-        """Raises ValueError where the zoo has too few unseen runs, before a folder knows the amounts."""
-        trial.rows("test", max(self.networks, self.baseline_networks))
-        trial.rows("validation", self.baseline_networks)
+    @cached_property
+    def trial(self) -> Trial:
+        """The model with its zoo.
+
+        Raises FileNotFoundError or ValueError for what cannot be read or does not belong together, ValueError for a zoo with
+        fewer unseen runs than the amounts ask for.
+        """
+        trial = Trial.open(self.model, self.zoo, self.settings, self.seed, self.device)
+        trial.rows("test", max(self.amounts.networks, self.amounts.baseline_networks))
+        trial.rows("validation", self.amounts.baseline_networks)
+        return trial
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results; a folder that holds another model's results is refused by it."""
+        trained, zoo = self.trial.trained, self.trial.zoo
+        return {
+            "model": trained.facts.get("zoo"),
+            "weights": digest(trained.model.state_dict())[:16],
+            "pairs_seen": trained.facts.get("pairs_seen"),
+            "validation": trained.facts.get("validation"),
+            "zoo": {"recipe": recipe_of(zoo), "runs": zoo.splits},
+            "sampler": asdict(self.settings),
+            "amounts": asdict(self.amounts),
+            "seed": self.seed,
+        }
+
+
+def mean_over_networks(values: Float[Tensor, " n"]) -> dict[str, Any]:
+    """Mean and 95% interval by Student's t, which is honest about few networks, JSON-able.
+
+    Networks whose value is not finite are left out and counted as "non_finite".
+    """
+    finite = values.double()[values.isfinite()]
+    n, mean, margin = len(finite), finite.mean() if len(finite) else torch.nan, torch.nan
+    if n > 1:
+        margin = quantile(n - 1) * float(finite.std()) / n**0.5
+    return plain(
+        {"mean": float(mean), "low": float(mean) - margin, "high": float(mean) + margin, "networks": n,
+         "non_finite": len(values) - n}
+    )  # fmt: skip

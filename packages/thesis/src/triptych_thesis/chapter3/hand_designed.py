@@ -21,7 +21,7 @@ from torch import Tensor
 from triptych_gpt.tasks.networks import train_networks
 from triptych_gpt.tasks.optimizers import OptimizerSettings
 from triptych_gpt.tasks.supervised import SupervisedTask
-from triptych_gpt.tasks.task import Cohort
+from triptych_gpt.tasks.task import Cohort, Task
 
 OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # by name: the class in torch.optim, and what is not tuned
     "SGD": ("SGD", {}),
@@ -55,10 +55,13 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks.
+    """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks; NaN where networks diverged.
 
-    tuned: at the grid point that is best after the last step; envelope: at each step, that of the grid point which is best
-    after exactly as many. Both were chosen by the validation networks' mean. NaN where networks diverged.
+    Args:
+        grid: the points tried; chosen: the one that is best at each step, by the mean over validation networks.
+        tuned: the metric at the grid point that is best after the last step.
+        envelope: the metric at each step at the grid point that is best after exactly so many steps.
+        validation: mean over validation networks.
     """
 
     optimizer: str
@@ -66,10 +69,10 @@ class Curve:
     better: str
     steps: tuple[int, ...]
     grid: tuple[GridPoint, ...]
-    chosen: tuple[int, ...]  # grid point best at each step
+    chosen: tuple[int, ...]
     tuned: Float[Tensor, "steps networks"]
     envelope: Float[Tensor, "steps networks"]
-    validation: Float[Tensor, "grid steps"]  # mean over validation networks
+    validation: Float[Tensor, "grid steps"]
 
     def steps_to_reach(self, value: float, *, envelope: bool = True) -> Reach:
         """First scored step whose mean over networks is at this value or better; the envelope favours the optimiser."""
@@ -128,7 +131,11 @@ def optimise(
 ) -> Curve:
     """Train networks with an optimiser of OPTIMIZERS at every point of its grid, scoring them after `steps` updates.
 
-    The test networks choose nothing. seed: of the order of minibatches, which go on beyond the task's own number of epochs.
+    Args:
+        test: networks that the curves are of; they choose nothing.
+        validation: networks by whose mean grid points are chosen.
+        seed: of the order of minibatches, which go on beyond the task's own number of epochs.
+
     Raises ValueError for an unknown optimiser or metric, or steps that are not ascending from 1.
     """
     steps, better = tuple(steps), {m.name: m.better for m in task.metrics}
@@ -144,8 +151,15 @@ def optimise(
     chosen = comparable.argmin(0) if better[metric] == "lower" else comparable.argmax(0)
     tuned = trained[chosen[-1], : len(test)]
     envelope = trained[chosen, : len(test), torch.arange(len(steps))].transpose(0, 1)
-    curves = [_scored(task, metric, theta).T for theta in (tuned, envelope)]
-    return Curve(optimizer, metric, better[metric], steps, grid, tuple(chosen.tolist()), *curves, means)
+    tuned, envelope = (_scored(task, metric, theta).T for theta in (tuned, envelope))
+    return Curve(optimizer, metric, better[metric], steps, grid, tuple(chosen.tolist()), tuned, envelope, means)
+
+
+def optimise_with_all(task: Task, *arguments: Any, **options: Any) -> list[Curve]:
+    """`optimise` with every optimiser; no curves for a task that is not supervised."""
+    if not isinstance(task, SupervisedTask):
+        return []
+    return [optimise(task, name, *arguments, **options) for name in OPTIMIZERS]
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ class _GridSettings(OptimizerSettings):
 
     grid: tuple[GridPoint, ...] = ()
 
-    def make(self, parameters: Sequence[Tensor]) -> "_Shares":
+    def make(self, parameters: Sequence[Tensor]) -> "_Shares":  # type: ignore[override]  # it steps, and no more is asked
         shares = [[part.detach() for part in parameter.chunk(len(self.grid))] for parameter in parameters]
         optimizer = super().make([part for parts in shares for part in parts])
         (group,) = optimizer.param_groups

@@ -1,25 +1,95 @@
 """How large a reproduction of chapter 3 is: sizes only, the code is the same."""
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
+from triptych_common.fields import Checked, Ge, Interval
 from triptych_gpt.train_config import TRAIN_PRESETS, GptTrainConfig
 from triptych_gpt.zoo.collect_config import PRESETS as COLLECT_PRESETS
 from triptych_gpt.zoo.collect_config import CollectConfig
 
-from triptych_thesis.chapter3.context import Amounts
-from triptych_thesis.chapter3.further_models import Study
 
-FIRST = ("fig-3.5", "fig-3.3", "fig-3.4", "fig-3.6", "audit", "filters")
-REST = ("fig-3.8", "fig-3.9", "sampler-steps")
+@dataclass(frozen=True)
+class Amounts(Checked):
+    """How much of everything an evaluation does."""
+
+    networks: Annotated[int, Ge(1)] = 32
+    """unseen networks for prompt alignment"""
+    prompts: Annotated[int, Ge(2)] = 20
+    """prompts for each"""
+    baseline_networks: Annotated[int, Ge(1)] = 5
+    """unseen networks in the comparison with optimisers, and as many validation networks to tune on; the thesis has five"""
+    optimizer_steps: int | None = None
+    """steps of the optimisers' curves; default: those of a training run"""
+    updates: Annotated[int, Ge(1)] = 10
+    """updates in a row, of networks from other initialisers"""
+    recursion_networks: Annotated[int, Ge(1)] = 8
+    """networks of each initialiser"""
+    samples: Annotated[int, Ge(3)] = 16  # three span a plane
+    """samples of one start, for diversity and landscape"""
+    audit_samples: Annotated[int, Ge(1)] = 100
+    """networks of the memorisation audit"""
+    neighbour_prompts: Annotated[int, Ge(2)] = 5
+    """prompts of the nearest-neighbour score"""
+    every: Annotated[int, Ge(1)] = 1
+    """search every so many checkpoints of the training runs for neighbours; 1: all"""
+    sampler_steps: Annotated[tuple[int, ...], Interval(ge=1, le=1000)] = (2, 5, 10, 25, 50, 100)
+    """denoising steps to compare samplers at"""
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Which variants of a training run to compare, each trained on `total_pairs` pairs of checkpoints."""
+
+    total_pairs: int
+    widths: tuple[int, ...]
+    runs: tuple[int, ...]
+    chunk_size: int
+
+    def configs(self, base: GptTrainConfig, checkpoints: int) -> dict[str, dict[str, GptTrainConfig]]:
+        """Configurations by comparison and variant; one that several comparisons have is trained once.
+
+        All but the tokenizers are compared with neuron tokens and stratified pairs, whatever `base` has, and layer tokens with
+        its learning rate: none is tuned for itself.
+
+        Args:
+            base: how the chapter's model is trained.
+            checkpoints: how many each training run of the zoo has.
+        """
+        warmup = min(base.warmup_pairs, self.total_pairs // 10)
+        base = replace(
+            base, total_pairs=self.total_pairs, warmup_pairs=warmup, tokenizer="neuron", chunk_size=None, pairs="stratified"
+        )  # fmt: skip
+        layer = replace(base, tokenizer="layer")
+        return {
+            "width": {str(w): replace(base, width=w, num_heads=max(1, w // 64)) for w in self.widths},
+            "runs": {str(n): replace(base, runs=n) for n in self.runs},
+            "tokenizers": {
+                "neuron": base,
+                "layer": layer,
+                "chunk": replace(base, tokenizer="chunk", chunk_size=self.chunk_size),
+            },
+            "augmentation": {"layer, augmented": layer, "layer, not augmented": replace(layer, augment="off")},
+            "canonicalised zoo": {
+                "layer, augmented": layer,
+                "layer, canonicalised": replace(layer, augment="off", canonicalise=True),
+            },
+            "checkpoints": {f"{checkpoints} a run": base, "first and last only": replace(base, pairs="ends")},
+            "pairs": {
+                "stratified": base,
+                "thesis": replace(base, pairs="thesis"),
+                "released": replace(base, pairs="released"),
+            },
+        }
 
 
 @dataclass(frozen=True)
 class Size:
-    """A zoo, a model trained on it, and how it is evaluated; `study` and REST are what --all adds."""
+    """A zoo, a model trained on it, and how it is evaluated; `variants` are further models, compared with --all."""
 
     collect: CollectConfig
     train: GptTrainConfig
-    study: Study
+    variants: Variants
     sampler: str = "ddpm"
     num_inference_steps: int = 50
     amounts: Amounts = field(default_factory=Amounts)
@@ -32,7 +102,7 @@ SIZES: dict[str, Size] = {
     "smoke": Size(
         replace(_LAPTOP_ZOO, runs=30, cohort_runs=10, epochs=4, checkpoints=20, split_every=3),
         replace(TRAIN_PRESETS["smoke"], total_pairs=6_400),
-        Study(total_pairs=640, widths=(32, 64), runs=(5, 10), chunk_size=64),
+        Variants(total_pairs=640, widths=(32, 64), runs=(5, 10), chunk_size=64),
         num_inference_steps=5,
         amounts=Amounts(
             networks=4, prompts=5, baseline_networks=2, optimizer_steps=20, updates=2, recursion_networks=2, samples=4,
@@ -42,7 +112,7 @@ SIZES: dict[str, Size] = {
     "laptop": Size(
         _LAPTOP_ZOO,
         TRAIN_PRESETS["laptop"],
-        Study(total_pairs=40_000, widths=(64, 128, 256), runs=(100, 400, 1600), chunk_size=208),
+        Variants(total_pairs=40_000, widths=(64, 128, 256), runs=(100, 400, 1600), chunk_size=208),
         num_inference_steps=25,
         amounts=Amounts(audit_samples=64, every=4),
     ),
@@ -52,7 +122,7 @@ SIZES: dict[str, Size] = {
             TRAIN_PRESETS["laptop"], width=832, depth=8, num_heads=13, total_pairs=8_000_000, batch_size=1024, lr=5e-4,
             warmup_pairs=200_000, precision="bf16", validation_every=1000, checkpoint_every=500, validation_networks=32,
         ),
-        Study(total_pairs=1_000_000, widths=(128, 256, 512, 1024), runs=(100, 400, 1600, 3200), chunk_size=768),
+        Variants(total_pairs=1_000_000, widths=(128, 256, 512, 1024), runs=(100, 400, 1600, 3200), chunk_size=768),
         num_inference_steps=250,
         amounts=Amounts(networks=128, audit_samples=200, recursion_networks=16),
     ),
@@ -62,21 +132,21 @@ SIZES: dict[str, Size] = {
             TRAIN_PRESETS["laptop"], width=768, depth=8, num_heads=12, total_pairs=4_000_000, batch_size=512, lr=5e-4,
             warmup_pairs=100_000, precision="bf16", validation_every=1000, checkpoint_every=500, validation_networks=32,
         ),
-        Study(total_pairs=500_000, widths=(128, 256, 512, 1024), runs=(100, 400, 1600), chunk_size=576),
+        Variants(total_pairs=500_000, widths=(128, 256, 512, 1024), runs=(100, 400, 1600), chunk_size=576),
         num_inference_steps=250,
         amounts=Amounts(networks=64, audit_samples=100, recursion_networks=16, every=4),
     ),
     "paper": Size(
         COLLECT_PRESETS["mnist"],
         TRAIN_PRESETS["mnist_loss"],
-        Study(total_pairs=20_000_000, widths=(64, 128, 256, 512, 1024, 2048), runs=(500, 2000, 5000, 8500), chunk_size=1000),
+        Variants(total_pairs=20_000_000, widths=(64, 128, 256, 512, 1024, 2048), runs=(500, 2000, 5000, 8500), chunk_size=1000),
         num_inference_steps=1000,
         amounts=_MNIST_PAPER,
     ),
     "paper-cifar10": Size(
         COLLECT_PRESETS["cifar10"],
         TRAIN_PRESETS["cifar10_loss"],
-        Study(total_pairs=20_000_000, widths=(64, 128, 256, 512, 1024, 2048), runs=(500, 5000, 10_000, 25_000, 45_000),
+        Variants(total_pairs=20_000_000, widths=(64, 128, 256, 512, 1024, 2048), runs=(500, 5000, 10_000, 25_000, 45_000),
               chunk_size=576),
         num_inference_steps=1000,
         amounts=_MNIST_PAPER,

@@ -5,28 +5,14 @@ from typing import Any
 
 from triptych_common.cli import echo
 from triptych_gangealing.baselines.methods import Method
-from triptych_gangealing.keypoints.evaluate import OURS, PckConfig, methods_of, pairs_of, score_pairs, write_scores
+from triptych_gangealing.keypoints.evaluate import methods_of, pairs_of, score_pairs, write_scores
 from triptych_gangealing.keypoints.pck import BOX, PER_POINT, PckTable
 from triptych_gangealing.keypoints.synthetic import Pairs, Posed, posed_digits
 
+from triptych_thesis.chapter4.options import AlignmentScoreConfig
 from triptych_thesis.chapter4.pose import PoseErrors, Sharpness, own_pose_errors, pose_errors, sharpness
 
-__all__ = ["AT", "OURS", "AlignmentScoreConfig", "Scores", "score", "score_alignment"]
-
 AT = f"{BOX}, {PER_POINT}, 0.1"  # key of PCK@0.1 in a table of scores
-
-
-@dataclass(frozen=True)
-class AlignmentScoreConfig(PckConfig):
-    """Score an aligner on held-out coloured digits whose correspondences and jitters are known, beside baselines."""
-
-    images: int = 500
-    """images for errors of pose and sharpness"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.images < 1:
-            raise ValueError(f"images {self.images}: expected at least 1")
 
 
 @dataclass(frozen=True)

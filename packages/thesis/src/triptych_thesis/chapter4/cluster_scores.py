@@ -1,13 +1,12 @@
 """How well clusters found without labels agree with the true digits, beside k-means on pixels; `triptych score-clusters`."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from triptych_common.cli import CommonOptions, echo
+from triptych_common.cli import echo
 from triptych_common.images import from_uint8
 from triptych_common.metrics.bootstrap import Estimate, bootstrap
 from triptych_common.storage.atomic import write_json
@@ -15,32 +14,16 @@ from triptych_gangealing.aligner import Aligner, open_aligner
 from triptych_gangealing.baselines.moments import ink, moments
 from triptych_gangealing.clustering import purity
 from triptych_gangealing.encoders.descriptor import Groups
-from triptych_gangealing.keypoints.evaluate import Data
 from triptych_gangealing.keypoints.synthetic import Posed, posed_digits
+from triptych_gangealing.settings import Data
 from triptych_gangealing.warp import Warp
+
+from triptych_thesis.chapter4.options import ClustersConfig
 
 CLUSTERS = "GANgealing's clusters: k-means on a contrastive descriptor"  # the alignment itself has no part in them
 K_MEANS = "k-means, moments-aligned pixels"
 RESTARTS = 10
 TRAINING = 4  # times as many digits for k-means on pixels to learn from
-
-
-@dataclass(frozen=True)
-class ClustersConfig(CommonOptions):
-    """Score an aligner's clusters of held-out coloured digits against the true digits, beside k-means on aligned pixels."""
-
-    out: Path = Path("runs/clusters")
-    """where to write clusters.json"""
-    aligner: Path = Path("runs/align-digits32-all")
-    """run folder of triptych-gangealing train, or its aligner.safetensors, of several clusters"""
-    data: Data = "mnist5k"
-    """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
-    images: int = 1_000
-    """images to score; k-means on pixels learns from four times as many of the training split"""
-
-    def __post_init__(self) -> None:
-        if self.images < 2:
-            raise ValueError(f"images {self.images}: expected at least 2")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the experiments of chapter 4 share: the settings of every training and scoring, and the trained alignments."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,14 @@ from typing import Any
 from triptych_gangealing.aligner import FILE, Aligner, load_aligner
 from triptych_gangealing.encoders.perceptual import open_distance
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig
+from triptych_gangealing.encoders.simclr import run as train_encoder
+from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train import digest_of, train
 from triptych_gangealing.train_config import AlignTrainConfig
 
-from triptych_thesis.chapter4.alignment_scores import OURS, AlignmentScoreConfig, score_alignment
+from triptych_thesis.chapter4.alignment_scores import score_alignment
+from triptych_thesis.chapter4.options import AlignmentScoreConfig
 from triptych_thesis.chapter4.sizes import (
     DIGIT,
     FIRST_ROWS,
@@ -61,6 +64,44 @@ class Context:
     digit_generator: str
     lpips_weights: Path | None
     all_rows: bool
+
+    def check(self) -> None:
+        """Raise ValueError or OSError for a bad file of LPIPS's weights, before an hour of training."""
+        if self.lpips_weights is not None:
+            open_distance("lpips", weights=self.lpips_weights)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results."""
+        placed = "distance", "generator"  # where they lie decides nothing; generators are identified by their digests
+        alignments = {
+            name: {key: value for key, value in self.align_config(name).identity().items() if key not in placed}
+            for name in (ONE, CLUSTERED)
+        }
+        amounts = {
+            name: getattr(self.size, name)
+            for name in ("ablation_images", "pairs", "images", "cluster_images", "shown", "iterations")
+        }
+        digests = {name: digest_of(load_generator(getattr(self, name))) for name in ("generator", "digit_generator")}
+        return {"encoder": self.encoder_config().identity(), **alignments, **amounts, **digests}
+
+    def facts(self) -> dict[str, Any]:
+        """What results.json says of the trainings."""
+        training = {name: self.align_config(name).identity() for name in (ONE, CLUSTERED)}
+        return {"all": self.all_rows, "digit": DIGIT, "training": training}
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints."""
+        return {
+            "encoder": self.encoder_config().resolved(),
+            "one": self.align_config(ONE).resolved(),
+            "clustered": self.align_config(CLUSTERED).resolved(),
+            "scores": asdict(self.score_config(grey=False)),
+            "ablations": self.wanted_rows,
+        }
+
+    def train_encoder(self) -> None:
+        """Train the encoder that images are compared by, or what is missing of it."""
+        train_encoder(self.encoder_config())
 
     def encoder_config(self) -> EncoderTrainConfig:
         """Settings of the encoder that images are compared by."""

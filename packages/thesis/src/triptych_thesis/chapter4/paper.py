@@ -20,7 +20,6 @@ from triptych_thesis.study.experiment import Picture, Section, Table
 from triptych_thesis.study.report import Report
 from triptych_thesis.study.runner import refuse_torchrun
 
-PAPER = "paper"
 DATASETS = ("bicycle", "cat", "dog", "tv", "celeba", "cub", "car", "horse")
 GPUS = 8
 TORCHRUN = f"torchrun --nproc-per-node {GPUS} -m triptych_gangealing.cli"
@@ -81,6 +80,10 @@ class Paper:
     lpips_weights: Path | None
     all_rows: bool
 
+    def __post_init__(self) -> None:
+        if unknown := set(self.datasets) - set(DATASETS):
+            raise ValueError(f"dataset {min(unknown)!r}: expected some of {', '.join(DATASETS)}")
+
     def runs(self) -> list[PaperRun]:
         """The data sets; with `all_rows`, also the rows of Table 4.3 other than the cats of Table 4.1."""
         runs = [
@@ -113,7 +116,7 @@ class Paper:
         runs = self.runs()
         results = {
             "chapter": 4,
-            "size": PAPER,
+            "size": "paper",
             "seed": self.seed,
             "runs": {
                 run.name: {
@@ -147,7 +150,7 @@ class Paper:
         return Report(
             title="Eight data sets learn to stand in line",
             headline=f"{trained}; the commands below train the others, on {GPUS} GPUs.",
-            setting=f"Chapter 4 (GANgealing), size {PAPER}, seed {self.seed}: the thesis's own settings. "
+            setting=f"Chapter 4 (GANgealing), size paper, seed {self.seed}: the thesis's own settings. "
             "No PCK here: SPair-71k and CUB are not read yet.",
             sections=[Section("Runs", pictures, [Table(("run", "state", "distance to targets", "images"), rows)])],
             command="\n".join(run.command for run in runs),

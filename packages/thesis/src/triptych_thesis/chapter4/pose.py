@@ -1,7 +1,7 @@
 """How well warps undo jitters that are known: errors in rotation, scale and shift, and the sharpness of the average.
 
-Between different digits no correspondence is true, but how each was turned, scaled and shifted is on record. Aligned
-images should all show their digits alike; how they show them is up to the method, so only the spread counts.
+Between different digits there is no true correspondence, but the rotation, scale and shift of each are known. Aligned images
+should show all digits in one pose; which pose is up to the method, so only the spread counts.
 """
 
 import math
@@ -17,12 +17,17 @@ from triptych_gangealing.digits32 import CANVAS, DIGIT, Jitters, affine, render
 from triptych_gangealing.keypoints.synthetic import white_on_black
 from triptych_gangealing.warp import Warp, centres
 
-DIGIT_BOX = 20 / DIGIT  # of MNIST's digits in their images, half sides
-POINTS = 32  # a side, at which a warp is looked at
+DIGIT_BOX = (
+    20 / DIGIT
+)  # MNIST's digits fill 20 of their image's 28 pixels; in normalised coordinates, from -DIGIT_BOX to DIGIT_BOX
+POINTS = 32  # points a side at which a warp is evaluated
 
 
 class Pose(NamedTuple):
-    """How images show their digits, in the convention of `Jitters`: counter-clockwise, of which size, and where the middle is."""
+    """Poses of n digits in their images.
+
+    Convention: as `Jitters`; rotation is counter-clockwise, shift is that of the digit's centre from the image's, (x, y).
+    """
 
     angle: Float[Tensor, " n"]  # radians
     log_scale: Float[Tensor, " n"]  # 0: the digit's own 28 pixels are 28 of a 32-pixel canvas
@@ -30,11 +35,11 @@ class Pose(NamedTuple):
 
 
 def poses(jitters: Jitters, warp: Warp) -> Pose:
-    """Poses of digits in the aligned images: the jitters themselves, if the warp is the identity.
+    """Poses of digits in the aligned images; for the identity warp, the jitters themselves.
 
-    Each warp, followed by the known way from canvas to digit, takes 32 x 32 points of the aligned image to the digit's;
-    the pose is the similarity nearest to that in least squares, over the points that land within the 20 x 20 pixels that
-    digits fill (over all, where fewer than 10 do). So what a flow does to the background counts for nothing.
+    Each warp, followed by the known map from canvas to digit, takes 32 x 32 points of the aligned image into the digit's image.
+    The pose is the similarity nearest to that map in least squares, over the points that land within the 20 x 20 pixels that
+    digits fill (over all points, where fewer than 10 do). So what a flow does to the background does not count.
     """
     like = torch.empty((), dtype=torch.float64)
     aligned = centres((POINTS, POINTS), like).view(1, -1, 2).expand(len(jitters.angle), -1, -1)
@@ -57,9 +62,10 @@ def poses(jitters: Jitters, warp: Warp) -> Pose:
 
 
 def mode(pose: Pose) -> Pose:
-    """The pose most images share, as one row.
+    """The pose that most images share, as one row.
 
-    Shift and log scale: medians. Angle: the circular mean of that half of the angles nearest to the circular mean of all.
+    Shift and log scale are medians. The angle is the circular mean of the half of the angles that is nearest to the circular
+    mean of all, so that a minority of upside-down digits does not move it.
     """
     first = torch.polar(torch.ones_like(pose.angle), pose.angle).mean().angle()
     away = wrapped(pose.angle - first)
@@ -73,10 +79,14 @@ def mode(pose: Pose) -> Pose:
 
 
 def residuals(pose: Pose, groups: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n 3"]:
-    """Each image's error beside the mode: degrees, |log scale|, and pixels of shift.
+    """Each image's deviation from the mode: degrees of rotation, |log scale|, and pixels of shift.
 
     Shifts are divided by the mode's scale, so that a method gains nothing by showing digits small: they are pixels of a
-    32-pixel canvas on which the digit has its full size. groups: each has its own mode; a cluster or class, say.
+    32-pixel canvas on which the digit has its full size.
+
+    Args:
+        pose: poses of n images.
+        groups: images of one group, such as a cluster or class, are compared with their own mode; by default all with one.
     """
     groups = torch.zeros(len(pose.angle), dtype=torch.long) if groups is None else groups
     errors = pose.angle.new_zeros(len(pose.angle), 3)
@@ -110,12 +120,20 @@ class PoseErrors:
 def pose_errors(
     jitters: Jitters, warp: Warp, groups: Int[Tensor, " n"] | None = None, *, repeats: int = 100, seed: int = 0
 ) -> PoseErrors:
-    """Errors of warps of images drawn with these jitters; intervals resample digits, each with all of its images.
+    """Mean and median errors of warps of images that were drawn with known jitters.
 
-    groups: each has its own mode, clusters say. (Modes stay those of all images: medians minimise the mean distance from
-    themselves, so that to first order a resample's own mode would change nothing.)
-    Digits themselves lean and differ in size by their writers' hands, which no jitter records: a perfect alignment of what is
-    seen leaves some degrees. Raises ValueError for fewer than two images, or other than one warp an image.
+    Intervals resample digits, each with all of its images. Modes are not recomputed for a resample: medians minimise the mean
+    distance from themselves, so that to first order nothing would change. Writers slant and size their digits differently, which
+    no jitter records, so that even a perfect alignment of what is visible leaves some degrees.
+
+    Args:
+        jitters: how the n images were drawn.
+        warp: n warps that align them.
+        groups: images of one group, such as a cluster, are compared with their own mode.
+        repeats: resamples for the intervals.
+        seed: of the resampling.
+
+    Raises ValueError for fewer than two images, or another number of warps.
     """
     n = len(jitters.angle)
     if n < 2 or len(warp) != n:
@@ -137,10 +155,10 @@ def pose_errors(
 def own_pose_errors(
     jitters: Jitters, warp: Warp, groups: Int[Tensor, " n"] | None = None, *, repeats: int = 100, seed: int = 0
 ) -> PoseErrors | None:
-    """`pose_errors` beside each digit's own mode, of digits that were drawn at least three times; None where there are none.
+    """`pose_errors` beside each digit's own mode, for digits that were drawn at least three times; None without such digits.
 
-    groups: a digit has its own mode in each of them, where it was drawn at least three times.
-    What writers do drops out, so that jitters alone are left. A mode of few views lies near each of them: all methods gain by that.
+    Writers' slant and size drop out, so that only the jitters are left. The mode of a few views lies near each of them, which
+    favours all methods alike. groups: a digit has its own mode in each group in which it was drawn at least three times.
     """
     own = (
         jitters.digit
@@ -155,34 +173,37 @@ def own_pose_errors(
 
 
 def wrapped(angle: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    """Angles in -pi .. pi."""
+    """The same angles, in radians between -pi and pi."""
     return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
 
 def mean_gradient(image: Float[Tensor, "channels height width"]) -> Tensor:
-    """Mean length of an image's gradient: central differences, each pixel's channels on their own; per pixel."""
+    """Mean length of an image's gradient per pixel, by central differences, each channel separately."""
     down, across = torch.gradient(image, dim=(1, 2))
     return torch.hypot(down, across).mean()
 
 
 class Sharpness(NamedTuple):
-    """Mean gradients of averages, ink 0 to 1 and per pixel; `ratio`, of aligned to at_mode, with its 95% interval."""
+    """Mean gradients of averages of ink (0 to 1), per pixel.
+
+    aligned: of the aligned images. at_mode: of digits never jittered, in the pose that the aligned ones share. upright: of digits
+    never jittered, as the data set has them. ratio: aligned over at_mode, with its 95% interval.
+    """
 
     aligned: float
-    at_mode: float  # of un-jittered digits in the pose that the aligned ones share
-    upright: float  # of un-jittered digits as the data set has them
+    at_mode: float
+    upright: float
     ratio: Estimate
 
 
 def sharpness(
     digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, warp: Warp, *, repeats: int = 100, seed: int = 0
 ) -> Sharpness:
-    """How sharp warps make the average of images, beside that of the same digits never jittered.
+    """How sharp the average of aligned images is, compared with that of the same digits never jittered.
 
-    Both averages are of ink, white on black, whatever colours the warps were found by: half of all digits are darker than their
-    ground, and their average in colour is grey mist however well they are aligned. Digits shown larger have longer outlines
-    on the canvas, so the ratio is to un-jittered digits drawn in the very pose that the aligned ones share. The interval
-    resamples digits.
+    Both averages are of ink, white on black, whatever colours the aligned images had: half of all digits are darker than their
+    ground, so their average in colour is grey however well they are aligned. Larger digits have longer outlines, so the ratio
+    is to digits drawn without jitters in the pose that the aligned ones share. The interval resamples digits.
     """
     drawn = render(digits, white_on_black(jitters))[:, :1].float() / 255
     aligned = warp.to(dtype=torch.float32).sample(drawn, padding="zeros")

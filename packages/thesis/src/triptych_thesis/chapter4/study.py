@@ -1,20 +1,18 @@
 """Chapter 4 end to end: an encoder, an alignment of one digit, clusters of all, scores beside baselines, ablations, report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from triptych_gangealing.encoders.perceptual import open_distance
-from triptych_gangealing.encoders.simclr import run as train_encoder
-from triptych_gangealing.stylegan2.weights import load_generator
-from triptych_gangealing.train import digest_of
-
-from triptych_thesis.chapter4.context import CLUSTERED, ONE, Context, Training
-from triptych_thesis.chapter4.paper import DATASETS, PAPER, Paper
-from triptych_thesis.chapter4.pictures import picture_path
-from triptych_thesis.chapter4.sizes import DIGIT, SIZES
 from triptych_thesis.study.runner import Opening, Stopwatch, Study, run
+
+# What needs torch is imported where it is used, so that --help does not wait for it.
+if TYPE_CHECKING:
+    from triptych_thesis.chapter4.context import Context, Training
+    from triptych_thesis.chapter4.paper import Paper
+
+PAPER = "paper"
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Chapter4(Study):
     """Reproduce chapter 4: align one digit, cluster all, score, report. Repeating the command resumes it."""
 
     chapter: ClassVar[int] = 4
-    sizes: ClassVar = {**SIZES, PAPER: None}
+    sizes: ClassVar = ("smoke", "laptop", "gpu", PAPER)
     package: ClassVar[str] = "triptych_thesis.chapter4.experiments"
 
     out: Path = Path("runs/ch4")
@@ -47,50 +45,40 @@ class Chapter4(Study):
         super().__post_init__()
         if self.datasets and self.size != PAPER:
             raise ValueError(f"datasets {' '.join(self.datasets)}: of size {PAPER}; pass --size {PAPER}")
-        if unknown := set(self.datasets) - set(DATASETS):
-            raise ValueError(f"dataset {min(unknown)!r}: expected some of {', '.join(DATASETS)}")
+        if self.datasets:
+            self.paper()
 
     def check(self) -> None:
         super().check()
-        if self.lpips_weights is not None:
-            open_distance("lpips", weights=self.lpips_weights)
+        self.context().check()
 
-    def context(self) -> Context:
+    def context(self) -> "Context":
+        from triptych_thesis.chapter4.context import Context
+        from triptych_thesis.chapter4.sizes import SIZES
+
         return Context(
             self.folder, SIZES[self.size], self.seed, self.device, self.generator, self.digit_generator,
             self.lpips_weights, self.all,
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
-        context = self.context()
-        placed = "distance", "generator"  # where they lie decides nothing; generators are identified by their digests
-        alignments = {
-            name: {key: value for key, value in context.align_config(name).identity().items() if key not in placed}
-            for name in (ONE, CLUSTERED)
-        }
-        amounts = {
-            name: getattr(context.size, name)
-            for name in ("ablation_images", "pairs", "images", "cluster_images", "shown", "iterations")
-        }
-        digests = {name: digest_of(load_generator(getattr(self, name))) for name in ("generator", "digit_generator")}
-        return {"size": self.size, "encoder": context.encoder_config().identity(), **alignments, **amounts, **digests}
+        return {"size": self.size, **self.context().identity()}
 
-    def prepare(self, context: Context, clock: Stopwatch) -> None:
+    def prepare(self, context: "Context", clock: Stopwatch) -> None:
         with clock("encoder"):
-            train_encoder(context.encoder_config())
+            context.train_encoder()
 
-    def units(self, context: Context, needs: Sequence[Training]) -> dict[str, list[Training]]:
+    def units(self, context: "Context", needs: "Sequence[Training]") -> "dict[str, list[Training]]":
         return {"alignments": list({each.title: each for each in needs}.values())}
 
-    def facts(self, context: Context) -> dict[str, Any]:
-        training = {name: context.align_config(name).identity() for name in (ONE, CLUSTERED)}
-        return {"all": self.all, "digit": DIGIT, "training": training}
+    def facts(self, context: "Context") -> dict[str, Any]:
+        return context.facts()
 
     def opening(self, results: Mapping[str, Any]) -> Opening:
         caption = (
-            f"Real digits {DIGIT} that nothing was trained on, and their average: above as they are, below aligned."
+            f"Real digits {results['digit']}, never trained on, and their average: above as they are, below aligned."
         )
-        drawn = picture_path(self.folder, "before-after").exists()
+        drawn = (self.folder / "figures" / "before-after.png").exists()
         return Opening(
             "Digits learn to stand in line",
             "From nothing but a frozen generator of coloured, turned, scaled and shifted digits, and without a single label, a "
@@ -112,29 +100,15 @@ class Chapter4(Study):
             for word in (f"--{name.replace('_', '-')}", str(value))
         ]
 
-    def paper(self) -> Paper:
+    def paper(self) -> "Paper":
         """The thesis's own runs, of size paper."""
-        return Paper(
-            self.folder,
-            self.seed,
-            self.device,
-            self.datasets or DATASETS,
-            self.generators,
-            self.lpips_weights,
-            self.all,
-        )
+        from triptych_thesis.chapter4.paper import DATASETS, Paper
+
+        datasets = self.datasets or DATASETS
+        return Paper(self.folder, self.seed, self.device, datasets, self.generators, self.lpips_weights, self.all)
 
     def resolved(self) -> dict[str, Any]:
-        if self.size == PAPER:
-            return self.paper().resolved()
-        context = self.context()
-        return {
-            "encoder": context.encoder_config().resolved(),
-            "one": context.align_config(ONE).resolved(),
-            "clustered": context.align_config(CLUSTERED).resolved(),
-            "scores": asdict(context.score_config(grey=False)),
-            "ablations": context.wanted_rows,
-        }
+        return self.paper().resolved() if self.size == PAPER else self.context().resolved()
 
 
 def reproduce(study: Chapter4) -> dict[str, Any]:

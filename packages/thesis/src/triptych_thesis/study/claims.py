@@ -1,4 +1,4 @@
-"""The ledger of the thesis's figures and tables, `claims.toml`, and the page generated from it."""
+"""The ledger of the thesis's figures and tables, `claims.toml`, and the page generated from it, `docs/claims.md`."""
 
 import json
 import re
@@ -8,10 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, Any
 
+from triptych_common.cli import CommonOptions, echo
 from triptych_common.storage.atomic import write_text
+from tyro.conf import Positional, Suppress
 
-VERDICTS = ("not run", "confirmed", "refuted", "undecided", "not applicable")
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, VERDICTS
+
 FOUND = ("verdict", "size", "interval", "command")  # what a run says of a claim
 KINDS = ("ordering", "number", "gallery", "diagram", "setting")
 
@@ -37,7 +41,7 @@ class Claim:
             raise ValueError(f"claim {self.id}: verdict {self.verdict!r}, expected one of {', '.join(VERDICTS)}")
         if self.kind not in KINDS:
             raise ValueError(f"claim {self.id}: kind {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if self.verdict in ("confirmed", "refuted", "undecided") and not (self.size and self.command):
+        if self.verdict in (CONFIRMED, REFUTED, UNDECIDED) and not (self.size and self.command):
             raise ValueError(f"claim {self.id}: verdict {self.verdict!r} without size and command")
 
 
@@ -86,18 +90,64 @@ def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
     write_text(ledger, "[[claim]]\n".join([head, *blocks]))
 
 
-def record_results(results: Path, ledger: Path, chapter: int) -> None:
-    """What a chapter's run found, results.json, into the ledger.
+def record_results(results: Path, ledger: Path, chapter: int | None = None) -> list[str]:
+    """Write the verdicts of a run's results.json into the ledger; returns the ids of their claims.
 
-    Raises ValueError for another chapter's results, and for those of a smoke run, which decide nothing.
+    Raises ValueError for what are no results, for those of another chapter than their claims, and for those of a smoke run,
+    which decide nothing.
     """
-    content = json.loads(results.read_text())
-    if content.get("chapter") != chapter or not content.get("claims") or content["size"].startswith("smoke"):
+    verdicts, of = _verdicts(results)
+    claims = load_claims(ledger)
+    if chapter not in (None, of) or any(claims[claim].chapter != of for claim in verdicts if claim in claims):
+        raise ValueError(f"{results}: decides no claim of chapter {chapter or of}; expected its results.json")
+    record(ledger, verdicts)
+    return list(verdicts)
+
+
+def _verdicts(results: Path) -> tuple[dict[str, dict[str, str]], int]:
+    """What a run says of each claim, and its chapter."""
+    try:
+        content = json.loads(results.read_text())
+        verdicts = {claim: {name: row[name] for name in FOUND} for claim, row in content["claims"].items()}
+        chapter, size = content["chapter"], content["size"]
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{results}: no results of a study, expected the results.json of triptych reproduce"
+        ) from error
+    if not verdicts or size.startswith("smoke"):
         raise ValueError(
             f"{results}: decides no claim of chapter {chapter}; expected its results.json, of a size larger than smoke"
         )
-    record(ledger, content["claims"])
-    print(f"wrote {', '.join(content['claims'])} into {ledger}; now: make docs")
+    return verdicts, chapter
+
+
+@dataclass(frozen=True)
+class ClaimsConfig(CommonOptions):
+    """Write the verdicts of studies into the ledger of the thesis's claims, and render the ledger as a page."""
+
+    results: Positional[tuple[Path, ...]] = ()
+    """results.json of studies of any chapter, larger than smoke; without any, the page alone is rendered"""
+    ledger: Path = Path("claims.toml")
+    """where the claims stand"""
+    page: Path = Path("docs/claims.md")
+    """the page to write"""
+    out: Annotated[Path, Suppress] = Path()
+    seed: Annotated[int, Suppress] = 0
+    device: Annotated[str, Suppress] = "cpu"
+
+    def resolved(self) -> dict[str, Any]:
+        """What --dry-run prints: the verdicts that would be written."""
+        return {claim: row for path in self.results for claim, row in _verdicts(path)[0].items()}
+
+
+def claims(config: ClaimsConfig) -> dict[str, Any]:
+    """The command `triptych claims`; returns the ids of the claims that were written. Raises as `record_results`."""
+    written = {str(path): record_results(path, config.ledger) for path in config.results}
+    for path, ids in written.items():
+        echo(f"{path}: wrote {len(ids)} verdicts into {config.ledger}")
+    write_text(config.page, claims_page(load_claims(config.ledger)))
+    echo(f"wrote {config.page}")
+    return {"written": written, "page": str(config.page)}
 
 
 def run_record(chapter: int, module: str) -> None:
@@ -136,12 +186,3 @@ def claims_page(claims: dict[str, Claim]) -> str:
         cells = (f"`{claim.id}`", f"{claim.item}: {claim.title}", claim.claim, claim.published, verdict, measured)
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def main(ledger: Path, page: Path) -> None:
-    write_text(page, claims_page(load_claims(ledger)))
-    print(f"wrote {page}")
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))

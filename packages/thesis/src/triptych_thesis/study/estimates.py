@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from triptych_common.metrics.bootstrap import Estimate
+from triptych_common.metrics.estimate import Estimate
 
 MISSING = "–"
 

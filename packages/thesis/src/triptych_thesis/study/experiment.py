@@ -72,7 +72,7 @@ class Experiment:
     """
 
     name: str
-    order: float
+    order: int | float
     measure: Callable[[Any], dict[str, Any]]
     section: Callable[[Any, Result], Section]
     verdicts: Callable[[Result], list[Verdict]] = lambda result: []

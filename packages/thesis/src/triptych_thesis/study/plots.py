@@ -37,7 +37,7 @@ def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (7.2,
     return figure, axes
 
 
-def distinct(colors: Sequence[str] = PALETTE, lines: Sequence[str] = LINES) -> Iterator[dict[str, str]]:
+def distinct(colors: Sequence[str] = PALETTE, lines: Sequence[str] = LINES) -> Iterator[dict[str, Any]]:
     """Colour, marker and line style of one curve after another: once the colours are used up the line style changes."""
     markers = cycle(MARKERS)
     for line in cycle(lines):

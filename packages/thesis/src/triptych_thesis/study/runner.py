@@ -12,13 +12,14 @@ import shlex
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from triptych_common.cli import CommonOptions, echo
+from triptych_common.fields import Ge
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory
@@ -48,7 +49,7 @@ class Study(CommonOptions):
     """The options that the studies of all chapters share. Everything else is a chapter's own."""
 
     chapter: ClassVar[int]
-    sizes: ClassVar[Mapping[str, Any]]
+    sizes: ClassVar[Collection[str]]  # their names
     package: ClassVar[str]  # of the experiments' modules, such as "triptych_thesis.chapter2.experiments"
     results_folder: ClassVar[str] = "experiments"
 
@@ -60,19 +61,18 @@ class Study(CommonOptions):
     """experiments to run; by default all that the size offers"""
     all: bool = False
     """also what takes longest"""
-    workers: int | None = None
+    workers: Annotated[int | None, Ge(1)] = None
     """processes, each with one thread on a CPU; by default one a core, and one on a GPU. Changes no result"""
     claims: Path = Path("claims.toml")
     """ledger of the thesis's figures and tables, for the report; left out where absent"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size not in self.sizes:
             raise ValueError(f"size {self.size!r}: expected one of {', '.join(self.sizes)}")
         for name in self.only:
             if name not in self.offered:
                 raise ValueError(f"experiment {name!r}: expected one of {', '.join(self.offered)} at size {self.size}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers {self.workers}: expected at least 1")
 
     @property
     def folder(self) -> Path:
@@ -101,7 +101,7 @@ class Study(CommonOptions):
         return self.folder / self.results_folder / f"{name}.json"
 
     def figure(self, title: str, caption: str, *, pixels: bool = False) -> Picture:
-        """A figure that `measure` wrote, for the report. Raises OSError where it is missing."""
+        """A figure that was written beside the results, for the report. Raises OSError where it is missing."""
         return Picture((self.folder / "figures" / f"{title}.png").read_bytes(), caption, pixels)
 
     @abstractmethod
@@ -196,9 +196,12 @@ def run(study: Study) -> dict[str, Any]:
         for stage, units in study.units(context, needs).items():
             with clock(stage):
                 run_all(stage, units, workers, one_thread=not on_gpu(study.device))
-        with clock("measuring and drawing", afresh=True):
+        # What is kept is resumed, so the times add up; what is measured again counts once.
+        afresh = not any(study.experiments[name].kept for name in study.chosen)
+        with clock("measuring and drawing", afresh=afresh):
             for name in study.chosen:
                 measure(study, context, study.experiments[name])
+            draw_others(study)
         results = assemble(study, context, clock.seconds)
         write_json(directory.path / "results.json", results)
         write_report(study, results)
@@ -209,22 +212,39 @@ def run(study: Study) -> dict[str, Any]:
 
 
 def measure(study: Study, context: Any, experiment: Experiment) -> None:
-    """Write an experiment's result and figures.
+    """Write an experiment's result and figures into the study's folder."""
+    path, figures = study.result_path(experiment.name), study.folder / "figures"
+    measure_once(experiment, context, path, figures, study.command)
 
-    A result that comes out as it did before keeps the command and commit that it was first made with.
+
+def draw_others(study: Study) -> None:
+    """Draw figures of results that are in the folder and were not asked for this time: the report shows them too."""
+    for name in study.offered:
+        path = study.result_path(name)
+        if name in study.chosen or not path.exists():
+            continue
+        for title, png in study.experiments[name].figures(read_result(path)["result"]).items():
+            write_bytes(study.folder / "figures" / f"{title}.png", png)
+
+
+def measure_once(experiment: Experiment, context: Any, path: Path, figures: Path, command: str) -> Any:
+    """Write an experiment's result to `path` and its figures into a folder; returns the result.
+
+    A result that is kept is not measured again. One that comes out as it did before keeps the command and commit that it was first
+    made with; otherwise `command` is what made it.
     """
-    path = study.result_path(experiment.name)
     before = read_result(path) if path.exists() else None
     if before is not None and experiment.kept:
         result = before["result"]
     else:
         result = json.loads(json.dumps(experiment.measure(context), allow_nan=False))
-        made = {"command": study.command, "commit": git_commit()}
+        made = {"command": command, "commit": git_commit()}
         if before is not None and alike(before["result"], result):
             result, made = before["result"], before["made"]
         write_json(path, {"experiment": experiment.name, "made": made, "result": result})
     for title, png in experiment.figures(result).items():
-        write_bytes(study.folder / "figures" / f"{title}.png", png)
+        write_bytes(figures / f"{title}.png", png)
+    return result
 
 
 def read_result(path: Path) -> dict[str, Any]:

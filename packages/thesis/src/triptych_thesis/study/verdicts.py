@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triptych_common.metrics.bootstrap import Estimate
 
+from triptych_thesis.study.estimates import apart
+
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, NOT_APPLICABLE = VERDICTS = (
     "confirmed", "refuted", "undecided", "not run", "not applicable",
 )  # fmt: skip
@@ -85,6 +87,15 @@ def sign(difference: "Estimate | Mapping[str, Any]") -> str:
     if low is None or high is None:
         return UNDECIDED
     return CONFIRMED if low > 0 else REFUTED if high < 0 else UNDECIDED
+
+
+def better(ours: Mapping[str, Any], theirs: Mapping[str, Any], direction: str = "higher") -> str:
+    """The verdict on "ours is better than theirs": their intervals must not overlap.
+
+    direction: which values are better, "higher" or "lower".
+    """
+    low, high = (theirs, ours) if direction == "higher" else (ours, theirs)
+    return CONFIRMED if apart(low, high) else REFUTED if apart(high, low) else UNDECIDED
 
 
 def overall(verdicts: Iterable[str]) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from triptych_common.images import from_uint8
 from triptych_gangealing.baselines.moments import ink
+from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.keypoints.synthetic import posed_digits
 
-from triptych_thesis.chapter4.alignment_scores import AT, OURS
+from triptych_thesis.chapter4.alignment_scores import AT
 from triptych_thesis.chapter4.context import ONE, Context
 from triptych_thesis.chapter4.pictures import COLUMNS, as_grey, inked, save_grid
 from triptych_thesis.chapter4.sizes import DIGIT
@@ -87,7 +88,7 @@ def _beats(name: str, scores: Mapping[str, Any]) -> Verdict:
 
 def _sharp(scores: Mapping[str, Any]) -> Verdict:
     ratio, before = (scores[method]["sharpness"]["ratio"] for method in (OURS, "none"))
-    what = f"sharpness: gradient of the average, at least {SHARP} asked for"
+    what = f"sharpness: gradient of the average (at least {SHARP} asked for)"
     evidence = Evidence(what, interval(ratio), beside=f"no alignment {interval(before)}")
     claim = "gangealing.fig-4.1"
     return Verdict(claim, CONFIRMED if ratio["value"] >= SHARP else REFUTED, [evidence], aims=AIMS_OF[claim])

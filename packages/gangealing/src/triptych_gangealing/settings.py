@@ -1,0 +1,171 @@
+"""The settings of every command but training: what a person types, checked. Imports no torch, so --help is quick."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge, Interval
+
+Flips = Literal["trained", "yes", "no"]
+Data = Literal["mnist5k", "mnist"]
+
+
+@dataclass(frozen=True)
+class UseOptions(CommonOptions):
+    """What every use of an aligner takes."""
+
+    aligner: Path = Path("runs/align-digits32")
+    """run folder of triptych-gangealing train, or its aligner.safetensors"""
+    iterations: Annotated[int | None, Ge(1)] = None
+    """times the similarity network looks; default: as in training. 3 were published for most data sets"""
+    flips: Flips = "trained"
+    """mirror pictures whose flow is smoother then; trained: where the training did"""
+
+
+@dataclass(frozen=True)
+class FolderOptions(UseOptions):
+    """What every use of an aligner on a folder takes."""
+
+    out: Path = Path("runs/aligned")
+    """where to write"""
+    images: Path = Path("images")
+    """folder of pictures"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """the first so many of them only"""
+    size: Annotated[int | None, Ge(1)] = None
+    """height and width of the aligned pictures and their average; default: the transformer's input size"""
+
+
+@dataclass(frozen=True)
+class WarpedOptions(FolderOptions):
+    """What every command that shows aligned pictures takes."""
+
+    padding: Literal["trained", "border", "reflection", "zeros"] = "trained"
+    """what a picture shows beyond its edges; trained: as in training"""
+
+
+@dataclass(frozen=True)
+class AlignConfig(WarpedOptions):
+    """Align a folder of pictures: OUT/aligned, OUT/grid.png, OUT/average.png, OUT/alignment.jsonl."""
+
+
+@dataclass(frozen=True)
+class AverageConfig(WarpedOptions):
+    """The average of a folder's aligned pictures, to draw on: OUT/average.png, one for each cluster."""
+
+    out: Path = Path("runs/average")
+    """where to write"""
+    keep: Annotated[float, Interval(gt=0, le=1, wanted="a share above 0, at most 1")] = 1.0
+    """share of the pictures that count, those with the smoothest flows"""
+
+
+@dataclass(frozen=True)
+class PropagateConfig(FolderOptions):
+    """What is drawn on the average aligned picture, in every picture of a folder: OUT/pictures, or OUT/points.json."""
+
+    out: Path = Path("runs/propagated")
+    """where to write"""
+    edit: Path | None = None
+    """RGBA picture of the size of average.png: what to lay over it"""
+    points: Path | None = None
+    """JSON list of [x, y] in pixels of average.png, the centre of the first pixel at 0"""
+    cluster: int = 0
+    """whose average was drawn on; pictures of others stay as they are"""
+
+
+@dataclass(frozen=True)
+class CorrespondConfig(UseOptions):
+    """Points of one picture in another: OUT/matches.png, OUT/matches.json."""
+
+    out: Path = Path("runs/matches")
+    """where to write"""
+    source: Path = Path("a.png")
+    """picture to take points from"""
+    target: Path = Path("b.png")
+    """picture to find them in"""
+    points: Path | None = None
+    """JSON list of [x, y] in pixels of the source; default: a grid of them"""
+    spacing: Annotated[int, Ge(1)] = 8
+    """points of that grid a side"""
+
+
+@dataclass(frozen=True)
+class PckConfig(CommonOptions):
+    """Score an aligner by PCK on pairs of held-out coloured digits whose correspondences are known, beside baselines."""
+
+    out: Path = Path("runs/pck")
+    """where to write pck.json"""
+    aligner: Path | None = Path("runs/align-digits32")
+    """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
+    digit: Annotated[int | None, Interval(ge=0, le=9, wanted="0 to 9, or None for all")] = 3
+    """digit to align; None: all"""
+    data: Data = "mnist5k"
+    """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
+    pairs: Annotated[int, Ge(1)] = 300
+    """pairs of images for PCK"""
+    elastic_px: float = 2.5
+    """largest displacement between the two images of a pair but for their jitters, in pixels of a 28-pixel digit"""
+    grey: bool = False
+    """plain white digits on black instead of coloured ones, where the baselines are strong"""
+    iterations: Annotated[int | None, Ge(1)] = None
+    """times the aligner's similarity network looks; default: as in training"""
+    flips: Flips = "trained"
+    """mirror images whose flow is smoother then; trained: where the training did"""
+    baselines: Literal["all", "none"] = "all"
+    """score moments and classical Congealing too"""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(CommonOptions):
+    """Draw images from a generator."""
+
+    out: Path = Path("runs/generated")
+    """where to write grid.png, and what else is asked for"""
+    generator: str = "digits32"
+    """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
+    num_samples: Annotated[int, Ge(1)] = 100
+    """images to draw; the same numbers are the same images"""
+    truncation_psi: float = 1.0
+    """below 1, styles are drawn towards their mean: fewer odd images, less variety"""
+    truncation_cutoff: int | None = None
+    """only the first so many layers; by default all"""
+    label: int | None = None
+    """class of a conditional generator; by default all in turn"""
+    images: bool = False
+    """write each image to OUT/images too"""
+    video: Literal["none", "mp4", "gif"] = "none"
+    """film walks between latents, 4x4 of them side by side: mp4 (extra: video) or gif"""
+    keyframes: Annotated[int, Ge(1)] = 4
+    """latents of each walk, which ends where it began"""
+    frames: Annotated[int, Ge(1)] = 48
+    """frames from one to the next"""
+    fps: Annotated[int, Ge(1)] = 24
+    """frames a second"""
+    batch_size: Annotated[int, Ge(1)] = 64
+    """images at once; changes speed, not results"""
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
+
+
+@dataclass(frozen=True)
+class ConvertConfig(CommonOptions):
+    """Convert StyleGAN2 networks: from pickles of NVIDIA's code, rosinality's checkpoints or files of ours."""
+
+    checkpoint: Path | None = None
+    """file to read, without running a line of it"""
+    format: Literal["safetensors", "rosinality"] = "safetensors"
+    """what to write: files of ours, or a checkpoint that rosinality/stylegan2-pytorch loads"""
+    generator_only: bool = False
+    """leave the discriminator out"""
+    out: Path = Path("runs/converted")
+    """folder to write to, or a file: .safetensors for a generator alone, .pt for rosinality's"""
+
+    def __post_init__(self) -> None:
+        suffix = self.out.suffix
+        if (suffix, self.format) in ((".pt", "safetensors"), (".safetensors", "rosinality")):
+            raise ValueError(f"--out {self.out}: not a file of format {self.format}; choose another name or --format")
+
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}

@@ -1,0 +1,284 @@
+"""Figure 2.1 in small: what the main model draws, and its scores beside real digits and trivial baselines."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from triptych_common.images import figure_png, image_grid, png_bytes, to_uint8
+from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE
+from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.provenance import command_line, git_commit
+from triptych_common.storage.run import RunDirectory
+from triptych_dit.objective import mean_mse, open_training_data
+from triptych_dit.sample import read_npz
+from triptych_dit.sampling import decoded, sample_images, trajectory
+from triptych_dit.settings import SamplerSettings
+from triptych_dit.weights import TrainedModel, load_model
+
+from triptych_thesis.chapter2.context import Context, SampleSet
+from triptych_thesis.chapter2.digits import with_margin, without_margin
+from triptych_thesis.chapter2.showing import sample_links
+from triptych_thesis.chapter2.sizes import Model
+from triptych_thesis.study.estimates import interval
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.plots import BLUE, ORANGE, PALE_BLUE, legend, panels, thousands
+from triptych_thesis.study.runner import Study
+from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict
+
+STRIP_LENGTH = 10  # equal to the number of classes, so that grids and strips line up
+THESIS = {  # Table 2.2, ImageNet 256x256, FID-50K: (unguided XL/2, guided XL/2-G at 1.50)
+    "frechet": ("9.62", "2.27"),
+    "precision": ("0.67", "0.83"),
+    "recall": ("0.67", "0.57"),
+}
+TITLES = {
+    "frechet": "Fréchet distance", "kernel": "KID", "precision": "precision", "recall": "recall", "accuracy": "class accuracy",
+    "near_duplicates": "near-duplicates",
+}  # fmt: skip
+
+
+def _guided(context: Context) -> SampleSet:
+    size = context.size
+    settings = {"num_inference_steps": size.gallery_steps, "guidance_scale": size.guidance_scale}
+    return context.of_main(size.gallery_samples, **settings)
+
+
+def _unguided(context: Context) -> SampleSet:
+    return context.of_main(context.size.gallery_samples, num_inference_steps=context.size.gallery_steps)
+
+
+def needs(context: Context) -> list[SampleSet]:
+    return [_guided(context), _unguided(context)]
+
+
+def measure(context: Context) -> dict[str, Any]:
+    scorer, size = context.scorer.digits, context.size
+    sets = {"guided": _guided(context), "unguided": _unguided(context)}
+    rows = {name: _scored(context, samples) for name, samples in sets.items()}
+    rows |= {
+        "training digits": scorer.real(size.gallery_samples),
+        "class means": scorer.class_means(size.gallery_samples),
+    }
+    floor = scorer.floor(rows["guided"].n)
+    draw_pictures(context)
+    return {
+        "n": rows["guided"].n,
+        "rows": {name: row.as_dict() for name, row in rows.items()},
+        "samples": {name: context.place(samples) for name, samples in sets.items()},
+        "floor": {"frechet": float(floor.mean()), "sets": floor.tolist()},
+        "held_out": {"accuracy": scorer.held_out_accuracy()._asdict(), "near_duplicates": NEAR_DUPLICATE_QUANTILE},
+        "instruments": scorer.instruments(),
+        "guidance_scale": size.guidance_scale,
+        "num_inference_steps": size.gallery_steps,
+    }
+
+
+def _scored(context: Context, samples: SampleSet) -> Any:
+    images, labels = read_npz(context.path(samples))
+    return context.scorer.digits(without_margin(images), labels)
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    guided = result["rows"]["guided"]
+    held_out, real, floor = result["held_out"], result["rows"]["training digits"], result["floor"]["frechet"]
+    copies = Evidence(
+        "near-duplicates of training digits", interval(guided["near_duplicates"]), beside="0.050 of real ones"
+    )
+    evidence = [
+        Evidence("digits read as asked", interval(guided["accuracy"]), beside=f"{interval(held_out['accuracy'])} of real ones"),
+        Evidence("Fréchet distance", interval(guided["frechet"]), beside=f"{floor:.1f} between sets of real digits"),
+        Evidence("recall", interval(guided["recall"]), beside=f"{interval(real['recall'])} of real ones"),
+        copies,
+    ]  # fmt: skip
+    return [
+        Verdict("dit.fig-2.1", UNDECIDED, evidence, "a picture, nothing selected; no number of the thesis decides it")
+    ]
+
+
+def section(study: Study, result: Result) -> Section:
+    guided = f"Sampled with guidance {result['guidance_scale']}; one class a column, nothing selected."
+    images = study.sizes[study.size].main_images
+    pictures = [
+        study.figure("guided", guided, pixels=True),
+        study.figure("unguided", "The same noise and classes without guidance.", pixels=True),
+        study.figure(
+            "over-training",
+            f"The same noise and classes through the averaged weights, up to {images:,} images.",
+            pixels=True,
+        ),
+        study.figure(
+            "strip",
+            "One sample, from noise (left) to digit: above, the sample x_t; below, the clean digit the model sees in it. "
+            f"{result['num_inference_steps']} steps, {STRIP_LENGTH} shown.",
+            pixels=True,
+        ),
+        study.figure("curve", "Error of the predicted noise. The averaged weights are what is sampled."),
+    ]
+    tables = [_scores_table(result), _thesis_table(study, result), *_spaces_table(study), _instruments_table(result)]
+    return Section("What it draws", pictures, tables, links=sample_links(study, list(result["samples"].values())))
+
+
+def _scores_table(result: Result) -> Table:
+    """Samples beside real digits and the trivial baseline."""
+    names = {
+        "guided": "samples, guided", "unguided": "samples, unguided", "training digits": "training digits (what copying scores)",
+        "class means": "mean digit of each class (trivial baseline)",
+    }  # fmt: skip
+    return Table(
+        ("", *TITLES.values()),
+        [(title, *(interval(result["rows"][key][c]) for c in TITLES)) for key, title in names.items()],
+        f"Against {result['n']:,} held-out digits with equally many samples; 95% bootstrap intervals. Distances, precision and "
+        "recall (k=3) in 64 features of the frozen network mnist_features, accuracy by mnist_classifier. Fréchet distance between "
+        f"disjoint sets of {result['n']:,} training digits: "
+        + ", ".join(f"{value:.2f}" for value in result["floor"]["sets"])
+        + ". Near-duplicates: nearer in pixels to a training digit than 95% of held-out digits are.",
+    )
+
+
+def _thesis_table(study: Study, result: Result) -> Table:
+    return Table(
+        ("metric", "guidance", "thesis", "ours"),
+        [
+            (TITLES[metric], f"{kind} ({scale:g})", THESIS[metric][column], interval(result["rows"][kind][metric]))
+            for metric in THESIS
+            for column, (kind, scale) in enumerate((("unguided", 1.0), ("guided", result["guidance_scale"])))
+        ],
+        f"Beside Table 2.2. Thesis: DiT-XL/2, 7M steps on ImageNet 256x256, FID-50K in Inception features. Ours ({study.size}): "
+        f"{result['n']:,} digits in {result['num_inference_steps']} steps, in their own feature network, so only the direction "
+        "from unguided to guided compares, never the numbers.",
+    )
+
+
+def _spaces_table(study: Study) -> list[Table]:
+    """Latents beside pixels, where the other has been run too."""
+    base = study.size.removesuffix("-pixels")
+    paths = [study.out / size / "results.json" for size in (base, f"{base}-pixels")]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if len(results) < 2 or not all("gallery" in each["experiments"] for each in results):
+        return []
+    metrics = ("frechet", "precision", "recall", "accuracy")
+    return [
+        Table(
+            ("space", *(TITLES[metric] for metric in metrics), "GFLOPs a forward pass"),
+            [
+                (
+                    each["space"],
+                    *(interval(each["experiments"]["gallery"]["rows"]["guided"][metric]) for metric in metrics),
+                    f"{each['model']['gflops_per_forward']:.4f}",
+                )
+                for each in results
+            ],
+            f"Latents beside pixels: guided samples of the main models of sizes {base} and {base}-pixels, after as many images.",
+        )
+    ]
+
+
+def _instruments_table(result: Result) -> Table:
+    rows = [(name, f"SHA-256 {digest}") for name, digest in result["instruments"].items()]
+    return Table(("instrument", "file"), rows, "The frozen instruments.", folded=True)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """PNG files, as bytes; all but the curve carry the command, seed and commit that made them."""
+
+    overview: bytes  # the guided grid above the strip
+    guided: bytes
+    unguided: bytes
+    over_training: bytes
+    strip: bytes
+    curve: bytes
+    opening_drawn: bytes  # the report's first screen: some samples, and as many real digits
+    opening_real: bytes
+
+
+def draw_pictures(context: Context) -> Pictures:
+    """Draw every picture of the main model's samples and training, and write them as PNG files; a grid's column is a class."""
+    main = Model(context.size.main)
+    config = context.train_config(main)
+    counts = [*config.snapshots, config.total_images]
+    models = [load_model(context.weights(main, count)) for count in counts]
+    settings, labels = _guided(context).settings, torch.arange(10)
+    over_training = [sample_images(m, labels, settings, seed=context.seed, vae=context.decoder) for m in models]
+    guided, unguided = (read_npz(context.path(draw(context)))[0][:100] for draw in (_guided, _unguided))
+    strip = denoising_strip(models[-1], settings, seed=context.seed, vae=context.decoder)
+    made_by = {"command": command_line(), "seed": str(context.seed), "commit": git_commit()}
+
+    def png(images: Tensor) -> bytes:
+        return png_bytes(image_grid(images, columns=STRIP_LENGTH), scale=2, text=made_by)
+
+    pictures = Pictures(
+        overview=png(torch.cat([guided, strip])),
+        guided=png(guided),
+        unguided=png(unguided),
+        over_training=png(to_uint8(torch.cat(over_training))),
+        strip=png(strip),
+        curve=training_curve(
+            RunDirectory(config.out, {}).metrics(), counts, _snapshot_losses(context, [m.model for m in models])
+        ),
+        opening_drawn=png(guided[:50]),
+        opening_real=png(real_digits(context, 5)),
+    )
+    for name, content in vars(pictures).items():
+        write_bytes(context.folder / "figures" / f"{name.replace('_', '-')}.png", content)
+    return pictures
+
+
+def real_digits(context: Context, rows: int) -> UInt8[Tensor, "n 1 32 32"]:
+    """The first held-out digits of every class, a class a column."""
+    held_out = context.scorer.digits.held_out
+    columns = [(held_out.labels == label).nonzero().flatten()[:rows] for label in range(STRIP_LENGTH)]
+    return with_margin(held_out.images[torch.stack(columns, dim=1).flatten()])
+
+
+def _snapshot_losses(context: Context, models: Sequence[torch.nn.Module]) -> dict[str, list[float]]:
+    """Noise-prediction errors of averaged weights on training and held-out digits.
+
+    Latents of held-out images lie in a cache beside that of the training images; pixels in the same folder.
+    """
+    config = context.train_config(Model(context.size.main))
+    held_out = context.data if context.vae is None else str(Path(context.data).with_name("held_out"))
+    losses: dict[str, list[float]] = {}
+    for name, split, data in (("train", "train", context.data), ("held-out", "held_out", held_out)):
+        examples = open_training_data(data, config.model, split)
+        count = min(1000, context.size.gallery_samples)
+        losses[name] = [mean_mse(config, model, examples, count) for model in models]
+    return losses
+
+
+@torch.inference_mode()
+def denoising_strip(
+    trained: TrainedModel, settings: SamplerSettings, *, label: int = 3, seed: int = 0, vae: str | None = None
+) -> UInt8[Tensor, "n channels height width"]:
+    """One sample's way from noise to digit: a row of x_t, then a row of the clean digit the model sees in each."""
+    steps = list(trajectory(trained, torch.tensor([label]), [0], settings, seed=seed))
+    shown = torch.linspace(0, len(steps) - 1, STRIP_LENGTH).round().int().tolist()
+    rows = [steps[i].x for i in shown] + [steps[i].x_0 for i in shown]
+    return to_uint8(decoded(trained, torch.cat(rows), vae=vae))
+
+
+def training_curve(
+    metrics: Sequence[dict[str, Any]], counts: Sequence[int], snapshot_losses: dict[str, list[float]]
+) -> bytes:
+    """Noise-prediction error over training, and that of the averaged weights on training and held-out digits."""
+    figure, (axes,) = panels()
+    rows = [row for row in metrics if "mse" in row]
+    axes.plot(
+        [r["images"] for r in rows], [r["mse"] for r in rows], color=PALE_BLUE, linewidth=1, label="training batches"
+    )
+    for (name, values), color, style in zip(snapshot_losses.items(), (BLUE, ORANGE), ("o-", "s--"), strict=True):
+        label = f"averaged weights, {name} digits"
+        axes.plot(counts, values, style, color=color, markersize=4, linewidth=1.2, label=label)
+    axes.set(xlabel="training images seen", ylabel="error of the predicted noise (MSE)", yscale="log")
+    axes.xaxis.set_major_formatter(thousands)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    legend(axes)
+    return figure_png(figure)
+
+
+EXPERIMENT = Experiment("gallery", 1, measure, section, verdicts, needs=needs)

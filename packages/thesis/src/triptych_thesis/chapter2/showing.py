@@ -1,0 +1,111 @@
+"""What the sections of chapter 2 share: tables of scores and of comparisons, their counts as evidence, links to samples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triptych_common.images import figure_png
+
+from triptych_thesis.chapter2.scoring import METRICS
+from triptych_thesis.study.estimates import interval, ratio
+from triptych_thesis.study.experiment import Links, Table
+from triptych_thesis.study.plots import interval_lines, legend, panels, plain_ticks
+from triptych_thesis.study.verdicts import CONFIRMED, MARKS, REFUTED, Evidence, sign
+
+if TYPE_CHECKING:
+    from triptych_thesis.study.runner import Study
+
+Rows = Sequence[Mapping[str, Any]]
+FRECHET = "Fréchet distance"
+NAMES = {"frechet": FRECHET, "spatial_frechet": "spatial Fréchet distance", "digit_score": "digit score"}
+COLUMNS = {"gflops": "GFLOPs", "training_gflops": "training GFLOPs", "sampling_gflops": "sampling GFLOPs"}
+INSTRUMENTS = (
+    "Metrics, with the thesis's in brackets: "
+    + "; ".join(f"{NAMES.get(name, name)} ({thesis}): {words}" for name, (thesis, words) in METRICS.items())
+    + ". At paper sizes they are those of the ADM suite. Intervals are 95%, by bootstrap over samples and real images; the noise "
+    "of training seeds is in comparisons alone."
+)
+FILES = ("grid.png", "samples.npz", "scores.json")
+
+
+def metric_name(metric: str) -> str:
+    return NAMES.get(metric, metric)
+
+
+def marked(verdict: str) -> str:
+    """A verdict in a table's cell: "✓ confirmed"."""
+    return f"{MARKS[verdict]} {verdict}"
+
+
+def cell(value: Any) -> str:
+    """A number in a table's cell, with thousands apart."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def scores_table(rows: Rows, columns: Mapping[str, str] | Sequence[str], caption: str) -> Table:
+    """Rows of scores under the given columns and every metric that they have; it opens on request."""
+    titles = columns if isinstance(columns, Mapping) else {name: COLUMNS.get(name, name) for name in columns}
+    metrics = [metric for metric in (*METRICS, "accuracy") if metric in rows[0]]
+    return Table(
+        (*titles.values(), *map(metric_name, metrics)),
+        [(*(cell(row[name]) for name in titles), *(interval(row[metric]) for metric in metrics)) for row in rows],
+        f"Every score. {caption}".strip(),
+        folded=True,
+    )
+
+
+def comparisons_table(comparisons: Rows, caption: str, summary: str) -> Table:
+    """Comparisons of Fréchet distances with their verdicts; it opens on request, under its summary."""
+    return Table(
+        ("claimed better", "than", "images", f"the second's {FRECHET} over the first's", "verdict"),
+        [
+            (c["better"], c["worse"], cell(c["about"]["images"]), ratio(c["difference"]), marked(sign(c["difference"])))
+            for c in comparisons
+        ],
+        f"{summary}. {caption}",
+        folded=True,
+    )
+
+
+def counted(what: str, comparisons: Rows, thesis: str = "") -> Evidence:
+    """How many comparisons go as the thesis has them, and how many the other way; the latter by name."""
+    if not comparisons:
+        return Evidence(what, "nothing comparable was measured", thesis)
+    verdicts = [sign(c["difference"]) for c in comparisons]
+    against = [f"{c['better']} behind {c['worse']}" for c in comparisons if sign(c["difference"]) == REFUTED]
+    names = f" ({', '.join(dict.fromkeys(against))})" if against else ""
+    return Evidence(
+        what, f"{verdicts.count(CONFIRMED)} of {len(verdicts)} as claimed, {len(against)} reversed{names}", thesis
+    )
+
+
+def last_of(comparisons: Rows) -> list[Mapping[str, Any]]:
+    """The comparisons after the most training images."""
+    last = max((c["about"]["images"] for c in comparisons), default=0)
+    return [c for c in comparisons if c["about"]["images"] == last]
+
+
+def sample_links(study: "Study", places: Sequence[str]) -> list[Links]:
+    """Links to sets of samples, by their paths in the study's folder, each with its grid and scores."""
+    rows = []
+    for place in map(Path, sorted(set(places))):
+        files = [place.with_name(name) for name in FILES if (study.folder / place.with_name(name)).exists()]
+        rows.append((" / ".join(place.parts[1:-1]), {path.name: path.as_posix() for path in files}))
+    return [Links(f"Samples: {len(rows)} sets, by model / images-sampler-steps-count", rows)] if rows else []
+
+
+def lines(rows: Rows, x: str, *, by: str = "model", **labels: Any) -> bytes:
+    """Fréchet distance against one quantity, on a logarithmic axis, a line for each value of `by`."""
+    figure, (axes,) = panels(size=(7.2, 3.8))
+    interval_lines(axes, rows, x, "frechet", by=by, floor=0.05)
+    axes.set(**{"ylabel": FRECHET, "yscale": "log", **labels})
+    plain_ticks(axes)
+    legend(axes, ncols=2)
+    return figure_png(figure)
+
+
+def over_training(title: str) -> Callable[[Mapping[str, Any]], dict[str, bytes]]:
+    """An experiment's only figure: Fréchet distance over training, model by model."""
+    return lambda result: {title: lines(result["rows"], "images", xlabel="training images seen")}

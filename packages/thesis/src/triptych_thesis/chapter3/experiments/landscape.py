@@ -1,0 +1,452 @@
+"""Samples of one start over the landscape of the metric, and how far samples lie apart.  [thesis 3.4.5, Fig. 3.8]"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from triptych_common.images import figure_png
+from triptych_gpt.evaluation.plots import measure, words
+from triptych_gpt.evaluation.prompted import Update, measured, prompted, starting_metrics
+from triptych_gpt.evaluation.records import plain
+from triptych_gpt.symmetry.matching import canonicalise
+from triptych_gpt.symmetry.spec import PermutationSpec
+from triptych_gpt.tasks.task import Metric, Task
+
+from triptych_thesis.chapter3.context import Context
+from triptych_thesis.chapter3.naming import named, shown
+from triptych_thesis.study.estimates import number
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.plots import INK, ORANGE, numbers, panels
+from triptych_thesis.study.runner import Study
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLAIM = "gpt.fig-3.8"
+BARRIER = 0.1  # of what samples improved on their start: what separates two regions, and what a projection may be off
+
+
+class Spread(NamedTuple):
+    """Mean Euclidean distance over pairs of networks: as they are, and with one's hidden units matched to the other's."""
+
+    raw: float
+    matched: float
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How far samples for one prompt lie apart.
+
+    Args:
+        noise: samples of one start, which differ in sampling noise, averaged over starts.
+        starts: samples of different starts, one each.
+        before: the starting networks themselves.
+        metric_mean: mean of the metric over all samples.
+        non_finite: samples that are not finite, which are left out.
+    """
+
+    metric: str
+    prompt: float | int
+    noise: Spread
+    starts: Spread
+    before: Spread
+    metric_mean: float
+    non_finite: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, {"raw", "matched"} for each spread: JSON-able."""
+        return plain(self)
+
+
+def spread(spec: PermutationSpec, thetas: Float[Tensor, "n D"]) -> Spread:
+    """Mean distances over all pairs of networks; NaN for fewer than two.
+
+    Raises ValueError for networks that are not finite.
+    """
+    thetas = thetas.detach().to("cpu", torch.float64)
+    raw, matched = [], []
+    for i in range(1, len(thetas)):
+        raw.append((thetas[:i] - thetas[i]).norm(dim=1))
+        matched.append((canonicalise(spec, thetas[:i], thetas[i]) - thetas[i]).norm(dim=1))
+    return Spread(_mean(raw), _mean(matched))
+
+
+def diversity(
+    update: Update,
+    task: Task,
+    metric: Metric,
+    theta: Float[Tensor, "starts D"],
+    *,
+    prompt: float | int | None = None,
+    samples: int = 16,
+    networks_at_once: int = 256,
+    first_index: int = 0,
+) -> Diversity:
+    """Draw `samples` updates of every start towards one prompt, by default the metric's best, and compare them.
+
+    Sample j of start i draws the noise of index first_index + i * samples + j.
+
+    Raises ValueError for a metric without prompts, or starts that are not finite.
+    """
+    prompt = low_prompt(metric, prompt)
+    start = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)[metric.name]
+    count = len(theta) * samples
+    target = torch.full((count,), float(prompt), dtype=torch.float64)
+    indices = range(first_index, first_index + count)
+    repeated = theta.repeat_interleave(samples, dim=0)
+    at_once = {"networks_at_once": networks_at_once}
+    new = prompted(update, task, repeated, start.repeat_interleave(samples), target, indices, **at_once)
+    values, usable = new.metrics[metric.name].view(len(theta), samples), new.theta.isfinite().all(dim=1).cpu()
+    groups, usable = new.theta.detach().cpu().view(len(theta), samples, -1), usable.view(len(theta), samples)
+    of_each = [spread(task.symmetry, group[kept]) for group, kept in zip(groups, usable, strict=True)]
+    firsts = [group[kept][0] for group, kept in zip(groups, usable, strict=True) if kept.any()]
+    return Diversity(
+        metric=metric.name,
+        prompt=prompt,
+        noise=Spread(*(float(torch.tensor(one, dtype=torch.float64).nanmean()) for one in zip(*of_each, strict=True))),
+        starts=spread(task.symmetry, torch.stack(firsts)) if firsts else Spread(torch.nan, torch.nan),
+        before=spread(task.symmetry, theta),
+        metric_mean=float(values.nanmean()),
+        non_finite=int((~usable).sum()),
+    )
+
+
+def low_prompt(metric: Metric, prompt: float | int | None) -> float | int:
+    """The prompt given, or the metric's best. Raises ValueError where there is neither."""
+    if prompt is not None:
+        return prompt
+    if metric.prompts is None:
+        raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
+    return metric.prompts.best
+
+
+def _mean(parts: list[Tensor]) -> float:
+    return float(torch.cat(parts).mean()) if parts else torch.nan
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The plane through `origin` along two orthonormal axes, float64 on the CPU.
+
+    explained: share of the networks' variance along each axis.
+    """
+
+    origin: Float[Tensor, " D"]
+    axes: Float[Tensor, "2 D"]
+    explained: Float[Tensor, " 2"]
+
+    @classmethod
+    def through(cls, thetas: Float[Tensor, "n D"]) -> "Plane":
+        """The plane of the first two principal components of some networks; the largest entry of an axis is positive.
+
+        Raises ValueError for networks that do not span a plane.
+        """
+        thetas = thetas.detach().to("cpu", torch.float64)
+        origin = thetas.mean(0)
+        _, sizes, axes = torch.linalg.svd(thetas - origin, full_matrices=False)
+        if len(sizes) < 2 or not sizes[1] > 1e-9 * thetas.norm(dim=1).max():
+            raise ValueError(f"{len(thetas)} networks that span no plane; give three or more that differ")
+        axes = axes[:2]
+        signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+        return cls(origin, axes * signs, sizes[:2].square() / sizes.square().sum())
+
+    def coordinates(self, theta: Float[Tensor, "n D"]) -> Float[Tensor, "n 2"]:
+        """Where networks project to."""
+        return (theta.detach().to("cpu", torch.float64) - self.origin) @ self.axes.T
+
+    def at(self, coordinates: Float[Tensor, "n 2"]) -> Float[Tensor, "n D"]:
+        """The networks at points of the plane."""
+        return self.origin + coordinates.double() @ self.axes
+
+    def share(self, theta: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+        """How much of a network's squared distance from the origin lies in the plane, 0 to 1; 1 at the origin."""
+        gap = (theta.detach().to("cpu", torch.float64) - self.origin).square().sum(1)
+        inside = self.coordinates(theta).square().sum(1)
+        return torch.where(gap > 0, (inside / gap.clamp(min=1e-300)).clamp(max=1), 1.0)
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A metric over a plane, and the samples of one start near it. Lengths are in the networks' own units.
+
+    Args:
+        explained: share of the variance, along each axis, of the networks that span the plane.
+        x, y, values: the grid; values[i][j] is the metric at (x[j], y[i]).
+        samples: the points that samples project to.
+        sample_metric, projected_metric: of the samples themselves, and of their projections.
+        share: of their squared distance from the plane's origin, how much the projection keeps.
+        accurate: whether the projection's metric is off by at most a tenth of what the sample improved on its start.
+        curvature: second difference quotients of the metric at the samples, along both axes at distances `step`; positive where
+            the sample is locally best along the axis.
+        convex: share of samples where both are positive.
+        non_finite: samples that are not finite, which are left out.
+    """
+
+    metric: str
+    better: str
+    prompt: float | int
+    start_metric: float
+    explained: Float[Tensor, " 2"]
+    x: Float[Tensor, " columns"]
+    y: Float[Tensor, " rows"]
+    values: Float[Tensor, "rows columns"]
+    samples: Float[Tensor, "n 2"]
+    sample_metric: Float[Tensor, " n"]
+    projected_metric: Float[Tensor, " n"]
+    share: Float[Tensor, " n"]
+    accurate: Bool[Tensor, " n"]
+    curvature: Float[Tensor, "n 2"]
+    step: Float[Tensor, " 2"]
+    convex: float
+    non_finite: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, tensors as lists: JSON-able."""
+        return plain(self)
+
+
+def landscape(
+    update: Update,
+    task: Task,
+    metric: Metric,
+    theta: Float[Tensor, " D"],
+    *,
+    prompt: float | int | None = None,
+    samples: int = 16,
+    spanning: Float[Tensor, "n D"] | None = None,
+    side: int = 31,
+    networks_at_once: int = 256,
+    first_index: int = 0,
+) -> Landscape:
+    """Draw samples of one start that differ in noise alone, and map the metric over a plane around them.
+
+    Sample j draws the noise of index first_index + j.
+
+    Args:
+        prompt: by default the metric's best.
+        spanning: networks whose principal components span the plane, such as training checkpoints; by default the samples
+            themselves, of which three lie in their plane exactly.
+        side: points of the grid along each axis, which reaches half the samples' extent beyond them.
+
+    Raises ValueError for a metric without prompts, a start that is not finite, or networks that span no plane.
+    """
+    prompt, at_once = low_prompt(metric, prompt), {"networks_at_once": networks_at_once}
+    start = starting_metrics(task, theta[None], metric, **at_once)[metric.name]
+    target = torch.full((samples,), float(prompt), dtype=torch.float64)
+    indices = range(first_index, first_index + samples)
+    new = prompted(update, task, theta.expand(samples, -1), start.expand(samples), target, indices, **at_once)
+    own = new.metrics[metric.name]
+    kept = ~own.isnan()
+    drawn, own = new.theta[kept.to(theta.device)], own[kept]
+    plane = Plane.through(drawn if spanning is None else spanning)
+    places = plane.coordinates(drawn)
+
+    def scored(thetas: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+        return measured(task, thetas.to(theta), **at_once)[metric.name]
+
+    x, y = (_axis(places[:, axis], side) for axis in (0, 1))
+    grid = torch.cartesian_prod(y, x).flip(1)  # rows of y, and x runs fastest
+    projected = scored(plane.at(places))
+    step = torch.stack([(x[-1] - x[0]) / 12, (y[-1] - y[0]) / 12])
+    curvature = _curvature(scored, drawn, own, plane, step, metric.better)
+    return Landscape(
+        metric=metric.name,
+        better=metric.better,
+        prompt=prompt,
+        start_metric=float(start),
+        explained=plane.explained,
+        x=x,
+        y=y,
+        values=scored(plane.at(grid)).view(side, side),
+        samples=places,
+        sample_metric=own,
+        projected_metric=projected,
+        share=plane.share(drawn),
+        accurate=(projected - own).abs() <= 0.1 * (start - own).abs(),
+        curvature=curvature,
+        step=step,
+        convex=float((curvature > 0).all(dim=1).double().mean()),
+        non_finite=int((~kept).sum()),
+    )
+
+
+def _axis(places: Float[Tensor, " n"], side: int) -> Float[Tensor, " side"]:
+    low, high = places.min(), places.max()
+    room = torch.clamp(0.5 * (high - low), min=1e-6)
+    return torch.linspace(float(low - room), float(high + room), side, dtype=torch.float64)
+
+
+def _curvature(
+    scored: Callable[[Tensor], Tensor],
+    drawn: Float[Tensor, "n D"],
+    own: Float[Tensor, " n"],
+    plane: Plane,
+    step: Float[Tensor, " 2"],
+    better: str,
+) -> Float[Tensor, "n 2"]:
+    """(f(theta + h a) - 2 f(theta) + f(theta - h a)) / h^2 for both axes a, positive where theta is locally best along it."""
+    theta = drawn.detach().to("cpu", torch.float64)
+    moves = step[:, None] * plane.axes
+    quotients = [
+        (scored(theta + move) - 2 * own + scored(theta - move)) / h**2 for move, h in zip(moves, step, strict=True)
+    ]
+    return torch.stack(quotients, dim=1) * (1 if better == "lower" else -1)
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Landscapes around samples of two starts, and the diversity of samples of up to eight."""
+    trial, samples = context.trial, context.amounts.samples
+    starts = trial.starts("test", min(8, len(trial.zoo.runs_in("test"))))
+    options: dict[str, Any] = {"prompt": trial.best_prompt, "samples": samples}
+    return {
+        "landscapes": [
+            landscape(trial.update, trial.task, trial.metric, theta, first_index=i * samples, **options).as_dict()
+            for i, theta in enumerate(starts[:2])
+        ],
+        "diversity": diversity(trial.update, trial.task, trial.metric, starts, **options).as_dict(),
+    }
+
+
+def regions(data: Mapping[str, Any]) -> list[list[int]]:
+    """The samples of a landscape by region of the plane.
+
+    Only samples that score better than their start, and in the plane nearly as they do, have a place there. Two of them lie in one
+    region where the metric on the straight way between them, read from the grid, is nowhere worse than at both of its ends by more
+    than a tenth of what they improved on their start; so do those that further samples connect.
+    """
+    sign = 1.0 if data["better"] == "lower" else -1.0
+    values, (x, y) = sign * numbers(data["values"]), (numbers(data[axis]) for axis in ("x", "y"))
+    places, own, start = numbers(data["samples"]), sign * numbers(data["projected_metric"]), sign * data["start_metric"]
+    kept = [i for i, accurate in enumerate(data["accurate"]) if accurate and own[i] < start]
+    groups = [[i] for i in kept]
+
+    def on_the_way(a: int, b: int) -> float:
+        points = places[a] + np.linspace(0, 1, 2 * len(x))[:, None] * (places[b] - places[a])
+        columns, rows = (np.abs(axis - points[:, [i]]).argmin(axis=1) for i, axis in enumerate((x, y)))
+        return float(np.nanmax(values[rows, columns]))
+
+    for a in kept:
+        for b in kept:
+            if a < b and on_the_way(a, b) - max(own[a], own[b]) <= BARRIER * (start - max(own[a], own[b])):
+                one, other = (next(group for group in groups if i in group) for i in (a, b))
+                if one is not other:
+                    one += other
+                    groups.remove(other)
+    return groups
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """Whether samples of one start fall into distinct regions of low metric, and starts vary them more than noise does.
+
+    - Regions: confirmed where each landscape has two `regions` or more, refuted where none has, undecided otherwise, and where a
+      landscape has fewer than two samples to compare.
+    - Starts: the mean distance between samples of different starts against that of samples of one start. Confirmed where it is
+      larger as networks are and with hidden units matched, refuted where smaller in both ways. The means have no interval.
+
+    The identity returns each start and has no distance between samples of one: starting networks' own distances stand beside.
+    """
+    counts = [(len(groups), sum(map(len, groups))) for groups in map(regions, result["landscapes"])]
+    apart = UNDECIDED
+    if all(samples >= 2 for _, samples in counts):
+        several = {count > 1 for count, _ in counts}
+        apart = UNDECIDED if len(several) > 1 else CONFIRMED if several == {True} else REFUTED
+    spreads = result["diversity"]
+    differences = [_difference(spreads, kind) for kind in ("matched", "raw")]
+    larger = [None if difference is None else difference > 0 for difference in differences]
+    varied = CONFIRMED if larger == [True, True] else REFUTED if larger == [False, False] else UNDECIDED
+    regions_text = " and ".join(f"{count} (of {samples} samples)" for count, samples in counts)
+    matched = {name: number(spreads[name]["matched"], ".2f") for name in ("noise", "starts", "before")}
+    evidence = [
+        Evidence("regions of good networks in the plane, for each of two starts", regions_text),
+        Evidence("mean distance of samples of different starts, units matched", matched["starts"], "",
+                 f"{matched['noise']} of one start", [f"{matched['before']} of the starts themselves (the identity)"]),
+    ]  # fmt: skip
+    return [Verdict(CLAIM, overall([apart, varied]), evidence)]
+
+
+def _difference(spreads: Mapping[str, Any], kind: str) -> float | None:
+    starts, noise = spreads["starts"][kind], spreads["noise"][kind]
+    return None if starts is None or noise is None else starts - noise
+
+
+def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Contours of the metric over a plane with the samples on it, a panel for each start.  [Fig. 3.8]
+
+    Filled dots are samples whose projection scores as they do, hollow ones the others.
+
+    Args:
+        data: `Landscape.as_dict()` of each start.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = panels(len(data), size=(4.4 * len(data) + 0.6, 3.9))
+    metric = data[0]["metric"]
+    values = [numbers(one["values"]) for one in data]
+    levels = MaxNLocator(20).tick_values(min(np.nanmin(v) for v in values), max(np.nanmax(v) for v in values))
+    best_bright = "viridis_r" if data[0]["better"] == "lower" else "viridis"
+    for start, (one, grid, panel) in enumerate(zip(data, values, axes, strict=True), start=1):
+        filled = panel.contourf(one["x"], one["y"], grid, levels=levels, cmap=best_bright)
+        panel.contour(one["x"], one["y"], grid, levels=levels[::2], colors="white", linewidths=0.4, alpha=0.6)
+        samples, accurate = numbers(one["samples"]), np.array(one["accurate"], dtype=bool)
+        for which, face, label in ((accurate, ORANGE, "scores alike"), (~accurate, "none", "scores otherwise")):
+            style: dict[str, Any] = {
+                "s": 28,
+                "linewidths": 1,
+                "edgecolors": INK,
+                "zorder": 3,
+                "label": f"sample whose projection {label}",
+            }
+            if which.any():
+                panel.scatter(*samples[which].T, facecolors=face, **style)
+        axis_names = [f"component {i}, {share:.0%} of variance" for i, share in enumerate(one["explained"], start=1)]
+        panel.set(xlabel=axis_names[0], ylabel=axis_names[1])
+        panel.set_title(f"start {start}, prompted for {shown(metric, one['prompt'])}", fontsize=9)
+        panel.grid(False)
+    bar = figure.colorbar(filled, ax=axes, label=words(metric), shrink=0.9)
+    measure(bar.ax.yaxis, metric)
+    named = {label: dot for one in axes for dot, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    return figure
+
+
+def figures(result: Result) -> dict[str, bytes]:
+    """One figure, a panel for each start."""
+    return {"fig-3.8": figure_png(figure(result["landscapes"]))}
+
+
+def section(study: Study, result: Result) -> Section:
+    """The landscapes, what they say of the samples, and distances."""
+    spreads = result["diversity"]
+    rows = [
+        (what, number(spreads[name]["raw"], ".2f"), number(spreads[name]["matched"], ".2f"))
+        for name, what in (
+            ("noise", "samples of one start"), ("starts", "samples of different starts"), ("before", "the starts themselves"),
+        )
+    ]  # fmt: skip
+    lands = [
+        (i, number(land["start_metric"]), len(land["samples"]), sum(land["accurate"]), len(regions(land)),
+         number(land["convex"], ".0%"))
+        for i, land in enumerate(result["landscapes"], start=1)
+    ]  # fmt: skip
+    metric = named(spreads["metric"])
+    return Section(
+        "Landscape and diversity (Figure 3.8)",
+        [study.figure("fig-3.8", "Samples of one start over the plane of their principal components")],
+        [
+            Table(("start", f"{metric} before", "samples", "scoring alike in the plane", "regions", "locally best"), lands,
+                  f"Regions: samples with a rise of {metric} between them. Locally best: samples at which {metric} gets worse "
+                  "along both axes of the plane."),
+            Table(("mean distance between", "as they are", "hidden units matched"), rows,
+                  f"All prompted for {metric} {spreads['prompt']:.3g}; they achieve {number(spreads['metric_mean'])} on average."),
+        ],
+    )  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    name="fig-3.8", order=9, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True, extra=True
+)

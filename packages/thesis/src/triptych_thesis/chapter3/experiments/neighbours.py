@@ -1,0 +1,346 @@
+"""The nearest-neighbour score: whose checkpoints lie nearer to a generated network, its own run's or the training set's?
+
+The thesis counts runs whose sample is nearer to one of the run's own checkpoints than to any training checkpoint [3.5, Fig. 3.9].
+The identity scores 100% on that definition, and so may a constant, such as the mean of all training runs' finals, which is
+small and so nearest to where the run began. Hence the score is also given for checkpoints whose metric is near the prompt;
+and, since hidden units have no order, both are also given under the best matching of units.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from triptych_common.images import figure_png
+from triptych_common.metrics.bootstrap import Estimate, bootstrap_rate
+from triptych_gpt.evaluation.plots import measure, words
+from triptych_gpt.evaluation.prompted import Update
+from triptych_gpt.evaluation.trial import MODEL
+from triptych_gpt.nearest import Nearest, Pool, nearest
+from triptych_gpt.symmetry.spec import PermutationSpec
+from triptych_gpt.zoo.zoo import Zoo
+
+from triptych_thesis.chapter3.context import Context
+from triptych_thesis.chapter3.naming import named
+from triptych_thesis.study.estimates import interval, number
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.plots import LINES, PALETTE, distinct, legend, numbers, panels
+from triptych_thesis.study.runner import Study
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLAIM = "gpt.fig-3.9"
+KINDS = {  # by (matched, near the prompt)
+    (False, False): "all checkpoints",
+    (False, True): "near the prompt",
+    (True, False): "all checkpoints, units matched",
+    (True, True): "near the prompt, units matched",
+}
+
+
+@dataclass(frozen=True)
+class NeighbourScore:
+    """One prompt's score of one kind.
+
+    Args:
+        matched: whether hidden units are matched before distances are taken.
+        near_prompt: whether only checkpoints near the prompt are searched.
+        score: share of the counted runs, with its 95% interval over runs; None where none counts.
+        counted: runs whose sample is finite, with a checkpoint to search both of their own and in the training set.
+        own, training: distance to the nearest checkpoint of the run itself, and of the training set; infinite where not finite.
+        exact: whether distances are exact; otherwise both are upper bounds.
+        non_finite: samples that are not finite.
+    """
+
+    target: float
+    matched: bool
+    near_prompt: bool
+    score: Estimate | None
+    counted: int
+    own: Float[Tensor, " runs"]
+    training: Float[Tensor, " runs"]
+    exact: bool
+    non_finite: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; distances are medians over the runs that count."""
+        finite = self.own.isfinite() & self.training.isfinite()
+        return {
+            "target": self.target,
+            "matched": self.matched,
+            "near_prompt": self.near_prompt,
+            "score": None if self.score is None else self.score._asdict(),
+            "counted": self.counted,
+            "runs": len(self.own),
+            "non_finite": self.non_finite,
+            "median_distance_own": float(self.own[finite].median()) if finite.any() else None,
+            "median_distance_training": float(self.training[finite].median()) if finite.any() else None,
+            "exact": self.exact,
+        }
+
+
+def nearest_neighbour_scores(
+    update: Update,
+    zoo: Zoo,
+    spec: PermutationSpec,
+    metric: str,
+    prompts: Sequence[float | int],
+    *,
+    tolerance: float | int,
+    rows: Int[np.ndarray, " runs"] | None = None,
+    every: int = 1,
+    training: Int[np.ndarray, " training"] | None = None,
+) -> list[NeighbourScore]:
+    """Update the initial network of each run to each prompt, and score: four kinds for each prompt, in the prompts' order.
+
+    The update of run r to prompt p draws the noise of index r + p * runs.
+
+    Args:
+        tolerance: how far from the prompt, in the metric's units, a checkpoint may be and still count as near.
+        rows: of the zoo's runs to start from; by default all of the test split.
+        every: searches each k-th training checkpoint only, which favours the run's own, of which all are searched (and may miss
+            checkpoints that retrieval returns).
+        training: rows of the runs that the model was trained on; by default all of the training split.
+    """
+    rows = zoo.runs_in("test") if rows is None else rows
+    theta = zoo.theta(rows, [0] * len(rows))
+    start = zoo.metrics(metric)[torch.as_tensor(rows), 0]
+    updated = [
+        update(theta, start, torch.full_like(start, prompt), range(p * len(rows), (p + 1) * len(rows))).detach().cpu()
+        for p, prompt in enumerate(prompts)
+    ]
+    samples = torch.cat(updated)
+    finite = samples.isfinite().all(1)
+    targets = torch.tensor(prompts, dtype=torch.float64).repeat_interleave(len(rows))[finite]
+    repeated = np.tile(np.asarray(rows), len(prompts))[finite.numpy()]
+    scores = []
+    for matched in (False, True):
+        for near in (False, True):
+            narrowing = (metric, targets, tolerance) if near else None
+            found = compare(
+                samples[finite],
+                zoo,
+                repeated,
+                spec if matched else None,
+                narrowing=narrowing,
+                every=every,
+                training=training,
+            )
+            distances = torch.full((2, len(samples)), math.inf, dtype=torch.float64)
+            distances[:, finite] = torch.stack([one.distance for one in found])
+            for p, (own, theirs) in enumerate(distances.view(2, len(prompts), -1).unbind(1)):
+                bad = int((~finite).view(len(prompts), -1)[p].sum())
+                scores.append((p, _score(float(prompts[p]), matched, near, own, theirs, found[0].exact, bad)))
+    return [score for _, score in sorted(scores, key=lambda pair: pair[0])]
+
+
+def compare(
+    samples: Float[Tensor, "n D"],
+    zoo: Zoo,
+    rows: Int[np.ndarray, " n"],
+    spec: PermutationSpec | None = None,
+    *,
+    narrowing: tuple[str, Tensor, float | int] | None = None,
+    every: int = 1,
+    training: Int[np.ndarray, " training"] | None = None,
+) -> tuple[Nearest, Nearest]:
+    """The nearest checkpoint of each sample's own run, at `rows[i]`, and the nearest training checkpoint.
+
+    Args:
+        narrowing: (metric, target of each sample, tolerance): only checkpoints with the metric that near are searched.
+        training: rows of training runs; by default all of the split.
+
+    Raises ValueError for samples that are not finite.
+    """
+    metric, target, tolerance = narrowing or (None, None, 0.0)
+    pool = Pool.of(zoo, zoo.runs_in("train") if training is None else training, every, metric)
+    in_training = nearest(samples, pool, spec, target=target, tolerance=tolerance)
+    distance, run, checkpoint = (torch.empty_like(values) for values in in_training[:3])
+    own = Nearest(distance, run, checkpoint, in_training.exact)
+    for row in np.unique(rows):
+        here = torch.from_numpy(np.nonzero(rows == row)[0])
+        pool = Pool.of(zoo, np.array([row]), 1, metric)
+        found = nearest(samples[here], pool, spec, target=None if target is None else target[here], tolerance=tolerance)
+        for values, of_run in zip(own[:3], found[:3], strict=True):
+            values[here] = of_run
+    return own, in_training
+
+
+def _score(
+    target: float,
+    matched: bool,
+    near: bool,
+    own: Float[Tensor, " runs"],
+    training: Float[Tensor, " runs"],
+    exact: bool,
+    non_finite: int,
+) -> NeighbourScore:
+    counts = own.isfinite() & training.isfinite()
+    hits = (own < training)[counts]
+    score = bootstrap_rate(hits) if len(hits) else None
+    return NeighbourScore(target, matched, near, score, len(hits), own, training, exact, non_finite)
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Scores at prompts from the best to a random network's metric, of the model, of the identity and of retrieval."""
+    trial, amounts = context.trial, context.amounts
+    metric = trial.metric.name
+    assert trial.metric.prompts is not None  # a trial's metric has prompts
+    low, high = trial.best_prompt, float(trial.zoo.metrics(metric)[:, 0].mean()) * trial.metric.prompts.worst
+    prompts = torch.linspace(low, high, amounts.neighbour_prompts, dtype=torch.float64).tolist()
+    tolerance = abs(high - low) / 40
+    rows = trial.zoo.runs_in("test")[: amounts.networks]
+    updates = {MODEL: trial.update, **{name: trial.baselines[name] for name in ("identity", "retrieval")}}
+    return {
+        "metric": metric,
+        "tolerance": tolerance,
+        "scores": {
+            name: [
+                score.as_dict()
+                for score in nearest_neighbour_scores(
+                    update, trial.zoo, trial.task.symmetry, metric, prompts, tolerance=tolerance, rows=rows,
+                    every=amounts.every, training=trial.training,
+                )
+            ]
+            for name, update in updates.items()
+        },
+    }  # fmt: skip
+
+
+def of_kind(scores: Sequence[Mapping[str, Any]], matched: bool, near_prompt: bool) -> list[Mapping[str, Any]]:
+    """The scores of one kind, prompt by prompt."""
+    return [score for score in scores if (score["matched"], score["near_prompt"]) == (matched, near_prompt)]
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """Whether samples lie nearer to their own run than to the training set at most prompts, and fail at the best ones only.
+
+    The thesis's score: Euclidean distances among all checkpoints. A prompt passes where the score's interval over runs lies above
+    one half, and fails where it lies below. Confirmed: more than half of the prompts pass, and none that fails asks for a worse
+    network than one that passes. Refuted: more than half fail, or one that fails asks for a worse network than one that passes.
+
+    The identity passes at every prompt on this definition, so the stricter scores stand in the evidence: checkpoints near the
+    prompt, hidden units matched.
+    """
+    plain = of_kind(result["scores"][MODEL], False, False)  # prompts run from the best to a random network's metric
+    passed = [_side(score) == CONFIRMED for score in plain]
+    failed = [_side(score) == REFUTED for score in plain]
+    late = any(fails and any(passed[:i]) for i, fails in enumerate(failed))
+    verdict = CONFIRMED if sum(passed) > len(plain) / 2 else UNDECIDED
+    if sum(failed) > len(plain) / 2 or late:
+        verdict = REFUTED
+    what = "prompts at which most samples lie nearest to their own run"
+    beside, *others = (
+        f"{sum(_side(score) == CONFIRMED for score in of_kind(scores, False, False))} of {name}"
+        for name, scores in result["scores"].items()
+        if name != MODEL
+    )
+    evidence = [Evidence(what, f"{sum(passed)} of {len(plain)}", "all, but for MNIST's smallest", beside, others)]
+    for kind, words_of_kind in KINDS.items():
+        at_best = {name: of_kind(scores, *kind)[0]["score"] for name, scores in result["scores"].items()}
+        beside, *others = (f"{interval(score, '.0%')} of {name}" for name, score in at_best.items() if name != MODEL)
+        what = f"share at the best prompt, {words_of_kind}"
+        evidence.append(Evidence(what, interval(at_best[MODEL], ".0%"), "15 to 20% (MNIST)", beside, others))
+    return [Verdict(CLAIM, verdict, evidence)]
+
+
+def _side(score: Mapping[str, Any]) -> str:
+    """Whether a prompt's score is above one half."""
+    share = score["score"]
+    if share is None or share["low"] is None:
+        return UNDECIDED
+    return CONFIRMED if share["low"] > 0.5 else REFUTED if share["high"] < 0.5 else UNDECIDED
+
+
+def figure(data: Mapping[str, Any]) -> "Figure":
+    """Share of unseen runs whose sample lies nearer to its own run than to the training set, against prompts.  [Fig. 3.9]
+
+    Points that are None or not finite are left out. Baselines are drawn broken and thinner, over the others, which they may meet
+    at 0 and 100%.
+
+    Args:
+        data: {"metric", "prompts": [n], "scores": {name: {"value": [n], "low": [n] or None, "high": [n] or None}}, "baselines":
+            the same, optional}; scores are fractions.
+    """
+    baselines = data.get("baselines") or {}
+    figure, (axes,) = panels(size=(7.2, max(3.4, 0.9 + 0.2 * (len(data["scores"]) + len(baselines)))))
+    prompts = numbers(data["prompts"])
+    like_scores = distinct(
+        PALETTE[: max(4, len(data["scores"]))], LINES[1:]
+    )  # as many of an update: in the scores' colours
+    for curves, looks, width in ((data["scores"], distinct(), 1.6), (baselines, like_scores, 1.0)):
+        for (name, one), look in zip(curves.items(), looks, strict=False):
+            value = 100 * numbers(one["value"])
+            seen = np.isfinite(prompts) & np.isfinite(value)
+            axes.plot(prompts[seen], value[seen], **look, markersize=4, linewidth=width, label=name, clip_on=False)
+            if one.get("low") is not None and one.get("high") is not None:
+                low, high = (100 * numbers(one[end])[seen] for end in ("low", "high"))
+                axes.fill_between(prompts[seen], low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axes.set(xlabel=f"prompted {words(data['metric'])}", ylabel="nearest-neighbour score (%)", ylim=(0, 100))
+    measure(axes.xaxis, data["metric"])
+    legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def figures(result: Result) -> dict[str, bytes]:
+    """One figure: four kinds of score, of the model and of the two baselines."""
+    curves: dict[str, dict[str, dict[str, list[Any]]]] = {"scores": {}, "baselines": {}}
+    for update, scores in result["scores"].items():
+        for kind, words_of_kind in KINDS.items():
+            shares = [score["score"] or dict.fromkeys(Estimate._fields) for score in of_kind(scores, *kind)]
+            curve = {end: [share[end] for share in shares] for end in ("value", "low", "high")}
+            if update == MODEL:
+                curves["scores"][words_of_kind] = curve
+            else:
+                curves["baselines"][f"{update}, {words_of_kind}"] = curve
+    prompts = [score["target"] for score in of_kind(result["scores"][MODEL], False, False)]
+    return {"fig-3.9": figure_png(figure({"metric": result["metric"], "prompts": prompts, **curves}))}
+
+
+def section(study: Study, result: Result) -> Section:
+    """The figure, and a row for each update, prompt and kind."""
+    rows = [
+        (
+            update, f"{score['target']:.3g}", KINDS[score["matched"], score["near_prompt"]], interval(score["score"], ".0%"),
+            f"{score['counted']} of {score['runs']}", number(score["median_distance_own"], ".2f"),
+            number(score["median_distance_training"], ".2f"),
+        )
+        for update, scores in result["scores"].items()
+        for score in scores
+    ]  # fmt: skip
+    header = (
+        "update",
+        "prompt",
+        "searched",
+        "score",
+        "runs that count",
+        "median distance to its own run",
+        "to training runs",
+    )
+    caption = (
+        f"Scores by prompt. Near the prompt: checkpoints with {named(result['metric'])} within {result['tolerance']:.2g} of it; a "
+        "run counts where both pools have such checkpoints."
+    )
+    return Section(
+        "Nearest neighbours (Figure 3.9)",
+        [
+            study.figure(
+                "fig-3.9", "Runs whose sample lies nearer to their own checkpoints than to any training checkpoint"
+            )
+        ],
+        [Table(header, rows, caption, folded=True)],
+        note="The identity scores 100% on the thesis's own definition. Hence the score is also given for checkpoints near the "
+        "prompt alone, and with hidden units matched, since they have no order. Of the training runs every "
+        f"{study.sizes[study.size].amounts.every}. checkpoint is searched.",
+    )
+
+
+EXPERIMENT = Experiment(
+    name="fig-3.9", order=6, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True, extra=True
+)

@@ -1,0 +1,183 @@
+"""Tuned optimisers over a training run's steps, and when each catches up with one update of G.pt.  [thesis 3.4.1, Fig. 3.4]"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from triptych_common.images import figure_png
+from triptych_gpt.evaluation.plots import best_line, measure, words
+from triptych_gpt.evaluation.prompted import starting_metrics
+
+from triptych_thesis.chapter3.context import Context, mean_over_networks
+from triptych_thesis.chapter3.hand_designed import optimise_with_all, spaced_steps
+from triptych_thesis.chapter3.naming import named
+from triptych_thesis.study.estimates import interval, number, quantile
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.plots import BLUE, PALETTE, distinct, legend, numbers, panels, thousands
+from triptych_thesis.study.runner import Study
+from triptych_thesis.study.verdicts import CONFIRMED, NOT_RUN, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLAIM, CLAIMED, THOUSAND = "gpt.fig-3.4", ("SGD", "Adam"), 1000
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Curves of every optimiser, and the level that one update of the same networks reaches."""
+    trial, n = context.trial, context.amounts.baseline_networks
+    metric = trial.metric.name
+    test, tuning = trial.starts("test", n), trial.starts("validation", n)
+    start = starting_metrics(trial.task, test, trial.metric)
+    level = mean_over_networks(trial.prompted(test, start).metrics[metric])
+    steps = spaced_steps(context.amounts.optimizer_steps or trial.task.steps)
+    curves = []
+    for curve in optimise_with_all(trial.task, test, tuning, metric, steps, seed=trial.seed):
+        at_edge = curve.as_dict()["tuned"]["learning_rate"] == max(point.learning_rate for point in curve.grid)
+        reached: dict[str, Any] = {"caught_up": None, "not_yet_after": None, "at_edge": at_edge}
+        if level["mean"] is not None:
+            reach = curve.steps_to_reach(level["mean"])
+            reached |= {"caught_up": reach.step, "not_yet_after": reach.after}
+        curves.append({**curve.as_dict(), **reached})
+    return {
+        "metric": metric, "better": trial.metric.better, "networks": n, "prompt": trial.best_prompt,
+        "start": float(start[metric].mean()),
+        "one_step": level, "trained_best": trial.trained_best[metric], "curves": curves, "budget": steps[-1],
+    }  # fmt: skip
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """Whether SGD and Adam need thousands of steps to equal one update, and end up better.
+
+    An optimiser is compared with the update at every scored step, at the grid point that is best after exactly so many steps,
+    which favours it; both means have 95% intervals over networks by Student's t.
+
+    - Late: confirmed where the update is wholly better than the optimiser at every scored step below 1,000, refuted where the
+      optimiser is wholly better at one of them. Training runs of fewer than 1,000 steps cannot show thousands: there only an
+      optimiser that is wholly better after its first step refutes the claim, and nothing confirms it.
+    - Better in the end: confirmed where the optimiser is wholly better after the last step. "Given enough iterations" is refuted
+      by no number of steps.
+
+    The claim is confirmed where both parts are for both optimisers, and refuted where a part is for one.
+    """
+    level, curves = result["one_step"], {curve["optimizer"]: curve for curve in result["curves"]}
+    metric = named(result["metric"])
+    steps = {name: _reach(curve, result) for name, curve in curves.items()}
+    evidence = [
+        Evidence(
+            f"steps until {' and '.join(CLAIMED)} equal one update in {metric}",
+            " and ".join(steps[name] for name in CLAIMED if name in steps),
+            "thousands",
+            "",
+            [f"{reach} of {name}" for name, reach in steps.items() if name not in CLAIMED],
+        )
+    ]
+    others = [f"{number(result['trained_best'])} of the best training checkpoint (retrieval)"]
+    before = f"{number(result['start'])} before it (the identity)"
+    evidence.append(Evidence(f"{metric} of one update", interval(level, ".3f", "mean"), "", before, others))
+    if not curves:
+        return [Verdict(CLAIM, NOT_RUN, evidence, "the task is not supervised: no optimiser is compared")]
+    if level["mean"] is None or level["non_finite"]:
+        return [Verdict(CLAIM, UNDECIDED, evidence, f"{level['non_finite']} updates are not finite")]
+    parts = [part for name in CLAIMED for part in (_late(curves[name], result), _ends_better(curves[name], result))]
+    short = result["budget"] < THOUSAND
+    why = f"the task's {result['budget']:,} steps are too few to show thousands" if short else ""
+    return [Verdict(CLAIM, overall(parts), evidence, why)]
+
+
+def _reach(curve: Mapping[str, Any], result: Result) -> str:
+    return f"{curve['caught_up']:,}" if curve["caught_up"] else f"more than {result['budget']:,}"
+
+
+def _late(curve: Mapping[str, Any], result: Result) -> str:
+    steps = [i for i, step in enumerate(curve["steps"]) if step < THOUSAND]
+    if result["budget"] < THOUSAND:
+        steps = steps[:1]
+    compared = [better(result["one_step"], _at(curve, i), result["better"]) for i in steps]
+    if result["budget"] < THOUSAND:
+        return REFUTED if compared == [REFUTED] else UNDECIDED
+    return overall(compared)
+
+
+def _ends_better(curve: Mapping[str, Any], result: Result) -> str:
+    ahead = better(_at(curve, -1), result["one_step"], result["better"])
+    return CONFIRMED if ahead == CONFIRMED else UNDECIDED
+
+
+def _at(curve: Mapping[str, Any], i: int) -> dict[str, float | None]:
+    """The mean after step i with its interval over networks; without one where it is not finite."""
+    mean, error = curve["envelope"]["mean"][i], curve["envelope"]["standard_error"][i]
+    if mean is None or error is None:
+        return {"low": None, "high": None}
+    margin = quantile(curve["networks"] - 1) * error
+    return {"low": mean - margin, "high": mean + margin}
+
+
+def figure(data: Mapping[str, Any]) -> "Figure":
+    """Optimisers over many steps, with the level that one update of the model reaches.  [Fig. 3.4]
+
+    Drawn is the mean at the grid point that is best at each step, with its standard error.
+
+    Args:
+        data: {"metric", "start": mean before any step, "one_step": {"mean", "low", "high"}, "trained_best": or None, "curves":
+            of each optimiser `hand_designed.Curve.as_dict()` with "caught_up": the step at which it equals the model, or None}.
+    """
+    figure, (axes,) = panels()
+    metric, level, lowest = data["metric"], data["one_step"], data["start"]
+    for curve, look in zip(data["curves"], distinct(PALETTE[1:]), strict=False):
+        steps, caught = numbers([0, *curve["steps"]]), curve.get("caught_up")
+        mean = numbers([data["start"], *curve["envelope"]["mean"]])
+        error = np.nan_to_num(numbers([None, *curve["envelope"]["standard_error"]]))
+        label = curve["optimizer"] + (f" (caught up after {caught:,})" if caught is not None else "")
+        axes.plot(steps, mean, markersize=3, linewidth=1.2, label=label, **look)
+        axes.fill_between(steps, mean - error, mean + error, color=look["color"], alpha=0.15, linewidth=0)
+        lowest = min(lowest, np.nanmin(mean))
+    if level["mean"] is not None:
+        axes.axhline(level["mean"], color=BLUE, linewidth=2, label="one update of G.pt")
+    if level.get("low") is not None:
+        axes.axhspan(level["low"], level["high"], color=BLUE, alpha=0.15, linewidth=0)
+    best_line(axes, data.get("trained_best"))
+    axes.set_xscale("symlog", linthresh=1, linscale=0.4)
+    if 0 < lowest < data["start"] / 5:
+        axes.set_yscale("log")
+    axes.set(xlabel="optimiser steps", ylabel=words(metric), xlim=(0, None))
+    axes.xaxis.set_major_formatter(thousands)
+    measure(axes.yaxis, metric)
+    legend(axes, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def figures(result: Result) -> dict[str, bytes]:
+    """One figure; without curves it shows the update's level alone."""
+    return {"fig-3.4": figure_png(figure(result))}
+
+
+def section(study: Study, result: Result) -> Section:
+    """The curves, and where each ends."""
+    rows = [
+        (curve["optimizer"], _reach(curve, result), number(curve["envelope"]["mean"][-1]),
+         f"{curve['tuned']['learning_rate']:g}" + (" (largest of the grid)" if curve["at_edge"] else ""))
+        for curve in result["curves"]
+    ]  # fmt: skip
+    caption = (
+        f"Where each optimiser ends. Means over {result['networks']} unseen networks; one update of G.pt gives "
+        f"{interval(result['one_step'], '.3f', 'mean')}."
+    )
+    header = (
+        "optimiser",
+        "steps to equal one update",
+        f"{named(result['metric'])} after {result['budget']:,}",
+        "learning rate",
+    )
+    return Section(
+        "Optimisers over many steps (Figure 3.4)",
+        [study.figure("fig-3.4", "Nine tuned optimisers, and the level of one update of G.pt")],
+        [Table(header, rows, caption, folded=True)] if rows else [],
+        note="Every optimiser runs at a constant rate. At each step the point of the thesis's 3x3 grid is shown that is best after "
+        "exactly so many steps on validation networks, which favours the optimiser.",
+    )
+
+
+EXPERIMENT = Experiment(
+    name="fig-3.4", order=3, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True
+)

@@ -1,0 +1,257 @@
+"""Further trained models: prompt alignment against scale (Fig. 3.7), and the ablations of thesis 3.4.6."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triptych_common.images import figure_png
+from triptych_common.storage.atomic import write_json
+from triptych_common.storage.run import differences
+from triptych_gpt.evaluation.alignment import prompt_alignment
+from triptych_gpt.evaluation.trial import Trial
+from triptych_gpt.settings import SamplerSettings
+from triptych_gpt.train import train
+from triptych_gpt.train_config import GptTrainConfig
+from triptych_gpt.trained import load
+from triptych_gpt.zoo.zoo import Zoo
+
+from triptych_thesis.chapter3.context import Context
+from triptych_thesis.chapter3.sizes import Amounts
+from triptych_thesis.study.estimates import interval
+from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.plots import BLUE, ORANGE, intervals, legend, panels, thousands
+from triptych_thesis.study.runner import Study
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLAIM = "gpt.fig-3.7"
+PANELS = (("parameters of G.pt", "width", "parameters"), ("training runs", "runs", "training_runs"))
+LOOKS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("points", "unseen networks", {"color": BLUE, "marker": "o", "linestyle": "-"}),
+    ("train", "training networks", {"color": ORANGE, "marker": "s", "linestyle": "--"}),
+)
+FLAT_FROM = 25_000  # training runs of 200 checkpoints: the thesis's 5 million checkpoints
+
+
+@dataclass(frozen=True)
+class FurtherModel:
+    """A variant to train and to measure, a unit of work.
+
+    Args:
+        config: how it is trained, and where.
+        settings: how its updates are sampled.
+        amounts: networks and prompts of its prompt alignment.
+    """
+
+    config: GptTrainConfig
+    settings: SamplerSettings
+    amounts: Amounts
+
+    @property
+    def title(self) -> str:
+        return self.config.out.name
+
+    @property
+    def cost(self) -> float:
+        return float(self.config.total_pairs * (self.config.width or 1) ** 2)
+
+    @property
+    def path(self) -> Path:
+        return self.config.out / "alignment.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether it was measured. Raises ValueError where it was measured with other settings."""
+        return self.path.exists() and bool(self.row())
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What decides the row."""
+        asked = {
+            "train": self.config.identity(),
+            "sampler": asdict(self.settings),
+            "networks": self.amounts.networks,
+            "prompts": self.amounts.prompts,
+        }
+        return json.loads(json.dumps(asked))
+
+    def __call__(self) -> None:
+        """Train the variant, and measure its alignment on unseen and on its own training runs."""
+        train(self.config)
+        trial = Trial(load(self.config.out), Zoo(self.config.zoo), self.settings, self.config.seed)
+        alignments = {}
+        for split, name, held in (
+            ("test", "unseen", trial.zoo.splits["test"]),
+            ("train", "train", len(trial.training)),
+        ):
+            theta = trial.starts(split, min(self.amounts.networks, held))
+            alignment = prompt_alignment(
+                trial.update,
+                trial.task,
+                trial.metric,
+                theta,
+                prompts=self.amounts.prompts,
+                trained_best=trial.trained_best,
+            )
+            alignments[name] = alignment.r2._asdict()
+            alignments[f"{name}_at_best"] = alignment.achieved_at_best._asdict()
+        row = {
+            "parameters": sum(p.numel() for p in trial.trained.model.parameters()),
+            "training_runs": len(trial.training),
+            "pairs": self.config.total_pairs,
+            **alignments,
+        }
+        write_json(self.path, {"row": row, "asked": self.asked})
+
+    def row(self) -> dict[str, Any]:
+        """The alignment as it was measured. Raises ValueError where it was measured with other settings."""
+        known = json.loads(self.path.read_text())
+        if changed := differences(known["asked"], self.asked):
+            raise ValueError(f"{self.path}: measured with {changed}; delete {self.config.out}, or use another --out")
+        return known["row"]
+
+
+def further_models(context: Context) -> dict[str, dict[str, FurtherModel]]:
+    """The models to compare, by comparison and variant, each in a folder of its own below "study"."""
+    if context.training is None or context.variants is None or context.folder is None:
+        raise ValueError("further models are compared by `triptych reproduce ch3` only")
+    known: dict[GptTrainConfig, FurtherModel] = {}
+    models: dict[str, dict[str, FurtherModel]] = {}
+    for comparison, variants in context.variants.configs(context.training, Zoo(context.zoo).checkpoints).items():
+        models[comparison] = {}
+        for name, config in variants.items():
+            folder = context.folder / "study" / f"{comparison}-{name}".replace(", ", "-").replace(" ", "-")
+            model = FurtherModel(replace(config, out=folder), context.settings, context.amounts)
+            models[comparison][name] = known.setdefault(config, model)
+    return models
+
+
+def needs(context: Context) -> Sequence[FurtherModel]:
+    """Every model once."""
+    every = [model for variants in further_models(context).values() for model in variants.values()]
+    return list({model.config.out: model for model in every}.values())
+
+
+def run(context: Context) -> dict[str, Any]:
+    """For each comparison a row a variant, and the panels of Fig. 3.7 made of them."""
+    rows = {
+        comparison: [
+            {"name": name, "folder": f"study/{model.title}", **model.row()} for name, model in variants.items()
+        ]
+        for comparison, variants in further_models(context).items()
+    }
+    return {**scaling(rows), "variants": rows}
+
+
+def scaling(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Fig. 3.7 as its figure takes it: alignment on unseen and on training runs against parameters, and against runs."""
+
+    def points(rows: list[dict[str, Any]], x: str, split: str) -> list[dict[str, Any]]:
+        return [
+            {"x": row[x], "r2": row[split]["value"], "low": row[split]["low"], "high": row[split]["high"]}
+            for row in rows
+        ]
+
+    return {
+        "panels": [
+            {"label": label, "points": points(results[name], x, "unseen"), "train": points(results[name], x, "train")}
+            for label, name, x in PANELS
+        ]
+    }
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """Whether alignment on unseen runs rises with the size of G.pt and of its data, and flattens at last.
+
+    - Rises, for each panel: confirmed where the interval of the largest lies wholly above that of the smallest, refuted where it
+      lies wholly below that of any smaller one. Data rise up to 25,000 runs of 200 checkpoints, the thesis's 5 million.
+    - Flattens: of runs from there on, confirmed where the largest is not wholly above the first; refuted where it is; undecided
+      where fewer than two numbers of runs are that large.
+
+    Every variant stands beside its alignment on its own training runs, and beside the -2.7 of a model that changes nothing.
+    """
+    size, data = (panel["points"] for panel in result["panels"])
+    large = [point for point in data if point["x"] >= FLAT_FROM]
+    flat = UNDECIDED
+    if len(large) > 1:
+        flat = REFUTED if better(large[-1], large[0]) == CONFIRMED else CONFIRMED
+    rising = [point for point in data if point["x"] <= FLAT_FROM] if large else data
+    evidence = []
+    for panel in result["panels"]:
+        first, last = panel["points"][0], panel["points"][-1]
+        what = f"R² on unseen runs with {last['x']:,} {panel['label']}"
+        beside = f"{interval(first, '.3f', 'r2')} with {first['x']:,}"
+        others = [f"{interval(panel['train'][-1], '.3f', 'r2')} on its training runs", "-2.7 of the identity"]
+        evidence.append(
+            Evidence(what, interval(last, ".3f", "r2"), "random G.pt about -2.7, at best 1", beside, others)
+        )
+    why = "" if len(large) > 1 else f"flattening beyond {FLAT_FROM:,} training runs was not put to the test"
+    return [Verdict(CLAIM, overall([_rises(size), _rises(rising), flat]), evidence, why)]
+
+
+def _rises(points: Sequence[Mapping[str, Any]]) -> str:
+    if any(better(point, points[-1]) == CONFIRMED for point in points[:-1]):
+        return REFUTED
+    return CONFIRMED if better(points[-1], points[0]) == CONFIRMED else UNDECIDED
+
+
+def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Prompt alignment against scale, a panel for each thing scaled.  [Fig. 3.7]
+
+    Args:
+        data: [{"label": what is scaled, "points": [{"x", "r2", "low", "high"}], "train": the same on training runs, optional}],
+            points in order of x.
+    """
+    figure, axes = panels(len(data), size=(4.2 * len(data), 3.3))
+    for one, panel in zip(data, axes, strict=True):
+        for key, name, style in LOOKS:
+            points = [point for point in one.get(key) or [] if point["r2"] is not None]
+            if points:
+                x, y = ([point[axis] for point in points] for axis in ("x", "r2"))
+                panel.errorbar(
+                    x, y, intervals(points, "r2"), label=name, capsize=2, markersize=4, linewidth=1.2, **style
+                )
+        panel.set(xscale="log", xlabel=one["label"])
+        panel.xaxis.set_major_formatter(thousands)
+        panel.xaxis.set_minor_formatter("")
+        if all(len(one.get("points") or []) <= 8 for one in data):
+            panel.set_xticks([float(point["x"]) for point in one["points"]])
+        bottom, _ = panel.get_ylim()
+        panel.set(ylim=(max(min(bottom, 0), -3.2), 1.02))
+    axes[0].set_ylabel("prompt alignment (R²)")
+    if any(one.get("train") for one in data):
+        legend(axes[0])
+    return figure
+
+
+def figures(result: Result) -> dict[str, bytes]:
+    """One figure of two panels."""
+    return {"fig-3.7": figure_png(figure(result["panels"]))}
+
+
+def section(study: Study, result: Result) -> Section:
+    """The two panels, and a row for every variant of every comparison."""
+    rows = [
+        (comparison, row["name"], f"{row['parameters']:,}", f"{row['training_runs']:,}", interval(row["unseen"], ".3f"),
+         interval(row["train"], ".3f"), interval(row["unseen_at_best"], ".3f"))
+        for comparison, variants in result["variants"].items()
+        for row in variants
+    ]  # fmt: skip
+    pairs = next(iter(result["variants"].values()))[0]["pairs"]
+    header = (
+        "comparison", "variant", "parameters", "training runs", "R², unseen runs", "R², training runs", "at the best prompt",
+    )  # fmt: skip
+    return Section(
+        "Scaling and ablations (Figure 3.7)",
+        [study.figure("fig-3.7", "Prompt alignment on unseen and on training runs")],
+        [Table(header, rows, f"Every variant is trained alike, on {pairs:,} pairs.")],
+    )
+
+
+EXPERIMENT = Experiment(
+    name="fig-3.7", order=11, measure=run, needs=needs, verdicts=verdicts, figures=figures, section=section, extra=True
+)
