@@ -160,6 +160,7 @@ class GaussianDiffusion:
             return low
         if self.variance == "fixed_large":  # beta, with the posterior's value at the last step, as in DDPM
             return gather(torch.cat([s.log_posterior_variance[:1], s.betas[1:].log()]), t, x_t)
+        assert learned is not None  # `split` gives it for a learned variance
         fraction = (learned + 1) / 2
         return fraction * gather(s.betas.log(), t, x_t) + (1 - fraction) * low
 

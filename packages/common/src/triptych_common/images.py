@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from triptych_common.storage.atomic import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

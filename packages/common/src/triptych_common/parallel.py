@@ -238,7 +238,9 @@ def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     """Context of one forward and backward pass: gradients are averaged over ranks in the last of several only."""
     if _is_sharded(model):
-        model.set_requires_gradient_sync(enabled)  # whole gradients are kept until then: as much memory as a replica's
+        sharded: Any = model
+        # whole gradients are kept until the last pass: as much memory as a replica takes
+        sharded.set_requires_gradient_sync(enabled)
         return nullcontext()
     if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()

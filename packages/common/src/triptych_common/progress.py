@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from triptych_common.storage.atomic import write_json
 
@@ -21,7 +22,8 @@ class Progress:
         self.done = 0
 
     def __enter__(self) -> "Progress":
-        self._bar, self._first = None, None
+        self._bar: Any = None
+        self._first: tuple[float, int] | None = None  # when work began here, and how much was done then
         if self.enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -60,6 +62,7 @@ class Progress:
             self._print()
 
     def _rate(self, now: float) -> float:
+        assert self._first is not None  # `at` was called
         start, begun = self._first
         return (self.done - begun) / max(now - start, 1e-9)
 

@@ -72,11 +72,11 @@ def permutation(seed: int, stream: str, index: int, n: int) -> Int[Tensor, " n"]
 
 def shuffled(seed: int, stream: str, counters: Sequence[int], n: int) -> Int[Tensor, " batch"]:
     """Item drawn at each counter of an endless walk over n items, reshuffled every epoch of n draws."""
-    counters = torch.as_tensor(counters, dtype=torch.long)
-    out = torch.empty_like(counters)
-    for epoch in torch.unique(counters // n).tolist():
-        here = counters // n == epoch
-        out[here] = _epoch_order(seed, stream, epoch, n)[counters[here] - epoch * n]
+    places = torch.as_tensor(counters, dtype=torch.long)
+    out = torch.empty_like(places)
+    for epoch in torch.unique(places // n).tolist():
+        here = places // n == epoch
+        out[here] = _epoch_order(seed, stream, epoch, n)[places[here] - epoch * n]
     return out
 
 

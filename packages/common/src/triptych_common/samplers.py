@@ -6,7 +6,7 @@ A sampler is a generator of `Step`s; `final` runs one to its end. The model it d
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ GuidanceChannels = int | Literal["all"]
 class Step(NamedTuple):
     """State after one reverse step: the new sample, and the clean data the model believed in."""
 
-    index: int  # counts down from S - 1 to 0
+    index: int  # type: ignore[assignment]  # counts down from S - 1 to 0; hides the method of tuples
     x: Tensor
     x_0: Tensor
 
@@ -92,7 +92,7 @@ def diffusers_steps(
             x_0 = x_0.clamp(-1, 1)
         exact = diffusion.predict == "noise" and not clip_x_0
         epsilon = output if exact else (x_t - signal * x_0) / deviation
-        given = torch.cat([epsilon, learned], dim=1) if learned_too else epsilon
+        given = torch.cat([epsilon, cast(Tensor, learned)], dim=1) if learned_too else epsilon
         x = scheduler.step(given, t, x, **keywords).prev_sample
         last = i + 1 == len(timesteps)
         x_t = x if last else scheduler.scale_model_input(x, timesteps[i + 1])

@@ -40,8 +40,8 @@ def run_cli(
 ) -> "subprocess.CompletedProcess[str]":
     """Run `python -m module options` and capture what it prints."""
     command = [sys.executable, "-m", module, *options]
-    where = {"env": {**os.environ, **(env or {})}, "cwd": cwd, "text": True}
-    return subprocess.run(command, capture_output=True, timeout=timeout, **where)
+    merged = {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=merged, cwd=cwd)
 
 
 def run_signalled(
@@ -59,8 +59,8 @@ def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess
         try:
             status = run([str(word) for word in words])
         except SystemExit as stop:
-            status = stop.code
-    return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return subprocess.CompletedProcess([str(word) for word in words], status, out.getvalue(), errors.getvalue())
 
 
 def fails_with(

@@ -46,7 +46,7 @@ def linear(
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
     float32 = x.dtype == layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if _ONEDNN and x.is_cpu and eager and plain and float32 and x.numel() >= _ENOUGH:
-        activation = ("gelu", [], approximate) if gelu else ("none", [], "")
+        activation: tuple[str, list[float], str] = ("gelu", [], approximate) if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *activation)
     return F.gelu(layer(x), approximate=approximate) if gelu else layer(x)
 

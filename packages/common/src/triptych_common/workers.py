@@ -6,6 +6,7 @@ workers' imports begin before those of the command line.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -184,15 +185,17 @@ def _run_ray(function: Work[Result], units: Sequence[Any], devices: Sequence[str
     except ImportError as error:
         raise ImportError(f"--engine ray needs a package: pip install '{extra}'") from error
     on_gpu = devices[0].startswith("cuda")
-    cluster = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": len(devices), "include_dashboard": False}
+    cluster: dict[str, Any] = (
+        {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": len(devices), "include_dashboard": False}
+    )
     try:
-        ray.init(log_to_driver=False, logging_level="error", runtime_env={"env_vars": _ENVIRONMENT}, **cluster)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _ENVIRONMENT}, **cluster)
     except (ConnectionError, RuntimeError) as error:
         raise ConnectionError(
             f"--engine ray: {error}; check RAY_ADDRESS, or unset it for this machine alone"
         ) from error
     try:
-        remote = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=1)(_on_one_thread)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=1)(_on_one_thread)
         pending = [remote.remote(function, unit, "cuda" if on_gpu else devices[0]) for unit in units]
         while pending:
             done, pending = ray.wait(pending)

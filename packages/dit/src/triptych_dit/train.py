@@ -15,7 +15,6 @@ from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
-from triptych_dit.flops import gflops
 from triptych_dit.model import DiT
 from triptych_dit.objective import (
     Examples,
@@ -26,7 +25,7 @@ from triptych_dit.objective import (
     open_training_data,
     prefetch,
 )
-from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
+from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import FILE_NAME, write_model
 
 
@@ -58,8 +57,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             total, mse, vb = objective.loss(state.parallel_model, next(drawn), ranks.device)
             return {"loss": total.mean(), "mse": mse.mean(), "vb": vb.mean()}
 
-        flops = 2e9 * FORWARDS_PER_STEP * gflops(config.model)  # 2 a multiply-add
-        for batch in training_steps(config, state, run, on_step=on_step, flops_per_sample=flops):
+        for batch in training_steps(config, state, run, on_step=on_step, flops_per_sample=config.flops_per_image):
             drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / FILE_NAME, config, state, training_data)

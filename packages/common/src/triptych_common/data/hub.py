@@ -40,7 +40,7 @@ class HubImages(ImageSource):
         table = _load(self.name, config, split)
         from datasets import features
 
-        self._column = _column(table, self.name, "image", image_column, features.Image)
+        self._column: str = _column(table, self.name, "image", image_column, features.Image) or ""  # or raises
         self._rows = _undecoded(table, self._column, self.name)
         label = None if unconditional else _column(table, self.name, "label", label_column, features.ClassLabel)
         if label:
@@ -56,7 +56,9 @@ class HubImages(ImageSource):
         content, path = row.get("bytes"), row.get("path")
         if content is None and path is None:
             raise UnreadableImage(where, "the row has no image")
-        return decode(Path(path).read_bytes() if content is None else content, f"{where} ({path})" if path else where)
+        if content is None:
+            content = Path(str(path)).read_bytes()
+        return decode(content, f"{where} ({path})" if path else where)
 
     def locate(self, index: int) -> str:
         return f"{self.name}[{index}]"

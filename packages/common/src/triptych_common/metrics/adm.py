@@ -170,6 +170,8 @@ def _frechet(
         return Estimate(gaussian_frechet(target, fitted))
     value, sway = frechet_influence(samples.vectors, fitted, target)
     mean = bootstrap(lambda rows: float(rows.mean()), sway, repeats=repeats, seed=seed)
+    assert mean.low is not None, "repeats give an interval"
+    assert mean.high is not None
     return Estimate(value, max(value + mean.low - mean.value, 0.0), value + mean.high - mean.value)
 
 

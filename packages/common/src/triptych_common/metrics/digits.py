@@ -83,6 +83,7 @@ class DigitScorer:
             for distance in (frechet_distance, kernel_distance)
         ]
         frechet, kernel = distances
+        assert frechet.low is not None  # fifty repeats give an interval
         frechet = frechet._replace(low=max(frechet.low, 0.0))  # a distance
         return DigitScores(
             n, frechet, kernel, self._rate(precise), self._rate(recalled), None if correct is None else self._rate(correct),

@@ -48,7 +48,7 @@ class Inception:
                 f"Inception: images are {images.dtype} {tuple(images.shape)}, expected uint8 (n, 3, height, width)"
             )
         spatial: list[Tensor] = []
-        layer = self.network.Mixed_6d.branch1x1
+        layer = self.network.get_submodule("Mixed_6d.branch1x1")
         hook = layer.register_forward_hook(lambda _module, _inputs, output: spatial.append(output))
         with hook, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions default to TF32
             (pool,) = self.network(images)
@@ -57,7 +57,7 @@ class Inception:
     @torch.inference_mode()
     def probabilities(self, pool: Float[Tensor, "n 2048"]) -> Float[Tensor, "n 1008"]:
         """What the Inception score sees of pool_3: softmax of its logits, the bias left out as in the suite; on the CPU."""
-        weight = self.network.fc.weight
+        weight = self.network.get_parameter("fc.weight")
         return torch.cat([(part.to(weight.device) @ weight.T).softmax(1).cpu() for part in pool.split(4096)])
 
 
@@ -81,7 +81,7 @@ def load_inception(path: Path | None = None, *, device: torch.device | str = "cp
         raise ValueError(
             f"{path or cached_path()}: no weights of torch-fidelity's InceptionV3 ({reason}); expected {FILE_NAME}"
         ) from error
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
     return Inception(network, hashlib.sha256(content).hexdigest())
 
 

@@ -75,7 +75,7 @@ def load_instrument(name: str, folder: Path = FOLDER) -> Instrument:
     return Instrument(name, network[:-2] if name == "mnist_features" else network, sha256, record)
 
 
-def load_frozen(name: str, network: nn.Module, folder: Path) -> tuple[nn.Module, str, dict]:
+def load_frozen(name: str, network: nn.Sequential, folder: Path) -> tuple[nn.Sequential, str, dict]:
     """A network with the weights in `folder`, frozen, checked against the hash in the folder's instruments.json; that hash and
     the network's record there.
 

@@ -3,9 +3,10 @@
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class NpzImages:
                 images = torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 yield images.view(n, *self._image_shape).permute(0, 3, 1, 2)
 
-    def _gaussian(self, held: object, mean: str, covariance: str, dim: int) -> Gaussian | None:
+    def _gaussian(self, held: Collection[str], mean: str, covariance: str, dim: int) -> Gaussian | None:
         if mean not in held and covariance not in held:
             return None
         if mean not in held or covariance not in held:
@@ -92,7 +93,7 @@ class NpzImages:
             raise ValueError(f"{self.path}: not an npz file, or a damaged one ({error}); make it again") from error
 
 
-def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, order and type of the array that follows."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -61,7 +61,7 @@ def replacing(path: Path, *, flush: bool = True, refusals: tuple[type[Exception]
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, (OSError, *refusals)):
+        if isinstance(error, Exception) and isinstance(error, (OSError, *refusals)):
             raise cannot_write(path, error) from error
         raise
 

@@ -191,5 +191,7 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def _order(path: Path) -> tuple[int, bool]:
-    step, extra, _ = _NAME.fullmatch(path.name).groups()
+    match = _NAME.fullmatch(path.name)
+    assert match is not None  # only such paths are listed
+    step, extra, _ = match.groups()
     return int(step), extra is None

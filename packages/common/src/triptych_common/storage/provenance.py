@@ -25,12 +25,15 @@ def command_line() -> str:
 def git_commit() -> str:
     """Commit of the source checkout this package runs from ("-dirty" with local changes), or "unknown"."""
     here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        options = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        if subprocess.run(["git", "ls-files", "--error-unmatch", __file__], **{**options, "check": False}).returncode:
-            return "unknown"  # installed into some other project's checkout
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+        git("ls-files", "--error-unmatch", __file__)  # fails where this is installed into some other project's checkout
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return f"{commit}-dirty" if changed else commit

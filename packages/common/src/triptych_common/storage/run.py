@@ -28,7 +28,8 @@ class RunDirectory:
         self.path, self.is_main = Path(path), is_main
         self.identity = json.loads(json.dumps(identity))
         self.checkpoints = self.path / "checkpoints"
-        self._want_tensorboard, self._tensorboard = tensorboard, None
+        self._want_tensorboard = tensorboard
+        self._tensorboard: Any = None
 
     def __enter__(self) -> "RunDirectory":
         if not self.is_main:

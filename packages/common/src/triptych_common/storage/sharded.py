@@ -57,8 +57,10 @@ def read_like(
     tensors = {}
     for name, entry in index["tensors"].items():
         shape, dtype, template = torch.Size(entry["shape"]), checkpoint.DTYPES[entry["dtype"]], like(name)
-        fits = template is not None and template.shape == shape
-        tensors[name] = torch.empty_like(template, dtype=dtype) if fits else torch.empty(shape, dtype=dtype)
+        if template is not None and template.shape == shape:
+            tensors[name] = torch.empty_like(template, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(shape, dtype=dtype)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.load(tensors, storage_reader=_Reader(path, index), planner=planner)
@@ -93,7 +95,8 @@ class _Writer(dcp.StorageWriter):
         if not self.partial.is_dir():
             raise OSError("the folder is not visible there: all machines must share the file system of --out")
         path = self.partial / f"rank-{self.ranks.rank:05d}.safetensors"
-        parts = {_key(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
+        found = {_key(item.index): planner.resolve_data(item) for item in plan.items}
+        parts = {key: part.detach().cpu().contiguous() for key, part in found.items() if isinstance(part, torch.Tensor)}
         save_file(parts, path)
         atomic.sync(path)
         digest = checkpoint.file_digest(path)
@@ -129,7 +132,7 @@ class _Reader(dcp.StorageReader):
         pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, entry in self.index["tensors"].items():
             chunks = []
             for chunk in entry["chunks"]:
@@ -160,7 +163,7 @@ class _Reader(dcp.StorageReader):
         return False
 
 
-def _disk_error(failed: dcp.CheckpointException, what: str, remedy: str = "") -> Exception:
+def _disk_error(failed: dcp.CheckpointException, what: str, remedy: str = "") -> BaseException:
     """The first rank's failure as one line; itself where it is not the disk's doing."""
     rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
     if not isinstance(error, SafetensorError | RuntimeError | OSError):  # a full disk arrives as any of the three
@@ -175,7 +178,7 @@ def _done(value: Any) -> Future:
 
 
 def _key(index: MetadataIndex) -> str:
-    return f"{index.fqn}@{','.join(map(str, index.offset))}"
+    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
 
 
 def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
@@ -199,7 +202,7 @@ def _on_all(ranks: Ranks, act: Callable[[], Any]) -> Any:
         result = act()
     except (ValueError, OSError, SafetensorError) as error:
         failure = error
-    for error in ranks.gather(failure):
-        if error is not None:
-            raise error
+    for failed in ranks.gather(failure):
+        if failed is not None:
+            raise failed
     return result
