@@ -53,6 +53,10 @@ def test_report_is_self_contained_and_complete(out):
     assert "<summary>Samples: 2 sets" in page
 
 
+def test_the_page_fits_every_screen(out, check_page):
+    check_page(out / "report.html")
+
+
 def test_results_are_strict_json_with_intervals_instruments_and_ids(out):
     results = strict_json((out / "results.json").read_text())
     experiments = results["experiments"]

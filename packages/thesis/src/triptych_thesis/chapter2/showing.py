@@ -69,16 +69,14 @@ def comparisons_table(comparisons: Rows, caption: str, summary: str) -> Table:
     )
 
 
-def counted(what: str, comparisons: Rows, thesis: str = "") -> Evidence:
-    """How many comparisons go as the thesis has them, and how many the other way; the latter by name."""
+def counted(what: str, comparisons: Rows) -> list[Evidence]:
+    """How many comparisons go as the thesis has them, and which go the other way."""
     if not comparisons:
-        return Evidence(what, "nothing comparable was measured", thesis)
+        return [Evidence(what, "nothing comparable was measured")]
     verdicts = [sign(c["difference"]) for c in comparisons]
     against = [f"{c['better']} behind {c['worse']}" for c in comparisons if sign(c["difference"]) == REFUTED]
-    names = f" ({', '.join(dict.fromkeys(against))})" if against else ""
-    return Evidence(
-        what, f"{verdicts.count(CONFIRMED)} of {len(verdicts)} as claimed, {len(against)} reversed{names}", thesis
-    )
+    count = f"{verdicts.count(CONFIRMED)} of {len(verdicts)}, {len(against) or 'none'} reversed"
+    return [Evidence(what, count), *[Evidence("reversed", ", ".join(dict.fromkeys(against)))] * bool(against)]
 
 
 def last_of(comparisons: Rows) -> list[Mapping[str, Any]]:

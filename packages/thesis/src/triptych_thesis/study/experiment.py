@@ -5,6 +5,7 @@ an experiment to a chapter, add such a module.
 """
 
 import pkgutil
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +24,17 @@ class Picture:
     png: bytes
     caption: str
     pixels: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the header of the PNG file."""
+        width, height = struct.unpack(">II", self.png[16:24])
+        return width, height
+
+    @property
+    def width(self) -> int:
+        """Width on the page: type in plots is then as large as the page's own; small pictures are enlarged."""
+        return max(280, round(self.size[0] / 1.6))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ how numbers were made folds out.
 
 import base64
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -32,45 +31,49 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
 a { color: var(--accent); } .headline { font-size: 1.1rem; margin: .4rem 0 .8rem; }
 .soft, figcaption, caption, .note { color: var(--soft); font-size: .88rem; }
-figure { margin: .8rem 0; } img { max-width: 100%; height: auto; } .pixels { image-rendering: pixelated; }
-.scroll { overflow-x: auto; margin: .6rem 0 1.2rem; } .number { white-space: nowrap; }
+figure { margin: .6rem 0; } img { max-width: 100%; height: auto; display: block; } .pixels { image-rendering: pixelated; }
+figcaption { margin-top: .3rem; } .scroll { overflow-x: auto; margin: .6rem 0 1.2rem; } .number { white-space: nowrap; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; caption-side: bottom; padding-top: .5rem; }
+caption { text-align: left; caption-side: bottom; padding-top: .5rem; max-width: min(48rem, 100vw - 2.5rem); }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td:first-child:not(.mark) { min-width: 7rem; }
 th { font-weight: 600; } pre { background: #f0f0ec; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
-.row { display: flex; flex-wrap: wrap; gap: 1.2rem; } .row figure { flex: 1 1 18rem; }
-nav { font-size: .9rem; margin: 1rem 0; } nav a { margin-right: .9rem; white-space: nowrap; }
+.row { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; align-items: start; } .row figure { max-width: 100%; }
+nav { font-size: .9rem; margin: 1rem 0; line-height: 1.7; } nav a { margin-right: 1rem; }
 summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
 .mark { font-weight: 700; } .confirmed { color: #0b7a5e; } .refuted { color: #b03a2e; } .undecided { color: #8a6d1f; }
+#verdicts { width: 100%; } #verdicts td { padding-bottom: .4rem; line-height: 1.35; } #verdicts td:last-child { padding-right: 0; }
+.first img { max-height: 21rem; width: auto; }
 @media (max-width: 40rem) {
-  #verdicts thead { display: none; } #verdicts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--line); }
-  #verdicts td { display: inline; border: 0; padding: 0 .3rem 0 0; } #verdicts td.soft:not(:empty)::before { content: "against "; }
+  #verdicts thead { display: none; } #verdicts td { border: 0; } #verdicts tbody { border-bottom: 1px solid var(--line); }
 }
 @media (min-width: 52rem) {
-  .beside { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1.6rem; align-items: start; }
+  .beside { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 7fr); gap: 1.6rem; align-items: start; }
 }
 </style>
 </head>
 <body>
-{% macro picture(p) %}<figure><img {% if p.pixels %}class="pixels" {% endif %}alt="{{ p.caption }}"
-src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</figcaption></figure>{% endmacro %}
+{% macro picture(p) %}<figure style="flex: 0 1 {{ p.width }}px">
+<img {% if p.pixels %}class="pixels" {% endif %}alt="{{ p.caption }}"
+width="{{ p.width }}" src="data:image/png;base64,{{ encoded(p.png) }}"><figcaption>{{ p.caption }}</figcaption></figure>
+{% endmacro %}
 {% macro table(t) %}{% if t.folded %}<details><summary>{{ t.caption.split(".")[0] }}</summary>{% endif %}
 <div class="scroll"><table>{% if t.caption %}<caption>{{ t.caption }}</caption>{% endif %}<thead><tr>{% for h in t.header %}
-<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for row in t.rows %}<tr>{% for cell in row %}
-<td>{{ cell | kept }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% if t.folded %}</details>{% endif %}{% endmacro %}
+<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for row in t.rows %}<tr>{% for text in row %}
+<td>{{ text | cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% if t.folded %}</details>{% endif %}{% endmacro %}
+{% macro measured(e) %}{{ e.ours | cell }}{% if e.beside %}<div class="soft">against {{ e.beside | cell }}</div>{% endif %}
+{% endmacro %}
 <h1>{{ report.title }}</h1>
 <p class="headline">{{ report.headline }}</p>
-<div class="{{ "beside" if report.beside }}"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
+<div class="first {{ "beside" if report.beside }}"><div>{% for p in report.pictures %}{{ picture(p) }}{% endfor %}</div>
 {% if report.verdicts %}
-<div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>here</th><th>against</th></tr></thead>
+<div class="scroll"><table id="verdicts"><thead><tr><th></th><th>claim of the thesis</th><th>measured here</th></tr></thead>
 {% for v, name in report.verdicts %}{% set single = v.shown[0] if v.shown | length == 1 and not v.shown[0].verdict %}
 <tbody id="{{ v.claim }}"><tr><td class="mark {{ v.verdict }}" title="{{ v.verdict }}">{{ marks[v.verdict] }}</td>
-{% if single %}
-<td>{{ name }}<div class="soft">{{ single.what }}</div></td><td>{{ single.ours | kept }}</td>
-<td class="soft">{{ single.beside | kept }}</td></tr>
-{% else %}<td colspan="3">{{ name }}{% if not v.shown %}<div class="soft">{{ v.why }}</div>{% endif %}</td></tr>
+{% if single %}<td>{{ name }}<div class="soft">{{ single.what }}</div></td><td>{{ measured(single) }}</td></tr>
+{% else %}<td colspan="2">{{ name }}{% if not v.shown %}<div class="soft">{{ v.why }}</div>{% endif %}</td></tr>
 {% for e in v.shown %}<tr><td></td><td><span class="mark {{ e.verdict }}" title="{{ e.verdict }}">{{ marks[e.verdict] }}</span>
-{{ e.what }}</td><td>{{ e.ours | kept }}</td><td class="soft">{{ e.beside | kept }}</td></tr>{% endfor %}
+{{ e.what }}</td><td>{{ measured(e) }}</td></tr>{% endfor %}
 {% endif %}</tbody>{% endfor %}
 </table></div>{% endif %}</div>
 <p class="soft">{{ report.setting }}
@@ -133,7 +136,7 @@ class Report:
     @property
     def beside(self) -> bool:
         """Whether the first screen has the table beside its pictures: below them where one is wide."""
-        sizes = [struct.unpack(">II", picture.png[16:24]) for picture in self.pictures]  # from the header of a PNG file
+        sizes = [picture.size for picture in self.pictures]
         return bool(sizes) and all(width <= WIDE * height for width, height in sizes)
 
     @property
@@ -157,7 +160,7 @@ class Report:
             if path.startswith("/") or ".." in path or ":" in path:
                 raise ValueError(f"link {path}: expected a path below the page's folder")
         environment = Environment(autoescape=True, trim_blocks=True)
-        environment.filters["kept"] = _kept
+        environment.filters["cell"] = _cell
         template = environment.from_string(_TEMPLATE)
         shown = [each.verdict for verdict, _ in self.verdicts for each in (verdict, *verdict.shown) if each.verdict]
         legend = [(MARKS[verdict], verdict) for verdict in dict.fromkeys(shown)]
@@ -170,11 +173,15 @@ class Report:
         write_text(path, self.html())
 
 
-def _kept(text: Any) -> Any:
-    """HTML of a text in which numbers stay on one line with their intervals."""
+def _cell(text: Any) -> Any:
+    """HTML of a text in which numbers stay on one line with their intervals and verdicts' marks have their colours."""
     from markupsafe import Markup
 
-    return Markup(re.sub(r"\S+ \[[^][]+\]", r'<span class="number">\g<0></span>', escape(str(text))))
+    html = re.sub(r"\S+ \[[^][]+\]", r'<span class="number">\g<0></span>', escape(str(text)))
+    verdict = html[2:] if html[:1] in MARKS.values() else ""
+    if verdict in MARKS:
+        html = f'<span class="number"><span class="mark {verdict}">{html[0]}</span> {verdict}</span>'
+    return Markup(html)
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:

@@ -45,12 +45,9 @@ def verdicts(result: Result) -> list[Verdict]:
         Evidence(f"Fréchet distance of {_design(c)} over adaLN-Zero's", ratio(c["difference"]), THESIS[_design(c)])
         for c in last_of(result["comparisons"])
     ]
+    every = counted("adaLN-Zero better, every design and stage", result["comparisons"])
     verdict = overall(sign(c["difference"]) for c in result["comparisons"])
-    return [
-        Verdict(
-            "dit.fig-2.5", verdict, [counted("adaLN-Zero better, at every stage", result["comparisons"]), *evidence]
-        )
-    ]
+    return [Verdict("dit.fig-2.5", verdict, [*every, *evidence])]
 
 
 def section(study: Study, result: Result) -> Section:

@@ -113,13 +113,14 @@ def verdicts(result: Result) -> list[Verdict]:
         for pair in result["similar"]
     ]
     by_kind = [
-        counted(f"left: {kind}", [c for c in last if c["about"]["grows"] == grows])
+        evidence
         for grows, kind in (("model size", "larger models better"), ("tokens", "more tokens better"))
+        for evidence in counted(f"left: {kind}", [c for c in last if c["about"]["grows"] == grows])
     ]
     reached = {sign(c["difference"]) for c in budgets} == {CONFIRMED}  # too small a budget cannot refute the claim
     return [
         Verdict("dit.fig-2.2", _signs(last), by_kind, parts=2),
-        Verdict("dit.fig-2.6", _signs(comparisons), [counted("larger better, at every stage", comparisons)]),
+        Verdict("dit.fig-2.6", _signs(comparisons), counted("larger better, every pair and stage", comparisons)),
         Verdict(
             "dit.fig-2.8",
             overall([strength["frechet"], *(_similarity(pair["log_ratio"]) for pair in result["similar"])]),
@@ -129,7 +130,7 @@ def verdicts(result: Result) -> list[Verdict]:
         Verdict(
             "dit.fig-2.10",
             CONFIRMED if reached else UNDECIDED,
-            [counted("larger better, at no more training compute", budgets)],
+            counted("larger better, at no more training compute", budgets),
         ),
     ]
 
