@@ -1,8 +1,8 @@
 """Files of StyleGAN2 networks: our own, with weights, config and origin; other people's are opened by `interop`."""
 
 import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from triptych_common.storage.model_file import ModelFormat
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.source import Source
 
 GENERATOR_FILE, DISCRIMINATOR_FILE = "generator.safetensors", "discriminator.safetensors"
 EMBEDDED, GENERATORS = Path(__file__).parent.parent / "weights", ("digits32", "digits32-3")
@@ -30,6 +29,21 @@ _FORMAT = ModelFormat(
 _LEGACY_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file with networks in it.
+
+    generator, discriminator: build them, in float32 on the CPU for evaluation, beside their tensors by NVIDIA's names as the
+    file has them; None where it has none. Building raises ValueError, one line, for what cannot be represented.
+    """
+
+    path: Path
+    format: str
+    generator: Callable[[], tuple[Generator, dict[str, Tensor]]] | None = None
+    discriminator: Callable[[], tuple[Discriminator, dict[str, Tensor]]] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def load_generator(path: str | Path) -> Generator:
@@ -63,10 +77,10 @@ def open_networks(path: str | Path) -> Source:
     if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
         from triptych_gangealing.stylegan2.interop import read_rosinality
 
-        return read_rosinality(path)
+        return Source(path, **read_rosinality(path))
     from triptych_gangealing.stylegan2.interop import read_pickle
 
-    return read_pickle(path)
+    return Source(path, **read_pickle(path))
 
 
 def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
