@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from triptych_common.parallel import process_group
 from triptych_common.storage.model_file import ModelFormat
 
+from triptych_gangealing.config import Flips, SpatialTransformerConfig
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.settings import Flips
 from triptych_gangealing.spatial_transformer import (
     ClusterClassifier,
     SpatialTransformer,
-    SpatialTransformerConfig,
     reduced,
     total_variation,
 )

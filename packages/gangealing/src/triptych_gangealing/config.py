@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from triptych_common.fields import Checked, Ge, Interval
 
 SMALLEST = 4  # pixels of the feature maps that the similarity network ends with
+Flips = Literal["trained", "yes", "no"]  # whether images are mirrored where their flow is smoother then
 DESCRIPTOR_POOL = 8_000  # generated images, at most, that a descriptor is trained on and groups are sought among
 
 
