@@ -21,9 +21,8 @@ from torch import Tensor
 from triptych_common import randomness
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.tasks import TASKS
-from triptych_gpt.zoo.manifest import Manifest
 from triptych_gpt.zoo.pairs import SAMPLINGS, Pairs
-from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
 
 from benchmarks.runner import Job

@@ -13,9 +13,9 @@ from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_here, strict_json
 from triptych_gpt import SamplerSettings, Zoo, cli, load
 from triptych_gpt.evaluation.alignment import prompt_alignment
+from triptych_gpt.model import FILE_NAME, write_model
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.trained import FILE_NAME, write_model
 from triptych_gpt.zoo.collect import collect
 from triptych_gpt.zoo.collect_config import CollectConfig
 

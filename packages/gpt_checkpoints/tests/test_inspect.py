@@ -11,8 +11,7 @@ from triptych_common.cli import Command, main
 from triptych_common.storage import checkpoint
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.inspect import ExportConfig, InfoConfig, VerifyConfig, export, info, verify
-from triptych_gpt.zoo.manifest import Manifest
-from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
 
 COMMANDS = {
     "info": ("", lambda: Command(InfoConfig, info, {})),

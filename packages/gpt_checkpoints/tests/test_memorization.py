@@ -22,8 +22,7 @@ from triptych_gpt.memorization import (
 )
 from triptych_gpt.nearest import Nearest
 from triptych_gpt.tasks import Cohort, Items, SupervisedTask
-from triptych_gpt.zoo.manifest import Manifest
-from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
 
 SCALE = 2.0

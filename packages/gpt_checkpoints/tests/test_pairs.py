@@ -7,9 +7,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo.manifest import Manifest
 from triptych_gpt.zoo.pairs import SAMPLINGS, Draw, Pairs, ends, released, stratified, thesis
-from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
 
 LAYOUT = ParameterLayout({"weight": (2, 5)})

@@ -21,10 +21,10 @@ from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_here
 from triptych_gpt import Gpt, GptConfig, SamplerSettings, TrainedGpt, cli, convert, interop, load, open_task, prompt
 from triptych_gpt.interop import export_released
+from triptych_gpt.model import write_model
 from triptych_gpt.prompting import OutsideTrainedRange, UpdatesRejected, theta_of
 from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.trained import write_model
 from triptych_gpt.zoo.collect import collect
 from triptych_gpt.zoo.collect_config import CollectConfig
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo.manifest import MANIFEST, Manifest
-from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
+from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
 
 LAYOUT = ParameterLayout({"0.weight": (3, 4), "0.bias": (3,)})
@@ -322,7 +321,7 @@ def test_the_manifest_stays_readable_for_other_programs(folder):
 FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
-from triptych_gpt.zoo.manifest import Manifest
+from triptych_gpt.zoo.store import Manifest
 from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
 folder, limit, runs = Path(sys.argv[1]), int(sys.argv[2]), range(10, 14)
 manifest = Manifest.read(folder)

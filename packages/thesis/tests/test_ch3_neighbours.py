@@ -13,8 +13,7 @@ from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.nearest import Pool, UnitVectors, augmented, lower_bound, nearest, weighted
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.symmetry.matching import match
-from triptych_gpt.zoo.manifest import Manifest
-from triptych_gpt.zoo.store import CohortData, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
 from triptych_thesis.chapter3.experiments.neighbours import nearest_neighbour_scores
 

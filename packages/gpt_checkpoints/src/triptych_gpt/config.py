@@ -24,9 +24,9 @@ class MetricScale:
     are, such as low losses. At equal levels, so that equal shares lie between neighbours, but where some were merged.
     """
 
-    low: float | int
-    high: float | int
-    knots: tuple[float | int, ...]
+    low: float
+    high: float
+    knots: tuple[float, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "knots", tuple(self.knots))
@@ -81,9 +81,9 @@ class GptConfig(Checked):
     """metrics and timestep by 128 frequencies over 14 octaves as they are (released), or scaled first"""
     num_frequencies: Annotated[int, Gt(0)] = 32
     """frequencies of a normalised scalar"""
-    octaves: Annotated[float | int, Gt(0)] = 8.0
+    octaves: Annotated[float, Gt(0)] = 8.0
     """over how many octaves they lie, the lowest a quarter of a wave over the range"""
-    metric_factor: Annotated[float | int, Gt(0)] = 1.0
+    metric_factor: Annotated[float, Gt(0)] = 1.0
     """multiplies raw metrics: the released error models were trained on per cent, our errors are fractions"""
     metric_scale: MetricScale | None = None
     """what normalised metrics are measured against; taken from training data"""

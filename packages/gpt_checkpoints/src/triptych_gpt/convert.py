@@ -6,9 +6,10 @@ from typing import Any
 from triptych_common.cli import echo
 
 from triptych_gpt.interop import load_released
+from triptych_gpt.model import FILE_NAME, write_model
 from triptych_gpt.presets import PRESETS
-from triptych_gpt.settings import RELEASED, ConvertConfig, TaskSpec
-from triptych_gpt.trained import FILE_NAME, write_model
+from triptych_gpt.settings import RELEASED, ConvertConfig
+from triptych_gpt.zoo.source import TaskSpec
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:

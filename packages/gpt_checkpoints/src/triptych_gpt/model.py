@@ -1,12 +1,27 @@
 """G.pt, the diffusion transformer over checkpoints, read from top to bottom.  [thesis 3.2.2]"""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
+from triptych_common.storage.model_file import ModelFormat
 from triptych_common.transformer import Block
 
 from triptych_gpt.config import GptConfig
 from triptych_gpt.tokenizers import TOKENS, ScalarTokens, make_tokenizer
+
+FILE_NAME = "model.safetensors"
+FORMAT = ModelFormat(
+    kinds=("G.pt",),
+    file_name=FILE_NAME,
+    expected="a trained G.pt",
+    mismatch="not a G.pt's model file",
+    made=f"triptych-gpt train --out FOLDER makes {FILE_NAME}, triptych-gpt convert one of a released model",
+    absent="no trained model; make one with triptych-gpt train --out {folder}",
+)
 
 
 class Gpt(nn.Module):
@@ -75,3 +90,9 @@ def decayed(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     parameters = list(model.parameters())
     return [p for p in parameters if id(p) in linear], [p for p in parameters if id(p) not in linear]
+
+
+def write_model(path: Path, config: GptConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a model file; facts: what `triptych_gpt.trained.load` needs (scale, metric,
+    better, trained_range, task), and whatever else explains the model."""
+    FORMAT.write(path, tensors, config.to_json(), facts)

@@ -162,7 +162,7 @@ def nearest(
     spec: PermutationSpec | None = None,
     *,
     target: Float[Tensor, " n"] | None = None,
-    tolerance: float | int = math.inf,
+    tolerance: float = math.inf,
     shortlist: int = 32,
 ) -> Nearest:
     """The checkpoint of the pool nearest to each sample; with a spec, under the best permutation of its units.
@@ -215,7 +215,7 @@ class _Search:
         pool: Pool,
         parts: UnitVectors,
         target: Float[Tensor, " n"] | None,
-        tolerance: float | int,
+        tolerance: float,
     ) -> None:
         self.pool, self.parts, self.tolerance = pool, parts, tolerance
         self.target = None if target is None else target.detach().cpu().double()

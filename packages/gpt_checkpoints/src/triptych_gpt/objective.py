@@ -16,11 +16,9 @@ from triptych_common.parallel import onto
 
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
-from triptych_gpt.symmetry.matching import match
-from triptych_gpt.tasks.task import Task
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.pairs import Pairs, stratified
-from triptych_gpt.zoo.source import TaskSpec, recipe_of, task_of
+from triptych_gpt.zoo.source import recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
 PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], which the noise schedule was made for
@@ -51,8 +49,6 @@ class TrainingZoo:
 
     def __init__(self, config: GptTrainConfig) -> None:
         self.config, self.zoo = config, Zoo(config.zoo)
-        self.task: Task
-        self.spec: TaskSpec
         self.task, self.spec = task_of(self.zoo, config.task)
         self.metric = config.metric or self.zoo.metric_names[0]
         values = self.zoo.metrics(self.metric)
@@ -80,6 +76,8 @@ class TrainingZoo:
         """Permutations that bring each run into the order of the first one's last network; None where nothing is reordered."""
         if not self.config.canonicalise:
             return None
+        from triptych_gpt.symmetry.matching import match
+
         last = self.zoo.theta(self.rows, torch.full_like(self.rows, self.zoo.checkpoints - 1))
         found = [match(self.task.symmetry, some, last[0]) for some in last.split(256)]
         return {group: torch.cat([part[group] for part in found]) for group in found[0]}

@@ -68,7 +68,7 @@ def prompt(
     seed: int = 0,
     settings: SamplerSettings | None = None,
     progress: Callable[[], None] = lambda: None,
-    **target: float | int,
+    **target: float,
 ) -> list[Answer]:
     """Networks that a G.pt makes of `network` when asked for a metric, say test_loss=0.3; `samples` of them, by `recursive`
     updates each: every update's output is scored and given back with the same prompt.  [thesis 3.2.2, 3.4.1, 3.4.3]
@@ -197,7 +197,7 @@ def _check_values(value: Tensor, where: str, *, weights: bool) -> None:
         )
 
 
-def _asked(trained: TrainedGpt, target: Mapping[str, float | int]) -> float:
+def _asked(trained: TrainedGpt, target: Mapping[str, float]) -> float:
     """The prompt. Raises ValueError for another metric than the trained one, warns outside its range."""
     if list(target) != [trained.metric]:
         given = ", ".join(target) or "nothing"

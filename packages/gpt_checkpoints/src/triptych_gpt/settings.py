@@ -1,17 +1,13 @@
 """Settings of sampling and of every command but training: what a person types, checked. Imports no torch, so --help is quick."""
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from triptych_common import sampler_settings
 from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge, Interval
-
-if TYPE_CHECKING:
-    from triptych_gpt.tasks.task import Task
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 
@@ -27,49 +23,53 @@ class SamplerSettings(sampler_settings.SamplerSettings):
 
 
 @dataclass(frozen=True)
-class TaskSpec:
-    """A task as a process that has not opened it needs it: what `open_task` takes."""
+class Options(CommonOptions):
+    """Options of a command whose --dry-run prints them."""
 
-    task: str
-    data: str | None = None
-    epochs: int | None = None
-
-    def open(self) -> "Task":
-        """The task, its networks and data imported."""
-        from triptych_gpt.tasks.registry import open_task  # imports every task's networks
-
-        return open_task(self.task, data=self.data, epochs=self.epochs)
-
-    def source(self) -> dict[str, str]:
-        """A hash of the file that a task of the user's own stands in: its functions are only names in the recipe."""
-        path, _, _ = self.task.rpartition(":")
-        return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
+    def resolved(self) -> dict[str, Any]:
+        return {"config": asdict(self)}
 
 
 @dataclass(frozen=True)
-class PromptConfig(CommonOptions):
-    """Prompt a network into being: give your own network and a metric to achieve; new networks are written."""
+class SamplingOptions(Options):
+    """Options of commands that sample updates of a trained model."""
 
-    checkpoint: Path | None = None
-    """your network: a state dict of the task's architecture, .safetensors or .pt; default: a random one"""
-    target: str = ""
-    """what to achieve, METRIC=VALUE, such as test_loss=0.3"""
     model: Path = Path("runs/gpt")
     """the trained G.pt: a run folder, or a model file"""
+    sampler: str = "ddpm"
+    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
+    num_inference_steps: int = 50
+    """denoising steps of an update, evenly spaced over the thesis's 1000"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings  # noqa: B018 - SamplerSettings refuses what it does not know, before anything is loaded
+
+    @property
+    def settings(self) -> SamplerSettings:
+        return SamplerSettings(self.sampler, self.num_inference_steps)
+
+
+@dataclass(frozen=True)
+class PromptConfig(SamplingOptions):
+    """Generate networks that achieve a prompted metric, starting from your own network or a random one."""
+
+    checkpoint: Path | None = None
+    """your network: a state dict of the task's architecture, .safetensors or .pt; default: a randomly initialised one"""
+    target: str = ""
+    """the prompt, METRIC=VALUE, such as test_loss=0.3"""
     out: Path = Path("runs/prompted")
     """folder for the new networks and prompt.json"""
     recursive: Annotated[int, Ge(1)] = 1
-    """updates in a row, each given what the one before made"""
+    """consecutive updates, each starting from the network that the previous one generated"""
     samples: Annotated[int, Ge(1)] = 1
-    """networks to make, each from noise of its own"""
-    sampler: str = "ddpm"
-    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
+    """networks to generate, each from different noise"""
     num_inference_steps: int = 100
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
     task: str | None = None
-    """the task that scores networks where the model cannot tell itself: a name, or file.py:NAME that has moved"""
+    """the task that scores networks where the model file does not name it: a name, or file.py:NAME if the file has moved"""
     initialiser: str | None = None
-    """without a checkpoint: how the random network is drawn; default: the task's own way"""
+    """without a checkpoint: how the random network is initialised; default: as the task does"""
     pickle: bool = False
     """write .pt files for torch.load, not .safetensors"""
 
@@ -81,14 +81,6 @@ class PromptConfig(CommonOptions):
             )
         if self.target:
             parse_target(self.target)
-        self.settings  # noqa: B018 - checked at the door
-
-    @property
-    def settings(self) -> SamplerSettings:
-        return SamplerSettings(self.sampler, self.num_inference_steps)
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 def parse_target(text: str) -> dict[str, float]:
@@ -103,102 +95,69 @@ def parse_target(text: str) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(CommonOptions):
-    """Evaluate a trained G.pt on networks it never saw: how closely what it makes follows the prompts, beside baselines.
+class EvaluateConfig(SamplingOptions):
+    """Score how well a trained G.pt follows prompts on networks it never saw, beside baselines.
 
-    Repeating the command does what is missing.
+    Repeating the command measures what is missing.
     """
 
-    model: Path = Path("runs/gpt")
-    """the trained G.pt: a run folder, or a model file"""
     zoo: Path = Path("runs/zoo")
     """the zoo it was trained on"""
     out: Path = Path("runs/gpt-evaluation")
     """folder for alignment.json and alignment.png"""
     networks: Annotated[int, Ge(1)] = 32
-    """unseen networks"""
+    """networks of test runs, which the model never saw"""
     prompts: Annotated[int, Ge(2)] = 20
-    """prompts for each, from the best to a random network's metric"""
+    """prompts for each network, from the best value to the network's own"""
     sampler_steps: Annotated[tuple[int, ...], Interval(ge=1, le=1000)] = ()
     """also compare samplers at these numbers of denoising steps, on validation networks; such as 2 5 10 25 50 100"""
-    sampler: str = "ddpm"
-    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
-    num_inference_steps: int = 50
-    """denoising steps of an update, evenly spaced over the thesis's 1000"""
     networks_at_once: int = 512
     """networks in a batch"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.settings  # noqa: B018 - checked at the door
 
     @property
     def settings(self) -> SamplerSettings:
         return SamplerSettings(self.sampler, self.num_inference_steps, self.networks_at_once)
 
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
-
 
 @dataclass(frozen=True)
-class AuditConfig(CommonOptions):
-    """Audit a trained G.pt for memorisation: its networks, their nearest training networks, and trivial ways to make either."""
+class AuditConfig(SamplingOptions):
+    """Audit a trained G.pt for memorisation: how near generated networks are to training networks, beside baselines."""
 
-    model: Path = Path("runs/gpt")
-    """the trained G.pt: a run folder, or a model file"""
     zoo: Path = Path("runs/zoo")
     """the zoo it was trained on"""
     out: Path = Path("runs/gpt-audit")
     """folder for audit.json and audit.png"""
     samples: Annotated[int, Ge(1)] = 100
-    """networks to make, each from another unseen one"""
+    """networks to generate, each from a different unseen network"""
     target: float | None = None
-    """what to ask for; default: what does best on validation runs"""
+    """the prompt; default: the value that gives the best networks on validation runs"""
     every: Annotated[int, Ge(1)] = 1
-    """search every so many checkpoints of the training runs; 1: all"""
-    sampler: str = "ddpm"
-    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
-    num_inference_steps: int = 50
-    """denoising steps of an update, evenly spaced over the thesis's 1000"""
+    """search only every k-th checkpoint of the training runs; 1: all"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"target {self.target}: expected a finite number")
-        self.settings  # noqa: B018 - checked at the door
-
-    @property
-    def settings(self) -> SamplerSettings:
-        return SamplerSettings(self.sampler, self.num_inference_steps)
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 @dataclass(frozen=True)
-class InfoConfig(CommonOptions):
-    """Tell what a zoo holds: runs by split, checkpoints, bytes, and the range of its metrics."""
+class InfoConfig(Options):
+    """Describe what a zoo holds: runs by split, checkpoints, bytes, and the range of its metrics."""
 
     zoo: Path = Path("runs/zoo")
     """folder of the zoo, finished or growing"""
 
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
-
 
 @dataclass(frozen=True)
-class VerifyConfig(CommonOptions):
+class VerifyConfig(Options):
     """Read every file of a zoo and compare it with its checksum."""
 
     zoo: Path = Path("runs/zoo")
     """folder of the zoo, finished or growing"""
 
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
-
 
 @dataclass(frozen=True)
-class ExportConfig(CommonOptions):
+class ExportConfig(Options):
     """Write one checkpoint of a zoo as a plain state dict that load_state_dict takes."""
 
     zoo: Path = Path("runs/zoo")
@@ -208,22 +167,19 @@ class ExportConfig(CommonOptions):
     checkpoint: str = "-1"
     """0 .. checkpoints-1, or from the end (-1: the last), or best:METRIC, such as best:test_loss"""
     out: Path = Path("runs/checkpoint.safetensors")
-    """file to write: .safetensors, which also tells task, run, step and metrics, or .pt/.pth for torch.load"""
+    """file to write: .safetensors, which also records task, run, step and metrics, or .pt/.pth for torch.load"""
 
     def __post_init__(self) -> None:
         if self.out.suffix not in (".safetensors", *PICKLE_SUFFIXES):
             raise ValueError(f"out {self.out}: expected a file ending in .safetensors, .pt or .pth")
 
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
-
 
 @dataclass(frozen=True)
-class ImportConfig(CommonOptions):
-    """Make a zoo of the released G.pt checkpoint data; repeat the command to go on after an interruption."""
+class ImportConfig(Options):
+    """Make a zoo of the released G.pt checkpoint data; repeat the command to resume after an interruption."""
 
     lmdb: Path = Path("checkpoint_datasets/mnist")
-    """folder of the released data: one LMDB environment a run, or for several runs"""
+    """folder of the released data: an LMDB environment for each run, or for several runs"""
     out: Path = Path("runs/zoo")
     """folder of the zoo"""
     task: str = "mnist_mlp"
@@ -237,7 +193,7 @@ class ImportConfig(CommonOptions):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: half the bytes, 8 bits of precision"""
     repair: bool = False
-    """verify the shards that are there, and import damaged ones again"""
+    """verify the existing shards, and import damaged ones again"""
 
 
 class Released(NamedTuple):
@@ -259,11 +215,11 @@ RELEASED = {
 
 
 @dataclass(frozen=True)
-class ConvertConfig(CommonOptions):
+class ConvertConfig(Options):
     """Convert a checkpoint of wpeebles/G.pt to a model file that prompt, evaluate and audit take."""
 
     checkpoint: Path | None = None
-    """the released file, such as best.pt; read without running a line of it"""
+    """the released file, such as best.pt; read without executing code from it"""
     released: str = "mnist_loss"
     """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
     out: Path = Path("runs/released")
@@ -272,6 +228,3 @@ class ConvertConfig(CommonOptions):
     def __post_init__(self) -> None:
         if self.released not in RELEASED:
             raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}

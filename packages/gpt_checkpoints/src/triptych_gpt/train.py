@@ -12,11 +12,9 @@ from triptych_common.cli import echo
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
-from triptych_gpt.model import Gpt, decayed
+from triptych_gpt.model import FILE_NAME, Gpt, decayed, write_model
 from triptych_gpt.objective import Objective, TrainingZoo, training_flops
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.trained import FILE_NAME, write_model
-from triptych_gpt.validation import Validation, check
 
 LAST = "last.safetensors"
 
@@ -27,6 +25,9 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     model.safetensors is the averaged model that followed prompts best on validation runs, last.safetensors the one at the end.
     Raises ValueError for a config that does not fit zoo, run directory or ranks, Interrupted after a signal.
     """
+    # Scoring needs samplers, tasks and intervals, which the loop itself does not.
+    from triptych_gpt.validation import Validation, check
+
     data = TrainingZoo(config)
     check(config, data)
     flops = training_flops(data.model_config)  # refuses, too, before there is a folder that knows this config

@@ -12,24 +12,14 @@ from torch import Tensor
 from triptych_common.diffusion import GaussianDiffusion
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import final, sampling
-from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gpt.config import GptConfig
 from triptych_gpt.evaluation.prompted import Update
-from triptych_gpt.model import Gpt
+from triptych_gpt.model import FORMAT, Gpt
 from triptych_gpt.objective import make_diffusion
-from triptych_gpt.settings import SamplerSettings, TaskSpec
+from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Task
-
-FILE_NAME = "model.safetensors"
-_FORMAT = ModelFormat(
-    kinds=("G.pt",),
-    file_name=FILE_NAME,
-    expected="a trained G.pt",
-    mismatch="not a G.pt's model file",
-    made=f"triptych-gpt train --out FOLDER makes {FILE_NAME}, triptych-gpt convert one of a released model",
-    absent="no trained model; make one with triptych-gpt train --out {folder}",
-)
+from triptych_gpt.zoo.source import TaskSpec
 
 
 @dataclass
@@ -134,17 +124,12 @@ class TrainedGpt:
         )
 
 
-def write_model(path: Path, config: GptConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a model file; facts hold what `load` gives back, and whatever else explains the model."""
-    _FORMAT.write(path, tensors, config.to_json(), facts)
-
-
 def load(path: str | Path) -> TrainedGpt:
     """Read a model file, or the one in a run's folder, onto the CPU in evaluation mode.
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    return _FORMAT.read(path, _build)
+    return FORMAT.read(path, _build)
 
 
 def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedGpt:

@@ -13,10 +13,12 @@ from triptych_common.training import TrainState
 
 from triptych_gpt.evaluation.alignment import prompt_alignment
 from triptych_gpt.evaluation.prompted import with_prompts
+from triptych_gpt.model import FILE_NAME
 from triptych_gpt.objective import TrainingZoo
+from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Metric
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.trained import FILE_NAME, SamplerSettings, TrainedGpt
+from triptych_gpt.trained import TrainedGpt
 
 SEED = 3_022  # of every run's validation, so that runs compare
 PROMPTS = 20

@@ -29,7 +29,7 @@ class Sweep:
     prompts: Float[Tensor, "networks prompts"]
     achieved: Mapping[str, Float[Tensor, "networks prompts"]]
     start: Mapping[str, Float[Tensor, " networks"]]
-    trained_best: Mapping[str, float | int]
+    trained_best: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, tensors as lists of rows, None where not finite: JSON-able."""
@@ -42,10 +42,10 @@ def prompt_sweep(
     metric: Metric,
     theta: Float[Tensor, "networks D"],
     *,
-    best: float | int | None = None,
-    worst_fraction: float | int | None = None,
+    best: float | None = None,
+    worst_fraction: float | None = None,
     prompts: int = 20,
-    trained_best: Mapping[str, float | int] | None = None,
+    trained_best: Mapping[str, float] | None = None,
     networks_at_once: int = 256,
     first_index: int = 0,
 ) -> Sweep:
@@ -74,7 +74,7 @@ def prompt_sweep(
 
 
 def swept(
-    metric: Metric, start: Float[Tensor, " networks"], best: float | int, worst_fraction: float | int, prompts: int
+    metric: Metric, start: Float[Tensor, " networks"], best: float, worst_fraction: float, prompts: int
 ) -> Float[Tensor, "networks prompts"]:
     """Prompts for networks that start from these metrics, float64; where higher is better they fall from `best`.
 
@@ -101,9 +101,7 @@ def trained_best(zoo: Zoo, split: str = "train", rows: Int[np.ndarray, " runs"] 
     return best
 
 
-def _ends(
-    metric: Metric, best: float | int | None, worst_fraction: float | int | None
-) -> tuple[float | int, float | int]:
+def _ends(metric: Metric, best: float | None, worst_fraction: float | None) -> tuple[float, float]:
     if metric.prompts is None and (best is None or worst_fraction is None):
         raise ValueError(f"metric {metric.name} has no prompts of its own; give best and worst_fraction")
     best = metric.prompts.best if best is None else best

@@ -190,13 +190,13 @@ def measure(axis: Any, metric: str) -> None:
             axis.set_minor_formatter("")
 
 
-def best_line(axes: "Axes", value: float | int | None) -> None:
+def best_line(axes: "Axes", value: float | None) -> None:
     """The best training checkpoint as a dashed line, where known."""
     if value is not None:
         axes.axhline(value, color=INK, linestyle="--", linewidth=1.2, label="best training checkpoint")
 
 
-def thousands(value: float | int, _: Any = None) -> str:
+def thousands(value: float, _: Any = None) -> str:
     """1500 as 1.5k, 2000000 as 2M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

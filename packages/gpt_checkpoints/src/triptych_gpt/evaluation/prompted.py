@@ -16,7 +16,7 @@ whose metric is known, towards a prompted one. indices number the samples: noise
 """
 
 
-def with_prompts(name: str, metrics: Sequence[Metric], trained_best: float | int) -> Metric:
+def with_prompts(name: str, metrics: Sequence[Metric], trained_best: float) -> Metric:
     """The metric of this name; where the task names no prompts, asking for the best means the best of training checkpoints, and
     a sweep reaches to a network's own value.
 
@@ -78,7 +78,7 @@ def advanced(
     theta: Float[Tensor, "n D"],
     metrics: Mapping[str, Float[Tensor, " n"]],
     metric: str,
-    prompt: float | int,
+    prompt: float,
     indices: Sequence[int],
     *,
     networks_at_once: int = 256,

@@ -19,8 +19,9 @@ from triptych_gpt.evaluation.alignment import alignment_of, prompt_sweep, qualit
 from triptych_gpt.evaluation.baselines import identity, mean_of_finals, retrieval
 from triptych_gpt.evaluation.prompted import Update, Updated, prompted, starting_metrics, with_prompts
 from triptych_gpt.memorization import audit
+from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Metric, Task
-from triptych_gpt.trained import SamplerSettings, TrainedGpt, load
+from triptych_gpt.trained import TrainedGpt, load
 from triptych_gpt.zoo.source import recipe_of
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -202,7 +203,7 @@ def quality_against_sampler_steps(
     return {"rows": [row.as_dict() for row in rows]}
 
 
-def memorization(trial: Trial, *, samples: int, prompt: float | int | None = None, every: int = 1) -> dict[str, Any]:
+def memorization(trial: Trial, *, samples: int, prompt: float | None = None, every: int = 1) -> dict[str, Any]:
     """The memorisation audit of one update each of unseen networks, `samples` of them where the zoo has as many.
 
     prompt: by default the one that gives the best networks. every: searches each k-th training checkpoint only. JSON-able:

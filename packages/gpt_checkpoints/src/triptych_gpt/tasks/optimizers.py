@@ -62,7 +62,7 @@ class OptimizerSettings:
         return self.learning_rate * (0.5 * (1 + cos(pi * epoch / epochs)) if self.schedule == "cosine" else 1.0)
 
 
-def momentum_sgd(lr: float | int = 0.1, weight_decay: float | int = 5e-4) -> OptimizerSettings:
+def momentum_sgd(lr: float = 0.1, weight_decay: float = 5e-4) -> OptimizerSettings:
     """SGD with Nesterov momentum 0.9 and cosine annealing: what trained the networks of the thesis.  [thesis 3.3]"""
     arguments = {"lr": lr, "momentum": 0.9, "nesterov": True, "weight_decay": weight_decay}
     return OptimizerSettings("SGD", arguments, "cosine")

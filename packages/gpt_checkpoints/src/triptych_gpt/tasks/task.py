@@ -24,9 +24,9 @@ class Prompts:
     higher is better) value of a sweep, as a fraction of a random network's.
     """
 
-    best: float | int
-    recursive: float | int
-    worst: float | int = 1.0
+    best: float
+    recursive: float
+    worst: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from triptych_gpt.tasks.task import Cohort, Speed, Task
 from triptych_gpt.zoo import PRELOAD
 from triptych_gpt.zoo.cohorts import SETTINGS, Work, cohorts, collect_cohort, split_of
 from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig
-from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
-from triptych_gpt.zoo.source import one_line, recipe_digest
-from triptych_gpt.zoo.store import DTYPES, OWN_COLUMNS, SHARDS
+from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
+from triptych_gpt.zoo.store import DTYPES, MANIFEST, OWN_COLUMNS, SHARDS, Manifest, to_repair
 
 RECIPE_VERSION = 1  # raised whenever the same recipe would give other runs
 
@@ -52,19 +51,26 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     return _told(manifest, config)
 
 
+def spec_of(config: CollectConfig) -> TaskSpec:
+    """The task as workers open it: the path of a user's own file is made absolute."""
+    path, colon, name = config.task.rpartition(":")
+    own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else config.task
+    return TaskSpec(own, config.data, config.epochs)
+
+
 def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
     """The task to collect, and everything that decides what its zoo is.
 
     Raises ValueError or OSError where this command could not collect it.
     """
-    task = config.spec.open()
+    task = spec_of(config).open()
     with one_line(f"task {task.name}"):
         task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
-        identity = {
+        identity: dict[str, Any] = {
             "recipe_version": RECIPE_VERSION,
             "task": task.name,
             "recipe": task.recipe(),
-            **config.spec.source(),
+            **spec_of(config).source(),
         }
         recipe_digest(identity["recipe"])  # JSON, that is
         _check(config, task)
@@ -165,7 +171,7 @@ def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) ->
         "dtype": config.dtype,
         "metrics": {metric.name: metric.better for metric in task.metrics},
         "recipe": identity,
-        "opened_by": asdict(config.spec),
+        "opened_by": asdict(spec_of(config)),
         "networks_at_once": at_once,
         "repair": f"triptych-gpt collect {shlex.join(_words(config))} --repair",
         "provenance": provenance(),
@@ -191,7 +197,13 @@ def _work(runs: range, manifest: Manifest, config: CollectConfig) -> Work:
     at_once = config.networks_at_once or manifest.facts["networks_at_once"]
     recipe = recipe_digest(manifest.facts["recipe"]["recipe"])
     return Work(
-        config.spec, recipe, config.out.resolve(), cohort, split_of(number, config.split_every), config.dtype, at_once
+        spec_of(config),
+        recipe,
+        config.out.resolve(),
+        cohort,
+        split_of(number, config.split_every),
+        config.dtype,
+        at_once,
     )
 
 
@@ -239,7 +251,7 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
 
 def _told(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
     """Say what the zoo holds now. Raises ValueError where every run was dropped."""
-    kept, dropped = Counter(train=0, validation=0, test=0), Counter()
+    kept, dropped = Counter(train=0, validation=0, test=0), Counter[str]()
     for record in manifest.shards:
         kept[record.split] += len(record.runs)
         dropped.update(record.dropped.values())

@@ -8,8 +8,6 @@ import tyro
 from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge
 
-from triptych_gpt.settings import TaskSpec
-
 IDENTITY = ("seed", "checkpoints", "initialiser", "cohort_runs", "shared_batches", "dtype", "split_every")
 NEW_ZOO_RUNS = 1000
 
@@ -61,12 +59,6 @@ class CollectConfig(CommonOptions):
     def runs_asked(self) -> int:
         """Runs the zoo shall have, 0 where it shall only be repaired."""
         return self.runs if self.runs is not None else 0 if self.repair else NEW_ZOO_RUNS
-
-    @property
-    def spec(self) -> TaskSpec:
-        path, colon, name = self.task.rpartition(":")
-        own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else self.task
-        return TaskSpec(own, self.data, self.epochs)
 
 
 PRESETS = {  # thesis 3.3: the released data sets' numbers of runs

@@ -11,7 +11,7 @@ from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint, foreign
 
 from triptych_gpt.settings import PICKLE_SUFFIXES, ExportConfig, InfoConfig, VerifyConfig
-from triptych_gpt.zoo.manifest import Manifest, damages
+from triptych_gpt.zoo.store import Manifest, damages
 from triptych_gpt.zoo.zoo import Zoo
 
 QUANTILES = (0.05, 0.5, 0.95)

@@ -26,8 +26,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.registry import open_task
-from triptych_gpt.zoo.manifest import MANIFEST, Manifest, to_repair
-from triptych_gpt.zoo.store import CohortData, shard_name, unsound, write_shard
+from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"

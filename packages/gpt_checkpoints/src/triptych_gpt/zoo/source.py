@@ -4,13 +4,36 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triptych_gpt.settings import TaskSpec
-from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.zoo import Zoo
+
+if TYPE_CHECKING:
+    from triptych_gpt.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task as a process that has not opened it needs it: what `open_task` takes."""
+
+    task: str
+    data: str | None = None
+    epochs: int | None = None
+
+    def open(self) -> "Task":
+        """The task, its networks and data imported."""
+        from triptych_gpt.tasks.registry import open_task  # imports every task's networks
+
+        return open_task(self.task, data=self.data, epochs=self.epochs)
+
+    def source(self) -> dict[str, str]:
+        """A hash of the file that a task of the user's own stands in: its functions are only names in the recipe."""
+        path, _, _ = self.task.rpartition(":")
+        return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
@@ -23,7 +46,7 @@ def recipe_of(zoo: Zoo) -> str:
     return recipe_digest(zoo.facts.get("recipe", {}))[:16]
 
 
-def task_of(zoo: Zoo, task: str | None = None) -> tuple[Task, TaskSpec]:
+def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
     """The zoo's task, and how it was opened.
 
     task: a name or file.py:NAME in place of what the zoo tells, for a file that has moved or a zoo that was imported.

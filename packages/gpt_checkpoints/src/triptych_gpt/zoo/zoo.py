@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo.manifest import Damage, Manifest, damages, to_repair
-from triptych_gpt.zoo.store import DTYPES, INDEX, SHARDS, THETA
+from triptych_gpt.zoo.store import DTYPES, INDEX, SHARDS, THETA, Damage, Manifest, damages, to_repair
 
 if TYPE_CHECKING:
     import pyarrow

@@ -40,6 +40,10 @@ class Size:
 
 _ENCODER = EncoderTrainConfig()
 _SMOKE_ENCODER = replace(_ENCODER, pool_images=64, total_images=64, batch_size=16, widths=(8, 16), compared=1)
+_GPU: dict[str, Any] = {
+    "channel_max": 128, "batch_size": 256, "total_images": 2_000_000, "psi_images": 500_000, "constant_images": 1_000_000,
+    "restart_images": 1_000_000, "ema_half_life_images": 20_000, "pca_samples": 1_000_000,
+}  # fmt: skip
 
 SIZES: dict[str, Size] = {
     "smoke": Size(
@@ -55,15 +59,8 @@ SIZES: dict[str, Size] = {
     "laptop": Size(_ENCODER, PRESETS["digits32"], PRESETS["digits32-all"], ablation_images=8_000, iterations=3),
     "gpu": Size(
         replace(_ENCODER, pool_images=50_000, total_images=512_000, batch_size=512),
-        replace(
-            PRESETS["digits32"], channel_max=128, batch_size=256, total_images=2_000_000, psi_images=500_000,
-            constant_images=1_000_000, restart_images=1_000_000, ema_half_life_images=20_000, pca_samples=1_000_000,
-        ),
-        replace(
-            PRESETS["digits32-all"], channel_max=128, batch_size=256, total_images=2_000_000, psi_images=500_000,
-            constant_images=1_000_000, restart_images=1_000_000, ema_half_life_images=20_000, pca_samples=1_000_000,
-            init_images=20_000, descriptor_images=1_000_000,
-        ),
+        replace(PRESETS["digits32"], **_GPU),
+        replace(PRESETS["digits32-all"], **_GPU, init_images=20_000, descriptor_images=1_000_000),
         ablation_images=500_000,
         pairs=1_000,
         images=2_000,
