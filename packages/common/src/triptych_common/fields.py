@@ -26,10 +26,10 @@ class Interval:
     wanted: what an error says was expected, instead of the bounds.
     """
 
-    gt: float | int | None = None
-    ge: float | int | None = None
-    lt: float | int | None = None
-    le: float | int | None = None
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
     wanted: str | None = None
 
     def __contains__(self, value: Any) -> bool:
@@ -56,12 +56,12 @@ class Interval:
         return f"a number of {bounds}" if isinstance(value, float) and " and " not in bounds else bounds
 
 
-def Gt(bound: float | int, wanted: str | None = None) -> Interval:
+def Gt(bound: float, wanted: str | None = None) -> Interval:
     """Above `bound`."""
     return Interval(gt=bound, wanted=wanted)
 
 
-def Ge(bound: float | int, wanted: str | None = None) -> Interval:
+def Ge(bound: float, wanted: str | None = None) -> Interval:
     """At least `bound`."""
     return Interval(ge=bound, wanted=wanted)
 

@@ -57,7 +57,7 @@ def training_steps(
     total_samples: int | None = None,
     title: str = "training",
     on_step: Callable[[TrainState], None] = lambda state: None,
-    flops_per_sample: float | int | None = None,
+    flops_per_sample: float | None = None,
 ) -> Iterator[Batch]:
     """`steps` as the settings say, with a progress bar.
 
@@ -97,8 +97,8 @@ def steps(
     on_step: Callable[[TrainState], None] = lambda state: None,
     patience: int = 3,
     max_rollbacks: int = 3,
-    flops_per_sample: float | int | None = None,
-    peak_flops: float | int | None = None,
+    flops_per_sample: float | None = None,
+    peak_flops: float | None = None,
     unit: str = "images",
 ) -> Iterator[Batch]:
     """Batches of sample counters from wherever the run stands to its end.
@@ -200,8 +200,8 @@ def _log(
     run: RunDirectory,
     batch_size: int,
     window: tuple[float, int],
-    flops_per_sample: float | int | None,
-    peak_flops: float | int | None,
+    flops_per_sample: float | None,
+    peak_flops: float | None,
     unit: str,
 ) -> tuple[float, int]:
     now = time.perf_counter()

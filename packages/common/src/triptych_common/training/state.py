@@ -68,7 +68,7 @@ class TrainState:
     model: nn.Module
     optimizer: Any  # given as an optimizer or as what makes it; an optimizer from then on
     ranks: Ranks
-    ema_half_life: float | int
+    ema_half_life: float
     ema_rampup: float | None = 0.1
     grad_clip: float | None = 1.0
     learning_rate: Callable[[int], float] | None = None
