@@ -1,8 +1,8 @@
-"""Ways for a run to end early that are not bad input."""
+"""Exceptions for runs that end early through no fault of the input."""
 
 
 class Interrupted(Exception):
-    """A signal asked for a stop; everything is saved."""
+    """A signal stopped the run after everything was saved; `exit_code` is 128 plus the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -10,4 +10,4 @@ class Interrupted(Exception):
 
 
 class Diverged(RuntimeError):
-    """The loss stayed non-finite through every rollback."""
+    """The loss became non-finite again after every permitted rollback."""

@@ -1,4 +1,4 @@
-"""What the hardware could do: peak arithmetic rates and memory in use, for throughput and MFU in the log."""
+"""Peak arithmetic rates of GPUs and peak memory, for throughput and model FLOPs utilisation (MFU) in the log."""
 
 import re
 import resource
@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-# Dense TFLOP/s (2 flops a multiply-add) of data sheets: bfloat16 tensor cores, TF32, plain float32. First match counts.
+# Dense TFLOP/s from data sheets, a multiply-add counted as 2: bfloat16 tensor cores, TF32, float32. The first match counts.
 _PEAK_TFLOPS = {
     r"\bA100\b": (312, 156, 19.5),
     r"\bH100 PCIe\b": (756, 378, 51),
@@ -23,14 +23,14 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Flops per second that one device could do at best in "bf16" or "float32", by its name; None where unknown.
+    """Peak FLOP/s of one device in "bf16" or "float32", looked up by the device's name; None if unknown.
 
-    "float32" is TF32 where torch may use it (`torch.set_float32_matmul_precision`).
+    "float32" means TF32 if torch may use it (`torch.set_float32_matmul_precision`).
     """
     if device.type != "cuda" or precision not in ("bf16", "float32"):
         return None
     name = torch.cuda.get_device_name(device)
-    if " MIG " in name:  # a slice of one
+    if " MIG " in name:  # a slice of a GPU
         return None
     for pattern, (bf16, tf32, float32) in _PEAK_TFLOPS.items():
         if re.search(pattern, name):
@@ -40,7 +40,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has had: of tensors on the GPU where it works on one, else resident."""
+    """Peak memory of this process in bytes: allocated by tensors if `device` is a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
