@@ -15,8 +15,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-from triptych_common.errors import Diverged, Interrupted
 from triptych_common.fields import FREE, Checked, one_of
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after everything was saved; `exit_code` is 128 plus the signal's number."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class Diverged(RuntimeError):
+    """The loss became non-finite again after every permitted rollback."""
 
 
 @dataclass(frozen=True)

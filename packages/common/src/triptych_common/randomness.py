@@ -21,7 +21,7 @@ def _hash64(seed: int, stream: str, index: int = 0) -> int:
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
     """A CPU generator seeded for one index of one named stream."""
-    return torch.Generator().manual_seed(_hash64(seed, stream, index) >> 1)  # 63 bits: manual_seed takes signed integers
+    return torch.Generator().manual_seed(_hash64(seed, stream, index) >> 1)  # manual_seed takes 63 bits safely
 
 
 def normal(

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,8 +19,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from triptych_common.cli import echo
-from triptych_common.errors import Interrupted
+from triptych_common.cli import Interrupted, echo
 from triptych_common.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def run(
     preload: Sequence[str] | None = None,
     remedy: str = "use --workers 1",
     extra: str = "triptych-common[ray]",
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield `function(unit, device)` for every unit, in the order of completion, with one worker per device.
 
     engine: "here" runs the units one after another in this process; "local" uses processes of this machine; "ray" uses the
@@ -145,7 +144,9 @@ def start_server(preload: Sequence[str]) -> BaseContext:
     return context
 
 
-def _run_here(function: Work[Result], units: Sequence[Any], device: str, *, one_thread: bool) -> Iterator[Result]:
+def _run_here(
+    function: Work[Result], units: Sequence[Any], device: str, *, one_thread: bool
+) -> Generator[Result, None, None]:
     import torch
 
     threads = torch.get_num_threads()
@@ -160,7 +161,7 @@ def _run_here(function: Work[Result], units: Sequence[Any], device: str, *, one_
 
 def _run_local(
     function: Work[Result], units: Sequence[Any], devices: Sequence[str], preload: Sequence[str] | None, remedy: str
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     context = multiprocessing.get_context("spawn") if preload is None else start_server(preload)
     waiting = context.SimpleQueue()
     for device in devices:
@@ -180,7 +181,9 @@ def _run_local(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run_ray(function: Work[Result], units: Sequence[Any], devices: Sequence[str], extra: str) -> Iterator[Result]:
+def _run_ray(
+    function: Work[Result], units: Sequence[Any], devices: Sequence[str], extra: str
+) -> Generator[Result, None, None]:
     """All machines must share the folder that units write to. Without a cluster, Ray gets one CPU per device here."""
     try:
         import ray

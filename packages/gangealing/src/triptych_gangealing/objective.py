@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from triptych_common import randomness
 
-from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import PerceptualDistance
 from triptych_gangealing.modes import Mode, mixed
 from triptych_gangealing.spatial_transformer import Delta, SpatialTransformer, reduced, total_variation
@@ -57,7 +56,7 @@ class Objective:
                 f"pass --input-size {generator.config.resolution} or less"
             )
         self.config, self.generator, self.distance = config, generator, distance
-        self.groups: Groups | None = None  # with `assignment` "descriptor"; found where training starts
+        self.groups: nn.Module | None = None  # with `assignment` "descriptor"; found where training starts
 
     @torch.no_grad()
     def samples(self, counters: Sequence[int], stream: str = "align") -> tuple[Float[Tensor, "n w"], Images]:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge, Interval
 
-Flips = Literal["trained", "yes", "no"]
+from triptych_gangealing.config import Flips
+
 Data = Literal["mnist5k", "mnist"]
 
 

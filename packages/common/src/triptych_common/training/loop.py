@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from triptych_common.errors import Diverged, Interrupted
+from triptych_common.cli import Diverged, Interrupted
 from triptych_common.parallel import Ranks
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint

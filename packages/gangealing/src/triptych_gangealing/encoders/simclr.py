@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.cli import echo
 from triptych_common.images import from_uint8
-from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.randomness import generator as source_of
 from triptych_common.randomness import normal, shuffled, uniform
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
+from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
 from triptych_gangealing.encoders.perceptual import (

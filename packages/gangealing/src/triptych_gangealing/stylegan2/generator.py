@@ -11,7 +11,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common import randomness
-from triptych_common.images import to_uint8
 
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.layers import (
@@ -242,6 +241,8 @@ def sample_images(
     at_once: int = AT_ONCE,
 ) -> UInt8[Tensor, "n channels height width"]:
     """Images number `indices` of a seed's samples, on the CPU; of a conditional generator all classes in turn, or `labels`."""
+    from triptych_common.images import to_uint8
+
     out = []
     for start in range(0, len(indices), at_once):
         part = indices[start : start + at_once]

@@ -19,7 +19,6 @@ from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
 from triptych_gangealing.stylegan2.shapes import agrees, build, discriminator_config, generator_config, without_filters
-from triptych_gangealing.stylegan2.weights import Source
 
 # NVIDIA's options: fields of our configs, those that every network here has, and those of training, speed or telling shapes
 _FIELDS = {
@@ -49,8 +48,8 @@ _IGNORED = {
 _SETTINGS = ("activation", "bias_gain", "conv_clamp", "architecture")
 
 
-def read_rosinality(path: Path) -> Source:
-    """What a checkpoint of rosinality's code holds.
+def read_rosinality(path: Path) -> dict[str, Any]:
+    """What a checkpoint of rosinality's code holds, as fields of `weights.Source`.
 
     Raises ValueError, one line, for one that would run code or holds no networks.
     """
@@ -76,7 +75,7 @@ def read_rosinality(path: Path) -> Source:
             found["facts"]["w_avg"] = f"mean of {rosinality.MEAN_OF} latents; the file has none"
     if discriminator_state is not None:
         found["discriminator"] = lambda: _located(path, lambda: _rosinality_discriminator(discriminator_state))
-    return Source(path, "rosinality", **found)
+    return {"format": "rosinality", **found}
 
 
 def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> tuple[Generator, dict[str, Tensor]]:
@@ -93,8 +92,8 @@ def _rosinality_discriminator(state: Mapping[str, Any]) -> tuple[Discriminator, 
     return build(discriminator_config(tensors), tensors), tensors
 
 
-def read_pickle(path: Path) -> Source:
-    """What a pickle of NVIDIA's code holds. Raises as `load_pickle`."""
+def read_pickle(path: Path) -> dict[str, Any]:
+    """What a pickle of NVIDIA's code holds, as fields of `weights.Source`. Raises as `load_pickle`."""
     networks = load_pickle(path)
     found: dict[str, Any] = {}
     key = "G_ema" if "G_ema" in networks else "G"
@@ -103,7 +102,7 @@ def read_pickle(path: Path) -> Source:
     if "D" in networks:
         found["discriminator"] = lambda: _located(path, lambda: _built(networks["D"], is_generator=False), "D")
     old = next(iter(networks.values())).tensorflow
-    return Source(path, "nvidia tensorflow pickle" if old else "nvidia pickle", **found)
+    return {"format": "nvidia tensorflow pickle" if old else "nvidia pickle", **found}
 
 
 def _located(path: Path, function: Callable[[], Any], what: str = "") -> Any:

@@ -77,10 +77,10 @@ def open_networks(path: str | Path) -> Source:
     if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
         from triptych_gangealing.stylegan2.interop import read_rosinality
 
-        return read_rosinality(path)
+        return Source(path, **read_rosinality(path))
     from triptych_gangealing.stylegan2.interop import read_pickle
 
-    return read_pickle(path)
+    return Source(path, **read_pickle(path))
 
 
 def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
