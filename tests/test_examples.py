@@ -78,3 +78,10 @@ def test_align_a_folder(tmp_path: Path) -> None:
 def test_warp_points(tmp_path: Path) -> None:
     assert example("warp_points")(tmp_path / "points.png") < 1e-4
     assert Image.open(tmp_path / "points.png").size[0] > 100
+
+
+def test_prompt_own_network(tmp_path: Path) -> None:
+    """Even twenty steps of training are enough to make a random network better in one update."""
+    start, *achieved = example("prompt_own_network")(tmp_path)
+    assert len(achieved) == 3
+    assert all(abs(loss - 0.4) < abs(start - 0.4) for loss in achieved)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.run import RunDirectory
+from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
 from triptych_gangealing.stylegan2.augment import AdaptiveProbability

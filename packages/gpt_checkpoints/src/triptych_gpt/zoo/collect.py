@@ -66,7 +66,7 @@ def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
     task = spec_of(config).open()
     with one_line(f"task {task.name}"):
         task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
-        identity = {
+        identity: dict[str, Any] = {
             "recipe_version": RECIPE_VERSION,
             "task": task.name,
             "recipe": task.recipe(),
@@ -251,7 +251,7 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
 
 def _told(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
     """Say what the zoo holds now. Raises ValueError where every run was dropped."""
-    kept, dropped = Counter(train=0, validation=0, test=0), Counter()
+    kept, dropped = Counter(train=0, validation=0, test=0), Counter[str]()
     for record in manifest.shards:
         kept[record.split] += len(record.runs)
         dropped.update(record.dropped.values())

@@ -26,6 +26,7 @@ from triptych_gpt.zoo.zoo import Zoo
 
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
+from triptych_thesis.chapter3.sizes import SIZES
 from triptych_thesis.study.estimates import interval, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import LINES, PALETTE, distinct, legend, numbers, panels
@@ -90,9 +91,9 @@ def nearest_neighbour_scores(
     zoo: Zoo,
     spec: PermutationSpec,
     metric: str,
-    prompts: Sequence[float | int],
+    prompts: Sequence[float],
     *,
-    tolerance: float | int,
+    tolerance: float,
     rows: Int[np.ndarray, " runs"] | None = None,
     every: int = 1,
     training: Int[np.ndarray, " training"] | None = None,
@@ -146,7 +147,7 @@ def compare(
     rows: Int[np.ndarray, " n"],
     spec: PermutationSpec | None = None,
     *,
-    narrowing: tuple[str, Tensor, float | int] | None = None,
+    narrowing: tuple[str, Tensor, float] | None = None,
     every: int = 1,
     training: Int[np.ndarray, " training"] | None = None,
 ) -> tuple[Nearest, Nearest]:
@@ -337,7 +338,7 @@ def section(study: Study, result: Result) -> Section:
         [Table(header, rows, caption, folded=True)],
         note="The identity scores 100% on the thesis's own definition. Hence the score is also given for checkpoints near the "
         "prompt alone, and with hidden units matched, since they have no order. Of the training runs every "
-        f"{study.sizes[study.size].amounts.every}. checkpoint is searched.",
+        f"{SIZES[study.size].amounts.every}. checkpoint is searched.",
     )
 
 
