@@ -55,7 +55,7 @@ def intervals(rows: Sequence[Mapping[str, Any]], value: str = "value") -> Float[
     return np.array([[bound(row, key) for row in rows] for key in ("low", "high")])
 
 
-def thousands(value: float | int, _: Any = None) -> str:
+def thousands(value: float, _: Any = None) -> str:
     """1500 as 1.5k, 2000000 as 2M; also a formatter of ticks, `axis.set_major_formatter(thousands)`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

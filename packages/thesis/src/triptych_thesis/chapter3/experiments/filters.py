@@ -49,9 +49,9 @@ def filters_before_and_after(
     theta_star: Float[Tensor, " D"],
     *,
     metric: str,
-    before: float | int,
-    after: float | int,
-    prompt: float | int,
+    before: float,
+    after: float,
+    prompt: float,
 ) -> dict[str, Any]:
     """What `figures.filters` draws: both networks' filters, with what was asked and achieved. JSON-able.
 

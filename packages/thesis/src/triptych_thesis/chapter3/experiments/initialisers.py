@@ -58,10 +58,10 @@ class Recursion:
 
     metric: str
     better: str
-    prompt: float | int
+    prompt: float
     known: str
     one_update: float
-    within: float | int
+    within: float
     curves: Mapping[str, Curve]
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,8 +84,8 @@ def recursive_prompting(
     *,
     known: str = "default",
     updates: int = 10,
-    prompt: float | int | None = None,
-    within: float | int = 0.1,
+    prompt: float | None = None,
+    within: float = 0.1,
     networks_at_once: int = 256,
     first_index: int = 0,
 ) -> Recursion:
@@ -127,7 +127,7 @@ def _follow(
     metric: Metric,
     theta: Float[Tensor, "networks D"],
     updates: int,
-    prompt: float | int,
+    prompt: float,
     *,
     networks_at_once: int,
     first_index: int,
@@ -151,7 +151,7 @@ def _curve(
     metrics: Mapping[str, Float[Tensor, "networks updates"]],
     rejected: int,
     one_update: float,
-    within: float | int,
+    within: float,
 ) -> Curve:
     values = metrics[metric.name]
     mean = values.mean(0)

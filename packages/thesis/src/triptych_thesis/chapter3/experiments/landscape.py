@@ -50,7 +50,7 @@ class Diversity:
     """
 
     metric: str
-    prompt: float | int
+    prompt: float
     noise: Spread
     starts: Spread
     before: Spread
@@ -81,7 +81,7 @@ def diversity(
     metric: Metric,
     theta: Float[Tensor, "starts D"],
     *,
-    prompt: float | int | None = None,
+    prompt: float | None = None,
     samples: int = 16,
     networks_at_once: int = 256,
     first_index: int = 0,
@@ -115,7 +115,7 @@ def diversity(
     )
 
 
-def low_prompt(metric: Metric, prompt: float | int | None) -> float | int:
+def low_prompt(metric: Metric, prompt: float | None) -> float:
     """The prompt given, or the metric's best. Raises ValueError where there is neither."""
     if prompt is not None:
         return prompt
@@ -188,7 +188,7 @@ class Landscape:
 
     metric: str
     better: str
-    prompt: float | int
+    prompt: float
     start_metric: float
     explained: Float[Tensor, " 2"]
     x: Float[Tensor, " columns"]
@@ -215,7 +215,7 @@ def landscape(
     metric: Metric,
     theta: Float[Tensor, " D"],
     *,
-    prompt: float | int | None = None,
+    prompt: float | None = None,
     samples: int = 16,
     spanning: Float[Tensor, "n D"] | None = None,
     side: int = 31,
