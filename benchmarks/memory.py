@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from triptych_common.memory import release_freed_memory
+from triptych_common.throughput import release_freed_memory
 
 from benchmarks.runner import Job
 

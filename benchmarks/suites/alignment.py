@@ -19,8 +19,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks
+from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch
 from triptych_gangealing import warp as warp_module
 from triptych_gangealing.config import PRESETS, SpatialTransformerConfig

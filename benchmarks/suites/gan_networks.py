@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.data import ImageDataset
-from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks
+from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.data import TrainingImages

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common.memory import keep_freed_memory
+from triptych_common.throughput import keep_freed_memory
 from triptych_gangealing.stylegan2 import layers
 
 from benchmarks.runner import Job

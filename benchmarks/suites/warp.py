@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triptych_common.memory import keep_freed_memory
+from triptych_common.throughput import keep_freed_memory
 from triptych_gangealing import warp as warp_module
 from triptych_gangealing.warp import Affine, Flow, Warp
 

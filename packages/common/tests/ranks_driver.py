@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from triptych_common import randomness
-from triptych_common.errors import Interrupted
+from triptych_common.cli import Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync, process_group
 from triptych_common.storage import checkpoint, sharded
 from triptych_common.storage.run import RunDirectory

@@ -2,8 +2,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from triptych_common.cli import Command, CommonOptions, echo, main
-from triptych_common.errors import Diverged, Interrupted
+from triptych_common.cli import Command, CommonOptions, Diverged, Interrupted, echo, main
 
 
 @dataclass(frozen=True)

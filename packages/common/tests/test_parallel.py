@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from triptych_common import memory, parallel, throughput
+from triptych_common import parallel, throughput
 from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.training import TrainState
 from triptych_common.transformer import Block
@@ -229,7 +229,7 @@ def test_peak_memory_is_what_the_kernel_counts():
 FAULTS = """
 import resource, sys
 import torch
-from triptych_common.memory import keep_freed_memory
+from triptych_common.throughput import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -252,5 +252,5 @@ def test_memory_that_was_freed_is_not_faulted_in_again():
 
 
 def test_a_c_library_without_that_setting_is_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
-    memory.keep_freed_memory()
+    monkeypatch.setattr(throughput.ctypes, "CDLL", lambda name: object())
+    throughput.keep_freed_memory()

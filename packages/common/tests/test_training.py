@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from triptych_common import randomness
-from triptych_common.errors import Diverged, Interrupted
+from triptych_common.cli import Diverged, Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
-from triptych_common.errors import Interrupted
+from triptych_common.cli import Interrupted
 from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint

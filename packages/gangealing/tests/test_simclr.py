@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import randomness
-from triptych_common.errors import Interrupted
+from triptych_common.cli import Interrupted
 from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory

@@ -12,7 +12,6 @@ from triptych_common.parallel import process_group
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.config import Flips, SpatialTransformerConfig
-from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.spatial_transformer import (
     ClusterClassifier,
@@ -78,9 +77,7 @@ class Alignment:
 class Aligner(nn.Module):
     """Brings images of any size, values in [-1, 1], into joint alignment."""
 
-    def __init__(
-        self, transformer: SpatialTransformer, mode: Mode, classifier: ClusterClassifier | Groups | None = None
-    ) -> None:
+    def __init__(self, transformer: SpatialTransformer, mode: Mode, classifier: nn.Module | None = None) -> None:
         super().__init__()
         self.transformer, self.mode, self.classifier = transformer, mode, classifier
         self.facts: dict[str, Any] = {}
@@ -140,9 +137,10 @@ class Aligner(nn.Module):
 
 def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> None:
     """Write an aligner. Raises OSError when the disk refuses."""
+    shape = getattr(aligner.classifier, "shape", None)  # of `Groups`, which cannot be built again without it
     state = {
         "has_classifier": aligner.classifier is not None,
-        "groups": aligner.classifier.shape() if isinstance(aligner.classifier, Groups) else None,
+        "groups": shape() if shape else None,
         "facts": dict(facts),
     }
     _FORMAT.write(path, aligner.state_dict(), asdict(aligner.config), state)
@@ -160,8 +158,10 @@ def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
     config = SpatialTransformerConfig.from_json(state["config"])
     origins, components = tensors["mode.origins"], tensors["mode.components"]
     directions = Directions(origins[0], components, torch.ones(len(components)))
-    classifier: ClusterClassifier | Groups | None = ClusterClassifier(config) if state["has_classifier"] else None
+    classifier: nn.Module | None = ClusterClassifier(config) if state["has_classifier"] else None
     if state.get("groups") is not None:
+        from triptych_gangealing.encoders.descriptor import Groups  # of few aligners, and more to import
+
         classifier = Groups.from_shape(state["groups"])
     aligner = Aligner(SpatialTransformer(config), Mode(directions, config.heads), classifier)
     aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from triptych_common import randomness
 
-from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import PerceptualDistance
 from triptych_gangealing.modes import Mode, mixed
 from triptych_gangealing.spatial_transformer import Delta, SpatialTransformer, reduced, total_variation
@@ -57,7 +56,7 @@ class Objective:
                 f"pass --input-size {generator.config.resolution} or less"
             )
         self.config, self.generator, self.distance = config, generator, distance
-        self.groups: Groups | None = None  # with `assignment` "descriptor"; found where training starts
+        self.groups: nn.Module | None = None  # with `assignment` "descriptor"; found where training starts
 
     @torch.no_grad()
     def samples(self, counters: Sequence[int], stream: str = "align") -> tuple[Float[Tensor, "n w"], Images]:
@@ -168,7 +167,7 @@ def flow_identity(delta: Delta) -> Float[Tensor, " n"]:
     return delta.square().mean(dim=(1, 2, 3))
 
 
-def psi_schedule(step: int | float, total: int | float) -> float:
+def psi_schedule(step: float, total: float) -> float:
     """How much of an image's own style its target's early layers keep: a cosine from 1 at step 0 to 0 at `total`, then 0.
 
     With `total` 0 the target is the learned mode from the first step. Raises ValueError for a negative total or step.

@@ -8,21 +8,16 @@ import torch
 from torch import nn
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.images import image_grid, to_uint8, write_png
-from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage import checkpoint
+from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch, TrainState, is_due, open_run, summary, training_steps
 
-from triptych_gangealing.aligner import FILE, Aligner, write_aligner
-from triptych_gangealing.clustering import start, train_classifier
-from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import Encoder, open_distance
 from triptych_gangealing.modes import Mode, pca
 from triptych_gangealing.objective import Objective
-from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced
+from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train_config import AlignTrainConfig
 
 SHOWN = 10  # images in a snapshot
@@ -33,6 +28,10 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
 
     Raises ValueError for a config that does not fit generator, run directory or ranks, Interrupted after a signal.
     """
+    # Files are read and written by modules of their own, which the loop in between needs nothing of.
+    from triptych_gangealing.aligner import FILE, Aligner, write_aligner
+    from triptych_gangealing.stylegan2.weights import load_generator
+
     keep_freed_memory()
     generator = load_generator(config.generator)
     distance = open_distance(config.distance, weights=config.distance_weights)
@@ -46,8 +45,10 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
                 step(objective, state, batch)
             metrics = summary(run)
         transformer, mode = parts_of(state.ema)
-        classifier: ClusterClassifier | Groups | None = objective.groups
+        classifier: nn.Module | None = objective.groups
         if config.clusters > 1 and classifier is None:
+            from triptych_gangealing.clustering import train_classifier
+
             # The folder names the length of training: after a longer one the clusters are others.
             folder = config.out / "classifier" / f"images-{state.samples_seen:09d}"
             classifier = train_classifier(objective, transformer, mode, folder, ranks)
@@ -95,6 +96,8 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
             generator, cast(Encoder, objective.distance.trunk), clusters=config.clusters, images=config.descriptor_images,
             seed=config.seed, folder=folder, ranks=ranks,
         )  # fmt: skip
+    from triptych_gangealing.clustering import start
+
     mode = Mode(directions, config.clusters)
     mode.begin(**start(objective, directions, ranks, folder))
     model = nn.ModuleDict({"transformer": transformer, "mode": mode}).to(ranks.device, config.dtype)
@@ -116,6 +119,8 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
 
 def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState], None]:
     """A callback that draws samples, what they are warped to, and their targets, of the averaged weights."""
+    from triptych_common.images import image_grid, to_uint8, write_png
+
     config = objective.config
 
     @torch.inference_mode()

@@ -159,7 +159,7 @@ def load_folder(
     return in_memory(source, size, channels=channels, allow_upscale=allow_upscale, split=split)
 
 
-def _memory_bytes() -> float | int:
+def _memory_bytes() -> float:
     """What this machine has; Windows does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
 

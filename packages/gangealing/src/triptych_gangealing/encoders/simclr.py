@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.cli import echo
 from triptych_common.images import from_uint8
-from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.randomness import generator as source_of
 from triptych_common.randomness import normal, shuffled, uniform
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
+from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
 from triptych_gangealing.encoders.perceptual import (
@@ -41,7 +41,7 @@ Images = Float[Tensor, "n 3 height width"]
 
 
 def nt_xent(
-    first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], temperature: float | int
+    first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Normalised temperature-scaled cross-entropy of finding each view's other view among all 2n - 1, by cosine; and the share
     of views whose nearest is the right one.  [Chen et al. 2020, eq. 1]
@@ -54,7 +54,7 @@ def nt_xent(
 
 
 def contrast_maps(
-    encoder: nn.Module, first: Images, second: Images, temperature: float | int
+    encoder: nn.Module, first: Images, second: Images, temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
 """The frozen instrument for coloured jittered digits: a feature network that also reads digit, place and colours.
 
-It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits, in `packages/thesis`,
-and ships as safetensors; `weights/instruments.json` records SHA-256, held-out scores, command, seed and commit. Having
-to tell places and colours as well as digits, its features see what a classifier would be blind to.
+It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits, and ships as safetensors; `weights/instruments.json`
+records SHA-256, held-out scores, command, seed and commit. Having to tell places and colours as well as digits, its features
+see what a classifier would be blind to.
 """
 
 import math

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.memory import keep_freed_memory
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.run import RunDirectory
+from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
 from triptych_gangealing.stylegan2.augment import AdaptiveProbability
@@ -142,8 +142,8 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
 
 
 def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
-    generator, discriminator, _ = parts_of(state)
-    other = discriminator if play.player == "generator" else generator
+    networks = cast(nn.ModuleDict, state.model)
+    other = networks["discriminator" if play.player == "generator" else "generator"]
     totals: tuple[Tensor, Tensor] | None = None
     first, samples = batch.step * batch.size, -(-batch.size // play.stride)  # of the batch of all ranks
     with _frozen(other):
