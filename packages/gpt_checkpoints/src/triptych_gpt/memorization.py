@@ -1,8 +1,8 @@
 """The memorisation audit: are generated networks new, or training networks with their units reordered and a little noise?
 
-Distances are to the nearest training network under the best matching of hidden units. What they mean is told by two things
-beside them: the same of real networks that no model saw (held-out runs), and of trivial ways to make "new" networks out of
-training networks of the same metric: noise on their weights, averages of some of them, plain retrieval.
+Distances are to the nearest training network under the best matching of hidden units. They are compared with the distances of
+real networks that no model saw (held-out runs), and of trivial ways to make "new" networks out of training networks of the same
+metric: noise on their weights, averages of some of them, plain retrieval.
 Source: Zeng et al., "Generalization or Memorization? Evaluating generative models of weights" (arXiv 2506.07998).
 """
 
@@ -27,8 +27,8 @@ from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.zoo import Zoo
 
 SAMPLES, HELD_OUT, HELD_OUT_FINALS = "samples", "held-out at the prompt's metric", "held-out finals"
-COPY_SIGMA = 0.1  # noise in normalised units: what a training network may gain and still be called a copy
-MARGIN = 0.02  # of a baseline's metric: who is worse by no more than that is called no worse
+COPY_SIGMA = 0.1  # noise in normalised units, up to which a training network still counts as a copy
+MARGIN = 0.02  # of a baseline's metric, by which samples may be worse and still count as no worse
 _REPEATS = 200
 SIGMAS = (0.05, COPY_SIGMA)  # of noise, in normalised units
 AVERAGED = (2, 4)  # training networks averaged
@@ -36,11 +36,11 @@ AVERAGED = (2, 4)  # training networks averaged
 
 @dataclass(frozen=True)
 class Group:
-    """Networks of one origin, beside the training network that is nearest to each under matching.
+    """Networks of one origin, each with its nearest training network under matching of units.
 
-    final_distance: to the nearest among final checkpoints. norm: Euclidean, of the networks themselves. agreement: share of test
-    items that both give the same class; error_overlap: of the items either gets wrong, the share that both do. None where the task
-    has no classes.
+    final_distance: to the nearest final checkpoint. norm: Euclidean, of the networks themselves. agreement: share of test items
+    that a network and its nearest classify alike; error_overlap: of the items that either gets wrong, the share that both get
+    wrong. Both None for a task without classes.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every group of networks, the samples first, and what their comparison says."""
+    """Every group of networks, the samples first, and the verdict of their comparison, a sentence for each finding."""
 
     metric: str
     better: str
@@ -111,11 +111,12 @@ def audit(
 ) -> Audit:
     """Compare generated networks, prompted for `targets`, with the training networks of a zoo.
 
-    samples: in the networks' own units; scale: normalised units to one of those. Baselines and held-out networks come as many
-    as samples, each made for the same target. every: searches each k-th training checkpoint alone, counted back from finals.
-    rows: of the runs that the model was trained on, all of the training split if left out.
-    The samples should come from different initial networks: intervals take them to be independent. They take held-out runs to be
-    so, too, though runs of one cohort share their minibatches: intervals are somewhat optimistic.
+    samples: unnormalised; scale: normalised parameters over unnormalised ones. There are as many baselines and held-out networks as
+    samples, each for the same target. every: search only every k-th training checkpoint, counted back from the final one. rows: of
+    the runs that the model was trained on; all of the training split if left out.
+
+    Intervals take networks to be independent, so samples should come from different initial networks. Held-out runs of one cohort
+    share their minibatches, which makes intervals somewhat optimistic.
     Raises ValueError for samples that do not fit the zoo or are not finite, an unknown metric, or a zoo without a test split.
     """
     samples, targets = samples.detach().cpu().float(), targets.detach().cpu().double()
@@ -241,20 +242,20 @@ def predictions(task: SupervisedTask, theta: Float[Tensor, "n D"]) -> Int[Tensor
 def error_overlap(
     ours: Int[Tensor, "n items"], theirs: Int[Tensor, "n items"], truth: Int[Tensor, " items"]
 ) -> Float[Tensor, " n"]:
-    """Items that both networks get wrong over those that either does (intersection over union); 1 where neither errs."""
+    """Items that both networks get wrong over items that either gets wrong (intersection over union); 1 where neither errs."""
     wrong, also = ours != truth, theirs != truth
     either = (wrong | also).sum(1)
     return torch.where(either > 0, (wrong & also).sum(1).double() / either.clamp(min=1), 1.0)
 
 
 def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) -> tuple[bool, list[str]]:
-    """Whether more samples than held-out networks are copies, beyond doubt, and all that can be said, a sentence each.
+    """Whether significantly more samples than held-out networks are copies, and every finding as a sentence.
 
     A sample is a copy if it is nearer to a training network than 95% of training networks with noise of COPY_SIGMA are.
     The samples beat a baseline if they are farther from training networks and perform better, or worse by no more than MARGIN
-    of the baseline's metric; where an interval leaves that open, so does the sentence. Real held-out networks are put to the
-    same question beside them. A network that is blurred, and so shrunken, is nearer to all others without copying any: norms
-    that tell of that are told.
+    of the baseline's metric; where an interval leaves that open, so does the sentence. Held-out networks are compared with the
+    baselines in the same way. A blurred network has a smaller norm and so is nearer to all others without copying any; samples
+    whose norm is smaller than that of held-out networks are reported.
     """
     by_name = {group.name: group for group in groups}
     samples = by_name[SAMPLES]
@@ -322,9 +323,9 @@ def _shrunken(samples: Group, held_out: Group, seed: int) -> list[str]:
 
 
 def _against(samples: Group, held_out: Group, baseline: Group, metric: str, sign: float, seed: int) -> str:
-    word, told = _compared(samples, baseline, metric, sign, seed)
+    word, reasons = _compared(samples, baseline, metric, sign, seed)
     reference, _ = _compared(held_out, baseline, metric, sign, seed)
-    return f"{word} {baseline.name}: {told}. By this measure {held_out.name}: {reference.lower()} it."
+    return f"{word} {baseline.name}: {reasons}. By this measure {held_out.name}: {reference.lower()} it."
 
 
 def _compared(group: Group, baseline: Group, metric: str, sign: float, seed: int) -> tuple[str, str]:
@@ -348,11 +349,11 @@ def _compared(group: Group, baseline: Group, metric: str, sign: float, seed: int
         word = "Beats"
     else:
         word = "Undecided against"
-    told = (
+    reasons = (
         f"{novel} training networks (median {_median(group.distance):.3g} against {_median(baseline.distance):.3g}, "
         f"difference {farther}), {metric} {fit} ({float(ours.mean()):.4g} against {float(theirs.mean()):.4g})"
     )
-    return word, told
+    return word, reasons
 
 
 def _median(values: Tensor) -> float:

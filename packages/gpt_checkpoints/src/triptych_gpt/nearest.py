@@ -78,7 +78,7 @@ def augmented(v: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k2"]:
 def lower_bound(
     own_fixed: Tensor, fixed: Tensor, own_units: list[Tensor], units: list[Tensor]
 ) -> Float[Tensor, "n block"]:
-    """Squared distances, each unit compared with whichever is nearest rather than with one of its own.
+    """Squared distances, each unit compared with the nearest one instead of the one assigned to it.
 
     own_fixed [n, f] and own_units [n * units, k] as `weighted` makes them, fixed and units as `augmented` does.
     """

@@ -29,8 +29,8 @@ class Validation:
     """A callback that logs "validation/alignment" every `validation_every` steps and at the end, and keeps the averaged model
     that scored best.
 
-    Untrained networks of validation runs are asked for the same prompts, from the same noise, every time; `save(path, facts)`
-    writes the averaged model. What `check` refuses has been refused.
+    Every time, the same untrained networks of validation runs are updated with the same prompts and the same noise. save(path,
+    facts) writes the averaged model. `check` must have been called before.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ def collect_cohort(work: Work, device: str) -> ShardRecord:
 
 
 def _check(trained: Trajectories, work: Work, task: Task) -> None:
-    """Raises ValueError for trajectories of another shape than was asked for."""
+    """Raises ValueError for trajectories of another shape than requested."""
     rows = (len(work.cohort.runs), work.cohort.checkpoints)
     shapes = {"theta": tuple(trained.theta.shape), "steps": tuple(trained.steps.shape)}
     wanted = {"theta": (*rows, task.layout.size), "steps": rows}

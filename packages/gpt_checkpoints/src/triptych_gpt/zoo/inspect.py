@@ -79,7 +79,7 @@ def _quantiles(values: Float[Tensor, " runs"]) -> list[float | None]:
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """Compare every file with its checksum and tell all that is damaged.
+    """Compare every file with its checksum and report all that are damaged.
 
     Raises FileNotFoundError where there is no zoo, ValueError where anything is damaged.
     """

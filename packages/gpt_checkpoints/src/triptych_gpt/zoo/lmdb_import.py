@@ -91,7 +91,7 @@ def import_lmdb(
                     record = write_shard(config.out, name, data, config.dtype)
                     manifest.commit(record, replace=name in again)
                 progress.advance(len(cohort))
-    return _told(config, manifest, skipped)
+    return _summary(config, manifest, skipped)
 
 
 def _manifest(
@@ -178,7 +178,7 @@ def _read_run(
     return unsound(torch.from_numpy(theta))
 
 
-def _told(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
+def _summary(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
     kept = Counter(train=0, test=0)
     dropped: Counter[str] = Counter()
     for record in manifest.shards:
