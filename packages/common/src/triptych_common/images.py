@@ -3,7 +3,6 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +10,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from triptych_common.storage.atomic import write_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -75,10 +71,3 @@ def gif_bytes(frames: UInt8[Tensor, "n channels height width"], *, fps: int, loo
 def write_png(path: Path, image: UInt8[Tensor, "channels height width"], *, scale: int = 1) -> None:
     """Write a PNG file, atomically."""
     write_bytes(path, png_bytes(image, scale=scale))
-
-
-def figure_png(figure: "Figure") -> bytes:
-    """A matplotlib figure as PNG, 150 dots per inch, without pyplot and so without global state."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    return buffer.getvalue()

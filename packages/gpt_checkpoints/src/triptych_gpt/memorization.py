@@ -208,13 +208,13 @@ def _matched_mean(spec: PermutationSpec, thetas: Float[Tensor, "count D"], seed:
 
 
 def _split(found: Nearest, sizes: Sequence[int]) -> list[Nearest]:
-    parts = zip(*(values.split(list(sizes)) for values in found[:3]), strict=True)
-    return [Nearest(*part, found.exact) for part in parts]
+    parts = (values.split(list(sizes)) for values in (found.distance, found.run, found.checkpoint))
+    return [Nearest(distance, run, checkpoint, found.exact) for distance, run, checkpoint in zip(*parts, strict=True)]
 
 
 def _group(name: str, theta: Float[Tensor, "n D"], zoo: Zoo, task: Task, found: Nearest, finals: Nearest) -> Group:
     agreement, overlap = None, None
-    if _classifies(task):
+    if isinstance(task, SupervisedTask) and _classifies(task):
         rows = [zoo.row_of(run) for run in found.run.tolist()]
         ours, theirs = predictions(task, theta), predictions(task, zoo.theta(rows, found.checkpoint))
         truth = task.items["test"].targets
@@ -223,9 +223,7 @@ def _group(name: str, theta: Float[Tensor, "n D"], zoo: Zoo, task: Task, found: 
     return Group(name, found, finals.distance, theta.double().norm(dim=1), metrics, agreement, overlap)
 
 
-def _classifies(task: Task) -> bool:
-    if not isinstance(task, SupervisedTask):
-        return False
+def _classifies(task: SupervisedTask) -> bool:
     targets = task.items["test"].targets
     return targets.ndim == 1 and not targets.is_floating_point()
 
@@ -264,7 +262,7 @@ def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) 
     copies = bootstrap_rate(samples.distance <= threshold, seed=seed)
     false_alarms = bootstrap_rate(by_name[HELD_OUT].distance <= threshold, seed=seed)
     more = _excess(copies, false_alarms)
-    memorised = more.low > 0
+    memorised = _ends(more)[0] > 0
     lines = [
         f"{'Memorised' if memorised else 'Copies'}: {_percent(copies)} of {len(samples.distance):,} samples are as near to a "
         f"training network as one with noise of {COPY_SIGMA} (distance {threshold:.3g}), {_percent(false_alarms)} of held-out "
@@ -279,9 +277,10 @@ def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) 
 
 def _against_held_out(samples: Group, held_out: Group, seed: int) -> str:
     difference = bootstrap(_median_difference, samples.distance, held_out.distance, repeats=_REPEATS, seed=seed)
-    if difference.low >= 0:
+    low, high = _ends(difference)
+    if low >= 0:
         finding = "no smaller than"
-    elif difference.high < 0:
+    elif high < 0:
         finding = "smaller than"
     else:
         finding = "not shown to differ from"
@@ -289,8 +288,8 @@ def _against_held_out(samples: Group, held_out: Group, seed: int) -> str:
         f"The samples' median distance to training networks, {_median(samples.distance):.3g}, is {finding} that of "
         f"{held_out.name}, {_median(held_out.distance):.3g} (difference {difference})"
     )
-    if samples.agreement is not None:
-        ours, theirs = (float(group.agreement.mean()) for group in (samples, held_out))
+    if samples.agreement is not None and held_out.agreement is not None:
+        ours, theirs = float(samples.agreement.mean()), float(held_out.agreement.mean())
         text += f"; they agree with their nearest in {ours:.1%} of predictions, against {theirs:.1%}"
     return text + "."
 
@@ -299,15 +298,22 @@ def _excess(rate: Estimate, other: Estimate) -> Estimate:
     """The difference of two independent rates, the margins of their intervals added in quadrature (Newcombe 1998, method 10):
     resampling the difference would find none between 3 of 3 and 0 of 3.
     """
-    value = rate.value - other.value
-    low = value - math.hypot(rate.value - rate.low, other.high - other.value)
-    return Estimate(value, low, value + math.hypot(rate.high - rate.value, other.value - other.low))
+    value, (low, high), (other_low, other_high) = rate.value - other.value, _ends(rate), _ends(other)
+    below = math.hypot(rate.value - low, other_high - other.value)
+    return Estimate(value, value - below, value + math.hypot(high - rate.value, other.value - other_low))
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    """Of the interval of an estimate, which all of an audit have."""
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.low, estimate.high
 
 
 def _shrunken(samples: Group, held_out: Group, seed: int) -> list[str]:
     """A sentence where the samples are clearly smaller than real networks."""
     difference = bootstrap(_median_difference, samples.norm, held_out.norm, repeats=_REPEATS, seed=seed)
-    if not difference.high < 0:
+    if not _ends(difference)[1] < 0:
         return []
     return [
         f"The samples are shrunken: their median norm, {_median(samples.norm):.3g}, is below that of {held_out.name}, "
@@ -325,19 +331,20 @@ def _compared(group: Group, baseline: Group, metric: str, sign: float, seed: int
     farther = bootstrap(_median_difference, group.distance, baseline.distance, repeats=_REPEATS, seed=seed)
     ours, theirs = group.metrics[metric], baseline.metrics[metric]
     gain = bootstrap(_mean_difference, ours * sign, theirs * sign, repeats=_REPEATS, seed=seed)
-    novel = "farther from" if farther.low > 0 else "nearer to" if farther.high < 0 else "about as far from"
-    no_worse = gain.low >= -MARGIN * abs(_mean(theirs))
-    if gain.low > 0:
+    (low, high), (gain_low, gain_high) = _ends(farther), _ends(gain)
+    novel = "farther from" if low > 0 else "nearer to" if high < 0 else "about as far from"
+    no_worse = gain_low >= -MARGIN * abs(_mean(theirs))
+    if gain_low > 0:
         fit = "better"
     elif no_worse:
         fit = f"no worse by more than {MARGIN:.0%}"
     else:
-        fit = "worse" if gain.high < 0 else "not shown to differ"
+        fit = "worse" if gain_high < 0 else "not shown to differ"
     if not math.isfinite(gain.value):
         word, fit = "Undecided against", "undefined for some networks"
-    elif farther.high < 0 or (gain.high < 0 and not no_worse):
+    elif high < 0 or (gain_high < 0 and not no_worse):
         word = "Does not beat"
-    elif farther.low > 0 and no_worse:
+    elif low > 0 and no_worse:
         word = "Beats"
     else:
         word = "Undecided against"

@@ -92,7 +92,7 @@ def prompt(
     thetas, paths, rejected = theta.repeat(samples, 1), [scores[trained.metric]], torch.zeros(samples, dtype=torch.long)
     for step in range(recursive):
         indices = [i * _UPDATES + step for i in range(samples)]
-        thetas, scores, usable = advanced(
+        updated = advanced(
             update,
             trained.task,
             thetas,
@@ -102,6 +102,7 @@ def prompt(
             indices,
             networks_at_once=settings.networks_at_once,
         )
+        thetas, scores, usable = updated.theta, dict(updated.metrics), updated.usable
         paths.append(scores[trained.metric])
         rejected += ~usable
     if rejected.any():

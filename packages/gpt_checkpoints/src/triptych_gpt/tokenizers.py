@@ -14,9 +14,9 @@ A tokenizer of networks is a module with
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Num
@@ -60,6 +60,11 @@ def splits(config: GptConfig) -> list[int]:
     return lengths
 
 
+def _linears(sizes: Iterable[tuple[int, int]]) -> Any:
+    """Linear layers without biases, of these inputs and outputs."""
+    return nn.ModuleList(nn.Linear(*size, bias=False) for size in sizes)
+
+
 class SequenceTokens(nn.Module):
     """2N tokens: the N stretches of noised theta*, then those of theta. The first N are decoded."""
 
@@ -67,8 +72,8 @@ class SequenceTokens(nn.Module):
         super().__init__()
         self.splits = splits(config)
         warn_if_lossy(max(self.splits), config)
-        self.encoders = nn.ModuleList(nn.Linear(size, config.width, bias=False) for size in self.splits * 2)
-        self.decoders = nn.ModuleList(nn.Linear(config.width, size, bias=False) for size in self.splits)
+        self.encoders = _linears((size, config.width) for size in self.splits * 2)
+        self.decoders = _linears((config.width, size) for size in self.splits)
         self.token_kinds = [1] * len(self.encoders)
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
@@ -185,19 +190,23 @@ class NeuronTokens(nn.Module):
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
         together = by_groups(parts_of(config.symmetry))
-        counts = {(group,): count for group, count in config.symmetry.groups.items()}
+        counts: dict[tuple[str, ...], int] = {(group,): count for group, count in config.symmetry.groups.items()}
         if () in together:
             counts = {(): 1, **counts}
         self.depth, self.heads, self.scalars = config.depth, config.num_heads, TOKENS[config.scalars]
         self.token_kinds = list(counts.values())
-        self.units = nn.ModuleList(Units(count, together.get(key, ()), config.width) for key, count in counts.items())
+        self.units = cast(
+            "Sequence[Units]",
+            nn.ModuleList(Units(count, together.get(key, ()), config.width) for key, count in counts.items()),
+        )
         between = [key for key in together if len(key) == 2]
         places = {key[0]: place for place, key in enumerate(counts) if key}
         self.ends = [
             (places[first], places[second]) for first, second in between
         ]  # of each of the edges, among the units
-        self.edges = nn.ModuleList(Edges(together[key], config) for key in between)
-        starts = [part.span.start for module in (*self.units, *self.edges) for part in module.parts]
+        self.edges = cast("Sequence[Edges]", nn.ModuleList(Edges(together[key], config) for key in between))
+        starts = [part.span.start for units in self.units for part in units.parts]
+        starts += [part.span.start for edges in self.edges for part in edges.parts]
         self.order = sorted(range(len(starts)), key=starts.__getitem__)  # of what is decoded, to make it theta's
         warn_if_lossy(max(units.features for units in self.units), config)
 
@@ -209,16 +218,14 @@ class NeuronTokens(nn.Module):
             edges.initialize_weights(generator)
 
     def encode(self, noised: Float[Tensor, "n D"], theta: Float[Tensor, "n D"]) -> Encoded:
-        tokens = [units.encode(noised, theta) for units in self.units]
-        if not self.edges:
-            return Encoded(torch.cat(tokens, dim=1))
+        summands = [[] if own is None else [own] for own in (units.encode(noised, theta) for units in self.units)]
         embedded = tuple(edges.embedded(noised, theta) for edges in self.edges)
         active = [F.gelu(e) for e in embedded]
-        for edges, e, (first, second) in zip(self.edges, active, self.ends, strict=True):
-            to_first, to_second = edges.pooled(e)
-            tokens[first] = to_first if tokens[first] is None else tokens[first] + to_first
-            tokens[second] = to_second if tokens[second] is None else tokens[second] + to_second
-        return Encoded(torch.cat(tokens, dim=1), self._biases(active), embedded)
+        for edges, e, ends in zip(self.edges, active, self.ends, strict=True):
+            for place, pooled in zip(ends, edges.pooled(e), strict=True):
+                summands[place].append(pooled)
+        tokens = torch.cat([sum(rest, first) for first, *rest in summands], dim=1)
+        return Encoded(tokens, self._biases(active) if active else None, embedded)
 
     def _biases(self, active: list[Float[Tensor, "n _ _ edge"]]) -> Float[Tensor, "depth n heads all all"]:
         """Attention biases of every block, zero wherever no edge lies."""
@@ -232,6 +239,7 @@ class NeuronTokens(nn.Module):
                 biases = there.new_zeros(self.depth, len(e), self.heads, total, total)
             biases[..., where[first], where[second]] += there
             biases[..., where[second], where[first]] += back
+        assert biases is not None  # called only where there are edges
         return biases
 
     def decode(self, hidden: Float[Tensor, "n tokens width"], encoded: Encoded) -> Float[Tensor, "n D"]:
@@ -337,9 +345,9 @@ class ScalarTokens(nn.Module):
                 "normalised scalars need a metric_scale: give MetricScale.of(training metrics), or scalars='raw'"
             )
         self.config = config
-        told = (1, 1, 1, 1) if config.scalars == "raw" else (1, 6)  # numbers in each token
+        numbers = (1, 1, 1, 1) if config.scalars == "raw" else (1, 6)  # in each token
         size = 2 * len(_frequencies(config)) + 1
-        self.encoders = nn.ModuleList(nn.Linear(count * size, config.width, bias=False) for count in told)
+        self.encoders = _linears((count * size, config.width) for count in numbers)
 
     def forward(
         self, t: Num[Tensor, " n"], metric: Float[Tensor, " n"], target: Float[Tensor, " n"]
@@ -354,7 +362,9 @@ class ScalarTokens(nn.Module):
         if self.config.scalars == "raw":
             metric, target = metric * self.config.metric_factor, target * self.config.metric_factor
             return [x[:, None] for x in (t, target - metric, target, metric)]
-        metric, target = (both_scales(self.config.metric_scale, x) for x in (metric, target))
+        scale = self.config.metric_scale
+        assert scale is not None  # refused by __init__
+        metric, target = both_scales(scale, metric), both_scales(scale, target)
         return [t[:, None] / 1000, torch.cat([target - metric, target, metric], dim=1)]
 
 

@@ -93,16 +93,18 @@ def swept(
 
 def trained_best(zoo: Zoo, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> dict[str, float]:
     """The best value of every metric among the checkpoints of a split, or of the runs at `rows` alone."""
-    best, rows = {}, torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    best, chosen = dict[str, float](), torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
     for name, better in zoo.better.items():
-        values = zoo.metrics(name)[rows]
+        values = zoo.metrics(name)[chosen]
         values = values[values.isfinite()]
         best[name] = float(values.min() if better == "lower" else values.max())
     return best
 
 
 def _ends(metric: Metric, best: float | None, worst_fraction: float | None) -> tuple[float, float]:
-    if metric.prompts is None and (best is None or worst_fraction is None):
+    if best is not None and worst_fraction is not None:
+        return best, worst_fraction
+    if metric.prompts is None:
         raise ValueError(f"metric {metric.name} has no prompts of its own; give best and worst_fraction")
     best = metric.prompts.best if best is None else best
     return best, metric.prompts.worst if worst_fraction is None else worst_fraction

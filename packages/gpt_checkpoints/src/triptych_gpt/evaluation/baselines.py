@@ -37,12 +37,12 @@ def nearest_in_metric(
     rows: of these runs alone, in place of all of the split. Raises ValueError for a metric that is not recorded or a split
     without runs.
     """
-    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
-    values = zoo.metrics(metric)[rows].flatten().double()
+    chosen = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    values = zoo.metrics(metric)[chosen].flatten().double()
     values = values.where(values.isfinite(), math.inf)
-    # argmin names any of several equals; the first one is wanted
+    # argmin may return any of several equal entries; the first one is wanted
     off = torch.stack([(values - target).abs().eq((values - target).abs().min()).byte().argmax() for target in targets])
-    return Found(rows[off // zoo.checkpoints], off % zoo.checkpoints)
+    return Found(chosen[off // zoo.checkpoints], off % zoo.checkpoints)
 
 
 def nearest_in_runs(zoo: Zoo, rows: Int[Tensor, " n"], metric: str, targets: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -83,13 +83,13 @@ def mean_of_finals(
     """The average of all training runs' final checkpoints; with a spec, of their units in the order that matches the first
     run's best. rows: of these runs alone, in place of all of the split.
     """
-    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
-    reference = zoo.theta(rows[:1], [zoo.checkpoints - 1])[0]
+    chosen = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    reference = zoo.theta(chosen[:1], [zoo.checkpoints - 1])[0]
     total = torch.zeros(zoo.layout.size, dtype=torch.float64)
-    for some in rows.split(256):
+    for some in chosen.split(256):
         finals = zoo.theta(some, [zoo.checkpoints - 1] * len(some))
         total += (finals if spec is None else canonicalise(spec, finals, reference, seed)).double().sum(0)
-    mean: Float[Tensor, " D"] = total / len(rows)
+    mean: Float[Tensor, " D"] = total / len(chosen)
 
     def update(theta: Tensor, metric: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
         return mean.to(theta).expand_as(theta).clone()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +40,7 @@ class Work:
     folder: Path
     cohort: Cohort
     split: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     networks_at_once: int
 
     @property

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -246,7 +246,8 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
                 manifest.commit(record, replace=record.name in again)
                 progress.advance(record.stop - record.first)
         finally:
-            results.close()
+            if isinstance(results, Generator):
+                results.close()  # ends the workers when interrupted
 
 
 def _told(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate
+from triptych_common.plots import MARKERS, PALETTE, figure_png, legend, numbers, panels
 from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.prompted import Update, advanced, starting_metrics
 from triptych_gpt.evaluation.records import plain
@@ -19,7 +19,6 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, mean_estimate, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import MARKERS, PALETTE, legend, numbers, panels
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, better, overall, sign
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from triptych_common.images import figure_png
+from triptych_common.plots import INK, ORANGE, figure_png, numbers, panels
 from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.prompted import Update, measured, prompted, starting_metrics
 from triptych_gpt.evaluation.records import plain
@@ -20,7 +20,6 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named, shown
 from triptych_thesis.study.estimates import number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import INK, ORANGE, numbers, panels
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall
 
