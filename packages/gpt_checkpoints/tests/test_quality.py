@@ -11,11 +11,11 @@ from matplotlib.colors import same_color
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 from triptych_common.diffusion import NoiseSchedule
-from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate
+from triptych_common.plots import figure_png, panels, thousands
 from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep, quality_against_steps
-from triptych_gpt.evaluation.plots import measure, panels, thousands, words
+from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import kl_last_step
 from triptych_gpt.symmetry.derivation import derive

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.colors import same_color
 from PIL import Image
-from triptych_common.images import figure_png
+from triptych_common.plots import BLUE, GREY, INK, ORANGE, figure_png
 from triptych_thesis.chapter3.experiments import (
     filters,
     initialisers,
@@ -22,7 +22,6 @@ from triptych_thesis.chapter3.experiments import (
 from triptych_thesis.chapter3.experiments.initialisers import Curve, Recursion
 from triptych_thesis.chapter3.experiments.landscape import Landscape
 from triptych_thesis.chapter3.naming import shown
-from triptych_thesis.study.plots import BLUE, GREY, INK, ORANGE
 
 torch.manual_seed(0)
 

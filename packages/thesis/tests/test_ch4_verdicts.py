@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[3]
 AIMS = ("rotation_deg", "log_scale", "shift_px", "pck", "sharpness", "purity")
 
 
-def near(value: float | int, margin: float = 0.01) -> dict[str, float]:
+def near(value: float, margin: float = 0.01) -> dict[str, float]:
     return {"value": float(value), "low": value - margin, "high": value + margin}
 
 
-def scored(pck: float, rotation: float | int, scale: float, shift: float | int, ratio: float) -> dict:
+def scored(pck: float, rotation: float, scale: float, shift: float, ratio: float) -> dict:
     pose = {"rotation_deg": near(rotation), "log_scale": near(scale), "shift_px": near(shift)}
     return {"pck": {AT: near(pck)}, "pose": pose, "own_pose": pose, "sharpness": {"ratio": near(ratio)}}
 

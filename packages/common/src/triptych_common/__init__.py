@@ -1,1 +1,1 @@
-"""What the three panels of triptych share: a transformer core, diffusion, training, data, metrics and reports."""
+"""What the three panels of triptych share: a transformer core, diffusion, training, storage, data and metrics."""

@@ -1,7 +1,7 @@
-"""Command lines out of dataclasses: presets, --dry-run, --json, and one line for every error.
+"""Command lines built from dataclasses: presets, --dry-run, --json, and one line for every error.
 
-A package lists its commands and calls `main`. Each command is a frozen dataclass derived from `CommonOptions` and a
-function of it that returns a JSON-able result.
+A package lists its commands and calls `main`. Each command consists of a frozen dataclass derived from `CommonOptions`
+and a function that takes an instance of it and returns a result that JSON can hold.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from triptych_common.fields import FREE, Checked, one_of
 
 
 class Interrupted(Exception):
-    """A signal asked for a stop; everything is saved."""
+    """A signal stopped the run after everything was saved; `exit_code` is 128 plus the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 
 class Diverged(RuntimeError):
-    """The loss stayed non-finite through every rollback."""
+    """The loss became non-finite again after every permitted rollback."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ class CommonOptions(Checked):
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its config class, the function that runs it, and named presets of the config.
+    """One subcommand.
 
-    `start` turns the preset and the words of the command line into the defaults that options override, where these depend
-    on other options. `preview` gives what --dry-run prints.
+    config: the class of its options. run: takes the options and returns the result. presets: named instances of `config`,
+        of which `default` is used unless --preset names another.
+    start: computes the defaults from the preset and the command line, for defaults that depend on other options.
+    preview: takes the options and returns what --dry-run prints.
     """
 
     config: type[CommonOptions]
@@ -67,7 +69,7 @@ class Command:
 
 
 def deferred(target: str) -> Callable[..., Any]:
-    """The function that "package.module:name" names, imported when it is called: --help need not wait for what it imports."""
+    """The function named by "package.module:name", imported when it is first called, so that --help stays fast."""
 
     def call(*arguments: Any) -> Any:
         module, _, name = target.partition(":")
@@ -80,7 +82,7 @@ _to_stderr = False
 
 
 def echo(text: str) -> None:
-    """Tell a person something: stdout, or stderr where --json keeps stdout for the result."""
+    """Print a line for people, on rank 0 only: to stdout, or to stderr while --json reserves stdout for the result."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, file=sys.stderr if _to_stderr else sys.stdout, flush=True)
 
@@ -89,10 +91,13 @@ Commands = Mapping[str, tuple[str, Callable[[], Command]]]
 
 
 def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status. Each command is a summary and a thunk: only what runs is imported.
+    """Run a subcommand and return the exit status.
 
-    Errors a user can act on (ValueError, OSError, a diverged run) become one line on stderr and status 1, mistyped
-    options status 2; TRIPTYCH_DEBUG=1 shows the traceback instead.
+    commands: maps names to a summary and a function that makes the `Command`; only that of the chosen one is called.
+    argv: the words after the program's name, `sys.argv[1:]` by default.
+
+    Errors that a user can act on (ValueError, OSError, a diverged run) become one line on stderr and status 1, mistyped
+    options give status 2, an interruption 128 plus the signal; TRIPTYCH_DEBUG=1 shows the traceback instead.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -120,9 +125,9 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
 
 
 def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
-    """Options to a config: `--preset NAME` picks the row that other flags override.
+    """Parse options into an instance of `command.config`; `--preset NAME` chooses the values that other flags override.
 
-    Exits with status 2 and one line for options that do not parse.
+    Raises SystemExit: status 2, after one line on stderr, for options that do not parse, and 0 after --help.
     """
     import tyro
 
@@ -155,7 +160,7 @@ def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | No
 
 @contextlib.contextmanager
 def _stdout_kept(kept: bool) -> Iterator[None]:
-    """While a command runs that keeps stdout for its result, `echo` writes to stderr."""
+    """Make `echo` write to stderr while a command runs that reserves stdout for its result."""
     global _to_stderr
     before, _to_stderr = _to_stderr, kept
     try:
@@ -191,8 +196,9 @@ def _overview(prog: str, commands: Commands) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The message of tyro's boxed errors, on one line: what stands between title and first rule, in either style; and the
-    first option that tyro suggests instead of an unknown one.
+    """The message inside tyro's boxed error, on one line, followed by the first option that tyro suggests instead.
+
+    The message stands between the box's title and its first rule; tyro draws boxes in two styles.
     """
     groups: list[list[str]] = [[]]
     for line in text.splitlines():

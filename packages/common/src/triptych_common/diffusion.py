@@ -1,8 +1,7 @@
 """Gaussian diffusion: the noise schedule, the forward process, its posterior, and the training loss.
 
-Every coefficient is a float64 table; a lookup gathers in float64 and then casts to the data's dtype.
-Formulas follow "Denoising Diffusion Probabilistic Models" (DDPM, 2020) and "Improved DDPM" (2021), as the thesis
-does in 2.3.1.
+Every coefficient is a float64 table; a lookup gathers in float64 and then casts to the data's dtype. Formulas follow
+"Denoising Diffusion Probabilistic Models" (DDPM, 2020) and "Improved DDPM" (2021), as does section 2.3.1 of the thesis.
 """
 
 import math
@@ -22,8 +21,9 @@ DecoderLikelihood = Literal["discretized", "gaussian"]
 class NoiseSchedule:
     """Tables of a discrete diffusion process with T steps, all float64 of shape (T,).
 
-    `timesteps[i]` is the step of the process the model was trained on that step i stands for: the model is always
-    asked about original timesteps, also after `respaced`.
+    timesteps: the step of the training process that each step stands for, since a model always takes timesteps of the
+        process it was trained on, also after `respaced`; by default 0..T-1.
+    Raises ValueError for betas outside (0, 1].
     """
 
     def __init__(self, betas: Float[Tensor, " T"], timesteps: Int[Tensor, " T"] | None = None) -> None:
@@ -43,7 +43,7 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> "NoiseSchedule":
-        """beta from `start` to `end` in equal steps: the schedule of DDPM, DiT and G.pt."""
+        """Betas from `start` to `end` in equal steps: the schedule of DDPM, DiT and G.pt."""
         return cls(torch.linspace(start, end, num_steps, dtype=torch.float64))
 
     def __len__(self) -> int:
@@ -52,9 +52,8 @@ class NoiseSchedule:
     def respaced(self, num_inference_steps: int) -> "NoiseSchedule":
         """The process that visits only `num_inference_steps` of this one's steps, first and last included.
 
-        Strides are fractional and rounded (250 of 1000: 0, 4, 8, ..., 995, 999), as in the released DiT sampler.
-        One step means the last, the noisiest.
-        Raises ValueError for a count outside 1..T.
+        The stride is fractional and steps are rounded (250 of 1000: 0, 4, 8, ..., 995, 999), as in the released DiT
+        sampler. A single step is the last, the noisiest. Raises ValueError for a count outside 1..T.
         """
         total = len(self)
         if not 1 <= num_inference_steps <= total:
@@ -64,7 +63,7 @@ class NoiseSchedule:
         if num_inference_steps == 1:
             return self.visiting(torch.tensor([total - 1]))
         stride = (total - 1) / (num_inference_steps - 1)
-        # Summed, not multiplied: the released sampler adds strides up, and half-way strides round by the difference.
+        # The released sampler sums strides. Multiplying them instead would round some half-way steps differently.
         steps = torch.tensor([round(step) for step in accumulate([0.0] + [stride] * (num_inference_steps - 1))])
         return self.visiting(steps)
 
@@ -76,7 +75,7 @@ class NoiseSchedule:
 
 
 class PosteriorParams(NamedTuple):
-    """Mean and log-variance of p(x_{t-1} | x_t), and the clean data the model believes in; shapes of x_t."""
+    """Mean and log-variance of p(x_{t-1} | x_t), and the model's estimate of the clean data; shapes broadcast to x_t's."""
 
     mean: Tensor
     log_variance: Tensor
@@ -84,7 +83,7 @@ class PosteriorParams(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Per-sample losses, each (batch,): `total` is what to average and minimise."""
+    """Per-sample losses, each of shape (batch,). Training minimises the mean of `total`, which is mse + vb."""
 
     total: Tensor
     mse: Tensor
@@ -93,13 +92,17 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class GaussianDiffusion:
-    """What a network's output means and how it is trained.
+    """The meaning of a network's output, and its training loss.
+
+        diffusion = GaussianDiffusion(NoiseSchedule.linear(1000))
+        x_t = diffusion.q_sample(x_0, t, noise)
+        loss = diffusion.loss(model(x_t, t), x_0, x_t, t, noise).total.mean()
 
     predict: the network outputs the noise in x_t, or the clean sample x_0.
-    variance: "learned_range" interpolates log-variance between the posterior's (v = -1) and beta's (v = 1) by a second
-        half of output channels; "fixed_large" is beta, "fixed_small" the posterior variance.
-    decoder: likelihood of x_0 at the last step of the bound: "discretized" bins of width 2/255 (8-bit data in [-1, 1];
-        the released DiT uses it on latents too) or a plain "gaussian" density.
+    variance: "learned_range" interpolates the log-variance between the posterior's (v = -1) and beta's (v = 1), where v is
+        the second half of the output channels; "fixed_large" is beta, "fixed_small" the posterior variance.
+    decoder: likelihood of x_0 in the last term of the bound: "discretized" into bins of width 2/255 (8-bit data in
+        [-1, 1]; the released DiT uses it for latents too) or a plain "gaussian" density.
     """
 
     schedule: NoiseSchedule
@@ -108,12 +111,13 @@ class GaussianDiffusion:
     decoder: DecoderLikelihood = "discretized"
 
     def respaced(self, num_inference_steps: int) -> "GaussianDiffusion":
+        """The same diffusion over fewer steps; see `NoiseSchedule.respaced`."""
         return GaussianDiffusion(self.schedule.respaced(num_inference_steps), self.predict, self.variance, self.decoder)
 
     def q_sample(
         self, x_0: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"], noise: Float[Tensor, "batch *dims"]
     ) -> Float[Tensor, "batch *dims"]:
-        """Noise clean data to step t: sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.  [thesis 2.3.1]"""
+        """Add noise to clean data up to step t: sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.  [thesis 2.3.1]"""
         alpha_bar = self.schedule.alpha_bar
         return gather(alpha_bar.sqrt(), t, x_0) * x_0 + gather((1 - alpha_bar).sqrt(), t, x_0) * noise
 
@@ -139,7 +143,7 @@ class GaussianDiffusion:
         return (gather(alpha_bar.rsqrt(), t, x_t) * x_t - x_0) / gather((1 / alpha_bar - 1).sqrt(), t, x_t)
 
     def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A network output as (prediction, variance channels or None).
+        """Split a network output into the prediction and the variance channels (None if the variance is fixed).
 
         Raises ValueError when the output's channels do not fit x_t and `variance`.
         """
@@ -153,7 +157,7 @@ class GaussianDiffusion:
         return (output[:, :channels], output[:, channels:]) if expected != channels else (output, None)
 
     def log_variance(self, t: Int[Tensor, " batch"], x_t: Tensor, learned: Tensor | None) -> Tensor:
-        """log-variance of p(x_{t-1} | x_t), broadcastable to x_t.  [Improved DDPM eq. 15]"""
+        """Log-variance of p(x_{t-1} | x_t), broadcastable to x_t; `learned` is v in [-1, 1].  [Improved DDPM eq. 15]"""
         s = self.schedule
         low = gather(s.log_posterior_variance, t, x_t)
         if self.variance == "fixed_small":
@@ -172,7 +176,7 @@ class GaussianDiffusion:
         *,
         clip_x_0: bool = False,
     ) -> PosteriorParams:
-        """Parameters of the reverse step from a network output; x_0 clipped to [-1, 1] on request."""
+        """Parameters of the reverse step, computed from a network output; `clip_x_0` clips the estimate to [-1, 1]."""
         prediction, learned = self.split(output, x_t)
         x_0 = prediction if self.predict == "sample" else self.x_0_from_noise(x_t, t, prediction)
         if clip_x_0:
@@ -201,7 +205,7 @@ class GaussianDiffusion:
         return Loss(mse + vb, mse, vb)
 
     def variational_bound(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
-        """One term of the bound per sample, bits per dimension: KL to the posterior, or the likelihood of x_0 at t=0."""
+        """One term of the bound per sample, bits per dimension: KL to the posterior, or at t = 0 the NLL of x_0."""
         p = self.p_params(output, x_t, t)
         true_log_variance = gather(self.schedule.log_posterior_variance, t, x_t)
         kl = normal_kl(self.q_posterior_mean(x_0, x_t, t), true_log_variance, p.mean, p.log_variance)
@@ -213,20 +217,21 @@ class GaussianDiffusion:
 
 
 def gather(table: Float[Tensor, " T"], t: Int[Tensor, " batch"], like: Tensor) -> Tensor:
-    """table[t] in the dtype and device of `like`, shaped (batch, 1, 1, ...) to broadcast against it."""
+    """table[t] with the dtype and device of `like`, shaped (batch, 1, 1, ...) to broadcast against it."""
     values = table[t.to(table.device)].to(like.dtype).to(like.device)
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N1 || N2) elementwise, nats."""
+    """KL(N1 || N2) of two Gaussians, elementwise, in nats."""
     gap = log_variance2 - log_variance1
     return 0.5 * (gap + torch.exp(-gap) + (mean1 - mean2) ** 2 * torch.exp(-log_variance2) - 1)
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log-probability of 8-bit data in [-1, 1] under a Gaussian, elementwise, nats: bins of half-width 1/255, open at
-    both ends.  [DDPM eq. 13]
+    """Log-probability of 8-bit data in [-1, 1] under a Gaussian, elementwise, in nats.  [DDPM eq. 13]
+
+    Bins have half-width 1/255; the first and the last extend to infinity. log_scale: log standard deviation.
     """
 
     def cdf(values: Tensor) -> Tensor:
@@ -234,7 +239,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
     centred = x - mean
     above, below = cdf(centred + 1 / 255), cdf(centred - 1 / 255)
-    # Probabilities are floored where float32 rounds them to zero far out in the tails.
+    # Far out in the tails float32 rounds probabilities to zero, hence the floor.
     probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return probability.clamp(min=1e-12).log()
 

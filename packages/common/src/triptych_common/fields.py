@@ -1,4 +1,4 @@
-"""Constraints on the fields of settings: declared beside the type, checked by one function.
+"""Constraints on the fields of settings, declared beside the type and checked by one function.
 
     @dataclass(frozen=True)
     class Settings(Checked):
@@ -21,15 +21,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Interval:
-    """Bounds of a number, or of every number of a tuple; NaN lies within none.
+    """Bounds of a number, or of every number in a tuple; NaN satisfies none.
 
-    wanted: what an error says was expected, instead of the bounds.
+    gt, ge, lt, le: above, at least, below, at most. wanted: replaces the bounds in error messages.
     """
 
-    gt: float | int | None = None
-    ge: float | int | None = None
-    lt: float | int | None = None
-    le: float | int | None = None
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
     wanted: str | None = None
 
     def __contains__(self, value: Any) -> bool:
@@ -56,19 +56,19 @@ class Interval:
         return f"a number of {bounds}" if isinstance(value, float) and " and " not in bounds else bounds
 
 
-def Gt(bound: float | int, wanted: str | None = None) -> Interval:
-    """Above `bound`."""
+def Gt(bound: float, wanted: str | None = None) -> Interval:
+    """The interval above `bound`."""
     return Interval(gt=bound, wanted=wanted)
 
 
-def Ge(bound: float | int, wanted: str | None = None) -> Interval:
-    """At least `bound`."""
+def Ge(bound: float, wanted: str | None = None) -> Interval:
+    """The interval from `bound` upwards."""
     return Interval(ge=bound, wanted=wanted)
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some names, where a `Literal` cannot list them. Literal fields are checked without it."""
+    """One of several names, for fields where a `Literal`, which is checked without this, cannot list them."""
 
     names: Iterable[str]
 
@@ -81,7 +81,7 @@ class OneOf:
 
 
 def one_of(word: object, names: Iterable[object]) -> str:
-    """What was expected instead of a mistyped word, for an error: all names, and the nearest where one is near."""
+    """The expectation in an error about a mistyped word: all names, and a suggestion if one is similar."""
     import difflib
 
     known = [str(name) for name in names]
@@ -93,22 +93,25 @@ class Free:
     """Type of `FREE`."""
 
 
-FREE = Free()  # marks a field that does not decide a run's results
+FREE = Free()  # marks a field that does not affect a run's results
 
 
 class Checked:
-    """Base of dataclasses whose fields are checked when made; a subclass with more checks calls `super().__post_init__()`."""
+    """Base of dataclasses whose fields are checked on construction.
+
+    A subclass with further checks calls `super().__post_init__()`. Raises ValueError as `check_fields` does.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if hasattr(super(), "__post_init__"):  # of another base, where several are combined
+        if hasattr(super(), "__post_init__"):  # that of a further base class, if several are combined
             super().__post_init__()  # type: ignore[misc]
 
 
 def check_fields(settings: object) -> None:
-    """Check every field of a dataclass instance against the constraints in its annotations; None passes where it is allowed.
+    """Check every field of a dataclass instance against its annotations; None passes if the type admits it.
 
-    Raises ValueError that names the field, its value and what was expected.
+    Raises ValueError, naming the field, its value and the expectation.
     """
     cls: Any = type(settings)
     for name, (constraints, optional) in _rules(cls).items():
@@ -123,7 +126,7 @@ def check_fields(settings: object) -> None:
 
 
 def identity(settings: Any) -> dict[str, Any]:
-    """A dataclass instance as a dictionary without the fields marked `FREE`: what decides a run's results."""
+    """The fields of a dataclass instance that decide a run's results: all but those marked `FREE`, as a dictionary."""
     cls: Any = type(settings)
     free = {name for name, metadata in _metadata(cls).items() if FREE in metadata}
     return {name: value for name, value in asdict(settings).items() if name not in free}
@@ -131,7 +134,7 @@ def identity(settings: Any) -> dict[str, Any]:
 
 @cache
 def _metadata(cls: type) -> dict[str, tuple[Any, ...]]:
-    """Metadata of each field's annotations, of all classes that declare it, the base first."""
+    """The metadata of each field's annotations in all classes that declare it, base classes first."""
     out: dict[str, tuple[Any, ...]] = {}
     for base in reversed(cls.__mro__):
         for name, annotation in get_annotations(base).items():
@@ -141,7 +144,7 @@ def _metadata(cls: type) -> dict[str, tuple[Any, ...]]:
 
 @cache
 def _rules(cls: type) -> dict[str, tuple[tuple[Interval | OneOf, ...], bool]]:
-    """Constraints of each field that has any, and whether None is allowed."""
+    """The constraints of each field that has any, and whether the field may be None."""
     rules = {}
     for field in fields(cls):
         declared = next(a[field.name] for a in map(get_annotations, cls.__mro__) if field.name in a)
@@ -155,7 +158,7 @@ def _rules(cls: type) -> dict[str, tuple[tuple[Interval | OneOf, ...], bool]]:
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """The types that a union lists, or else the type itself, without metadata."""
+    """The members of a union, or the type itself, without metadata."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):

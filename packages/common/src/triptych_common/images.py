@@ -1,9 +1,8 @@
-"""Images as people look at them: 8-bit, PNG, grids."""
+"""Images for display: conversion to 8 bits, grids, PNG and GIF."""
 
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,24 +11,21 @@ from torch import Tensor
 
 from triptych_common.storage.atomic import write_bytes
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to 0..255: 127.5 x + 128, clamped and truncated, as the released DiT writes its PNGs."""
+    """Map [-1, 1] to 0..255: 127.5 x + 128, clamped and truncated, as the released DiT writes its PNGs."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def from_uint8(images: UInt8[Tensor, "*shape"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """0..255 to [-1, 1], where 0 is -1 and 255 is 1, computed in `dtype`; `to_uint8` takes float32 back."""
+    """Map 0..255 to [-1, 1] (0 to -1, 255 to 1), computed in `dtype`; `to_uint8` inverts it exactly from float32."""
     return images.to(dtype) / 127.5 - 1
 
 
 def image_grid(
     images: UInt8[Tensor, "n channels height width"], columns: int, *, padding: int = 2, background: int = 128
 ) -> UInt8[Tensor, "channels grid_height grid_width"]:
-    """Images side by side, row by row, with padding around each."""
+    """Images side by side in `columns`, row by row, with `padding` pixels of gray level `background` around each."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     grid = torch.full(
@@ -45,7 +41,7 @@ def image_grid(
 def png_bytes(
     image: UInt8[Tensor, "channels height width"], *, scale: int = 1, text: Mapping[str, str] | None = None
 ) -> bytes:
-    """A gray or RGB image as PNG, each pixel `scale` times repeated; `text` is stored inside the file."""
+    """A gray or RGB image as PNG, each pixel enlarged to `scale` x `scale`; `text` is stored as the file's metadata."""
     from PIL import Image, PngImagePlugin
 
     pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
@@ -59,7 +55,7 @@ def png_bytes(
 
 
 def gif_bytes(frames: UInt8[Tensor, "n channels height width"], *, fps: int, loop: bool = False) -> bytes:
-    """Gray or RGB frames as an animated GIF; its clock has hundredths of a second, of which a frame lasts at least two."""
+    """Gray or RGB frames as an animated GIF. Its clock counts hundredths of a second; a frame lasts at least two."""
     from PIL import Image
 
     pixels = frames.permute(0, 2, 3, 1).cpu().numpy()
@@ -75,10 +71,3 @@ def gif_bytes(frames: UInt8[Tensor, "n channels height width"], *, fps: int, loo
 def write_png(path: Path, image: UInt8[Tensor, "channels height width"], *, scale: int = 1) -> None:
     """Write a PNG file, atomically."""
     write_bytes(path, png_bytes(image, scale=scale))
-
-
-def figure_png(figure: "Figure") -> bytes:
-    """A matplotlib figure as PNG; made without pyplot, so nothing global is left behind."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    return buffer.getvalue()

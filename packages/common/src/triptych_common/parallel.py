@@ -1,6 +1,6 @@
-"""One process or many: torchrun set-up, replicas or shards, precision and memory, applied from outside the models.
+"""Running a model on one process or many: torchrun set-up, replicas or shards, precision, activation checkpointing.
 
-Nothing here changes the names in a model's state dict, and a model file knows nothing of it.
+All of it is applied to models from outside: names in their state dicts and model files do not change.
 """
 
 import functools
@@ -19,15 +19,15 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from triptych_common.fields import Checked, OneOf
 
-# The backends' own limits, 10 and 30 minutes, are for steps of training; one rank may prepare something alone for longer while
-# the others wait at a barrier: statistics of a million samples, a descriptor, a reference set.
+# The backends' defaults of 10 and 30 minutes suit training steps. Here one rank may prepare something for longer while the
+# others wait at a barrier: statistics of a million samples, a descriptor, a reference set.
 LONGEST_WAIT = timedelta(hours=6)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers, and its device."""
+    """This process's place in the process group, and its device. With one process, every method is local."""
 
     rank: int
     world_size: int
@@ -35,54 +35,56 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, on every rank."""
+        """The sum of a tensor over ranks, on every rank; the argument does not change."""
         if self.world_size > 1:
             tensor = tensor.to(self.device, copy=True)
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank's flag is set, the same answer on every rank."""
+        """Whether any rank's flag is set; the same answer on every rank."""
         return (self.world_size > 1 and bool(self.sum(torch.tensor(float(flag))) > 0)) or flag
 
     def gather(self, item: Any) -> list[Any]:
-        """A small object of every rank, on every rank."""
+        """The (small, picklable) items of all ranks, in order, on every rank."""
         items = [item] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(items, item)
         return items
 
     def barrier(self) -> None:
+        """Wait until every rank has called this."""
         if self.world_size > 1:
             dist.barrier()
 
     def share(self, items: range) -> range:
-        """This rank's contiguous part of a range that is divisible by the number of ranks."""
+        """This rank's contiguous part of a range whose length is a multiple of the number of ranks."""
         size = len(items) // self.world_size
         return items[self.rank * size : (self.rank + 1) * size]
 
 
 def onto(device: torch.device, value: Tensor) -> Tensor:
-    """A CPU tensor on a device; on its way to a GPU the CPU does not wait for it."""
+    """Move a CPU tensor to a device; the CPU does not wait for a copy to a GPU."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[Ranks]:
-    """Join the process group that torchrun announced, on one machine or several, or stand alone.
+    """Join torchrun's process group, on one machine or several; without torchrun, yield a single rank.
 
-    device: "auto" is the GPU of this local rank where there is one, else the CPU.
-    Raises ValueError for a device this machine lacks, or too few for its ranks.
+    device: a torch device; "auto" is the GPU of this local rank if there is one, else the CPU.
+    Raises ValueError for a device that this machine lacks, or fewer GPUs than ranks on it.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if world_size == 1:
         yield Ranks(0, 1, chosen)
         return
-    if chosen.type == "cuda":  # bound to its GPU: NCCL would otherwise guess it from the global rank
+    if chosen.type == "cuda":  # without device_id NCCL would guess the GPU from the global rank
         dist.init_process_group("nccl", device_id=chosen, timeout=LONGEST_WAIT)
     else:
         dist.init_process_group("gloo", timeout=LONGEST_WAIT)
@@ -119,15 +121,15 @@ def _device(name: str, local_rank: int, local_ranks: int) -> torch.device:
 
 @dataclass(frozen=True)
 class Execution(Checked):
-    """How a model is run: of its results this changes the rounding, and nothing else.
+    """How a model is run; its results do not depend on this, up to rounding.
 
-    parallel: over several ranks, "ddp" keeps a whole replica on each, "fsdp" a share of every weight, average and
-        optimiser slot (FSDP2; each block is gathered while it works). One process is whole either way.
-    precision: "float32" and "float64" are those of the weights as they come (in `weight_dtype`); "bf16" is autocast over
-        float32 weights, average, optimiser and gradient reduction. Under "fsdp" the blocks' weights then also travel as bfloat16.
-    activation_checkpointing: keep only the inputs of each block and compute its inside again in the backward pass.
+    parallel: over several ranks, "ddp" keeps a replica on each, "fsdp" a shard of every weight, average and optimiser
+        slot (FSDP2, which gathers each block while it computes). With one process they are the same.
+    precision: "float32" and "float64" compute in the weights' own type (`weight_dtype`); "bf16" is autocast with weights,
+        average, optimiser and gradient reduction in float32. Under "fsdp" blocks are then also gathered in bfloat16.
+    activation_checkpointing: keep only the inputs of each block, and recompute its activations in the backward pass.
     compile: `torch.compile` each block.
-    blocks: names of the submodules that are one unit each; a ModuleList stands for its members.
+    blocks: names of the submodules that are one block each; a ModuleList stands for its members.
 
     Raises ValueError for an unknown choice.
     """
@@ -140,20 +142,21 @@ class Execution(Checked):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """What a model's weights must be before `prepare`."""
+        """The type that a model's weights must have before `prepare`."""
         return torch.float64 if self.precision == "float64" else torch.float32
 
     def sharded(self, ranks: Ranks) -> bool:
+        """Whether weights are sharded: "fsdp" on more than one rank."""
         return self.parallel == "fsdp" and ranks.world_size > 1
 
 
 def prepare(model: nn.Module, ranks: Ranks, execution: Execution) -> None:
-    """Make `model` run as `execution` says, in place: on its device, in its precision, sharded where asked.
+    """Make `model` run as `execution` specifies, in place: move it to the rank's device, wrap its blocks, shard it.
 
-    Every rank must hold the same weights. A model to be sharded had better still be on the CPU: one block at a time
-    moves to the GPU and leaves this rank's share there. Sharding makes new parameters: build the optimiser afterwards.
+    Every rank must hold the same weights. Leave a model that will be sharded on the CPU, so that one block at a time moves
+    to the GPU, where only this rank's shard remains. Sharding makes new parameters: build the optimiser afterwards.
 
-    Raises ValueError where the model lacks the blocks.
+    Raises ValueError if the model lacks the blocks.
     """
     asks_for_blocks = execution.compile or execution.activation_checkpointing or execution.sharded(ranks)
     blocks = _blocks_of(model, execution.blocks) if asks_for_blocks else []
@@ -178,8 +181,8 @@ def _blocks_of(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 
 def _wrap_forward(modules: list[nn.Module], wrap: Callable[[Callable], Callable]) -> None:
-    """Replace the forward of modules by way of a subclass: unlike an attribute it survives deepcopy."""
-    subclasses: dict[type, type] = {}  # one a class, so that all blocks share what is compiled
+    """Replace the modules' forward methods by subclassing, which, unlike setting an attribute, survives deepcopy."""
+    subclasses: dict[type, type] = {}  # one per class, so that all blocks share their compiled code
     for module in modules:
         base = type(module)
         if base not in subclasses:
@@ -192,7 +195,7 @@ def _block_forward(forward: Callable, execution: Execution) -> Callable:
         forward = torch.compile(forward, dynamic=False)
     if not execution.activation_checkpointing:
         return forward
-    # Around what is compiled, not inside: DDP's graph splitter refuses the latter.
+    # Checkpointing wraps the compiled function: DDP's graph splitter rejects it inside.
     return lambda self, *inputs, **options: recomputed(forward, self, *inputs, use_reentrant=False, **options)
 
 
@@ -208,15 +211,15 @@ def _shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, execution: E
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # Activations are autocast's affair, as in a replica, and what it computes in float32 keeps float32 weights: norms, and
-    # what is outside of blocks.
+    # Autocast casts activations, as in a replica. What it computes in float32 keeps float32 weights: norms, and everything
+    # outside of blocks.
     as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
     in_bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mixed = execution.precision == "bf16"
     norms = [m for m in model.modules() if isinstance(m, _NORMS) and next(m.parameters(), None) is not None]
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    # The root is resharded after the forward pass too, which is not the default: outside of passes parameters are then
-    # always the shards, even after an evaluation without a backward pass.
+    # By default the root is not resharded after the forward pass. Here it is, so that outside of passes parameters are always
+    # shards, even after an evaluation without a backward pass.
     shard = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
     for norm in norms if mixed else ():
         shard(norm, mp_policy=as_they_are)
@@ -226,9 +229,9 @@ def _shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, execution: E
 
 
 def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """`model` with gradients averaged over ranks; the model itself where there is one rank, or where it is sharded.
+    """`model` wrapped so that gradients are averaged over ranks; the model itself if there is one rank or it is sharded.
 
-    State dicts come from the inner model, never from what this returns.
+    Take state dicts from `model`, not from the wrapper, which adds a prefix to names.
     """
     if ranks.world_size == 1 or _is_sharded(model):
         return model
@@ -236,10 +239,13 @@ def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Context of one forward and backward pass: gradients are averaged over ranks in the last of several only."""
+    """Context of a forward and backward pass in which gradients are averaged over ranks only if `enabled`.
+
+    When gradients accumulate over several passes, only the last needs it.
+    """
     if _is_sharded(model):
         sharded: Any = model
-        # whole gradients are kept until the last pass: as much memory as a replica takes
+        # until the last pass every rank keeps unsharded gradients: as much memory as in a replica
         sharded.set_requires_gradient_sync(enabled)
         return nullcontext()
     if enabled or not isinstance(model, DistributedDataParallel):
@@ -248,7 +254,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Replace gradients by their mean over ranks, in one exchange; for passes that no wrapper of the model has seen."""
+    """Replace gradients by their mean over ranks, in one exchange: for models that `distributed` does not wrap."""
     if ranks.world_size > 1 and parameters:
         gradients = [p.grad for p in parameters if p.grad is not None]
         mean = ranks.sum(torch.cat([g.flatten() for g in gradients])) / ranks.world_size
@@ -257,12 +263,12 @@ def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: its shard, or the whole of one that is not sharded. Shares memory."""
+    """This rank's shard of a tensor, or the tensor itself if it is not sharded; shares its memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered where it is sharded; every rank must call it."""
+    """The full tensor, gathered if it is sharded; every rank must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar with rate and remaining time on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Progress:
-    """Context manager around `total` units of work; call `at(done)` or `advance(n)`. Writes to stderr."""
+    """Context manager around `total` units of work; call `at(done)` or `advance(n)`. Writes to stderr if `enabled`."""
 
-    PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
+    PLAIN_INTERVAL = 15.0  # seconds between lines when stderr is not a terminal
 
     def __init__(self, title: str, total: int, unit: str, *, enabled: bool = True) -> None:
         self.title, self.total, self.unit, self.enabled = title, total, unit, enabled
@@ -17,7 +17,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._bar: Any = None
-        self._first: tuple[float, int] | None = None  # when work began here, and how much was done then
+        self._first: tuple[float, int] | None = None  # time of the first call of `at`, and the units done by then
         if self.enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -39,10 +39,11 @@ class Progress:
             self._print()
 
     def advance(self, n: int = 1) -> None:
+        """Report that `n` more units are done."""
         self.at(self.done + n)
 
     def at(self, done: int) -> None:
-        """Set how much is done; the rate counts from the first call, so resumed work is not credited to this run."""
+        """Report that `done` units are done in all. The rate counts from the first call, so it leaves out resumed work."""
         if not self.enabled:
             return
         now = time.perf_counter()

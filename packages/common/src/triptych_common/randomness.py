@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, stream name, index).
 
-Data order, noise, timesteps, label dropout and sampling all draw from here, so nothing depends on batch size,
-world size or on how often a run was interrupted: resuming needs counters, never a generator's state.
+Data order, noise, timesteps, label dropout and sampling all draw from here. So nothing depends on batch size, the number
+of ranks or interruptions, and resuming needs counters but no generator's state.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def _hash64(seed: int, stream: str, index: int = 0) -> int:
 
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
-    """A CPU generator that belongs to one index of one named stream."""
+    """A CPU generator seeded for one index of one named stream."""
     return torch.Generator().manual_seed(_hash64(seed, stream, index) >> 1)  # manual_seed takes 63 bits safely
 
 
@@ -33,10 +33,10 @@ def normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "batch *shape"]:
-    """Standard normal noise, one tensor of `shape` for each index, drawn whole from that index's own generator.
+    """Standard normal noise: a tensor of `shape` for each index, all drawn from that index's own generator.
 
-    Drawn in float32 and then cast, so a float64 run sees the numbers of a float32 run. On another device it is drawn there, by
-    that device's generator: other numbers than the CPU's, of the same index alone.
+    It is drawn in float32 and then cast, so that a float64 run sees the numbers of a float32 run. Each device has its own
+    kind of generator: the numbers on a GPU differ from the CPU's, but depend on nothing else.
     """
     out = torch.empty(len(indices), *shape, device=device)
     source = torch.Generator(device)
@@ -46,7 +46,7 @@ def normal(
 
 
 def uniform(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " batch"]:
-    """One float64 in [0, 1) for each index: 53 bits of splitmix64 run on the stream's key plus the index."""
+    """One float64 in [0, 1) for each index: 53 bits of splitmix64, with the stream's key as its seed.  [Steele et al. 2014]"""
     key = np.uint64(_hash64(seed, stream))
     with np.errstate(over="ignore"):
         z = key + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -57,8 +57,9 @@ def uniform(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " b
 
 
 def evenly_spread(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " batch"]:
-    """One float64 in [0, 1) for each index, any run of consecutive indices spread evenly: the golden-ratio sequence in
-    64-bit integers, started at the stream's key.
+    """One float64 in [0, 1) for each index, such that those of consecutive indices are evenly spread.
+
+    It is the golden-ratio sequence in 64-bit integers, started at the stream's key.
     """
     with np.errstate(over="ignore"):
         z = np.uint64(_hash64(seed, stream)) + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -66,12 +67,12 @@ def evenly_spread(seed: int, stream: str, indices: Sequence[int]) -> Float[Tenso
 
 
 def permutation(seed: int, stream: str, index: int, n: int) -> Int[Tensor, " n"]:
-    """A permutation of 0 .. n-1 that belongs to one index (an epoch, say) of a stream."""
+    """The permutation of 0 .. n-1 for one index of a stream, such as an epoch."""
     return torch.randperm(n, generator=generator(seed, stream, index))
 
 
 def shuffled(seed: int, stream: str, counters: Sequence[int], n: int) -> Int[Tensor, " batch"]:
-    """Item drawn at each counter of an endless walk over n items, reshuffled every epoch of n draws."""
+    """The items at the given counters of an endless sequence over n items that is reshuffled after every n draws."""
     places = torch.as_tensor(counters, dtype=torch.long)
     out = torch.empty_like(places)
     for epoch in torch.unique(places // n).tolist():
@@ -84,10 +85,9 @@ _epoch_order = lru_cache(maxsize=4)(permutation)  # 50 ms at a million items: to
 
 
 class SampleNoise:
-    """The noise of each of a batch of samples, in the order a sampler asks for it.
+    """The noise of a batch of samples, in the order in which a sampler asks for it.
 
-    Sample i reads its own generator, so its noise is the same in any batch, on any rank. `draw()` returns the
-    next (batch, *shape) tensor; the first call is x_T.
+    Each sample has its own generator, so its noise is the same in any batch and on any rank.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class SampleNoise:
         self.shape, self.device, self.dtype = tuple(shape), device, dtype
 
     def draw(self) -> Float[Tensor, "batch *shape"]:
+        """The next standard normal tensor; the first is x_T."""
         out = torch.empty(len(self.generators), *self.shape)
         for row, source in zip(out, self.generators, strict=True):
             row.normal_(generator=source)

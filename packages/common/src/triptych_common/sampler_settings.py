@@ -1,4 +1,4 @@
-"""What a person chooses about sampling; `triptych_common.samplers.sampling` makes a sampler of it. Imports no torch."""
+"""Settings of sampling, from which `triptych_common.samplers.sampling` makes a sampler. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -6,12 +6,17 @@ from typing import Annotated
 from triptych_common.fields import Checked, Interval
 
 OWN_SAMPLERS = ("ddpm", "ddim")
-TIMESTEPS = 1000  # that the thesis's models are trained on
+TIMESTEPS = 1000  # length of the diffusion process that the thesis's models are trained on
 
 
 @dataclass(frozen=True)
 class SamplerSettings(Checked):
-    """How to turn noise into data."""
+    """Which sampler turns noise into data, and in how many steps.
+
+        steps = sampling(SamplerSettings("ddim", num_inference_steps=50), denoise, diffusion, noise)
+
+    Raises ValueError for an unknown or ambiguous sampler or a number of steps outside 1..1000.
+    """
 
     sampler: str = "ddpm"
     """ddpm: ancestral sampling, as in the thesis; ddim: deterministic; or a scheduler of diffusers by its name or the beginning
@@ -29,9 +34,9 @@ class SamplerSettings(Checked):
         return self.sampler in OWN_SAMPLERS
 
     def sampler_name(self) -> str:
-        """The sampler's full name: that of the scheduler where its beginning was given.
+        """The sampler's full name, also if `sampler` is only the beginning of it.
 
-        Raises ValueError for no scheduler, several, or where diffusers is not installed.
+        Raises ValueError if no scheduler or several match, or if diffusers is not installed.
         """
         if self.is_own:
             return self.sampler

@@ -1,7 +1,11 @@
-"""Samplers: from noise to data by a diffusion model, step by step.
+"""Samplers, which turn noise into data with a diffusion model.
 
-A sampler is a generator of `Step`s; `final` runs one to its end. The model it drives is a function
-`denoise(x_t, t) -> output` of the current sample and original timesteps (conditions already bound, see `guided`).
+A sampler is a generator of `Step`s; `final` runs one to its end and returns the samples:
+
+    denoise = guided(model, labels, null=10, scale=1.5)
+    samples = final(ddim(denoise, diffusion.respaced(50), SampleNoise(seed, range(16), (1, 28, 28))))
+
+`denoise(x_t, t)` is a function of the current sample and the original timesteps, with conditions already bound.
 """
 
 import inspect
@@ -23,7 +27,7 @@ GuidanceChannels = int | Literal["all"]
 
 
 class Step(NamedTuple):
-    """State after one reverse step: the new sample, and the clean data the model believed in."""
+    """State after one reverse step: the new sample x, and the model's estimate x_0 of the clean data."""
 
     index: int  # type: ignore[assignment]  # counts down from S - 1 to 0; hides the method of tuples
     x: Tensor
@@ -33,9 +37,9 @@ class Step(NamedTuple):
 def ddpm(
     denoise: Denoise, diffusion: GaussianDiffusion, noise: SampleNoise, *, clip_x_0: bool = False
 ) -> Iterator[Step]:
-    """Ancestral sampling over every step of `diffusion` (respace it first for fewer).  [DDPM algorithm 2]
+    """Ancestral sampling over every step of `diffusion`, which must be respaced first for fewer.  [DDPM, algorithm 2]
 
-    No noise is added at the last step.
+    No noise is added at the last step. clip_x_0: clip each estimate of the clean data to [-1, 1].
     """
     x = noise.draw()
     for index in reversed(range(len(diffusion.schedule))):
@@ -72,11 +76,10 @@ def ddim(
 def diffusers_steps(
     denoise: Denoise, diffusion: GaussianDiffusion, noise: SampleNoise, scheduler: Any, *, clip_x_0: bool = False
 ) -> Iterator[Step]:
-    """Sample by a scheduler of `make_scheduler`, used once: it keeps state.
+    """Sample with a scheduler from `make_scheduler`, which keeps state and so serves for one call only.
 
-    `Step.x` is scaled as the model sees it. Timesteps between two trained ones stay fractional, as in diffusers. A learned
-    variance serves DDPM schedulers and is left out for the others, which have no use for it. What a scheduler draws comes
-    from each sample's own generator.
+    `Step.x` is scaled as the model's input is. Timesteps between two trained ones stay fractional, as in diffusers. Only
+    DDPM schedulers use a learned variance. The noise that a scheduler draws comes from each sample's own generator.
     """
     keywords = {"generator": noise.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     learned_too = diffusion.variance == "learned_range" and is_ddpm(type(scheduler))
@@ -108,10 +111,10 @@ def sampling(
     clip_x_0: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[Step]:
-    """The sampler that settings ask for, ready to run: ours on a respaced process, or a scheduler of diffusers.
+    """The sampler that the settings name, ready to run: one of ours on a respaced process, or a diffusers scheduler.
 
-    diffusion: the process of training, not respaced. device: where `noise` is drawn to.
-    Raises ValueError for a number of steps that the scheduler refuses.
+    diffusion: the process used in training, not respaced. device: the device of `noise`.
+    Raises ValueError for a number of steps that the scheduler does not support.
     """
     if settings.is_own:
         sampler = {"ddpm": ddpm, "ddim": ddim}[settings.sampler]
@@ -121,14 +124,14 @@ def sampling(
 
 
 def evaluations(settings: SamplerSettings, diffusion: GaussianDiffusion) -> int:
-    """How many steps `sampling` takes: some schedulers evaluate the model twice for each of `num_inference_steps`."""
+    """How often `sampling` evaluates the model: some schedulers do so twice for each of `num_inference_steps`."""
     if settings.is_own:
         return settings.num_inference_steps
     return len(make_scheduler(settings.sampler, diffusion, settings.num_inference_steps).timesteps)
 
 
 def one_step(denoise: Denoise, diffusion: GaussianDiffusion, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
-    """The clean data the model sees in x_t: a single evaluation, no sampling."""
+    """The model's estimate of the clean data in x_t, from a single evaluation; t indexes the steps of `diffusion`."""
     return diffusion.p_params(denoise(x_t, diffusion.schedule.timesteps[t.cpu()].to(x_t.device)), x_t, t).x_0
 
 
@@ -139,7 +142,7 @@ def _reverse(denoise: Denoise, diffusion: GaussianDiffusion, x: Tensor, index: i
 
 
 def final(steps: Iterator[Step], progress: Callable[[], None] = lambda: None) -> Float[Tensor, "batch *shape"]:
-    """Run a sampler to its end; `progress` is called after every step."""
+    """Run a sampler to its end and return the last sample; `progress` is called after every step."""
     for step in steps:
         x = step.x
         progress()
@@ -155,13 +158,15 @@ def guided(
     guidance_channels: GuidanceChannels = "all",
     interval: tuple[int, int] | None = None,
 ) -> Denoise:
-    """Bind each sample's condition to `model(x, t, condition)`, with classifier-free guidance u + scale * (c - u) unless
-    scale is 1.
+    """Bind each sample's condition to `model(x, t, condition)`, with classifier-free guidance u + scale * (c - u).
 
-    A condition is a number that `model` understands: a class label, or an index into conditions it holds. `null` is the
-    number of the condition without a class. Guidance acts on the first `guidance_channels` channels of the data ("all":
-    every one; the released DiT used 3 of its 4), on timesteps from the first to the last of `interval` (None: all);
-    variance channels are the conditional ones. Both halves run as one batch.  [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
+    condition: for each sample a number that `model` understands: a class label, or an index into conditions it holds.
+    null: the condition that stands for none. scale: 1 means no guidance and a single evaluation of the model.
+    guidance_channels: how many of the data's first channels are guided ("all"; the released DiT guides 3 of its 4).
+    interval: first and last timestep at which guidance acts; None: at all of them.
+
+    Variance channels are the conditional ones. Conditional and unconditional halves run as one batch.
+    [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
 
     Raises ValueError for guidance on a model without a null label.
     """
@@ -186,7 +191,7 @@ def guided(
 
 
 def _alpha_bar_at(schedule: NoiseSchedule, timesteps: torch.Tensor) -> Sequence[float]:
-    """alpha_bar at timesteps that may lie between two steps: sqrt(1 / alpha_bar - 1) is interpolated linearly there."""
+    """alpha_bar at possibly fractional timesteps, by linear interpolation of sqrt(1 / alpha_bar - 1)."""
     sigmas = (1 / schedule.alpha_bar - 1).sqrt().numpy()
     between = np.interp(timesteps.cpu().double().numpy(), np.arange(len(sigmas)), sigmas)
     return (1 / (between**2 + 1)).tolist()

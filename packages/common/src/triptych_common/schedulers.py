@@ -1,4 +1,4 @@
-"""Schedulers of the diffusers library, by name: any that can run a discrete process on given betas."""
+"""Schedulers of the diffusers library, by name: every one that can run a discrete process with given betas."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ import torch
 
 from triptych_common.diffusion import GaussianDiffusion
 
-_FOREIGN = {  # arguments that betray another process, or noise that depends on the batch
+_FOREIGN = {  # arguments of schedulers for another process, or whose noise depends on the batch
     "snr_shift_scale", "noise_sampler_seed",
 }  # fmt: skip
 _FOR_DISTILLED_MODELS = ("LCMScheduler", "TCDScheduler")
 
 
 def available() -> list[str]:
-    """Names of the installed diffusers' schedulers that `make_scheduler` takes.
+    """Names of the installed schedulers that `make_scheduler` supports.
 
-    Raises ValueError where diffusers is not installed.
+    Raises ValueError if diffusers is not installed.
     """
     library = _library()
     names = [name for name in dir(library) if name.endswith("Scheduler")]
@@ -25,9 +25,9 @@ def available() -> list[str]:
 
 
 def find(name: str) -> str:
-    """The scheduler that `name` means: its class, or the beginning of one class's name in any case ("unipc").
+    """The class name of the scheduler that `name` refers to: the name itself, or its beginning in any case ("unipc").
 
-    Raises ValueError for no scheduler, or several.
+    Raises ValueError if no scheduler or several match, or if diffusers is not installed.
     """
     library = _library()
     if name.endswith("Scheduler") and _fits(name, getattr(library, name, None)):
@@ -44,13 +44,13 @@ def find(name: str) -> str:
 def make_scheduler(
     name: str, diffusion: GaussianDiffusion, num_inference_steps: int, *, device: torch.device | str = "cpu"
 ) -> Any:
-    """A diffusers scheduler on the betas of `diffusion` (not respaced), set to `num_inference_steps`.
+    """A diffusers scheduler with the betas of `diffusion` (not respaced), set to `num_inference_steps`.
 
-    It begins at the noisiest step, as x_T does: where a scheduler's default are "leading" timesteps, which leave that out,
-    it gets "trailing" ones; DDPM, which would add noise at the last of those, "linspace", as our own samplers have. All
-    else is as diffusers has it.
+    Sampling begins at the noisiest step, as x_T requires. So a scheduler whose default is "leading" timesteps, which omit
+    that step, gets "trailing" ones; DDPM, which would add noise after the last of those, gets "linspace", as our own
+    samplers do. Everything else keeps diffusers' defaults.
 
-    Raises ValueError for an unknown name or a number of steps that the scheduler refuses.
+    Raises ValueError for an unknown name or a number of steps that the scheduler does not support.
     """
     name, total = find(name), len(diffusion.schedule)
     if not 1 <= num_inference_steps <= total:
@@ -61,9 +61,9 @@ def make_scheduler(
         "num_train_timesteps": total,
         "trained_betas": diffusion.schedule.betas.tolist(),
         "prediction_type": "epsilon",
-        "clip_sample": False,  # `samplers.diffusers_steps` clips for all of them
+        "clip_sample": False,  # `samplers.diffusers_steps` clips for every scheduler
         "set_alpha_to_one": True,
-        "lower_order_final": True,  # everyone's default but one's, which then warns
+        "lower_order_final": True,  # the default of all schedulers but one, which warns without it
     }
     if is_ddpm(scheduler_class):
         wanted |= {"variance_type": diffusion.variance, "timestep_spacing": "linspace"}
@@ -75,7 +75,7 @@ def make_scheduler(
     except (ValueError, IndexError) as error:
         raise ValueError(f"num_inference_steps {num_inference_steps}: {name} cannot ({error}); use more") from error
     begins = float(scheduler.timesteps.max())
-    if not begins >= total / 2:  # of one "linspace" timestep 0 is left, and two make NaN of some
+    if not begins >= total / 2:  # one "linspace" timestep is 0, and with two steps some schedulers return NaN
         raise ValueError(
             f"num_inference_steps {num_inference_steps}: {name} would begin at timestep {begins:g}, not at noise; use more"
         )
@@ -93,7 +93,7 @@ def _library() -> Any:
 
 
 def _fits(name: str, scheduler: Any) -> bool:
-    """Whether a member of diffusers.schedulers samples a discrete process on given betas from its noise alone."""
+    """Whether a member of diffusers.schedulers samples a discrete process with given betas from its noise alone."""
     if not inspect.isclass(scheduler) or "Inverse" in name or name in _FOR_DISTILLED_MODELS:
         return False
     parameters = inspect.signature(scheduler.__init__).parameters
@@ -101,7 +101,7 @@ def _fits(name: str, scheduler: Any) -> bool:
 
 
 def is_ddpm(scheduler_class: type) -> bool:
-    """Whether it is ancestral sampling, which takes a learned variance."""
+    """Whether the scheduler is ancestral sampling, which can use a learned variance."""
     return scheduler_class.__name__.startswith("DDPM")
 
 

@@ -1,4 +1,4 @@
-"""What the hardware could do and does: peak arithmetic rates, memory in use, and the C library's page faults on a CPU."""
+"""Peak arithmetic rates of GPUs and memory, for throughput and MFU in the log; the C library's page faults on a CPU."""
 
 import ctypes
 import re
@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _NEVER = 2**31 - 1
 
-# Dense TFLOP/s (2 flops a multiply-add) of data sheets: bfloat16 tensor cores, TF32, plain float32. First match counts.
+# Dense TFLOP/s from data sheets, a multiply-add counted as 2: bfloat16 tensor cores, TF32, float32. The first match counts.
 _PEAK_TFLOPS = {
     r"\bA100\b": (312, 156, 19.5),
     r"\bH100 PCIe\b": (756, 378, 51),
@@ -28,14 +28,14 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Flops per second that one device could do at best in "bf16" or "float32", by its name; None where unknown.
+    """Peak FLOP/s of one device in "bf16" or "float32", looked up by the device's name; None if unknown.
 
-    "float32" is TF32 where torch may use it (`torch.set_float32_matmul_precision`).
+    "float32" means TF32 if torch may use it (`torch.set_float32_matmul_precision`).
     """
     if device.type != "cuda" or precision not in ("bf16", "float32"):
         return None
     name = torch.cuda.get_device_name(device)
-    if " MIG " in name:  # a slice of one
+    if " MIG " in name:  # a slice of a GPU
         return None
     for pattern, (bf16, tf32, float32) in _PEAK_TFLOPS.items():
         if re.search(pattern, name):
@@ -45,7 +45,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has had: of tensors on the GPU where it works on one, else resident."""
+    """Peak memory of this process in bytes: allocated by tensors if `device` is a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -53,10 +53,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, instead of handing large tensors back to the system and asking for new pages.
+    """Make this process keep the memory it frees, instead of returning it to the system and requesting new pages.
 
-    Convolutional networks on a CPU run up to twice as fast, since glibc maps every tensor of more than 32 MB anew and each of
-    its pages then faults once. Other C libraries are left alone.
+    Convolutional networks on a CPU run up to twice as fast: glibc otherwise maps every tensor of more than 32 MB anew, and
+    each of its pages then faults once. Does nothing with other C libraries.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
@@ -65,12 +65,12 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Hand what this process has freed back to the system, once."""
+    """Return the memory that this process has freed so far to the system."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def _glibc(name: str) -> Callable[..., int] | None:
-    """A function of the C library; None where that has it not, as musl, or is no Linux's."""
+    """A function of glibc; None for another C library, such as musl, or another system than Linux."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

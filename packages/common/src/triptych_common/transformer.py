@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 
 class Modulation(NamedTuple):
-    """What conditioning does to one branch of a block: normalised x becomes x * (1 + scale) + shift, and the
-    branch's output is multiplied by `gate` (no gate: 1).  [thesis 2.3.2, adaLN and adaLN-Zero]
+    """How conditioning changes one branch of a block.  [thesis 2.3.2, adaLN and adaLN-Zero]
 
-    Every tensor is (batch, 1, width).
+    The normalised x becomes x * (1 + scale) + shift, and the branch's output is multiplied by `gate` (None: by 1).
+    Every tensor has shape (batch, 1, width).
     """
 
     shift: Tensor
@@ -25,22 +25,22 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: Float[Tensor, "batch tokens width"], by: Modulation | None) -> Float[Tensor, "batch tokens width"]:
-    """x * (1 + scale) + shift, or x itself where nothing modulates."""
+    """x * (1 + scale) + shift, or x itself without modulation."""
     return x if by is None else torch.addcmul(by.shift, x, by.scale + 1)
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-_ENOUGH = 2**15  # values; for fewer, oneDNN takes longer to begin than it saves
+_ENOUGH = 2**15  # values of x; below that the fused kernel's overhead exceeds its gain
 
 
 def linear(
     layer: nn.Linear, x: Float[Tensor, "*batch inputs"], *, gelu: bool = False, approximate: str = "tanh"
 ) -> Float[Tensor, "*batch outputs"]:
-    """`layer(x)`, or the GELU of it: tanh-approximated, or by the error function (`approximate="none"`), as F.gelu has it.
+    """`layer(x)`, followed by GELU if `gelu`; `approximate` is "tanh" or "none" (exact), as in F.gelu.
 
-    Sampling in float32 on a CPU, one kernel of oneDNN does product, bias and GELU: separately, the latter two take a small
-    model as long as its products. In inference mode only, since that kernel has no derivative, and only where calling the
-    layer does nothing else.
+    For inference in float32 on a CPU, one oneDNN kernel computes product, bias and GELU: done separately, the last two cost
+    a small model as much as its matrix products. That kernel has no derivative, hence only in inference mode, and it bypasses
+    the layer's forward, hence only for plain layers without hooks.
     """
     eager = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()  # the latter would break a graph
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
@@ -52,9 +52,10 @@ def linear(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without mask, through PyTorch's scaled_dot_product_attention.
+    """Multi-head self-attention without a mask, by PyTorch's scaled_dot_product_attention.
 
-    bias: added to the logits, [.., i, j] to how much token i heeds token j; None: nothing.
+    The optional `bias` of the forward pass is added to the attention logits; [..., i, j] is for query i and key j.
+    Raises ValueError for a width that is not a multiple of the number of heads.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -76,7 +77,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, Linear. The GELU is tanh-approximated, or exact where `gelu` is "none", as F.gelu calls it."""
+    """Linear, GELU, Linear. `gelu` is "tanh" for the approximation or "none" for the exact function, as in F.gelu."""
 
     def __init__(self, width: int, hidden: int, gelu: str = "tanh") -> None:
         super().__init__()
@@ -91,9 +92,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then feed-forward, each optionally modulated and gated.
 
-    `affine_norm` gives the two LayerNorms weights of their own; a modulated block has none, its modulation
-    stands in for them. `attn_norm_eps` and `mlp_norm_eps` are the epsilons of the first and the second, `gelu` is the
-    feed-forward's: "tanh", or "none" for the exact one.
+        x = Block(width=384, num_heads=6, affine_norm=True)(x)  # (batch, tokens, 384)
+
+    affine_norm: whether the two LayerNorms have learned scales and shifts; a modulated block needs none.
+    attn_norm_eps, mlp_norm_eps: their epsilons. gelu: of the feed-forward layer, "tanh" or "none" (exact).
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Units of work on many processes: a pool on this machine, or Ray behind the same call.
+"""Work on many processes: a pool on this machine or a Ray cluster, behind one call.
 
-`run` yields what a function returns for each unit; `run_all` does units that know whether they are done. Each worker runs
-one thread, so results do not depend on how many workers there are. This module imports no torch: `start_server` lets the
-workers' imports begin before those of the command line.
+`run` yields a function's result for each unit of work; `run_all` executes units that record their own completion. Each
+worker runs one thread, so results do not depend on the number of workers. This module imports no torch, so that
+`start_server` can start the workers' imports before those of the command line.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
-Work = Callable[[Any, str], Result]  # of a unit and the name of a torch device; pickled, like the unit
+Work = Callable[[Any, str], Result]  # takes a unit and the name of a torch device; must be picklable, like the unit
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    # glibc: keep the megabytes that every step frees and asks for again, instead of returning them page by page
+    # glibc: keep the memory that every step frees and allocates again, instead of returning it to the system
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
 }
@@ -38,14 +38,14 @@ _device = "cpu"
 
 
 def on_gpu(device: str) -> bool:
-    """Whether a device option means an accelerator here."""
+    """Whether the option --device, "auto" included, selects an accelerator on this machine."""
     import torch
 
     return device != "cpu" and (device != "auto" or torch.cuda.is_available())
 
 
 def default_workers(device: str) -> int:
-    """How many processes to use: one a core on a CPU, where small networks gain little from threads; one on a GPU."""
+    """Number of processes to use: on a CPU one per core (at most 8), as threads hardly speed up small networks; one on a GPU."""
     if on_gpu(device):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -53,7 +53,7 @@ def default_workers(device: str) -> int:
 
 
 def devices(device: "torch.device", workers: int) -> list[str]:
-    """The device of each worker: all GPUs in turn where the device is "cuda" without a number."""
+    """The device of each worker: `device`, or each GPU in turn if that is "cuda" without an index."""
     import torch
 
     if device.type == "cuda" and device.index is None:
@@ -71,14 +71,15 @@ def run(
     remedy: str = "use --workers 1",
     extra: str = "triptych-common[ray]",
 ) -> Generator[Result, None, None]:
-    """Results of function(unit, device) as they come, on one worker a device.
+    """Yield `function(unit, device)` for every unit, in the order of completion, with one worker per device.
 
-    engine: "here", one unit after another in this process; "local", processes of this machine; or "ray", a cluster where
-    RAY_ADDRESS names one, else this machine. Leaving the iterator early, by an error or an interruption, ends the processes;
-    so does the end of this one, however it ends. preload: modules that processes of this machine are forked with; None:
-    they are spawned. remedy: what to do where a process dies. extra: what to install for Ray.
+    engine: "here" runs the units one after another in this process; "local" uses processes of this machine; "ray" uses the
+        cluster at RAY_ADDRESS, or this machine if that is unset.
+    preload: modules that the server of "local" imports before it forks workers; None: workers are spawned.
+    remedy: advice for the error message if a process dies. extra: the pip requirement that provides Ray.
 
-    Raises what a unit raises, MemoryError where a process died, ImportError without the package of Ray.
+    Leaving the iterator early terminates the workers; they also end whenever this process ends, however it does.
+    Raises whatever a unit raises, MemoryError if a process dies, ImportError if Ray is not installed.
     """
     if engine == "here":
         return _run_here(function, units, devices[0], one_thread=True)
@@ -89,27 +90,28 @@ def run(
 
 @runtime_checkable
 class Unit(Protocol):
-    """Something to be done, which can tell whether it is: called in another process, so pickled.
-
-    cost: in any unit, for the order and the progress bar.
-    """
+    """A picklable piece of work, such as one training run, that is executed by calling it, possibly in another process."""
 
     @property
     def title(self) -> str: ...
 
     @property
-    def cost(self) -> float | int: ...
+    def cost(self) -> float: ...  # relative, in any measure: costly units start first
 
     @property
-    def done(self) -> bool: ...
+    def done(self) -> bool: ...  # whether its results already exist
 
     def __call__(self) -> None: ...
 
 
 def run_all(what: str, units: Sequence[Unit], workers: int, *, one_thread: bool) -> None:
-    """Do the units that are not done yet, costly ones first, each on one thread if `one_thread`.
+    """Execute the units that are not done yet, the costliest first.
 
-    Raises what a unit raises, MemoryError where a process dies; other units are then stopped, and save what they have.
+        run_all("models", [TrainModel(seed) for seed in range(8)], workers=4, one_thread=True)
+
+    what: names the units in progress lines. workers: number of processes; with 1 the units run in this process, each on
+    one thread if `one_thread` (worker processes always use one).
+    Raises whatever a unit raises, MemoryError if a process dies; units in progress then get SIGTERM, so training loops save.
     """
     missing = sorted((unit for unit in units if not unit.done), key=lambda unit: -unit.cost)
     if not missing:
@@ -127,9 +129,9 @@ def run_all(what: str, units: Sequence[Unit], workers: int, *, one_thread: bool)
 
 
 def start_server(preload: Sequence[str]) -> BaseContext:
-    """The context to fork workers in, its server under way with these modules; where there is none, workers are spawned.
+    """The multiprocessing context for workers: a fork server that is importing `preload`, or "spawn" if unsupported.
 
-    The server never runs a unit, has one thread, and ends with this process.
+    The server runs no units, so it can be forked safely; it ends with this process.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -175,14 +177,14 @@ def _run_local(
         raise MemoryError(f"a worker process died, most likely for want of memory; {remedy}") from error
     finally:
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # in training: save and stop
+            process.terminate()  # a training loop saves and stops on this signal
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _run_ray(
     function: Work[Result], units: Sequence[Any], devices: Sequence[str], extra: str
 ) -> Generator[Result, None, None]:
-    """All machines must see the folder that units write to; alone, this one gets as many CPUs as there are devices."""
+    """All machines must share the folder that units write to. Without a cluster, Ray gets one CPU per device here."""
     try:
         import ray
     except ImportError as error:
@@ -214,7 +216,7 @@ def _run_ray(
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for processes started meanwhile, where they are not set already."""
+    """Set environment variables, unless they are set already, for processes started inside the block."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -225,12 +227,12 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _become_worker(waiting: Any) -> None:
-    """Make a process a worker: one thread, a device, deaf to Ctrl-C, and ending when its parent does."""
+    """Initialise a worker process: one thread, a device, no reaction to Ctrl-C, and exit when the parent exits."""
     import torch
 
     global _device
     _device = waiting.get()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -246,7 +248,7 @@ def _call(function: Work[Result], unit: Any) -> Result:
     try:
         return function(unit, _device)
     except Interrupted:
-        os._exit(1)  # the parent is stopping: take no other unit
+        os._exit(1)  # the parent is stopping: do not start another unit
 
 
 def _on_one_thread(function: Work[Result], unit: Any, device: str) -> Result:
@@ -257,7 +259,7 @@ def _on_one_thread(function: Work[Result], unit: Any, device: str) -> Result:
 
 
 def _do_quietly(unit: Unit, device: str) -> str:
-    """Do a unit without the bars and lines that every single run would print; returns its title."""
+    """Execute a unit without its progress output; returns its title."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         unit()
     return unit.title

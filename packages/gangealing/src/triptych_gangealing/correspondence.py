@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png
 
 from triptych_gangealing.aligner import Alignment
 from triptych_gangealing.warp import Warp, centres, to_normalised, to_pixels

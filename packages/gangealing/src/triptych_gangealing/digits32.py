@@ -137,7 +137,7 @@ class Digits32(ImageSource):
 
         counters = item.tolist()
 
-        def draw(quantity: str, low: float | int = 0, high: float | int = 1) -> Tensor:
+        def draw(quantity: str, low: float = 0, high: float = 1) -> Tensor:
             stream = f"digits32/{self.source}/{self.split}/{quantity}"
             return low + (high - low) * uniform(self.seed, stream, counters)
 

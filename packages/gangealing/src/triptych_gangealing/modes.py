@@ -119,7 +119,7 @@ def mixed(
     *,
     num_ws: int,
     cutoff: int,
-    psi: float | int = 0.0,
+    psi: float = 0.0,
 ) -> Float[Tensor, "n num_ws w"]:
     """Styles of targets: c, or c moved by psi towards w, in the first `cutoff` layers, which decide on pose; w in the rest.
 

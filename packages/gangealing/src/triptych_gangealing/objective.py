@@ -167,7 +167,7 @@ def flow_identity(delta: Delta) -> Float[Tensor, " n"]:
     return delta.square().mean(dim=(1, 2, 3))
 
 
-def psi_schedule(step: int | float, total: int | float) -> float:
+def psi_schedule(step: float, total: float) -> float:
     """How much of an image's own style its target's early layers keep: a cosine from 1 at step 0 to 0 at `total`, then 0.
 
     With `total` 0 the target is the learned mode from the first step. Raises ValueError for a negative total or step.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from triptych_common.cli import echo
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
 

@@ -1,6 +1,6 @@
-"""Scores of generated images: distances between feature distributions, coverage, frozen instruments, the ADM suite."""
+"""Scores of generated images: distances between feature distributions, precision and recall, digits, the ADM suite."""
 
 import lazy_loader
 
-# What is exported stands in __init__.pyi, and is imported when first used: torch alone takes seconds.
+# The exports are listed in __init__.pyi and imported on first use: torch alone takes seconds.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

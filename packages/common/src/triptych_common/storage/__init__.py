@@ -1,1 +1,1 @@
-"""Files: written atomically, checked when read; checkpoints, others' files, and the run directory."""
+"""Files, written atomically and checked when read: checkpoints, model files, other programs' files, run directories."""

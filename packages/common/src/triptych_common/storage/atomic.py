@@ -1,4 +1,4 @@
-"""The one way files and folders are written: whole, under a temporary name that then takes the place of the old, or not at all."""
+"""Atomic writing of files and folders: under a temporary name, which replaces the old content only once complete."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-PARTIAL = ".partial"  # suffix of what is being written; a killed process can leave it behind
+PARTIAL = ".partial"  # suffix of unfinished files and folders; a killed process can leave them behind
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,10 +35,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` at the end of the block.
+    """Open a binary file for writing that replaces `path` at the end of the block.
 
     flush: wait until it is on the disk, so that a power cut cannot undo it; otherwise call `flush_file` before relying on
-    that. Raises OSError, the old file intact, when the disk refuses.
+    the file. Raises OSError, the old file intact, when the disk refuses.
     """
     with replacing(path, flush=flush) as partial, partial.open("wb") as file:
         yield file
@@ -46,9 +46,9 @@ def writing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, flush: bool = True, refusals: tuple[type[Exception], ...] = (OSError,)) -> Iterator[Path]:
-    """A temporary path for the block to write a file to, which then takes the place of `path`, or none if the block fails.
+    """Yield a temporary path for the block to write a file to; it replaces `path` at the end unless the block fails.
 
-    flush: as in `writing`. refusals: errors of the block that mean that the disk refused, for writers that raise others.
+    flush: as in `writing`. refusals: the exceptions by which the writer reports that the disk refused.
     Raises OSError, the old file intact, when the disk refuses.
     """
     partial = path.with_name(path.name + PARTIAL)
@@ -68,10 +68,10 @@ def replacing(path: Path, *, flush: bool = True, refusals: tuple[type[Exception]
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
-    """A temporary folder for the block to fill, which then appears at `path`, or nowhere if the block fails.
+    """Yield a temporary folder for the block to fill; it is moved to `path` at the end unless the block fails.
 
-    replaces: a folder that stands at `path` already is replaced if it holds a file of this name, or nothing.
-    Raises ValueError where something else stands there, OSError when the disk refuses.
+    replaces: an existing folder at `path` is replaced if it is empty or holds a file of this name.
+    Raises ValueError if anything else exists at `path`, OSError when the disk refuses.
     """
     if path.exists() and not (path.is_dir() and ((path / replaces).is_file() or not any(path.iterdir()))):
         raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
@@ -91,13 +91,13 @@ def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content is on the disk, whoever wrote it."""
+    """Wait until a file's content is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def flush_file(path: Path) -> None:
-    """The same; raises OSError with one line when the disk refuses."""
+    """`sync`, but raises an OSError that names the file and a remedy when the disk refuses."""
     try:
         sync(path)
     except OSError as error:
@@ -105,10 +105,10 @@ def flush_file(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: Exception) -> OSError:
-    """The error, naming the file and what to do, for a disk that refused."""
+    """The OSError for a disk that refused, naming the file and a remedy."""
     return OSError(f"{path}: cannot be written ({reason(error)}); make room or choose another --out, then repeat")
 
 
 def reason(error: Exception) -> str:
-    """Why the disk refused, in a few words."""
+    """The cause of an error of the disk, in a few words."""
     return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, checksummed, complete or absent.
 
-Tensors and a JSON state share a file, so that no interruption can leave halves of two steps: it is written under a
-temporary name, flushed to disk and renamed. A sharded run writes a folder instead, under the same name without suffix
-(`triptych_common.storage.sharded`); what lists, reads or removes checkpoints here takes either.
+Tensors and a JSON state share a file, so that no interruption can mix two steps: it is written under a temporary name,
+flushed to disk and renamed. A sharded run instead writes a folder, under the same name without suffix
+(`triptych_common.storage.sharded`). The functions here that list, read or remove checkpoints accept both.
 """
 
 import functools
@@ -31,27 +31,27 @@ _NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-able state to `path`, atomically.
+    """Write tensors and a state that JSON can hold to `path`, atomically.
 
-    Raises OSError when the disk refuses; `path` then holds what it held before.
+    Raises OSError, the old file intact, when the disk refuses.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state, sort_keys=True)
     metadata = {"state": text, "sha256": digest(contiguous, text)}
-    with replacing(path, refusals=(SafetensorError, RuntimeError)) as partial:  # a full disk arrives as either, too
+    with replacing(path, refusals=(SafetensorError, RuntimeError)) as partial:  # a full disk can raise either
         save_file(contiguous, partial, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on CPU) and state of a file that `write` made, or of a sharded run's folder.
+    """Tensors (on the CPU) and state of a file that `write` made, or of a sharded run's folder.
 
-    Raises ValueError when the file is truncated, altered or foreign, OSError when it is absent or cannot be opened.
+    Raises ValueError when the file is truncated, altered or no checkpoint, OSError when it is absent or cannot be opened.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.is_dir():
         return _read_folder(path)
-    path.open("rb").close()  # one that may not be read is not a damaged one
+    path.open("rb").close()  # so that missing permission is not reported as damage
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -66,9 +66,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Whole tensors (on CPU) and state of a folder that a sharded run wrote; needs no other ranks.
+    """Unsharded tensors (on the CPU) and state of a sharded run's folder; works on a single rank.
 
-    Raises ValueError when a file is missing, altered or foreign.
+    Raises ValueError when a file is missing, altered or no checkpoint's.
     """
     index = index_of(folder)
     verify_files(folder, sorted(index["files"]), index)
@@ -81,7 +81,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """What a folder's index says. Raises ValueError where it is missing, altered or foreign."""
+    """The content of a folder's index. Raises ValueError when it is missing, altered or no checkpoint's."""
     try:
         index = json.loads((folder / INDEX).read_text())
         recorded = index.pop("sha256")
@@ -94,7 +94,7 @@ def index_of(folder: Path) -> dict[str, Any]:
 
 
 def verify_files(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -> None:
-    """Compare files of a folder with the index's checksums. Raises ValueError for one that is missing or altered."""
+    """Compare files of a folder with the index's checksums. Raises ValueError for a missing or altered file."""
     for name in files:
         try:
             digest = file_digest(folder / name)
@@ -105,7 +105,7 @@ def verify_files(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -
 
 
 def part_reader(root: Path) -> Callable[..., Tensor]:
-    """A function from a chunk, and a box within it or all of it, to its values; it keeps files open."""
+    """A function that reads a chunk of a tensor, or a box within it; it keeps files open."""
     opened = functools.cache(lambda name: safe_open(root / name, framework="pt"))
 
     def part(chunk: Mapping[str, Any], box: tuple[slice, ...] = ()) -> Tensor:
@@ -116,12 +116,12 @@ def part_reader(root: Path) -> Callable[..., Tensor]:
 
 
 def box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
-    """A part of a tensor by where it starts and how large it is."""
+    """The index of the part of a tensor that starts at `offsets` and has `sizes`."""
     return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
 
 
 def index_digest(index: Mapping[str, Any]) -> str:
-    """SHA-256 that an index records of itself."""
+    """The SHA-256 that an index records of its own content."""
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
@@ -132,39 +132,40 @@ def file_digest(path: Path) -> str:
 
 
 def content_sha256(path: Path) -> str:
-    """The recorded hash of a file's tensors and state. The file's own bytes are no identity: safetensors writes metadata in
-    any order.
+    """The recorded SHA-256 of a file's tensors and state.
+
+    Unlike the hash of the file it is reproducible: safetensors writes metadata in arbitrary order.
     """
     with safe_open(path, framework="pt") as file:
         return file.metadata()["sha256"]
 
 
 def step_path(folder: Path, step: int, *, extra: bool = False, sharded: bool = False) -> Path:
-    """Where a step's checkpoint lies; an extra one is not of the schedule but of an interruption."""
+    """The path of a step's checkpoint; an `extra` one is written on an interruption or at the end, not on schedule."""
     return folder / f"step-{step:08d}{_EXTRA if extra else ''}{'' if sharded else _SUFFIX}"
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, oldest first."""
+    """The checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_order)
 
 
 def scheduled_in(folder: Path) -> list[Path]:
-    """Checkpoints of a folder without extra ones, oldest first."""
+    """The checkpoints in a folder except extra ones, oldest first."""
     return [path for path in steps_in(folder) if not path.stem.endswith(_EXTRA)]
 
 
 def prune(folder: Path, keep: int, spare: Sequence[Path] = ()) -> None:
-    """Remove all but the last `keep` checkpoints and those in `spare`, and what an interrupted write left."""
+    """Remove the leftovers of interrupted writes, and all checkpoints but the last `keep` and those in `spare`."""
     for path in [*steps_in(folder)[:-keep], *folder.glob(f"*{PARTIAL}")]:
         if path not in spare:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint or what is left of one; a folder at once, so that no half of it is taken for a checkpoint."""
+    """Remove a checkpoint, complete or partial. A folder is renamed first, so that half of it never passes for one."""
     if path.is_dir():
         doomed = path if path.name.endswith(PARTIAL) else path.rename(path.with_name(f"{path.name}-old{PARTIAL}"))
         shutil.rmtree(doomed)
@@ -173,7 +174,7 @@ def remove(path: Path) -> None:
 
 
 def remedy(path: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """Advice about a damaged checkpoint, for an error message."""
     if not _NAME.fullmatch(path.name):
         return "make or fetch it again"
     older = [p.name for p in steps_in(path.parent) if _order(p) < _order(path)]
@@ -181,7 +182,7 @@ def remedy(path: Path) -> str:
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 of a text and of names, types, shapes and bytes of tensors, wherever and in whatever order they lie."""
+    """SHA-256 of a text and of tensors' names, types, shapes and bytes, whatever their order, device and memory layout."""
     sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

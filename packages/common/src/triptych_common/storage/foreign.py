@@ -1,4 +1,4 @@
-"""Files of other programs: read restricted to tensors and plain containers, since unpickling anything else runs code."""
+"""Files of other programs, read only as tensors and plain containers, since unpickling anything else runs code."""
 
 import contextlib
 import pickle
@@ -15,20 +15,20 @@ from triptych_common.storage.atomic import replacing
 
 
 def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
-    """Content of a safetensors or torch.save file, on the CPU and memory-mapped where its format permits.
+    """The content of a safetensors or torch.save file, on the CPU and memory-mapped if its format permits.
 
-    allow: classes besides tensors and plain containers that may be unpickled; they must be harmless to build.
-    Raises FileNotFoundError where there is none, ValueError for a damaged file, or one that holds other objects.
+    allow: classes besides tensors and plain containers that may be unpickled; constructing them must be harmless.
+    Raises FileNotFoundError for an absent file, ValueError for one that is damaged or holds other objects.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    path.open("rb").close()  # one that may not be read is not a damaged one
+    path.open("rb").close()  # so that missing permission is not reported as damage
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats that are refused here anyway
+            warnings.simplefilter("ignore")  # they concern formats that are rejected here anyway
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError) as error:
         if objects := _refused(path, allow):
@@ -42,7 +42,7 @@ def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The text a safetensors file carries beside its tensors; empty for any other file."""
+    """The metadata of a safetensors file; empty for any other file."""
     with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
     return {}
@@ -51,9 +51,9 @@ def metadata(path: Path) -> dict[str, str]:
 def write(path: Path, content: Any) -> None:
     """torch.save, atomically.
 
-    Raises OSError when the disk refuses; `path` then holds what it held before.
+    Raises OSError, the old file intact, when the disk refuses.
     """
-    # a full disk arrives as RuntimeError, too
+    # a full disk can raise RuntimeError
     with replacing(path, refusals=(RuntimeError,)) as partial, partial.open("wb") as file:
         torch.save(content, file)
 
@@ -63,7 +63,7 @@ def _refused(path: Path, allow: Sequence[type]) -> list[str]:
     try:
         with torch.serialization.safe_globals(list(allow)):
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)[:3]
-    except Exception:  # whatever is wrong with it, it lists no objects
+    except Exception:  # a damaged file can raise anything, and lists no objects
         return []
 
 

@@ -1,4 +1,4 @@
-"""Model files: one safetensors file with a network's weights, its config, and the facts of its training."""
+"""Model files: a safetensors file with a network's weights, its config, and facts about its training."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +14,14 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class ModelFormat:
-    """A kind of model file: how to tell it from others, where a run keeps it, and what to do where there is none.
+    """A kind of model file: how it is recognised, its name in a run's folder, and the words of its error messages.
 
-    kinds: what the "kind" of such a file may be. file_name: its name in a run's folder. expected, mismatch, made, absent:
-    parts of messages, such as "a trained G.pt", "not a G.pt's model file", "triptych-gpt train --out FOLDER makes one" and,
-    for a folder without one, "no trained model; make one with triptych-gpt train --out {folder}".
+        FORMAT.write(path, model.state_dict(), asdict(config), {"steps": 1000})
+        model = FORMAT.read(path, lambda tensors, facts: build_model(facts["config"], tensors))
+
+    kinds: accepted values of the fact "kind". file_name: the file's name in a run's folder.
+    expected, mismatch, made, absent: parts of messages, such as "a trained G.pt", "not a G.pt's model file", "triptych-gpt
+        train --out FOLDER makes one" and, with {folder} for a folder that lacks the file, "no trained model in {folder}".
     """
 
     kinds: tuple[str, ...]
@@ -37,14 +40,15 @@ class ModelFormat:
         *,
         kind: str | None = None,
     ) -> None:
-        """Write a model file, atomically; config and facts must be JSON-able. kind: by default the first of `kinds`.
+        """Write a model file, atomically.
 
+        config, facts: anything that JSON can hold. kind: by default the first of `kinds`.
         Raises OSError, the old file intact, when the disk refuses.
         """
         checkpoint.write(path, tensors, {**facts, "kind": kind or self.kinds[0], "config": dict(config)})
 
     def path(self, path: str | Path) -> Path:
-        """A model file itself, or the one in a run's folder. Raises FileNotFoundError where there is none."""
+        """The path itself, or that of the model file in a run's folder. Raises FileNotFoundError if there is none."""
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder; expected {self.expected} ({self.made})")
@@ -53,10 +57,11 @@ class ModelFormat:
         return path / self.file_name if path.is_dir() else path
 
     def read(self, path: str | Path, build: Callable[[dict[str, Tensor], dict[str, Any]], Model]) -> Model:
-        """What `build` makes of the tensors, on the CPU, and facts ("kind" and "config" included) of a model file or run folder.
+        """The result of `build(tensors, facts)` for a model file, or the one in a run's folder.
 
-        Raises FileNotFoundError where there is none; ValueError for a file that is damaged, of another kind, or such that
-        `build` fails on it.
+        Tensors are on the CPU; facts include "kind" and "config".
+        Raises FileNotFoundError for an absent file, ValueError for one that is damaged, of another kind, or that `build`
+        fails on.
         """
         path = self.path(path)
         try:

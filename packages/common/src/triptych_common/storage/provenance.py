@@ -1,4 +1,4 @@
-"""What made a result: command, commit, versions and hardware."""
+"""The provenance of results: command, commit, versions and hardware."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """What made a result: command, commit, versions and hardware."""
+    """The command, commit, versions and hardware of this process, as JSON can hold them."""
     return {"command": command_line(), "commit": git_commit(), "versions": versions(), "hardware": hardware()}
 
 
@@ -31,7 +31,7 @@ def git_commit() -> str:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # fails where this is installed into some other project's checkout
+        git("ls-files", "--error-unmatch", __file__)  # fails if this is installed inside another project's checkout
         commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
@@ -40,6 +40,7 @@ def git_commit() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python, torch, numpy and the packages of triptych that are installed."""
     found = {"python": platform.python_version()}
     for name in ("torch", "numpy", "triptych-common", "triptych-dit", "triptych-gpt", "triptych-gangealing"):
         try:
@@ -50,6 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
+    """The names of CPU and GPU, the number of cores, and the number of threads that torch uses."""
     import torch
 
     facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}

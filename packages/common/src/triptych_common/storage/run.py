@@ -1,4 +1,4 @@
-"""The run directory: one locked folder with the resolved config, provenance, metrics and checkpoints of a run."""
+"""The run directory: a locked folder with the config, provenance, metrics and checkpoints of a run."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from triptych_common.storage.atomic import cannot_write, write_json, write_text
 
 
 class RunDirectory:
-    """A folder that one process at a time may write to.
+    """A folder that one process at a time may write to; use it as a context manager.
 
-    `identity` is the part of the config that decides the run's results: entering a folder that holds another identity
-    is refused, so that repeating a command can only resume it. On ranks other than the main one nothing is locked or
-    written. Use as a context manager.
+    identity: the part of the config that decides the run's results. A folder that holds another identity is refused, so
+        that repeating a command can only resume its run.
+    is_main: on ranks other than the main one nothing is locked or written. tensorboard: write TensorBoard events too.
 
-    Raises ValueError for another identity or a folder in use, OSError for one that cannot be written.
+    Entering raises ValueError for another identity or a folder in use, OSError for a folder that cannot be written.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RunDirectory:
     def _check_identity(self) -> None:
         path = self.path / "config.json"
         if not path.exists():
-            from triptych_common.storage.provenance import provenance  # asks git, and imports what that takes
+            from triptych_common.storage.provenance import provenance  # needed only here, and slow to import
 
             write_json(path, {"config": self.identity, **provenance()})
             return
@@ -79,10 +79,11 @@ class RunDirectory:
 
     @property
     def metrics_path(self) -> Path:
+        """The file of metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl; it must hold "step"."""
+        """Append a row, which must have "step", to metrics.jsonl. Raises OSError when the disk refuses."""
         if not self.is_main:
             return
         line = json.dumps(row, allow_nan=False) + "\n"
@@ -99,21 +100,21 @@ class RunDirectory:
                     self._tensorboard.add_scalar(name, value, row["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every complete row of metrics.jsonl."""
+        """The rows of metrics.jsonl, without a half-written last one."""
         if not self.metrics_path.exists():
             return []
         lines = self.metrics_path.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget rows after `step`: those that a resumed run writes again, and a half-written last one."""
+        """Remove rows after `step`, which a resumed run writes again, and a half-written last one."""
         if self.is_main and self.metrics_path.exists():
             rows = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
             write_text(self.metrics_path, "".join(rows))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots."""
+    """Nested dictionaries flattened into one, with keys joined by dots."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
@@ -124,7 +125,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any) -> str:
-    """The first few settings in which two JSON trees differ, with both values; empty where they are equal."""
+    """The first four settings in which two JSON trees differ, with both values; empty if the trees are equal."""
     before, now = flatten(before), flatten(now)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     return ", ".join(f"{key}={before.get(key)!r} (now {now.get(key)!r})" for key in changed[:4])

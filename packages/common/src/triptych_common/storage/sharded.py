@@ -1,9 +1,9 @@
 """Checkpoints of sharded runs: a folder to which every rank writes its own shards, readable by any number of ranks.
 
-`torch.distributed.checkpoint` plans who writes and who reads which part of which tensor. Its own file formats are not
-used: its metadata is a pickle, which is code to whoever opens it, and its safetensors variant keeps neither a state nor
-checksums. Here a folder holds one safetensors file a rank, and `index.json` with the state, where each part of each
-tensor lies and the SHA-256 of every file. It is written under a temporary name and renamed once all ranks are done.
+`torch.distributed.checkpoint` plans which rank writes and reads which part of which tensor. Its file formats are not
+used: its metadata is a pickle, which can run code when opened, and its safetensors variant keeps neither a state nor
+checksums. Here a folder holds one safetensors file per rank, and `index.json` with the state, the location of each part
+of each tensor and the SHA-256 of every file. It is written under a temporary name and renamed once all ranks are done.
 """
 
 import json
@@ -28,9 +28,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write tensors, each sharded or the same on every rank, and a JSON-able state to `folder`, atomically.
+    """Write tensors, each sharded or the same on every rank, and a state that JSON can hold to `folder`, atomically.
 
-    All ranks call it. Raises OSError, on every rank, when one of them cannot write; `folder` then is what it was.
+    All ranks must call this. Raises OSError on every rank, the old folder intact, when one of them cannot write.
     """
     writer = _Writer(folder, state, ranks)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -46,11 +46,11 @@ def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any],
 def read_like(
     path: Path, like: Callable[[str], Tensor | None], ranks: Ranks
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint, a folder or one file, each tensor sharded as `like(name)` is.
+    """Tensors and state of a checkpoint, a folder or a single file, each tensor sharded as `like(name)` is.
 
-    A tensor for which `like` has none, or one of another shape, comes whole and on the CPU. Each rank reads the parts it
-    needs, whichever ranks wrote them. All ranks call it.
-    Raises ValueError, on every rank, when a file is missing, altered or foreign.
+    A tensor for which `like` returns None or another shape is returned unsharded on the CPU. Each rank reads the parts it
+    needs, whichever ranks wrote them. All ranks must call this.
+    Raises ValueError on every rank when a file is missing, altered or no checkpoint's.
     """
     index = _on_all(ranks, lambda: checkpoint.index_of(path) if path.is_dir() else _index_of_file(path, ranks))
     _on_all(ranks, lambda: checkpoint.verify_files(path, sorted(index["files"])[ranks.rank :: ranks.world_size], index))
@@ -70,7 +70,7 @@ def read_like(
 
 
 class _Writer(dcp.StorageWriter):
-    """What torch.distributed.checkpoint calls: on every rank to write, on the main one (the coordinator) to finish."""
+    """The writer that torch.distributed.checkpoint calls: on every rank to write, on the main rank to finish."""
 
     def __init__(self, folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
         self.folder, self.state, self.ranks = folder, state, ranks
@@ -118,11 +118,11 @@ class _Writer(dcp.StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False  # made for one folder, never picked by name
+        return False  # constructed for one folder, never looked up by name
 
 
 class _Reader(dcp.StorageReader):
-    """What torch.distributed.checkpoint calls: the index as its metadata, then the parts that its plan names."""
+    """The reader that torch.distributed.checkpoint calls: for metadata from the index, then for the parts in its plan."""
 
     def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
         self.part, self.index = checkpoint.part_reader(path if path.is_dir() else path.parent), index
@@ -164,7 +164,7 @@ class _Reader(dcp.StorageReader):
 
 
 def _disk_error(failed: dcp.CheckpointException, what: str, remedy: str = "") -> BaseException:
-    """The first rank's failure as one line; itself where it is not the disk's doing."""
+    """The failure of the lowest failing rank: as one line if the disk caused it, else unchanged."""
     rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
     if not isinstance(error, SafetensorError | RuntimeError | OSError):  # a full disk arrives as any of the three
         return error
@@ -182,7 +182,7 @@ def _key(index: MetadataIndex) -> str:
 
 
 def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """What the index of a folder would say of one file; the main rank checks the file for all."""
+    """The index that describes a single file, as that of a folder would; the main rank verifies the file for all."""
     if ranks.is_main:
         checkpoint.read(path)
     with safe_open(path, framework="pt") as file:
@@ -196,7 +196,7 @@ def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def _on_all(ranks: Ranks, act: Callable[[], Any]) -> Any:
-    """The result of `act`; where it fails on one rank it raises on all of them, so that none waits for another."""
+    """The result of `act`. If it fails on one rank this raises on all of them, so that none waits for another."""
     result, failure = None, None
     try:
         result = act()

@@ -1,6 +1,6 @@
-"""What a training loop needs and is easily got wrong: accumulation, clipping, EMA, NaN policy, exact resume.
+"""The parts of a training loop that are easy to get wrong: accumulation, clipping, EMA, NaN policy, exact resume.
 
-There is no trainer. A package's loop stays a short flat `for`:
+There is no trainer class. A package's loop stays a short flat `for`:
 
     with process_group(config.device) as ranks, open_run(config, ranks, {"data": digest}) as run:
         state = TrainState(model, optimizer, ranks, **config.state_options())
@@ -8,8 +8,8 @@ There is no trainer. A package's loop stays a short flat `for`:
             means = state.accumulate(batch, config.micro_batch, lambda counters: {"loss": loss_of(counters)})
             state.update(batch, means)
 
-Randomness comes from (seed, stream, sample counter), so a checkpoint is weights, optimiser and counters. A resumed run
-equals the uninterrupted one bit for bit; on several ranks logged means agree to rounding.
+Randomness is a function of (seed, stream, sample counter), so a checkpoint needs only weights, optimiser and counters.
+A resumed run equals the uninterrupted one bit for bit; on several ranks the logged means agree up to rounding.
 """
 
 import math
@@ -35,9 +35,10 @@ from triptych_common.training.state import Batch, TrainState
 def open_run(
     config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *, out: Path | None = None
 ) -> RunDirectory:
-    """The run directory of a training, to be entered.
+    """The run directory of a training run, to be entered with `with`.
 
-    facts: what the run's identity holds besides the settings', such as a digest of the data. out: by default `config.out`.
+    facts: added to the settings' part of the run's identity, such as a digest of the data. out: by default `config.out`.
+    Entering raises ValueError for a folder that holds another run or is in use, OSError for one that cannot be written.
     """
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -57,11 +58,11 @@ def training_steps(
     total_samples: int | None = None,
     title: str = "training",
     on_step: Callable[[TrainState], None] = lambda state: None,
-    flops_per_sample: float | int | None = None,
+    flops_per_sample: float | None = None,
 ) -> Iterator[Batch]:
-    """`steps` as the settings say, with a progress bar.
+    """`steps` with the arguments that the settings give, and a progress bar.
 
-    total_samples: by default those of the settings. on_step, flops_per_sample: as for `steps`. Raises as `steps` does.
+    total_samples: by default `config.total_samples`. on_step, flops_per_sample: as for `steps`. Raises as `steps` does.
     """
     total = config.total_samples if total_samples is None else total_samples
     fastest = None
@@ -80,7 +81,7 @@ def training_steps(
 
 
 def summary(run: RunDirectory, measured: str = "loss") -> dict[str, Any]:
-    """What a training command returns of its metrics: their file, and the last row that holds a value of `measured`."""
+    """The part of a training command's result that concerns metrics: their file, and the last row that has `measured`."""
     rows = [row for row in run.metrics() if measured in row]
     return {"metrics": str(run.metrics_path), "last": rows[-1] if rows else None}
 
@@ -97,24 +98,30 @@ def steps(
     on_step: Callable[[TrainState], None] = lambda state: None,
     patience: int = 3,
     max_rollbacks: int = 3,
-    flops_per_sample: float | int | None = None,
-    peak_flops: float | int | None = None,
+    flops_per_sample: float | None = None,
+    peak_flops: float | None = None,
     unit: str = "images",
 ) -> Iterator[Batch]:
-    """Batches of sample counters from wherever the run stands to its end.
+    """Yield one batch of sample counters per optimiser step, from where the run stands to its end.
 
-    Owns what surrounds a step: restores the newest checkpoint and cuts metrics.jsonl back to it, writes a checkpoint
-    every `checkpoint_every` steps and at the end, a metrics row every `log_every`, saves and raises `Interrupted` on
-    SIGINT or SIGTERM. After `patience` non-finite steps in a row it rolls weights (never counters) back to the last
-    checkpoint of the schedule, or to the one before where that did not help. `on_step` is called after every step, before
-    its checkpoint.
+        with RunDirectory(out, {"lr": 1e-3}) as run:
+            for batch in steps(state, run, total_samples=60_000, batch_size=64, checkpoint_every=500, log_every=50):
+                means = state.accumulate(batch, None, lambda counters: {"loss": loss_of(counters)})
+                state.update(batch, means)
 
-    Rows count samples under the name `unit`, and hold throughput and the largest peak memory of any rank; with
-    `flops_per_sample` (of a forward and a backward pass, 2 a multiply-add: six times the model's multiply-adds) also
-    `time/tflops` of all ranks together, and with `peak_flops` of one device its share of the possible, `time/mfu`. What
-    activation checkpointing computes twice counts once.
+    It first restores the newest checkpoint and cuts metrics.jsonl back to it. It then writes a checkpoint every
+    `checkpoint_every` steps and at the end (the last `keep` remain) and a metrics row every `log_every` steps; on SIGINT or
+    SIGTERM it saves and raises `Interrupted`. After `patience` non-finite steps in a row it rolls the weights (never the
+    counters) back to the last scheduled checkpoint, or to the one before if that did not help.
 
-    Raises ValueError where sizes or checkpoint do not fit, Diverged after `max_rollbacks`.
+    on_step: called after every step, before its checkpoint is written.
+    flops_per_sample: of a forward and a backward pass, counting a multiply-add as 2: six times the model's multiply-adds.
+        Rows then hold `time/tflops`, summed over ranks; what activation checkpointing recomputes is not counted.
+    peak_flops: of one device, per second; rows then hold `time/mfu`, the utilisation of all devices (0 to 1).
+    unit: the name under which rows count samples. Rows also hold throughput and the largest peak memory of any rank.
+
+    Raises ValueError if the batch does not divide over the ranks or the checkpoint does not fit, Diverged after
+    `max_rollbacks` rollbacks.
     """
     ranks = state.ranks
     if batch_size % ranks.world_size:
@@ -126,7 +133,7 @@ def steps(
         while state.step < total_steps:
             counters = range(state.samples_seen, state.samples_seen + batch_size)
             yield Batch(state.step, batch_size, ranks.share(counters))
-            # What follows a bad step must not push good checkpoints out.
+            # Checkpoints that follow a non-finite step must not displace good ones.
             due = state.step % checkpoint_every == 0 and state.skipped_in_a_row == 0 and state.is_finite()
             if state.skipped_in_a_row >= patience:
                 _roll_back(state, run, patience, max_rollbacks)
@@ -151,7 +158,7 @@ def is_due(samples_seen: int, *, every: int, batch_size: int, total_samples: int
 
 
 def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
-    # All look before any writes, so that no rank takes the step-0 file another has just written for an old one.
+    # Every rank looks before any rank writes; otherwise one could mistake the new step-0 file for an old checkpoint.
     newest = state.ranks.gather(next(reversed(checkpoint.steps_in(run.checkpoints)), None))
     if newest[0] is None:
         _save(state, run, keep)
@@ -170,12 +177,12 @@ def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
 
 
 def _save(state: TrainState, run: RunDirectory, keep: int, *, extra: bool = False) -> None:
-    if state.ranks.world_size > 1:  # meters differ by rank: keep their mean in the file, on every rank alike
+    if state.ranks.world_size > 1:  # meters differ between ranks: the file keeps their mean, and so does every rank
         state.meters = {name: state.ranks.sum(v) / state.ranks.world_size for name, v in state.meters.items()}
     state.write(run.checkpoints, extra=extra)
     if run.is_main:
-        # Those of the schedule are what roll-backs use: a signal's extra ones must not push them out, or a run's results
-        # would depend on its interruptions.
+        # Rollbacks use scheduled checkpoints. If those written on a signal displaced them, results would depend on
+        # interruptions.
         checkpoint.prune(run.checkpoints, keep, spare=checkpoint.scheduled_in(run.checkpoints)[-keep:])
     state.ranks.barrier()
 
@@ -200,8 +207,8 @@ def _log(
     run: RunDirectory,
     batch_size: int,
     window: tuple[float, int],
-    flops_per_sample: float | int | None,
-    peak_flops: float | int | None,
+    flops_per_sample: float | None,
+    peak_flops: float | None,
     unit: str,
 ) -> tuple[float, int]:
     now = time.perf_counter()
@@ -229,8 +236,10 @@ def _log(
 
 
 class _Signals:
-    """Remembers SIGINT and SIGTERM instead of dying by them. A second SIGINT takes the usual way; a second SIGTERM does
-    not, since a scheduler may well send one to every process and torchrun pass on another.
+    """Records SIGINT and SIGTERM instead of dying from them.
+
+    A second SIGINT raises KeyboardInterrupt. A second SIGTERM is ignored: a scheduler may send one to every process while
+    torchrun forwards another.
     """
 
     def __init__(self) -> None:

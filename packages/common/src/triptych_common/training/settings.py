@@ -1,4 +1,4 @@
-"""Settings that every training loop shares. A package's own settings class derives from the one that fits its loop."""
+"""Settings that training loops share. A package's own settings class derives from the one that fits its loop."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoopSettings(CommonOptions):
-    """What every training loop takes. A subclass declares `total_images`, or the total of whatever `unit` it counts in, and
-    gives its own defaults and help texts by declaring a field again: constraints and marks stay those declared here.
+    """Settings of every training loop. A subclass declares `total_images`, or the total of whatever `unit` it counts in:
+
+        @dataclass(frozen=True)
+        class Settings(LoopSettings):
+            total_images: Annotated[int, Gt(0)] = 60_000
+            lr: float = 3e-4
+
+    Declaring a field again changes its default and help text; constraints and marks stay those declared here.
+    Raises ValueError, naming field, value and expectation, for a value that violates a constraint.
     """
 
     unit: ClassVar[str] = "images"  # what the loop counts; fields named after it: total_, warmup_, ema_half_life_
@@ -41,12 +48,12 @@ class LoopSettings(CommonOptions):
             raise ValueError(f"{name} {getattr(self, name)}: expected 0..{self.total_samples} (total_{self.unit})")
 
     def identity(self) -> dict[str, Any]:
-        """What decides the results: every field that is not marked `FREE`."""
+        """The settings that decide a run's results: every field that is not marked `FREE`."""
         return fields.identity(self)
 
     @property
     def total_samples(self) -> int:
-        """Samples to train on, repeats counted."""
+        """Number of samples to train on, counting repeats, in `unit`s."""
         return getattr(self, f"total_{self.unit}")
 
     def resolved(self) -> dict[str, Any]:
@@ -57,7 +64,7 @@ class LoopSettings(CommonOptions):
 
 @dataclass(frozen=True)
 class AccumulatingSettings(LoopSettings):
-    """A loop whose batch may be computed in parts."""
+    """Settings of a loop that can compute a batch in parts."""
 
     micro_batch: Annotated[int | None, Ge(1), FREE] = None
     """images per backward pass and rank; smaller saves memory and accumulates gradients"""
@@ -65,23 +72,25 @@ class AccumulatingSettings(LoopSettings):
 
 @dataclass(frozen=True)
 class AdamWSettings(AccumulatingSettings):
-    """A loop over one model with AdamW, clipping and an average of the weights. Subclasses
-    declare the average's half-life and the length of the warmup, in the loop's unit."""
+    """Settings of a loop over one model with AdamW, gradient clipping and an average of the weights.
+
+    Subclasses declare `ema_half_life_images` and `warmup_images`, or the like for another `unit`.
+    """
 
     adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.999
     """AdamW's second decay rate"""
     grad_clip: Annotated[float | None, Gt(0)] = None
     """bound on the gradient's norm"""
     ema_rampup: Annotated[float | None, Gt(0)] = None
-    """bound the half-life to this share of the images seen so far"""
+    """limit the half-life to this multiple of the images seen so far"""
 
     def learning_rate(self, samples_seen: int) -> float:
-        """Learning rate of the step that starts after `samples_seen` samples: here linear warmup, then constant."""
+        """Learning rate of the step that starts after `samples_seen` samples: linear warmup, then constant."""
         warmup = getattr(self, f"warmup_{self.unit}")
         return self.lr * (min(1.0, (samples_seen + self.batch_size) / warmup) if warmup else 1.0)
 
     def state_options(self) -> dict[str, Any]:
-        """What `TrainState` takes from the settings."""
+        """Keyword arguments for `TrainState`."""
         return {
             "ema_half_life": getattr(self, f"ema_half_life_{self.unit}"),
             "ema_rampup": self.ema_rampup,
@@ -92,7 +101,7 @@ class AdamWSettings(AccumulatingSettings):
 
 @dataclass(frozen=True)
 class WeightPrecision:
-    """A choice between weights of single and double precision."""
+    """Settings with a choice between weights in single and double precision."""
 
     precision: Literal["float32", "float64"] = "float32"
     """type of weights"""
@@ -107,7 +116,7 @@ class WeightPrecision:
 
 @dataclass(frozen=True)
 class ExecutionSettings(WeightPrecision):
-    """How a network of blocks is run: see `triptych_common.parallel.Execution`."""
+    """Settings of how a network of blocks is run: see `triptych_common.parallel.Execution`."""
 
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"  # type: ignore[assignment]
     """arithmetic of the network; tf32 rounds the inputs of a GPU's float32 products, bf16 keeps weights, average and loss
@@ -121,12 +130,12 @@ class ExecutionSettings(WeightPrecision):
 
     @property
     def arithmetic(self) -> str:
-        """`precision` as `Execution` knows it: tf32 is a way of computing float32."""
+        """`precision` as `Execution` takes it: tf32 is a way of computing float32."""
         return "float32" if self.precision == "tf32" else self.precision
 
     @property
     def execution(self) -> "Execution":
-        """What `TrainState` is to run the model by."""
+        """The `Execution` that `TrainState` takes."""
         from triptych_common.parallel import Execution
 
         return Execution(self.parallel, self.arithmetic, self.activation_checkpointing, self.compile_blocks)
@@ -134,11 +143,11 @@ class ExecutionSettings(WeightPrecision):
 
 @dataclass(frozen=True)
 class TransformerSettings(AdamWSettings, ExecutionSettings):
-    """A loop over a transformer: AdamW, and every way of running its blocks."""
+    """Settings of a loop over a transformer: AdamW, and every way of running its blocks."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's weight decay"""
 
     def state_options(self) -> dict[str, Any]:
-        """What `TrainState` takes from the settings."""
+        """Keyword arguments for `TrainState`."""
         return super().state_options() | {"execution": self.execution}

@@ -30,14 +30,14 @@ COUNTERS = ("samples_seen", "step", "skipped", "skipped_in_a_row", "rollbacks", 
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's worth of sample counters: `size` over all ranks, `counters` on this one."""
+    """The sample counters of one optimiser step: `size` of them over all ranks, `counters` on this rank."""
 
     step: int
     size: int
     counters: range
 
     def micro_batches(self, micro_batch: int | None = None) -> Iterator[tuple[range, bool]]:
-        """Counters in parts of at most `micro_batch`, and whether a part is the last."""
+        """Parts of at most `micro_batch` counters (all by default), each with whether it is the last."""
         size = micro_batch or len(self.counters)
         for start in range(0, len(self.counters), size):
             yield self.counters[start : start + size], start + size >= len(self.counters)
@@ -45,30 +45,36 @@ class Batch:
 
 @dataclass
 class TrainState:
-    """A model in training: weights, their exponential moving average, optimiser and counters.
+    """A model in training: weights, their exponential moving average (EMA), optimiser and counters.
 
-    optimizer: made, or, as a sharded run needs it, the function that makes it from the trainable parameters.
-    ema_half_life: samples after which an old weight's share in the average has halved; while fewer than
-        half-life / ema_rampup samples have been seen, the half-life is ema_rampup times those seen, so that the average
-        forgets its random start at any length of run.  [Karras et al. 2024, EDM; rampup None: constant]
-    grad_clip: bound on the global gradient norm; None: none.
-    learning_rate: of the samples seen before a step; a group of the optimizer's parameters may scale it by its `lr_factor`.
-    execution: how `model` and `ema` are run, both from then on; a model to be sharded had better come on the CPU. Where
-        they are sharded, calling either is an act of all ranks together, and so is every method but `counters`.
+        with process_group() as ranks:
+            state = TrainState(model, AdamW, ranks, ema_half_life=500_000)  # samples
+            batch = Batch(step=0, size=64, counters=range(64))
+            state.update(batch, state.accumulate(batch, 16, lambda counters: {"loss": loss_of(counters)}))
 
-    averaged_part: name of the submodule whose moving average is kept; the whole model by default.
-    several_passes: a step is more than one forward and backward pass, of parts of the model or differentiated twice, as in
-        adversarial training: the loop calls `model` itself, `optimise` after each pass, and `count` at the end.
+    A training step calls `parallel_model`, whose gradients are averaged over ranks; `ema` is called directly, without
+    gradients.
 
-    `parallel_model` is what a training step calls otherwise. `ema` is called as it is, without gradients.
-    Raises ValueError for a model without the blocks that `execution` needs, or a sharded one whose optimiser is made or that
-    takes several passes.
+    optimizer: an optimiser, or a function that makes one from the trainable parameters, which a sharded run requires.
+    ema_half_life: number of samples after which an old weight's share in the average has halved.
+    ema_rampup: limits the half-life to this multiple of the samples seen, so that the average forgets its random start
+        however short the run; None: no limit.  [Karras et al. 2022, EDM]
+    grad_clip: bound on the global gradient norm; None: no clipping.
+    learning_rate: maps the samples seen before a step to its learning rate, which a parameter group may scale by `lr_factor`.
+    execution: how `model` and `ema` are run. Leave a model that will be sharded on the CPU. All ranks must then call the
+        models, and every method except `counters`, together.
+    averaged_part: name of the submodule whose moving average is kept; by default the whole model.
+    several_passes: a step has more than one forward and backward pass, or differentiates twice, as in adversarial training.
+        The loop then calls `model`, `optimise` after each pass, and `count` at the end.
+
+    Raises ValueError if the model lacks the blocks that `execution` needs, or if a sharded one comes with a finished
+    optimiser, an averaged part or several passes.
     """
 
     model: nn.Module
-    optimizer: Any  # given as an optimizer or as what makes it; an optimizer from then on
+    optimizer: Any  # an optimizer or the function that makes it; after construction always an optimizer
     ranks: Ranks
-    ema_half_life: float | int
+    ema_half_life: float
     ema_rampup: float | None = 0.1
     grad_clip: float | None = 1.0
     learning_rate: Callable[[int], float] | None = None
@@ -101,15 +107,16 @@ class TrainState:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights, average and optimiser slots are spread over ranks."""
+        """Whether weights, average and optimiser state are sharded over ranks."""
         return self.execution.sharded(self.ranks)
 
     def accumulate(
         self, batch: Batch, micro_batch: int | None, losses: Callable[[range], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Gradients of the mean "loss" over this rank's part of a batch, in portions of at most `micro_batch` samples.
+        """Accumulate gradients of the mean "loss" over this rank's part of a batch, at most `micro_batch` samples at a time.
 
-        losses: of sample counters, the mean "loss" and other means to report. Returns the means of all of them.
+        losses: maps sample counters to their mean "loss" and other scalar means to report.
+        Returns those means over the whole part, detached.
         """
         totals: dict[str, Tensor] = {}
         for counters, last in batch.micro_batches(micro_batch):
@@ -122,18 +129,20 @@ class TrainState:
         return totals
 
     def update(self, batch: Batch, metered: Mapping[str, Tensor]) -> bool:
-        """Finish a step: clip, optimise, average, count; True if weights moved.
+        """Finish a step: clip, optimise, update the average, count. Returns whether the gradients were finite and so used.
 
-        The samples of non-finite gradients stay counted as seen: a replay would make them again.
+        metered: scalars to log, averaged until the next row.
+        Samples of a skipped step count as seen, since replaying them would give the same non-finite gradients.
         """
         norm, finite = self.optimise()
         self.count(batch, {**metered, "grad_norm": norm}, finite)
         return finite
 
     def optimise(self) -> tuple[Tensor, bool]:
-        """Clip and use the gradients there are, whose norm this returns, and whether they are finite: others are thrown away.
+        """Clip the gradients, let the optimiser use them if they are finite, and clear them.
 
-        Parameters without a gradient stay. The norm, and so the answer, is the same on every rank.
+        Returns their global norm before clipping and whether it is finite, both the same on every rank. Parameters without a
+        gradient stay unchanged.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if self.several_passes:
@@ -150,7 +159,7 @@ class TrainState:
         return norm, finite
 
     def count(self, batch: Batch, metered: Mapping[str, Tensor], finite: bool) -> None:
-        """End a step whose gradients were all used (`finite`), or else one that is skipped: its numbers are not metered."""
+        """Count a step; if all its gradients were `finite`, also update the average and meter its numbers."""
         if finite:
             self._average(batch.size)
             self._meter(metered)
@@ -179,27 +188,27 @@ class TrainState:
         self.metered_steps += 1
 
     def read_meters(self) -> dict[str, float]:
-        """Means over ranks and over the steps since the last reading, skipped steps aside."""
+        """Means over ranks and over the steps since the last reading, without skipped steps; resets the meters."""
         scale = 1 / (max(self.metered_steps, 1) * self.ranks.world_size)
         means = {name: float(self.ranks.sum(value)) * scale for name, value in self.meters.items()}
         self.meters, self.metered_steps = {}, 0
         return means
 
     def is_finite(self) -> bool:
-        """Whether weights and their average hold no NaN or infinity, the same answer on every rank."""
+        """Whether weights and their average are free of NaN and infinity; the same answer on every rank."""
         values = [local(p.detach()) for p in (*self.model.parameters(), *self.ema.parameters())]
         return not self.ranks.any(not torch.stack([torch.isfinite(value).all() for value in values]).all())
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged model's state dict, whole and on the CPU, on the main rank; empty on the others.
+        """The averaged model's state dict: unsharded and on the CPU on the main rank, empty on the others.
 
-        Gathered tensor by tensor: no GPU holds a second whole model.
+        It is gathered tensor by tensor, so that no GPU holds a second unsharded model.
         """
         tensors = ((name, whole(value)) for name, value in self.ema.state_dict().items())
         return {name: value.cpu() for name, value in tensors if self.ranks.is_main}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds as tensors, by name."""
+        """All tensors of a checkpoint, by name."""
         out = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         out |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         for name, slots in self._optimizer_slots().items():
@@ -207,10 +216,14 @@ class TrainState:
         return out | {f"meter.{name}": value for name, value in self.meters.items()}
 
     def counters(self) -> dict[str, int]:
+        """All counters of a checkpoint, by name."""
         return {name: getattr(self, name) for name in COUNTERS}
 
     def write(self, folder: Path, *, extra: bool) -> None:
-        """Write this step's checkpoint: one file by the main rank, or a folder by all where they hold shards."""
+        """Write this step's checkpoint: one file, by the main rank, or for a sharded run a folder, by all ranks.
+
+        extra: the checkpoint is not a scheduled one. Raises OSError when the disk refuses.
+        """
         path = checkpoint.step_path(folder, self.step, extra=extra, sharded=self.sharded)
         if self.sharded:
             from triptych_common.storage import sharded  # takes a second to import
@@ -220,7 +233,10 @@ class TrainState:
             checkpoint.write(path, self.tensors(), self.counters())
 
     def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Tensors and counters of a checkpoint for `load`, whatever ranks wrote it and in whatever layout."""
+        """Tensors and counters of a checkpoint, for `load`, whatever the layout and number of ranks that wrote it.
+
+        Raises ValueError for a damaged checkpoint.
+        """
         if not self.sharded:
             return checkpoint.read(path)
         from triptych_common.storage import sharded
@@ -234,7 +250,7 @@ class TrainState:
         return sharded.read_like(path, like, self.ranks)
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int] | None) -> None:
-        """Restore what `read` gave or `tensors` and `counters` saved; without counters only weights, average and optimiser.
+        """Restore what `read` returned; with counters None, only the weights, their average and the optimiser.
 
         Raises ValueError when the tensors do not fit this model.
         """
@@ -268,7 +284,7 @@ class TrainState:
 
 
 def _laid_out_as(parameter: nn.Parameter, slot: Tensor) -> Tensor:
-    """An optimiser slot with the parameter's strides: fused optimisers on the CPU pair elements by place in memory, unchecked."""
+    """An optimiser slot with the parameter's strides, which fused CPU optimisers assume without checking."""
     if slot.shape != parameter.shape or slot.stride() == parameter.stride():
         return slot
     return torch.empty_like(parameter, dtype=slot.dtype, device=slot.device).copy_(slot)

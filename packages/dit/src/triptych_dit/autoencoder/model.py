@@ -101,8 +101,8 @@ class Autoencoder:
 def scaled_sample(
     moments: Float[Tensor, "batch moments height width"],
     noise: Float[Tensor, "batch latent_channels height width"],
-    scale_factor: float | int,
-    shift_factor: float | int = 0.0,
+    scale_factor: float,
+    shift_factor: float = 0.0,
 ) -> Float[Tensor, "batch latent_channels height width"]:
     """Draw scaled latents from posteriors: (mean + std * noise - shift) * scale."""
     mean, log_variance = moments.chunk(2, dim=1)

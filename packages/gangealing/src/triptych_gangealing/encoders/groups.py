@@ -90,7 +90,7 @@ def posed_views(images: Images, config: EncoderTrainConfig, indices: list[int]) 
 
 
 def contrast(
-    descriptor: nn.Module, first: Images, second: Images, temperature: float | int
+    descriptor: nn.Module, first: Images, second: Images, temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`nt_xent` of descriptions of two views."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)

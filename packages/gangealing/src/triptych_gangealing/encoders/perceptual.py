@@ -52,7 +52,7 @@ class PerceptualDistance(nn.Module):
         trunk: nn.Module,
         *,
         heads: Sequence[Float[Tensor, " _channels"]] | None = None,
-        divisor: float | int = 1.0,
+        divisor: float = 1.0,
         shift: Sequence[float] = (0.0, 0.0, 0.0),
         scale: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:

@@ -41,7 +41,7 @@ Images = Float[Tensor, "n 3 height width"]
 
 
 def nt_xent(
-    first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], temperature: float | int
+    first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Normalised temperature-scaled cross-entropy of finding each view's other view among all 2n - 1, by cosine; and the share
     of views whose nearest is the right one.  [Chen et al. 2020, eq. 1]
@@ -54,7 +54,7 @@ def nt_xent(
 
 
 def contrast_maps(
-    encoder: nn.Module, first: Images, second: Images, temperature: float | int
+    encoder: nn.Module, first: Images, second: Images, temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)

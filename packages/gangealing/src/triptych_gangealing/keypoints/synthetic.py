@@ -55,14 +55,14 @@ class Elastic(NamedTuple):
         return found
 
 
-def draw_elastic(n: int, seed: int, stream: str, elastic_px: float | int) -> Elastic:
+def draw_elastic(n: int, seed: int, stream: str, elastic_px: float) -> Elastic:
     """Random maps number 0 .. n-1, which move no point by more than `elastic_px` pixels of a 28-pixel digit, and on average by
     about 0.4 of that. Raises ValueError for a value outside 0 .. 4.4, where a map might fold.
     """
     if not 0 <= elastic_px <= MAX_ELASTIC_PX:
         raise ValueError(f"elastic_px {elastic_px}: expected 0 to {MAX_ELASTIC_PX}, beyond which the map may fold")
 
-    def draw(quantity: str, low: float | int, high: float | int) -> Float[Tensor, "n waves"]:
+    def draw(quantity: str, low: float, high: float) -> Float[Tensor, "n waves"]:
         numbers = [uniform(seed, f"{stream}/{wave}/{quantity}", range(n)) for wave in range(WAVES)]
         return low + (high - low) * torch.stack(numbers, dim=1)
 
@@ -125,7 +125,7 @@ def pairs(
     split: str = "held_out",
     *,
     k: int = 10,
-    elastic_px: float | int = 2.5,
+    elastic_px: float = 2.5,
     grey: bool = False,
     size: int = CANVAS,
     source: str = "mnist5k",

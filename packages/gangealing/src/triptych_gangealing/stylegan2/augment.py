@@ -97,9 +97,9 @@ class AdaptiveProbability:
     from 0 to 1. As published p is clamped at 0 only; above 1 everything is applied, and p takes as long to come back.
     """
 
-    target: float | int = 0.6
+    target: float = 0.6
     interval: int = 4
-    ada_kimg: float | int = 500
+    ada_kimg: float = 500
 
     def __post_init__(self) -> None:
         if not -1 <= self.target <= 1:
@@ -111,7 +111,7 @@ class AdaptiveProbability:
         """Whether p is adjusted after `step` finished steps."""
         return step > 0 and step % self.interval == 0
 
-    def adjusted(self, p: float | int, sign_sum: float | int, count: float | int, batch_size: int) -> float:
+    def adjusted(self, p: float, sign_sum: float, count: float, batch_size: int) -> float:
         """p after an adjustment, given the sum of sign D(real) and the number of logits since the last one.
 
         Both are of the GLOBAL batch (all-reduced by the caller), `batch_size` too.
@@ -125,7 +125,7 @@ class AdaptiveProbability:
 
 def augment(
     images: Float[Tensor, "n c h w"],
-    p: float | int | Float[Tensor, ""],
+    p: float | Float[Tensor, ""],
     seed: int,
     stream: str,
     counters: Sequence[int],
@@ -190,7 +190,7 @@ class _Draws:
         return torch.special.ndtri(self.uniform(quantity).clamp(min=2.0**-54))
 
     def gated(
-        self, name: str, value: Float[Tensor, " n"], neutral: float | int, probability: float | None = None
+        self, name: str, value: Float[Tensor, " n"], neutral: float, probability: float | None = None
     ) -> Float[Tensor, " n"]:
         """`value` where the transformation is applied, else `neutral`; its gate is the quantity "name/gate"."""
         probability = self.probability(name) if probability is None else probability

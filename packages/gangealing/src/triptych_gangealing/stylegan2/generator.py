@@ -51,7 +51,7 @@ class StyledConv(nn.Module):
         x: Float[Tensor, "batch maps height width"],
         w: Float[Tensor, "batch w_dim"],
         noise: Noise,
-        gain: float | int = 1.0,
+        gain: float = 1.0,
     ) -> Float[Tensor, "batch new_maps new_height new_width"]:
         scale = gain * ACTIVATION_GAINS["lrelu"]
         x = modulated_conv2d(x, self.weight, self.affine(w), resample=self.resample, gain=scale)
@@ -198,7 +198,7 @@ class Generator(nn.Module):
         z: Float[Tensor, "batch z_dim"],
         c: Float[Tensor, "batch c_dim"] | None = None,
         *,
-        truncation_psi: float | int = 1.0,
+        truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> Float[Tensor, "batch num_ws w_dim"]:
         """The style of each layer: w repeated, the first `truncation_cutoff` (None: all) of them drawn towards the mean w.
@@ -217,7 +217,7 @@ class Generator(nn.Module):
         z: Float[Tensor, "batch z_dim"],
         c: Float[Tensor, "batch c_dim"] | None = None,
         *,
-        truncation_psi: float | int = 1.0,
+        truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise: Noise = "const",
     ) -> Images:
@@ -235,7 +235,7 @@ def sample_images(
     indices: range,
     *,
     seed: int = 0,
-    truncation_psi: float | int = 1.0,
+    truncation_psi: float = 1.0,
     truncation_cutoff: int | None = None,
     labels: Tensor | None = None,
     at_once: int = AT_ONCE,

@@ -35,8 +35,8 @@ class FullyConnected(nn.Module):
         out_features: int,
         *,
         activation: Activation = "linear",
-        lr_multiplier: float | int = 1.0,
-        bias_init: float | int = 0.0,
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
     ) -> None:
         super().__init__()
         self.activation, self.bias_gain = activation, lr_multiplier
@@ -70,7 +70,7 @@ class Conv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
     def forward(
-        self, x: Float[Tensor, "batch in height width"], gain: float | int = 1.0
+        self, x: Float[Tensor, "batch in height width"], gain: float = 1.0
     ) -> Float[Tensor, "batch out new_height new_width"]:
         scale = gain * ACTIVATION_GAINS[self.activation]
         x = conv2d(x, (self.weight * (self.weight_gain * scale)).to(x.dtype), resample=self.resample)
@@ -127,27 +127,25 @@ class Mapping(nn.Module):
 # --- Operations
 
 
-def upsample2d(x: Images, gain: float | int = 1.0) -> Float[Tensor, "batch channels 2*height 2*width"]:
+def upsample2d(x: Images, gain: float = 1.0) -> Float[Tensor, "batch channels 2*height 2*width"]:
     """Twice up: zeros between the pixels, then the filter."""
     x, weight = _channels_last(x), _filters(x, 4 * gain)
     return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=x.shape[1])
 
 
-def downsample2d(x: Images, gain: float | int = 1.0) -> Float[Tensor, "batch channels half_height half_width"]:
+def downsample2d(x: Images, gain: float = 1.0) -> Float[Tensor, "batch channels half_height half_width"]:
     """Twice down: the filter, then every second pixel; of an odd number, the last is left out."""
     x, weight = _channels_last(x), _filters(x, gain)
     return F.conv2d(x, weight, stride=2, padding=1, groups=x.shape[1])
 
 
-def blur2d(
-    x: Images, padding: int = 0, gain: float | int = 1.0
-) -> Float[Tensor, "batch channels new_height new_width"]:
+def blur2d(x: Images, padding: int = 0, gain: float = 1.0) -> Float[Tensor, "batch channels new_height new_width"]:
     """The filter at every pixel: three rows and columns fewer, after zero padding on all sides."""
     x, weight = _channels_last(x), _filters(x, gain)
     return F.conv2d(x, weight, padding=padding, groups=x.shape[1])
 
 
-def _filters(x: Tensor, gain: float | int) -> Float[Tensor, "channels 1 4 4"]:
+def _filters(x: Tensor, gain: float) -> Float[Tensor, "channels 1 4 4"]:
     i = torch.arange(4, dtype=x.dtype, device=x.device)
     taps = (1 + i * (3 - i)) / 8  # 1, 3, 3, 1, without a copy from the host, which would make it wait for the GPU
     return (gain * taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
@@ -162,8 +160,8 @@ def bias_act(
     x: Float[Tensor, "batch channels *rest"],
     bias: Float[Tensor, " channels"] | None = None,
     activation: Activation = "linear",
-    gain: float | int | None = None,
-    clamp: float | int | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
 ) -> Float[Tensor, "batch channels *rest"]:
     """x + bias, through the activation ("linear", or "lrelu" of slope 0.2), times `gain`, clamped to +-`clamp`.
 
@@ -187,7 +185,7 @@ def modulated_conv2d(
     *,
     demodulate: bool = True,
     resample: Resample = "same",
-    gain: float | int = 1.0,
+    gain: float = 1.0,
 ) -> Float[Tensor, "batch out new_height new_width"]:
     """Convolution whose input maps are scaled by each image's styles, and whose output maps are scaled back to unit variance,
     times `gain`.

@@ -171,7 +171,7 @@ def _dtype(code: Any, *_: Any) -> np.dtype:
     return np.dtype(code, align=False, copy=True)  # a copy: its byte order is set later, in place
 
 
-def _scalar(dtype: Any, raw: Any) -> bool | int | float:
+def _scalar(dtype: Any, raw: Any) -> bool | float:
     if not _is_number_type(dtype) or type(raw) is not bytes or len(raw) != dtype.itemsize:
         raise Refused("has a numpy scalar that is no number")
     return np.frombuffer(raw, dtype)[0].item()

@@ -142,8 +142,8 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
 
 
 def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
-    generator, discriminator, _ = parts_of(state)
-    other = discriminator if play.player == "generator" else generator
+    networks = cast(nn.ModuleDict, state.model)
+    other = networks["discriminator" if play.player == "generator" else "generator"]
     totals: tuple[Tensor, Tensor] | None = None
     first, samples = batch.step * batch.size, -(-batch.size // play.stride)  # of the batch of all ranks
     with _frozen(other):

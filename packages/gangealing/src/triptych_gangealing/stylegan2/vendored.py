@@ -60,7 +60,7 @@ class VendoredGenerator(nn.Module):
         z: Float[Tensor, "batch z_dim"],
         c: Float[Tensor, "batch c_dim"] | None = None,
         *,
-        truncation_psi: float | int = 1.0,
+        truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise: str = "const",
     ) -> Float[Tensor, "batch channels height width"]:

@@ -1,24 +1,32 @@
 """Figures of an evaluation, each drawn from its result as JSON holds it, so that it can be drawn again without the model.
 
-Every function returns a matplotlib Figure made without pyplot; `triptych_common.images.figure_png` turns it into a PNG file.
+Every function returns a matplotlib Figure made without pyplot; `triptych_common.plots.figure_png` turns it into a PNG file.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from triptych_common.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MARKERS,
+    ORANGE,
+    PALE_BLUE,
+    PALETTE,
+    intervals,
+    legend,
+    numbers,
+    panels,
+    thousands,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = PALETTE = (  # distinct for colour-blind readers
-    "#27548a", "#c2571a", "#0b8a6b", "#b8548f", "#c99a12", "#58a0d0", "#6b6b73",
-)  # fmt: skip
-PALE_BLUE = "#9db4cf"
-INK = "#1c1c1e"
-MARKERS = "os^DvPX"
 KINDS = {"model": BLUE, "optimiser": GREY, "baseline": ORANGE, "real": GREEN}
 AUDIT_KINDS = {"samples": "model", "held-out at the prompt's metric": "real", "held-out finals": "real"}
 
@@ -76,7 +84,7 @@ def quality(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         for one, key in zip(axes, ("r2", "achieved_at_best"), strict=True):
             points = [row["alignment"][key] for row in own]
             x, y = [row["model_evaluations"] for row in own], numbers([point["value"] for point in points])
-            style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2, "capsize": 2}
+            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2, "capsize": 2}
             one.errorbar(x, y, intervals(points, "value"), label=sampler, **style)
     for one in axes:
         one.set(xscale="log", xlabel="model evaluations for one update")
@@ -136,38 +144,6 @@ def memorization_figure(result: Mapping[str, Any]) -> "Figure":
     return audit({"label": "distance to the nearest training network, units matched", "groups": groups})
 
 
-def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (7.2, 3.4)) -> tuple["Figure", list["Axes"]]:
-    """A figure and its axes, row by row, with a light grid and open to the top and right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for one in axes:
-        one.grid(alpha=0.25, which="both", linewidth=0.5)
-        one.set_axisbelow(True)
-        for side in ("top", "right"):
-            one.spines[side].set_visible(False)
-    return figure, axes
-
-
-def legend(axes: "Axes", **options: Any) -> None:
-    axes.legend(**{"frameon": False, "fontsize": 8, **options})
-
-
-def numbers(values: Sequence[Any]) -> Float[np.ndarray, "*shape"]:
-    """Values read from JSON, NaN for None."""
-    return np.array(values, dtype=np.float64)
-
-
-def intervals(rows: Sequence[dict[str, Any]], value: str) -> Float[np.ndarray, "2 n"]:
-    """Distances from each row's value down to its "low" and up to its "high", 0 where it has none: matplotlib's error bars."""
-
-    def bound(row: dict[str, Any], key: str) -> float:
-        return abs(row[key] - row[value]) if row.get(key) is not None and row[value] is not None else 0.0
-
-    return np.array([[bound(row, key) for row in rows] for key in ("low", "high")])
-
-
 def words(metric: str) -> str:
     """A metric as an axis calls it, with its unit: losses are in nats, errors in per cent."""
     unit = " (nats)" if metric.endswith("loss") else " (%)" if metric.endswith("error") else ""
@@ -194,11 +170,3 @@ def best_line(axes: "Axes", value: float | None) -> None:
     """The best training checkpoint as a dashed line, where known."""
     if value is not None:
         axes.axhline(value, color=INK, linestyle="--", linewidth=1.2, label="best training checkpoint")
-
-
-def thousands(value: float, _: Any = None) -> str:
-    """1500 as 1.5k, 2000000 as 2M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png, legend, panels
 
 from triptych_thesis.chapter2.scoring import METRICS
 from triptych_thesis.study.estimates import interval, ratio
 from triptych_thesis.study.experiment import Links, Table
-from triptych_thesis.study.plots import interval_lines, legend, panels, plain_ticks
+from triptych_thesis.study.plots import interval_lines, plain_ticks
 from triptych_thesis.study.verdicts import CONFIRMED, MARKS, REFUTED, Evidence, sign
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ def named(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def shown(metric: str, value: float | int | None) -> str:
+def shown(metric: str, value: float | None) -> str:
     """A value of a metric to three digits, errors in per cent as axes have them; a dash where there is none."""
     if value is None:
         return "–"

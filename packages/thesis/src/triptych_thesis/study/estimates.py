@@ -25,7 +25,7 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - margin, mean + margin)
 
 
-def number(value: float | int | None, form: str = ".3f") -> str:
+def number(value: float | None, form: str = ".3f") -> str:
     """A value in a format, a dash where there is none or it is not finite."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:{form}}"
 

@@ -84,7 +84,7 @@ class Experiment:
     """
 
     name: str
-    order: int | float
+    order: float
     measure: Callable[[Any], dict[str, Any]]
     section: Callable[[Any, Result], Section]
     verdicts: Callable[[Result], list[Verdict]] = lambda result: []

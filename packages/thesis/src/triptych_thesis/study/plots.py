@@ -1,40 +1,16 @@
-"""The plots of every chapter in one style: colours that colour-blind readers can tell apart, axes without clutter.
-
-Figures are made without pyplot; `triptych_common.images.figure_png` turns one into a PNG file.
-"""
+"""Curves with intervals, and axes in the style of `triptych_common.plots`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from triptych_common.plots import MARKERS, PALETTE, intervals, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = PALETTE = (
-    "#27548a", "#c2571a", "#0b8a6b", "#b8548f", "#c99a12", "#58a0d0", "#6b6b73",
-)  # fmt: skip
-PALE_BLUE = "#9db4cf"
-INK = "#1c1c1e"
-MARKERS = "os^DvPX"
 LINES = ("-", "--", ":", "-.")
-
-
-def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (7.2, 3.4)) -> tuple["Figure", list["Axes"]]:
-    """A figure and its axes, row by row, with a light grid and open to the top and right. `size` is in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for one in axes:
-        one.grid(alpha=0.25, which="both", linewidth=0.5)
-        one.set_axisbelow(True)
-        for side in ("top", "right"):
-            one.spines[side].set_visible(False)
-    return figure, axes
 
 
 def distinct(colors: Sequence[str] = PALETTE, lines: Sequence[str] = LINES) -> Iterator[dict[str, Any]]:
@@ -43,25 +19,6 @@ def distinct(colors: Sequence[str] = PALETTE, lines: Sequence[str] = LINES) -> I
     for line in cycle(lines):
         for color in colors:
             yield {"color": color, "marker": next(markers), "linestyle": line}
-
-
-def legend(axes: "Axes", **options: Any) -> None:
-    """A legend without a frame, in small type."""
-    axes.legend(**{"frameon": False, "fontsize": 8, **options})
-
-
-def numbers(values: Sequence[Any]) -> Float[np.ndarray, "*shape"]:
-    """Values read from JSON, NaN for None."""
-    return np.array(values, dtype=np.float64)
-
-
-def intervals(rows: Sequence[Mapping[str, Any]], value: str = "value") -> Float[np.ndarray, "2 n"]:
-    """Matplotlib's error bars: distances from each row's value to its "low" and "high", 0 where it has none."""
-
-    def bound(row: Mapping[str, Any], key: str) -> float:
-        return abs(row[key] - row[value]) if row.get(key) is not None and row[value] is not None else 0.0
-
-    return np.array([[bound(row, key) for row in rows] for key in ("low", "high")])
 
 
 def interval_lines(
@@ -97,11 +54,3 @@ def plain_ticks(axes: "Axes") -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
             axis.set_tick_params(labelsize=7)
-
-
-def thousands(value: float | int, _: Any = None) -> str:
-    """1500 as 1.5k, 2000000 as 2M; also a formatter of ticks, `axis.set_major_formatter(thousands)`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"

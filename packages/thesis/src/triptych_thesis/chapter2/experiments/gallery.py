@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from triptych_common.images import figure_png, image_grid, png_bytes, to_uint8
+from triptych_common.images import image_grid, png_bytes, to_uint8
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE
+from triptych_common.plots import BLUE, ORANGE, PALE_BLUE, figure_png, legend, panels, thousands
 from triptych_common.storage.atomic import write_bytes
 from triptych_common.storage.provenance import command_line, git_commit
 from triptych_common.storage.run import RunDirectory
@@ -27,7 +28,6 @@ from triptych_thesis.chapter2.showing import sample_links
 from triptych_thesis.chapter2.sizes import SIZES, Model
 from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import BLUE, ORANGE, PALE_BLUE, legend, panels, thousands
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png, legend, panels
 
 from triptych_thesis.chapter2.comparisons import LOWER_IS_BETTER
 from triptych_thesis.chapter2.context import Context, SampleSet
@@ -12,7 +12,7 @@ from triptych_thesis.chapter2.showing import FRECHET, INSTRUMENTS, marked, metri
 from triptych_thesis.chapter2.sizes import Model
 from triptych_thesis.study.estimates import interval, ratio
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import interval_lines, legend, panels
+from triptych_thesis.study.plots import interval_lines
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, overall, sign
 

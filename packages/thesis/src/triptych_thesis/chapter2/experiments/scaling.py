@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 from typing import Any
 
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png, legend, panels, thousands
 from triptych_dit.flops import gflops
 
 from triptych_thesis.chapter2.comparisons import LOWER_IS_BETTER, correlation, strong
@@ -26,7 +26,7 @@ from triptych_thesis.chapter2.showing import (
 from triptych_thesis.chapter2.sizes import Model
 from triptych_thesis.study.estimates import interval, ratio
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import interval_lines, legend, panels, plain_ticks, thousands
+from triptych_thesis.study.plots import interval_lines, plain_ticks
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall, sign
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png
 from triptych_gpt.evaluation.plots import memorization_figure
 from triptych_gpt.evaluation.trial import memorization
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png, numbers, panels
 from triptych_gpt.evaluation.plots import words
 from triptych_gpt.evaluation.prompted import starting_metrics
 from triptych_gpt.evaluation.records import plain
@@ -16,7 +16,6 @@ from triptych_gpt.layout import ParameterLayout
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import shown
 from triptych_thesis.study.experiment import Experiment, Result, Section
-from triptych_thesis.study.plots import numbers, panels
 from triptych_thesis.study.runner import Study
 
 if TYPE_CHECKING:
@@ -50,9 +49,9 @@ def filters_before_and_after(
     theta_star: Float[Tensor, " D"],
     *,
     metric: str,
-    before: float | int,
-    after: float | int,
-    prompt: float | int,
+    before: float,
+    after: float,
+    prompt: float,
 ) -> dict[str, Any]:
     """What `figures.filters` draws: both networks' filters, with what was asked and achieved. JSON-able.
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate
+from triptych_common.plots import MARKERS, PALETTE, figure_png, legend, numbers, panels
 from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.prompted import Update, advanced, starting_metrics
 from triptych_gpt.evaluation.records import plain
@@ -19,7 +19,6 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, mean_estimate, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import MARKERS, PALETTE, legend, numbers, panels
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, better, overall, sign
 
@@ -59,10 +58,10 @@ class Recursion:
 
     metric: str
     better: str
-    prompt: float | int
+    prompt: float
     known: str
     one_update: float
-    within: float | int
+    within: float
     curves: Mapping[str, Curve]
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,8 +84,8 @@ def recursive_prompting(
     *,
     known: str = "default",
     updates: int = 10,
-    prompt: float | int | None = None,
-    within: float | int = 0.1,
+    prompt: float | None = None,
+    within: float = 0.1,
     networks_at_once: int = 256,
     first_index: int = 0,
 ) -> Recursion:
@@ -128,7 +127,7 @@ def _follow(
     metric: Metric,
     theta: Float[Tensor, "networks D"],
     updates: int,
-    prompt: float | int,
+    prompt: float,
     *,
     networks_at_once: int,
     first_index: int,
@@ -152,7 +151,7 @@ def _curve(
     metrics: Mapping[str, Float[Tensor, "networks updates"]],
     rejected: int,
     one_update: float,
-    within: float | int,
+    within: float,
 ) -> Curve:
     values = metrics[metric.name]
     mean = values.mean(0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from triptych_common.images import figure_png
+from triptych_common.plots import INK, ORANGE, figure_png, numbers, panels
 from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.prompted import Update, measured, prompted, starting_metrics
 from triptych_gpt.evaluation.records import plain
@@ -20,7 +20,6 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import named, shown
 from triptych_thesis.study.estimates import number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import INK, ORANGE, numbers, panels
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall
 
@@ -51,7 +50,7 @@ class Diversity:
     """
 
     metric: str
-    prompt: float | int
+    prompt: float
     noise: Spread
     starts: Spread
     before: Spread
@@ -82,7 +81,7 @@ def diversity(
     metric: Metric,
     theta: Float[Tensor, "starts D"],
     *,
-    prompt: float | int | None = None,
+    prompt: float | None = None,
     samples: int = 16,
     networks_at_once: int = 256,
     first_index: int = 0,
@@ -116,7 +115,7 @@ def diversity(
     )
 
 
-def low_prompt(metric: Metric, prompt: float | int | None) -> float | int:
+def low_prompt(metric: Metric, prompt: float | None) -> float:
     """The prompt given, or the metric's best. Raises ValueError where there is neither."""
     if prompt is not None:
         return prompt
@@ -189,7 +188,7 @@ class Landscape:
 
     metric: str
     better: str
-    prompt: float | int
+    prompt: float
     start_metric: float
     explained: Float[Tensor, " 2"]
     x: Float[Tensor, " columns"]
@@ -216,7 +215,7 @@ def landscape(
     metric: Metric,
     theta: Float[Tensor, " D"],
     *,
-    prompt: float | int | None = None,
+    prompt: float | None = None,
     samples: int = 16,
     spanning: Float[Tensor, "n D"] | None = None,
     side: int = 31,

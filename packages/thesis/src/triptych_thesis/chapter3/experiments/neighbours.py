@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from triptych_common.images import figure_png
 from triptych_common.metrics.bootstrap import Estimate, bootstrap_rate
+from triptych_common.plots import PALETTE, figure_png, legend, numbers, panels
 from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.prompted import Update
 from triptych_gpt.evaluation.trial import MODEL
@@ -29,7 +29,7 @@ from triptych_thesis.chapter3.naming import named
 from triptych_thesis.chapter3.sizes import SIZES
 from triptych_thesis.study.estimates import interval, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import LINES, PALETTE, distinct, legend, numbers, panels
+from triptych_thesis.study.plots import LINES, distinct
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict
 
@@ -91,9 +91,9 @@ def nearest_neighbour_scores(
     zoo: Zoo,
     spec: PermutationSpec,
     metric: str,
-    prompts: Sequence[float | int],
+    prompts: Sequence[float],
     *,
-    tolerance: float | int,
+    tolerance: float,
     rows: Int[np.ndarray, " runs"] | None = None,
     every: int = 1,
     training: Int[np.ndarray, " training"] | None = None,
@@ -147,7 +147,7 @@ def compare(
     rows: Int[np.ndarray, " n"],
     spec: PermutationSpec | None = None,
     *,
-    narrowing: tuple[str, Tensor, float | int] | None = None,
+    narrowing: tuple[str, Tensor, float] | None = None,
     every: int = 1,
     training: Int[np.ndarray, " training"] | None = None,
 ) -> tuple[Nearest, Nearest]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from triptych_common.images import figure_png
+from triptych_common.plots import GREY, INK, figure_png, intervals, numbers, panels
 from triptych_gpt.evaluation.plots import KINDS, measure, words
 from triptych_gpt.evaluation.prompted import starting_metrics
 from triptych_gpt.evaluation.trial import MODEL
@@ -14,7 +14,6 @@ from triptych_thesis.chapter3.hand_designed import optimise_with_all
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import GREY, INK, intervals, numbers, panels
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import NOT_RUN, UNDECIDED, Evidence, Verdict, better, overall
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from triptych_common.images import figure_png
+from triptych_common.plots import BLUE, PALETTE, figure_png, legend, numbers, panels, thousands
 from triptych_gpt.evaluation.plots import best_line, measure, words
 from triptych_gpt.evaluation.prompted import starting_metrics
 
@@ -13,7 +13,7 @@ from triptych_thesis.chapter3.hand_designed import optimise_with_all, spaced_ste
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number, quantile
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import BLUE, PALETTE, distinct, legend, numbers, panels, thousands
+from triptych_thesis.study.plots import distinct
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, NOT_RUN, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png
 from triptych_gpt.evaluation.plots import alignment_figure
 from triptych_gpt.evaluation.trial import MODEL, alignment_beside_baselines
 

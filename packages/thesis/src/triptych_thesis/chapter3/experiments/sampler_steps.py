@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from triptych_common.images import figure_png
+from triptych_common.plots import figure_png
 from triptych_gpt.evaluation.plots import quality
 from triptych_gpt.evaluation.trial import quality_against_sampler_steps
 

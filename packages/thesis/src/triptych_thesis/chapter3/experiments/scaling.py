@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triptych_common.images import figure_png
+from triptych_common.plots import BLUE, ORANGE, figure_png, intervals, legend, panels, thousands
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import differences
 from triptych_gpt.evaluation.alignment import prompt_alignment
@@ -21,7 +21,6 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.sizes import Amounts
 from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.plots import BLUE, ORANGE, intervals, legend, panels, thousands
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from triptych_common.images import figure_png
+from triptych_common.plots import BLUE, MARKERS, ORANGE, PALETTE, figure_png, legend, panels, thousands
 from triptych_common.storage.run import RunDirectory
 from triptych_gpt.evaluation.plots import measure
 
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.study.experiment import Experiment, Result, Section
-from triptych_thesis.study.plots import BLUE, MARKERS, ORANGE, PALETTE, legend, panels, thousands
 from triptych_thesis.study.runner import Study
 
 if TYPE_CHECKING:
