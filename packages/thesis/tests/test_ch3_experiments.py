@@ -114,8 +114,8 @@ def test_recursion_does_not_depend_on_batches_or_on_the_other_initialisers():
     starts = new_networks(TASK, seed=5, networks=5)
     whole = recursive_prompting(halfway, TASK, SIZE, starts, updates=2)
     parts = recursive_prompting(halfway, TASK, SIZE, {"default": starts["default"]}, updates=2, networks_at_once=2)
-    expected = whole.curves["default"].metrics["size"]
-    assert torch.allclose(parts.curves["default"].metrics["size"], expected, rtol=1e-6)
+    expected = whole["curves"]["default"]["metrics"]["size"]
+    assert torch.allclose(parts["curves"]["default"]["metrics"]["size"], expected, rtol=1e-6)
     with pytest.raises(ValueError, match="initialiser 'default'"):
         recursive_prompting(halfway, TASK, SIZE, {"wide": starts["wide"]})
 
