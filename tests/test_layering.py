@@ -236,8 +236,9 @@ def test_training_reads_few_files(module, most):
 HELP = """
 import contextlib, importlib, io, sys
 program = importlib.import_module("{module}")
-for command in ["", *program.COMMANDS]:
-    sys.argv = ["program", *filter(None, [command]), "--help"]
+chapters = [f"reproduce {name}" for name in getattr(program, "CHAPTERS", ())]
+for command in ["", *program.COMMANDS, *chapters]:
+    sys.argv = ["program", *command.split(), "--help"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         program.run()

@@ -16,6 +16,7 @@ PROJECTS = {
     "triptych-dit": ROOT / "packages/dit",
     "triptych-gpt": ROOT / "packages/gpt_checkpoints",
     "triptych-gangealing": ROOT / "packages/gangealing",
+    "triptych-thesis": ROOT / "packages/thesis",
     "triptych": ROOT,
 }
 SMOKE = {
@@ -23,14 +24,21 @@ SMOKE = {
     "triptych-dit": "from triptych_dit import DiT, PRESETS; print(sum(p.numel() for p in DiT(PRESETS['digits']).parameters()))",
     "triptych-gpt": "from triptych_gpt.tasks import TASKS; print(TASKS['cifar_cnn'].layout.size)",
     "triptych-gangealing": "from triptych_gangealing import load_generator; print(load_generator('digits32-3').num_ws)",
+    "triptych-thesis": "from triptych_thesis.chapter2.sizes import SIZES; print(*SIZES)",
     "triptych": "import triptych_dit.cli, triptych_gpt.cli, triptych_gangealing.cli, triptych_common; print('ok')",
 }
 SCRIPTS = {  # commands, and a word of their help
     "triptych-common": {},
-    "triptych-dit": {"triptych-dit": "reproduce"},
+    "triptych-dit": {"triptych-dit": "sample"},
     "triptych-gpt": {"triptych-gpt": "collect"},
     "triptych-gangealing": {"triptych-gangealing": "generate"},
-    "triptych": {"triptych-dit": "reproduce", "triptych-gpt": "collect", "triptych-gangealing": "generate"},
+    "triptych-thesis": {"triptych": "reproduce"},
+    "triptych": {
+        "triptych": "reproduce",
+        "triptych-dit": "sample",
+        "triptych-gpt": "collect",
+        "triptych-gangealing": "generate",
+    },
 }
 
 

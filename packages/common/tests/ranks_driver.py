@@ -1,4 +1,4 @@
-"""Tiny training runs on however many ranks there are: `torchrun ranks_driver.py OUT JOB...` does the jobs in turn.
+"""Tiny training runs on any number of ranks: `torchrun ranks_driver.py OUT JOB...` runs the jobs one after another.
 
 The test beside it imports this file for the same runs on one process.
 """
@@ -27,7 +27,7 @@ STEPS, BATCH = 10, 12
 
 
 class Tiny(nn.Module):
-    """A transformer with what makes sharding awkward: a frozen parameter, a buffer, sizes that ranks do not divide."""
+    """A transformer that is awkward to shard: a frozen parameter, a buffer, sizes that ranks do not divide."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def run(out, ranks=ALONE, execution=None, *, micro=None, stop_at=(), spoil=(), t
                         loss.backward()
                     total_loss = total_loss + loss.detach()
                 state.update(batch, {"loss": total_loss})
-                if state.step in stop_at and ranks.rank == ranks.world_size - 1:  # one rank alone is told
+                if state.step in stop_at and ranks.rank == ranks.world_size - 1:  # the signal reaches only one rank
                     os.kill(os.getpid(), signal.SIGTERM)
         except Interrupted:
             return state
@@ -92,7 +92,7 @@ def run(out, ranks=ALONE, execution=None, *, micro=None, stop_at=(), spoil=(), t
 
 
 def resumed(out, ranks, execution, *, then=None, **options) -> None:
-    """Stopped twice, once after a checkpoint of the schedule, and run to the end, perhaps in another way."""
+    """A run stopped twice, once after a scheduled checkpoint, and then finished, possibly with another execution."""
     for stop_at in ((3,), (6,)):
         run(out, ranks, execution, stop_at=stop_at, **options)
     run(out, ranks, then or execution, **options)
@@ -109,11 +109,11 @@ def full_disk(out: Path, ranks: Ranks) -> None:
         state.write(out, extra=False)
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        (out / f"told-{ranks.rank}.json").write_text(json.dumps(str(error)))
+        (out / f"reported-{ranks.rank}.json").write_text(json.dumps(str(error)))
 
 
 def reshard(out: Path, ranks: Ranks) -> None:
-    """Read what other ranks wrote, in either layout, and write it again as these ranks hold it."""
+    """Read checkpoints of other ranks, in either layout, and write them again in these ranks' layout."""
     for name in ("fsdp", "ddp"):
         state = make_state(ranks, FSDP)
         state.load(*state.read(checkpoint.steps_in(out / name / "checkpoints")[-1]))
@@ -168,7 +168,7 @@ JOBS = {
 }
 
 if __name__ == "__main__":
-    torch.compile = functools.partial(torch.compile, backend="eager")  # the nesting is what is tested, not the compiler
+    torch.compile = functools.partial(torch.compile, backend="eager")  # the test is about the nesting, not the compiler
     with process_group("cpu") as ranks:
         for job in sys.argv[2:]:
             JOBS[job](Path(sys.argv[1]) / job, ranks)

@@ -168,7 +168,7 @@ def test_probabilities_leave_the_bias_out(inception):
     got = inception.probabilities(pool)
     assert got.shape == (3, 1008)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4)
-    assert bias.abs().max() > 1e-3  # so that it would show
+    assert bias.abs().max() > 1e-3  # large enough for the test to detect it
     assert (torch.from_numpy(expected).log() + bias).softmax(1).sub(torch.from_numpy(expected)).abs().max() > 1e-6
 
 
@@ -176,7 +176,7 @@ def test_probabilities_leave_the_bias_out(inception):
 
 
 def tensorflow_1_resize(image, side):
-    """Bilinear, corners not aligned, no half-pixel centres: output y looks at input y * height / side."""
+    """Bilinear, corners not aligned, no half-pixel centres: output y samples input y * height / side."""
     height, width, _ = image.shape
     out = np.empty((side, side, 3))
     for y in range(side):
@@ -201,7 +201,7 @@ def test_what_the_network_sees_is_resized_as_tensorflow_1_did(inception, size):
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0).numpy(), (resized - 128) / 128, atol=2e-3)
     half_pixel = F.interpolate(batch.float(), (299, 299), mode="bilinear", align_corners=False)
     if size != (299, 299):
-        assert ((half_pixel - 128) / 128 - seen[0]).abs().max() > 0.1  # another convention would show
+        assert ((half_pixel - 128) / 128 - seen[0]).abs().max() > 0.1  # the test would detect another convention
 
 
 def test_features_are_those_of_the_networks_own_layers_run_one_by_one(inception):
@@ -268,7 +268,7 @@ def test_features_that_are_not_finite_are_refused(weights, tmp_path):
 
 
 class Served:
-    """A loopback server of one file."""
+    """A server of one file on this machine."""
 
     def __init__(self, content):
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -466,7 +466,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
         with pytest.raises(ValueError, match=r"not an npz file, or a damaged one"):
             NpzImages(path)
     flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1  # an image's byte: only the checksum knows
+    flipped[len(content) // 2] ^= 1  # a byte of an image: only the checksum reveals it
     path.write_bytes(flipped)
     with pytest.raises(ValueError, match=r"damaged one \(Bad CRC-32"):
         list(NpzImages(path).batches(7))

@@ -100,8 +100,8 @@ except OSError as error:
 def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "step-00000001.safetensors"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout)
-    assert told["kept"] == {"good": True}
-    assert "cannot be written" in told["error"]
-    assert "\n" not in told["error"]
+    reported = json.loads(done.stdout)
+    assert reported["kept"] == {"good": True}
+    assert "cannot be written" in reported["error"]
+    assert "\n" not in reported["error"]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

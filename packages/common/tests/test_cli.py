@@ -59,13 +59,13 @@ def test_flags_override_the_preset_wherever_it_stands(argv, capsys):
     assert call("work", "--lr", "0.2", *argv, "--json") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1]) == {"lr": 0.2, "depth": 9}
-    assert captured.out.count("\n") == 1  # --json keeps stdout for the result
+    assert captured.out.count("\n") == 1  # --json reserves stdout for the result
     assert "a line for people" in captured.err
 
 
 @pytest.mark.parametrize("seed", [0, 1, 4])
 def test_what_is_said_after_a_command_goes_to_stdout_again(seed, capsys):
-    """However a --json command ended: main may be called by a program that goes on."""
+    """Output is restored however a --json command ends: the program that calls main may continue."""
     call("work", "--json", "--seed", str(seed))
     capsys.readouterr()
     echo("a line after it")

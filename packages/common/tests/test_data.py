@@ -23,7 +23,7 @@ def test_mnist5k_is_split_stratified_fixed_and_disjoint():
     both = torch.cat([train.images, held_out.images]).flatten(1)
     assert len(torch.unique(both, dim=0)) == 5000
     digest = hashlib.sha256(train.images.numpy().tobytes()).hexdigest()
-    assert digest == PINNED_TRAIN_SHA256  # instruments and scores rest on this very split
+    assert digest == PINNED_TRAIN_SHA256  # instruments and scores depend on exactly this split
 
 
 def test_scaling_covers_minus_one_to_one():
@@ -64,7 +64,7 @@ def test_mnist_reads_plain_and_packed_files(fake_mnist, tmp_path, monkeypatch, p
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`, honours Range, and breaks off once after 100 bytes when `break_once` is set."""
+    """Serves `files`, honours Range, and closes the connection once after 100 bytes if `break_once` is set."""
 
     files: ClassVar[dict] = {}
     break_once = False
@@ -229,7 +229,7 @@ def test_absent_cifar10_is_downloaded_going_on_where_it_broke_off(server, fake_c
 
 @pytest.fixture
 def jpeg_copy():
-    """An image folder of the classes: two JPEG files each in train, one in test, of one colour that tells class and number."""
+    """A folder per class: two JPEG files in train, one in test, of one colour that encodes class and number."""
     files = {}
     for label, name in enumerate(cifar10.CIFAR10_CLASSES):
         for part, numbers in (("train", (0, 1)), ("test", (0,))):
@@ -257,7 +257,7 @@ def test_a_jpeg_copy_of_cifar10_is_read_and_marked_lossy(jpeg_copy, fake_cifar10
     assert train.images[:, 0, 5, 5].tolist() == [20 * label for label in range(10) for _ in range(2)]
     assert len(held_out) == 10
 
-    exact = tmp_path / "cifar10/cifar-10-batches-bin"  # preferred where both are there
+    exact = tmp_path / "cifar10/cifar-10-batches-bin"  # preferred if both exist
     exact.mkdir()
     for name, content in fake_cifar10.items():
         (exact / name).write_bytes(content)

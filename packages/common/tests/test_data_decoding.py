@@ -1,4 +1,4 @@
-"""Pixels out of files: crops against sizes worked out by hand, and every kind of file that data sets are found to hold."""
+"""Decoding files: crops against sizes worked out by hand, and the kinds of files that occur in data sets."""
 
 import io
 import pickle
@@ -45,7 +45,7 @@ def test_a_rectangular_crop_covers_the_target():
 def test_halving_averages_two_by_two():
     blocks = np.random.default_rng(1).integers(0, 63, (8, 8, 3)).astype(np.uint8)
     pixels = np.kron(blocks, np.ones((2, 2, 1), np.uint8)).astype(np.int64)
-    pixels[::2, ::2] += 2  # spread within each block, its mean a whole number
+    pixels[::2, ::2] += 2  # values vary within each block, whose mean is an integer
     pixels[1::2, 1::2] += 2
     assert np.array_equal(np.array(center_crop(Image.fromarray(pixels.astype(np.uint8)), 8)), blocks + 1)
 
@@ -138,7 +138,7 @@ def test_no_truncated_file_passes_for_a_whole_one(kind, options):
     whole, errors = decode(content, "x").tobytes(), []
     for length in range(len(content)):
         try:
-            assert decode(content[:length], "broken.img").tobytes() == whole  # only the trailer is gone
+            assert decode(content[:length], "broken.img").tobytes() == whole  # only the trailer is missing
         except UnreadableImage as error:
             errors.append(str(error))
     assert len(errors) > 0.9 * len(content)

@@ -1,4 +1,4 @@
-"""Folders and Hugging Face data sets as sources of images, made on the spot."""
+"""Folders and Hugging Face data sets, made by the tests, as sources of images."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def write_image(path: Path, value: int, size: tuple[int, int] = (12, 10)) -> Non
 
 @pytest.fixture
 def animals(tmp_path) -> Path:
-    """Five images of three classes; what counts and what does not."""
+    """Five images of three classes, beside files that are not images."""
     root = tmp_path / "animals"
     write_image(root / "cat/b.png", 1)
     write_image(root / "cat/a/9.BMP", 2)

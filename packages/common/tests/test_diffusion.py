@@ -34,7 +34,7 @@ def test_schedule_values_of_the_published_process():
 
 
 def test_posterior_equals_bayes_rule_on_gaussians(data):
-    """q(x_{t-1}|x_t,x_0) by completing the square of q(x_t|x_{t-1}) q(x_{t-1}|x_0), with nothing shared."""
+    """q(x_{t-1}|x_t,x_0) by completing the square of q(x_t|x_{t-1}) q(x_{t-1}|x_0), sharing no code."""
     x_0, noise, _ = data
     diffusion = GaussianDiffusion(SCHEDULE)
     x_t = diffusion.q_sample(x_0, T, noise)
@@ -72,7 +72,7 @@ def test_reverse_step_equals_diffusers(data, predict, variance):
         1000, trained_betas=SCHEDULE.betas.numpy(), clip_sample=False, variance_type=variance,
         prediction_type={"noise": "epsilon", "sample": "sample"}[predict],
     )  # fmt: skip
-    scheduler.betas = SCHEDULE.betas  # theirs are float32
+    scheduler.betas = SCHEDULE.betas  # its own are float32
     scheduler.alphas = 1 - scheduler.betas
     scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, 0)
     scheduler.one = torch.tensor(1.0, dtype=DTYPE)
@@ -84,7 +84,7 @@ def test_reverse_step_equals_diffusers(data, predict, variance):
         z = torch.randn(x_t[one].shape, generator=torch.Generator().manual_seed(row), dtype=DTYPE)
         log_variance = p.log_variance[one]
         if variance == "learned_range":
-            # Their range ends in the log of a posterior variance clipped at 1e-20; ours borrows step 1's at step 0, as
+            # Its range ends at the log of a posterior variance clipped at 1e-20; ours borrows step 1's at step 0, as
             # the released sampler does. No noise is drawn there, so samples agree.
             assert t == 0 or torch.allclose(
                 log_variance, scheduler._get_variance(t, predicted_variance=learned[one]), rtol=1e-9, atol=1e-9
@@ -112,7 +112,7 @@ def test_ddim_step_equals_diffusers(data):
     for step in ddim(denoise, diffusion, noise):
         t = steps[step.index]
         previous = steps[step.index - 1] if step.index else -1
-        # diffusers derives the previous step from an even stride; ours follows the rounded ones
+        # diffusers derives the previous step from an even stride, our sampler from the rounded steps
         scheduler.num_inference_steps = 1
         scheduler.config.num_train_timesteps = t - previous
         x = scheduler.step(denoise(x, torch.tensor([t, t])), t, x).prev_sample

@@ -50,7 +50,7 @@ class Settings(Checked):
 def test_an_error_names_field_value_and_expectation(values, message):
     settings = Settings()
     for name, value in values.items():
-        object.__setattr__(settings, name, value)  # past the check of types that tests run with
+        object.__setattr__(settings, name, value)  # bypasses the type checks of the test run
     with pytest.raises(ValueError if message else TypeError, match=message and f"^{message}".replace("?", r"\?")):
         check_fields(settings)
 
@@ -72,7 +72,7 @@ def test_a_field_declared_again_keeps_constraints_and_marks():
     with pytest.raises(ValueError, match=r"rate 0\.0: expected a number above 0"):
         Narrower(rate=0.0)
     assert "count" not in identity(Narrower())
-    assert identity(Narrower())["precision"] == "fp16"  # of the choices declared last
+    assert identity(Narrower())["precision"] == "fp16"  # the choices declared last count
 
 
 def test_a_command_line_takes_constraints_and_keeps_help_texts(capsys):
@@ -87,7 +87,7 @@ def test_a_command_line_takes_constraints_and_keeps_help_texts(capsys):
 
 @dataclass(frozen=True)
 class Mixin:
-    """Has a check of its own, and knows nothing of `Checked`."""
+    """Has its own check and does not derive from `Checked`."""
 
     odd: int = 1
 
@@ -98,7 +98,7 @@ class Mixin:
 
 @dataclass(frozen=True)
 class Combined(Settings, Mixin):
-    """Of both."""
+    """Derives from both."""
 
 
 def test_checks_of_every_base_are_made():

@@ -1,4 +1,4 @@
-"""Files of other programs: read without running what they hold, written whole or not at all."""
+"""Files of other programs: read without running code they contain, and written atomically."""
 
 import argparse
 import pickle

@@ -100,7 +100,7 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_copies_of_a_row_say_no_more_than_the_row():
-    """Five copies drawn together give its interval, as rows of their own one sqrt(5) narrower; groups may differ in size."""
+    """Groups of five copies give the interval of single rows, independent copies one narrower by sqrt(5)."""
     sample = torch.randn(80, generator=torch.Generator().manual_seed(3))
 
     def width(values, groups=None):
@@ -109,7 +109,7 @@ def test_copies_of_a_row_say_no_more_than_the_row():
 
     once, five = width(sample), sample.repeat(5)
     assert width(sample, torch.arange(80)) == pytest.approx(once, rel=0.1)
-    assert width(five, torch.arange(80).repeat(5) * 3) == pytest.approx(once, rel=0.1)  # whatever their numbers
+    assert width(five, torch.arange(80).repeat(5) * 3) == pytest.approx(once, rel=0.1)  # whatever the groups' numbers
     assert width(five) == pytest.approx(once / 5**0.5, rel=0.1)
     uneven = bootstrap(float_mean, torch.ones(6), repeats=20, groups=torch.tensor([0, 0, 0, 1, 2, 2]))
     assert uneven == (1.0, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""What people look at: pictures, pages, progress."""
+"""Output for people: images, pages, progress."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ def test_to_uint8_is_the_released_rule():
     values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
     assert to_uint8(values).tolist() == [0, 0, 64, 128, 191, 255, 255]  # 127.5 x + 128, clamped, truncated
     levels = torch.arange(256)
-    assert torch.equal(to_uint8(levels / 127.5 - 1).long(), levels)  # 8-bit data survive scaling and back
+    assert torch.equal(to_uint8(levels / 127.5 - 1).long(), levels)  # 8-bit data survive the round trip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

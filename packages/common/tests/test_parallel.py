@@ -1,4 +1,4 @@
-"""How a model is run, on one process: recomputation, compilation, precision, devices. Several ranks: test_ranks.py."""
+"""Running a model on one process: recomputation, compilation, precision, devices. Several ranks: test_ranks.py."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ COMPILED = """
 import functools, json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-torch.compile = functools.partial(torch.compile, backend="aot_eager")  # a C++ compiler would only cost time
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # compiling C++ would only take time
 from test_parallel import ALONE, Execution, Stack, gradients, prepare
 
 model, x = Stack(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
@@ -93,13 +93,13 @@ print(json.dumps({"error": error, "graphs": graphs, "same names": list(model.sta
 
 
 def test_compiled_blocks_keep_gradients_and_share_one_graph():
-    """In a process of its own: the type checks of the other tests do not compile."""
+    """Runs in another process, since the type checks of this one do not compile."""
     command = [sys.executable, "-c", COMPILED, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["error"] < 1e-12
-    assert (told["graphs"], told["same names"]) == (1, True)  # not a graph a block
+    reported = json.loads(done.stdout.splitlines()[-1])
+    assert reported["error"] < 1e-12
+    assert (reported["graphs"], reported["same names"]) == (1, True)  # not one graph per block
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_optimizer_of_parameters_that_sharding_replaces_is_refused():
 
 
 def test_gradients_are_averaged_in_one_exchange_whatever_their_layout():
-    """Ranks as a stand-in whose other member has twice this one's gradients; with real ones: the packages' own tests."""
+    """A stand-in for two ranks, of which the other has twice this one's gradients."""
     exchanges = []
 
     class Pair(Ranks):
@@ -157,7 +157,7 @@ def test_gradients_are_averaged_in_one_exchange_whatever_their_layout():
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """A machine that says it has two GPUs."""
+    """A machine that appears to have two GPUs."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -187,7 +187,7 @@ def test_more_ranks_than_gpus_are_refused(two_gpus, monkeypatch, name, message):
 
 @pytest.mark.parametrize(("name", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
 def test_ranks_wait_for_one_that_prepares_something(two_gpus, monkeypatch, name, backend):
-    """For hours; NCCL by itself gives up after ten minutes."""
+    """Ranks wait for hours, whereas NCCL's default is to give up after ten minutes."""
     for key, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(key, str(value))
     joined = []
@@ -234,9 +234,9 @@ from triptych_common.throughput import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for i in range(20):
-    if i == 10:  # by then the heap has grown as far as it will
+    if i == 10:  # by now the heap has reached its final size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 64 MiB, more than glibc keeps by itself
+    torch.ones(2**24)  # 64 MiB, more than glibc keeps by default
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

@@ -1,6 +1,6 @@
 """Several ranks: replicas and shards equal one process, resume exactly, and read each other's checkpoints.
 
-A torchrun costs seconds to start, so one launch does many of ranks_driver.py's jobs and the tests look at what it left.
+torchrun takes seconds to start, so one launch runs many jobs of ranks_driver.py, and the tests compare their results.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def launch(ranks: int, out: Path, *jobs: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> Path:
-    """What two ranks left."""
+    """The results of two ranks."""
     out = tmp_path_factory.mktemp("two")
     done = launch(2, out, *ON_TWO)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def killed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_three(on_two, killed) -> Path:
-    """What two ranks left, after three have read it and gone on."""
+    """The results of two ranks, after three have read them and continued."""
     shutil.copytree(killed, on_two / "killed")
     done = launch(3, on_two, "reshard", "resumed-on-these")
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def assert_close(a: Path, b: Path, atol: float) -> None:
     "job", ["ddp", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compiled", "ddp-to-fsdp", "fsdp-to-ddp"]
 )
 def test_two_ranks_equal_one_process(on_two, alone, job):
-    """Whole or sharded, accumulated, recomputed and compiled, or changed from one to the other half-way."""
+    """With replicas or shards, accumulated, recomputed and compiled, or changed from one to the other half-way."""
     assert_close(on_two / job, alone, 1e-10)
     for row, expected in zip(logged(on_two / job), logged(alone), strict=True):
         assert row == pytest.approx(expected, rel=1e-9)
@@ -128,7 +128,7 @@ def test_bad_batches_are_skipped_and_rolled_back_alike(on_two, tmp_path):
 
 
 def test_bfloat16_keeps_float32_weights_and_learns_alike(on_two, alone, tmp_path):
-    assert_close(on_two / "fsdp-bf16", on_two / "ddp-bf16", 1e-6)  # shards are computed with as replicas are
+    assert_close(on_two / "fsdp-bf16", on_two / "ddp-bf16", 1e-6)  # shards compute the same as replicas
     driver.run(tmp_path, execution=Execution(precision="bf16"))
     for run in (tmp_path, on_two / "ddp-bf16", on_two / "fsdp-bf16"):
         tensors, _ = checkpoint.read(last(run))
@@ -161,9 +161,9 @@ def test_a_kill_in_the_middle_of_a_shard_loses_nothing_for_one_process_or_three(
 
 def test_a_full_disk_of_one_rank_is_told_by_all_and_leaves_nothing(on_two):
     for rank in range(2):
-        told = json.loads((on_two / f"full-disk/told-{rank}.json").read_text())
-        assert "step-00000001: cannot be written by rank 1" in told
-        assert "\n" not in told
+        reported = json.loads((on_two / f"full-disk/reported-{rank}.json").read_text())
+        assert "step-00000001: cannot be written by rank 1" in reported
+        assert "\n" not in reported
     assert not list((on_two / "full-disk").glob("step-00000001*"))
     assert checkpoint.read(on_two / "full-disk/step-00000000")[1]["step"] == 0
 

@@ -1,4 +1,4 @@
-"""Samplers on a model whose exact answer is known: Gaussian data."""
+"""Samplers with a model of Gaussian data, for which the exact result is known."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_clipping_bounds_what_the_model_believes():
 
 
 def labelled_model(x, t, y):
-    """Two data channels and two variance channels, all telling the label."""
+    """Two data channels and two variance channels, all equal to the label."""
     value = y.double()[:, None, None, None] + 0.1 * torch.arange(4, dtype=torch.float64)[:, None, None]
     return value.expand(len(x), 4, *x.shape[2:]) + 0 * x.sum()
 

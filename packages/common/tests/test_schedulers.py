@@ -33,7 +33,7 @@ def best_noise(x, t):
 
 
 class Float64Noise(SampleNoise):
-    """Drawn in float64, as diffusers draws for float64 data; ours draws float32 and casts."""
+    """Draws in float64, as diffusers does for float64 data; our sampler draws in float32 and casts."""
 
     def draw(self):
         rows = [torch.randn(self.shape, generator=source, dtype=torch.float64) for source in self.generators]
@@ -130,9 +130,9 @@ def test_a_sample_depends_on_its_index_alone(name):
 def test_clipping_bounds_what_the_model_believes():
     scheduler = make_scheduler("HeunDiscreteScheduler", DIFFUSION, 10)
     steps = list(diffusers_steps(best_noise, DIFFUSION, noise(), scheduler, clip_x_0=True))
-    assert len(steps) == 19  # two evaluations a step, but one at the last
+    assert len(steps) == 19  # two evaluations per step, but one for the last
     assert max(float(step.x_0.abs().max()) for step in steps) <= 1
-    assert float(steps[0].x.std()) < 2  # as the model sees it: not diffusers' 157
+    assert float(steps[0].x.std()) < 2  # scaled as the model's input, unlike diffusers' 157
 
 
 @pytest.mark.parametrize(("name", "expected"), [

@@ -41,7 +41,7 @@ def run_loop(
     dtype=torch.float64,
     **kwargs,
 ):
-    """A complete little training loop; returns its metrics without those of time and memory."""
+    """A complete small training loop; returns its metrics except those of time and memory."""
     options = {"total_samples": total, "batch_size": 8, "checkpoint_every": 4, "log_every": 3, **kwargs}
     with RunDirectory(path, {"test": 1}) as run:
         for batch in steps(state, run, **options):
@@ -132,7 +132,7 @@ def test_average_has_its_closed_form():
 
 
 def test_rampup_forgets_the_random_start():
-    """With a half-life of a tenth of the samples seen, the start's share vanishes at any length of run."""
+    """With a half-life of a tenth of the samples seen, the share of the start vanishes however short the run."""
     state = make_state(ema_half_life=1e9, ema_rampup=0.1)
     start = [p.clone() for p in state.ema.parameters()]
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path):
 
 
 def test_a_roll_back_that_does_not_help_goes_one_checkpoint_farther(tmp_path):
-    """Weights that explode while still finite are saved like good ones; the file before them is tried next."""
+    """Weights that explode while still finite are saved like good ones; the previous checkpoint is tried next."""
     state = make_state()
 
     def explode(state):
@@ -273,7 +273,7 @@ def test_learning_rate_follows_samples_seen(tmp_path):
 
 
 def run_in_bfloat16(path, **kwargs):
-    """The same little loop under autocast, over float32 weights."""
+    """The same small loop under autocast, with float32 weights."""
     state = make_state()
     state.model.float()
     optimizer = torch.optim.AdamW(state.model.parameters(), lr=0.01)
@@ -298,19 +298,19 @@ def test_a_run_in_bfloat16_resumes_bit_identical(tmp_path):
 
 def test_rows_tell_throughput_and_memory(tmp_path):
     run_loop(make_state(), tmp_path / "plain", total=24)
-    run_loop(make_state(), tmp_path / "told", total=24, flops_per_sample=3e9, peak_flops=1e12)
-    plain, told = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("plain", "told"))
+    run_loop(make_state(), tmp_path / "reported", total=24, flops_per_sample=3e9, peak_flops=1e12)
+    plain, reported = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("plain", "reported"))
     assert not {"time/tflops", "time/mfu"} & plain.keys()
     assert plain["memory/peak_bytes"] > 1e7
-    assert told["time/tflops"] == pytest.approx(told["time/images_per_second"] * 3e9 / 1e12, rel=1e-3)
-    assert told["time/mfu"] == pytest.approx(told["time/tflops"], rel=1e-3)
+    assert reported["time/tflops"] == pytest.approx(reported["time/images_per_second"] * 3e9 / 1e12, rel=1e-3)
+    assert reported["time/mfu"] == pytest.approx(reported["time/tflops"], rel=1e-3)
 
 
 # --- several passes a step, as in adversarial training
 
 
 def two_players(**options):
-    """A small model of two parts, each with passes of its own; the second part's average is kept."""
+    """A small model of two parts, each with its own passes; the average of the second part is kept."""
     model = nn.ModuleDict({"critic": nn.Linear(3, 1), "painter": nn.BatchNorm1d(3)}).double()
     rng = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -321,7 +321,7 @@ def two_players(**options):
 
 
 def play(state, batch, *, spoil=()):
-    """A step of two passes; returns what `optimise` said of each."""
+    """A step of two passes; returns the results of `optimise`."""
     x = randomness.normal(0, "x", batch.counters, (3,), dtype=torch.float64)
     said = []
     for part in ("critic", "painter"):
@@ -412,7 +412,7 @@ def test_several_passes_are_not_for_shards():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_weights_laid_out_channels_last_resume_bit_identical(tmp_path, fused):
-    """A fused optimiser goes through memory in order: its slots must lie as the weights do, not as a file does."""
+    """A fused optimiser walks through memory in order, so its slots must have the weights' layout, not the file's."""
 
     def run(path, stop_at=None):
         model = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)

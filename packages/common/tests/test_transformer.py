@@ -43,7 +43,7 @@ def test_a_bias_adds_to_the_logits_of_its_batch_head_query_and_key(rng):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(y.square().sum(), bias)[0] for y in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-    with torch.autocast("cpu", torch.bfloat16):  # queries are bfloat16 then, the bias is as it came
+    with torch.autocast("cpu", torch.bfloat16):  # queries become bfloat16, the bias does not
         rounded = Attention(12, 3)(x.float(), bias.float())
     assert rounded.dtype == torch.bfloat16
 
@@ -115,7 +115,7 @@ def _layer_and_input(rng, rows=60):
 
 @pytest.fixture
 def calls_to_onednn(monkeypatch):
-    """A list that grows by one for every call of the kernel that `linear` samples with."""
+    """A list that grows by one with every call of the kernel that `linear` uses in inference."""
     calls, kernel = [], torch.ops.mkldnn._linear_pointwise
 
     def counted(*inputs):
@@ -159,7 +159,7 @@ def test_sampling_takes_the_fused_kernel_and_training_does_not(rng, calls_to_one
     with torch.inference_mode():
         linear(layer, x)
         assert len(calls_to_onednn) == 1
-        linear(layer, x[:1])  # not worth it
+        linear(layer, x[:1])  # too small for the kernel
         linear(nn.Linear(80, 80).double(), x.double())
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(layer, x).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Films: their frames as other software reads them back."""
+"""Videos: their frames as other software reads them."""
 
 import io
 import sys
@@ -62,4 +62,4 @@ def test_without_pyav_a_remedy_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"pip install 'triptych-common\[video\]'; gif needs none"):
         import_av()
-    write_video(tmp_path / "x.gif", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), fps=10)  # as it says
+    write_video(tmp_path / "x.gif", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), fps=10)  # a GIF needs no PyAV

@@ -1,4 +1,4 @@
-"""Units of work: done once, costly ones first, in processes or not; what fails or dies is told."""
+"""Units of work: executed once, costly ones first, with or without processes; failures and deaths are reported."""
 
 import subprocess
 import sys

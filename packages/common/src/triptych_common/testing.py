@@ -1,4 +1,4 @@
-"""Helpers for tests: command lines as subprocesses, alone, signalled or under torchrun, or here; their files; stand-in weights."""
+"""Support for tests: running command lines, with signals or torchrun if needed, reading their output, random weights."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def run_cli(
     cwd: Path | None = None,
     timeout: int = 300,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run `python -m module options` and capture what it prints."""
+    """Run `python -m module options` and capture its output."""
     command = [sys.executable, "-m", module, *options]
     merged = {**os.environ, **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=merged, cwd=cwd)
@@ -47,13 +47,13 @@ def run_cli(
 def run_signalled(
     step: int, signum: signal.Signals, module: str, *options: object, folder: str = "", timeout: int = 300
 ) -> "subprocess.CompletedProcess[str]":
-    """`run_cli` of a process that sends itself a signal when a run directory, whose name ends in `folder`, has a step's row."""
+    """`run_cli` of a process that sends itself a signal once a run directory, whose name ends in `folder`, logs `step`."""
     words = [sys.executable, "-c", _SIGNALLED, module, step, int(signum), folder, *options]
     return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=timeout)
 
 
 def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess.CompletedProcess[str]":
-    """A package's command line in this process, where a new one would take seconds to import torch; captured likewise."""
+    """Run a package's command line in this process, as a new one would take seconds to import torch, capturing its output."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
@@ -66,7 +66,7 @@ def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess
 def fails_with(
     done: "subprocess.CompletedProcess[str]", message: str, status: int = 1, *, quiet: tuple[str, ...] = ()
 ) -> None:
-    """A command ended with a status and one clear line, which holds `message`; lines that begin with `quiet` ones aside."""
+    """Assert that a command ended with `status` and one line on stderr with `message`; lines that begin as `quiet` don't count."""
     assert done.returncode == status, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(quiet)]
     assert len(lines) == 1, done.stderr
@@ -74,13 +74,13 @@ def fails_with(
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl without what differs from time to time: speed and memory."""
+    """The rows of a run's metrics.jsonl without speed and memory, which are not reproducible."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def strict_json(text: str) -> Any:
-    """JSON as other programs read it: NaN and Infinity, which Python writes and reads, raise AssertionError."""
+    """Parse strict JSON: NaN and Infinity, which only Python reads and writes, raise AssertionError."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -89,7 +89,7 @@ def strict_json(text: str) -> Any:
 
 
 def assert_self_contained(page: str, *, pictures: int) -> None:
-    """An HTML page holds so many PNG pictures, loads nothing from outside itself, and links to files below it alone."""
+    """Assert that an HTML page embeds `pictures` PNGs, loads nothing external, and links only to files below it."""
     assert page.count("data:image/png;base64,") == pictures
     page = page.replace("\n", " ")
     assert re.findall(r'src="(?!data:)[^"]*"', page) == []
@@ -98,7 +98,7 @@ def assert_self_contained(page: str, *, pictures: int) -> None:
 
 
 def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":
-    """Run a module on several gloo ranks of this machine, one thread each."""
+    """Run a module under torchrun on `ranks` gloo ranks of this machine, with one thread each."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, *options]
@@ -107,7 +107,7 @@ def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, torch computes as each rank of torchrun does, so that bytes can be compared."""
+    """Make torch use one thread inside the block, as ranks of torchrun do, so that bytes can be compared."""
     import torch
 
     before = torch.get_num_threads()
@@ -121,7 +121,7 @@ def one_thread() -> Iterator[None]:
 def random_inception_weights(path: Path, seed: int = 0) -> Path:
     """Random weights of the ADM suite's Inception network, in the published file's format.
 
-    Batch norms are set to the statistics of noise images: without that, activations fade to nothing by the last layer.
+    Batch norms take the statistics of noise images: otherwise activations would vanish towards the last layer.
     """
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -138,7 +138,7 @@ def random_inception_weights(path: Path, seed: int = 0) -> Path:
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
         with torch.no_grad():
-            network.fc.weight.mul_(10)  # classes that differ between images, for the Inception score
+            network.fc.weight.mul_(10)  # so that predicted classes differ between images, for the Inception score
             network(torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8))
     torch.save(network.state_dict(), path)
     return path

@@ -1,4 +1,4 @@
-"""Frames of a walk, and frames as a film: MP4 through PyAV (extra: video), or an animated GIF through Pillow."""
+"""Frames of a walk between samples, and videos: MP4 with PyAV (extra: video), or an animated GIF with Pillow."""
 
 import io
 from pathlib import Path
@@ -12,12 +12,13 @@ from torch import Tensor
 from triptych_common.images import gif_bytes
 from triptych_common.storage.atomic import write_bytes
 
-SMALLEST_SIDE = 256  # smaller frames are enlarged, pixel by pixel: players blur what they scale, codecs what is tiny
+SMALLEST_SIDE = 256  # smaller frames are enlarged by repeating pixels: players and codecs would blur them
 
 
 def course(stops: int, frames: int, *, loop: bool) -> Float[Tensor, "n 3"]:
-    """Every frame of a walk over `stops` as (stop, next stop, share of the way), `frames` of them from each stop on; it
-    ends on the last stop, or, looping, one frame before the first.
+    """The frames of a walk over `stops`, each as (stop, next stop, fraction of the way), with `frames` per leg.
+
+    It ends on the last stop, or, if it loops, one frame before the first.
     """
     legs = [(i, i + 1) for i in range(stops - 1)] + ([(stops - 1, 0)] if loop else [])
     rows = [(here, there, i / frames) for here, there in legs for i in range(frames)]
@@ -30,9 +31,9 @@ def ends(stops: Float[Tensor, "stops *shape"], leg: Float[Tensor, "n 3"]) -> tup
 
 
 def write_video(path: Path, frames: UInt8[Tensor, "n channels height width"], *, fps: int, loop: bool = False) -> None:
-    """Write gray or RGB frames to `path`, an .mp4 or a .gif, atomically; `loop`: a GIF repeats for ever.
+    """Write gray or RGB frames to `path`, an .mp4 or a .gif, atomically; `loop` makes a GIF repeat for ever.
 
-    Raises ImportError, saying what to install, where PyAV is absent; OSError when the disk refuses.
+    Raises ImportError, saying what to install, if an .mp4 needs PyAV and it is absent; OSError when the disk refuses.
     """
     scale = max(1, -(-SMALLEST_SIDE // min(frames.shape[2:])))
     frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -40,7 +41,7 @@ def write_video(path: Path, frames: UInt8[Tensor, "n channels height width"], *,
 
 
 def import_av() -> Any:
-    """PyAV. Raises ImportError with what to install."""
+    """The module of PyAV. Raises ImportError, saying what to install, if it is absent."""
     try:
         import av
     except ImportError as error:

@@ -111,7 +111,7 @@ def run_all(what: str, units: Sequence[Unit], workers: int, *, one_thread: bool)
 
     what: names the units in progress lines. workers: number of processes; with 1 the units run in this process, each on
     one thread if `one_thread` (worker processes always use one).
-    Raises whatever a unit raises, MemoryError if a process dies; units in progress are then told to save and stop.
+    Raises whatever a unit raises, MemoryError if a process dies; units in progress then get SIGTERM, so training loops save.
     """
     missing = sorted((unit for unit in units if not unit.done), key=lambda unit: -unit.cost)
     if not missing:

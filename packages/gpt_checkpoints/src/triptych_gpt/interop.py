@@ -71,8 +71,8 @@ def _check_kind(config: GptConfig) -> None:
 def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
     """Our name of each tensor, and theirs; several where theirs are ours one after another."""
     yield "positions", ["decoder.pos_emb"]
-    for ours, theirs in (("norm_in", "ln_in"), ("norm_out", "ln_f")):
-        yield from ((f"{ours}.{kind}", [f"decoder.{theirs}.{kind}"]) for kind in ("weight", "bias"))
+    for ours, norm in (("norm_in", "ln_in"), ("norm_out", "ln_f")):
+        yield from ((f"{ours}.{kind}", [f"decoder.{norm}.{kind}"]) for kind in ("weight", "bias"))
     layers = {"norm1": ["ln1"], "norm2": ["ln2"], "attn.qkv": ["attn.query", "attn.key", "attn.value"],
               "attn.proj": ["attn.proj"], "mlp.fc1": ["mlp.0"], "mlp.fc2": ["mlp.2"]}  # fmt: skip
     for i in range(config.depth):

@@ -36,7 +36,8 @@ class ParameterLayout:
 
         Raises ValueError for a network without any, or with one tensor under two names.
         """
-        shapes, seen = {}, {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        seen: dict[int, str] = {}
         for name, tensor in network.state_dict(keep_vars=True).items():
             if not tensor.is_floating_point():
                 continue

@@ -1,8 +1,8 @@
 """The memorisation audit: are generated networks new, or training networks with their units reordered and a little noise?
 
-Distances are to the nearest training network under the best matching of hidden units. What they mean is told by two things
-beside them: the same of real networks that no model saw (held-out runs), and of trivial ways to make "new" networks out of
-training networks of the same metric: noise on their weights, averages of some of them, plain retrieval.
+Distances are to the nearest training network under the best matching of hidden units. They are compared with the distances of
+real networks that no model saw (held-out runs), and of trivial ways to make "new" networks out of training networks of the same
+metric: noise on their weights, averages of some of them, plain retrieval.
 Source: Zeng et al., "Generalization or Memorization? Evaluating generative models of weights" (arXiv 2506.07998).
 """
 
@@ -27,8 +27,8 @@ from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.zoo import Zoo
 
 SAMPLES, HELD_OUT, HELD_OUT_FINALS = "samples", "held-out at the prompt's metric", "held-out finals"
-COPY_SIGMA = 0.1  # noise in normalised units: what a training network may gain and still be called a copy
-MARGIN = 0.02  # of a baseline's metric: who is worse by no more than that is called no worse
+COPY_SIGMA = 0.1  # noise in normalised units, up to which a training network still counts as a copy
+MARGIN = 0.02  # of a baseline's metric, by which samples may be worse and still count as no worse
 _REPEATS = 200
 SIGMAS = (0.05, COPY_SIGMA)  # of noise, in normalised units
 AVERAGED = (2, 4)  # training networks averaged
@@ -36,11 +36,11 @@ AVERAGED = (2, 4)  # training networks averaged
 
 @dataclass(frozen=True)
 class Group:
-    """Networks of one origin, beside the training network that is nearest to each under matching.
+    """Networks of one origin, each with its nearest training network under matching of units.
 
-    final_distance: to the nearest among final checkpoints. norm: Euclidean, of the networks themselves. agreement: share of test
-    items that both give the same class; error_overlap: of the items either gets wrong, the share that both do. None where the task
-    has no classes.
+    final_distance: to the nearest final checkpoint. norm: Euclidean, of the networks themselves. agreement: share of test items
+    that a network and its nearest classify alike; error_overlap: of the items that either gets wrong, the share that both get
+    wrong. Both None for a task without classes.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every group of networks, the samples first, and what their comparison says."""
+    """Every group of networks, the samples first, and the verdict of their comparison, a sentence for each finding."""
 
     metric: str
     better: str
@@ -111,11 +111,12 @@ def audit(
 ) -> Audit:
     """Compare generated networks, prompted for `targets`, with the training networks of a zoo.
 
-    samples: in the networks' own units; scale: normalised units to one of those. Baselines and held-out networks come as many
-    as samples, each made for the same target. every: searches each k-th training checkpoint alone, counted back from finals.
-    rows: of the runs that the model was trained on, all of the training split if left out.
-    The samples should come from different initial networks: intervals take them to be independent. They take held-out runs to be
-    so, too, though runs of one cohort share their minibatches: intervals are somewhat optimistic.
+    samples: unnormalised; scale: normalised parameters over unnormalised ones. There are as many baselines and held-out networks as
+    samples, each for the same target. every: search only every k-th training checkpoint, counted back from the final one. rows: of
+    the runs that the model was trained on; all of the training split if left out.
+
+    Intervals take networks to be independent, so samples should come from different initial networks. Held-out runs of one cohort
+    share their minibatches, which makes intervals somewhat optimistic.
     Raises ValueError for samples that do not fit the zoo or are not finite, an unknown metric, or a zoo without a test split.
     """
     samples, targets = samples.detach().cpu().float(), targets.detach().cpu().double()
@@ -208,13 +209,13 @@ def _matched_mean(spec: PermutationSpec, thetas: Float[Tensor, "count D"], seed:
 
 
 def _split(found: Nearest, sizes: Sequence[int]) -> list[Nearest]:
-    parts = zip(*(values.split(list(sizes)) for values in found[:3]), strict=True)
-    return [Nearest(*part, found.exact) for part in parts]
+    parts = (values.split(list(sizes)) for values in (found.distance, found.run, found.checkpoint))
+    return [Nearest(distance, run, checkpoint, found.exact) for distance, run, checkpoint in zip(*parts, strict=True)]
 
 
 def _group(name: str, theta: Float[Tensor, "n D"], zoo: Zoo, task: Task, found: Nearest, finals: Nearest) -> Group:
     agreement, overlap = None, None
-    if _classifies(task):
+    if isinstance(task, SupervisedTask) and _classifies(task):
         rows = [zoo.row_of(run) for run in found.run.tolist()]
         ours, theirs = predictions(task, theta), predictions(task, zoo.theta(rows, found.checkpoint))
         truth = task.items["test"].targets
@@ -223,9 +224,7 @@ def _group(name: str, theta: Float[Tensor, "n D"], zoo: Zoo, task: Task, found: 
     return Group(name, found, finals.distance, theta.double().norm(dim=1), metrics, agreement, overlap)
 
 
-def _classifies(task: Task) -> bool:
-    if not isinstance(task, SupervisedTask):
-        return False
+def _classifies(task: SupervisedTask) -> bool:
     targets = task.items["test"].targets
     return targets.ndim == 1 and not targets.is_floating_point()
 
@@ -243,20 +242,20 @@ def predictions(task: SupervisedTask, theta: Float[Tensor, "n D"]) -> Int[Tensor
 def error_overlap(
     ours: Int[Tensor, "n items"], theirs: Int[Tensor, "n items"], truth: Int[Tensor, " items"]
 ) -> Float[Tensor, " n"]:
-    """Items that both networks get wrong over those that either does (intersection over union); 1 where neither errs."""
+    """Items that both networks get wrong over items that either gets wrong (intersection over union); 1 where neither errs."""
     wrong, also = ours != truth, theirs != truth
     either = (wrong | also).sum(1)
     return torch.where(either > 0, (wrong & also).sum(1).double() / either.clamp(min=1), 1.0)
 
 
 def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) -> tuple[bool, list[str]]:
-    """Whether more samples than held-out networks are copies, beyond doubt, and all that can be said, a sentence each.
+    """Whether significantly more samples than held-out networks are copies, and every finding as a sentence.
 
     A sample is a copy if it is nearer to a training network than 95% of training networks with noise of COPY_SIGMA are.
     The samples beat a baseline if they are farther from training networks and perform better, or worse by no more than MARGIN
-    of the baseline's metric; where an interval leaves that open, so does the sentence. Real held-out networks are put to the
-    same question beside them. A network that is blurred, and so shrunken, is nearer to all others without copying any: norms
-    that tell of that are told.
+    of the baseline's metric; where an interval leaves that open, so does the sentence. Held-out networks are compared with the
+    baselines in the same way. A blurred network has a smaller norm and so is nearer to all others without copying any; samples
+    whose norm is smaller than that of held-out networks are reported.
     """
     by_name = {group.name: group for group in groups}
     samples = by_name[SAMPLES]
@@ -264,7 +263,7 @@ def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) 
     copies = bootstrap_rate(samples.distance <= threshold, seed=seed)
     false_alarms = bootstrap_rate(by_name[HELD_OUT].distance <= threshold, seed=seed)
     more = _excess(copies, false_alarms)
-    memorised = more.low > 0
+    memorised = _ends(more)[0] > 0
     lines = [
         f"{'Memorised' if memorised else 'Copies'}: {_percent(copies)} of {len(samples.distance):,} samples are as near to a "
         f"training network as one with noise of {COPY_SIGMA} (distance {threshold:.3g}), {_percent(false_alarms)} of held-out "
@@ -279,9 +278,10 @@ def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) 
 
 def _against_held_out(samples: Group, held_out: Group, seed: int) -> str:
     difference = bootstrap(_median_difference, samples.distance, held_out.distance, repeats=_REPEATS, seed=seed)
-    if difference.low >= 0:
+    low, high = _ends(difference)
+    if low >= 0:
         finding = "no smaller than"
-    elif difference.high < 0:
+    elif high < 0:
         finding = "smaller than"
     else:
         finding = "not shown to differ from"
@@ -289,8 +289,8 @@ def _against_held_out(samples: Group, held_out: Group, seed: int) -> str:
         f"The samples' median distance to training networks, {_median(samples.distance):.3g}, is {finding} that of "
         f"{held_out.name}, {_median(held_out.distance):.3g} (difference {difference})"
     )
-    if samples.agreement is not None:
-        ours, theirs = (float(group.agreement.mean()) for group in (samples, held_out))
+    if samples.agreement is not None and held_out.agreement is not None:
+        ours, theirs = float(samples.agreement.mean()), float(held_out.agreement.mean())
         text += f"; they agree with their nearest in {ours:.1%} of predictions, against {theirs:.1%}"
     return text + "."
 
@@ -299,15 +299,22 @@ def _excess(rate: Estimate, other: Estimate) -> Estimate:
     """The difference of two independent rates, the margins of their intervals added in quadrature (Newcombe 1998, method 10):
     resampling the difference would find none between 3 of 3 and 0 of 3.
     """
-    value = rate.value - other.value
-    low = value - math.hypot(rate.value - rate.low, other.high - other.value)
-    return Estimate(value, low, value + math.hypot(rate.high - rate.value, other.value - other.low))
+    value, (low, high), (other_low, other_high) = rate.value - other.value, _ends(rate), _ends(other)
+    below = math.hypot(rate.value - low, other_high - other.value)
+    return Estimate(value, value - below, value + math.hypot(high - rate.value, other.value - other_low))
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    """Of the interval of an estimate, which all of an audit have."""
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.low, estimate.high
 
 
 def _shrunken(samples: Group, held_out: Group, seed: int) -> list[str]:
     """A sentence where the samples are clearly smaller than real networks."""
     difference = bootstrap(_median_difference, samples.norm, held_out.norm, repeats=_REPEATS, seed=seed)
-    if not difference.high < 0:
+    if not _ends(difference)[1] < 0:
         return []
     return [
         f"The samples are shrunken: their median norm, {_median(samples.norm):.3g}, is below that of {held_out.name}, "
@@ -316,36 +323,37 @@ def _shrunken(samples: Group, held_out: Group, seed: int) -> list[str]:
 
 
 def _against(samples: Group, held_out: Group, baseline: Group, metric: str, sign: float, seed: int) -> str:
-    word, told = _compared(samples, baseline, metric, sign, seed)
+    word, reasons = _compared(samples, baseline, metric, sign, seed)
     reference, _ = _compared(held_out, baseline, metric, sign, seed)
-    return f"{word} {baseline.name}: {told}. By this measure {held_out.name}: {reference.lower()} it."
+    return f"{word} {baseline.name}: {reasons}. By this measure {held_out.name}: {reference.lower()} it."
 
 
 def _compared(group: Group, baseline: Group, metric: str, sign: float, seed: int) -> tuple[str, str]:
     farther = bootstrap(_median_difference, group.distance, baseline.distance, repeats=_REPEATS, seed=seed)
     ours, theirs = group.metrics[metric], baseline.metrics[metric]
     gain = bootstrap(_mean_difference, ours * sign, theirs * sign, repeats=_REPEATS, seed=seed)
-    novel = "farther from" if farther.low > 0 else "nearer to" if farther.high < 0 else "about as far from"
-    no_worse = gain.low >= -MARGIN * abs(_mean(theirs))
-    if gain.low > 0:
+    (low, high), (gain_low, gain_high) = _ends(farther), _ends(gain)
+    novel = "farther from" if low > 0 else "nearer to" if high < 0 else "about as far from"
+    no_worse = gain_low >= -MARGIN * abs(_mean(theirs))
+    if gain_low > 0:
         fit = "better"
     elif no_worse:
         fit = f"no worse by more than {MARGIN:.0%}"
     else:
-        fit = "worse" if gain.high < 0 else "not shown to differ"
+        fit = "worse" if gain_high < 0 else "not shown to differ"
     if not math.isfinite(gain.value):
         word, fit = "Undecided against", "undefined for some networks"
-    elif farther.high < 0 or (gain.high < 0 and not no_worse):
+    elif high < 0 or (gain_high < 0 and not no_worse):
         word = "Does not beat"
-    elif farther.low > 0 and no_worse:
+    elif low > 0 and no_worse:
         word = "Beats"
     else:
         word = "Undecided against"
-    told = (
+    reasons = (
         f"{novel} training networks (median {_median(group.distance):.3g} against {_median(baseline.distance):.3g}, "
         f"difference {farther}), {metric} {fit} ({float(ours.mean()):.4g} against {float(theirs.mean()):.4g})"
     )
-    return word, told
+    return word, reasons
 
 
 def _median(values: Tensor) -> float:

@@ -28,7 +28,7 @@ class Gpt(nn.Module):
     """Predicts theta*, a later checkpoint of theta's run whose metric is `target`, from theta* with noise.
 
     `model(noised, t, theta, metric, target)`: noised theta* and theta (n, D) in normalised parameters, diffusion timestep t
-    (n,) counting from 0, metric of theta and metric wished for (n,) in the metric's units. The prediction is theta plus an
+    (n,) counting from 0, metric of theta and target metric (n,) in the metric's units. The prediction is theta plus an
     update that starts at zero: an untrained model is the identity.
 
     Raises ValueError for normalised scalars without a metric scale, and for networks that the tokenizer does not know.

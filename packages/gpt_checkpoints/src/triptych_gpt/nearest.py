@@ -40,21 +40,25 @@ class UnitVectors:
         """What stays in place, and each group's units; all of theta stays where there is no spec."""
         if self.spec is None:
             return theta, []
-        fixed, units = [theta[:, :0]], {group: [] for group in self.spec.groups}
+        fixed = [theta[:, :0]]
+        units: dict[str, list[Tensor]] = {group: [] for group in self.spec.groups}
         for name, values in self.spec.layout.unflatten(theta).items():
             axes = self.spec.axes[name]
-            owner = next((dim for dim, axis in enumerate(axes) if axis is not None), None)
-            if owner is None:
+            permuting = {dim: axis for dim, axis in enumerate(axes) if axis is not None}
+            if not permuting:
                 fixed.append(values.flatten(1))
                 continue
-            values = _owner_first(values, axes, owner)
-            units[axes[owner].group].append(values.flatten(2))
+            group = next(iter(permuting.values())).group
+            units[group].append(_owner_first(values, permuting).flatten(2))
         return torch.cat(fixed, 1), [torch.cat(parts, 2) for parts in units.values() if parts]
 
 
-def _owner_first(values: Tensor, axes: tuple[Axis | None, ...], owner: int) -> Float[Tensor, "units n *rest"]:
-    """[n, *shape] with the owner's units in front, other permuted axes reduced to norms over their units."""
-    others = [dim for dim, axis in enumerate(axes) if axis is not None and dim != owner]
+def _owner_first(values: Tensor, axes: dict[int, Axis]) -> Float[Tensor, "units n *rest"]:
+    """[n, *shape] with the units of the first permuting axis in front, the others reduced to norms over their units.
+
+    axes: those that permute, by dimension of the shape.
+    """
+    owner, *others = axes
     for dim in reversed(others):  # from the last, so that earlier dimensions keep their places
         values = values.unflatten(dim + 1, (-1, axes[dim].block)).movedim(dim + 1, -1)
     values = values.unflatten(owner + 1, (-1, axes[owner].block)).movedim(owner + 1, 0)
@@ -74,7 +78,7 @@ def augmented(v: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k2"]:
 def lower_bound(
     own_fixed: Tensor, fixed: Tensor, own_units: list[Tensor], units: list[Tensor]
 ) -> Float[Tensor, "n block"]:
-    """Squared distances, each unit compared with whichever is nearest rather than with one of its own.
+    """Squared distances, each unit compared with the nearest one instead of the one assigned to it.
 
     own_fixed [n, f] and own_units [n * units, k] as `weighted` makes them, fixed and units as `augmented` does.
     """
@@ -222,7 +226,7 @@ class _Search:
         self.device = samples.device
         self.samples = samples.detach().cpu().double()
         # neighbours in target admit the same checkpoints, so that whole pieces of a sorted pool can be left out
-        order = torch.arange(len(samples)) if target is None else self.target.argsort()
+        order = torch.arange(len(samples)) if self.target is None else self.target.argsort()
         fixed, units = parts.of(samples.detach().float())
         self.fixed, self.units = weighted(fixed), [weighted(u.transpose(0, 1)) for u in units]
         per_sample = max([1, *(len(u) ** 2 for u in units)]) * _BLOCK
@@ -258,6 +262,7 @@ class _Search:
     def _admitted(self, here: slice) -> Tensor | None:
         if self.target is None:
             return None
+        assert self.pool.values is not None  # refused by `nearest`
         return (self.pool.values[here].double() - self.target[:, None]).abs() <= self.tolerance
 
     def compare_as_bounded(self) -> None:
@@ -300,6 +305,7 @@ class _Search:
             mine = places[row][lowest[row] < math.inf]
             if len(mine):
                 theta = self.pool.zoo.theta(self.pool.rows[mine], self.pool.checkpoints[mine]).double()
+                assert self.parts.spec is not None  # without one, bounds are exact
                 theta = self.parts.spec.apply(theta, match(self.parts.spec, theta, sample))
                 self._note(torch.full_like(mine, row), mine, (theta - sample).square().sum(1))
 

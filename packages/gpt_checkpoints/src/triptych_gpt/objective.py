@@ -17,7 +17,7 @@ from triptych_common.parallel import onto
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.zoo.pairs import Pairs, stratified
+from triptych_gpt.zoo.pairs import Pairs, Sampling, stratified
 from triptych_gpt.zoo.source import recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -109,7 +109,7 @@ class Objective:
 
     def __init__(self, data: TrainingZoo) -> None:
         self.data, self.config, self.diffusion = data, data.config, make_diffusion()
-        sampling = self.config.pairs
+        sampling: str | Sampling = self.config.pairs
         if sampling == "stratified":
             sampling = stratified(data.values, data.zoo.better[data.metric])
         self.pairs = Pairs(data.zoo, "train", sampling, self.config.seed, runs=len(data.rows))

@@ -14,9 +14,9 @@ A tokenizer of networks is a module with
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Num
@@ -26,12 +26,16 @@ from torch.nn import functional as F
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.symmetry.spec import PermutationSpec
 
+TOKENS = {"raw": 4, "normalised": 2}  # of timestep and metrics
+RAW_FREQUENCIES, RAW_OCTAVES = 128, 14.0
+DECODER_WIDENING = 4  # hidden width of the edges' decoder over edge_width
+
 
 class Encoded(NamedTuple):
-    """Tokens, before the scalars' are put behind them, and what edges between them there are.
+    """Tokens of a pair of networks (theta and noised theta*), without the scalars' tokens that follow them.
 
-    biases: of attention, for each block, over all tokens, the scalars' among them. edges: embeddings [n, a, b, edge], one for
-    every pair of groups that weights lie between; kept for the decoder.
+    biases: attention biases of each block over all tokens, including the scalars'. edges: embeddings [n, a, b, edge] of the
+    weights between two groups of hidden units, one tensor for each pair of groups; the decoder needs them.
     """
 
     tokens: Float[Tensor, "n tokens width"]
@@ -40,7 +44,7 @@ class Encoded(NamedTuple):
 
 
 def warn_if_lossy(largest: int, config: GptConfig) -> None:
-    """One line where a token stands for more parameters of theta than it has channels."""
+    """Warn where a token stands for more parameters than it has channels, so that it cannot represent all of them."""
     if largest > config.width:
         chunks = "" if config.tokenizer == "neuron" else f", or chunk tokens of at most {config.width:,}"
         warnings.warn(
@@ -51,7 +55,7 @@ def warn_if_lossy(largest: int, config: GptConfig) -> None:
 
 
 def splits(config: GptConfig) -> list[int]:
-    """Lengths of the stretches of theta that are a token each: a parameter tensor, or at most chunk_size of its entries."""
+    """Number of parameters of each token, in the order of theta: a whole parameter tensor, or at most chunk_size of its entries."""
     lengths = []
     for span in config.symmetry.layout.spans.values():
         size = span.stop - span.start
@@ -60,15 +64,23 @@ def splits(config: GptConfig) -> list[int]:
     return lengths
 
 
+def _linears(sizes: Iterable[tuple[int, int]]) -> Any:
+    """Linear layers without biases, with these numbers of inputs and outputs."""
+    return nn.ModuleList(nn.Linear(*size, bias=False) for size in sizes)
+
+
 class SequenceTokens(nn.Module):
-    """2N tokens: the N stretches of noised theta*, then those of theta. The first N are decoded."""
+    """Tokens of N stretches of theta: first those of noised theta*, then those of theta; the first N are decoded.  [thesis 3.2.2]
+
+    Every stretch has its own linear encoder and decoder.
+    """
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
         self.splits = splits(config)
         warn_if_lossy(max(self.splits), config)
-        self.encoders = nn.ModuleList(nn.Linear(size, config.width, bias=False) for size in self.splits * 2)
-        self.decoders = nn.ModuleList(nn.Linear(config.width, size, bias=False) for size in self.splits)
+        self.encoders = _linears((size, config.width) for size in self.splits * 2)
+        self.decoders = _linears((config.width, size) for size in self.splits)
         self.token_kinds = [1] * len(self.encoders)
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
@@ -87,9 +99,10 @@ class SequenceTokens(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter seen from the units that its axes belong to.
+    """A parameter tensor, indexed by the hidden units that its axes belong to.
 
-    groups: theirs, none to two, in the spec's order. features: entries of the parameter for each unit (or pair of units).
+    groups: the groups of these units, at most two, in the spec's order. features: entries of the parameter for each unit (or
+    pair of units).
     """
 
     span: slice
@@ -105,7 +118,7 @@ class Part:
         return value.permute(0, *(1 + dim for dim in self.order)).reshape(len(theta), *units, self.features)
 
     def put(self, entries: Float[Tensor, "n *units features"]) -> Float[Tensor, "n size"]:
-        """What `take` took, back in the order of theta."""
+        """The inverse of `take`: entries by unit, flattened in the order of theta."""
         value = entries.reshape(len(entries), *(self.split[dim] for dim in self.order))
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return value.permute(0, *(1 + dim for dim in back)).reshape(len(entries), self.span.stop - self.span.start)
@@ -141,7 +154,7 @@ def parts_of(spec: PermutationSpec) -> list[Part]:
 
 
 def by_groups(parts: Sequence[Part]) -> dict[tuple[str, ...], list[Part]]:
-    """Parts that lie between the same groups, together."""
+    """Parts by the groups that their axes belong to."""
     together: dict[tuple[str, ...], list[Part]] = {}
     for part in parts:
         together.setdefault(part.groups, []).append(part)
@@ -149,9 +162,11 @@ def by_groups(parts: Sequence[Part]) -> dict[tuple[str, ...], list[Part]]:
 
 
 class Units(nn.Module):
-    """The parameters that belong to the units of one group: fan-in from inputs, fan-out to outputs, biases, norms.
+    """Encoder and decoder of the parameters that belong to the units of one group: fan-in from the network's inputs, fan-out to
+    its outputs, biases, norms.
 
-    The global token is a group of one unit, which has what belongs to no unit. A group may have nothing but edges.
+    Parameters that belong to no unit are encoded as a group of one unit, the global token. A group whose weights all lie between
+    hidden units has no parameters here, and its tokens come from the edges alone.
     """
 
     def __init__(self, count: int, parts: Sequence[Part], width: int) -> None:
@@ -177,28 +192,36 @@ class Units(nn.Module):
 
 
 class NeuronTokens(nn.Module):
-    """A global token where something belongs to no unit, then the units of each group, in the spec's order.
+    """A token for each hidden unit, with all parameters of theta and of noised theta* that belong to it.
 
-    Raises ValueError for a parameter with three permuting axes or more.
+    A global token comes first if some parameters belong to no unit, then the units of each group, in the spec's order. Encoder
+    and decoder are shared by a group's units and no position tells them apart, so that permuting the units of theta and noised
+    theta* permutes the update alike: exactly equivariant, for any PermutationSpec.
+
+    Raises ValueError for a parameter with three or more permuting axes.
     """
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
         together = by_groups(parts_of(config.symmetry))
-        counts = {(group,): count for group, count in config.symmetry.groups.items()}
+        counts: dict[tuple[str, ...], int] = {(group,): count for group, count in config.symmetry.groups.items()}
         if () in together:
             counts = {(): 1, **counts}
         self.depth, self.heads, self.scalars = config.depth, config.num_heads, TOKENS[config.scalars]
         self.token_kinds = list(counts.values())
-        self.units = nn.ModuleList(Units(count, together.get(key, ()), config.width) for key, count in counts.items())
+        self.units = cast(
+            "Sequence[Units]",
+            nn.ModuleList(Units(count, together.get(key, ()), config.width) for key, count in counts.items()),
+        )
         between = [key for key in together if len(key) == 2]
         places = {key[0]: place for place, key in enumerate(counts) if key}
         self.ends = [
             (places[first], places[second]) for first, second in between
         ]  # of each of the edges, among the units
-        self.edges = nn.ModuleList(Edges(together[key], config) for key in between)
-        starts = [part.span.start for module in (*self.units, *self.edges) for part in module.parts]
-        self.order = sorted(range(len(starts)), key=starts.__getitem__)  # of what is decoded, to make it theta's
+        self.edges = cast("Sequence[Edges]", nn.ModuleList(Edges(together[key], config) for key in between))
+        starts = [part.span.start for units in self.units for part in units.parts]
+        starts += [part.span.start for edges in self.edges for part in edges.parts]
+        self.order = sorted(range(len(starts)), key=starts.__getitem__)  # puts decoded parts in the order of theta
         warn_if_lossy(max(units.features for units in self.units), config)
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
@@ -209,16 +232,14 @@ class NeuronTokens(nn.Module):
             edges.initialize_weights(generator)
 
     def encode(self, noised: Float[Tensor, "n D"], theta: Float[Tensor, "n D"]) -> Encoded:
-        tokens = [units.encode(noised, theta) for units in self.units]
-        if not self.edges:
-            return Encoded(torch.cat(tokens, dim=1))
+        summands = [[] if own is None else [own] for own in (units.encode(noised, theta) for units in self.units)]
         embedded = tuple(edges.embedded(noised, theta) for edges in self.edges)
         active = [F.gelu(e) for e in embedded]
-        for edges, e, (first, second) in zip(self.edges, active, self.ends, strict=True):
-            to_first, to_second = edges.pooled(e)
-            tokens[first] = to_first if tokens[first] is None else tokens[first] + to_first
-            tokens[second] = to_second if tokens[second] is None else tokens[second] + to_second
-        return Encoded(torch.cat(tokens, dim=1), self._biases(active), embedded)
+        for edges, e, ends in zip(self.edges, active, self.ends, strict=True):
+            for place, pooled in zip(ends, edges.pooled(e), strict=True):
+                summands[place].append(pooled)
+        tokens = torch.cat([sum(rest, first) for first, *rest in summands], dim=1)
+        return Encoded(tokens, self._biases(active) if active else None, embedded)
 
     def _biases(self, active: list[Float[Tensor, "n _ _ edge"]]) -> Float[Tensor, "depth n heads all all"]:
         """Attention biases of every block, zero wherever no edge lies."""
@@ -232,6 +253,7 @@ class NeuronTokens(nn.Module):
                 biases = there.new_zeros(self.depth, len(e), self.heads, total, total)
             biases[..., where[first], where[second]] += there
             biases[..., where[second], where[first]] += back
+        assert biases is not None  # called only where there are edges
         return biases
 
     def decode(self, hidden: Float[Tensor, "n tokens width"], encoded: Encoded) -> Float[Tensor, "n D"]:
@@ -242,15 +264,13 @@ class NeuronTokens(nn.Module):
         return torch.cat([written[place] for place in self.order], dim=1)
 
 
-DECODER_WIDENING = 4  # the pairwise decoder's hidden width over edge_width
-
-
 class Edges(nn.Module):
-    """All parameters between two groups of units, which may be one and the same.
+    """Weights between two groups of hidden units (possibly the same group): edges of a graph over the tokens.
 
-    e_ij = W [theta_ij, noised_ij] + b. The mean over j of gelu(e_ij) adds to the token of unit i, that over i to that of j;
-    gelu(e_ij) gives each block's heads a bias of attention from i to j, and from j to i. With the last hidden states h, the
-    update of weight ij is U gelu(A h_i + B h_j + C e_ij), U zero at initialisation.
+    Such a weight cannot be a feature of either unit's token, since the order of the unit's fan-in permutes. So weight ij has
+    an embedding e_ij = W [theta_ij, noised_ij] + b. The mean over j of gelu(e_ij) is added to the token of unit i, the mean
+    over i to that of unit j; gelu(e_ij) also biases the attention of each block's heads from i to j and from j to i. With the
+    last hidden states h, the update of weight ij is U gelu(A h_i + B h_j + C e_ij), where U is zero at initialisation.
     """
 
     def __init__(self, parts: Sequence[Part], config: GptConfig) -> None:
@@ -269,8 +289,9 @@ class Edges(nn.Module):
         self.decoder = nn.Linear(hidden, features, bias=False)
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
-        """The embedding starts at the size of its inputs, with random offsets: nothing normalises it, and where it was small
-        gelu would be linear, and the mean of many edges nearly nothing.
+        """Embeddings start as large as their inputs, with random offsets.
+
+        No layer normalises them: if they were small, gelu would be linear, and the mean over many edges close to zero.
         """
         nn.init.normal_(self.embed.weight, std=self.embed.in_features**-0.5, generator=generator)
         nn.init.normal_(self.embed.bias, std=0.5, generator=generator)
@@ -283,13 +304,13 @@ class Edges(nn.Module):
     def pooled(
         self, active: Float[Tensor, "n a b edge"]
     ) -> tuple[Float[Tensor, "n a width"], Float[Tensor, "n b width"]]:
-        """What the edges, gelu(e_ij), add to the tokens of the first and the second group."""
+        """Summands of the tokens of the first and of the second group; active: gelu(e_ij)."""
         return self.to_first(active.mean(2)), self.to_second(active.mean(1))
 
     def biases(
         self, active: Float[Tensor, "n a b edge"]
     ) -> tuple[Float[Tensor, "depth n heads a b"], Float[Tensor, "depth n heads b a"]]:
-        """How much each block's heads let the first group heed the second, and the second the first."""
+        """Attention biases of each block's heads, from the first group to the second and from the second to the first."""
         both = self.to_biases(active).unflatten(-1, (2, -1, self.heads))  # (n, a, b, 2, depth, heads)
         return both[:, :, :, 0].permute(3, 0, 4, 1, 2), both[:, :, :, 1].permute(3, 0, 4, 2, 1)
 
@@ -299,14 +320,11 @@ class Edges(nn.Module):
         second: Float[Tensor, "n b width"],
         edges: Float[Tensor, "n a b edge"],
     ) -> list[Float[Tensor, "n _"]]:
-        """Updates of the parts, from the ends' last hidden states and e_ij."""
+        """Updates of the parts, from the last hidden states of both groups and the embeddings e_ij."""
         ends = self.from_first(first)[:, :, None] + self.from_second(second)[:, None]
         updates = self.decoder(F.gelu(ends + self.from_edge(edges)))
         split = updates.split([part.features for part in self.parts], dim=-1)
         return [part.put(update) for part, update in zip(self.parts, split, strict=True)]
-
-
-__all__ = ["Encoded", "NeuronTokens", "SequenceTokens", "make_tokenizer"]
 
 
 def make_tokenizer(config: GptConfig) -> NeuronTokens | SequenceTokens:
@@ -314,18 +332,15 @@ def make_tokenizer(config: GptConfig) -> NeuronTokens | SequenceTokens:
     return (NeuronTokens if config.tokenizer == "neuron" else SequenceTokens)(config)
 
 
-TOKENS = {"raw": 4, "normalised": 2}
-RAW_FREQUENCIES, RAW_OCTAVES = 128, 14.0
-
-
 class ScalarTokens(nn.Module):
-    """Timestep, target - metric, target and metric, in the released order.  [thesis 3.2.2]
+    """Tokens of the timestep and of the metrics: target - metric, target and metric, in the released order.  [thesis 3.2.2]
 
-    Raw: a token each, every scalar x as [sin(f x), cos(f x), x] for 128 frequencies f from 1 to 2^14, t counting 0..999.
-    Normalised: a token of t / 1000, and one of the metrics, which are told on two scales: from -1 to 1 linearly over the training
-    range, and by the place they have among the scale's knots, which is their quantile among training checkpoints where no knots
-    were merged; the change is the difference on each. Beyond the range the linear scale goes on and the place stays at its end.
-    Frequencies then begin at pi / 4. Two tokens fewer are an eighth fewer products for a network of ten units.
+    Raw: a token for each scalar x, embedded as [sin(f x), cos(f x), x] for 128 frequencies f from 1 to 2^14, with t in 0..999.
+
+    Normalised: a token of t / 1000 and a token of all metrics. Every metric is embedded on two scales: linear from -1 to 1 over
+    the training range, and its rank among the scale's knots (its quantile among training checkpoints, unless knots were merged);
+    target - metric is the difference on each scale. Beyond the training range the linear scale continues and the rank is
+    clamped. Frequencies start at pi / 4. Two tokens fewer save an eighth of the arithmetic for a network of ten units.
 
     Raises ValueError for normalised scalars without a metric scale.
     """
@@ -337,9 +352,9 @@ class ScalarTokens(nn.Module):
                 "normalised scalars need a metric_scale: give MetricScale.of(training metrics), or scalars='raw'"
             )
         self.config = config
-        told = (1, 1, 1, 1) if config.scalars == "raw" else (1, 6)  # numbers in each token
+        numbers = (1, 1, 1, 1) if config.scalars == "raw" else (1, 6)  # in each token
         size = 2 * len(_frequencies(config)) + 1
-        self.encoders = nn.ModuleList(nn.Linear(count * size, config.width, bias=False) for count in told)
+        self.encoders = _linears((count * size, config.width) for count in numbers)
 
     def forward(
         self, t: Num[Tensor, " n"], metric: Float[Tensor, " n"], target: Float[Tensor, " n"]
@@ -354,12 +369,14 @@ class ScalarTokens(nn.Module):
         if self.config.scalars == "raw":
             metric, target = metric * self.config.metric_factor, target * self.config.metric_factor
             return [x[:, None] for x in (t, target - metric, target, metric)]
-        metric, target = (both_scales(self.config.metric_scale, x) for x in (metric, target))
+        scale = self.config.metric_scale
+        assert scale is not None  # refused by __init__
+        metric, target = both_scales(scale, metric), both_scales(scale, target)
         return [t[:, None] / 1000, torch.cat([target - metric, target, metric], dim=1)]
 
 
 def both_scales(scale: MetricScale, metric: Float[Tensor, " n"]) -> Float[Tensor, "n 2"]:
-    """A metric linearly, and by its place among the knots, every interval as long as the others; both from -1 to 1."""
+    """A metric on a linear scale and as its rank among the knots, both from -1 to 1 over the training range."""
     linear = (metric - scale.low) / (scale.high - scale.low)
     knots = torch.tensor(scale.knots, dtype=torch.float64).to(metric.device, metric.dtype)
     passed = ((metric[:, None] - knots[:-1]) / knots.diff()).clamp(0, 1)  # share of each interval that lies below
@@ -367,8 +384,8 @@ def both_scales(scale: MetricScale, metric: Float[Tensor, " n"]) -> Float[Tensor
 
 
 def _frequencies(config: GptConfig) -> Float[Tensor, " frequencies"]:
-    """Float32 powers of two, as released: raw ones turn t = 999 into 16 million radians, where another rounding is another
-    token. Made afresh in each pass: a buffer outside the state dict would be lost where a model is built on meta.
+    """Powers of two in float32, as released: raw frequencies turn t = 999 into 16 million radians, where another rounding gives
+    another embedding. Computed in every pass, since a buffer outside the state dict would be lost in a model built on meta.
     """
     if config.scalars == "raw":
         return 2 ** torch.linspace(0, RAW_OCTAVES, RAW_FREQUENCIES, device="cpu")

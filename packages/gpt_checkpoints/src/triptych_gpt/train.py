@@ -83,4 +83,4 @@ def save_average(
             "seed": config.seed,
             "pairs_seen": state.samples_seen,
         }
-        write_model(path, state.model.config, tensors, {**known, **facts})
+        write_model(path, data.model_config, tensors, {**known, **facts})

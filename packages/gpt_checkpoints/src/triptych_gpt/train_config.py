@@ -20,7 +20,7 @@ class GptTrainConfig(TransformerSettings):
     zoo: Annotated[Path, FREE] = Path("runs/zoo")
     """folder of the zoo, as triptych-gpt collect makes it"""
     task: Annotated[str | None, FREE] = None
-    """the zoo's task where it cannot tell itself: a name, or file.py:NAME"""
+    """the zoo's task where the zoo does not name it: a name, or file.py:NAME"""
     metric: str | None = None
     """what the model is prompted with; default: the zoo's first metric"""
     tokenizer: Literal["layer", "chunk", "neuron"] = "neuron"

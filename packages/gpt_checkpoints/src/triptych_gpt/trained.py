@@ -24,11 +24,11 @@ from triptych_gpt.zoo.source import TaskSpec
 
 @dataclass
 class TrainedGpt:
-    """A model with what it takes to use it.
+    """A trained model with what is needed to use it.
 
-    scale: normalised parameters are scale times those of a network. trained_range: of the metric over all training
-    checkpoints; None: not known.
-    facts: of its training.
+    scale: parameters are multiplied by it to be normalised. metric, better: what the model is prompted with, and whether lower or
+    higher is better. trained_range: of the metric over all training checkpoints; None if unknown. spec: how its task is opened.
+    facts: all that the model file says of its training.
     """
 
     model: Gpt
@@ -118,7 +118,7 @@ class TrainedGpt:
     def update(
         self, settings: SamplerSettings | None = None, seed: int = 0, progress: Callable[[], None] = lambda: None
     ) -> Update:
-        """`sample` as experiments take it."""
+        """`sample` as an `Update`, for everything in `triptych_gpt.evaluation`."""
         return lambda theta, metric, target, indices: self.sample(
             theta, metric, target, settings=settings, seed=seed, indices=indices, progress=progress
         )

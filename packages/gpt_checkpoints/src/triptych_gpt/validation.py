@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from triptych_common.parallel import Ranks
@@ -13,7 +13,7 @@ from triptych_common.training import TrainState
 
 from triptych_gpt.evaluation.alignment import prompt_alignment
 from triptych_gpt.evaluation.prompted import with_prompts
-from triptych_gpt.model import FILE_NAME
+from triptych_gpt.model import FILE_NAME, Gpt
 from triptych_gpt.objective import TrainingZoo
 from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Metric
@@ -29,8 +29,8 @@ class Validation:
     """A callback that logs "validation/alignment" every `validation_every` steps and at the end, and keeps the averaged model
     that scored best.
 
-    Untrained networks of validation runs are asked for the same prompts, from the same noise, every time; `save(path, facts)`
-    writes the averaged model. What `check` refuses has been refused.
+    Every time, the same untrained networks of validation runs are updated with the same prompts and the same noise. save(path,
+    facts) writes the averaged model. `check` must have been called before.
     """
 
     def __init__(
@@ -64,11 +64,12 @@ class Validation:
         """R^2 of the averaged model, the mean over all ranks' networks."""
         data = self.data
         trained = TrainedGpt(
-            state.ema, data.scale, self.metric.name, self.metric.better, (float(data.values.min()), float(data.values.max())),
-            data.spec, {},
+            cast("Gpt", state.ema), data.scale, self.metric.name, self.metric.better,
+            (float(data.values.min()), float(data.values.max())), data.spec, {},
         )  # fmt: skip
         settings = SamplerSettings("ddpm", self.config.validation_inference_steps, PROMPTS * len(self.mine))
         prompts = self.metric.prompts
+        assert prompts is not None  # metric_of has added them
         found = prompt_alignment(
             trained.update(settings, SEED), data.task, self.metric, self.theta, best=prompts.best,
             worst_fraction=prompts.worst, prompts=PROMPTS, networks_at_once=settings.networks_at_once,

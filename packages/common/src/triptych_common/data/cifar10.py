@@ -1,4 +1,4 @@
-"""CIFAR-10: the authors' binary version, or else a copy of it as image files, which is lossy and told apart."""
+"""CIFAR-10: the authors' binary version, or else a copy of it as image files, which is marked as lossy."""
 
 import hashlib
 import tarfile
@@ -35,11 +35,11 @@ Labels = UInt8[np.ndarray, " items"]
 
 
 def read_cifar10(folder: Path, part: str, url: str = CIFAR10_URL) -> tuple[Images, Labels, Path | None]:
-    """Images and labels of the "train" or "test" part, and the lossy copy they come from, or None if they are exact.
+    """Images and labels of the "train" or "test" part, and the path of the lossy copy they come from, None if exact.
 
     `folder` is searched for the binary version (unpacked, then packed), then for a copy as image files
-    (train/<class>/*.jpg and test/, or cifar10-jpeg.tar.xz of these); where it has neither, the binary version is
-    downloaded. Raises FileNotFoundError when it cannot be fetched, ValueError for damaged files.
+    (train/<class>/*.jpg and test/, or cifar10-jpeg.tar.xz of these). If it has neither, the binary version is downloaded.
+    Raises FileNotFoundError if that fails, ValueError for damaged files.
     """
     archive = folder / ARCHIVE
     if all((folder / UNPACKED / name).is_file() for name in PARTS[part]):
@@ -59,7 +59,7 @@ def read_cifar10(folder: Path, part: str, url: str = CIFAR10_URL) -> tuple[Image
 
 
 def _records(contents: dict[str, bytes], where: Path) -> tuple[Images, Labels]:
-    """Rows of one label and 3 x 32 x 32 pixels, checked by SHA-256."""
+    """Images and labels from files of records (one label, then 3 x 32 x 32 pixels), checked by SHA-256."""
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != CIFAR10_SHA256[name]:
             raise ValueError(
@@ -70,7 +70,7 @@ def _records(contents: dict[str, bytes], where: Path) -> tuple[Images, Labels]:
 
 
 def _members(archive: Path, folder: str) -> Iterator[tuple[str, bytes]]:
-    """Paths and contents of an archive's files below `folder`, in one pass and in memory: nothing is unpacked to disk."""
+    """Paths and contents of an archive's files below `folder`, read in one pass without unpacking to disk."""
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -89,7 +89,7 @@ def _find_copy(folder: Path) -> Path | None:
 
 
 def _read_copy(copy: Path, part: str) -> tuple[Images, Labels]:
-    """All images of `part`, in the order of class and file name."""
+    """Images and labels of `part`, ordered by class and file name."""
     found: Iterator[tuple[str, bytes]]
     if copy.is_dir():
         found = ((path.relative_to(copy).as_posix(), path.read_bytes()) for path in (copy / part).glob("*/*.*"))

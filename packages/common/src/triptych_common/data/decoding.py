@@ -2,9 +2,9 @@
 
 Convention: uint8, channels first; sizes are (height, width), or one number for a square.
 
-Pixels stand as people see them: the EXIF orientation is applied; gray is repeated over the channels; transparency is
-laid over white; CMYK and palettes are converted, colour profiles ignored; 16-bit values keep their high byte, as Pillow
-itself does for 16-bit colour; of an animation the first frame counts.
+The EXIF orientation is applied; gray is repeated over the channels; transparency is composited over white; CMYK and
+palettes are converted, colour profiles ignored; 16-bit values keep their high byte, as in Pillow for 16-bit colour; of an
+animation the first frame is read.
 """
 
 import io
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be used: `path` and `reason`. Whoever reads many lists and counts them, or stops."""
+    """An image that cannot be used, with its `path` and the `reason`, so that callers can list such images or stop."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)  # both, so that it survives the way out of a worker process
+        super().__init__(path, reason)  # both arguments, so that it can be pickled in a worker process
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
@@ -28,13 +28,13 @@ class UnreadableImage(ValueError):
 
 
 class ImageTooSmall(UnreadableImage):
-    """An intact image that the crop would have to enlarge."""
+    """An intact image smaller than the crop."""
 
 
 def decode(content: bytes, path: str) -> Image.Image:
-    """An encoded image, upright and RGB; `path` is for the message.
+    """Decode an image file's content, upright and as RGB; `path` is for error messages.
 
-    Raises UnreadableImage for what is truncated, no image, too large to be one, or has no defined white.
+    Raises UnreadableImage if it is truncated, no image, suspiciously large, or of a format without a defined white.
     """
     if not content:
         raise UnreadableImage(path, "the file is empty")
@@ -47,7 +47,7 @@ def decode(content: bytes, path: str) -> Image.Image:
         raise
     except UnidentifiedImageError:
         reason = "not an image in a known format, or cut short"
-    except Exception as error:  # fed junk, decoders raise anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # on damaged input decoders raise anything: OSError, SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
     raise UnreadableImage(path, reason)
 
@@ -71,10 +71,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def center_crop(
     image: Image.Image, size: int | tuple[int, int], *, allow_upscale: bool = False, path: str = "image"
 ) -> Image.Image:
-    """The middle of an image: halved by a box filter while twice too large, brought to where it just covers the target
-    by a bicubic one, and cut.  [as ADM and DiT prepare ImageNet, for any rectangle]
+    """Resize an image until it just covers `size`, and crop its centre, as ADM and DiT prepare ImageNet.
 
-    Raises ImageTooSmall, naming `path`, unless `allow_upscale`.
+    A box filter halves it while it is at least twice too large, then a bicubic one resizes it.
+    Raises ImageTooSmall, naming `path`, for an image smaller than `size`, unless `allow_upscale`.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
@@ -94,7 +94,10 @@ def center_crop(
 
 
 def to_tensor(image: Image.Image, channels: int = 3) -> UInt8[Tensor, "channels height width"]:
-    """Pixels of an RGB image, or with `channels` 1 its luma (ITU-R 601), which is exact for gray."""
+    """The pixels of an RGB image, or, if `channels` is 1, its luma (ITU-R 601), which is exact for gray images.
+
+    Raises ValueError for other numbers of channels.
+    """
     if channels not in (1, 3):
         raise ValueError(f"channels {channels}: expected 1 (gray) or 3 (RGB)")
     pixels = np.array(image.convert("L") if channels == 1 else image)

@@ -1,4 +1,4 @@
-"""Files of the named data sets: found on disk or downloaded, and always checked by SHA-256."""
+"""Files of the named data sets, read from disk or downloaded, and always checked by SHA-256."""
 
 import contextlib
 import gzip
@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from triptych_common.progress import Progress
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-# SHA-256 of the unpacked files: the same for every re-packed copy.
+# SHA-256 of the unpacked files, which does not depend on how a copy was compressed.
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -29,9 +29,9 @@ MNIST_SHA256 = {
 def read_mnist(
     folder: Path, part: str, url: str = MNIST_URL
 ) -> tuple[UInt8[np.ndarray, "items 28 28"], UInt8[np.ndarray, " items"]]:
-    """Images and labels of MNIST's "train" or "t10k" part from `folder`, downloading what it lacks.
+    """Images and labels of MNIST's "train" or "t10k" part in `folder`, to which missing files are downloaded.
 
-    Raises FileNotFoundError when a file is absent and cannot be fetched, ValueError when its checksum differs.
+    Raises FileNotFoundError if a download fails, ValueError if a checksum differs.
     """
     images = _mnist_file(folder, f"{part}-images-idx3-ubyte", url)
     labels = _mnist_file(folder, f"{part}-labels-idx1-ubyte", url)
@@ -62,9 +62,9 @@ def _mnist_file(folder: Path, name: str, url: str) -> bytes:
 
 
 def fetch(what: str, url: str, path: Path, remedy: str) -> None:
-    """Download a file unless it is there; ranks of one machine take turns.
+    """Download a file unless `path` exists; a lock makes other processes of this machine wait.
 
-    Raises FileNotFoundError, with what it is and the remedy, when it cannot be had.
+    Raises FileNotFoundError, naming `what` and the `remedy`, if the download fails.
     """
     if path.exists():
         return
@@ -79,9 +79,9 @@ def fetch(what: str, url: str, path: Path, remedy: str) -> None:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch `url` into `path`, going on where an earlier attempt stopped; `path` appears only when complete.
+    """Download `url` to `path`, resuming an earlier attempt; `path` appears only when complete.
 
-    Raises OSError (urllib.error.URLError among them) when the transfer fails.
+    Raises OSError, such as urllib.error.URLError, if the transfer fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
@@ -94,13 +94,13 @@ def download(url: str, path: Path) -> None:
             with (
                 partial.open("ab" if resumed else "wb") as file,
                 Progress(f"downloading {path.name}", expected // 10**6, "MB", enabled=expected > 10**7) as progress,
-                contextlib.suppress(http.client.IncompleteRead),  # the size tells, below
+                contextlib.suppress(http.client.IncompleteRead),  # the size is checked below
             ):
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     progress.at(file.tell() // 10**6)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to fetch
+        if error.code != 416:  # 416: the partial file is already complete
             raise
         expected = have
     if expected and partial.stat().st_size != expected:

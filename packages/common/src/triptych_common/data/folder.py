@@ -18,11 +18,12 @@ SUFFIXES = (
 
 
 class ImageFolder(ImageSource):
-    """`folder/class/**/*.png` (jpg, webp, ...): classes and files in the order of their names.
+    """Images in `folder/class/**/*.png` (jpg, webp, ...), with classes and files ordered by name.
 
-    Without subfolders, or if `unconditional`, all images are of one class. A folder that is divided into train/ and
-    val/ (validation, valid, test, held_out) is entered at `split`. Hidden files are passed over, other files counted.
-    Raises FileNotFoundError for no folder, ValueError for one without images, an empty class or loose images.
+    Without subfolders, or if `unconditional`, all images form one class. In a folder divided into train/ and val/
+    (validation, valid, test, held_out), `split` is read. Hidden files are ignored; other files are counted and reported.
+    Raises FileNotFoundError for an absent folder, ValueError for one without images, with an empty class or with images
+    beside its class folders.
     """
 
     lossy = False
@@ -46,7 +47,7 @@ class ImageFolder(ImageSource):
         return str(self.root / self.files[index])
 
     def fingerprint(self) -> str:
-        """Over class names, file names and sizes: moving the folder changes nothing, replacing an image mostly does."""
+        """A hash of class names, file names and sizes, so that moving the folder does not change it."""
         digest = hashlib.sha256("\0".join(self.class_names).encode())
         for file in self.files:
             digest.update(b"\n" + os.fsencode(file) + b"\0%d" % (self.root / file).stat().st_size)
@@ -67,7 +68,7 @@ def _enter(root: Path, split: str) -> Path:
 
 
 def _list_images(root: Path) -> tuple[list[str], list[str]]:
-    """Files relative to `root` and the folders in it, both sorted."""
+    """Image files, relative to `root`, and the subfolders of `root`, both sorted."""
     files: list[str] = []
     others: Counter[str] = Counter()
     classes: list[str] = []
@@ -106,5 +107,5 @@ def _labels(root: Path, files: list[str], classes: list[str]) -> list[int]:
 
 
 def _stop(error: OSError) -> None:
-    """os.walk would pass over folders that it may not read."""
+    """Raise the error, where os.walk would skip an unreadable folder."""
     raise error

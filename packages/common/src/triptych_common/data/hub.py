@@ -19,9 +19,9 @@ Dataset = Any  # datasets.Dataset: the library takes seconds to import, so that 
 class HubImages(ImageSource):
     """Images of a Hugging Face data set: a name on the hub, a folder that `save_to_disk` wrote, or one of Parquet files.
 
-    "auto" takes the one column of images, and the one of class labels if there is one; integers and strings serve as
-    labels where named. Raises ValueError for columns or splits that are not there, OSError where nothing can be loaded,
-    ImportError without the library.
+    image_column, label_column: "auto" chooses the only column of images, and the only one of class labels if there is one.
+        A named label column may also hold integers or strings.
+    Raises ValueError for missing columns or splits, OSError if nothing can be loaded, ImportError without the library.
     """
 
     lossy = False
@@ -64,7 +64,7 @@ class HubImages(ImageSource):
         return f"{self.name}[{index}]"
 
     def fingerprint(self) -> str:
-        """Over class names, labels and each image's file name and size, read from the columns' offsets, not their data."""
+        """A hash of class names, labels and each image's file name and size, which are read without the image data."""
         import pyarrow.compute as pc
 
         digest = hashlib.sha256("\0".join(self.class_names).encode() + self.labels.numpy().tobytes())
@@ -90,7 +90,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
         raise ImportError("Hugging Face data sets need a package: pip install 'triptych-common[hub]'") from error
     try:
         loaded = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name, config)
-    except ValueError as error:  # such as a missing config
+    except ValueError as error:  # for instance for a missing config
         raise ValueError(f"Hugging Face data set {name}: {_one_line(error)}") from error
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise OSError(
@@ -106,7 +106,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _column(table: Dataset, name: str, kind: str, wanted: str, feature_type: type) -> str | None:
-    """The column a person named, or the only one of a type; None where labels have none."""
+    """The requested column, or with "auto" the only one of a type; None if there is no column of labels."""
     columns = ", ".join(f"{column} ({_kind(feature)})" for column, feature in table.features.items())
     if wanted != "auto":
         if wanted not in table.features:
@@ -123,12 +123,12 @@ def _kind(feature: Any) -> str:
 
 
 def _undecoded(table: Dataset, column: str, name: str) -> Dataset:
-    """The column of images alone, as {"bytes", "path"} rows: the library's own decoding would differ from a folder's."""
+    """The column of images as {"bytes", "path"} rows, since the library would not decode them as `decode` does."""
     from datasets import Image as ImageFeature
 
     kind = _kind(table.features[column])
     try:
-        if "string" not in kind:  # which would be taken for paths
+        if "string" not in kind:  # strings would be taken for paths
             return table.with_format(None).select_columns([column]).cast_column(column, ImageFeature(decode=False))
     except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors derive from these
         pass
@@ -136,7 +136,7 @@ def _undecoded(table: Dataset, column: str, name: str) -> Dataset:
 
 
 def _labels(table: Dataset, column: str, name: str) -> tuple[Int[Tensor, " items"], tuple[str, ...]]:
-    """Labels and class names; values that are not class labels are numbered in their order."""
+    """Labels and class names; values that are not of type ClassLabel are numbered in sorted order."""
     from datasets import ClassLabel
 
     feature = table.features[column]

@@ -1,4 +1,4 @@
-"""What every source of images offers, whether it lies in memory, in a folder or in a Hugging Face data set."""
+"""The interface of every source of images, whether in memory, in a folder or in a Hugging Face data set."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -14,9 +14,9 @@ HELD_OUT_NAMES = ("held_out", "val", "validation", "valid", "test")
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Numbered images with labels 0 .. num_classes-1; an unconditional source has one class.
+    """A sequence of images with labels 0 .. num_classes-1; an unconditional source has one class.
 
-    Sources are small when pickled and read one image at a time, so that worker processes can share the work.
+    Sources other than data sets in memory are small when pickled, so that worker processes can share the reading.
     """
 
     name: str
@@ -29,23 +29,23 @@ class ImageSource(Protocol):
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """One image as it is, upright and RGB. Raises UnreadableImage for a damaged one."""
+        """An image in its own size, upright and RGB. Raises UnreadableImage for a damaged one."""
         ...
 
     def locate(self, index: int) -> str:
-        """Where an image stands, for messages and lists."""
+        """The path or position of an image, for messages and lists."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash that tells whether two sources are the same data, for provenance; its prefix says what was hashed."""
+        """A hash that identifies the data, for provenance; its prefix says what was hashed."""
         ...
 
     def read(
         self, index: int, size: int | tuple[int, int] | None = None, *, channels: int = 3, allow_upscale: bool = False
     ) -> UInt8[Tensor, "channels height width"]:
-        """One image, cropped as `center_crop` does to (height, width) or a square; gray where `channels` is 1.
+        """An image, cropped by `center_crop` to (height, width) or a square; gray if `channels` is 1.
 
-        Raises UnreadableImage for a damaged image, ImageTooSmall for one that would have to grow.
+        Raises UnreadableImage for a damaged image, ImageTooSmall for one smaller than `size` unless `allow_upscale`.
         """
         image = self.image(index)
         if size is not None:
@@ -54,9 +54,9 @@ class ImageSource(Protocol):
 
 
 def choose_split(split: str, available: Sequence[str], where: str) -> str:
-    """The part of that name; for "held_out" the first there is of val, validation, valid, test.
+    """The name of `split` among those `available`; "held_out" also matches val, validation, valid or test, in this order.
 
-    Raises ValueError where there is none.
+    Raises ValueError if none matches.
     """
     for name in HELD_OUT_NAMES if split == "held_out" else (split,):
         if name in available:

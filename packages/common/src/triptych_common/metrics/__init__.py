@@ -1,4 +1,4 @@
-"""Scores of generated images: distances between feature distributions, coverage, frozen instruments, the ADM suite."""
+"""Scores of generated images: distances between feature distributions, precision and recall, digits, the ADM suite."""
 
 import lazy_loader
 

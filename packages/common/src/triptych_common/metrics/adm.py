@@ -1,16 +1,16 @@
 """The ADM evaluation suite: FID, sFID, Inception score, precision and recall.  [Dhariwal & Nichol 2021]
 
-A set of images is scored against a reference, as the suite's own `evaluator.py REFERENCE SAMPLES` does on TensorFlow:
+Samples are scored against a reference, as the suite's `evaluator.py REFERENCE SAMPLES` does in TensorFlow:
 
-- FID and sFID: Fréchet distances of Inception's pool_3 and of its spatial features; where a file carries statistics
-  (mu, sigma, mu_s, sigma_s) they are taken, not those of its images.
-- Inception score: consecutive splits of 5,000 samples, the mean of exp(mean KL(p(y|x) | p(y))).
-- Precision and recall: pool_3, k = 3, of the files' images. The suite rounds distances to half precision, whose ties
-  widen the balls a little: its figures lie above the exact ones here, by about 0.001 and 0.003.
+- FID and sFID: Fréchet distances between Inception's pool_3 and between its spatial features. Statistics in a file
+  (mu, sigma, mu_s, sigma_s) take precedence over those of its images.
+- Inception score: the mean of exp(mean KL(p(y|x) | p(y))) over consecutive splits of 5,000 samples.
+- Precision and recall: pool_3 of the files' images, with k = 3. The suite rounds distances to half precision, whose ties
+  widen the balls a little: its figures exceed the exact ones computed here by about 0.001 and 0.003.
 
-Published figures take 50,000 samples, and of the reference 10,000 images and statistics of the whole training set.
-Check value: admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz has
-IS 215.84, FID 3.943, sFID 6.140, precision 0.8265, recall 0.5309. Both files must be fetched: no test runs it.
+Published figures use 50,000 samples and a reference with 10,000 images and the statistics of the whole training set.
+Check value: admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz gives
+IS 215.84, FID 3.943, sFID 6.140, precision 0.8265, recall 0.5309. No test runs it, as both files need downloading.
 """
 
 from collections.abc import Callable
@@ -33,17 +33,18 @@ FEW = 10_000
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One kind of features of a set of images: the vectors, or a Gaussian that came in their place or beside them."""
+    """One kind of features of a set of images: the vectors, and statistics if the set's file holds them."""
 
     vectors: Float[Tensor, "n dim"] | None
     statistics: Gaussian | None = None
 
     @property
     def count(self) -> int:
+        """Number of images, 0 if there are statistics only."""
         return 0 if self.vectors is None else len(self.vectors)
 
     def gaussian(self, device: torch.device) -> Gaussian | None:
-        """The Gaussian that came with the set, else that of its vectors."""
+        """The set's statistics, else a Gaussian fitted to its vectors; None if it has neither."""
         if self.statistics is not None:
             return Gaussian(*(x.to(device) for x in self.statistics))
         return None if self.vectors is None else fit_gaussian(self.vectors, device=device)
@@ -51,7 +52,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the suite knows of a set: FID's features (pool) and sFID's (spatial)."""
+    """The features of a set of images: pool for FID, spatial for sFID."""
 
     pool: FeatureSet
     spatial: FeatureSet
@@ -59,7 +60,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class AdmScores:
-    """The suite's scores; None for what `unavailable` gives a reason why."""
+    """The suite's scores; `unavailable` says why one is None, `notes` says how to read them."""
 
     fid: Estimate | None
     sfid: Estimate | None
@@ -70,14 +71,16 @@ class AdmScores:
     notes: tuple[str, ...] = ()
 
     def estimates(self) -> dict[str, Estimate | None]:
+        """The scores by name."""
         return {name: getattr(self, name) for name in ("fid", "sfid", "inception_score", "precision", "recall")}
 
 
 def image_features(
     source: NpzImages, inception: Inception, *, batch_size: int = 64, progress: Callable[[int], None] = lambda n: None
 ) -> ImageFeatures:
-    """Features of every image of a file, 16 KB an image on the CPU; `progress` is told of each batch.
+    """Features of every image in a file, on the CPU: 16 KB per image.
 
+    progress: called with the number of images of each finished batch.
     Raises ValueError for a damaged file, or features that are not finite.
     """
     if not source.count:
@@ -105,12 +108,12 @@ def adm_scores(
     repeats: int = 100,
     seed: int = 0,
 ) -> AdmScores:
-    """Every score that the two sets allow.
+    """Every score that the two sets permit.
 
-    probabilities: of the samples, for the Inception score.  device: where distances and covariances are computed.
-    repeats: bootstrap repeats of the 95% intervals, 0 for none. They tell what other samples would change with the
-    reference fixed (for recall: other reference images with the samples fixed); Fréchet distances resample their
-    first-order influences, see `frechet_influence`, and have none where the samples came with statistics.
+    probabilities: of the samples' classes, for the Inception score. device: on which distances and covariances are computed.
+    repeats: of the bootstrap for 95% intervals, 0 for none. The intervals cover resampled samples with the reference fixed
+        (for recall, resampled reference images with the samples fixed). Those of Fréchet distances resample first-order
+        influences, see `frechet_influence`; samples that come with statistics have none.
 
     Raises ValueError for too few images, or features that are not finite.
     """
@@ -142,9 +145,9 @@ def adm_scores(
 def inception_score(
     probabilities: Float[Tensor, "n classes"], *, split_size: int = SPLIT_SIZE, repeats: int = 0, seed: int = 0
 ) -> Estimate:
-    """Inception score: mean over consecutive splits of exp(mean KL(p(y|x) | p(y))), the last split maybe shorter.
+    """Inception score: mean over consecutive splits of exp(mean KL(p(y|x) | p(y))).  [Salimans et al. 2016]
 
-    Order matters: p(y) is a split's own, so samples sorted by class score too low.  [Salimans et al. 2016]
+    The last split may be shorter. Order matters: p(y) is computed per split, so samples sorted by class score too low.
     """
     parts = probabilities.split(4096)
     negative_entropy = torch.cat([torch.special.xlogy(p, p).sum(1) for p in (part.double() for part in parts)])

@@ -1,4 +1,4 @@
-"""Intervals for scores."""
+"""Bootstrap confidence intervals for scores."""
 
 from collections.abc import Callable
 
@@ -17,16 +17,18 @@ def bootstrap(
     seed: int = 0,
     groups: Int[Tensor, " n"] | None = None,
 ) -> Estimate:
-    """`score(*samples)` with value +- 1.96 bootstrap standard deviations, each sample's rows resampled on their own.
+    """`score(*samples)` with a 95% interval of 1.96 bootstrap standard deviations around it.
 
-    The interval is centred on the score, not taken from the resampled scores' percentiles: duplicates in a resample
-    shift biased scores such as the Fréchet distance upward, while their spread errs, if at all, on the wide side. No
-    repeats, no interval.
+        estimate = bootstrap(frechet_distance, generated_features, real_features, repeats=50)
 
-    groups: of each row of the samples, which all have as many; rows of a group are drawn together, as several pictures of one
-    object must be, which resemble each other more than those of another.
+    samples: tensors whose rows are resampled with replacement, each independently of the others.
+    repeats: number of resamples; 0 gives no interval.
+    groups: the group of each row; all samples must then have equally many rows. Groups are drawn as a whole, since rows of
+        one group, such as several pictures of one object, are not independent.
 
-    Raises ValueError for one repeat, which has no spread.
+    The interval is centred on the score instead of using percentiles of the resampled scores: duplicates in a resample
+    shift biased scores, such as the Fréchet distance, upward, while their spread is at worst too wide.
+    Raises ValueError for a single repeat, which has no spread.
     """
     if repeats < 0 or repeats == 1:
         raise ValueError(f"repeats {repeats}: expected at least 2, or 0 for no intervals")
@@ -49,12 +51,15 @@ def bootstrap(
 
 
 def bootstrap_rate(hits: Shaped[Tensor, " n"], *, repeats: int = 200, seed: int = 0) -> Estimate:
-    """Share of hits (0 or 1 each), its interval within 0..1."""
+    """The share of hits (each 0 or 1) with a 95% interval, see `as_share`."""
     return as_share(bootstrap(_mean, hits, repeats=repeats, seed=seed), len(hits))
 
 
 def as_share(estimate: Estimate, trials: int) -> Estimate:
-    """The interval of a share of so many trials, within 0..1; at a bound, where resampling sees no spread, by the rule of three."""
+    """A share of `trials`, with its interval clipped to 0..1.
+
+    At 0 or 1, where resampling sees no spread, the interval is widened by 3 / trials, the rule of three.
+    """
     value, low, high = estimate
     if low is None or high is None:
         return estimate

@@ -1,4 +1,4 @@
-"""Every score of generated digits, each with instrument, sample count and interval, beside what real digits get."""
+"""Scores of generated digits with intervals, and the scores that real digits get for comparison."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class DigitScores:
-    """Scores of one set of digits against the held-out ones."""
+    """Scores of a set of `n` digits against held-out ones; see `DigitScorer` for their meaning."""
 
     n: int
     frechet: Estimate
@@ -31,21 +31,22 @@ class DigitScores:
     near_duplicates: Estimate
 
     def as_dict(self) -> dict[str, Any]:
+        """The scores as JSON can hold them, without those that are None."""
         rows = {k: v._asdict() if isinstance(v, Estimate) else v for k, v in vars(self).items()}
         return {k: v for k, v in rows.items() if v is not None}
 
 
 class DigitScorer:
-    """Scores digits against `held_out`, at equal counts; `train` is what a generator saw.
+    """Scores digits against `held_out`, at equal counts; `train` is the data that the generator was trained on.
 
-    frechet, kernel: distances between the frozen feature network's 64 features.
-    precision, recall: in the same features, k = 3.
-    accuracy: share that the independent frozen classifier reads as their label.
-    near_duplicates: share closer in pixels to some training digit than 95% of held-out digits are, so held-out digits
-        have 5% by definition, and copies of training digits 100%.
+    frechet, kernel: distances between the 64 features of a frozen network.
+    precision, recall: of the same features, with k = 3.
+    accuracy: share of digits that an independent frozen classifier reads as their label.
+    near_duplicates: share of digits closer in pixels to some training digit than 95% of held-out digits are. So held-out
+        digits score 5% by definition, and copies of training digits 100%.
 
-    `real()` scores training digits themselves: the distance's floor, which copying would reach; its near-duplicates give
-    it away. `class_means()` scores the mean image of each class: a trivial baseline that may fool the classifier.
+    `real()` scores training digits themselves. Their distance is the floor, which copies would reach too, but copies are
+    exposed by near_duplicates. `class_means()` scores the mean image of each class, a trivial baseline.
     """
 
     def __init__(self, train: ImageDataset, held_out: ImageDataset, *, seed: int = 0) -> None:
@@ -57,11 +58,13 @@ class DigitScorer:
         self.near_duplicate_distance = float(to_train.quantile(NEAR_DUPLICATE_QUANTILE))
 
     def __call__(self, images: Tensor, labels: Tensor | None) -> DigitScores:
-        """Score generated digits: uint8 (n, 1, 28, 28), and what they should show.
+        """Score generated digits.
 
-        As many held-out digits are the reference, of the same classes where there are enough of each, else balanced.
+        images: uint8 (n, 1, 28, 28); those beyond the number of held-out digits are ignored. labels: (n,), the digits they
+        should show, or None. The reference is equally many held-out digits, with the same classes if there are enough of
+        each, else balanced.
 
-        Raises ValueError for fewer than 10 images, images the instruments do not take, or labels that are not digits.
+        Raises ValueError for fewer than 10 images, another shape or type, or labels that are not digits.
         """
         if len(images) < 10:
             raise ValueError(f"{len(images)} images: expected at least 10, and 1,000 for scores that mean much")
@@ -84,19 +87,19 @@ class DigitScorer:
         ]
         frechet, kernel = distances
         assert frechet.low is not None  # fifty repeats give an interval
-        frechet = frechet._replace(low=max(frechet.low, 0.0))  # a distance
+        frechet = frechet._replace(low=max(frechet.low, 0.0))  # a distance is not negative
         return DigitScores(
             n, frechet, kernel, self._rate(precise), self._rate(recalled), None if correct is None else self._rate(correct),
             self._rate(near),
         )  # fmt: skip
 
     def real(self, n: int) -> DigitScores:
-        """What `n` training digits score."""
+        """The scores of `n` training digits."""
         items = self._stratified(self.train, n, "real")
         return self(self.train.images[items], self.train.labels[items])
 
     def floor(self, n: int, repeats: int = 4) -> Float[Tensor, " repeats"]:
-        """Fréchet distances of several disjoint sets of `n` training digits to held-out ones: the real-real floor."""
+        """Fréchet distances of up to `repeats` disjoint sets of `n` training digits to held-out ones: the real-real floor."""
         n = min(n, len(self.held_out))
         reference = self.features(self.held_out.images[self._matching(self.held_out, None, n, "held-out")])
         repeats = min(repeats, len(self.train) // n)
@@ -104,7 +107,7 @@ class DigitScorer:
         return torch.tensor([frechet_distance(self.features(self.train.images[row]), reference) for row in items])
 
     def class_means(self, n: int) -> DigitScores:
-        """What the mean training image of each class, repeated to `n` images, scores."""
+        """The scores of `n` images, each the mean training image of its class."""
         labels = torch.arange(n) % self.train.num_classes
         means = torch.stack(
             [self.train.images[self.train.labels == c].float().mean(0) for c in range(self.train.num_classes)]
@@ -112,17 +115,18 @@ class DigitScorer:
         return self(means.round().to(torch.uint8)[labels], labels)
 
     def held_out_accuracy(self) -> Estimate:
+        """The classifier's accuracy on held-out digits."""
         return self._rate(self.classifier(self.held_out.images).argmax(1) == self.held_out.labels)
 
     def instruments(self) -> dict[str, str]:
-        """SHA-256 of each instrument."""
+        """SHA-256 of each instrument's weights, by name."""
         return {i.name: i.sha256 for i in (self.features, self.classifier)}
 
     def _rate(self, hits: Tensor) -> Estimate:
         return bootstrap_rate(hits, seed=self.seed)
 
     def _matching(self, dataset: ImageDataset, labels: Tensor | None, n: int, stream: str) -> Int[Tensor, " n"]:
-        """`n` items of a data set, with the classes of `labels` where it has enough of each, else stratified."""
+        """`n` items of a data set, with the classes of `labels` if it has enough of each, else stratified."""
         if labels is not None and n < len(dataset):
             counts = torch.bincount(labels, minlength=dataset.num_classes)
             if bool((counts <= torch.bincount(dataset.labels, minlength=dataset.num_classes)).all()):
@@ -131,7 +135,7 @@ class DigitScorer:
         return self._stratified(dataset, n, stream)
 
     def _stratified(self, dataset: ImageDataset, n: int, stream: str) -> Int[Tensor, " n"]:
-        """`n` items that take classes in turn, so that every consecutive part is balanced too."""
+        """`n` items that cycle through the classes, so that every consecutive part is balanced too."""
         per_class = [self._of_class(dataset, c, stream) for c in range(dataset.num_classes)]
         depth = max(map(len, per_class))
         rounds = [members[i] for i in range(depth) for members in per_class if i < len(members)]

@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class Gaussian(NamedTuple):
-    """What the Fréchet distance sees of a set of features; float64."""
+    """Mean and covariance of a set of features, float64: all that the Fréchet distance depends on."""
 
     mean: Float[Tensor, " dim"]
     covariance: Float[Tensor, "dim dim"]
 
 
 class Moments:
-    """Mean and covariance of features that arrive in batches or on several ranks, in float64.
+    """Mean and covariance, in float64, of features that arrive in batches or on several ranks.  [Chan et al. 1979]
 
-    Merging is exact: however the rows are split, the moments are the same up to float64 rounding.  [Chan et al. 1979]
+    However the rows are split, the result is the same up to float64 rounding.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -26,7 +26,7 @@ class Moments:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of (x - mean)(x - mean)^T
 
     def update(self, features: Float[Tensor, "n dim"]) -> None:
-        """Take in one batch.
+        """Add a batch of features.
 
         Raises ValueError when a value is not finite.
         """
@@ -39,7 +39,7 @@ class Moments:
         self._shift(len(x), mean)
 
     def merge(self, other: "Moments") -> None:
-        """Take in what another instance has seen."""
+        """Add the features that another instance has seen."""
         if other.count:
             self.scatter += other.scatter.to(self.scatter.device)
             self._shift(other.count, other.mean.to(self.mean.device))
@@ -64,9 +64,9 @@ class Moments:
 def fit_gaussian(
     features: Float[Tensor, "n dim"], *, device: torch.device | str = "cpu", chunk: int = 4096
 ) -> Gaussian:
-    """Gaussian of all rows, `chunk` rows in float64 at a time.
+    """The Gaussian fitted to all rows, of which `chunk` at a time are cast to float64.
 
-    Raises ValueError when there are fewer than two rows or a value is not finite.
+    Raises ValueError for fewer than two rows or a value that is not finite.
     """
     moments = Moments(features.shape[1], device)
     for part in features.split(chunk):
@@ -75,11 +75,10 @@ def fit_gaussian(
 
 
 def frechet_distance(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features, in float64.
+    """Fréchet distance between Gaussians fitted to two sets of features, in float64.  [Heusel et al. 2017, eq. 6]
 
-    Biased upward by small n: compare at equal n, beside the distance between two real sets.  [Heusel et al. 2017, eq. 6]
-
-    Raises ValueError when a set has fewer than two vectors or a value is not finite.
+    Small n bias it upward: compare distances at equal n, and beside the distance between two real sets.
+    Raises ValueError if a set has fewer than two vectors or a value is not finite.
     """
     return gaussian_frechet(fit_gaussian(_checked(a)), fit_gaussian(_checked(b)))
 
@@ -87,8 +86,8 @@ def frechet_distance(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> fl
 def gaussian_frechet(a: Gaussian, b: Gaussian) -> float:
     """Fréchet distance between two Gaussians.
 
-    |mean_a - mean_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2)), the last trace by the eigenvalues of the symmetric
-    F^T S_b F with S_a = F F^T, which are real and non-negative (a general matrix square root has given wrong scores).
+    |mean_a - mean_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2)). The last trace is computed from the eigenvalues of the
+    symmetric F^T S_b F, where S_a = F F^T, which are real and non-negative; general matrix square roots can be inaccurate.
     """
     factor = _factor(a.covariance)
     return _distance(a, b, torch.linalg.eigvalsh(factor.T @ b.covariance @ factor))
@@ -97,12 +96,12 @@ def gaussian_frechet(a: Gaussian, b: Gaussian) -> float:
 def frechet_influence(
     features: Float[Tensor, "n dim"], fitted: Gaussian, target: Gaussian, *, chunk: int = 4096
 ) -> tuple[float, Float[Tensor, " n"]]:
-    """Fréchet distance from `fitted`, the Gaussian of all features, to `target`, and how each vector sways it; float64.
+    """Fréchet distance from `fitted`, the Gaussian of all features, to `target`, and each vector's influence on it; float64.
 
     The influence is the first-order change of the distance per unit of weight on x, up to a constant:
-    2 (m - m_target).(x - m) + (x - m)^T (I - T) (x - m), with T the optimal linear map of fitted to target. Its standard
-    deviation over sqrt(n) is the distance's standard error. A bootstrap of the distance itself needs a decomposition a
-    repeat and overstates the error of small or good sets up to twofold, since duplicates deflate the covariance.
+    2 (m - m_target).(x - m) + (x - m)^T (I - T) (x - m), where T is the optimal linear map from fitted to target. Its
+    standard deviation over sqrt(n) is the standard error of the distance. Bootstrapping the distance itself would need a
+    decomposition per repeat and overstate the error of small or good sets up to twofold, as duplicates deflate the covariance.
     """
     factor = _factor(target.covariance)
     values, vectors = torch.linalg.eigh(factor.T @ fitted.covariance @ factor)
@@ -126,7 +125,7 @@ def _distance(a: Gaussian, b: Gaussian, eigenvalues: Tensor) -> float:
 def kernel_distance(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x.y / dim + 1)^3: KID.  [Binkowski et al. 2018]
 
-    Unlike the Fréchet distance its expectation does not depend on n; it can fall below zero.
+    Unlike that of the Fréchet distance, its expectation does not depend on n; it can be negative.
     Raises ValueError as `frechet_distance` does.
     """
     a, b = _checked(a).to(torch.float64), _checked(b).to(torch.float64)
@@ -140,14 +139,14 @@ def kernel_distance(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> flo
 
 
 def _factor(covariance: Tensor) -> Float[Tensor, "dim rank"]:
-    """F with F F^T = covariance, without the directions in which it holds nothing but rounding."""
+    """F such that F F^T = covariance, without directions whose variance is only rounding error."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > _rounding(values)
     return vectors[:, kept] * values[kept].sqrt()
 
 
 def _rounding(eigenvalues: Tensor) -> Tensor:
-    """Below which an eigenvalue may be zero."""
+    """The threshold below which an eigenvalue may be only rounding error."""
     return eigenvalues.max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
 
 

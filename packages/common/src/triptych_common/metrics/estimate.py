@@ -1,10 +1,10 @@
-"""A score with its interval. Imports no torch, so that what only shows scores is quick."""
+"""A score with its interval. Imports no torch, so that commands that only show scores are quick."""
 
 from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A score with its 95% interval, where one was asked for."""
+    """A score with its 95% interval; the bounds are None if no interval was requested."""
 
     value: float
     low: float | None = None

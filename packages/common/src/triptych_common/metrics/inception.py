@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from triptych_common.data.datasets import data_root
-from triptych_common.data.files import download
+from triptych_common.data.files import fetch
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAME}"
@@ -24,22 +23,24 @@ SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 @dataclass(frozen=True)
 class Inception:
-    """The frozen network, and the SHA-256 of its weights that every score must carry."""
+    """The frozen network, and the SHA-256 of its weights, which every score must record."""
 
     network: nn.Module
     sha256: str
 
     @property
     def is_published(self) -> bool:
+        """Whether the weights are the published ones."""
         return self.sha256 == SHA256
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Float[Tensor, "n 2048"], Float[Tensor, "n 2023"]]:
-        """What FID and what sFID see of uint8 images (n, 3, height, width), on the network's device.
+        """The features for FID and for sFID of uint8 images (n, 3, height, width) on the network's device.
 
-        The first is pool_3. The second is mixed_6/conv of the graph, Mixed_6d.branch1x1 of the port, after batch norm and
-        ReLU: its first 7 of 192 channels, flattened height, width, channel. The network resizes to 299 x 299 as
-        TensorFlow 1 did, bilinear without half-pixel centres, and maps x to (x - 128) / 128.  [Nash et al. 2021 for sFID]
+        The first are pool_3. The second are the first 7 of 192 channels of mixed_6/conv in the graph, Mixed_6d.branch1x1 in
+        the port, after batch norm and ReLU, flattened as (height, width, channel).  [Nash et al. 2021]
+        The network resizes to 299 x 299 as TensorFlow 1 did, bilinear without half-pixel centres, and maps x to
+        (x - 128) / 128.
 
         Raises ValueError for images of another shape or type.
         """
@@ -56,27 +57,27 @@ class Inception:
 
     @torch.inference_mode()
     def probabilities(self, pool: Float[Tensor, "n 2048"]) -> Float[Tensor, "n 1008"]:
-        """What the Inception score sees of pool_3: softmax of its logits, the bias left out as in the suite; on the CPU."""
+        """Class probabilities for the Inception score, on the CPU: softmax of the logits without bias, as in the suite."""
         weight = self.network.get_parameter("fc.weight")
         return torch.cat([(part.to(weight.device) @ weight.T).softmax(1).cpu() for part in pool.split(4096)])
 
 
 def load_inception(path: Path | None = None, *, device: torch.device | str = "cpu", url: str = URL) -> Inception:
-    """The network with the weights of a file; without one, the published file from the cache, or downloaded there.
+    """The network with the weights in a file; by default the published file, which is downloaded to the cache if needed.
 
-    A file given by path may hold other weights of the same network; its hash tells.
-    Raises ImportError without torch-fidelity, FileNotFoundError for an absent file that cannot be fetched, ValueError
-    for one that does not hold such weights or, where it should be the published one, has another hash.
+    path: may hold other weights of the same network; then `is_published` is false.
+    Raises ImportError without torch-fidelity, FileNotFoundError for an absent file that cannot be downloaded, ValueError
+    for one that does not hold such weights, or for a cached one whose hash is not the published one.
     """
     network_class = _network_class()
     content = _read(path) if path is not None else _published(url)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        plain = io.BytesIO()  # the port's constructor unpickles whatever it is given: give it bytes of our own
+        plain = io.BytesIO()  # the port's constructor unpickles whatever it reads, so it reads bytes written here
         torch.save(state, plain)
         plain.seek(0)
         network = network_class("inception-v3-compat", ["2048"], feature_extractor_weights_path=plain)
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
             f"{path or cached_path()}: no weights of torch-fidelity's InceptionV3 ({reason}); expected {FILE_NAME}"
@@ -86,7 +87,7 @@ def load_inception(path: Path | None = None, *, device: torch.device | str = "cp
 
 
 def cached_path() -> Path:
-    """Where the published weights are kept: in `$TRIPTYCH_DATA`, unless torch-fidelity itself has fetched them before."""
+    """The path of the published weights: in `$TRIPTYCH_DATA`, unless torch-fidelity has already downloaded them."""
     theirs = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
     ours = data_root() / "inception" / FILE_NAME
     return theirs if theirs.exists() and not ours.exists() else ours
@@ -110,15 +111,7 @@ def _read(path: Path) -> bytes:
 
 def _published(url: str) -> bytes:
     path = cached_path()
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{FILE_NAME}.lock")):  # ranks of one machine start together
-                if not path.exists():
-                    download(url, path)
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            raise FileNotFoundError(f"Inception weights: cannot be fetched ({reason}); {_remedy()}") from error
+    fetch("Inception weights", url, path, _remedy())
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != SHA256:

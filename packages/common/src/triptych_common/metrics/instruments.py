@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "weights"
 
 
 def feature_network() -> nn.Sequential:
-    """28x28 digits to 64 features, then to 10 logits; `[:-2]` are the features."""
+    """A network from 28x28 digits to 64 features, then to 10 logits; without its last two layers it gives the features."""
     layers: list[nn.Module] = []
     for channels_in, channels_out, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
         layers += [
@@ -31,7 +31,7 @@ def feature_network() -> nn.Sequential:
 
 
 def classifier() -> nn.Sequential:
-    """28x28 digits to 10 logits by another architecture, so that its errors are its own."""
+    """A network from 28x28 digits to 10 logits, of another architecture than `feature_network` so that errors differ."""
     return nn.Sequential(
         nn.Conv2d(1, 24, 5), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(24, 48, 5), nn.ReLU(), nn.MaxPool2d(2),
@@ -44,7 +44,7 @@ ARCHITECTURES = {"mnist_features": feature_network, "mnist_classifier": classifi
 
 @dataclass(frozen=True)
 class Instrument:
-    """A frozen network with the facts a score must carry."""
+    """A frozen network, with the hash of its weights and the record of its training, which every score must record."""
 
     name: str
     network: nn.Module
@@ -53,7 +53,7 @@ class Instrument:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Float[Tensor, "n outputs"]:
-        """Features (n, 64) or logits (n, 10) of uint8 images (n, 1, 28, 28).
+        """Features (n, 64) or logits (n, 10) of uint8 images (n, 1, 28, 28), depending on the instrument.
 
         Raises ValueError for images of another shape or type.
         """
@@ -76,10 +76,9 @@ def load_instrument(name: str, folder: Path = FOLDER) -> Instrument:
 
 
 def load_frozen(name: str, network: nn.Sequential, folder: Path) -> tuple[nn.Sequential, str, dict]:
-    """A network with the weights in `folder`, frozen, checked against the hash in the folder's instruments.json; that hash and
-    the network's record there.
+    """Load weights from `folder` into a network and freeze it; returns it, the weights' SHA-256 and the record of its training.
 
-    Raises ValueError for a file whose hash differs.
+    Raises ValueError if the hash differs from that in the folder's instruments.json.
     """
     from safetensors.torch import load
 

@@ -1,15 +1,15 @@
-"""Scores by nearest neighbours: precision and recall, and near-duplicates.
+"""Scores based on nearest neighbours: precision and recall, and near-duplicates.
 
-Distances are taken in blocks of both sets, so that memory does not grow with the sets. A float32 matrix product proposes
-neighbours (vectors centred, since |a|^2 + |b|^2 - 2ab loses what a common offset adds); float64 differences of the
-proposed pairs decide. So results do not depend on block size or device, and copies are at distance 0 exactly.
+Distances are computed in blocks of both sets, so that memory does not grow with them. A float32 matrix product proposes
+neighbours, of centred vectors, as a common offset costs |a|^2 + |b|^2 - 2ab precision; float64 differences of the proposed
+pairs decide. So results do not depend on block size or device, and copies are at distance exactly 0.
 """
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SPARE = 4  # proposals beyond those needed: rivals that float32 may rank wrongly
+SPARE = 4  # proposals beyond those needed, as float32 may rank close ones wrongly
 CHUNK = 4096
 EXACT = "donot_use_mm_for_euclid_dist"
 
@@ -17,7 +17,10 @@ EXACT = "donot_use_mm_for_euclid_dist"
 def nearest_distances(
     queries: Float[Tensor, "n dim"], references: Float[Tensor, "m dim"], *, k: int = 1, chunk: int = CHUNK
 ) -> Float[Tensor, " n"]:
-    """Euclidean distance from each query to its k-th nearest reference, in blocks of `chunk` by `chunk`."""
+    """Euclidean distance from each query to its k-th nearest reference, computed in blocks of `chunk` by `chunk`.
+
+    Raises ValueError for k outside 1..m.
+    """
     if not 1 <= k <= len(references):
         raise ValueError(f"k={k}: expected 1..{len(references)}, the number of references")
     return _squared_radii(queries, references, k, chunk).sqrt().to(queries.dtype)
@@ -28,9 +31,9 @@ def precision_recall(
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
     """Improved precision and recall.  [Kynkaanniemi et al. 2019]
 
-    Returns two float vectors of 0 and 1 whose means are the scores: for each fake, whether it lies within some real
-    sample's distance to its k-th nearest other real sample; for each real, the same against the fakes.
-    Raises ValueError when a set has no more than k vectors or a value is not finite.
+    Returns two vectors of 0 and 1 whose means are the scores: for each fake, whether it lies in some real sample's ball,
+    which reaches to the k-th nearest other real sample; for each real, the same against the fakes.
+    Raises ValueError if a set has no more than k vectors or a value is not finite.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k={k} need more than {k} vectors, got {len(real)} and {len(fake)}")
@@ -40,9 +43,9 @@ def precision_recall(
 
 
 def coverage(points: Float[Tensor, "n dim"], by: Float[Tensor, "m dim"], *, k: int = 3) -> Bool[Tensor, "n m"]:
-    """Which balls of `by`, each reaching to its k-th nearest other, hold which points. For sets of thousands: n x m distances.
+    """Whether each point lies in the ball of each vector of `by`, which reaches to its k-th nearest other.
 
-    `precision_recall` asks whether any does.
+    `precision_recall` is whether any ball contains a point, in bounded memory; this keeps n x m distances.
     """
     radii = _squared_radii(by, by, k + 1, CHUNK)
     rows = (
@@ -52,7 +55,7 @@ def coverage(points: Float[Tensor, "n dim"], by: Float[Tensor, "m dim"], *, k: i
 
 
 def _covered(points: Tensor, by: Tensor, k: int, chunk: int) -> Tensor:
-    """Whether each point lies in the ball of some vector of `by`, each ball reaching to its k-th nearest other."""
+    """Whether each point lies in the ball of some vector of `by`, which reaches to its k-th nearest other."""
     radii = _squared_radii(by, by, k + 1, chunk)  # the nearest is the vector itself
     near = _proposed(points, by, 1 + SPARE, chunk, radii)
     return (_squared_distances(points, by, near) <= radii[near]).any(dim=1).float()
@@ -66,7 +69,7 @@ def _squared_radii(queries: Tensor, references: Tensor, k: int, chunk: int) -> F
 def _proposed(
     queries: Tensor, references: Tensor, count: int, chunk: int, radii: Tensor | None = None
 ) -> Int[Tensor, "n proposals"]:
-    """References of smallest |q - r|^2 (less their squared radius), about as float32 sees it; at most `count` each."""
+    """Up to `count` references per query of smallest |q - r|^2, less their squared radius if given, in float32."""
     centre = references.mean(0)
     found = []
     for part in queries.split(chunk):
@@ -89,6 +92,6 @@ def _proposed(
 def _squared_distances(
     queries: Tensor, references: Tensor, near: Int[Tensor, "n proposals"], chunk: int = 256
 ) -> Float[Tensor, "n proposals"]:
-    """Squared distances to the references that `near` names, by float64 differences."""
+    """Squared distances from each query to the references indexed by `near`, from float64 differences."""
     parts = zip(queries.split(chunk), near.split(chunk), strict=True)
     return torch.cat([(q[:, None].double() - references[i].double()).square().sum(-1) for q, i in parts])

@@ -1,4 +1,4 @@
-"""Files of images as the ADM evaluation suite reads them, in bounded memory."""
+"""Reading image files in the ADM evaluation suite's npz format, in bounded memory."""
 
 import math
 import zipfile
@@ -18,12 +18,13 @@ from triptych_common.metrics.inception import POOL_DIM, SPATIAL_DIM
 
 
 class NpzImages:
-    """An npz file of images (`arr_0`: NHWC uint8), of their statistics (`mu`, `sigma`; `mu_s`, `sigma_s`), or of both.
+    """An npz file with images (`arr_0`: NHWC uint8), their statistics (`mu`, `sigma`; `mu_s`, `sigma_s`), or both.
 
-    Opening reads the header alone; `batches` streams the images and never holds more than one batch.
+    Opening reads only the header; `batches` streams the images and holds at most one batch.
 
-    count: images, 0 where there are statistics only.  pool, spatial: Gaussians of FID's and sFID's features, or None.
-    Raises FileNotFoundError for no such file, ValueError for one that holds neither, or images of wrong shape or type.
+    count: number of images, 0 if there are statistics only. crc32: checksum of the images, or None.
+    pool, spatial: Gaussians of the features for FID and for sFID, or None.
+    Raises FileNotFoundError for an absent file, ValueError for one without either, or with images of wrong shape or type.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +56,7 @@ class NpzImages:
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "n channels height width"]]:
         """All images in order, `size` at a time.
 
-        Raises ValueError where the file turns out to be damaged.
+        Raises ValueError if the file turns out to be damaged.
         """
         image_bytes = math.prod(self._image_shape)
         with self._intact(), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
@@ -86,7 +87,7 @@ class NpzImages:
 
     @contextmanager
     def _intact(self) -> Iterator[None]:
-        """Whatever a damaged archive raises, as one line."""
+        """Turn the various exceptions of a damaged archive into one ValueError."""
         try:
             yield
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
@@ -94,7 +95,7 @@ class NpzImages:
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of the array that follows."""
+    """Shape, whether in Fortran order, and type of the array that follows in the file."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)

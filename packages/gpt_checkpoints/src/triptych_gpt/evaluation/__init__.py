@@ -1,1 +1,1 @@
-"""How well updates obey prompts: sweeps, alignment, and baselines that learn nothing."""
+"""How well updates follow prompts: sweeps, prompt alignment, trivial baselines, and trials of a trained model."""

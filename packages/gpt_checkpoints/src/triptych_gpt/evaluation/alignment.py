@@ -1,4 +1,4 @@
-"""Prompt sweeps and prompt alignment: how well an update obeys, as R^2 between prompts and achieved values.  [thesis 3.4.4]"""
+"""Prompt sweeps and prompt alignment: R^2 between prompts and achieved values.  [thesis 3.4.4]"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from triptych_gpt.zoo.zoo import Zoo
 
 @dataclass(frozen=True)
 class Sweep:
-    """A curve for each network: prompts of one metric, and every metric that its updates then had.
+    """For each network, prompts of one metric and every metric that its updates achieved.  [thesis Fig. 3.5]
 
-    achieved is NaN where an update gave a network that is not finite. start: metrics before the update. trained_best: the best
-    of each metric among the training checkpoints, where known. Prompts run from the best to the worst.
+    Prompts run from the best to the worst. achieved: NaN where an update gave a network that is not finite. start: metrics before
+    the update. trained_best: the best value of each metric among the training checkpoints, where known.
     """
 
     metric: str
@@ -49,28 +49,28 @@ def prompt_sweep(
     networks_at_once: int = 256,
     first_index: int = 0,
 ) -> Sweep:
-    """Ask for `prompts` values at equal distances from `best` to worst_fraction x each network's own metric, in one update each.
+    """One update of each network to each of `prompts` values, evenly spaced from `best` to worst_fraction x the network's metric.
 
-    best and worst_fraction are the metric's own `prompts` where left out. Prompt j of network i draws the noise of index
-    first_index + i * prompts + j. Raises ValueError where there is nothing between the two, for a metric without prompts, and
-    for networks that are not finite.
+    best, worst_fraction: those of the metric's own `prompts` if left out. Prompt j of network i draws the noise of index
+    first_index + i * prompts + j. Raises ValueError if a network's worst prompt is no worse than the best, for a metric without
+    prompts, and for networks that are not finite.
     """
     best, worst_fraction = _ends(metric, best, worst_fraction)
     if prompts < 2:
         raise ValueError(f"prompts {prompts}: expected at least 2, from the best to the worst")
     start = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)
-    asked = swept(metric, start[metric.name], best, worst_fraction, prompts)
+    targets = swept(metric, start[metric.name], best, worst_fraction, prompts)
     updated = prompted(
         update,
         task,
         theta.repeat_interleave(prompts, dim=0),
         start[metric.name].repeat_interleave(prompts),
-        asked.flatten(),
-        range(first_index, first_index + asked.numel()),
+        targets.flatten(),
+        range(first_index, first_index + targets.numel()),
         networks_at_once=networks_at_once,
     )
-    achieved = {name: values.view(asked.shape) for name, values in updated.metrics.items()}
-    return Sweep(metric.name, metric.better, asked, achieved, start, dict(trained_best or {}))
+    achieved = {name: values.view(targets.shape) for name, values in updated.metrics.items()}
+    return Sweep(metric.name, metric.better, targets, achieved, start, dict(trained_best or {}))
 
 
 def swept(
@@ -93,16 +93,18 @@ def swept(
 
 def trained_best(zoo: Zoo, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> dict[str, float]:
     """The best value of every metric among the checkpoints of a split, or of the runs at `rows` alone."""
-    best, rows = {}, torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    best, chosen = dict[str, float](), torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
     for name, better in zoo.better.items():
-        values = zoo.metrics(name)[rows]
+        values = zoo.metrics(name)[chosen]
         values = values[values.isfinite()]
         best[name] = float(values.min() if better == "lower" else values.max())
     return best
 
 
 def _ends(metric: Metric, best: float | None, worst_fraction: float | None) -> tuple[float, float]:
-    if metric.prompts is None and (best is None or worst_fraction is None):
+    if best is not None and worst_fraction is not None:
+        return best, worst_fraction
+    if metric.prompts is None:
         raise ValueError(f"metric {metric.name} has no prompts of its own; give best and worst_fraction")
     best = metric.prompts.best if best is None else best
     return best, metric.prompts.worst if worst_fraction is None else worst_fraction
@@ -110,10 +112,11 @@ def _ends(metric: Metric, best: float | None, worst_fraction: float | None) -> t
 
 @dataclass(frozen=True)
 class Alignment:
-    """R^2 over prompts of one network, averaged over networks, and what else tells whether prompts are obeyed.
+    """Prompt alignment: R^2 between a network's prompts and achieved values, averaged over networks.  [thesis 3.4.4]
 
-    1 is perfect obedience; the identity, asked for 0 to its own metric, scores about -2.7. Intervals are 95%, by bootstrap over
-    networks. An update that is not finite counts as the worst value that its network has in the sweep, before or after updates.
+    1 means that every prompt is achieved exactly; the identity, prompted with values from 0 to a network's own metric, scores about
+    -2.7. Intervals are 95%, by bootstrap over networks. An update that is not finite counts as the worst value that its network
+    has in the sweep, before or after updates.
     """
 
     metric: str
@@ -124,15 +127,13 @@ class Alignment:
     r2_median: float
     r2_reachable: (
         Estimate | None
-    )  # over prompts no better than the best training checkpoint; None: not known, or fewer than two
+    )  # over prompts no better than the best training checkpoint; None if unknown or fewer than two
     r2_each: tuple[float, ...]  # of every network
-    spearman: (
-        float  # rank correlation of prompt and achieved value, averaged over networks; 0 for one that never changes
-    )
+    spearman: float  # rank correlation of prompts and achieved values, averaged over networks; 0 for constant values
     mean_gap: float  # mean of |achieved - prompt|
     non_finite: int  # updates, of networks x prompts
     prompt_range: tuple[float, float]  # lowest and highest
-    achieved_at_best: Estimate  # mean over networks of what the best prompt gave
+    achieved_at_best: Estimate  # value achieved with the best prompt, mean over networks
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, estimates as {"value", "low", "high"}: JSON-able."""
@@ -142,7 +143,7 @@ class Alignment:
 def prompt_alignment(
     update: Update, task: Task, metric: Metric, theta: Float[Tensor, "networks D"], **options: Any
 ) -> Alignment:
-    """Prompt alignment of an update on (unseen) networks; options are `prompt_sweep`'s, and so is what it raises."""
+    """Prompt alignment of an update on (unseen) networks; takes the options of `prompt_sweep` and raises what it raises."""
     return alignment_of(prompt_sweep(update, task, metric, theta, **options))
 
 

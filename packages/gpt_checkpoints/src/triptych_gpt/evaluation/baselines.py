@@ -1,6 +1,6 @@
-"""What could fake a headline number: updates that learn nothing, in the shape of a model's.
+"""Trivial baselines that could fake a good score, with the signature of a model's update.
 
-Each looks up or averages training networks, or does nothing at all, so that every experiment runs on it as on a model.
+Each looks up or averages training networks, or returns its input, so that every evaluation runs on it as on a model.
 """
 
 import math
@@ -18,7 +18,7 @@ from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.zoo.zoo import Zoo
 
 
-class Found(NamedTuple):
+class Checkpoints(NamedTuple):
     """Checkpoints of a zoo: `checkpoints[i]` of the run at row `rows[i]`."""
 
     rows: Int[Tensor, " n"]
@@ -31,18 +31,18 @@ def nearest_in_metric(
     targets: Float[Tensor, " n"],
     split: str = "train",
     rows: Int[np.ndarray, " runs"] | None = None,
-) -> Found:
-    """The checkpoint of a split whose metric is nearest to each target; of equals the one of the lowest run, then checkpoint.
+) -> Checkpoints:
+    """The checkpoint of a split whose metric is nearest to each target; among equals, that of the lowest run, then checkpoint.
 
-    rows: of these runs alone, in place of all of the split. Raises ValueError for a metric that is not recorded or a split
+    rows: of the runs to search; all of the split if left out. Raises ValueError for a metric that is not recorded or a split
     without runs.
     """
-    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
-    values = zoo.metrics(metric)[rows].flatten().double()
+    chosen = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    values = zoo.metrics(metric)[chosen].flatten().double()
     values = values.where(values.isfinite(), math.inf)
-    # argmin names any of several equals; the first one is wanted
+    # argmin may return any of several equal entries; the first one is wanted
     off = torch.stack([(values - target).abs().eq((values - target).abs().min()).byte().argmax() for target in targets])
-    return Found(rows[off // zoo.checkpoints], off % zoo.checkpoints)
+    return Checkpoints(chosen[off // zoo.checkpoints], off % zoo.checkpoints)
 
 
 def nearest_in_runs(zoo: Zoo, rows: Int[Tensor, " n"], metric: str, targets: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -53,7 +53,7 @@ def nearest_in_runs(zoo: Zoo, rows: Int[Tensor, " n"], metric: str, targets: Flo
 
 
 def identity() -> Update:
-    """Leaves every network as it is."""
+    """Returns every network unchanged."""
 
     def update(theta: Tensor, metric: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
         return theta.clone()
@@ -62,9 +62,9 @@ def identity() -> Update:
 
 
 def retrieval(zoo: Zoo, metric: str, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> Update:
-    """The training checkpoint nearest in metric to what was asked for: whoever asks, whatever network they give.
+    """Returns the training checkpoint whose metric is nearest to the prompt, whatever the network given.
 
-    rows: of these runs alone, such as those that a model was trained on, in place of all of the split.
+    rows: of the runs to search, such as those that a model was trained on; all of the split if left out.
     """
 
     def update(theta: Tensor, metric_now: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
@@ -80,16 +80,18 @@ def mean_of_finals(
     seed: int = 0,
     rows: Int[np.ndarray, " runs"] | None = None,
 ) -> Update:
-    """The average of all training runs' final checkpoints; with a spec, of their units in the order that matches the first
-    run's best. rows: of these runs alone, in place of all of the split.
+    """Returns the average of all training runs' final checkpoints, whatever the prompt.
+
+    spec: the symmetry under which units are first matched to those of the first run. rows: of the runs to average; all of the
+    split if left out.
     """
-    rows = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
-    reference = zoo.theta(rows[:1], [zoo.checkpoints - 1])[0]
+    chosen = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    reference = zoo.theta(chosen[:1], [zoo.checkpoints - 1])[0]
     total = torch.zeros(zoo.layout.size, dtype=torch.float64)
-    for some in rows.split(256):
+    for some in chosen.split(256):
         finals = zoo.theta(some, [zoo.checkpoints - 1] * len(some))
         total += (finals if spec is None else canonicalise(spec, finals, reference, seed)).double().sum(0)
-    mean: Float[Tensor, " D"] = total / len(rows)
+    mean: Float[Tensor, " D"] = total / len(chosen)
 
     def update(theta: Tensor, metric: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
         return mean.to(theta).expand_as(theta).clone()

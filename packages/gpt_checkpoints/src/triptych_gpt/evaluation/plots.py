@@ -84,7 +84,7 @@ def quality(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         for one, key in zip(axes, ("r2", "achieved_at_best"), strict=True):
             points = [row["alignment"][key] for row in own]
             x, y = [row["model_evaluations"] for row in own], numbers([point["value"] for point in points])
-            style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2, "capsize": 2}
+            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2, "capsize": 2}
             one.errorbar(x, y, intervals(points, "value"), label=sampler, **style)
     for one in axes:
         one.set(xscale="log", xlabel="model evaluations for one update")

@@ -1,4 +1,4 @@
-"""Prompting networks and measuring what comes back: what every experiment with an update does."""
+"""One update of networks towards a prompt, by a model or by a baseline, and the metrics of the networks it gives."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,14 +11,14 @@ from torch import Tensor
 from triptych_gpt.tasks.task import Metric, Prompts, Task
 
 Update = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
-"""(theta [n, D], metric [n], target [n], indices) -> theta_star [n, D], in the networks' own units: one update of each network,
-whose metric is known, towards a prompted one. indices number the samples: noise follows from them, not from the batch.
+"""(theta [n, D], metric [n], target [n], indices) -> theta_star [n, D]: one update of each network from its metric towards the
+prompted one, parameters unnormalised. The noise of a sample follows from its index, not from its place in the batch.
 """
 
 
 def with_prompts(name: str, metrics: Sequence[Metric], trained_best: float) -> Metric:
-    """The metric of this name; where the task names no prompts, asking for the best means the best of training checkpoints, and
-    a sweep reaches to a network's own value.
+    """The metric of this name, with prompts. Where the task does not declare any, the best prompt is the best value among training
+    checkpoints, and a sweep ends at a network's own value.
 
     Raises ValueError where the task does not score it.
     """
@@ -30,9 +30,9 @@ def with_prompts(name: str, metrics: Sequence[Metric], trained_best: float) -> M
 
 
 class Updated(NamedTuple):
-    """Networks after one update, on the device of those before it, and every metric of the task, float64 on the CPU.
+    """Networks after one update, on the device they came from, and every metric of the task, float64 on the CPU.
 
-    Metrics are NaN where the network has entries that are not finite: a classifier of NaNs would be given the error of chance.
+    Metrics are NaN for networks with entries that are not finite: a classifier of NaNs would otherwise get the error of chance.
     """
 
     theta: Float[Tensor, "n D"]
@@ -49,9 +49,10 @@ def prompted(
     *,
     networks_at_once: int = 256,
 ) -> Updated:
-    """One update of each network from its metric towards a target; `indices` number the samples' noise.
+    """One update of each network from its metric towards a target, and the metrics of the updated networks.
 
-    Batches of `networks_at_once` change nothing but rounding.
+    indices: of the samples, from which their noise follows. networks_at_once: batch size, which changes rounding only. Raises
+    ValueError for an update that does not return one network for each.
     """
     metric, target = (values.to(theta.device, theta.dtype) for values in (metric, target))
     batches = [slice(at, at + networks_at_once) for at in range(0, len(theta), networks_at_once)]
@@ -83,8 +84,9 @@ def advanced(
     *,
     networks_at_once: int = 256,
 ) -> Advanced:
-    """One step of recursive prompting: every network asked for the same value of a metric. One whose update is not finite, or
-    scores nothing finite, stays as it is.
+    """One step of recursive prompting, every network with the same prompt.  [thesis 3.4.3]
+
+    A network whose update is not finite, or has no finite metric, stays as it is.
     """
     target = torch.full((len(theta),), float(prompt), dtype=torch.float64)
     new = prompted(update, task, theta, metrics[metric], target, indices, networks_at_once=networks_at_once)
@@ -94,21 +96,21 @@ def advanced(
 
 
 def measured(task: Task, theta: Float[Tensor, "n D"], *, networks_at_once: int = 256) -> dict[str, Float[Tensor, " n"]]:
-    """Every metric of some networks, float64 on the CPU; NaN for those that are not finite, which are not run."""
-    found = {metric.name: torch.full((len(theta),), torch.nan, dtype=torch.float64) for metric in task.metrics}
+    """Every metric of the networks, float64 on the CPU; NaN for those with entries that are not finite, which are not run."""
+    metrics = {metric.name: torch.full((len(theta),), torch.nan, dtype=torch.float64) for metric in task.metrics}
     finite = theta.isfinite().all(dim=1).nonzero()[:, 0]
     for rows in finite.split(networks_at_once):
         for name, values in task.evaluate(theta[rows]).items():
-            found[name][rows.cpu()] = values.to("cpu", torch.float64)
-    for values in found.values():
+            metrics[name][rows.cpu()] = values.to("cpu", torch.float64)
+    for values in metrics.values():
         values[~values.isfinite()] = torch.nan
-    return found
+    return metrics
 
 
 def starting_metrics(
     task: Task, theta: Float[Tensor, "n D"], metric: Metric, *, networks_at_once: int = 256
 ) -> dict[str, Float[Tensor, " n"]]:
-    """Every metric of networks that are to be updated.
+    """Every metric of networks before their update.
 
     Raises ValueError for a metric that the task does not have, and for networks that are not finite or score nothing finite.
     """
@@ -117,8 +119,8 @@ def starting_metrics(
         raise ValueError(
             f"metric {metric.name!r}: task {task.name} scores {', '.join(known)}; give one of its `metrics`"
         )
-    found = measured(task, theta, networks_at_once=networks_at_once)
-    bad = found[metric.name].isnan().nonzero()
+    metrics = measured(task, theta, networks_at_once=networks_at_once)
+    bad = metrics[metric.name].isnan().nonzero()
     if len(bad):
         raise ValueError(f"network {int(bad[0])}: its {metric.name} is not finite; give networks of finite weights")
-    return found
+    return metrics

@@ -33,7 +33,8 @@ def plain(value: Any) -> Any:
 
 def interval(estimate: Mapping[str, float | None]) -> str:
     """An estimate as `plain` gives it, for people: the value and its 95% interval, where it has one."""
-    return "not finite" if estimate["value"] is None else str(Estimate(**estimate))
+    value = estimate["value"]
+    return "not finite" if value is None else str(Estimate(value, estimate["low"], estimate["high"]))
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -131,6 +131,7 @@ class Trial:
         finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.training), -1].double()
         levels = torch.tensor(CANDIDATES, dtype=torch.float64)
         values = [self.trained_best[self.metric.name], *torch.quantile(finals, levels).tolist()]
+        assert self.metric.prompts is not None  # with_prompts has added them
         candidates = list(dict.fromkeys([float(self.metric.prompts.best), *values]))
         theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))
         before = starting_metrics(self.task, theta, self.metric)[self.metric.name]

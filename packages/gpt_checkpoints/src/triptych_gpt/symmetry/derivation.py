@@ -9,7 +9,7 @@ to them. Leaving an axis fixed is always sound, so a coarser group than the fine
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -102,8 +102,9 @@ class _Walk:
         axes: list[Axis | None] = []
         for node, length in zip(self.axes[name], self.layout.shapes[name], strict=True):
             root = None if node is None else self.root(node)
-            fixed = root is None or root in self.fixed
-            axes.append(None if fixed else Axis(self.names[root], length // self.units[root]))
+            axes.append(
+                None if root is None or root in self.fixed else Axis(self.names[root], length // self.units[root])
+            )
         return tuple(axes)
 
     def visit(self, module: nn.Module, name: str, value: _Value) -> _Value:
@@ -173,7 +174,7 @@ def _linear(walk: _Walk, module: nn.Linear, name: str, value: _Value) -> _Value:
 
 
 def _convolution(rank: int, transposed: bool = False) -> "_Rule":
-    def rule(walk: _Walk, module: nn.Module, name: str, value: _Value) -> _Value:
+    def rule(walk: _Walk, module: Any, name: str, value: _Value) -> _Value:
         value = walk.sized(name, module, walk.ranked(name, module, value, rank), module.in_channels)
         if module.groups == 1:
             node = walk.new(name, module.out_channels)
@@ -189,7 +190,7 @@ def _convolution(rank: int, transposed: bool = False) -> "_Rule":
 
 
 def _channel_norm(*ranks: int) -> "_Rule":
-    def rule(walk: _Walk, module: nn.Module, name: str, value: _Value) -> _Value:
+    def rule(walk: _Walk, module: Any, name: str, value: _Value) -> _Value:
         value = walk.sized(name, module, walk.ranked(name, module, value, *ranks), module.num_features)
         channel = (value.node,)
         walk.note(name, module, weight=channel, bias=channel, running_mean=channel, running_var=channel)
@@ -251,7 +252,7 @@ def join(name: str, own: str) -> str:
     return f"{name}.{own}" if name else own
 
 
-_Rule = Callable[[_Walk, nn.Module, str, _Value], _Value]
+_Rule = Callable[[_Walk, Any, str, _Value], _Value]
 
 _ELEMENTWISE = """
     Identity ReLU ReLU6 LeakyReLU RReLU ELU SELU CELU GELU SiLU Mish Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign

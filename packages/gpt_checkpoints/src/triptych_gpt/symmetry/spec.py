@@ -74,7 +74,8 @@ class PermutationSpec:
     @cached_property
     def groups(self) -> dict[str, int]:
         """Number of units of every group, in the order in which they appear."""
-        groups, first = {}, {}
+        groups: dict[str, int] = {}
+        first: dict[str, str] = {}
         for name, axes in self.axes.items():
             for axis, length in zip(axes, self.layout.shapes[name], strict=True):
                 if axis is None:
@@ -103,8 +104,8 @@ class PermutationSpec:
         drawn = {}
         for group, units in self.groups.items():
             counters = (samples * np.uint64(units) + np.arange(units, dtype=np.uint64)).reshape(-1)
-            # memoryview: a Sequence of integers that numpy takes as it is, where a list would cost more than the draw
-            keys = randomness.uniform(seed, f"{stream}/{group}", memoryview(counters))
+            # a memoryview: a Sequence of integers that numpy takes as it is, where a list would cost more than the draw
+            keys = randomness.uniform(seed, f"{stream}/{group}", counters.data)
             drawn[group] = torch.from_numpy(keys.numpy().reshape(-1, units).argsort(axis=-1, kind="stable"))
         return drawn
 
@@ -162,7 +163,7 @@ class PermutationSpec:
         """Stretches of theta to move at once, each as dimensions (length, group or None), fixed neighbours merged."""
         moves: list[tuple[slice, list[tuple[int, str | None]]]] = []
         for name, axes in self.axes.items():
-            span, dims = self.layout.spans[name], []
+            span, dims = self.layout.spans[name], list[tuple[int, str | None]]()
             for axis, length in zip(axes, self.layout.shapes[name], strict=True):
                 block = length if axis is None else axis.block
                 dims += [] if axis is None else [(length // block, axis.group)]
@@ -260,8 +261,10 @@ def _move(
     lengths, groups = [length for length, _ in dims], [group for _, group in dims]
     if dims:
         source, target = source.unflatten(-1, lengths), target.unflatten(-1, lengths)
-    if dims and groups[-1] is not None:
-        order = forward[groups.pop()]
+    last = groups[-1] if groups else None
+    if last is not None:
+        groups.pop()
+        order = forward[last]
         source = source.gather(-1, _beside(order, len(dims) - 1, len(dims)).expand(source.shape))
     while groups and groups[-1] is None:
         groups.pop()
@@ -273,7 +276,8 @@ def _move(
         for i, (length, group) in enumerate(zip(lengths, groups, strict=False))
     ]
     rows = torch.arange(source.shape[1], device=source.device)
-    target[(slice(None), rows.view(-1, *[1] * len(groups)), *places)] = source
+    where: tuple[Any, ...] = (slice(None), rows.view(-1, *[1] * len(groups)), *places)
+    target[where] = source
 
 
 def _beside(order: Int[Tensor, "n units"], position: int, dims: int) -> Tensor:

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from triptych_gpt.tasks.cifar_cnn import CIFAR_CNN
 from triptych_gpt.tasks.mnist_mlp import MNIST_MLP, MNIST_MLP_14
@@ -29,7 +30,8 @@ def open_task(spec: str, *, data: str | None = None, epochs: int | None = None) 
     if data is not None:
         if not (isinstance(task, SupervisedTask) and is_dataclass(task.data) and hasattr(task.data, "name")):
             raise ValueError(f"data {data!r}: task {task.name} has data of its own; leave out --data")
-        task = replace(task, data=replace(task.data, name=data))
+        source: Any = task.data
+        task = replace(task, data=replace(source, name=data))
     if epochs is not None:
         if not isinstance(task, SupervisedTask):
             raise ValueError(f"epochs {epochs}: task {task.name} is not supervised; leave out --epochs")
@@ -42,6 +44,8 @@ def _from_file(path: Path, name: str) -> Task:
         raise FileNotFoundError(f"{path}: no such file; a task of your own is given as file.py:NAME")
     module_name = f"triptych_gpt_task_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None  # a file ending in .py has one
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses look their module up
     if str(path.resolve().parent) not in sys.path:

@@ -6,6 +6,7 @@ share enters the first layer as one large product. Any other module goes through
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -112,6 +113,7 @@ class Stack:
             state = _Activations(inputs.mT.contiguous(), "features", networks)
         else:
             state = _Activations(inputs.transpose(0, 1).flatten(1, 2), "maps", networks)
+        assert self._layer is not None
         state = self._layer(parameters, state, training)
         return (_stacked(state) if state.kind == "input" else _features(state)).values.mT
 
@@ -151,8 +153,9 @@ def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _sequential(module: nn.Sequential, name: str) -> _Layer | None:
     # named_children leaves out what comes twice
-    layers = [_compile(child, join(name, key)) for key, child in module._modules.items()]
-    if None in layers:
+    found = [_compile(child, join(name, key)) for key, child in module._modules.items() if child is not None]
+    layers = [layer for layer in found if layer is not None]
+    if len(layers) < len(found):
         return None
 
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
@@ -218,7 +221,7 @@ def _linear(module: nn.Linear, name: str) -> _Layer:
     return run
 
 
-def _conv(module: nn.Module, name: str) -> _Layer | None:
+def _conv(module: Any, name: str) -> _Layer | None:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return None
     weight_name, bias_name = join(name, "weight"), join(name, "bias")
@@ -243,6 +246,7 @@ def _conv(module: nn.Module, name: str) -> _Layer | None:
 def _batch_norm(module: nn.modules.batchnorm._BatchNorm, name: str) -> _Layer:
     names = [join(name, part) for part in ("running_mean", "running_var", "weight", "bias")]
     affine, momentum, eps = module.affine, module.momentum, module.eps
+    assert momentum is not None  # refused by _check
 
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
         state = _stacked(state)
@@ -284,7 +288,7 @@ _ELEMENTWISE = """
 """
 _POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
 
-_MAKERS: dict[type[nn.Module], Callable[[nn.Module, str], _Layer | None]] = {
+_MAKERS: dict[type[nn.Module], Callable[[Any, str], _Layer | None]] = {
     nn.Sequential: _sequential,
     Residual: _residual,
     nn.Linear: _linear,

@@ -79,8 +79,8 @@ class Speed:
     seconds_per_score: float  # of one checkpoint
 
 
-class _Nominal(type(Protocol)):
-    """Takes what inherits from the protocol at its word: Python 3.11 would read its properties, and so load its data."""
+class _Nominal(type(Protocol)):  # type: ignore[misc]
+    """A class that inherits from the protocol is an instance of it: Python 3.11 would read its properties, and so load its data."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return cls in type(instance).__mro__ or super().__instancecheck__(instance)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +40,7 @@ class Work:
     folder: Path
     cohort: Cohort
     split: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     networks_at_once: int
 
     @property
@@ -93,7 +93,7 @@ def collect_cohort(work: Work, device: str) -> ShardRecord:
 
 
 def _check(trained: Trajectories, work: Work, task: Task) -> None:
-    """Raises ValueError for trajectories of another shape than was asked for."""
+    """Raises ValueError for trajectories of another shape than requested."""
     rows = (len(work.cohort.runs), work.cohort.checkpoints)
     shapes = {"theta": tuple(trained.theta.shape), "steps": tuple(trained.steps.shape)}
     wanted = {"theta": (*rows, task.layout.size), "steps": rows}

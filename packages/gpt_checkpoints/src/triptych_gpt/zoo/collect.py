@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -48,7 +48,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
                 if config.runs_asked
                 else "nothing is damaged"
             )
-    return _told(manifest, config)
+    return _summary(manifest, config)
 
 
 def spec_of(config: CollectConfig) -> TaskSpec:
@@ -116,7 +116,7 @@ def _cores() -> int:
 
 
 def preview(config: CollectConfig) -> dict[str, Any]:
-    """What --dry-run prints: of the runs asked for, as if there were none yet."""
+    """What --dry-run prints: cost of the requested runs, as if the zoo held none yet."""
     (task, identity), runs, processes = request(config), config.runs_asked, _processes(config)
     speed = _measured(task, config)
     seconds = speed.seconds_per_run + config.checkpoints * speed.seconds_per_score
@@ -208,7 +208,7 @@ def _work(runs: range, manifest: Manifest, config: CollectConfig) -> Work:
 
 
 def _missing(manifest: Manifest, config: CollectConfig) -> list[Work]:
-    """Work for the runs asked for that no shard covers."""
+    """Work for the requested runs that no shard covers."""
     have = {run for record in manifest.shards for run in range(record.first, record.stop)}
     found = []
     for _, runs in cohorts(0, config.runs_asked, config.cohort_runs):
@@ -246,11 +246,12 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
                 manifest.commit(record, replace=record.name in again)
                 progress.advance(record.stop - record.first)
         finally:
-            results.close()
+            if isinstance(results, Generator):
+                results.close()  # ends the workers when interrupted
 
 
-def _told(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
-    """Say what the zoo holds now. Raises ValueError where every run was dropped."""
+def _summary(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
+    """Print and return what the zoo holds now. Raises ValueError where every run was dropped."""
     kept, dropped = Counter(train=0, validation=0, test=0), Counter[str]()
     for record in manifest.shards:
         kept[record.split] += len(record.runs)

@@ -1,4 +1,4 @@
-"""What `triptych-gpt collect` is asked for, checked before anything is written."""
+"""Settings of `triptych-gpt collect`, checked before anything is written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class CollectConfig(CommonOptions):
     """runs that share their minibatches (which makes them faster, and correlates them), a shard and a split; what an
     interruption costs each process at most"""
     shared_batches: bool = True
-    """off: every run has minibatches of its own"""
+    """off: every run has its own minibatches"""
     split_every: Annotated[int, Ge(3)] = 10
     """of so many cohorts one is for testing and one for validation"""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -79,7 +79,7 @@ def _quantiles(values: Float[Tensor, " runs"]) -> list[float | None]:
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """Compare every file with its checksum and tell all that is damaged.
+    """Compare every file with its checksum and report all that are damaged.
 
     Raises FileNotFoundError where there is no zoo, ValueError where anything is damaged.
     """
@@ -110,20 +110,21 @@ def export(config: ExportConfig) -> dict[str, Any]:
     place = _checkpoint(zoo, row, config.checkpoint)
     theta = zoo.theta([row], [place])[0]
     state_dict = zoo.layout.unflatten(theta)
+    metrics = {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names}
     facts = {
         "task": zoo.task,
         "run": config.run,
         "split": str(zoo.runs.split[row]),
         "checkpoint": place,
         "step": int(zoo.steps[row, place]),
-        "metrics": {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names},
+        "metrics": metrics,
     }
     if config.out.suffix in PICKLE_SUFFIXES:
         foreign.write(config.out, state_dict)
     else:
         checkpoint.write(config.out, state_dict, {"kind": "state dict", **facts})
-    told = ", ".join(f"{name} {value:.5g}" for name, value in facts["metrics"].items())
-    echo(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {facts['step']:,} ({told})")
+    scored = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+    echo(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {facts['step']:,} ({scored})")
     return {"out": str(config.out), **facts}
 
 

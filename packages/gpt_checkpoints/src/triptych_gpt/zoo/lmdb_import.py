@@ -91,7 +91,7 @@ def import_lmdb(
                     record = write_shard(config.out, name, data, config.dtype)
                     manifest.commit(record, replace=name in again)
                 progress.advance(len(cohort))
-    return _told(config, manifest, skipped)
+    return _summary(config, manifest, skipped)
 
 
 def _manifest(
@@ -135,7 +135,8 @@ def _read_cohort(
     theta = np.empty((len(cohort), checkpoints, layout.size), dtype=np.float32)
     steps = np.empty((len(cohort), checkpoints), dtype=np.int64)
     values = {name: np.empty((len(cohort), checkpoints), dtype=np.float32) for name in metrics}
-    kept, dropped = [], {}
+    kept: list[int] = []
+    dropped: dict[int, str] = {}
     for run in cohort:
         row = len(kept)
         reason = _read_run(*runs[run], layout, metrics, theta[row], steps[row], {n: v[row] for n, v in values.items()})
@@ -177,7 +178,7 @@ def _read_run(
     return unsound(torch.from_numpy(theta))
 
 
-def _told(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
+def _summary(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
     kept = Counter(train=0, test=0)
     dropped: Counter[str] = Counter()
     for record in manifest.shards:
@@ -229,9 +230,10 @@ def checkpoints_of(name: str, folder: Path) -> dict[str, tuple[int, Mapping[str,
         raise ValueError(f"{path}: not a list of checkpoints as the released data has them; {_AGAIN}") from error
     if wrong := [key for key, (place, _) in places.items() if place is None]:
         raise ValueError(f"{path}: checkpoint {wrong[0][:80]!r}, expected RUN/epEEE_itIIIII.pt; {_AGAIN}")
+    epochs = {key: (int(place[1]), int(place[2])) for key, (place, _) in places.items() if place is not None}
     # the last checkpoint stands at the end of an epoch, so the largest `it` is an epoch's number of iterations
-    epoch = max((int(place[2]) for place, _ in places.values()), default=0)
-    return {key: (int(place[1]) * epoch + int(place[2]), metrics) for key, (place, metrics) in places.items()}
+    length = max((iteration for _, iteration in epochs.values()), default=0)
+    return {key: (epoch * length + iteration, listed[key]) for key, (epoch, iteration) in epochs.items()}
 
 
 def read_metric(source: Source, metrics: Mapping[str, Any], folder: Path, key: str) -> float:

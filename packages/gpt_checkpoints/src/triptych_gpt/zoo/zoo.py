@@ -33,7 +33,7 @@ class RunTable(NamedTuple):
 class Zoo:
     """A zoo, finished or growing, as it stood when it was opened.
 
-    Files are mapped when their rows are first asked for. A "row" below is a row of `runs`, not a run's number. Raises
+    Files are mapped when their rows are first read. A "row" below is a row of `runs`, not a run's number. Raises
     FileNotFoundError where there is no zoo, ValueError for a file that is missing or truncated; contents are only compared
     with their checksums by `verify`.
     """
