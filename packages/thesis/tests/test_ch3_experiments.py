@@ -62,7 +62,7 @@ def scattered(theta, metric, target, indices):
 def test_recursion_equals_hand_iteration():
     starts = new_networks(TASK, seed=5, networks=4)
     found = recursive_prompting(halfway, TASK, SIZE, starts, updates=3, first_index=40)
-    assert list(found.curves) == ["default", "wide"]
+    assert list(found["curves"]) == ["default", "wide"]
     for name, theta in starts.items():
         history = [TASK.evaluate(theta)["size"]]
         for k in range(3):
@@ -70,13 +70,13 @@ def test_recursion_equals_hand_iteration():
             theta = halfway(theta, history[-1], torch.full((4,), 0.1), indices)
             history.append(TASK.evaluate(theta)["size"])
         expected = torch.stack(history, dim=1).double()
-        curve = found.curves[name]
-        assert torch.allclose(curve.metrics["size"], expected, rtol=1e-5)
-        assert torch.allclose(curve.metrics["merit"], 5 - expected, rtol=1e-5)
-        assert torch.allclose(curve.mean, expected.mean(0), rtol=1e-5)
-        assert torch.allclose(curve.standard_error, expected.std(0) / 2, rtol=1e-4)
-        assert curve.rejected == 0
-    assert found.one_update == pytest.approx(float(found.curves["default"].mean[1]))
+        curve = found["curves"][name]
+        assert torch.allclose(curve["metrics"]["size"], expected, rtol=1e-5)
+        assert torch.allclose(curve["metrics"]["merit"], 5 - expected, rtol=1e-5)
+        assert torch.allclose(curve["mean"], expected.mean(0), rtol=1e-5)
+        assert torch.allclose(curve["standard_error"], expected.std(0) / 2, rtol=1e-4)
+        assert curve["rejected"] == 0
+    assert found["one_update"] == pytest.approx(float(found["curves"]["default"]["mean"][1]))
 
 
 def test_updates_to_reach_counts_until_the_mean_is_within_the_margin():
@@ -85,14 +85,16 @@ def test_updates_to_reach_counts_until_the_mean_is_within_the_margin():
 
     starts = {"default": torch.ones(2, D), "wide": torch.ones(2, D) * math.sqrt(8)}  # sizes 1 and 8
     found = recursive_prompting(exactly_half, TASK, SIZE, starts, updates=5)
-    assert found.curves["default"].updates_to_reach == 1  # 0.5
-    assert found.curves["wide"].updates_to_reach == 4  # 4, 2, 1, 0.5
-    assert recursive_prompting(exactly_half, TASK, SIZE, starts, updates=3).curves["wide"].updates_to_reach is None
+    assert found["curves"]["default"]["updates_to_reach"] == 1  # 0.5
+    assert found["curves"]["wide"]["updates_to_reach"] == 4  # 4, 2, 1, 0.5
+    assert (
+        recursive_prompting(exactly_half, TASK, SIZE, starts, updates=3)["curves"]["wide"]["updates_to_reach"] is None
+    )
     loose = recursive_prompting(exactly_half, TASK, SIZE, starts, updates=5, within=1.01)
-    assert loose.curves["wide"].updates_to_reach == 3
-    assert loose.curves["default"].updates_to_reach == 0
+    assert loose["curves"]["wide"]["updates_to_reach"] == 3
+    assert loose["curves"]["default"]["updates_to_reach"] == 0
     higher = recursive_prompting(exactly_half, TASK, MERIT, starts, updates=5, within=0.01)
-    assert higher.curves["wide"].updates_to_reach == 4
+    assert higher["curves"]["wide"]["updates_to_reach"] == 4
 
 
 def test_an_update_that_diverges_is_rejected_and_the_next_starts_from_before():
@@ -102,18 +104,18 @@ def test_an_update_that_diverges_is_rejected_and_the_next_starts_from_before():
         return out
 
     found = recursive_prompting(sometimes, TASK, SIZE, {"default": torch.ones(2, D)}, updates=3)
-    assert found.curves["default"].rejected == 1
-    sizes = found.curves["default"].metrics["size"]
+    assert found["curves"]["default"]["rejected"] == 1
+    sizes = found["curves"]["default"]["metrics"]["size"]
     assert torch.allclose(sizes, torch.tensor([[1, 1 / 4, 1 / 4, 1 / 16], [1, 1 / 4, 1 / 16, 1 / 64]]).double())
-    json.dumps(found.as_dict(), allow_nan=False)
+    json.dumps(plain(found), allow_nan=False)
 
 
 def test_recursion_does_not_depend_on_batches_or_on_the_other_initialisers():
     starts = new_networks(TASK, seed=5, networks=5)
     whole = recursive_prompting(halfway, TASK, SIZE, starts, updates=2)
     parts = recursive_prompting(halfway, TASK, SIZE, {"default": starts["default"]}, updates=2, networks_at_once=2)
-    expected = whole.curves["default"].metrics["size"]
-    assert torch.allclose(parts.curves["default"].metrics["size"], expected, rtol=1e-6)
+    expected = whole["curves"]["default"]["metrics"]["size"]
+    assert torch.allclose(parts["curves"]["default"]["metrics"]["size"], expected, rtol=1e-6)
     with pytest.raises(ValueError, match="initialiser 'default'"):
         recursive_prompting(halfway, TASK, SIZE, {"wide": starts["wide"]})
 
@@ -136,31 +138,31 @@ def test_spread_equals_brute_force_over_permutations():
         raw.append(float((a - b).norm()))
         matched.append(float((spec.apply(a.expand(6, -1), {group: orders}) - b).norm(dim=1).min()))
     found = spread(spec, thetas)
-    assert found.raw == pytest.approx(sum(raw) / 6)
-    assert found.matched == pytest.approx(sum(matched) / 6)
-    assert found.matched < found.raw
+    assert found["raw"] == pytest.approx(sum(raw) / 6)
+    assert found["matched"] == pytest.approx(sum(matched) / 6)
+    assert found["matched"] < found["raw"]
 
 
 def test_permuted_copies_have_no_matched_distance():
     spec = TASK.symmetry
     copies = spec.apply(networks(1).expand(6, -1), spec.draw(1, range(6)))
     found = spread(spec, copies)
-    assert found.raw > 0.5
-    assert found.matched == pytest.approx(0, abs=1e-12)
+    assert found["raw"] > 0.5
+    assert found["matched"] == pytest.approx(0, abs=1e-12)
 
 
 def test_diversity_tells_noise_from_starts():
     theta = networks(4)
     found = diversity(scattered, TASK, SIZE, theta, samples=5)
     samples = scattered(theta.repeat_interleave(5, 0), None, None, range(20)).view(4, 5, D)
-    assert found.noise.raw == pytest.approx(sum(spread(TASK.symmetry, one).raw for one in samples) / 4)
-    assert found.starts.raw == pytest.approx(spread(TASK.symmetry, samples[:, 0]).raw)
-    assert found.before == spread(TASK.symmetry, theta)
-    assert found.noise.raw < found.starts.raw < found.before.raw
-    assert found.metric_mean == pytest.approx(float(samples.square().mean()))
+    assert found["noise"]["raw"] == pytest.approx(sum(spread(TASK.symmetry, one)["raw"] for one in samples) / 4)
+    assert found["starts"]["raw"] == pytest.approx(spread(TASK.symmetry, samples[:, 0])["raw"])
+    assert found["before"] == spread(TASK.symmetry, theta)
+    assert found["noise"]["raw"] < found["starts"]["raw"] < found["before"]["raw"]
+    assert found["metric_mean"] == pytest.approx(float(samples.square().mean()))
     again = diversity(scattered, TASK, SIZE, theta, samples=5, networks_at_once=3)
-    assert again.noise == pytest.approx(found.noise)
-    assert again.starts == pytest.approx(found.starts)
+    assert again["noise"] == pytest.approx(found["noise"])
+    assert again["starts"] == pytest.approx(found["starts"])
 
 
 def test_diversity_leaves_out_what_is_not_finite():
@@ -170,9 +172,9 @@ def test_diversity_leaves_out_what_is_not_finite():
         return out
 
     found = diversity(half_broken, TASK, SIZE, networks(2), samples=4)
-    assert found.non_finite == 4
+    assert found["non_finite"] == 4
     kept = scattered(networks(2).repeat_interleave(4, 0), None, None, range(8)).view(2, 4, D)[:, 1::2]
-    assert found.noise.raw == pytest.approx(float((kept[:, 0] - kept[:, 1]).norm(dim=1).mean()))
+    assert found["noise"]["raw"] == pytest.approx(float((kept[:, 0] - kept[:, 1]).norm(dim=1).mean()))
     assert None not in plain(found)["noise"].values()
 
 
@@ -211,23 +213,23 @@ def test_the_landscape_of_a_bowl():
     found = landscape(scattered, TASK, SIZE, start, samples=7, side=9)
     samples = scattered(start.expand(7, -1), None, None, range(7))
     plane = Plane.through(samples)
-    assert torch.allclose(found.samples, plane.coordinates(samples))
-    assert torch.allclose(found.sample_metric, samples.square().mean(1))
-    assert torch.allclose(found.projected_metric, plane.at(found.samples).square().mean(1))
+    assert torch.allclose(found["samples"], plane.coordinates(samples))
+    assert torch.allclose(found["sample_metric"], samples.square().mean(1))
+    assert torch.allclose(found["projected_metric"], plane.at(found["samples"]).square().mean(1))
     for i, j in ((0, 0), (2, 7), (8, 3)):
-        point = plane.at(torch.stack([found.x[j], found.y[i]])[None])
-        assert float(found.values[i, j]) == pytest.approx(float(point.square().mean()))
-    assert torch.allclose(found.curvature, torch.full((7, 2), 2 / D).double(), rtol=1e-6)  # of the mean square
-    assert found.convex == 1.0
-    assert found.x[0] < found.samples[:, 0].min() < found.samples[:, 0].max() < found.x[-1]
-    improved = (float(start.square().mean()) - found.sample_metric).abs()
-    assert torch.equal(found.accurate, (found.projected_metric - found.sample_metric).abs() <= 0.1 * improved)
-    json.dumps(found.as_dict(), allow_nan=False)
+        point = plane.at(torch.stack([found["x"][j], found["y"][i]])[None])
+        assert float(found["values"][i, j]) == pytest.approx(float(point.square().mean()))
+    assert torch.allclose(found["curvature"], torch.full((7, 2), 2 / D).double(), rtol=1e-6)  # of the mean square
+    assert found["convex"] == 1.0
+    assert found["x"][0] < found["samples"][:, 0].min() < found["samples"][:, 0].max() < found["x"][-1]
+    improved = (float(start.square().mean()) - found["sample_metric"]).abs()
+    assert torch.equal(found["accurate"], (found["projected_metric"] - found["sample_metric"]).abs() <= 0.1 * improved)
+    json.dumps(plain(found), allow_nan=False)
 
 
 def test_the_landscape_of_a_higher_metric_has_the_same_curvature():
     found = landscape(scattered, TASK, MERIT, networks(1)[0], samples=5, side=5)
-    assert torch.allclose(found.curvature, torch.full((5, 2), 2 / D).double(), rtol=1e-6)
+    assert torch.allclose(found["curvature"], torch.full((5, 2), 2 / D).double(), rtol=1e-6)
 
 
 def test_the_landscape_takes_another_plane_batches_and_what_is_not_finite():
@@ -238,11 +240,11 @@ def test_the_landscape_takes_another_plane_batches_and_what_is_not_finite():
 
     options = {"samples": 5, "side": 5, "spanning": networks(8, seed=4)}
     found = landscape(broken, TASK, SIZE, networks(1)[0], **options)
-    assert found.non_finite == 1
-    assert len(found.samples) == len(found.accurate) == 4
-    assert torch.allclose(found.explained, Plane.through(networks(8, seed=4)).explained)
+    assert found["non_finite"] == 1
+    assert len(found["samples"]) == len(found["accurate"]) == 4
+    assert torch.allclose(found["explained"], Plane.through(networks(8, seed=4)).explained)
     again = landscape(broken, TASK, SIZE, networks(1)[0], **options, networks_at_once=2)
-    assert torch.allclose(again.values, found.values, rtol=1e-12)
+    assert torch.allclose(again["values"], found["values"], rtol=1e-12)
 
 
 # --- filters
@@ -254,7 +256,7 @@ def test_filters_are_rows_of_the_first_weight():
     images = first_layer_filters(spec.layout, theta)
     assert images.shape == (4, 3, 3)
     assert torch.equal(images[2], torch.arange(18.0, 27.0).view(3, 3))
-    found = filters_before_and_after(spec.layout, theta, theta + 1, metric="size", before=2.0, after=1.0, prompt=0.5)
+    found = filters_before_and_after(spec.layout, (theta, 2.0), (theta + 1, 1.0), metric="size", prompt=0.5)
     assert found["after"]["filters"][2][0] == [19.0, 20.0, 21.0]
     assert found["before"]["metric"] == 2.0
     with pytest.raises(ValueError, match="side \\* side"):

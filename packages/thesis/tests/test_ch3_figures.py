@@ -9,6 +9,7 @@ import torch
 from matplotlib.colors import same_color
 from PIL import Image
 from triptych_common.plots import BLUE, GREY, INK, ORANGE, figure_png
+from triptych_gpt.evaluation.records import plain
 from triptych_thesis.chapter3.experiments import (
     filters,
     initialisers,
@@ -19,8 +20,6 @@ from triptych_thesis.chapter3.experiments import (
     scaling,
     training,
 )
-from triptych_thesis.chapter3.experiments.initialisers import Curve, Recursion
-from triptych_thesis.chapter3.experiments.landscape import Landscape
 from triptych_thesis.chapter3.naming import shown
 
 torch.manual_seed(0)
@@ -53,8 +52,23 @@ def a_recursion() -> dict:
     for name, values in sizes.items():
         values = torch.tensor(values).double()
         error = values.std(0) / 2**0.5
-        curves[name] = Curve({"test_loss": values, "test_error": values / 10}, values.mean(0), error, 0, 1)
-    return read_back(Recursion("test_loss", "lower", 0.0, "default", 0.45, 0.1, curves).as_dict())
+        metrics = {"test_loss": values, "test_error": values / 10}
+        curves[name] = {
+            "metrics": metrics,
+            "mean": values.mean(0),
+            "standard_error": error,
+            "rejected": 0,
+            "updates_to_reach": 1,
+        }
+    settings = {
+        "metric": "test_loss",
+        "better": "lower",
+        "prompt": 0.0,
+        "known": "default",
+        "one_update": 0.45,
+        "within": 0.1,
+    }
+    return read_back(plain({**settings, "curves": curves}))
 
 
 def test_recursion_shows_means_and_standard_errors():
@@ -203,13 +217,14 @@ def a_landscape(accurate: list[bool]) -> dict:
     x, y = torch.linspace(-1, 1, 5).double(), torch.linspace(-2, 2, 5).double()
     n = len(accurate)
     return read_back(
-        Landscape(
-            metric="test_error", better="lower", prompt=0.05, start_metric=0.9, explained=torch.tensor([0.4, 0.2]).double(),
-            x=x, y=y, values=0.1 + 0.2 * (x**2 + y[:, None] ** 2), samples=torch.linspace(-0.8, 0.8, 2 * n).double().view(n, 2),
-            sample_metric=torch.full((n,), 0.1).double(), projected_metric=torch.full((n,), 0.1).double(),
-            share=torch.ones(n).double(), accurate=torch.tensor(accurate), curvature=torch.ones(n, 2).double(),
-            step=torch.ones(2).double(), convex=1.0, non_finite=0,
-        ).as_dict()
+        plain({
+            "metric": "test_error", "better": "lower", "prompt": 0.05, "start_metric": 0.9,
+            "explained": torch.tensor([0.4, 0.2]).double(), "x": x, "y": y, "values": 0.1 + 0.2 * (x**2 + y[:, None] ** 2),
+            "samples": torch.linspace(-0.8, 0.8, 2 * n).double().view(n, 2), "sample_metric": torch.full((n,), 0.1).double(),
+            "projected_metric": torch.full((n,), 0.1).double(), "share": torch.ones(n).double(),
+            "accurate": torch.tensor(accurate), "curvature": torch.ones(n, 2).double(), "step": torch.ones(2).double(),
+            "convex": 1.0, "non_finite": 0,
+        })
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from triptych_common.randomness import permutation
 from triptych_gpt.tasks import Items, SupervisedTask
-from triptych_thesis.chapter3.hand_designed import OPTIMIZERS, Curve, GridPoint, Reach, grid_of, optimise, spaced_steps
+from triptych_thesis.chapter3.hand_designed import OPTIMIZERS, Curve, GridPoint, grid_of, optimise, spaced_steps
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,12 @@ def curve_of(tuned, envelope, better="lower", steps=(1, 3, 10)):
 
 def test_the_step_that_reaches_a_value_is_the_first_scored_one_of_the_mean():
     curve = curve_of([5.0, 4.0, 2.0], [5.0, 3.0, 1.0])
-    assert curve.steps_to_reach(4.0) == Reach(3, 1)
-    assert curve.steps_to_reach(3.0, envelope=False) == Reach(10, 3)
-    assert curve.steps_to_reach(6.0) == Reach(1, 0)
-    assert curve.steps_to_reach(0.5) == Reach(None, 10)
-    assert curve_of([1.0, 2.0, math.nan], [1.0, 2.0, math.nan], "higher").steps_to_reach(1.5) == Reach(3, 1)
-    assert curve_of([math.nan] * 3, [math.nan] * 3).steps_to_reach(1.5) == Reach(None, 10)
+    assert curve.steps_to_reach(4.0) == (3, 1)
+    assert curve.steps_to_reach(3.0, envelope=False) == (10, 3)
+    assert curve.steps_to_reach(6.0) == (1, 0)
+    assert curve.steps_to_reach(0.5) == (None, 10)
+    assert curve_of([1.0, 2.0, math.nan], [1.0, 2.0, math.nan], "higher").steps_to_reach(1.5) == (3, 1)
+    assert curve_of([math.nan] * 3, [math.nan] * 3).steps_to_reach(1.5) == (None, 10)
 
 
 def test_errors_over_networks_are_standard_errors():

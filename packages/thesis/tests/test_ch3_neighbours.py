@@ -214,7 +214,7 @@ def test_samples_that_cannot_be_compared_are_one_line(made):
 
 
 def by_kind(scores):
-    return {(s.target, s.matched, s.near_prompt): s for s in scores}
+    return {(s["target"], s["matched"], s["near_prompt"]): s for s in scores}
 
 
 def test_the_score_of_the_identity_is_full_and_that_of_retrieval_none(made):
@@ -226,15 +226,14 @@ def test_the_score_of_the_identity_is_full_and_that_of_retrieval_none(made):
     for target in (1.0, 1.5):
         for matched in (False, True):
             score = kept[target, matched, False]
-            assert (score.score.value, score.counted) == (1.0, 4)
-            assert score.own.abs().max() == 0
-            assert taken[target, matched, False].score.value == 0.0
-            assert taken[target, matched, False].training.abs().max() == 0
-            assert taken[target, matched, True].score.value == 0.0
+            assert (score["score"]["value"], score["counted"]) == (1.0, 4)
+            assert score["own"].abs().max() == 0
+            assert taken[target, matched, False]["score"]["value"] == 0.0
+            assert taken[target, matched, False]["training"].abs().max() == 0
+            assert taken[target, matched, True]["score"]["value"] == 0.0
     # losses of test runs are 0.03 off the prompt: none of their own checkpoints is near it
     away = kept[1.0, False, True]
-    assert (away.score, away.counted) == (None, 0)
-    assert away.as_dict()["score"] is None
+    assert (away["score"], away["counted"]) == (None, 0)
 
 
 def test_a_sample_is_compared_with_its_own_run_and_numbered_run_after_run(made):
@@ -249,12 +248,12 @@ def test_a_sample_is_compared_with_its_own_run_and_numbered_run_after_run(made):
     assert [indices for indices, _, _ in seen] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert [target for _, _, target in seen] == [[p] * 4 for p in prompts]
     assert seen[0][1] == pytest.approx([2.03, 2.031, 2.032, 2.033])
-    assert [s.target for s in scores] == [p for p in prompts for _ in range(4)]
-    assert all(s.score.value == 1.0 and s.own.abs().max() == 0 for s in scores if not s.near_prompt)
+    assert [s["target"] for s in scores] == [p for p in prompts for _ in range(4)]
+    assert all(s["score"]["value"] == 1.0 and s["own"].abs().max() == 0 for s in scores if not s["near_prompt"])
     wrong = nearest_neighbour_scores(
         lambda *args: finals_of_test_runs(*args).roll(1, 0), made.zoo, made.spec, "loss", [1.0], tolerance=0.1
     )
-    assert (wrong[0].own > 1).all()
+    assert (wrong[0]["own"] > 1).all()
 
 
 def test_samples_that_are_not_finite_are_left_out_and_counted(made):
@@ -269,32 +268,32 @@ def test_samples_that_are_not_finite_are_left_out_and_counted(made):
     whole = by_kind(nearest_neighbour_scores(identity(), made.zoo, made.spec, "loss", prompts, tolerance=0.01))
     for (target, matched, near), score in found.items():
         same, bad = whole[target, matched, near], {1.0: 0, 1.28: 1, 1.5: 4}[target]
-        assert (score.non_finite, score.as_dict()["non_finite"], same.non_finite) == (bad, bad, 0)
+        assert (score["non_finite"], same["non_finite"]) == (bad, 0)
         if bad == 4:
-            assert (score.score, score.counted, score.as_dict()["median_distance_own"]) == (None, 0, None)
+            assert (score["score"], score["counted"], score["median_distance_own"]) == (None, 0, None)
             continue
         kept = [0, 2, 3] if bad else [0, 1, 2, 3]
-        assert score.counted == (len(kept) if same.counted else 0)
-        assert torch.equal(score.own[kept], same.own[kept])
-        assert torch.equal(score.training[kept], same.training[kept])
-    assert found[1.28, True, True].counted == 3
+        assert score["counted"] == (len(kept) if same["counted"] else 0)
+        assert torch.equal(score["own"][kept], same["own"][kept])
+        assert torch.equal(score["training"][kept], same["training"][kept])
+    assert found[1.28, True, True]["counted"] == 3
     scores = nearest_neighbour_scores(
         lambda theta, *_: theta * torch.nan, made.zoo, made.spec, "loss", [1.0], tolerance=0.01
     )
-    assert [(score.score, score.non_finite) for score in scores] == [(None, 4)] * 4
+    assert [(score["score"], score["non_finite"]) for score in scores] == [(None, 4)] * 4
 
 
 def test_only_runs_that_a_model_was_trained_on_are_its_training_runs(made):
     few = np.arange(3, 7)
     update = retrieval(made.zoo, "loss", rows=few)
     scores = nearest_neighbour_scores(update, made.zoo, made.spec, "loss", [1.0], tolerance=0.1, training=few)
-    assert all(score.training.abs().max() == 0 for score in scores)
+    assert all(score["training"].abs().max() == 0 for score in scores)
     taken = update(torch.zeros(1, made.zoo.layout.size), torch.zeros(1), torch.tensor([1.0]), [0])
     torch.testing.assert_close(taken[0], made.train[3, 4])  # losses rise with the run
     others = nearest_neighbour_scores(
         update, made.zoo, made.spec, "loss", [1.0], tolerance=0.1, training=np.arange(10, 30)
     )
-    assert all(score.training.min() > 0.1 for score in others)
+    assert all(score["training"].min() > 0.1 for score in others)
     mean = mean_of_finals(made.zoo, rows=few)(taken, taken[:, 0], taken[:, 0], [0])
     torch.testing.assert_close(mean[0], made.train[3:7, -1].mean(0))
 

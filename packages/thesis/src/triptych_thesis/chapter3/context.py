@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from triptych_common.storage.checkpoint import digest
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import Trial
 from triptych_gpt.settings import SamplerSettings
+from triptych_gpt.tasks.task import Metric
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.source import recipe_of
 
@@ -21,28 +22,16 @@ from triptych_thesis.study.estimates import quantile
 
 @dataclass
 class Context:
-    """A trained G.pt and the zoo that it was trained on; both are opened when first asked for.
+    """A trained G.pt and the zoo that it was trained on; both are opened when first asked for."""
 
-    Args:
-        model: run folder or model file of the trained G.pt.
-        zoo: folder of the zoo that it was trained on.
-        settings: how updates are sampled.
-        amounts: how many networks, prompts and samples every experiment takes.
-        seed: of everything random.
-        device: a torch device, or "auto".
-        folder: where further models and example networks are kept; None where there is no such place.
-        training: how the model was trained, for further models; None for a model from elsewhere.
-        variants: which further models to compare.
-    """
-
-    model: Path
+    model: Path  # run folder or model file
     zoo: Path
     settings: SamplerSettings
     amounts: Amounts
     seed: int = 0
     device: str = "auto"
-    folder: Path | None = None
-    training: GptTrainConfig | None = None
+    folder: Path | None = None  # where further models and example networks are kept, if anywhere
+    training: GptTrainConfig | None = None  # None for a model from elsewhere
     variants: Variants | None = None
 
     @cached_property
@@ -81,7 +70,14 @@ def mean_over_networks(values: Float[Tensor, " n"]) -> dict[str, Any]:
     n, mean, margin = len(finite), finite.mean() if len(finite) else torch.nan, torch.nan
     if n > 1:
         margin = quantile(n - 1) * float(finite.std()) / n**0.5
-    return plain(
-        {"mean": float(mean), "low": float(mean) - margin, "high": float(mean) + margin, "networks": n,
-         "non_finite": len(values) - n}
-    )  # fmt: skip
+    bounds = {"mean": float(mean), "low": float(mean) - margin, "high": float(mean) + margin}
+    return plain({**bounds, "networks": n, "non_finite": len(values) - n})
+
+
+def prompt_of(metric: Metric, prompt: float | None, kind: Literal["best", "recursive"]) -> float:
+    """The prompt given, or the metric's own. Raises ValueError where there is neither."""
+    if prompt is None:
+        if metric.prompts is None:
+            raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
+        prompt = getattr(metric.prompts, kind)
+    return prompt

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from triptych_gpt.evaluation.records import plain
 from triptych_gpt.tasks.networks import train_networks
 from triptych_gpt.tasks.optimizers import OptimizerSettings
 from triptych_gpt.tasks.supervised import SupervisedTask
@@ -43,25 +44,12 @@ class GridPoint(NamedTuple):
     weight_decay: float
 
 
-class Reach(NamedTuple):
-    """When a curve first is at a value or better: at `step`, and not yet at `after`, the step scored before it.
-
-    step is None where it never is; `after` then is the budget, the last step scored.
-    """
-
-    step: int | None
-    after: int
-
-
 @dataclass(frozen=True)
 class Curve:
     """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks; NaN where networks diverged.
 
-    Args:
-        grid: the points tried; chosen: the one that is best at each step, by the mean over validation networks.
-        tuned: the metric at the grid point that is best after the last step.
-        envelope: the metric at each step at the grid point that is best after exactly so many steps.
-        validation: mean over validation networks.
+    `chosen` are the points of the grid that are best at each step by `validation`, the mean over validation networks; `tuned` is
+    the metric at the point that is best after the last step, `envelope` at the one that is best after exactly so many steps.
     """
 
     optimizer: str
@@ -74,15 +62,18 @@ class Curve:
     envelope: Float[Tensor, "steps networks"]
     validation: Float[Tensor, "grid steps"]
 
-    def steps_to_reach(self, value: float, *, envelope: bool = True) -> Reach:
-        """First scored step whose mean over networks is at this value or better; the envelope favours the optimiser."""
+    def steps_to_reach(self, value: float, *, envelope: bool = True) -> tuple[int | None, int]:
+        """First scored step whose mean over networks is at this value or better, None for never, and the step scored before it.
+
+        The envelope favours the optimiser.
+        """
         means = (self.envelope if envelope else self.tuned).double().mean(1).tolist()
         after = 0
         for step, mean in zip(self.steps, means, strict=True):
             if mean <= value if self.better == "lower" else mean >= value:
-                return Reach(step, after)
+                return step, after
             after = step
-        return Reach(None, after)
+        return None, after
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: means and standard errors over networks; None for what is not finite."""
@@ -94,8 +85,8 @@ class Curve:
             "tuned": {**self.grid[self.chosen[-1]]._asdict(), **_moments(self.tuned)},
             "envelope": {"points": [self.grid[i]._asdict() for i in self.chosen], **_moments(self.envelope)},
             "grid": [
-                {**point._asdict(), "validation": [_finite(x) for x in values]}
-                for point, values in zip(self.grid, self.validation.tolist(), strict=True)
+                {**point._asdict(), "validation": plain(values)}
+                for point, values in zip(self.grid, self.validation, strict=True)
             ],
         }
 
@@ -201,7 +192,7 @@ def _trained(
     task: SupervisedTask,
     optimizer: str,
     grid: tuple[GridPoint, ...],
-    initial: Float[Tensor, "networks D"],
+    initial: Tensor,
     steps: tuple[int, ...],
     seed: int,
 ) -> Float[Tensor, "grid networks steps D"]:
@@ -230,11 +221,4 @@ def _scored(task: SupervisedTask, metric: str, theta: Float[Tensor, "*any D"]) -
 def _moments(values: Float[Tensor, "steps networks"]) -> dict[str, list[float | None]]:
     values = values.double()
     error = values.std(1) / math.sqrt(values.shape[1]) if values.shape[1] > 1 else torch.full((len(values),), math.nan)
-    return {
-        "mean": [_finite(x) for x in values.mean(1).tolist()],
-        "standard_error": [_finite(x) for x in error.tolist()],
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return plain({"mean": values.mean(1), "standard_error": error})

@@ -60,26 +60,18 @@ class Variants:
         base = replace(
             base, total_pairs=self.total_pairs, warmup_pairs=warmup, tokenizer="neuron", chunk_size=None, pairs="stratified"
         )  # fmt: skip
-        layer = replace(base, tokenizer="layer")
+        layer, chunk = replace(base, tokenizer="layer"), replace(base, tokenizer="chunk", chunk_size=self.chunk_size)
         return {
             "width": {str(w): replace(base, width=w, num_heads=max(1, w // 64)) for w in self.widths},
             "runs": {str(n): replace(base, runs=n) for n in self.runs},
-            "tokenizers": {
-                "neuron": base,
-                "layer": layer,
-                "chunk": replace(base, tokenizer="chunk", chunk_size=self.chunk_size),
-            },
+            "tokenizers": {"neuron": base, "layer": layer, "chunk": chunk},
             "augmentation": {"layer, augmented": layer, "layer, not augmented": replace(layer, augment="off")},
             "canonicalised zoo": {
                 "layer, augmented": layer,
                 "layer, canonicalised": replace(layer, augment="off", canonicalise=True),
             },
             "checkpoints": {f"{checkpoints} a run": base, "first and last only": replace(base, pairs="ends")},
-            "pairs": {
-                "stratified": base,
-                "thesis": replace(base, pairs="thesis"),
-                "released": replace(base, pairs="released"),
-            },
+            "pairs": {pairs: replace(base, pairs=pairs) for pairs in ("stratified", "thesis", "released")},
         }
 
 

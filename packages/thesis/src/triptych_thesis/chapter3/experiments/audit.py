@@ -18,11 +18,6 @@ def run(context: Context) -> dict[str, Any]:
     return memorization(context.trial, samples=context.amounts.audit_samples, every=context.amounts.every)
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    """Distances of every group of networks."""
-    return {"audit": figure_png(memorization_figure(result))}
-
-
 def section(study: Study, result: Result) -> Section:
     """The figure, a row for each group of networks, and the audit's conclusions."""
     metrics = list(result["groups"][0]["metrics"])
@@ -55,4 +50,7 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(name="audit", order=5, measure=run, figures=figures, section=section, kept=True)
+EXPERIMENT = Experiment(
+    name="audit", order=5, measure=run, section=section, kept=True,
+    figures=lambda result: {"audit": figure_png(memorization_figure(result))},
+)  # fmt: skip

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 from triptych_common.plots import figure_png, numbers, panels
 from triptych_gpt.evaluation.plots import words
@@ -17,9 +18,6 @@ from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.naming import shown
 from triptych_thesis.study.experiment import Experiment, Result, Section
 from triptych_thesis.study.runner import Study
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def first_layer_filters(
@@ -38,31 +36,15 @@ def first_layer_filters(
     return layout.unflatten(theta)[name].unflatten(-1, (side, side))
 
 
-def shows_filters(layout: ParameterLayout) -> bool:
-    """Whether `first_layer_filters` takes networks of this layout."""
-    return _side(next(iter(layout.shapes.values()))) > 0
-
-
 def filters_before_and_after(
-    layout: ParameterLayout,
-    theta: Float[Tensor, " D"],
-    theta_star: Float[Tensor, " D"],
-    *,
-    metric: str,
-    before: float,
-    after: float,
-    prompt: float,
+    layout: ParameterLayout, before: tuple[Tensor, float], after: tuple[Tensor, float], *, metric: str, prompt: float
 ) -> dict[str, Any]:
-    """What `figures.filters` draws: both networks' filters, with what was asked and achieved. JSON-able.
-
-    Raises ValueError as `first_layer_filters` does.
-    """
-    pairs = (("before", theta, before), ("after", theta_star, after))
-    shown = {
-        key: {"filters": first_layer_filters(layout, network.detach().cpu()), "metric": value}
-        for key, network, value in pairs
+    """What `figure` draws, of one network [D] and its update, each with its metric. Raises ValueError as `first_layer_filters`."""
+    drawn = {
+        key: {"filters": first_layer_filters(layout, theta.detach().cpu()), "metric": value}
+        for key, (theta, value) in (("before", before), ("after", after))
     }
-    return plain({"metric": metric, "prompt": prompt, **shown})
+    return plain({"metric": metric, "prompt": prompt, **drawn})
 
 
 def _side(shape: tuple[int, ...]) -> int:
@@ -75,23 +57,19 @@ def run(context: Context) -> dict[str, Any]:
     """Filters of an unseen network before and after one update; {"none": why} for networks that do not see square images."""
     trial = context.trial
     layout = trial.task.layout
-    if not shows_filters(layout):
+    if not _side(next(iter(layout.shapes.values()))):
         return {"none": f"the first layer of {trial.task.name} does not look at square images"}
     theta = trial.starts("test", 1)
     start, name = starting_metrics(trial.task, theta, trial.metric), trial.metric.name
     new = trial.prompted(theta, start)
-    return filters_before_and_after(
-        layout, theta[0], new.theta[0], metric=name, before=float(start[name]), after=float(new.metrics[name]),
-        prompt=trial.best_prompt,
-    )  # fmt: skip
+    before, after = (theta[0], float(start[name])), (new.theta[0], float(new.metrics[name]))
+    return filters_before_and_after(layout, before, after, metric=name, prompt=trial.best_prompt)
 
 
-def figure(data: Mapping[str, Any]) -> "Figure":
+def figure(data: Mapping[str, Any]) -> Figure:
     """Weights of each hidden unit as an image, one network above and its update below, in one symmetric range of colours.
 
-    Args:
-        data: {"metric", "prompt", "before": {"filters": [units][side][side], "metric": value}, "after": the same}, as
-            `filters_before_and_after` returns it.
+    data: {"metric", "prompt", "before": {"filters": [units][side][side], "metric": value}, "after": the same}.
     """
     rows = [data["before"], data["after"]]
     images = [numbers(row["filters"]) for row in rows]
@@ -113,11 +91,6 @@ def figure(data: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    """One figure, none for networks without such filters."""
-    return {} if "none" in result else {"filters": figure_png(figure(result))}
-
-
 def section(study: Study, result: Result) -> Section:
     """The figure, or why there is none."""
     title = "First-layer filters"
@@ -126,4 +99,7 @@ def section(study: Study, result: Result) -> Section:
     return Section(title, [study.figure("filters", "An unseen network before (above) and after (below) one update")])
 
 
-EXPERIMENT = Experiment(name="filters", order=8, measure=run, figures=figures, section=section, kept=True)
+EXPERIMENT = Experiment(
+    name="filters", order=8, measure=run, section=section, kept=True,
+    figures=lambda result: {} if "none" in result else {"filters": figure_png(figure(result))},
+)  # fmt: skip

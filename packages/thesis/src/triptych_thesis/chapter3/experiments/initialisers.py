@@ -1,12 +1,12 @@
 """Recursive prompting of networks from initialisers that the zoo does not have.  [thesis 3.4.3, Fig. 3.6]"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_common.plots import MARKERS, PALETTE, figure_png, legend, numbers, panels
@@ -15,58 +15,16 @@ from triptych_gpt.evaluation.prompted import Update, advanced, starting_metrics
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.tasks.task import Metric, Task
 
-from triptych_thesis.chapter3.context import Context
+from triptych_thesis.chapter3.context import Context, prompt_of
 from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, mean_estimate, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, better, overall, sign
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 CLAIM = "gpt.fig-3.6"
 UNSEEN_SEED = 1_000_003  # of networks that no zoo began with
 WITHIN = 10  # updates: the thesis's "ten or fewer"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Networks of one initialiser after 0, 1, ..., K updates: every metric, and mean and standard error of the prompted one.
-
-    Args:
-        rejected: how many updates gave a network that is not finite; the network then stays as it was before the update.
-        updates_to_reach: how many updates bring the mean within the margin of the known initialiser's first; None: more than K.
-    """
-
-    metrics: Mapping[str, Float[Tensor, "networks updates"]]
-    mean: Float[Tensor, " updates"]
-    standard_error: Float[Tensor, " updates"]
-    rejected: int
-    updates_to_reach: int | None
-
-
-@dataclass(frozen=True)
-class Recursion:
-    """Curves by initialiser.
-
-    Args:
-        known: the zoo's own initialiser.
-        one_update: the mean of its networks after one update.
-        within: the margin that `updates_to_reach` grants, as a fraction of `one_update`.
-    """
-
-    metric: str
-    better: str
-    prompt: float
-    known: str
-    one_update: float
-    within: float
-    curves: Mapping[str, Curve]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, tensors as lists: JSON-able."""
-        return plain(self)
 
 
 def new_networks(
@@ -88,7 +46,7 @@ def recursive_prompting(
     within: float = 0.1,
     networks_at_once: int = 256,
     first_index: int = 0,
-) -> Recursion:
+) -> dict[str, Any]:
     """Prompt each network `updates` times, from its last result and the metric that this has.
 
     Update k = 0, 1, ... of network i draws the noise of index first_index + k * networks + i, whatever its initialiser.
@@ -96,7 +54,11 @@ def recursive_prompting(
     Args:
         starts: networks by initialiser, including `known`, the initialiser that the update was trained on.
         prompt: by default the metric's own for recursion.
-        within: the margin of `Curve.updates_to_reach`.
+        within: the margin of "updates_to_reach", as a fraction of the known initialiser's mean after one update.
+
+    Returns the settings, that mean as "one_update", and by initialiser the "curves": every metric after 0 .. updates updates
+    [networks, updates + 1], mean and standard error of the prompted one, how many updates were "rejected" because they were not
+    finite (the network then stays as it was), and how many bring the mean within the margin (None: more than `updates`).
 
     Raises ValueError for starts without `known`, a metric without prompts, or networks that are not finite.
     """
@@ -106,59 +68,32 @@ def recursive_prompting(
         )
     if updates < 1:
         raise ValueError(f"updates {updates}: expected at least 1")
-    if prompt is None:
-        if metric.prompts is None:
-            raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
-        prompt = metric.prompts.recursive
-    options = {"networks_at_once": networks_at_once, "first_index": first_index}
-    followed = {
-        name: _follow(update, task, metric, theta, updates, prompt, **options) for name, theta in starts.items()
-    }
-    one_update = float(followed[known][0][metric.name][:, 1].mean())
-    curves = {
-        name: _curve(metric, metrics, rejected, one_update, within) for name, (metrics, rejected) in followed.items()
-    }
-    return Recursion(metric.name, metric.better, prompt, known, one_update, within, curves)
-
-
-def _follow(
-    update: Update,
-    task: Task,
-    metric: Metric,
-    theta: Float[Tensor, "networks D"],
-    updates: int,
-    prompt: float,
-    *,
-    networks_at_once: int,
-    first_index: int,
-) -> tuple[dict[str, Float[Tensor, "networks updates"]], int]:
-    """Every metric after 0 .. updates updates, and how many updates were rejected."""
-    current: Mapping[str, Tensor] = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)
-    history, rejected, networks = [current], 0, len(theta)
-    for update_number in range(updates):
-        first = first_index + update_number * networks
-        indices = range(first, first + networks)
-        theta, current, usable = advanced(
-            update, task, theta, current, metric.name, prompt, indices, networks_at_once=networks_at_once
-        )
-        history.append(current)
-        rejected += int((~usable).sum())
-    return {name: torch.stack([one[name] for one in history], dim=1) for name in current}, rejected
-
-
-def _curve(
-    metric: Metric,
-    metrics: Mapping[str, Float[Tensor, "networks updates"]],
-    rejected: int,
-    one_update: float,
-    within: float,
-) -> Curve:
-    values = metrics[metric.name]
-    mean = values.mean(0)
-    error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.full_like(mean, torch.nan)
-    behind = mean - one_update if metric.better == "lower" else one_update - mean
-    reached = (behind <= within * abs(one_update)).nonzero()
-    return Curve(metrics, mean, error, rejected, int(reached[0]) if len(reached) else None)
+    prompt = prompt_of(metric, prompt, "recursive")
+    curves: dict[str, dict[str, Any]] = {}
+    for name, theta in starts.items():
+        current: Mapping[str, Tensor] = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)
+        history, rejected, networks = [current], 0, len(theta)
+        for first in range(first_index, first_index + updates * networks, networks):
+            indices = range(first, first + networks)
+            theta, current, usable = advanced(
+                update, task, theta, current, metric.name, prompt, indices, networks_at_once=networks_at_once
+            )
+            history.append(current)
+            rejected += int((~usable).sum())
+        metrics = {key: torch.stack([one[key] for one in history], dim=1) for key in current}
+        values = metrics[metric.name]
+        mean = values.mean(0)
+        error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.full_like(mean, torch.nan)
+        curves[name] = {"metrics": metrics, "mean": mean, "standard_error": error, "rejected": rejected}
+    one_update = float(curves[known]["metrics"][metric.name][:, 1].mean())
+    for curve in curves.values():
+        behind = curve["mean"] - one_update if metric.better == "lower" else one_update - curve["mean"]
+        reached = (behind <= within * abs(one_update)).nonzero()
+        curve["updates_to_reach"] = int(reached[0]) if len(reached) else None
+    return {
+        "metric": metric.name, "better": metric.better, "prompt": prompt, "known": known, "one_update": one_update,
+        "within": within, "curves": curves,
+    }  # fmt: skip
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -169,10 +104,11 @@ def run(context: Context) -> dict[str, Any]:
         for name, theta in new_networks(trial.task, UNSEEN_SEED, amounts.recursion_networks).items()
     }
     known = trial.zoo.facts.get("recipe", {}).get("initialiser", "default")
-    return recursive_prompting(
+    recursion = recursive_prompting(
         trial.update, trial.task, trial.metric, starts, known=known, updates=amounts.updates, prompt=trial.best_prompt,
         networks_at_once=trial.settings.networks_at_once,
-    ).as_dict()  # fmt: skip
+    )  # fmt: skip
+    return plain(recursion)
 
 
 def verdicts(result: Result) -> list[Verdict]:
@@ -238,11 +174,11 @@ def _improvement(curve: Mapping[str, Any], metric: str, last: int, direction: st
     return mean_estimate([(row[1] - row[last]) * (1 if direction == "lower" else -1) for row in rows])
 
 
-def figure(data: Mapping[str, Any], *, metric: str | None = None) -> "Figure":
+def figure(data: Mapping[str, Any], *, metric: str | None = None) -> Figure:
     """Mean and standard error over networks after each update, a curve for each initialiser.  [Fig. 3.6]
 
     Args:
-        data: `Recursion.as_dict()`.
+        data: `recursive_prompting`, as JSON holds it.
         metric: another of the task's than the prompted one.
     """
     metric = metric or data["metric"]
@@ -253,14 +189,10 @@ def figure(data: Mapping[str, Any], *, metric: str | None = None) -> "Figure":
         error = curve.std(axis=0, ddof=1) / len(curve) ** 0.5 if len(curve) > 1 else np.zeros_like(mean)
         known = name == data["known"]
         label = f"{named(name)}{' (the zoo’s own)' if known else ''}"
-        style: dict[str, Any] = {
-            "color": color,
-            "marker": marker,
-            "linewidth": 2 if known else 1.2,
-            "markersize": 4,
-            "label": label,
-        }
-        axes.errorbar(counts, mean, error, capsize=2, elinewidth=0.8, zorder=3 if known else 2, **style)
+        axes.errorbar(
+            counts, mean, error, color=color, marker=marker, linewidth=2 if known else 1.2, markersize=4, label=label,
+            capsize=2, elinewidth=0.8, zorder=3 if known else 2,
+        )  # fmt: skip
     if metric == data["metric"]:
         label = "one update, the zoo’s own initialiser"
         axes.axhline(data["one_update"], color=PALETTE[0], linestyle="--", linewidth=1, label=label)
@@ -277,11 +209,6 @@ def figure(data: Mapping[str, Any], *, metric: str | None = None) -> "Figure":
 def _drawn(result: Result) -> list[str]:
     metrics = next(iter(result["curves"].values()))["metrics"]
     return list(dict.fromkeys(metric for metric in (result["metric"], "test_error") if metric in metrics))
-
-
-def figures(result: Result) -> dict[str, bytes]:
-    """A figure of the prompted metric, and one of the test error where it is another."""
-    return {f"fig-3.6-{metric}": figure_png(figure(result, metric=metric)) for metric in _drawn(result)}
 
 
 def section(study: Study, result: Result) -> Section:
@@ -311,5 +238,6 @@ def section(study: Study, result: Result) -> Section:
 
 
 EXPERIMENT = Experiment(
-    name="fig-3.6", order=4, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True
-)
+    name="fig-3.6", order=4, measure=run, verdicts=verdicts, section=section, kept=True,
+    figures=lambda result: { f"fig-3.6-{metric}": figure_png(figure(result, metric=metric)) for metric in _drawn(result) },
+)  # fmt: skip

@@ -2,77 +2,63 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 from triptych_common.plots import INK, ORANGE, figure_png, numbers, panels
 from triptych_gpt.evaluation.plots import measure, words
-from triptych_gpt.evaluation.prompted import Update, measured, prompted, starting_metrics
+from triptych_gpt.evaluation.prompted import Update, Updated, measured, prompted, starting_metrics
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.symmetry.matching import canonicalise
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tasks.task import Metric, Task
 
-from triptych_thesis.chapter3.context import Context
+from triptych_thesis.chapter3.context import Context, prompt_of
 from triptych_thesis.chapter3.naming import named, shown
 from triptych_thesis.study.estimates import number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 CLAIM = "gpt.fig-3.8"
 BARRIER = 0.1  # of what samples improved on their start: what separates two regions, and what a projection may be off
 
 
-class Spread(NamedTuple):
-    """Mean Euclidean distance over pairs of networks: as they are, and with one's hidden units matched to the other's."""
-
-    raw: float
-    matched: float
-
-
-@dataclass(frozen=True)
-class Diversity:
-    """How far samples for one prompt lie apart.
-
-    Args:
-        noise: samples of one start, which differ in sampling noise, averaged over starts.
-        starts: samples of different starts, one each.
-        before: the starting networks themselves.
-        metric_mean: mean of the metric over all samples.
-        non_finite: samples that are not finite, which are left out.
-    """
-
-    metric: str
-    prompt: float
-    noise: Spread
-    starts: Spread
-    before: Spread
-    metric_mean: float
-    non_finite: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, {"raw", "matched"} for each spread: JSON-able."""
-        return plain(self)
-
-
-def spread(spec: PermutationSpec, thetas: Float[Tensor, "n D"]) -> Spread:
-    """Mean distances over all pairs of networks; NaN for fewer than two.
+def spread(spec: PermutationSpec, thetas: Float[Tensor, "n D"]) -> dict[str, float]:
+    """Mean Euclidean distance over all pairs of networks: "raw", and "matched" where hidden units are; NaN for fewer than two.
 
     Raises ValueError for networks that are not finite.
     """
     thetas = thetas.detach().to("cpu", torch.float64)
-    raw, matched = [], []
-    for i in range(1, len(thetas)):
-        raw.append((thetas[:i] - thetas[i]).norm(dim=1))
-        matched.append((canonicalise(spec, thetas[:i], thetas[i]) - thetas[i]).norm(dim=1))
-    return Spread(_mean(raw), _mean(matched))
+    raw = [(thetas[:i] - thetas[i]).norm(dim=1) for i in range(1, len(thetas))]
+    matched = [(canonicalise(spec, thetas[:i], thetas[i]) - thetas[i]).norm(dim=1) for i in range(1, len(thetas))]
+    return {
+        kind: float(torch.cat(parts).mean()) if parts else torch.nan
+        for kind, parts in (("raw", raw), ("matched", matched))
+    }
+
+
+def _draw(
+    update: Update,
+    task: Task,
+    metric: Metric,
+    theta: Tensor,
+    prompt: float,
+    samples: int,
+    first_index: int,
+    at_once: int,
+) -> tuple[Float[Tensor, " starts"], Updated]:
+    """The starts' metric, and `samples` updates of every start; sample j of start i has index first_index + i * samples + j."""
+    start = starting_metrics(task, theta, metric, networks_at_once=at_once)[metric.name]
+    count = len(theta) * samples
+    target = torch.full((count,), float(prompt), dtype=torch.float64)
+    repeated, indices = theta.repeat_interleave(samples, dim=0), range(first_index, first_index + count)
+    metrics = start.repeat_interleave(samples)
+    return start, prompted(update, task, repeated, metrics, target, indices, networks_at_once=at_once)
 
 
 def diversity(
@@ -85,55 +71,37 @@ def diversity(
     samples: int = 16,
     networks_at_once: int = 256,
     first_index: int = 0,
-) -> Diversity:
-    """Draw `samples` updates of every start towards one prompt, by default the metric's best, and compare them.
+) -> dict[str, Any]:
+    """How far samples for one prompt, by default the metric's best, lie apart; samples that are not finite are left out.
 
-    Sample j of start i draws the noise of index first_index + i * samples + j.
+    Returns `spread`s of "noise" (samples of one start, averaged over starts), of "starts" (samples of different starts, one each)
+    and of "before" (the starts themselves), the mean of the metric over all samples, and how many are not finite.
 
     Raises ValueError for a metric without prompts, or starts that are not finite.
     """
-    prompt = low_prompt(metric, prompt)
-    start = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)[metric.name]
-    count = len(theta) * samples
-    target = torch.full((count,), float(prompt), dtype=torch.float64)
-    indices = range(first_index, first_index + count)
-    repeated = theta.repeat_interleave(samples, dim=0)
-    at_once = {"networks_at_once": networks_at_once}
-    new = prompted(update, task, repeated, start.repeat_interleave(samples), target, indices, **at_once)
-    values, usable = new.metrics[metric.name].view(len(theta), samples), new.theta.isfinite().all(dim=1).cpu()
-    groups, usable = new.theta.detach().cpu().view(len(theta), samples, -1), usable.view(len(theta), samples)
-    of_each = [spread(task.symmetry, group[kept]) for group, kept in zip(groups, usable, strict=True)]
-    firsts = [group[kept][0] for group, kept in zip(groups, usable, strict=True) if kept.any()]
-    return Diversity(
-        metric=metric.name,
-        prompt=prompt,
-        noise=Spread(*(float(torch.tensor(one, dtype=torch.float64).nanmean()) for one in zip(*of_each, strict=True))),
-        starts=spread(task.symmetry, torch.stack(firsts)) if firsts else Spread(torch.nan, torch.nan),
-        before=spread(task.symmetry, theta),
-        metric_mean=float(values.nanmean()),
-        non_finite=int((~usable).sum()),
-    )
-
-
-def low_prompt(metric: Metric, prompt: float | None) -> float:
-    """The prompt given, or the metric's best. Raises ValueError where there is neither."""
-    if prompt is not None:
-        return prompt
-    if metric.prompts is None:
-        raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
-    return metric.prompts.best
-
-
-def _mean(parts: list[Tensor]) -> float:
-    return float(torch.cat(parts).mean()) if parts else torch.nan
+    prompt = prompt_of(metric, prompt, "best")
+    _, new = _draw(update, task, metric, theta, prompt, samples, first_index, networks_at_once)
+    groups, usable = new.theta.detach().cpu().view(len(theta), samples, -1), new.theta.isfinite().all(dim=1).cpu()
+    kept = [group[finite] for group, finite in zip(groups, usable.view(len(theta), samples), strict=True)]
+    of_each = [spread(task.symmetry, group) for group in kept]
+    firsts = [group[0] for group in kept if len(group)]
+    kinds = ("raw", "matched")
+    return {
+        "metric": metric.name,
+        "prompt": prompt,
+        "noise": {
+            kind: float(torch.tensor([one[kind] for one in of_each], dtype=torch.float64).nanmean()) for kind in kinds
+        },
+        "starts": spread(task.symmetry, torch.stack(firsts)) if firsts else dict.fromkeys(kinds, torch.nan),
+        "before": spread(task.symmetry, theta),
+        "metric_mean": float(new.metrics[metric.name].view(len(theta), samples).nanmean()),
+        "non_finite": int((~usable).sum()),
+    }
 
 
 @dataclass(frozen=True)
 class Plane:
-    """The plane through `origin` along two orthonormal axes, float64 on the CPU.
-
-    explained: share of the networks' variance along each axis.
-    """
+    """A plane along two orthonormal axes, float64 on the CPU, and the share of the networks' variance along each."""
 
     origin: Float[Tensor, " D"]
     axes: Float[Tensor, "2 D"]
@@ -169,46 +137,6 @@ class Plane:
         return torch.where(gap > 0, (inside / gap.clamp(min=1e-300)).clamp(max=1), 1.0)
 
 
-@dataclass(frozen=True)
-class Landscape:
-    """A metric over a plane, and the samples of one start near it. Lengths are in the networks' own units.
-
-    Args:
-        explained: share of the variance, along each axis, of the networks that span the plane.
-        x, y, values: the grid; values[i][j] is the metric at (x[j], y[i]).
-        samples: the points that samples project to.
-        sample_metric, projected_metric: of the samples themselves, and of their projections.
-        share: of their squared distance from the plane's origin, how much the projection keeps.
-        accurate: whether the projection's metric is off by at most a tenth of what the sample improved on its start.
-        curvature: second difference quotients of the metric at the samples, along both axes at distances `step`; positive where
-            the sample is locally best along the axis.
-        convex: share of samples where both are positive.
-        non_finite: samples that are not finite, which are left out.
-    """
-
-    metric: str
-    better: str
-    prompt: float
-    start_metric: float
-    explained: Float[Tensor, " 2"]
-    x: Float[Tensor, " columns"]
-    y: Float[Tensor, " rows"]
-    values: Float[Tensor, "rows columns"]
-    samples: Float[Tensor, "n 2"]
-    sample_metric: Float[Tensor, " n"]
-    projected_metric: Float[Tensor, " n"]
-    share: Float[Tensor, " n"]
-    accurate: Bool[Tensor, " n"]
-    curvature: Float[Tensor, "n 2"]
-    step: Float[Tensor, " 2"]
-    convex: float
-    non_finite: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, tensors as lists: JSON-able."""
-        return plain(self)
-
-
 def landscape(
     update: Update,
     task: Task,
@@ -221,24 +149,24 @@ def landscape(
     side: int = 31,
     networks_at_once: int = 256,
     first_index: int = 0,
-) -> Landscape:
+) -> dict[str, Any]:
     """Draw samples of one start that differ in noise alone, and map the metric over a plane around them.
-
-    Sample j draws the noise of index first_index + j.
 
     Args:
         prompt: by default the metric's best.
-        spanning: networks whose principal components span the plane, such as training checkpoints; by default the samples
-            themselves, of which three lie in their plane exactly.
+        spanning: networks whose principal components span the plane; by default the samples, of which three lie in it exactly.
         side: points of the grid along each axis, which reaches half the samples' extent beyond them.
+
+    Returns a dictionary of tensors and numbers, lengths in the networks' own units: the grid, where values[i][j] is the metric at
+    (x[j], y[i]); of the finite samples their places in the plane, their metric and their projections', whether these differ by at
+    most a tenth of what the sample improved on its start ("accurate"), the "share" of the squared distance that the projection
+    keeps, and second difference quotients along both axes at distances "step" ("curvature", positive where the sample is locally
+    best); and the share of samples where both are positive ("convex").
 
     Raises ValueError for a metric without prompts, a start that is not finite, or networks that span no plane.
     """
-    prompt, at_once = low_prompt(metric, prompt), {"networks_at_once": networks_at_once}
-    start = starting_metrics(task, theta[None], metric, **at_once)[metric.name]
-    target = torch.full((samples,), float(prompt), dtype=torch.float64)
-    indices = range(first_index, first_index + samples)
-    new = prompted(update, task, theta.expand(samples, -1), start.expand(samples), target, indices, **at_once)
+    prompt = prompt_of(metric, prompt, "best")
+    start, new = _draw(update, task, metric, theta[None], prompt, samples, first_index, networks_at_once)
     own = new.metrics[metric.name]
     kept = ~own.isnan()
     drawn, own = new.theta[kept.to(theta.device)], own[kept]
@@ -246,32 +174,32 @@ def landscape(
     places = plane.coordinates(drawn)
 
     def scored(thetas: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
-        return measured(task, thetas.to(theta), **at_once)[metric.name]
+        return measured(task, thetas.to(theta), networks_at_once=networks_at_once)[metric.name]
 
     x, y = (_axis(places[:, axis], side) for axis in (0, 1))
     grid = torch.cartesian_prod(y, x).flip(1)  # rows of y, and x runs fastest
     projected = scored(plane.at(places))
     step = torch.stack([(x[-1] - x[0]) / 12, (y[-1] - y[0]) / 12])
     curvature = _curvature(scored, drawn, own, plane, step, metric.better)
-    return Landscape(
-        metric=metric.name,
-        better=metric.better,
-        prompt=prompt,
-        start_metric=float(start),
-        explained=plane.explained,
-        x=x,
-        y=y,
-        values=scored(plane.at(grid)).view(side, side),
-        samples=places,
-        sample_metric=own,
-        projected_metric=projected,
-        share=plane.share(drawn),
-        accurate=(projected - own).abs() <= 0.1 * (start - own).abs(),
-        curvature=curvature,
-        step=step,
-        convex=float((curvature > 0).all(dim=1).double().mean()),
-        non_finite=int((~kept).sum()),
-    )
+    return {
+        "metric": metric.name,
+        "better": metric.better,
+        "prompt": prompt,
+        "start_metric": float(start),
+        "explained": plane.explained,
+        "x": x,
+        "y": y,
+        "values": scored(plane.at(grid)).view(side, side),
+        "samples": places,
+        "sample_metric": own,
+        "projected_metric": projected,
+        "share": plane.share(drawn),
+        "accurate": (projected - own).abs() <= 0.1 * (start - own).abs(),
+        "curvature": curvature,
+        "step": step,
+        "convex": float((curvature > 0).all(dim=1).double().mean()),
+        "non_finite": int((~kept).sum()),
+    }
 
 
 def _axis(places: Float[Tensor, " n"], side: int) -> Float[Tensor, " side"]:
@@ -281,12 +209,7 @@ def _axis(places: Float[Tensor, " n"], side: int) -> Float[Tensor, " side"]:
 
 
 def _curvature(
-    scored: Callable[[Tensor], Tensor],
-    drawn: Float[Tensor, "n D"],
-    own: Float[Tensor, " n"],
-    plane: Plane,
-    step: Float[Tensor, " 2"],
-    better: str,
+    scored: Callable[[Tensor], Tensor], drawn: Tensor, own: Tensor, plane: Plane, step: Tensor, better: str
 ) -> Float[Tensor, "n 2"]:
     """(f(theta + h a) - 2 f(theta) + f(theta - h a)) / h^2 for both axes a, positive where theta is locally best along it."""
     theta = drawn.detach().to("cpu", torch.float64)
@@ -301,14 +224,10 @@ def run(context: Context) -> dict[str, Any]:
     """Landscapes around samples of two starts, and the diversity of samples of up to eight."""
     trial, samples = context.trial, context.amounts.samples
     starts = trial.starts("test", min(8, len(trial.zoo.runs_in("test"))))
+    updated = (trial.update, trial.task, trial.metric)
     options: dict[str, Any] = {"prompt": trial.best_prompt, "samples": samples}
-    return {
-        "landscapes": [
-            landscape(trial.update, trial.task, trial.metric, theta, first_index=i * samples, **options).as_dict()
-            for i, theta in enumerate(starts[:2])
-        ],
-        "diversity": diversity(trial.update, trial.task, trial.metric, starts, **options).as_dict(),
-    }
+    lands = [landscape(*updated, theta, first_index=i * samples, **options) for i, theta in enumerate(starts[:2])]
+    return plain({"landscapes": lands, "diversity": diversity(*updated, starts, **options)})
 
 
 def regions(data: Mapping[str, Any]) -> list[list[int]]:
@@ -355,8 +274,8 @@ def verdicts(result: Result) -> list[Verdict]:
         several = {count > 1 for count, _ in counts}
         apart = UNDECIDED if len(several) > 1 else CONFIRMED if several == {True} else REFUTED
     spreads = result["diversity"]
-    differences = [_difference(spreads, kind) for kind in ("matched", "raw")]
-    larger = [None if difference is None else difference > 0 for difference in differences]
+    pairs = [(spreads["starts"][kind], spreads["noise"][kind]) for kind in ("matched", "raw")]
+    larger = [None if None in pair else pair[0] - pair[1] > 0 for pair in pairs]
     varied = CONFIRMED if larger == [True, True] else REFUTED if larger == [False, False] else UNDECIDED
     regions_text = " and ".join(f"{count} (of {samples} samples)" for count, samples in counts)
     matched = {name: number(spreads[name]["matched"], ".2f") for name in ("noise", "starts", "before")}
@@ -368,18 +287,12 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall([apart, varied]), evidence)]
 
 
-def _difference(spreads: Mapping[str, Any], kind: str) -> float | None:
-    starts, noise = spreads["starts"][kind], spreads["noise"][kind]
-    return None if starts is None or noise is None else starts - noise
-
-
-def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
+def figure(data: Sequence[Mapping[str, Any]]) -> Figure:
     """Contours of the metric over a plane with the samples on it, a panel for each start.  [Fig. 3.8]
 
     Filled dots are samples whose projection scores as they do, hollow ones the others.
 
-    Args:
-        data: `Landscape.as_dict()` of each start.
+    data: `landscape` of each start, as JSON holds it.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -393,15 +306,9 @@ def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
         panel.contour(one["x"], one["y"], grid, levels=levels[::2], colors="white", linewidths=0.4, alpha=0.6)
         samples, accurate = numbers(one["samples"]), np.array(one["accurate"], dtype=bool)
         for which, face, label in ((accurate, ORANGE, "scores alike"), (~accurate, "none", "scores otherwise")):
-            style: dict[str, Any] = {
-                "s": 28,
-                "linewidths": 1,
-                "edgecolors": INK,
-                "zorder": 3,
-                "label": f"sample whose projection {label}",
-            }
             if which.any():
-                panel.scatter(*samples[which].T, facecolors=face, **style)
+                style: dict[str, Any] = {"s": 28, "linewidths": 1, "edgecolors": INK, "zorder": 3}
+                panel.scatter(*samples[which].T, facecolors=face, label=f"sample whose projection {label}", **style)
         axis_names = [f"component {i}, {share:.0%} of variance" for i, share in enumerate(one["explained"], start=1)]
         panel.set(xlabel=axis_names[0], ylabel=axis_names[1])
         panel.set_title(f"start {start}, prompted for {shown(metric, one['prompt'])}", fontsize=9)
@@ -411,11 +318,6 @@ def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
     named = {label: dot for one in axes for dot, label in zip(*one.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
-
-
-def figures(result: Result) -> dict[str, bytes]:
-    """One figure, a panel for each start."""
-    return {"fig-3.8": figure_png(figure(result["landscapes"]))}
 
 
 def section(study: Study, result: Result) -> Section:
@@ -447,5 +349,6 @@ def section(study: Study, result: Result) -> Section:
 
 
 EXPERIMENT = Experiment(
-    name="fig-3.8", order=9, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True, extra=True
-)
+    name="fig-3.8", order=9, measure=run, verdicts=verdicts, section=section, kept=True, extra=True,
+    figures=lambda result: {"fig-3.8": figure_png(figure(result["landscapes"]))},
+)  # fmt: skip

@@ -8,12 +8,12 @@ and, since hidden units have no order, both are also given under the best matchi
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate, bootstrap_rate
 from triptych_common.plots import PALETTE, figure_png, legend, numbers, panels
@@ -31,59 +31,16 @@ from triptych_thesis.study.estimates import interval, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import LINES, distinct
 from triptych_thesis.study.runner import Study
-from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better
 
 CLAIM = "gpt.fig-3.9"
+HALF = {"low": 0.5, "high": 0.5}
 KINDS = {  # by (matched, near the prompt)
     (False, False): "all checkpoints",
     (False, True): "near the prompt",
     (True, False): "all checkpoints, units matched",
     (True, True): "near the prompt, units matched",
 }
-
-
-@dataclass(frozen=True)
-class NeighbourScore:
-    """One prompt's score of one kind.
-
-    Args:
-        matched: whether hidden units are matched before distances are taken.
-        near_prompt: whether only checkpoints near the prompt are searched.
-        score: share of the counted runs, with its 95% interval over runs; None where none counts.
-        counted: runs whose sample is finite, with a checkpoint to search both of their own and in the training set.
-        own, training: distance to the nearest checkpoint of the run itself, and of the training set; infinite where not finite.
-        exact: whether distances are exact; otherwise both are upper bounds.
-        non_finite: samples that are not finite.
-    """
-
-    target: float
-    matched: bool
-    near_prompt: bool
-    score: Estimate | None
-    counted: int
-    own: Float[Tensor, " runs"]
-    training: Float[Tensor, " runs"]
-    exact: bool
-    non_finite: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able; distances are medians over the runs that count."""
-        finite = self.own.isfinite() & self.training.isfinite()
-        return {
-            "target": self.target,
-            "matched": self.matched,
-            "near_prompt": self.near_prompt,
-            "score": None if self.score is None else self.score._asdict(),
-            "counted": self.counted,
-            "runs": len(self.own),
-            "non_finite": self.non_finite,
-            "median_distance_own": float(self.own[finite].median()) if finite.any() else None,
-            "median_distance_training": float(self.training[finite].median()) if finite.any() else None,
-            "exact": self.exact,
-        }
 
 
 def nearest_neighbour_scores(
@@ -97,7 +54,7 @@ def nearest_neighbour_scores(
     rows: Int[np.ndarray, " runs"] | None = None,
     every: int = 1,
     training: Int[np.ndarray, " training"] | None = None,
-) -> list[NeighbourScore]:
+) -> list[dict[str, Any]]:
     """Update the initial network of each run to each prompt, and score: four kinds for each prompt, in the prompts' order.
 
     The update of run r to prompt p draws the noise of index r + p * runs.
@@ -108,6 +65,8 @@ def nearest_neighbour_scores(
         every: searches each k-th training checkpoint only, which favours the run's own, of which all are searched (and may miss
             checkpoints that retrieval returns).
         training: rows of the runs that the model was trained on; by default all of the training split.
+
+    Returns rows of `_score`.
     """
     rows = zoo.runs_in("test") if rows is None else rows
     theta = zoo.theta(rows, [0] * len(rows))
@@ -118,27 +77,44 @@ def nearest_neighbour_scores(
     ]
     samples = torch.cat(updated)
     finite = samples.isfinite().all(1)
+    non_finite = (~finite).view(len(prompts), -1).sum(1).tolist()
     targets = torch.tensor(prompts, dtype=torch.float64).repeat_interleave(len(rows))[finite]
     repeated = np.tile(np.asarray(rows), len(prompts))[finite.numpy()]
-    scores = []
-    for matched in (False, True):
-        for near in (False, True):
-            narrowing = (metric, targets, tolerance) if near else None
-            found = compare(
-                samples[finite],
-                zoo,
-                repeated,
-                spec if matched else None,
-                narrowing=narrowing,
-                every=every,
-                training=training,
-            )
-            distances = torch.full((2, len(samples)), math.inf, dtype=torch.float64)
-            distances[:, finite] = torch.stack([one.distance for one in found])
-            for p, (own, theirs) in enumerate(distances.view(2, len(prompts), -1).unbind(1)):
-                bad = int((~finite).view(len(prompts), -1)[p].sum())
-                scores.append((p, _score(float(prompts[p]), matched, near, own, theirs, found[0].exact, bad)))
-    return [score for _, score in sorted(scores, key=lambda pair: pair[0])]
+    by_prompt: list[list[dict[str, Any]]] = [[] for _ in prompts]
+    for matched, near in KINDS:
+        nearest_two = compare(
+            samples[finite], zoo, repeated, spec if matched else None,
+            narrowing=(metric, targets, tolerance) if near else None, every=every, training=training,
+        )  # fmt: skip
+        distances = torch.full((2, len(samples)), math.inf, dtype=torch.float64)
+        distances[:, finite] = torch.stack([one.distance for one in nearest_two])
+        for p, (own, theirs) in enumerate(distances.view(2, len(prompts), -1).unbind(1)):
+            kind = {"target": float(prompts[p]), "matched": matched, "near_prompt": near}
+            by_prompt[p].append({**kind, **_score(own, theirs, nearest_two[0].exact, non_finite[p])})
+    return [score for scores in by_prompt for score in scores]
+
+
+def _score(
+    own: Float[Tensor, " runs"], training: Float[Tensor, " runs"], exact: bool, non_finite: int
+) -> dict[str, Any]:
+    """One prompt's score from distances to the run's own checkpoints and to the training set's, infinite where not finite.
+
+    "counted" are runs whose sample is finite and that have checkpoints to search in both; "score" is their share that lies nearer
+    to their own with its 95% interval, None where none counts. Distances are medians over them, upper bounds unless "exact".
+    """
+    finite = own.isfinite() & training.isfinite()
+    hits = (own < training)[finite]
+    return {
+        "score": bootstrap_rate(hits)._asdict() if len(hits) else None,
+        "counted": len(hits),
+        "runs": len(own),
+        "non_finite": non_finite,
+        "median_distance_own": float(own[finite].median()) if len(hits) else None,
+        "median_distance_training": float(training[finite].median()) if len(hits) else None,
+        "exact": exact,
+        "own": own,
+        "training": training,
+    }
 
 
 def compare(
@@ -153,9 +129,7 @@ def compare(
 ) -> tuple[Nearest, Nearest]:
     """The nearest checkpoint of each sample's own run, at `rows[i]`, and the nearest training checkpoint.
 
-    Args:
-        narrowing: (metric, target of each sample, tolerance): only checkpoints with the metric that near are searched.
-        training: rows of training runs; by default all of the split.
+    narrowing: (metric, target of each sample, tolerance): only checkpoints with the metric that near are searched.
 
     Raises ValueError for samples that are not finite.
     """
@@ -173,21 +147,6 @@ def compare(
     return own, in_training
 
 
-def _score(
-    target: float,
-    matched: bool,
-    near: bool,
-    own: Float[Tensor, " runs"],
-    training: Float[Tensor, " runs"],
-    exact: bool,
-    non_finite: int,
-) -> NeighbourScore:
-    counts = own.isfinite() & training.isfinite()
-    hits = (own < training)[counts]
-    score = bootstrap_rate(hits) if len(hits) else None
-    return NeighbourScore(target, matched, near, score, len(hits), own, training, exact, non_finite)
-
-
 def run(context: Context) -> dict[str, Any]:
     """Scores at prompts from the best to a random network's metric, of the model, of the identity and of retrieval."""
     trial, amounts = context.trial, context.amounts
@@ -198,20 +157,16 @@ def run(context: Context) -> dict[str, Any]:
     tolerance = abs(high - low) / 40
     rows = trial.zoo.runs_in("test")[: amounts.networks]
     updates = {MODEL: trial.update, **{name: trial.baselines[name] for name in ("identity", "retrieval")}}
-    return {
-        "metric": metric,
-        "tolerance": tolerance,
-        "scores": {
-            name: [
-                score.as_dict()
-                for score in nearest_neighbour_scores(
-                    update, trial.zoo, trial.task.symmetry, metric, prompts, tolerance=tolerance, rows=rows,
-                    every=amounts.every, training=trial.training,
-                )
-            ]
-            for name, update in updates.items()
-        },
+    scores = {
+        name: nearest_neighbour_scores(
+            update, trial.zoo, trial.task.symmetry, metric, prompts, tolerance=tolerance, rows=rows, every=amounts.every,
+            training=trial.training,
+        )
+        for name, update in updates.items()
     }  # fmt: skip
+    for score in (score for of_update in scores.values() for score in of_update):
+        del score["own"], score["training"]  # every run's distance: the medians are kept
+    return {"metric": metric, "tolerance": tolerance, "scores": scores}
 
 
 def of_kind(scores: Sequence[Mapping[str, Any]], matched: bool, near_prompt: bool) -> list[Mapping[str, Any]]:
@@ -253,13 +208,10 @@ def verdicts(result: Result) -> list[Verdict]:
 
 def _side(score: Mapping[str, Any]) -> str:
     """Whether a prompt's score is above one half."""
-    share = score["score"]
-    if share is None or share["low"] is None:
-        return UNDECIDED
-    return CONFIRMED if share["low"] > 0.5 else REFUTED if share["high"] < 0.5 else UNDECIDED
+    return better(score["score"], HALF) if score["score"] else UNDECIDED
 
 
-def figure(data: Mapping[str, Any]) -> "Figure":
+def figure(data: Mapping[str, Any]) -> Figure:
     """Share of unseen runs whose sample lies nearer to its own run than to the training set, against prompts.  [Fig. 3.9]
 
     Points that are None or not finite are left out. Baselines are drawn broken and thinner, over the others, which they may meet
@@ -272,9 +224,7 @@ def figure(data: Mapping[str, Any]) -> "Figure":
     baselines = data.get("baselines") or {}
     figure, (axes,) = panels(size=(7.2, max(3.4, 0.9 + 0.2 * (len(data["scores"]) + len(baselines)))))
     prompts = numbers(data["prompts"])
-    like_scores = distinct(
-        PALETTE[: max(4, len(data["scores"]))], LINES[1:]
-    )  # as many of an update: in the scores' colours
+    like_scores = distinct(PALETTE[: max(4, len(data["scores"]))], LINES[1:])  # of one kind: in the scores' colours
     for curves, looks, width in ((data["scores"], distinct(), 1.6), (baselines, like_scores, 1.0)):
         for (name, one), look in zip(curves.items(), looks, strict=False):
             value = 100 * numbers(one["value"])
@@ -316,14 +266,8 @@ def section(study: Study, result: Result) -> Section:
         for score in scores
     ]  # fmt: skip
     header = (
-        "update",
-        "prompt",
-        "searched",
-        "score",
-        "runs that count",
-        "median distance to its own run",
-        "to training runs",
-    )
+        "update", "prompt", "searched", "score", "runs that count", "median distance to its own run", "to training runs",
+    )  # fmt: skip
     caption = (
         f"Scores by prompt. Near the prompt: checkpoints with {named(result['metric'])} within {result['tolerance']:.2g} of it; a "
         "run counts where both pools have such checkpoints."

@@ -1,9 +1,10 @@
 """One update of G.pt beside one step of tuned optimisers and beside updates that learn nothing.  [thesis 3.4.1, Fig. 3.3]"""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from triptych_common.plots import GREY, INK, figure_png, intervals, numbers, panels
 from triptych_gpt.evaluation.plots import KINDS, measure, words
 from triptych_gpt.evaluation.prompted import starting_metrics
@@ -17,18 +18,13 @@ from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import NOT_RUN, UNDECIDED, Evidence, Verdict, better, overall
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 CLAIM = "gpt.fig-3.3"
 WORDS = {"model": MODEL, "optimiser": "hand-designed optimisers", "baseline": "baselines", "real": "real networks"}
 IN_THESIS = {"test_loss": "0.2 when prompted for 0 (MNIST, 784-10-10)"}
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Every metric of the task after one update, always prompted for the same metric, with the value that did best on
-    validation networks.
-    """
+    """Every metric of the task after one update, prompted for the value that did best on validation networks."""
     trial, n = context.trial, context.amounts.baseline_networks
     test, tuning = trial.starts("test", n), trial.starts("validation", n)
     start = starting_metrics(trial.task, test, trial.metric)
@@ -41,9 +37,8 @@ def run(context: Context) -> dict[str, Any]:
             for name, values in achieved.items()
         ]
         for curve in optimise_with_all(trial.task, test, tuning, metric.name, seed=trial.seed):
-            estimate = mean_over_networks(curve.tuned[0].double())
-            rate = curve.as_dict()["tuned"]["learning_rate"]
-            methods.append({"name": curve.optimizer, "kind": "optimiser", **estimate, "tuned": rate})
+            estimate, best = mean_over_networks(curve.tuned[0].double()), curve.grid[curve.chosen[-1]]
+            methods.append({"name": curve.optimizer, "kind": "optimiser", **estimate, "tuned": best.learning_rate})
         shown[metric.name] = {
             "metric": metric.name,
             "better": metric.better,
@@ -75,11 +70,8 @@ def verdicts(result: Result) -> list[Verdict]:
             continue
         methods = {method["name"]: method for method in data["methods"]}
         ours, best = methods[MODEL], best_optimiser(data)
-        parts += [
-            UNDECIDED if ours["non_finite"] else better(ours, method, data["better"])
-            for method in data["methods"]
-            if method["kind"] == "optimiser"
-        ]
+        optimisers = [method for method in data["methods"] if method["kind"] == "optimiser"]
+        parts += [UNDECIDED if ours["non_finite"] else better(ours, one, data["better"]) for one in optimisers]
         beside = f"{interval(best, '.3f', 'mean')} of one step of {best['name']}, the best optimiser" if best else ""
         others = [f"{interval(m, '.3f', 'mean')} of {m['name']}" for m in data["methods"] if m["kind"] == "baseline"]
         what = f"{named(metric)} after one update of {result['networks']} unseen networks"
@@ -89,7 +81,7 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall(parts), evidence)]
 
 
-def figure(data: Mapping[str, Any]) -> "Figure":
+def figure(data: Mapping[str, Any]) -> Figure:
     """What one update gives, a bar for each method from the top in the order given.  [Fig. 3.3]
 
     Args:
@@ -120,11 +112,6 @@ def figure(data: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    """A figure for each metric of the task."""
-    return {f"fig-3.3-{metric}": figure_png(figure(data)) for metric, data in result["figures"].items()}
-
-
 def section(study: Study, result: Result) -> Section:
     """A picture for each metric, and all means in one table."""
     metrics = result["figures"]
@@ -148,5 +135,6 @@ def section(study: Study, result: Result) -> Section:
 
 
 EXPERIMENT = Experiment(
-    name="fig-3.3", order=2, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True
-)
+    name="fig-3.3", order=2, measure=run, verdicts=verdicts, section=section, kept=True,
+    figures=lambda result: { f"fig-3.3-{metric}": figure_png(figure(data)) for metric, data in result["figures"].items() },
+)  # fmt: skip

@@ -1,9 +1,10 @@
 """Tuned optimisers over a training run's steps, and when each catches up with one update of G.pt.  [thesis 3.4.1, Fig. 3.4]"""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from triptych_common.plots import BLUE, PALETTE, figure_png, legend, numbers, panels, thousands
 from triptych_gpt.evaluation.plots import best_line, measure, words
 from triptych_gpt.evaluation.prompted import starting_metrics
@@ -15,10 +16,7 @@ from triptych_thesis.study.estimates import interval, number, quantile
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.plots import distinct
 from triptych_thesis.study.runner import Study
-from triptych_thesis.study.verdicts import CONFIRMED, NOT_RUN, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from triptych_thesis.study.verdicts import NOT_RUN, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
 CLAIM, CLAIMED, THOUSAND = "gpt.fig-3.4", ("SGD", "Adam"), 1000
 
@@ -33,12 +31,10 @@ def run(context: Context) -> dict[str, Any]:
     steps = spaced_steps(context.amounts.optimizer_steps or trial.task.steps)
     curves = []
     for curve in optimise_with_all(trial.task, test, tuning, metric, steps, seed=trial.seed):
-        at_edge = curve.as_dict()["tuned"]["learning_rate"] == max(point.learning_rate for point in curve.grid)
-        reached: dict[str, Any] = {"caught_up": None, "not_yet_after": None, "at_edge": at_edge}
-        if level["mean"] is not None:
-            reach = curve.steps_to_reach(level["mean"])
-            reached |= {"caught_up": reach.step, "not_yet_after": reach.after}
-        curves.append({**curve.as_dict(), **reached})
+        shown = curve.as_dict()
+        at_edge = shown["tuned"]["learning_rate"] == max(point.learning_rate for point in curve.grid)
+        step, after = (None, None) if level["mean"] is None else curve.steps_to_reach(level["mean"])
+        curves.append({**shown, "caught_up": step, "not_yet_after": after, "at_edge": at_edge})
     return {
         "metric": metric, "better": trial.metric.better, "networks": n, "prompt": trial.best_prompt,
         "start": float(start[metric].mean()),
@@ -63,15 +59,9 @@ def verdicts(result: Result) -> list[Verdict]:
     level, curves = result["one_step"], {curve["optimizer"]: curve for curve in result["curves"]}
     metric = named(result["metric"])
     steps = {name: _reach(curve, result) for name, curve in curves.items()}
-    evidence = [
-        Evidence(
-            f"steps until {' and '.join(CLAIMED)} equal one update in {metric}",
-            " and ".join(steps[name] for name in CLAIMED if name in steps),
-            "thousands",
-            "",
-            [f"{reach} of {name}" for name, reach in steps.items() if name not in CLAIMED],
-        )
-    ]
+    what = f"steps until {' and '.join(CLAIMED)} equal one update in {metric}"
+    others = [f"{reach} of {name}" for name, reach in steps.items() if name not in CLAIMED]
+    evidence = [Evidence(what, " and ".join(steps[name] for name in CLAIMED if name in steps), "thousands", "", others)]
     others = [f"{number(result['trained_best'])} of the best training checkpoint (retrieval)"]
     before = f"{number(result['start'])} before it (the identity)"
     evidence.append(Evidence(f"{metric} of one update", interval(level, ".3f", "mean"), "", before, others))
@@ -91,17 +81,15 @@ def _reach(curve: Mapping[str, Any], result: Result) -> str:
 
 def _late(curve: Mapping[str, Any], result: Result) -> str:
     steps = [i for i, step in enumerate(curve["steps"]) if step < THOUSAND]
-    if result["budget"] < THOUSAND:
-        steps = steps[:1]
     compared = [better(result["one_step"], _at(curve, i), result["better"]) for i in steps]
     if result["budget"] < THOUSAND:
-        return REFUTED if compared == [REFUTED] else UNDECIDED
+        return REFUTED if compared[:1] == [REFUTED] else UNDECIDED
     return overall(compared)
 
 
 def _ends_better(curve: Mapping[str, Any], result: Result) -> str:
     ahead = better(_at(curve, -1), result["one_step"], result["better"])
-    return CONFIRMED if ahead == CONFIRMED else UNDECIDED
+    return UNDECIDED if ahead == REFUTED else ahead
 
 
 def _at(curve: Mapping[str, Any], i: int) -> dict[str, float | None]:
@@ -113,7 +101,7 @@ def _at(curve: Mapping[str, Any], i: int) -> dict[str, float | None]:
     return {"low": mean - margin, "high": mean + margin}
 
 
-def figure(data: Mapping[str, Any]) -> "Figure":
+def figure(data: Mapping[str, Any]) -> Figure:
     """Optimisers over many steps, with the level that one update of the model reaches.  [Fig. 3.4]
 
     Drawn is the mean at the grid point that is best at each step, with its standard error.
@@ -147,11 +135,6 @@ def figure(data: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    """One figure; without curves it shows the update's level alone."""
-    return {"fig-3.4": figure_png(figure(result))}
-
-
 def section(study: Study, result: Result) -> Section:
     """The curves, and where each ends."""
     rows = [
@@ -163,12 +146,8 @@ def section(study: Study, result: Result) -> Section:
         f"Where each optimiser ends. Means over {result['networks']} unseen networks; one update of G.pt gives "
         f"{interval(result['one_step'], '.3f', 'mean')}."
     )
-    header = (
-        "optimiser",
-        "steps to equal one update",
-        f"{named(result['metric'])} after {result['budget']:,}",
-        "learning rate",
-    )
+    after = f"{named(result['metric'])} after {result['budget']:,}"
+    header = ("optimiser", "steps to equal one update", after, "learning rate")
     return Section(
         "Optimisers over many steps (Figure 3.4)",
         [study.figure("fig-3.4", "Nine tuned optimisers, and the level of one update of G.pt")],
@@ -179,5 +158,6 @@ def section(study: Study, result: Result) -> Section:
 
 
 EXPERIMENT = Experiment(
-    name="fig-3.4", order=3, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True
-)
+    name="fig-3.4", order=3, measure=run, verdicts=verdicts, section=section, kept=True,
+    figures=lambda result: {"fig-3.4": figure_png(figure(result))},
+)  # fmt: skip

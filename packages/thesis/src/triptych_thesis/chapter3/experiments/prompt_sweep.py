@@ -12,7 +12,7 @@ from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, mean_estimate, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.runner import Study
-from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall, sign
+from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, better, overall, sign
 
 CLAIM = "gpt.fig-3.5"
 LITTLE = 0.5  # of what was asked for beyond the best training checkpoint
@@ -40,9 +40,7 @@ def verdicts(result: Result) -> list[Verdict]:
     follow = sign(ours["r2_reachable"]) if ours["r2_reachable"] else UNDECIDED
     gains = beyond_best(sweep)
     gain = mean_estimate(gains) if gains else None
-    little = UNDECIDED
-    if gain is not None and gain.low is not None and gain.high is not None:
-        little = CONFIRMED if gain.high < LITTLE else REFUTED if gain.low > LITTLE else UNDECIDED
+    little = better(gain._asdict(), {"low": LITTLE, "high": LITTLE}, "lower") if gain else UNDECIDED
     what = f"R² between prompted and achieved {named(ours['metric'])}, where training checkpoints reach"
     beside = [f"{interval(one['r2_reachable'], '.3f')} of {name}" for name, one in alignment.items() if name != MODEL]
     evidence = [
@@ -71,11 +69,6 @@ def beyond_best(sweep: Mapping[str, Any]) -> list[float]:
         if achieved[edge] is not None and achieved[0] is not None:
             gains.append((achieved[edge] - achieved[0]) / (prompts[edge] - prompts[0]))
     return gains
-
-
-def figures(result: Result) -> dict[str, bytes]:
-    """One figure: every network's curve, and the means of the baselines."""
-    return {"fig-3.5": figure_png(alignment_figure(result))}
 
 
 def section(study: Study, result: Result) -> Section:
@@ -119,5 +112,6 @@ def section(study: Study, result: Result) -> Section:
 
 
 EXPERIMENT = Experiment(
-    name="fig-3.5", order=1, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True
-)
+    name="fig-3.5", order=1, measure=run, verdicts=verdicts, section=section, kept=True,
+    figures=lambda result: {"fig-3.5": figure_png(alignment_figure(result))},
+)  # fmt: skip

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from triptych_common.plots import BLUE, ORANGE, figure_png, intervals, legend, panels, thousands
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import differences
@@ -24,9 +25,6 @@ from triptych_thesis.study.experiment import Experiment, Result, Section, Table
 from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 CLAIM = "gpt.fig-3.7"
 PANELS = (("parameters of G.pt", "width", "parameters"), ("training runs", "runs", "training_runs"))
 LOOKS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -38,13 +36,7 @@ FLAT_FROM = 25_000  # training runs of 200 checkpoints: the thesis's 5 million c
 
 @dataclass(frozen=True)
 class FurtherModel:
-    """A variant to train and to measure, a unit of work.
-
-    Args:
-        config: how it is trained, and where.
-        settings: how its updates are sampled.
-        amounts: networks and prompts of its prompt alignment.
-    """
+    """A variant to train as `config` says and to measure, a unit of work."""
 
     config: GptTrainConfig
     settings: SamplerSettings
@@ -64,19 +56,14 @@ class FurtherModel:
 
     @property
     def done(self) -> bool:
-        """Whether it was measured. Raises ValueError where it was measured with other settings."""
+        """Whether it was measured; raises as `row`."""
         return self.path.exists() and bool(self.row())
 
     @property
     def asked(self) -> dict[str, Any]:
         """What decides the row."""
-        asked = {
-            "train": self.config.identity(),
-            "sampler": asdict(self.settings),
-            "networks": self.amounts.networks,
-            "prompts": self.amounts.prompts,
-        }
-        return json.loads(json.dumps(asked))
+        evaluation = {"networks": self.amounts.networks, "prompts": self.amounts.prompts}
+        return json.loads(json.dumps({"train": self.config.identity(), "sampler": asdict(self.settings), **evaluation}))
 
     def __call__(self) -> None:
         """Train the variant, and measure its alignment on unseen and on its own training runs."""
@@ -89,13 +76,8 @@ class FurtherModel:
         ):
             theta = trial.starts(split, min(self.amounts.networks, held))
             alignment = prompt_alignment(
-                trial.update,
-                trial.task,
-                trial.metric,
-                theta,
-                prompts=self.amounts.prompts,
-                trained_best=trial.trained_best,
-            )
+                trial.update, trial.task, trial.metric, theta, prompts=self.amounts.prompts, trained_best=trial.trained_best
+            )  # fmt: skip
             alignments[name] = alignment.r2._asdict()
             alignments[f"{name}_at_best"] = alignment.achieved_at_best._asdict()
         row = {
@@ -138,9 +120,7 @@ def needs(context: Context) -> Sequence[FurtherModel]:
 def run(context: Context) -> dict[str, Any]:
     """For each comparison a row a variant, and the panels of Fig. 3.7 made of them."""
     rows = {
-        comparison: [
-            {"name": name, "folder": f"study/{model.title}", **model.row()} for name, model in variants.items()
-        ]
+        comparison: [{"name": name, "folder": f"study/{one.title}", **one.row()} for name, one in variants.items()]
         for comparison, variants in further_models(context).items()
     }
     return {**scaling(rows), "variants": rows}
@@ -149,15 +129,13 @@ def run(context: Context) -> dict[str, Any]:
 def scaling(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Fig. 3.7 as its figure takes it: alignment on unseen and on training runs against parameters, and against runs."""
 
-    def points(rows: list[dict[str, Any]], x: str, split: str) -> list[dict[str, Any]]:
-        return [
-            {"x": row[x], "r2": row[split]["value"], "low": row[split]["low"], "high": row[split]["high"]}
-            for row in rows
-        ]
+    def points(name: str, x: str, split: str) -> list[dict[str, Any]]:
+        shown = [(row[x], row[split]) for row in results[name]]
+        return [{"x": at, "r2": r2["value"], "low": r2["low"], "high": r2["high"]} for at, r2 in shown]
 
     return {
         "panels": [
-            {"label": label, "points": points(results[name], x, "unseen"), "train": points(results[name], x, "train")}
+            {"label": label, "points": points(name, x, "unseen"), "train": points(name, x, "train")}
             for label, name, x in PANELS
         ]
     }
@@ -198,7 +176,7 @@ def _rises(points: Sequence[Mapping[str, Any]]) -> str:
     return CONFIRMED if better(points[-1], points[0]) == CONFIRMED else UNDECIDED
 
 
-def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
+def figure(data: Sequence[Mapping[str, Any]]) -> Figure:
     """Prompt alignment against scale, a panel for each thing scaled.  [Fig. 3.7]
 
     Args:
@@ -227,11 +205,6 @@ def figure(data: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    """One figure of two panels."""
-    return {"fig-3.7": figure_png(figure(result["panels"]))}
-
-
 def section(study: Study, result: Result) -> Section:
     """The two panels, and a row for every variant of every comparison."""
     rows = [
@@ -252,5 +225,6 @@ def section(study: Study, result: Result) -> Section:
 
 
 EXPERIMENT = Experiment(
-    name="fig-3.7", order=11, measure=run, needs=needs, verdicts=verdicts, figures=figures, section=section, extra=True
-)
+    name="fig-3.7", order=11, measure=run, needs=needs, verdicts=verdicts, section=section, extra=True,
+    figures=lambda result: {"fig-3.7": figure_png(figure(result["panels"]))},
+)  # fmt: skip

@@ -1,18 +1,16 @@
 """How the chapter's G.pt was trained: loss, and prompt alignment on validation runs."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from triptych_common.plots import BLUE, MARKERS, ORANGE, PALETTE, figure_png, legend, panels, thousands
+from matplotlib.figure import Figure
+from triptych_common.plots import BLUE, MARKERS, ORANGE, figure_png, panels, thousands
 from triptych_common.storage.run import RunDirectory
 from triptych_gpt.evaluation.plots import measure
 
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.study.experiment import Experiment, Result, Section
 from triptych_thesis.study.runner import Study
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LOSS, SCORE = "loss", "validation/alignment"
 
@@ -24,43 +22,27 @@ def run(context: Context) -> dict[str, Any]:
     return {"rows": [{key: row[key] for key in kept if key in row} for row in rows if LOSS in row or SCORE in row]}
 
 
-def figure(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    x: str = "pairs",
-    loss: str = LOSS,
-    scores: Sequence[str] = (SCORE,),
-) -> "Figure":
+def figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss, and prompt alignment on validation runs, over training.
 
-    Args:
-        rows: of metrics.jsonl; a row that lacks a key is not a point of that curve.
-        x: the key of the pairs seen so far.
-        loss: the key of the loss.
-        scores: keys of alignments, each a curve.
+    rows: of metrics.jsonl; a row that lacks a key is not a point of that curve.
     """
     figure, axes = panels(2, size=(8.4, 3.2))
-    points = [row for row in rows if row.get(loss) is not None]
-    axes[0].plot([row[x] for row in points], [row[loss] for row in points], color=BLUE, linewidth=1)
-    axes[0].set(yscale="log", ylabel="training loss")
-    measure(axes[0].yaxis, loss.replace("loss", ""))
-    for key, color, marker in zip(scores, (ORANGE, *PALETTE[2:]), MARKERS, strict=False):
+    curves: Sequence[tuple[str, dict[str, Any]]] = (
+        (LOSS, {"color": BLUE, "linewidth": 1}),
+        (SCORE, {"color": ORANGE, "marker": MARKERS[0], "markersize": 3.5, "linewidth": 1.2}),
+    )
+    for panel, (key, style) in zip(axes, curves, strict=True):
         points = [row for row in rows if row.get(key) is not None]
-        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.2, "label": key}
-        axes[1].plot([row[x] for row in points], [row[key] for row in points], **style)
+        panel.plot([row["pairs"] for row in points], [row[key] for row in points], **style)
+    axes[0].set(yscale="log", ylabel="training loss")
+    measure(axes[0].yaxis, "")
     bottom, _ = axes[1].get_ylim()
     axes[1].set(ylabel="prompt alignment (R²), validation runs", ylim=(max(bottom, -3), 1.02))
-    if len(scores) > 1:
-        legend(axes[1])
     for one in axes:
         one.set_xlabel("pairs of checkpoints seen")
         one.xaxis.set_major_formatter(thousands)
     return figure
-
-
-def figures(result: Result) -> dict[str, bytes]:
-    """One figure of two panels."""
-    return {"training": figure_png(figure(result["rows"]))}
 
 
 def section(study: Study, result: Result) -> Section:
@@ -74,4 +56,7 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(name="training", order=12, measure=run, figures=figures, section=section)
+EXPERIMENT = Experiment(
+    name="training", order=12, measure=run, section=section,
+    figures=lambda result: {"training": figure_png(figure(result["rows"]))},
+)  # fmt: skip
