@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -225,7 +225,7 @@ def write_npz(
                 np.lib.format.write_array(member, labels.cpu().numpy(), allow_pickle=False)
 
 
-def _write_pixels(file: IO[bytes], batches: Iterable[Tensor], count: int, path: Path) -> None:
+def _write_pixels(file: Any, batches: Iterable[Tensor], count: int, path: Path) -> None:
     written, shape = 0, None
     for batch in batches:
         pixels = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()

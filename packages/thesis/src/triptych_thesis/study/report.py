@@ -36,7 +36,7 @@ figcaption { margin-top: .3rem; } .scroll { overflow-x: auto; margin: .6rem 0 1.
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; caption-side: bottom; padding-top: .5rem; max-width: min(48rem, 100vw - 2.5rem); }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:first-child:not(.mark) { min-width: 7rem; }
+table:not(#verdicts) td:first-child { min-width: 7rem; }
 th { font-weight: 600; } pre { background: #f0f0ec; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
 .row { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; align-items: start; } .row figure { max-width: 100%; }
 nav { font-size: .9rem; margin: 1rem 0; line-height: 1.7; } nav a { margin-right: 1rem; }
