@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from triptych_common.cli import located
 from triptych_dit.cli import COMMANDS as DIT_COMMANDS
 from triptych_gangealing.cli import COMMANDS as GANGEALING_COMMANDS
 from triptych_gpt.cli import COMMANDS as GPT_COMMANDS
@@ -56,7 +57,7 @@ def test_options_named_are_options(page):
         flags = re.findall(r"--([a-z][\w.-]*)", options)
         if not flags:
             continue
-        config = COMMANDS[program][command][1]().config
+        config = located(COMMANDS[program][command].config)
         known = {f.replace("_", "-") for f in config.__dataclass_fields__} | {"preset", "help"}
         known |= {f"no-{flag}" for flag in known}
         assert {flag.split(".")[0] for flag in flags} <= known, f"{page.name}: {program} {command}{options}"

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from triptych_common.cli import CommonOptions, located
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {path.name: path for path in sorted((ROOT / "packages").iterdir()) if path.is_dir()}
@@ -252,6 +254,15 @@ for command in ["", *program.COMMANDS, *chapters]:
 @pytest.mark.parametrize("module", PROGRAMS)
 def test_help_loads_no_torch(module):
     assert loaded(HELP.replace("{module}", module)) == [], "the first command whose --help loads torch"
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_what_a_command_names_exists(module):
+    program = import_module(module)
+    for command in {**program.COMMANDS, **getattr(program, "CHAPTERS", {})}.values():
+        assert issubclass(located(command.config), CommonOptions)
+        assert all(map(callable, map(located, (command.run, command.start, command.preview)))), command.summary
+        assert all(isinstance(row, located(command.config)) for row in located(command.presets).values())
 
 
 @pytest.mark.parametrize("module", [*MODULES.values(), *(f"{MODULES[name]}.cli" for name in LIBRARIES)])

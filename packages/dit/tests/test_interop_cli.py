@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triptych_common.cli import main
+from triptych_common.cli import located, main
 from triptych_common.testing import run_cli
 from triptych_dit import PRESETS, DiT, from_diffusers, load_released
 from triptych_dit.cli import COMMANDS
@@ -82,12 +82,12 @@ def test_options_of_another_format_are_refused(options, message):
 @pytest.mark.parametrize("text", ["[1]", "{", '{"zero": "0"}'])
 def test_a_labels_file_that_is_none_is_one_line(run, tmp_path, text):
     (tmp_path / "names.json").write_text(text)
-    command = COMMANDS["export"][1]()
     with pytest.raises(ValueError, match="expected a JSON object of labels and names"):
-        command.run(ExportConfig(checkpoint=str(run), out=tmp_path / "out", labels_file=tmp_path / "names.json"))
+        located(COMMANDS["export"].run)(
+            ExportConfig(checkpoint=str(run), out=tmp_path / "out", labels_file=tmp_path / "names.json")
+        )
 
 
 def test_options_a_model_has_no_use_for_are_refused(run, tmp_path):
-    command = COMMANDS["export"][1]()
     with pytest.raises(ValueError, match="num_heads has no meaning here, since it is a model file of triptych's own"):
-        command.run(ExportConfig(checkpoint=str(run), out=tmp_path / "out", num_heads=2))
+        located(COMMANDS["export"].run)(ExportConfig(checkpoint=str(run), out=tmp_path / "out", num_heads=2))

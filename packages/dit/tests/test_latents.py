@@ -34,7 +34,7 @@ from triptych_dit.autoencoder.cache import (
     write_manifest,
     write_shard,
 )
-from triptych_dit.autoencoder.encode import EncodeConfig, encode
+from triptych_dit.autoencoder.encode import EncodeConfig, encode, preview
 from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
 from triptych_dit.objective import prefetch
@@ -407,7 +407,7 @@ def test_moments_beyond_float16_are_refused_with_the_image_named(images, tmp_pat
 
 def test_dry_run_tells_the_extent_and_writes_nothing(images, vae, tmp_path):
     config = config_of(images, vae, tmp_path / "out")
-    told = config.resolved()
+    told = preview(config)
     assert (told["images"], told["shards"], told["latent_shape"]) == (IMAGES, 6, (3, 4, 4))
     assert told["gigabytes"] == pytest.approx(IMAGES * 2 * 6 * 16 * 2 / 1e9)
     assert not (tmp_path / "out").exists()

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from triptych_gangealing.config import PRESETS
 from triptych_gangealing.spatial_transformer import (
-    PRESETS,
     FlowNetwork,
     SimilarityNetwork,
     SpatialTransformerConfig,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from triptych_gangealing.config import PRESETS
 from triptych_gangealing.spatial_transformer import (
-    PRESETS,
     ClusterClassifier,
     Similarity,
     SpatialTransformer,

@@ -14,9 +14,9 @@ from triptych_gpt.zoo.inspect import ExportConfig, InfoConfig, VerifyConfig, exp
 from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
 
 COMMANDS = {
-    "info": ("", lambda: Command(InfoConfig, info, {})),
-    "verify": ("", lambda: Command(VerifyConfig, verify, {})),
-    "export": ("", lambda: Command(ExportConfig, export, {})),
+    "info": Command("", InfoConfig, info),
+    "verify": Command("", VerifyConfig, verify),
+    "export": Command("", ExportConfig, export),
 }
 CHECKPOINTS = 5
 

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,30 +52,30 @@ class CommonOptions(Checked):
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand.
+    """One subcommand. What it is made of is given itself, or as "module:name" and imported on use, so that --help stays fast.
 
-    config: the class of its options. run: takes the options and returns the result. presets: named instances of `config`,
-        of which `default` is used unless --preset names another.
+    summary: its line in the program's overview.
+    config: the class of its options. run: takes the options and returns the result.
+    presets: named instances of `config`, of which `default` is used unless --preset names another.
     start: computes the defaults from the preset and the command line, for defaults that depend on other options.
     preview: takes the options and returns what --dry-run prints.
     """
 
-    config: type[CommonOptions]
-    run: Callable[[Any], dict[str, Any]]
-    presets: Mapping[str, CommonOptions]
+    summary: str
+    config: type[CommonOptions] | str
+    run: Callable[[Any], dict[str, Any]] | str
+    presets: Mapping[str, CommonOptions] | str = field(default_factory=dict)
     default: str | None = None
-    start: Callable[[Any, Sequence[str]], Any] = lambda preset, argv: preset
-    preview: Callable[[Any], dict[str, Any]] = lambda config: config.resolved()
+    start: Callable[[Any, Sequence[str]], Any] | str = lambda preset, argv: preset
+    preview: Callable[[Any], dict[str, Any]] | str = lambda config: config.resolved()
 
 
-def deferred(target: str) -> Callable[..., Any]:
-    """The function named by "package.module:name", imported when it is first called, so that --help stays fast."""
-
-    def call(*arguments: Any) -> Any:
-        module, _, name = target.partition(":")
-        return getattr(import_module(module), name)(*arguments)
-
-    return call
+def located(target: Any) -> Any:
+    """The object that "module:name" names, imported; anything else but text is returned as it is."""
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
 _to_stderr = False
@@ -87,13 +87,13 @@ def echo(text: str) -> None:
         print(text, file=sys.stderr if _to_stderr else sys.stdout, flush=True)
 
 
-Commands = Mapping[str, tuple[str, Callable[[], Command]]]
+Commands = Mapping[str, Command]
 
 
 def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return the exit status.
 
-    commands: maps names to a summary and a function that makes the `Command`; only that of the chosen one is called.
+    commands: by name.
     argv: the words after the program's name, `sys.argv[1:]` by default.
 
     Errors that a user can act on (ValueError, OSError, a diverged run) become one line on stderr and status 1, mistyped
@@ -106,7 +106,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     if argv[0] not in commands:
         return _fail(f"unknown command {argv[0]!r}: expected {one_of(argv[0], commands)}", 2)
     try:
-        command = commands[argv[0]][1]()
+        command = commands[argv[0]]
         config = parse(f"{prog} {argv[0]}", command, argv[1:])
         with _stdout_kept(config.json):
             return _run(command, config)
@@ -131,28 +131,29 @@ def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
     """
     import tyro
 
-    argv, preset = _take_preset(list(argv), command)
-    default = command.start(command.presets[preset] if preset else command.config(), argv)
+    kind, presets = located(command.config), located(command.presets)
+    argv, preset = _take_preset(list(argv), presets, command.default)
+    default = located(command.start)(presets[preset] if preset else kind(), argv)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(command.config, prog=prog, args=argv, default=default)
+            return tyro.cli(kind, prog=prog, args=argv, default=default)
     except SystemExit as stop:
         if stop.code:
             _fail(f"{_unboxed(errors.getvalue())} (see {prog} --help)", 2)
-        elif command.presets:
-            print(f"--preset NAME picks a row to start from: {', '.join(command.presets)}")
+        elif presets:
+            print(f"--preset NAME picks a row to start from: {', '.join(presets)}")
         raise
 
 
-def _take_preset(argv: list[str], command: Command) -> tuple[list[str], str | None]:
-    rest, preset = [], command.default
+def _take_preset(argv: list[str], presets: Mapping[str, Any], default: str | None) -> tuple[list[str], str | None]:
+    rest, preset = [], default
     while argv:
         word = argv.pop(0)
         if word == "--preset" or word.startswith("--preset="):
             preset = word.partition("=")[2] if "=" in word else argv.pop(0) if argv else ""
-            if preset not in command.presets:
-                raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, command.presets or ['none'])}", 2))
+            if preset not in presets:
+                raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, presets or ['none'])}", 2))
         else:
             rest.append(word)
     return rest, preset
@@ -171,11 +172,11 @@ def _stdout_kept(kept: bool) -> Iterator[None]:
 
 def _run(command: Command, config: CommonOptions) -> int:
     if config.dry_run:
-        result = command.preview(config)
+        result = located(command.preview)(config)
         if not config.json:
             echo(json.dumps(result, indent=2, default=str))
     else:
-        result = command.run(config)
+        result = located(command.run)(config)
     if config.json and int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, default=str, allow_nan=False), flush=True)
     return 0
@@ -183,7 +184,7 @@ def _run(command: Command, config: CommonOptions) -> int:
 
 def _overview(prog: str, commands: Commands) -> str:
     width = 2 + max(map(len, commands))
-    rows = [f"  {name:<{width}}{summary}" for name, (summary, _) in commands.items()]
+    rows = [f"  {name:<{width}}{command.summary}" for name, command in commands.items()]
     return "\n".join(
         [
             f"usage: {prog} COMMAND [--preset NAME] [OPTIONS]",

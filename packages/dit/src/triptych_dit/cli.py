@@ -4,16 +4,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from triptych_common.cli import Command, deferred, main
+from triptych_common.cli import Command, main
 
 
-def _train() -> Command:
-    from triptych_dit.train_config import TRAIN_PRESETS, TrainConfig
-
-    return Command(TrainConfig, deferred("triptych_dit.train:train"), TRAIN_PRESETS, default="digits", start=_fitted)
-
-
-def _fitted(config: Any, argv: Sequence[str]) -> Any:
+def fitted(config: Any, argv: Sequence[str]) -> Any:
     """Training settings, the model's taken from the one to start from where there is one: only then is torch loaded."""
     if not any(word.partition("=")[0].replace("_", "-") == "--init-from" for word in argv):
         return config
@@ -22,52 +16,46 @@ def _fitted(config: Any, argv: Sequence[str]) -> Any:
     return settings_from(config, argv)
 
 
-def _autoencoder() -> Command:
-    from triptych_dit.autoencoder.config import AUTOENCODER_PRESETS, AutoencoderTrainConfig
-
-    train = deferred("triptych_dit.autoencoder.train:train_autoencoder")
-    return Command(AutoencoderTrainConfig, train, AUTOENCODER_PRESETS, default="digits")
-
-
-def _encode() -> Command:
-    from triptych_dit.autoencoder.config import EncodeConfig
-
-    preview = deferred("triptych_dit.autoencoder.encode:preview")
-    return Command(EncodeConfig, deferred("triptych_dit.autoencoder.encode:encode"), {}, preview=preview)
-
-
-def _sample() -> Command:
-    from triptych_dit.settings import SampleConfig
-
-    return Command(SampleConfig, deferred("triptych_dit.sample:sample"), {})
-
-
-def _walk() -> Command:
-    from triptych_dit.settings import WalkConfig
-
-    return Command(WalkConfig, deferred("triptych_dit.walk:walk"), {})
-
-
-def _evaluate() -> Command:
-    from triptych_dit.settings import EvaluateConfig
-
-    return Command(EvaluateConfig, deferred("triptych_dit.evaluate:evaluate"), {})
-
-
-def _export() -> Command:
-    from triptych_dit.settings import ExportConfig
-
-    return Command(ExportConfig, deferred("triptych_dit.export:export"), {})
-
-
 COMMANDS = {
-    "train": ("train a class-conditional DiT, or resume", _train),
-    "autoencoder": ("train an autoencoder for latents, or resume", _autoencoder),
-    "encode": ("encode images into a cache of latents, or resume", _encode),
-    "sample": ("sample images from a trained model", _sample),
-    "walk": ("render a video of a walk between noises, or between classes", _walk),
-    "evaluate": ("score samples: the ADM suite on two npz files, or the scores for digits", _evaluate),
-    "export": ("convert a model to or from diffusers and the released DiT's format", _export),
+    "train": Command(
+        "train a class-conditional DiT, or resume",
+        "triptych_dit.train_config:TrainConfig",
+        "triptych_dit.train:train",
+        presets="triptych_dit.train_config:TRAIN_PRESETS",
+        default="digits",
+        start=fitted,
+    ),
+    "autoencoder": Command(
+        "train an autoencoder for latents, or resume",
+        "triptych_dit.autoencoder.config:AutoencoderTrainConfig",
+        "triptych_dit.autoencoder.train:train_autoencoder",
+        presets="triptych_dit.autoencoder.config:AUTOENCODER_PRESETS",
+        default="digits",
+    ),
+    "encode": Command(
+        "encode images into a cache of latents, or resume",
+        "triptych_dit.autoencoder.config:EncodeConfig",
+        "triptych_dit.autoencoder.encode:encode",
+        preview="triptych_dit.autoencoder.encode:preview",
+    ),
+    "sample": Command(
+        "sample images from a trained model", "triptych_dit.settings:SampleConfig", "triptych_dit.sample:sample"
+    ),
+    "walk": Command(
+        "render a video of a walk between noises, or between classes",
+        "triptych_dit.settings:WalkConfig",
+        "triptych_dit.walk:walk",
+    ),
+    "evaluate": Command(
+        "score samples: the ADM suite on two npz files, or the scores for digits",
+        "triptych_dit.settings:EvaluateConfig",
+        "triptych_dit.evaluate:evaluate",
+    ),
+    "export": Command(
+        "convert a model to or from diffusers and the released DiT's format",
+        "triptych_dit.settings:ExportConfig",
+        "triptych_dit.export:export",
+    ),
 }
 
 

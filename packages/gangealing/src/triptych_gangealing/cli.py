@@ -3,81 +3,64 @@
 import sys
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, deferred, main
-
-
-def _train_gan() -> Command:
-    from triptych_gangealing.stylegan2.train_config import PRESETS, GanTrainConfig, start
-
-    train = deferred("triptych_gangealing.stylegan2.train:train_gan")
-    return Command(GanTrainConfig, train, PRESETS, default="digits32", start=start)
-
-
-def _generate() -> Command:
-    from triptych_gangealing.settings import GenerateConfig
-
-    return Command(GenerateConfig, deferred("triptych_gangealing.stylegan2.generate:generate"), {})
-
-
-def _train_encoder() -> Command:
-    from triptych_gangealing.encoders.train_config import EncoderTrainConfig
-
-    return Command(EncoderTrainConfig, deferred("triptych_gangealing.encoders.simclr:run"), {})
-
-
-def _train() -> Command:
-    from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
-
-    return Command(AlignTrainConfig, deferred("triptych_gangealing.train:train"), PRESETS, default="digits32")
-
-
-def _align() -> Command:
-    from triptych_gangealing.settings import AlignConfig
-
-    return Command(AlignConfig, deferred("triptych_gangealing.folders:write_aligned"), {})
-
-
-def _average() -> Command:
-    from triptych_gangealing.settings import AverageConfig
-
-    return Command(AverageConfig, deferred("triptych_gangealing.folders:write_average"), {})
-
-
-def _propagate() -> Command:
-    from triptych_gangealing.settings import PropagateConfig
-
-    return Command(PropagateConfig, deferred("triptych_gangealing.folders:propagate_to_folder"), {})
-
-
-def _correspond() -> Command:
-    from triptych_gangealing.settings import CorrespondConfig
-
-    return Command(CorrespondConfig, deferred("triptych_gangealing.folders:write_matches"), {})
-
-
-def _pck() -> Command:
-    from triptych_gangealing.settings import PckConfig
-
-    return Command(PckConfig, deferred("triptych_gangealing.keypoints.evaluate:evaluate"), {})
-
-
-def _convert() -> Command:
-    from triptych_gangealing.settings import ConvertConfig
-
-    return Command(ConvertConfig, deferred("triptych_gangealing.stylegan2.convert:convert"), {})
-
+from triptych_common.cli import Command, main
 
 COMMANDS = {
-    "train-gan": ("train a StyleGAN2 on images, or resume", _train_gan),
-    "generate": ("sample images from a generator", _generate),
-    "train-encoder": ("train a small encoder on generated images (SimCLR), for perceptual distances", _train_encoder),
-    "train": ("train a spatial transformer from a generator (GANgealing), or resume", _train),
-    "align": ("align a folder of images", _align),
-    "average": ("average the aligned images of a folder", _average),
-    "propagate": ("propagate an edit or points from the average to every image of a folder", _propagate),
-    "correspond": ("transfer points from one image to another", _correspond),
-    "pck": ("PCK of an aligner on digits whose correspondences are known, beside baselines", _pck),
-    "convert": ("convert StyleGAN2 checkpoints of other implementations, or ours to rosinality's", _convert),
+    "train-gan": Command(
+        "train a StyleGAN2 on images, or resume",
+        "triptych_gangealing.stylegan2.train_config:GanTrainConfig",
+        "triptych_gangealing.stylegan2.train:train_gan",
+        presets="triptych_gangealing.stylegan2.train_config:PRESETS",
+        default="digits32",
+        start="triptych_gangealing.stylegan2.train_config:start",
+    ),
+    "generate": Command(
+        "sample images from a generator",
+        "triptych_gangealing.settings:GenerateConfig",
+        "triptych_gangealing.stylegan2.generate:generate",
+    ),
+    "train-encoder": Command(
+        "train a small encoder on generated images (SimCLR), for perceptual distances",
+        "triptych_gangealing.encoders.train_config:EncoderTrainConfig",
+        "triptych_gangealing.encoders.simclr:run",
+    ),
+    "train": Command(
+        "train a spatial transformer from a generator (GANgealing), or resume",
+        "triptych_gangealing.train_config:AlignTrainConfig",
+        "triptych_gangealing.train:train",
+        presets="triptych_gangealing.train_config:PRESETS",
+        default="digits32",
+    ),
+    "align": Command(
+        "align a folder of images",
+        "triptych_gangealing.settings:AlignConfig",
+        "triptych_gangealing.folders:write_aligned",
+    ),
+    "average": Command(
+        "average the aligned images of a folder",
+        "triptych_gangealing.settings:AverageConfig",
+        "triptych_gangealing.folders:write_average",
+    ),
+    "propagate": Command(
+        "propagate an edit or points from the average to every image of a folder",
+        "triptych_gangealing.settings:PropagateConfig",
+        "triptych_gangealing.folders:propagate_to_folder",
+    ),
+    "correspond": Command(
+        "transfer points from one image to another",
+        "triptych_gangealing.settings:CorrespondConfig",
+        "triptych_gangealing.folders:write_matches",
+    ),
+    "pck": Command(
+        "PCK of an aligner on digits whose correspondences are known, beside baselines",
+        "triptych_gangealing.settings:PckConfig",
+        "triptych_gangealing.keypoints.evaluate:evaluate",
+    ),
+    "convert": Command(
+        "convert StyleGAN2 checkpoints of other implementations, or ours to rosinality's",
+        "triptych_gangealing.settings:ConvertConfig",
+        "triptych_gangealing.stylegan2.convert:convert",
+    ),
 }
 
 

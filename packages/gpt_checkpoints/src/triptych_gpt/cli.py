@@ -4,83 +4,61 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, deferred, main
-
-
-def _collect() -> Command:
-    from triptych_gpt.zoo.collect_config import PRESETS, CollectConfig
-
-    preview = deferred("triptych_gpt.zoo.collect:preview")
-    return Command(CollectConfig, deferred("triptych_gpt.zoo.collect:collect"), PRESETS, preview=preview)
-
-
-def _info() -> Command:
-    from triptych_gpt.settings import InfoConfig
-
-    return Command(InfoConfig, deferred("triptych_gpt.zoo.inspect:info"), {})
-
-
-def _verify() -> Command:
-    from triptych_gpt.settings import VerifyConfig
-
-    return Command(VerifyConfig, deferred("triptych_gpt.zoo.inspect:verify"), {})
-
-
-def _export() -> Command:
-    from triptych_gpt.settings import ExportConfig
-
-    return Command(ExportConfig, deferred("triptych_gpt.zoo.inspect:export"), {})
-
-
-def _import() -> Command:
-    from triptych_gpt.settings import ImportConfig
-
-    preview = deferred("triptych_gpt.zoo.lmdb_import:preview")
-    return Command(ImportConfig, deferred("triptych_gpt.zoo.lmdb_import:import_command"), {}, preview=preview)
-
-
-def _train() -> Command:
-    from triptych_gpt.train_config import TRAIN_PRESETS, GptTrainConfig
-
-    train, preview = deferred("triptych_gpt.train:train"), deferred("triptych_gpt.objective:plan")
-    return Command(GptTrainConfig, train, TRAIN_PRESETS, default="laptop", preview=preview)
-
-
-def _prompt() -> Command:
-    from triptych_gpt.settings import PromptConfig
-
-    return Command(PromptConfig, deferred("triptych_gpt.prompting:prompt_command"), {})
-
-
-def _evaluate() -> Command:
-    from triptych_gpt.settings import EvaluateConfig
-
-    return Command(EvaluateConfig, deferred("triptych_gpt.evaluate:evaluate"), {})
-
-
-def _audit() -> Command:
-    from triptych_gpt.settings import AuditConfig
-
-    return Command(AuditConfig, deferred("triptych_gpt.audit:audit_command"), {})
-
-
-def _convert() -> Command:
-    from triptych_gpt.settings import ConvertConfig
-
-    return Command(ConvertConfig, deferred("triptych_gpt.convert:convert"), {})
-
+from triptych_common.cli import Command, main
 
 COMMANDS = {
-    "collect": ("train many networks and store their checkpoints in a zoo", _collect),
-    "info": ("describe what a zoo holds", _info),
-    "verify": ("check a zoo's files against their checksums", _verify),
-    "export": ("export one checkpoint as a plain state dict", _export),
-    "import": ("import the released G.pt data as a zoo", _import),
-    "train": ("train a G.pt on a zoo, or resume", _train),
-    "prompt": ("generate networks that achieve a prompted metric", _prompt),
-    "evaluate": ("score how well a trained G.pt follows prompts on unseen networks, beside baselines", _evaluate),
-    "audit": ("compare generated networks with the training set: new, or memorised?", _audit),
-    "convert": ("convert a released G.pt's checkpoint to a model file", _convert),
+    "collect": Command(
+        "train many networks and store their checkpoints in a zoo",
+        "triptych_gpt.zoo.collect_config:CollectConfig",
+        "triptych_gpt.zoo.collect:collect",
+        presets="triptych_gpt.zoo.collect_config:PRESETS",
+        preview="triptych_gpt.zoo.collect:preview",
+    ),
+    "info": Command("describe what a zoo holds", "triptych_gpt.settings:InfoConfig", "triptych_gpt.zoo.inspect:info"),
+    "verify": Command(
+        "check a zoo's files against their checksums",
+        "triptych_gpt.settings:VerifyConfig",
+        "triptych_gpt.zoo.inspect:verify",
+    ),
+    "export": Command(
+        "export one checkpoint as a plain state dict",
+        "triptych_gpt.settings:ExportConfig",
+        "triptych_gpt.zoo.inspect:export",
+    ),
+    "import": Command(
+        "import the released G.pt data as a zoo",
+        "triptych_gpt.settings:ImportConfig",
+        "triptych_gpt.zoo.lmdb_import:import_command",
+        preview="triptych_gpt.zoo.lmdb_import:preview",
+    ),
+    "train": Command(
+        "train a G.pt on a zoo, or resume",
+        "triptych_gpt.train_config:GptTrainConfig",
+        "triptych_gpt.train:train",
+        presets="triptych_gpt.train_config:TRAIN_PRESETS",
+        default="laptop",
+        preview="triptych_gpt.objective:plan",
+    ),
+    "prompt": Command(
+        "generate networks that achieve a prompted metric",
+        "triptych_gpt.settings:PromptConfig",
+        "triptych_gpt.prompting:prompt_command",
+    ),
+    "evaluate": Command(
+        "score how well a trained G.pt follows prompts on unseen networks, beside baselines",
+        "triptych_gpt.settings:EvaluateConfig",
+        "triptych_gpt.evaluate:evaluate",
+    ),
+    "audit": Command(
+        "compare generated networks with the training set: new, or memorised?",
+        "triptych_gpt.settings:AuditConfig",
+        "triptych_gpt.audit:audit_command",
+    ),
+    "convert": Command(
+        "convert a released G.pt's checkpoint to a model file",
+        "triptych_gpt.settings:ConvertConfig",
+        "triptych_gpt.convert:convert",
+    ),
 }
 
 

@@ -2,68 +2,52 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from triptych_common.cli import Command, deferred, main
-
-
-def _chapter2() -> Command:
-    from triptych_thesis.chapter2.study import Chapter2
-    from triptych_thesis.study.runner import run
-
-    return Command(Chapter2, run, {})
-
-
-def _chapter3() -> Command:
-    from triptych_thesis.chapter3.study import Chapter3
-    from triptych_thesis.study.runner import run
-
-    return Command(Chapter3, run, {})
-
-
-def _chapter4() -> Command:
-    from triptych_thesis.chapter4.study import Chapter4, reproduce
-
-    return Command(Chapter4, reproduce, {})
-
-
-def _claims() -> Command:
-    from triptych_thesis.study.claims import ClaimsConfig, claims
-
-    return Command(ClaimsConfig, claims, {})
-
-
-def _figures() -> Command:
-    from triptych_thesis.chapter3.figures import FiguresConfig, figures
-
-    return Command(FiguresConfig, figures, {})
-
-
-def _score_clusters() -> Command:
-    from triptych_thesis.chapter4.options import ClustersConfig
-
-    return Command(ClustersConfig, deferred("triptych_thesis.chapter4.cluster_scores:score_clusters"), {})
-
-
-def _score_alignment() -> Command:
-    from triptych_thesis.chapter4.options import AlignmentScoreConfig
-
-    return Command(AlignmentScoreConfig, deferred("triptych_thesis.chapter4.alignment_scores:score_alignment"), {})
-
+from triptych_common.cli import Command, main
 
 CHAPTERS = {
-    "ch2": ("DiT: digits, block designs, scaling, guidance", _chapter2),
-    "ch3": ("G.pt: a zoo of checkpoints, prompting, the memorisation audit", _chapter3),
-    "ch4": ("GANgealing: alignment, correspondence, clusters", _chapter4),
+    "ch2": Command(
+        "DiT: digits, block designs, scaling, guidance",
+        "triptych_thesis.chapter2.study:Chapter2",
+        "triptych_thesis.study.runner:run",
+    ),
+    "ch3": Command(
+        "G.pt: a zoo of checkpoints, prompting, the memorisation audit",
+        "triptych_thesis.chapter3.study:Chapter3",
+        "triptych_thesis.study.runner:run",
+    ),
+    "ch4": Command(
+        "GANgealing: alignment, correspondence, clusters",
+        "triptych_thesis.chapter4.study:Chapter4",
+        "triptych_thesis.chapter4.study:reproduce",
+    ),
 }
 COMMANDS = {
-    "reproduce": (
-        "ch2, ch3 or ch4: a chapter of the thesis from nothing to a report; triptych reproduce --help",
-        _chapter2,
+    "reproduce": replace(
+        CHAPTERS["ch2"],
+        summary="ch2, ch3 or ch4: a chapter of the thesis from nothing to a report; triptych reproduce --help",
     ),
-    "claims": ("write verdicts from results into the ledger of the thesis's claims, and render its page", _claims),
-    "figures": ("chapter 3's figures for one trained G.pt", _figures),
-    "score-alignment": ("PCK, pose errors and sharpness of an aligner on digits, beside baselines", _score_alignment),
-    "score-clusters": ("score an aligner's clusters of digits against the true ones, beside k-means", _score_clusters),
+    "claims": Command(
+        "write verdicts from results into the ledger of the thesis's claims, and render its page",
+        "triptych_thesis.study.claims:ClaimsConfig",
+        "triptych_thesis.study.claims:claims",
+    ),
+    "figures": Command(
+        "chapter 3's figures for one trained G.pt",
+        "triptych_thesis.chapter3.figures:FiguresConfig",
+        "triptych_thesis.chapter3.figures:figures",
+    ),
+    "score-alignment": Command(
+        "PCK, pose errors and sharpness of an aligner on digits, beside baselines",
+        "triptych_thesis.chapter4.options:AlignmentScoreConfig",
+        "triptych_thesis.chapter4.alignment_scores:score_alignment",
+    ),
+    "score-clusters": Command(
+        "score an aligner's clusters of digits against the true ones, beside k-means",
+        "triptych_thesis.chapter4.options:ClustersConfig",
+        "triptych_thesis.chapter4.cluster_scores:score_clusters",
+    ),
 }
 
 
