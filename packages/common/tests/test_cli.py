@@ -117,3 +117,15 @@ def test_overview_and_help_list_what_there_is(capsys):
     assert "learning rate" in out
     assert "big" in out
     assert call() == 2
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("plain ü 図 𝜃", "plain ü 図 𝜃"),
+    ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+    ("a\rb\x07\x9b2J", r"a\rb\x07\x9b2J"),
+    ("safe\u202egnp.exe", r"safe\u202egnp.exe"),
+    ("a\udcffb", r"a\udcffb"),
+])  # fmt: skip
+def test_text_of_others_cannot_act_on_the_terminal(text, shown, capsys):
+    echo(f"first\n{text}")
+    assert capsys.readouterr().out == f"first\n{shown}\n"

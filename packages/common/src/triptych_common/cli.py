@@ -9,11 +9,12 @@ import io
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from triptych_common.fields import FREE, Checked, one_of
 
@@ -44,6 +45,8 @@ class CommonOptions(Checked):
     """print the results as one JSON object, the last line of stdout"""
     dry_run: Annotated[bool, FREE] = False
     """print what would be run, and stop"""
+    overwrite: Annotated[bool, FREE] = False
+    """write to --out even if it holds files that this command did not make"""
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
@@ -59,6 +62,8 @@ class Command:
     presets: named instances of `config`, of which `default` is used unless --preset names another.
     start: computes the defaults from the preset and the command line, for defaults that depend on other options.
     preview: takes the options and returns what --dry-run prints.
+    writes: what --out is. "folder": one that is claimed as the command's for as long as it runs; "file": one if it has a suffix,
+        and it is not replaced unless --overwrite; "nothing": the command writes nothing, or checks what it overwrites itself.
     """
 
     summary: str
@@ -68,6 +73,7 @@ class Command:
     default: str | None = None
     start: Callable[[Any, Sequence[str]], Any] | str = lambda preset, argv: preset
     preview: Callable[[Any], dict[str, Any]] | str = lambda config: config.resolved()
+    writes: Literal["folder", "file", "nothing"] = "folder"
 
 
 def located(target: Any) -> Any:
@@ -82,9 +88,23 @@ _to_stderr = False
 
 
 def echo(text: str) -> None:
-    """Print a line for people, on rank 0 only: to stdout, or to stderr while --json reserves stdout for the result."""
+    """Print lines for people, on rank 0 only: to stdout, or to stderr while --json reserves stdout for the result."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, file=sys.stderr if _to_stderr else sys.stdout, flush=True)
+        lines = map(printable, text.split("\n"))
+        print("\n".join(lines), file=sys.stderr if _to_stderr else sys.stdout, flush=True)
+
+
+def printable(text: str) -> str:
+    """A text in which characters that a terminal acts on are escaped: controls, marks of direction, ends of lines.
+
+    Names of files, tensors and classes come from others, and may hold them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+        for c in text
+    )
 
 
 Commands = Mapping[str, Command]
@@ -109,7 +129,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         command = commands[argv[0]]
         config = parse(f"{prog} {argv[0]}", command, argv[1:])
         with _stdout_kept(config.json):
-            return _run(command, config)
+            return _run(f"{prog} {argv[0]}", command, config)
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code, prefix="")
     except KeyboardInterrupt:
@@ -170,16 +190,29 @@ def _stdout_kept(kept: bool) -> Iterator[None]:
         _to_stderr = before
 
 
-def _run(command: Command, config: CommonOptions) -> int:
+def _run(name: str, command: Command, config: CommonOptions) -> int:
     if config.dry_run:
         result = located(command.preview)(config)
         if not config.json:
             echo(json.dumps(result, indent=2, default=str))
     else:
-        result = located(command.run)(config)
+        with _claimed(name, command, config):
+            result = located(command.run)(config)
     if config.json and int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, default=str, allow_nan=False), flush=True)
     return 0
+
+
+def _claimed(name: str, command: Command, config: CommonOptions) -> contextlib.AbstractContextManager[None]:
+    """Hold the place that a command writes to; on ranks other than the main one there is nothing to hold."""
+    if command.writes == "nothing" or int(os.environ.get("RANK", 0)) != 0:
+        return contextlib.nullcontext()
+    from triptych_common.storage.output import claimed, refuse_to_overwrite  # loads numpy through safetensors
+
+    if command.writes == "file" and config.out.suffix:
+        refuse_to_overwrite(config.out, overwrite=config.overwrite)
+        return contextlib.nullcontext()
+    return claimed(config.out, name, overwrite=config.overwrite)
 
 
 def _overview(prog: str, commands: Commands) -> str:
@@ -223,5 +256,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int, prefix: str = "error: ") -> int:
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    print(f"{prefix}{printable(message)}", file=sys.stderr, flush=True)
     return status

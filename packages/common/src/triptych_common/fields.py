@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from inspect import get_annotations
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class Checked:
 
     A subclass with further checks calls `super().__post_init__()`. Raises ValueError as `check_fields` does.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for `storage.schema`
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -140,7 +140,7 @@ class EvaluateConfig(CommonOptions):
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE.npz SAMPLES.npz")] = ()
     """npz files with arr_0 (NHWC uint8), statistics (mu, sigma, mu_s, sigma_s), or both"""
-    out: Path = Path("runs/samples")
+    out: Path = Path("runs/scores")
     """where to write scores.json"""
     samples: Path = Path("runs/samples/samples.npz")
     """digits: npz file with arr_0 (NHWC uint8) and, for class accuracy, arr_1 (labels)"""

@@ -60,6 +60,7 @@ COMMANDS = {
         "convert StyleGAN2 checkpoints of other implementations, or ours to rosinality's",
         "triptych_gangealing.settings:ConvertConfig",
         "triptych_gangealing.stylegan2.convert:convert",
+        writes="file",
     ),
 }
 

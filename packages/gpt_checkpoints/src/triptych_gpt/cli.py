@@ -14,16 +14,23 @@ COMMANDS = {
         presets="triptych_gpt.zoo.collect_config:PRESETS",
         preview="triptych_gpt.zoo.collect:preview",
     ),
-    "info": Command("describe what a zoo holds", "triptych_gpt.settings:InfoConfig", "triptych_gpt.zoo.inspect:info"),
+    "info": Command(
+        "describe what a zoo holds",
+        "triptych_gpt.settings:InfoConfig",
+        "triptych_gpt.zoo.inspect:info",
+        writes="nothing",
+    ),
     "verify": Command(
         "check a zoo's files against their checksums",
         "triptych_gpt.settings:VerifyConfig",
         "triptych_gpt.zoo.inspect:verify",
+        writes="nothing",
     ),
     "export": Command(
         "export one checkpoint as a plain state dict",
         "triptych_gpt.settings:ExportConfig",
         "triptych_gpt.zoo.inspect:export",
+        writes="file",
     ),
     "import": Command(
         "import the released G.pt data as a zoo",

@@ -32,6 +32,7 @@ COMMANDS = {
         "write verdicts from results into the ledger of the thesis's claims, and render its page",
         "triptych_thesis.study.claims:ClaimsConfig",
         "triptych_thesis.study.claims:claims",
+        writes="nothing",
     ),
     "figures": Command(
         "chapter 3's figures for one trained G.pt",

@@ -70,10 +70,12 @@ def replacing(path: Path, *, flush: bool = True, refusals: tuple[type[Exception]
 def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
     """Yield a temporary folder for the block to fill; it is moved to `path` at the end unless the block fails.
 
-    replaces: an existing folder at `path` is replaced if it is empty or holds a file of this name.
+    replaces: an existing folder at `path` is replaced if it is empty, hidden files aside, or holds a file of this name.
     Raises ValueError if anything else exists at `path`, OSError when the disk refuses.
     """
-    if path.exists() and not (path.is_dir() and ((path / replaces).is_file() or not any(path.iterdir()))):
+    if path.exists() and not (
+        path.is_dir() and ((path / replaces).is_file() or all(entry.name.startswith(".") for entry in path.iterdir()))
+    ):
         raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))

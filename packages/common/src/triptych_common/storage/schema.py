@@ -1,0 +1,103 @@
+"""The one reader of JSON from files: bounded in size and depth, and checked against a type before anything uses it.
+
+    class Row(TypedDict):
+        step: Annotated[int, Ge(0)]
+        loss: NotRequired[float]
+
+    row = parse(line, Row, source="runs/a/metrics.jsonl, line 7", remedy="remove the line")
+    config = read_json(path, DiTConfig, remedy="make or fetch it again")
+
+A type is anything that pydantic knows: dataclasses (unknown keys are refused in those that derive from `Checked`), TypedDicts
+of typing_extensions, containers, unions, literals. Values are never converted, but for what JSON lacks: tuples and paths.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triptych_common.cli import printable
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+LARGEST_BYTES = 1 << 28  # of a file: a manifest of a million shards stays below
+SHOWN = 60  # characters of a wrong value
+
+
+def read_json(path: Path, kind: Any = dict[str, Any], *, remedy: str, largest: int = LARGEST_BYTES) -> Any:
+    """The content of a JSON file.
+
+    kind: the type that it must have. remedy: what to do about a damaged file, the end of the error message.
+    largest: bytes that are read at most.
+    Raises FileNotFoundError for an absent file, ValueError, with one line, for one that is too large, not JSON, nested deeper
+    than 200 levels, or not of that type.
+    """
+    return parse(read_bytes(path, largest=largest), kind, source=str(path), remedy=remedy)
+
+
+def read_bytes(path: Path, *, largest: int = LARGEST_BYTES) -> bytes:
+    """The bytes of a regular file: one that is a pipe or a device is refused, since reading it may never end.
+
+    Raises FileNotFoundError for an absent file, ValueError for one that is not regular or has more than `largest` bytes.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"{path}: larger than the {largest:,} bytes that such a file may have")
+    return content
+
+
+def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
+    """`read_json` of a text; `source` names it in errors."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_explained(error)}; {remedy}") from error
+
+
+def check(value: Any, kind: Any, *, source: str, remedy: str) -> Any:
+    """`parse` of a value that was read from JSON already, such as a part of a larger file."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: nothing that JSON can hold; {remedy}") from error
+    return parse(text, kind, source=source, remedy=remedy)
+
+
+def rows(path: Path, kind: Any = dict[str, Any], *, remedy: str) -> Iterator[Any]:
+    """The lines of a file of JSON lines; a last one without its newline, which a killed process leaves, is left out.
+
+    Raises ValueError, naming the line, for one that is damaged.
+    """
+    for number, line in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            yield parse(line, kind, source=f"{path}, line {number:,}", remedy=remedy)
+
+
+@cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter  # takes a tenth of a second
+
+    return TypeAdapter(kind)
+
+
+def _explained(error: Any) -> str:
+    """The first of pydantic's complaints, as one printable line that names the place and the wrong value."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON ({first['ctx']['error']})"
+    place = printable(".".join(map(str, first["loc"])))
+    if "error" in (context := first.get("ctx", {})):  # a check of our own, which names field and value
+        return printable(f"{place}: {context['error']}" if place else str(context["error"]))
+    value = repr(first["input"])
+    shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+    what = {"missing": "missing", "unexpected_keyword_argument": "unknown", "extra_forbidden": "unknown"}.get(
+        first["type"], f"{shown}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    )
+    return f"{place or 'content'}: {what}"

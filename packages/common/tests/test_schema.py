@@ -1,0 +1,113 @@
+"""The reader of JSON against the standard library's, on what any file may hold: the right value, or one line."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triptych_common.fields import Checked, Gt
+from triptych_common.storage.schema import check, parse, read_json, rows
+from typing_extensions import NotRequired, TypedDict
+
+
+@dataclass(frozen=True)
+class Inner(Checked):
+    depth: Annotated[int, Gt(0)] = 2
+    sizes: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    width: Annotated[int, Gt(0)] = 8
+    inner: Inner = Inner()
+    kind: Literal["a", "b"] = "a"
+    path: Path | None = None
+    rate: float = 0.5
+
+
+class Row(TypedDict):
+    step: int
+    loss: NotRequired[float]
+
+
+def test_types_json_lacks_come_back():
+    text = '{"width": 3, "inner": {"depth": 1, "sizes": [4, 5]}, "kind": "b", "path": "x/y", "rate": 2}'
+    made = parse(text, Config, source="c", remedy="r")
+    assert made == Config(3, Inner(1, (4, 5)), "b", Path("x/y"), 2.0)
+
+
+@pytest.mark.parametrize(("text", "kind", "complaint"), [
+    ('{"width": "3"}', Config, "c: width: '3': input should be a valid integer; r"),
+    ('{"width": true}', Config, "c: width: True: input should be a valid integer; r"),
+    ('{"width": 0}', Config, "c: width 0: expected a number above 0; r"),
+    ('{"inner": {"depth": -1}}', Config, "c: inner: depth -1: expected a number above 0; r"),
+    ('{"inner": {"sizes": [1, "x"]}}', Config, "c: inner.sizes.1: 'x': input should be a valid integer; r"),
+    ('{"depth": 1}', Config, "c: depth: unknown; r"),
+    ('{"kind": "c"}', Config, "c: kind: 'c': input should be 'a' or 'b'; r"),
+    ("[]", Config, "c: content: []: input should be an object; r"),
+    ('{"loss": 1}', Row, "c: step: missing; r"),
+    ("{", Row, "c: not JSON (EOF while parsing an object at line 1 column 1); r"),
+    ('"' + "x" * 999 + '"', Row, "c: content: '" + "x" * 59 + "...: input should be"),
+    ('{"step": 1, "loss": NaN}', dict[str, int], "c: loss: nan: input should be"),
+    ("[" * 100_000, list[Any], "c: not JSON (recursion limit exceeded"),
+    (b'{"step": "\xff"}', Row, "c: not JSON"),
+])  # fmt: skip
+def test_damage_is_one_line_that_names_the_place(text, kind, complaint):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the whole message is compared)
+        parse(text, kind, source="c", remedy="r")
+    assert str(raised.value).startswith(complaint)
+    assert "\n" not in str(raised.value)
+
+
+@settings(deadline=None)
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8,
+))  # fmt: skip
+def test_any_json_is_read_as_the_standard_library_reads_it(value):
+    text = json.dumps(value)
+    assert parse(text, Any, source="c", remedy="r") == json.loads(text)
+    for kind in (Config, Row):  # or refused in one line
+        try:
+            check(value, kind, source="c", remedy="r")
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40))
+def test_any_bytes_are_read_or_refused(content):
+    try:
+        parse(content, Config, source="c", remedy="r")
+    except ValueError as error:
+        assert str(error).isprintable()
+
+
+def test_files_are_bounded_and_regular(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+    assert read_json(path, remedy="r") == {"a": 1}
+    with pytest.raises(ValueError, match="larger than the 4 bytes"):
+        read_json(path, remedy="r", largest=4)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(ValueError, match="a pipe or device, expected a file"):
+            read_json(tmp_path / name, remedy="r")
+    with pytest.raises(ValueError, match="a folder, expected a file"):
+        read_json(tmp_path, remedy="r")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none", remedy="r")
+
+
+def test_rows_end_with_the_last_whole_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n{"step": 3')
+    assert list(rows(path, Row, remedy="r")) == [{"step": 1}, {"step": 2, "loss": 0.5}]
+    path.write_text('{"step": 1}\n{"stop": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: step: missing; r"):
+        list(rows(path, Row, remedy="r"))
