@@ -47,7 +47,9 @@ def test_files_of_others_stay_unless_overwritten(tmp_path, capsys):
     (tmp_path / "grid.png").write_text("theirs")
     (tmp_path / "notes.txt").write_text("theirs")
     assert run("draw", "--out", tmp_path) == 1
-    message = f"error: out {tmp_path}: holds 2 files that prog draw did not write, such as grid.png; choose another --out"
+    message = (
+        f"error: out {tmp_path}: holds 2 files that prog draw did not write, such as grid.png; choose another --out"
+    )
     assert capsys.readouterr().err.startswith(message)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
         ("grid.png", "notes.txt"), "theirs"
@@ -96,8 +98,10 @@ def test_an_exported_file_is_replaced_only_on_demand(tmp_path, capsys):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with claimed(tmp_path, "prog draw"), pytest.raises(ValueError, match="another process is writing"), claimed(
-        tmp_path, "prog draw"
+    with (
+        claimed(tmp_path, "prog draw"),
+        pytest.raises(ValueError, match="another process is writing"),
+        claimed(tmp_path, "prog draw"),
     ):
         pass
     assert not (tmp_path / LOCK).exists()

@@ -12,15 +12,41 @@ A subclass that declares a field again, for another default or help text, keeps 
 """
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 
+class Constraint:
+    """What a value must satisfy; within `Annotated` it also holds for the types that `storage.schema` reads."""
+
+    def __contains__(self, value: Any) -> bool:
+        raise NotImplementedError
+
+    def expected(self, value: Any) -> str:
+        """What was expected instead of `value`, for an error."""
+        raise NotImplementedError
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """The protocol by which pydantic takes a constraint of another library's from `Annotated`."""
+        from pydantic_core.core_schema import no_info_after_validator_function
+
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: Any) -> Any:
+        if value is not None and value not in self:
+            raise OutOfBounds(f"{value!r:.60}: expected {self.expected(value)}")
+        return value
+
+
+class OutOfBounds(ValueError):
+    """A value that does not satisfy its constraint."""
+
+
 @dataclass(frozen=True)
-class Interval:
+class Interval(Constraint):
     """Bounds of a number, or of every number in a tuple; NaN satisfies none.
 
     gt, ge, lt, le: above, at least, below, at most. wanted: replaces the bounds in error messages.
@@ -43,7 +69,6 @@ class Interval:
         )
 
     def expected(self, value: Any) -> str:
-        """What was expected instead of `value`, for an error."""
         if self.wanted is not None:
             return self.wanted
         if self.ge is not None and self.le is not None:
@@ -67,7 +92,7 @@ def Ge(bound: float, wanted: str | None = None) -> Interval:
 
 
 @dataclass(frozen=True)
-class OneOf:
+class OneOf(Constraint):
     """One of several names, for fields where a `Literal`, which is checked without this, cannot list them."""
 
     names: Iterable[str]
@@ -76,7 +101,6 @@ class OneOf:
         return value in tuple(self.names)
 
     def expected(self, value: Any) -> str:
-        """What was expected instead of `value`, for an error."""
         return one_of(value, self.names)
 
 
@@ -145,13 +169,13 @@ def _metadata(cls: type) -> dict[str, tuple[Any, ...]]:
 
 
 @cache
-def _rules(cls: type) -> dict[str, tuple[tuple[Interval | OneOf, ...], bool]]:
+def _rules(cls: type) -> dict[str, tuple[tuple[Constraint, ...], bool]]:
     """The constraints of each field that has any, and whether the field may be None."""
     rules = {}
     for field in fields(cls):
         declared = next(a[field.name] for a in map(get_annotations, cls.__mro__) if field.name in a)
         members = list(_members(declared))
-        constraints = [m for m in _metadata(cls)[field.name] if isinstance(m, (Interval, OneOf))]
+        constraints = [m for m in _metadata(cls)[field.name] if isinstance(m, Constraint)]
         if members and all(get_origin(m) is Literal or m is type(None) for m in members):
             constraints.append(OneOf(tuple(name for m in members for name in get_args(m))))
         if constraints:

@@ -15,13 +15,28 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from triptych_common.cli import printable
+from triptych_common.fields import Constraint, OutOfBounds
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+
+class PlainName(Constraint):
+    """The name of a file beside the one that names it: no path, nothing hidden, 200 characters at most."""
+
+    def __contains__(self, value: Any) -> bool:
+        return (
+            0 < len(value) <= 200 and value.isprintable() and not value.startswith(".") and not set(value) & set("/\\:")
+        )
+
+    def expected(self, value: Any) -> str:
+        return "the name of a file in the same folder"
+
+
+FileName = Annotated[str, PlainName()]
 LARGEST_BYTES = 1 << 28  # of a file: a manifest of a million shards stays below
 SHOWN = 60  # characters of a wrong value
 
@@ -93,8 +108,10 @@ def _explained(error: Any) -> str:
     if first["type"] == "json_invalid":
         return f"not JSON ({first['ctx']['error']})"
     place = printable(".".join(map(str, first["loc"])))
-    if "error" in (context := first.get("ctx", {})):  # a check of our own, which names field and value
-        return printable(f"{place}: {context['error']}" if place else str(context["error"]))
+    if isinstance(complaint := first.get("ctx", {}).get("error"), OutOfBounds):
+        return printable(f"{place} {complaint}")
+    if complaint is not None:  # of a class's own check, which names field and value
+        return printable(f"{place}: {complaint}" if place else str(complaint))
     value = repr(first["input"])
     shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
     what = {"missing": "missing", "unexpected_keyword_argument": "unknown", "extra_forbidden": "unknown"}.get(
