@@ -2,6 +2,9 @@
 
 import io
 import pickle
+import subprocess
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -146,7 +149,7 @@ def test_no_truncated_file_passes_for_a_whole_one(kind, options):
 
 
 def test_junk_and_bombs_are_refused(monkeypatch):
-    with pytest.raises(UnreadableImage, match=r"^a.png: not an image in a known format, or cut short$"):
+    with pytest.raises(UnreadableImage, match=r"^a.png: not an image in a known format \(PNG, .*\), or cut short$"):
         decode(b"<html>404</html>", "a.png")
     with pytest.raises(UnreadableImage, match=r"^a.png: the file is empty$"):
         decode(b"", "a.png")
@@ -163,3 +166,41 @@ def test_the_error_survives_the_way_out_of_a_worker():
         "too small",
         "a.png: too small",
     )
+
+
+def test_no_program_is_started_for_a_format_that_needs_one(monkeypatch):
+    """Pillow hands an EPS file to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(UnreadableImage, match="not an image in a known format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "b.png")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG of a given size, made from that of a small one."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "png")
+    content = bytearray(file.getvalue())
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(("size", "complaint"), [
+    ((89_000_000, 1), "89000000x1 pixels: a side above 32,768; cut it into parts"),
+    ((13_000, 13_000), "13000x13000 pixels: above 64 megapixels; reduce it, or set TRIPTYCH_MAX_MEGAPIXELS=169"),
+])  # fmt: skip
+def test_size_is_bounded_before_pixels_are_decoded(size, complaint):
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match=f"^a.png: {complaint}$"):
+        decode(png_header(*size), "a.png")
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_the_bound_can_be_moved(monkeypatch):
+    monkeypatch.setenv("TRIPTYCH_MAX_MEGAPIXELS", "0.0001")
+    with pytest.raises(UnreadableImage, match=r"20x20 pixels: above 0.0001 megapixels"):
+        decode(png_header(20, 20), "a.png")
+    monkeypatch.setenv("TRIPTYCH_MAX_MEGAPIXELS", "many")
+    with pytest.raises(UnreadableImage, match=r"TRIPTYCH_MAX_MEGAPIXELS='many': expected a number"):
+        decode(png_header(20, 20), "a.png")

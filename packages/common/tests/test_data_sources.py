@@ -51,7 +51,7 @@ def test_classes_and_files_come_in_the_order_of_their_names(animals, capsys):
     assert source.labels.tolist() == [0, 1, 1, 2, 2]
     assert (source.class_names, source.num_classes, source.name) == (("ant.x", "cat", "dog"), 3, "animals")
     assert len(source) == 5
-    assert "2 files are not images by their names and are left out (.txt: 1, no suffix: 1)" in capsys.readouterr().out
+    assert "2 files are left out, not images by name or kind (.txt: 1, no suffix: 1)" in capsys.readouterr().out
     assert source.read(2).shape == (3, 10, 12)
     assert source.read(2, (5, 6))[:, 0, 0].tolist() == [1, 2, 0]
     with pytest.raises(ImageTooSmall, match=r"cat/b.png: 12x10 pixels are fewer than the crop's 16x16"):
@@ -302,3 +302,16 @@ def test_without_the_network_or_the_library_there_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'triptych-common\[hub\]'"):
         open_source("hub:nobody/nothing")
+
+
+def test_each_file_is_listed_once_and_only_if_regular(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "x.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)  # followed, it would repeat every picture until the path is too long
+    (tmp_path / "a" / "y.png").symlink_to(tmp_path / "a" / "x.png")
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b" / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    assert ImageFolder(tmp_path).files == ["a/x.png", "b/x.png"]
+    assert "(links to files listed already: 1, pipes, devices, broken links: 3)" in capsys.readouterr().out

@@ -59,9 +59,10 @@ COMMANDS = {
 }
 
 
-def run() -> None:
-    sys.exit(main("triptych-dit", COMMANDS))
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return main("triptych-dit", COMMANDS, argv)
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

@@ -5,15 +5,28 @@ Convention: uint8, channels first; sizes are (height, width), or one number for 
 The EXIF orientation is applied; gray is repeated over the channels; transparency is composited over white; CMYK and
 palettes are converted, colour profiles ignored; 16-bit values keep their high byte, as in Pillow for 16-bit colour; of an
 animation the first frame is read.
+
+What a file may cost is bounded before its pixels are decoded: formats that Pillow decodes in this process (an EPS file would
+start Ghostscript), sides of at most 32,768 pixels, and 64 megapixels in all, or $TRIPTYCH_MAX_MEGAPIXELS.
 """
 
 import io
+import math
+import os
+import stat
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
+MAX_SIDE = 32_768
+MAX_MEGAPIXELS = 64.0
+MAX_MEGAPIXELS_VARIABLE = "TRIPTYCH_MAX_MEGAPIXELS"
+MAX_FILE_BYTES = 1 << 30
 
 
 class UnreadableImage(ValueError):
@@ -34,22 +47,64 @@ class ImageTooSmall(UnreadableImage):
 def decode(content: bytes, path: str) -> Image.Image:
     """Decode an image file's content, upright and as RGB; `path` is for error messages.
 
-    Raises UnreadableImage if it is truncated, no image, suspiciously large, or of a format without a defined white.
+    Raises UnreadableImage if it is truncated, no image in one of `FORMATS`, larger than what may be decoded, or of a format
+    without a defined white.
     """
     if not content:
         raise UnreadableImage(path, "the file is empty")
     try:
-        image = Image.open(io.BytesIO(content))
+        image = _opened(content)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        reason = "not an image in a known format, or cut short"
+        reason = f"not an image in a known format ({', '.join(FORMATS)}), or cut short"
     except Exception as error:  # on damaged input decoders raise anything: OSError, SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
     raise UnreadableImage(path, reason)
+
+
+def read_image(path: Path) -> Image.Image:
+    """`decode` of a file. Raises UnreadableImage also for a pipe or device and a file above 1 GB, OSError as `open` does."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImage(str(path), "not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise UnreadableImage(str(path), f"{status.st_size:,} bytes, above the {MAX_FILE_BYTES:,} of an image file")
+    return decode(path.read_bytes(), str(path))
+
+
+def max_megapixels() -> float:
+    """The largest image that is decoded. Raises ValueError for a variable that is no positive number."""
+    text = os.environ.get(MAX_MEGAPIXELS_VARIABLE, str(MAX_MEGAPIXELS))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0
+    if not limit > 0:
+        raise ValueError(f"{MAX_MEGAPIXELS_VARIABLE}={text!r}: expected a number of megapixels above 0")
+    return limit
+
+
+def _opened(content: bytes) -> Image.Image:
+    """An image whose pixels are not decoded yet. Raises ValueError for one whose pixels would take too much memory."""
+    limit = max_megapixels()
+    if (
+        Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < limit * 1e6
+    ):  # Pillow's own, which a user has raised
+        Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    width, height = image.size
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width}x{height} pixels: a side above {MAX_SIDE:,}; cut it into parts")
+    if width * height > limit * 1e6:
+        raise ValueError(
+            f"{width}x{height} pixels: above {limit:g} megapixels; reduce it, or set "
+            f"{MAX_MEGAPIXELS_VARIABLE}={math.ceil(width * height / 1e6)}"
+        )
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

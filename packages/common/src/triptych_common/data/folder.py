@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from triptych_common.cli import echo
-from triptych_common.data.decoding import decode
+from triptych_common.data.decoding import read_image
 from triptych_common.data.source import HELD_OUT_NAMES, ImageSource, choose_split
 
 SUFFIXES = (
@@ -21,7 +21,8 @@ class ImageFolder(ImageSource):
     """Images in `folder/class/**/*.png` (jpg, webp, ...), with classes and files ordered by name.
 
     Without subfolders, or if `unconditional`, all images form one class. In a folder divided into train/ and val/
-    (validation, valid, test, held_out), `split` is read. Hidden files are ignored; other files are counted and reported.
+    (validation, valid, test, held_out), `split` is read. Hidden files are ignored; other files are counted and reported, and
+    so are pipes, devices, and links to what is listed already.
     Raises FileNotFoundError for an absent folder, ValueError for one without images, with an empty class or with images
     beside its class folders.
     """
@@ -41,7 +42,7 @@ class ImageFolder(ImageSource):
         self.num_classes = len(self.class_names)
 
     def image(self, index: int) -> Image.Image:
-        return decode((self.root / self.files[index]).read_bytes(), self.locate(index))
+        return read_image(self.root / self.files[index])
 
     def locate(self, index: int) -> str:
         return str(self.root / self.files[index])
@@ -72,16 +73,24 @@ def _list_images(root: Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
     others: Counter[str] = Counter()
     classes: list[str] = []
+    seen: set[tuple[int, int]] = {_inode(root)}
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_stop):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        visible = sorted(name for name in subfolders if not name.startswith("."))
+        # A link to a folder above would be followed until the path is too long.
+        subfolders[:] = [name for name in visible if _is_new(Path(folder, name), seen)]
         if folder == str(root):
             classes = list(subfolders)
         inside = Path(folder).relative_to(root)
-        for name in names:
+        for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
             if name.startswith("."):
                 continue
-            if suffix in SUFFIXES:
+            path = Path(folder, name)
+            if suffix in SUFFIXES and not path.is_file():
+                others["pipes, devices, broken links"] += 1
+            elif suffix in SUFFIXES and not _is_new(path, seen):
+                others["links to files listed already"] += 1
+            elif suffix in SUFFIXES:
                 files.append((inside / name).as_posix())
             else:
                 others[suffix or "no suffix"] += 1
@@ -89,8 +98,21 @@ def _list_images(root: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"{root}: no images found ({', '.join(SUFFIXES)})")
     if others:
         kinds = ", ".join(f"{suffix}: {n:,}" for suffix, n in sorted(others.items()))
-        echo(f"{root}: {others.total():,} files are not images by their names and are left out ({kinds})")
+        echo(f"{root}: {others.total():,} files are left out, not images by name or kind ({kinds})")
     return sorted(files, key=lambda file: file.split("/")), classes
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether a file or folder was not seen yet under another name; it is from now on."""
+    inode = _inode(path)
+    new = inode not in seen
+    seen.add(inode)
+    return new
 
 
 def _labels(root: Path, files: list[str], classes: list[str]) -> list[int]:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from triptych_common.cli import echo
-from triptych_common.data.decoding import UnreadableImage, decode
+from triptych_common.data.decoding import UnreadableImage, decode, read_image
 from triptych_common.data.source import ImageSource, choose_split
 
 Dataset = Any  # datasets.Dataset: the library takes seconds to import, so that happens where it is used
@@ -57,7 +57,7 @@ class HubImages(ImageSource):
         if content is None and path is None:
             raise UnreadableImage(where, "the row has no image")
         if content is None:
-            content = Path(str(path)).read_bytes()
+            return read_image(Path(str(path)))
         return decode(content, f"{where} ({path})" if path else where)
 
     def locate(self, index: int) -> str:

@@ -1,0 +1,195 @@
+"""Every command over every kind of hostile file: nothing runs, is imported, asked of a host, written elsewhere, or left hanging."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from triptych_gangealing.aligner import Aligner, write_aligner
+from triptych_gangealing.config import SpatialTransformerConfig
+from triptych_gangealing.modes import Directions, Mode
+from triptych_gangealing.spatial_transformer import SpatialTransformer
+from triptych_gpt import cli as gpt_cli
+
+DRIVER = Path(__file__).with_name("hostile.py")
+_spec = importlib.util.spec_from_file_location("hostile", DRIVER)
+hostile = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hostile)
+SECONDS, BYTES = 5, 1 << 30  # that a hostile file may take
+OWN_TASK = """
+import torch
+from torch import nn
+from triptych_gpt.tasks import Items, SupervisedTask
+
+def points(part):
+    inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    return Items(inputs, (inputs[:, 0] > 0).long())
+
+X = SupervisedTask(
+    name="own", network=lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), data=points, epochs=1, batch_size=16
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder of hostile files, beside an aligner, a zoo and pictures that are in order."""
+    root = tmp_path_factory.mktemp("hostile")
+    for folder, files in {"weights": hostile.WEIGHTS, "pictures": hostile.PICTURES}.items():
+        (root / folder).mkdir()
+        for name, content in files.items():
+            (root / folder / name).write_bytes(content())
+    os.mkfifo(root / "pictures" / "pipe.png")
+    (root / "pictures" / "zero.png").symlink_to("/dev/zero")
+    (root / "pictures" / "again").symlink_to(root / "pictures")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "pictures" / "good.png")
+    (root / "samples.npz").write_bytes(hostile.pickled_npz())
+    np.savez(root / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    _aligner(root / "aligner")
+    _gpt(root)
+    return root
+
+
+def _aligner(folder: Path) -> None:
+    config = SpatialTransformerConfig(input_size=16, channel_max=8, flow_size=4, flow_upsampling=4)
+    mode = Mode(Directions(*map(np_tensor, (np.zeros(4), np.eye(4)[:1], np.ones(1)))), 1)
+    facts = {"padding": "border", "iterations": 1, "flips": False, "generator": "none"}
+    write_aligner(folder / "aligner.safetensors", Aligner(SpatialTransformer(config), mode).eval(), facts)
+
+
+def np_tensor(values: np.ndarray):
+    import torch
+
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _gpt(root: Path) -> None:
+    """A zoo and a model of a task of one's own, whose file is then replaced by a hostile one."""
+    task = root / "code" / "own.py"
+    task.parent.mkdir()
+    task.write_text(OWN_TASK)
+    small = "--width 16 --depth 1 --num-heads 2 --batch-size 32 --total-pairs 64 --warmup-pairs 32 --validation-every 0"
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        words = (
+            f"collect {task}:X --runs 8 --cohort-runs 4 --checkpoints 3 --split-every 4 --engine here --out {root}/zoo"
+        )
+        assert gpt_cli.run(words.split()) == 0
+        assert gpt_cli.run(f"train --zoo {root}/zoo --task {task}:X --out {root}/gpt {small}".split()) == 0
+    task.write_text(hostile.EVIL_MODULE)
+
+
+def doors(root: Path) -> list[list[str]]:
+    """Command lines, each with a hostile file where a file is expected."""
+    out, commands = str(root / "out"), []
+    for path in sorted((root / "weights").iterdir()):
+        commands += [
+            ["triptych-dit", "sample", "--checkpoint", path, "--num-samples", "1"],
+            ["triptych-dit", "walk", "--checkpoint", path],
+            ["triptych-dit", "export", "--checkpoint", path],
+            ["triptych-dit", "train", "--init-from", path],
+            ["triptych-dit", "evaluate", "--samples", path],
+            ["triptych-dit", "evaluate", root / "good.npz", root / "good.npz", "--inception", path],
+            ["triptych-dit", "export", "--checkpoint", path, "--labels-file", path],
+            ["triptych-dit", "encode", "--source", root / "pictures", "--vae", path, "--unconditional"],
+            ["triptych-gpt", "prompt", "--model", path, "--checkpoint", path, "--target", "test_loss=0.3"],
+            ["triptych-gpt", "prompt", "--model", root / "gpt", "--checkpoint", path, "--target", "test_loss=0.3"],
+            ["triptych-gpt", "convert", "--checkpoint", path],
+            ["triptych-gpt", "import", "--lmdb", path],
+            ["triptych-gangealing", "generate", "--generator", path],
+            ["triptych-gangealing", "train", "--generator", path],
+            ["triptych-gangealing", "train-gan", "--init-from", path],
+            ["triptych-gangealing", "convert", "--checkpoint", path],
+            ["triptych-gangealing", "align", "--aligner", path, "--images", root / "pictures"],
+            ["triptych-gangealing", "propagate", "--aligner", root / "aligner", "--images", root / "pictures", "--points", path],
+            ["triptych-gangealing", "propagate", "--aligner", root / "aligner", "--images", root / "pictures", "--edit", path],
+        ]  # fmt: skip
+    for path in sorted((root / "pictures").iterdir()):
+        commands.append(
+            ["triptych-gangealing", "correspond", "--aligner", root / "aligner", "--source", path, "--target", path]
+        )
+    commands += [
+        ["triptych-gangealing", "align", "--aligner", root / "aligner", "--images", root / "pictures"],
+        ["triptych-gangealing", "train-gan", "--data", root / "pictures", "--dry-run"],
+        ["triptych-dit", "encode", "--source", root / "pictures", "--size", "16", "16", "--unconditional", "--dry-run"],
+        ["triptych-dit", "train", "--data", root / "pictures", "--dry-run"],
+        ["triptych-dit", "evaluate", root / "samples.npz", root / "samples.npz"],
+        ["triptych-gpt", "prompt", "--model", root / "gpt", "--target", "test_loss=0.3"],
+        ["triptych-gpt", "train", "--zoo", root / "zoo", "--dry-run"],
+        ["triptych-gpt", "train", "--zoo", root / "zoo"],
+        ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", root / "zoo"],
+        ["triptych-gpt", "audit", "--model", root / "gpt", "--zoo", root / "zoo"],
+        ["triptych-gpt", "info", root / "zoo"],
+        ["triptych-gpt", "verify", root / "zoo"],
+        ["triptych-gpt", "export", root / "zoo"],
+    ]
+    return [[*map(str, words), "--out", f"{out}/{i}"] for i, words in enumerate(commands)]
+
+
+def digest(root: Path) -> str:
+    """Of all regular files below a folder, their names included."""
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    return hashlib.sha256(b"".join(str(p).encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def test_no_file_runs_writes_asks_or_hangs(place):
+    canary = place.parent / "canary"
+    job = {
+        "programs": {
+            "triptych-dit": "triptych_dit.cli",
+            "triptych-gpt": "triptych_gpt.cli",
+            "triptych-gangealing": "triptych_gangealing.cli",
+        },
+        "allowed": [str(place / "out"), "/dev/null", "/dev/shm"],
+        "forbidden": [str(place)],
+        "warm": ["diffusers", "datasets", "lmdb", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats", "av"],
+        "patience": 4 * SECONDS,
+        "commands": doors(place),
+    }
+    (place / "out").mkdir()
+    (place.parent / "job.json").write_text(json.dumps(job))
+    before = digest(place)
+    env = os.environ | {
+        hostile.CANARY: str(canary),
+        "HF_HUB_OFFLINE": "0",
+        "TRIPTYCH_DATA": str(place / "out" / "data"),
+    }
+    words = [sys.executable, str(DRIVER), str(place.parent / "job.json")]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=600)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(job["commands"]), done.stderr[-2000:]
+    assert not canary.exists(), "hostile code ran"
+    wrong = [fault for row in rows if (fault := fault_of(row))]
+    assert not wrong, "\n".join(wrong)
+    for path in (place / "out").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert digest(place) == before, "a file that was read has changed"
+
+
+def fault_of(row: dict) -> str | None:
+    """What is wrong with a command's end: it must do what it can, or stop with one line."""
+    what = " ".join(row["words"]).encode("unicode_escape").decode()
+    if row["events"]:
+        return f"{what}: {row['events'][:3]}"
+    if not isinstance(row["status"], int):
+        return f"{what}: {row['status']}"
+    if row["seconds"] > SECONDS or row["bytes"] > BYTES:
+        return f"{what}: {row['seconds']:.1f} s, {row['bytes'] / 1e6:,.0f} MB"
+    printed = row["out"] + row["err"]
+    if "Traceback" in printed or not printed.replace("\n", "").isprintable():
+        return f"{what}: printed {printed[-500:]!r}"
+    weights = [Path(word).name for word in row["words"] if "/weights/" in word]
+    if weights and weights[0].encode("unicode_escape").decode() not in printed:
+        return f"{what}: stopped before it came to the file, {printed[-300:]!r}"
+    if row["status"] and len([line for line in row["err"].splitlines() if line.startswith("error: ")]) != 1:
+        return f"{what}: status {row['status']}, {row['err'][-300:]!r}"
+    return None
