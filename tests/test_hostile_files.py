@@ -52,6 +52,8 @@ def place(tmp_path_factory) -> Path:
     (root / "pictures" / "again").symlink_to(root / "pictures")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "pictures" / "good.png")
+    (root / "album").mkdir()
+    Image.new("RGB", (256, 256)).save(root / "album" / "a.png")
     (root / "samples.npz").write_bytes(hostile.pickled_npz())
     np.savez(root / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
     _aligner(root / "aligner")
@@ -99,7 +101,7 @@ def doors(root: Path) -> list[list[str]]:
             ["triptych-dit", "evaluate", "--samples", path],
             ["triptych-dit", "evaluate", root / "good.npz", root / "good.npz", "--inception", path],
             ["triptych-dit", "export", "--checkpoint", path, "--labels-file", path],
-            ["triptych-dit", "encode", "--source", root / "pictures", "--vae", path, "--unconditional"],
+            ["triptych-dit", "encode", "--source", root / "album", "--vae", path],
             ["triptych-gpt", "prompt", "--model", path, "--checkpoint", path, "--target", "test_loss=0.3"],
             ["triptych-gpt", "prompt", "--model", root / "gpt", "--checkpoint", path, "--target", "test_loss=0.3"],
             ["triptych-gpt", "convert", "--checkpoint", path],

@@ -92,7 +92,7 @@ def _opened(content: bytes) -> Image.Image:
     """An image whose pixels are not decoded yet. Raises ValueError for one whose pixels would take too much memory."""
     limit = max_megapixels()
     if (
-        Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < limit * 1e6
+        Image.MAX_IMAGE_PIXELS is not None and limit * 1e6 > Image.MAX_IMAGE_PIXELS
     ):  # Pillow's own, which a user has raised
         Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6)
     image = Image.open(io.BytesIO(content), formats=FORMATS)
