@@ -18,7 +18,6 @@ from triptych_common.data import (
     ImageTooSmall,
     UnreadableImage,
     in_memory,
-    load_folder,
     open_source,
 )
 
@@ -146,18 +145,18 @@ def test_a_pickled_folder_reads_the_same(animals):
 
 
 def test_a_small_folder_fits_in_memory(animals, monkeypatch):
-    dataset = load_folder(animals, (6, 8))
     source = ImageFolder(animals)
+    dataset = in_memory(source, (6, 8))
     assert isinstance(dataset, ImageDataset)
     assert torch.equal(dataset.images, torch.stack([source.read(i, (6, 8)) for i in range(5)]))
     assert dataset.labels.tolist() == [0, 1, 1, 2, 2]
     assert (dataset.class_names, dataset.name, dataset.split) == (source.class_names, "animals", "train")
-    assert load_folder(animals, 6, channels=1).images.shape == (5, 1, 6, 6)
+    assert in_memory(source, 6, channels=1).images.shape == (5, 1, 6, 6)
     with pytest.raises(ImageTooSmall, match="allow upscaling"):
-        load_folder(animals, 64)
+        in_memory(source, 64)
     (animals / "cat/b.png").write_bytes(b"junk")
     with pytest.raises(UnreadableImage, match=r"cat/b.png: not an image"):
-        load_folder(animals, 6)
+        in_memory(source, 6)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)  # a machine of 10,000 bytes
     with pytest.raises(ValueError, match=r"5 images of 32x32 would take .* encode them to latents"):
         in_memory(source, 32)

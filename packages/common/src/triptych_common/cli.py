@@ -4,13 +4,14 @@ A package lists its commands and calls `main`. Each command consists of a frozen
 and a function that takes an instance of it and returns a result that JSON can hold.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,8 @@ class CommonOptions(Checked):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
-        raise ValueError(f"--dry-run is not for {type(self).__name__}")
+        config = asdict(self)
+        return {"config": {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}}
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
     import tyro
 
     kind, presets = located(command.config), located(command.presets)
-    argv, preset = _take_preset(list(argv), presets, command.default)
+    preset, argv = option(argv, "preset", command.default)
+    if preset is not None and preset not in presets:
+        raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, presets or ['none'])}", 2))
     default = located(command.start)(presets[preset] if preset else kind(), argv)
     errors = io.StringIO()
     try:
@@ -146,17 +150,12 @@ def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
         raise
 
 
-def _take_preset(argv: list[str], presets: Mapping[str, Any], default: str | None) -> tuple[list[str], str | None]:
-    rest, preset = [], default
-    while argv:
-        word = argv.pop(0)
-        if word == "--preset" or word.startswith("--preset="):
-            preset = word.partition("=")[2] if "=" in word else argv.pop(0) if argv else ""
-            if preset not in presets:
-                raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, presets or ['none'])}", 2))
-        else:
-            rest.append(word)
-    return rest, preset
+def option(argv: Sequence[str], name: str, default: str | None = None) -> tuple[str | None, list[str]]:
+    """The value of an option in a command line that is not parsed yet ("" if it has none), and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?", const="", default=default, dest="value")
+    known, rest = parser.parse_known_args(argv)
+    return known.value, rest
 
 
 @contextlib.contextmanager
@@ -184,16 +183,9 @@ def _run(command: Command, config: CommonOptions) -> int:
 
 def _overview(prog: str, commands: Commands) -> str:
     width = 2 + max(map(len, commands))
-    rows = [f"  {name:<{width}}{command.summary}" for name, command in commands.items()]
-    return "\n".join(
-        [
-            f"usage: {prog} COMMAND [--preset NAME] [OPTIONS]",
-            "",
-            *rows,
-            "",
-            f"{prog} COMMAND --help lists a command's options.",
-        ]
-    )
+    rows = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in commands.items())
+    usage = f"usage: {prog} COMMAND [--preset NAME] [OPTIONS]"
+    return f"{usage}\n\n{rows}\n\n{prog} COMMAND --help lists a command's options."
 
 
 def _unboxed(text: str) -> str:

@@ -89,11 +89,7 @@ def one_of(word: object, names: Iterable[object]) -> str:
     return f"one of {', '.join(known)}" + "".join(f"; did you mean {name!r}?" for name in near)
 
 
-class Free:
-    """Type of `FREE`."""
-
-
-FREE = Free()  # marks a field that does not affect a run's results
+FREE = object()  # marks a field that does not affect a run's results
 
 
 class Checked:

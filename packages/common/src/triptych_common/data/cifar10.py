@@ -48,12 +48,8 @@ def read_cifar10(folder: Path, part: str, url: str = CIFAR10_URL) -> tuple[Image
     if not archive.exists():
         if copy := _find_copy(folder):
             return *_read_copy(copy, part), copy
-        fetch(
-            "data set cifar10",
-            f"{url}{ARCHIVE}",
-            archive,
-            f"repeat the command to go on, or point TRIPTYCH_DATA at a folder that has cifar10/{ARCHIVE}",
-        )
+        remedy = f"repeat the command to go on, or point TRIPTYCH_DATA at a folder that has cifar10/{ARCHIVE}"
+        fetch("data set cifar10", f"{url}{ARCHIVE}", archive, remedy)
     members = {path.split("/")[-1]: content for path, content in _members(archive, UNPACKED)}
     return *_records({name: members.get(name, b"") for name in PARTS[part]}, archive), None
 

@@ -94,7 +94,10 @@ class RunDirectory:
             raise cannot_write(self.metrics_path, error) from error
         if self._want_tensorboard:
             if self._tensorboard is None:
-                self._tensorboard = _summary_writer(self.path, purge_step=row["step"])
+                from torch.utils.tensorboard import SummaryWriter
+
+                # What an interrupted run logged beyond its checkpoint is hidden, as `truncate_metrics` removes it.
+                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=row["step"])
             for name, value in row.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, row["step"])
@@ -117,11 +120,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries flattened into one, with keys joined by dots."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        name: value
-        for key, child in tree.items()
-        for name, value in flatten(child, f"{prefix}.{key}" if prefix else key).items()
-    }
+    flat: dict[str, Any] = {}
+    for key, child in tree.items():
+        flat |= flatten(child, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 
 def differences(before: Any, now: Any) -> str:
@@ -129,9 +131,3 @@ def differences(before: Any, now: Any) -> str:
     before, now = flatten(before), flatten(now)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     return ", ".join(f"{key}={before.get(key)!r} (now {now.get(key)!r})" for key in changed[:4])
-
-
-def _summary_writer(path: Path, purge_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
