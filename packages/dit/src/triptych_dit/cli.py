@@ -4,16 +4,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, main, option
 
 
 def fitted(config: Any, argv: Sequence[str]) -> Any:
-    """Training settings, the model's taken from the one to start from where there is one: only then is torch loaded."""
-    if not any(word.partition("=")[0].replace("_", "-") == "--init-from" for word in argv):
+    """Training settings; with --init-from, those of the model are the other model's, fitted to the data of --data."""
+    init_from, data = option(argv, "init-from")[0], option(argv, "data")[0]
+    if not init_from:
         return config
-    from triptych_dit.fine_tune import settings_from
+    from triptych_dit.fine_tune import settings_from  # imports torch, which takes seconds
 
-    return settings_from(config, argv)
+    return settings_from(init_from, config, data or config.data)
 
 
 COMMANDS = {
