@@ -117,7 +117,7 @@ def test_influence_is_the_derivative_of_the_distance_by_each_vectors_weight():
         assert slope == pytest.approx(float(influence[i] - influence.mean()), rel=1e-5, abs=1e-7)
 
 
-def test_influences_spread_tells_how_far_the_distance_varies_between_fresh_sets():
+def test_influences_give_the_spread_of_the_distance_between_independent_sets():
     target = fit_gaussian(features(5000, 12, 1000, shift=0.2))
     draws = [features(300, 12, seed, scale=1.2) for seed in range(120)]
     found = [frechet_influence(x, fit_gaussian(x), target) for x in draws]

@@ -68,7 +68,7 @@ def labelled_model(x, t, y):
 
 
 @pytest.mark.parametrize(("channels", "expected"), [("all", 2), (2, 2), (1, 1)])
-def test_guidance_extrapolates_the_asked_channels_and_keeps_conditional_variance(channels, expected):
+def test_guidance_extrapolates_the_given_channels_and_keeps_conditional_variance(channels, expected):
     x, t, y = torch.zeros(3, 2, 2, 2, dtype=torch.float64), torch.full((3,), 5), torch.tensor([0, 1, 2])
     out = guided(labelled_model, y, 9, 1.5, guidance_channels=channels)(x, t)
     plain = labelled_model(x, t, y)

@@ -184,7 +184,7 @@ def test_images_and_latents_that_do_not_fit_are_refused(folder):
         load_autoencoder(str(folder), dtype=torch.float64)
 
 
-def test_without_diffusers_it_says_what_to_install(folder, monkeypatch):
+def test_without_diffusers_the_error_names_the_package(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"pip install 'triptych-dit\[latents\]'"):
         load_autoencoder(str(folder))

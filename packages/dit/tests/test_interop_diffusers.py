@@ -148,7 +148,7 @@ def test_any_size_and_class_count_goes_there_and_back(tmp_path, change):
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 1005, 0])
-def test_without_the_side_file_the_label_table_tells(tmp_path, classes):
+def test_without_the_side_file_classes_follow_from_the_label_table(tmp_path, classes):
     model = random_model(replace(SAME, num_classes=classes))
     to_diffusers(model, tmp_path / "out")
     (tmp_path / "out" / "triptych.json").unlink()
@@ -427,7 +427,7 @@ def test_a_model_from_anywhere_carries_the_facts_of_its_origin(tmp_path):
         load_any(tmp_path / "ours")
 
 
-def test_specs_that_lead_nowhere_are_told_in_one_line(tmp_path, monkeypatch):
+def test_missing_sources_are_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 
     def unreachable(*args, **kwargs):

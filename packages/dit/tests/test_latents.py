@@ -160,7 +160,7 @@ def test_corrupt_images_are_listed_and_labels_stay_right(images, whole):
     assert cache.facts["skipped"] == len(CORRUPT)
 
 
-def test_facts_say_how_the_cache_was_made(vae, images, whole):
+def test_facts_record_how_the_cache_was_made(vae, images, whole):
     facts = LatentCache(whole).facts
     assert facts["autoencoder"] == load_autoencoder(str(vae)).facts()
     assert facts["source"]["fingerprint"] == open_source(str(images)).fingerprint()
@@ -399,7 +399,7 @@ def test_moments_beyond_float16_are_refused_with_the_image_named(images, tmp_pat
     assert encode(config_of(images, folder, tmp_path / "wide", dtype="float32"))["items"] == 17
 
 
-def test_dry_run_tells_the_extent_and_writes_nothing(images, vae, tmp_path):
+def test_dry_run_prints_the_extent_and_writes_nothing(images, vae, tmp_path):
     config = config_of(images, vae, tmp_path / "out")
     told = preview(config)
     assert (told["images"], told["shards"], told["latent_shape"]) == (IMAGES, 6, (3, 4, 4))

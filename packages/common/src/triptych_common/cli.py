@@ -58,7 +58,7 @@ class Command:
 
     summary: its line in the program's overview.
     config: the class of its options. run: takes the options and returns the result.
-    presets: named instances of `config`, of which `default` is used unless --preset names another.
+    presets: named instances of `config`. default: the name of the one that is used without --preset.
     start: computes the defaults from the preset and the command line, for defaults that depend on other options.
     preview: takes the options and returns what --dry-run prints.
     """
@@ -110,7 +110,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     try:
         command = commands[argv[0]]
         config = parse(f"{prog} {argv[0]}", command, argv[1:])
-        with _stdout_kept(config.json):
+        with _stdout_reserved(config.json):
             return _run(command, config)
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code, prefix="")
@@ -121,6 +121,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
             raise
         return _fail(_one_line(error), 1)
     except RuntimeError as error:
+        # By name, as only torch has that class, and importing torch takes seconds.
         if type(error).__name__ != "OutOfMemoryError" or os.environ.get("TRIPTYCH_DEBUG"):
             raise
         return _fail(f"{_one_line(error)}; use a smaller batch", 1)
@@ -152,6 +153,7 @@ def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
 
 def option(argv: Sequence[str], name: str, default: str | None = None) -> tuple[str | None, list[str]]:
     """The value of an option in a command line that is not parsed yet ("" if it has none), and the other words."""
+    # By argparse: tyro needs the defaults, which may depend on this option.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?", const="", default=default, dest="value")
     known, rest = parser.parse_known_args(argv)
@@ -159,10 +161,10 @@ def option(argv: Sequence[str], name: str, default: str | None = None) -> tuple[
 
 
 @contextlib.contextmanager
-def _stdout_kept(kept: bool) -> Iterator[None]:
+def _stdout_reserved(reserved: bool) -> Iterator[None]:
     """Make `echo` write to stderr while a command runs that reserves stdout for its result."""
     global _to_stderr
-    before, _to_stderr = _to_stderr, kept
+    before, _to_stderr = _to_stderr, reserved
     try:
         yield
     finally:
@@ -189,10 +191,8 @@ def _overview(prog: str, commands: Commands) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """The message inside tyro's boxed error, on one line, followed by the first option that tyro suggests instead.
-
-    The message stands between the box's title and its first rule; tyro draws boxes in two styles.
-    """
+    """The message inside tyro's boxed error, on one line, followed by the first option that tyro suggests instead."""
+    # The message is between the box's title and its first rule; there are boxes of two styles.
     groups: list[list[str]] = [[]]
     for line in text.splitlines():
         inner = line.strip("│╭╮╰╯ ")

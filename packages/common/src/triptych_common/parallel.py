@@ -150,8 +150,8 @@ def prepare(model: nn.Module, ranks: Ranks, execution: Execution) -> None:
 
     Raises ValueError if the model lacks the blocks.
     """
-    asks_for_blocks = execution.compile or execution.activation_checkpointing or execution.sharded(ranks)
-    blocks = _blocks_of(model, execution.blocks) if asks_for_blocks else []
+    needs_blocks = execution.compile or execution.activation_checkpointing or execution.sharded(ranks)
+    blocks = _blocks_of(model, execution.blocks) if needs_blocks else []
     _wrap_forward(blocks, lambda forward: _block_forward(forward, execution))
     if execution.precision == "bf16":
         _wrap_forward([model], lambda forward: _autocast_forward(forward, ranks.device.type))

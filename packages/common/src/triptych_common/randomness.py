@@ -22,7 +22,7 @@ def _hash64(seed: int, stream: str, index: int = 0) -> int:
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
     """A CPU generator seeded for one index of one named stream."""
-    # Hashed, since neighbouring seeds of the same kind of generator may give correlated numbers; manual_seed takes 63 bits.
+    # Hashed, so that neighbouring seeds, streams and indices are unrelated; manual_seed takes 63 bits.
     return torch.Generator().manual_seed(_hash64(seed, stream, index) >> 1)
 
 
@@ -92,7 +92,7 @@ class SampleNoise:
         self, seed: int, indices: Sequence[int], shape: Sequence[int], *, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        # Generators of the CPU, also for a GPU: they keep their place between draws, and give the same images everywhere.
+        # Generators of the CPU, also for a GPU: each keeps its place between draws, and gives the same noise everywhere.
         self.generators = [generator(seed, "sample", int(index)) for index in indices]
         self.shape, self.device, self.dtype = tuple(shape), device, dtype
 

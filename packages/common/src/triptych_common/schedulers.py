@@ -28,14 +28,15 @@ def find(name: str) -> str:
     Raises ValueError if no scheduler or several match, or if diffusers is not installed.
     """
     library = _library()
+    # Full names first: listing every scheduler imports all of their modules.
     if name.endswith("Scheduler") and _fits(name, getattr(library, name, None)):
         return name
     names = available()
     matches = [each for each in names if each.lower().startswith(name.lower())]
     exact = [each for each in matches if each.lower() in (name.lower(), f"{name}scheduler".lower())]
     if len(exact or matches) != 1 or not name:
-        ask = f"one of diffusers' {', '.join(matches or names)}, or a beginning that only one of them has"
-        raise ValueError(f"sampler {name!r}: expected ddpm, ddim, or {ask}")
+        choices = f"one of diffusers' {', '.join(matches or names)}, or a beginning that only one of them has"
+        raise ValueError(f"sampler {name!r}: expected ddpm, ddim, or {choices}")
     return (exact or matches)[0]
 
 

@@ -133,6 +133,7 @@ def start_server(preload: Sequence[str]) -> BaseContext:
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 
+    # Forking a process that has run threads, as torch does, may deadlock. The server imports torch and runs nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     with _environment(_ENVIRONMENT):
@@ -158,6 +159,7 @@ def _run_local(
     waiting = context.SimpleQueue()  # a device for each worker to take
     for device in devices:
         waiting.put(device)
+    # Workers started here are terminated below, and no other child of this process.
     others = set(multiprocessing.active_children())
     with _environment({} if preload is None else _ENVIRONMENT):
         pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_become_worker, initargs=(waiting,))

@@ -31,7 +31,7 @@ def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dic
         if name == "pos_embed" and model.config.grid != source.config.grid:
             became[name] = f"computed for {model.config.grid[0]}x{model.config.grid[1]} tokens"
         elif name == TABLE and (new_class_table or model.config.num_classes != source.config.num_classes):
-            became[name] = f"{model.config.num_classes} classes drawn afresh"
+            became[name] = f"{model.config.num_classes} classes initialised"
             if model.config.null_label is not None and source.config.null_label is not None:
                 # What the source knows without a label is the same for other classes.
                 tensor[model.config.null_label] = found[name][source.config.null_label]
@@ -39,7 +39,7 @@ def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dic
         elif name == TABLE and tensor.shape != found[name].shape:  # one of the two has no null row
             rows = min(len(tensor), len(found[name]))
             tensor[:rows] = found[name][:rows]
-            became[name] = f"{rows} classes copied" + (", null row drawn afresh" if rows < len(tensor) else "")
+            became[name] = f"{rows} classes copied" + (", null row initialised" if rows < len(tensor) else "")
         else:
             tensor.copy_(found[name])
             became[name] = "copied"

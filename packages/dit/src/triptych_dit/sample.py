@@ -215,7 +215,7 @@ def _write_pixels(file: Any, batches: Iterable[Tensor], count: int, path: Path) 
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
             np.lib.format.write_array_header_1_0(file, header)
         if pixels.shape[1:] != shape:
-            raise ValueError(f"{path}: images of {pixels.shape[1:]} among images of {shape}")
+            raise ValueError(f"{path}: images of both {shape} and {pixels.shape[1:]}")
         file.write(pixels.data)
         written += len(pixels)
     if written != count:

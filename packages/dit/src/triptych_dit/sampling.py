@@ -132,7 +132,7 @@ def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None 
                 raise ValueError(f"autoencoder {found.spec}: {name} is {theirs}, the model's is {ours}; {_REMEDY}")
         return found
     if vae is not None:
-        raise ValueError(f"vae {vae}: this model draws pixels and needs none; leave --vae out")
+        raise ValueError(f"vae {vae}: this model generates pixels and needs none; leave --vae out")
     return None
 
 

@@ -46,7 +46,7 @@ class TrainConfig(TransformerSettings):
     init_from: str | None = None
     """fine-tune: a model file, run folder, released checkpoint or diffusers folder to start from"""
     new_class_table: bool = False
-    """with init_from: draw all class embeddings afresh, also where the number of classes is the same"""
+    """with init_from: initialise all class embeddings, even if the number of classes is the same"""
     validation_data: str | None = None
     """data to validate the averaged weights on, as `data`; by default the held-out part of a named data set"""
     validation_every: Annotated[int, Ge(0, "a number of steps, or 0 for none")] = 0

@@ -14,13 +14,10 @@ from triptych_dit.model import DiT
 
 FILE_NAME = "model.safetensors"
 _FORMAT = ModelFormat(
-    kinds=("DiT",),
-    file_name=FILE_NAME,
-    expected="a trained DiT",
-    mismatch="not a DiT's model file",
+    kinds=("DiT",), file_name=FILE_NAME, expected="a trained DiT", mismatch="not a DiT's model file",
     made=f"triptych-dit train --out FOLDER makes {FILE_NAME}",
     absent="no finished model; train one with triptych-dit train --out {folder}",
-)
+)  # fmt: skip
 
 
 class TrainedModel(NamedTuple):
@@ -38,7 +35,7 @@ def make_diffusion(config: DiTConfig, predict: Literal["noise", "sample"]) -> Ga
 
 
 def save_model(path: Path, model: DiT, facts: dict[str, Any]) -> None:
-    """Write a model file. `facts` must be JSON-able and say what the model predicts: {"predict": "noise"}."""
+    """Write a model file; facts, as JSON can hold them, must include the prediction: {"predict": "noise"}."""
     write_model(path, model.config, model.state_dict(), facts)
 
 

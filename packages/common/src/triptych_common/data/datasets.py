@@ -101,7 +101,7 @@ def open_source(
     spec: `mnist5k`, `mnist`, `cifar10`, a folder's path, `hub:OWNER/NAME`, `hub:OWNER/NAME:CONFIG`, or a folder that
         save_to_disk wrote. split: "train", "held_out", or a name that the source has.
     unconditional: make all images one class. image_column, label_column: only for Hugging Face data sets.
-    Raises ValueError or OSError with one line that says what to do.
+    Raises ValueError or OSError, in one line with the remedy.
     """
     columns = {"image_column": image_column, "label_column": label_column}
     if spec.startswith("hub:"):

@@ -55,6 +55,7 @@ def decode(content: bytes, path: str) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white; save it with 8 or 16 bits")
+    # Pillow's own conversion of integer pixels clips them at 255, which makes nearly everything white.
     if image.mode.startswith("I"):
         values = np.array(image)
         if values.min() < 0 or values.max() > 65535:

@@ -83,6 +83,7 @@ def download(url: str, path: Path) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
+            # A server may ignore the range and send everything again.
             resumed = response.status == 206
             expected = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
             with (

@@ -60,7 +60,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class AdmScores:
-    """The suite's scores; `unavailable` says why one is None, `notes` says how to read them."""
+    """The suite's scores, the reason why each that is None is `unavailable`, and `notes` for interpreting them."""
 
     fid: Estimate | None
     sfid: Estimate | None

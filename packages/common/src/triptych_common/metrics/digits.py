@@ -74,6 +74,7 @@ class DigitScorer:
                 raise ValueError(f"{len(labels)} labels for {len(images)} images: expected as many")
             if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 raise ValueError(f"labels {int(labels.min())}..{int(labels.max())}: expected 0..{classes - 1}")
+        # At equal counts: Fréchet distance falls with n, and precision and recall depend on both counts.
         n = min(len(images), len(self.held_out))
         images, labels = images[:n], None if labels is None else labels[:n]
         real = self._matching(self.held_out, labels, n, "held-out")

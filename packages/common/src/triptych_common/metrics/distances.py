@@ -72,8 +72,8 @@ def frechet_influence(
     # up to twofold, as duplicates in a resample deflate the covariance.
     factor = _factor(target.covariance)
     values, vectors = torch.linalg.eigh(factor.T @ fitted.covariance @ factor)
-    kept = values > _rounding(values)
-    half = factor @ (vectors[:, kept] * values[kept] ** -0.25)
+    significant = values > _rounding(values)
+    half = factor @ (vectors[:, significant] * values[significant] ** -0.25)
     push = half @ half.T  # T
     slope = torch.eye(len(push), dtype=push.dtype, device=push.device) - push
     gap, influence = fitted.mean - target.mean, []
@@ -108,8 +108,8 @@ def kernel_distance(a: Features, b: Features) -> float:
 def _factor(covariance: Tensor) -> Float[Tensor, "dim rank"]:
     """F such that F F^T = covariance, without directions whose variance is only rounding error."""
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > _rounding(values)
-    return vectors[:, kept] * values[kept].sqrt()
+    significant = values > _rounding(values)
+    return vectors[:, significant] * values[significant].sqrt()
 
 
 def _rounding(eigenvalues: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ _NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and a state that JSON can hold to `path`, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # The state is text in the file's metadata: there it can neither get lost nor belong to another step's tensors.
     text = json.dumps(state, sort_keys=True)
     metadata = {"state": text, "sha256": digest(contiguous, text)}
     with replacing(path, refusals=(SafetensorError, RuntimeError)) as partial:  # a full disk can raise either
@@ -185,5 +186,6 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 def _order(path: Path) -> tuple[int, bool]:
     match = _NAME.fullmatch(path.name)
     assert match is not None  # only such paths are listed
+    # Of two checkpoints of one step the scheduled one counts as newer.
     step, extra, _ = match.groups()
     return int(step), extra is None

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -26,7 +25,7 @@ class RunDirectory:
         self, path: Path, identity: Mapping[str, Any], *, is_main: bool = True, tensorboard: bool = False
     ) -> None:
         self.path, self.is_main = Path(path), is_main
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when config.json is read
         self.checkpoints = self.path / "checkpoints"
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
@@ -53,9 +52,7 @@ class RunDirectory:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.is_main:
             if self._tensorboard is not None:
                 self._tensorboard.close()

@@ -44,6 +44,7 @@ def open_run(
     facts: added to the settings' part of the run's identity, such as a digest of the data. out: by default `config.out`.
     Entering raises ValueError for a folder that holds another run or is in use, OSError for one that cannot be written.
     """
+    # A switch of the whole process, unlike the other precisions, which `prepare` applies to a model.
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     return RunDirectory(

@@ -97,6 +97,7 @@ class TrainState:
             raise ValueError("sharding replaces parameters: pass the function that makes the optimizer from them")
         if self.sharded and (self.several_passes or self.averaged_part):
             raise ValueError("parallel 'fsdp' is not for training in several passes: use 'ddp'")
+        # Copied before `prepare`, which wraps and shards each of the two for itself.
         self.ema = copy.deepcopy(self.model.get_submodule(self.averaged_part)).requires_grad_(False).eval()
         prepare(self.model, self.ranks, self.execution)
         prepare(self.ema, self.ranks, replace(self.execution, activation_checkpointing=False, compile=False))
@@ -119,6 +120,7 @@ class TrainState:
         """
         totals: dict[str, Tensor] = {}
         for counters, last in batch.micro_batches(micro_batch):
+            # Weighted by size: the last part may be smaller, and the sum must be the mean of the whole batch.
             share = len(counters) / len(batch.counters)
             with gradient_sync(self.parallel_model, last):
                 means = losses(counters)
@@ -147,6 +149,7 @@ class TrainState:
             average_gradients(parameters, self.ranks)
         bound = math.inf if self.grad_clip is None else self.grad_clip
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, bound))
+        # The norm is finite only if every gradient is, and equal on all ranks: they use or skip a step together.
         finite = bool(torch.isfinite(norm))
         if finite:
             if self.learning_rate is not None:
@@ -184,6 +187,7 @@ class TrainState:
             mine.copy_(other)
 
     def _meter(self, values: Mapping[str, Tensor]) -> None:
+        # Sums stay on the device until a row is written: reading a number every step would make the GPU wait.
         for name, value in values.items():
             sums = self.meters.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
             sums += value.detach().double()
@@ -271,6 +275,7 @@ class TrainState:
         for key, value in parts["optimizer"].items():
             slot, name = key.split(".", 1)
             slots.setdefault(position[id(by_name[name])], {})[slot] = _laid_out_as(by_name[name], value)
+        # Groups of this optimiser: learning rates and the like come from this run's settings, not from the file.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})  # it knows which slots go where
         if counters is not None:

@@ -67,6 +67,7 @@ class LatentCache:
             self.check_flips()
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"{self.folder}: row outside 0..{len(self) - 1}")
+        # In a shard an image's row is followed by that of its mirror image, if there are any.
         shards = torch.searchsorted(self._starts, indices, right=True) - 1
         rows = (indices - self._starts[shards]) * (2 if self.has_flips else 1)
         if flipped is not None:
@@ -112,6 +113,7 @@ class LatentCache:
             raise ValueError(f"{path}: missing; {_remedy(self.facts)}") from error
         except SafetensorError as error:
             raise ValueError(f"{path}: truncated or of another kind; {_remedy(self.facts)}") from error
+        # By the hash that the shard itself records: reading all of it would take as long as an epoch.
         channels, height, width = self.latent_shape
         shape = (shard["items"], 2 if self.has_flips else 1, 2 * channels, height, width)
         if sha256 != shard["sha256"] or tuple(tensors["moments"].shape) != shape:
@@ -135,6 +137,7 @@ class LatentData:
         return len(self.cache)
 
     def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
+        # By the sample counter, not the image: every epoch samples the posterior afresh.
         noise = randomness.normal(seed, "posterior", counters, self.shape)
         autoencoder = self.facts["autoencoder"]
         moments = self.cache.moments(items, flipped)
@@ -187,6 +190,7 @@ def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> d
         shards.append({"file": path.name, "items": items, "sha256": metadata["sha256"]})
         skipped += json.loads(metadata["state"])["skipped"]
     counts = {"items": sum(shard["items"] for shard in shards), "skipped": len(skipped)}
+    # Before the manifest, whose existence declares the cache complete.
     write_json(folder / SKIPPED, skipped)
     if not counts["items"]:
         such = f"such as {skipped[0]['path']}: {skipped[0]['reason']}"

@@ -189,10 +189,12 @@ def _encode_missing(
         num_workers=_workers(config) if mine else 0,
         pin_memory=ranks.device.type == "cuda",
     )
+    # Batches arrive in the sampler's order, whichever worker process finishes first.
     arriving = iter(loader)
     with Progress("encoding", sum(len(shards[i]) for i in mine), "img", enabled=ranks.is_main) as progress:
         for i in mine:
             dtype = getattr(torch, config.dtype)
+            # An empty first part, as all images of a shard may be unusable.
             moments = [torch.empty(0, *_row_shape(autoencoder, config), dtype=dtype, device=ranks.device)]
             items, skipped = [], []
             for batch in islice(arriving, ceil(len(shards[i]) / config.batch_size)):

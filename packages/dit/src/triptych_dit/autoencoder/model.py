@@ -72,6 +72,7 @@ class Autoencoder:
             raise ValueError(f"images are {given}: autoencoder {self.spec} takes {takes}; crop to such a size")
         with _full_float32():
             parameters = self.module.encode(images.to(self.device, self.dtype)).latent_dist.parameters
+        # The parameters rather than diffusers' mean and std, which would be computed in `dtype`.
         mean, log_variance = parameters.float().chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
@@ -82,6 +83,7 @@ class Autoencoder:
         if channels != self.latent_channels:
             raise ValueError(f"latents have {channels} channels, autoencoder {self.spec} has {self.latent_channels}")
         height, width = (side * self.downsampling for side in latents.shape[2:])
+        # In parts, since a decoder's activations are hundreds of times larger than its images.
         z = latents.to(self.device, torch.float32) / self.scale_factor + self.shift_factor
         with _full_float32():
             parts = [self.module.decode(part).sample for part in z.split(max(1, _DECODED_PIXELS // (height * width)))]

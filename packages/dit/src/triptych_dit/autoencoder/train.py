@@ -42,6 +42,7 @@ class Reconstruction(nn.Module):
         """Mean squared error of a pixel for one sample of the posterior, and mean KL divergence of a latent value to the
         standard normal, in nats.  [Kingma & Welling 2014]
         """
+        # With the channels last in memory, convolutions are faster.
         posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
@@ -57,7 +58,11 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
     train_set = data.load(config.data, "train")
     check_fits(config, train_set)
     with process_group(config.device) as ranks, open_run(config, ranks) as run:
-        state = make_state(config, train_set, ranks)
+        model = Reconstruction(make_vae(config, train_set)).to(ranks.device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
+        )
+        state = TrainState(model, optimizer, ranks, **config.state_options())
         height, width = (side // config.downsampling for side in train_set.images.shape[2:])
 
         def losses(counters: range) -> dict[str, Tensor]:
@@ -101,15 +106,6 @@ def make_vae(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> "Aut
         )  # fmt: skip
 
 
-def make_state(config: AutoencoderTrainConfig, dataset: data.ImageDataset, ranks: Ranks) -> TrainState:
-    """The network, its average and AdamW."""
-    model = Reconstruction(make_vae(config, dataset)).to(ranks.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
-    )
-    return TrainState(model, optimizer, ranks, **config.state_options())
-
-
 def finish(
     config: AutoencoderTrainConfig, vae: "AutoencoderKL", dataset: data.ImageDataset, ranks: Ranks
 ) -> dict[str, Any]:
@@ -140,9 +136,7 @@ def some_images(dataset: data.ImageDataset, seed: int) -> Float[Tensor, "images 
     return dataset.scaled(randomness.permutation(seed, "measured", 0, len(dataset))[:1000])
 
 
-def draw_latents(
-    autoencoder: Autoencoder, images: Float[Tensor, "images channels height width"], seed: int
-) -> Float[Tensor, "images latent_channels latent_height latent_width"]:
+def draw_latents(autoencoder: Autoencoder, images: Tensor, seed: int) -> Float[Tensor, "images channels height width"]:
     """Scaled latents: a sample from each image's posterior."""
     moments = torch.cat([autoencoder.moments(part).cpu() for part in images.split(256)])
     noise = randomness.normal(seed, "measuring", range(len(images)), (moments.shape[1] // 2, *moments.shape[2:]))
@@ -157,9 +151,7 @@ def write_vae(folder: Path, vae: "AutoencoderKL") -> None:
             write_bytes(folder / name, (Path(temporary) / name).read_bytes())
 
 
-def side_by_side(
-    images: UInt8[Tensor, "n channels height width"], back: UInt8[Tensor, "n channels height width"], columns: int = 10
-) -> UInt8[Tensor, "channels grid_height grid_width"]:
-    """Three rows of images, each above its reconstructions."""
-    pairs = [part for i in range(0, 3 * columns, columns) for part in (images[i : i + columns], back[i : i + columns])]
-    return image_grid(torch.cat(pairs), columns)
+def side_by_side(images: Tensor, back: Tensor) -> UInt8[Tensor, "channels grid_height grid_width"]:
+    """Three rows of ten uint8 images, each above its reconstructions."""
+    rows = [part for pair in zip(images[:30].split(10), back[:30].split(10), strict=True) for part in pair]
+    return image_grid(torch.cat(rows), columns=10)

@@ -19,15 +19,9 @@ from triptych_dit.interop.released import PUBLISHED, export_released, load_relea
 from triptych_dit.weights import FILE_NAME, TrainedModel, load_model, make_diffusion
 
 __all__ = [
-    "PUBLISHED",
-    "diffusers_transformer",
-    "export_released",
-    "from_diffusers",
-    "load_any",
-    "load_released",
-    "to_diffusers",
+    "PUBLISHED", "diffusers_transformer", "export_released", "from_diffusers", "load_any", "load_released", "to_diffusers",
     "use_released_timesteps",
-]
+]  # fmt: skip
 
 STABLE_DIFFUSION_VAE: dict[str, Any] = {  # what the released models were trained with
     "spec": "stabilityai/sd-vae-ft-ema", "sha256": None, "scale_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8,

@@ -126,7 +126,7 @@ def read_folder(source: str | Path, *, num_classes: int | None = None) -> tuple[
 def _read(
     source: str | Path, num_classes: int | None, timestep_frequency_shift: int | None = None
 ) -> tuple[DiT, Path, dict[str, Any]]:
-    """The model, where its folder lies, and the facts of its triptych.json."""
+    """The model, its folder, and the facts of its triptych.json."""
     root = Path(source).expanduser()
     if not root.is_dir():
         root = fetched(str(source))
@@ -169,6 +169,7 @@ def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
         raise ValueError("export: the position embedding is not the sine-cosine one, the only one of diffusers' DiT")
     table = padded_table(config, None if model.y_embedder is None else model.y_embedder.embedding_table.weight)
     with torch.device("meta"):
+        # Positions are no part of diffusers' state dict, so they are set afterwards.
         transformer = import_diffusers().DiTTransformer2DModel(
             num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
             in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
@@ -262,6 +263,7 @@ def translated(
         expected = DiT(shape).state_dict()
         expected[TABLE] = torch.empty(theirs["num_embeds_ada_norm"] + 1, width)
     check_keys(state, renamed(expected, depth), "transformer")
+    # Diffusers gives every block a copy of the embedders, which training there lets drift apart.
     for theirs_name in _EMBEDDINGS.values():
         first = state[f"transformer_blocks.0.{theirs_name}"]
         if not all(torch.equal(first, state[f"transformer_blocks.{i}.{theirs_name}"]) for i in range(1, depth)):
@@ -307,6 +309,7 @@ def unpadded_table(table: Rows, num_classes: int | None = None) -> tuple[Rows, i
     Raises ValueError if the rows contradict num_classes.
     """
     rows = len(table)
+    # Trained rows are never equal, so rows equal to the last one are copies of the null row.
     null = (table == table[-1]).all(dim=1)
     if rows > NULL_ROW + 2 and bool(null[NULL_ROW]):
         found = rows - 2

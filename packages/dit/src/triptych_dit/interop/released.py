@@ -66,6 +66,7 @@ def load_released(
         path = published_file(str(source))
     if "state" in foreign.metadata(path):
         raise ValueError(f"{path}: a model file of triptych's own, not a released one; read it with load_model")
+    # Training checkpoints of the released code pickle their command line's arguments.
     content = foreign.read(path, allow=[argparse.Namespace])
     state, args = _unwrap(content, path, weights)
     _check_family(state, path, args)
@@ -128,6 +129,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_clas
     for name, axes in (("x_embedder.proj.weight", 4), ("pos_embed", 3), (TABLE, 2)):
         if state[name].ndim != axes:
             raise ValueError(f"{name} is {tuple(state[name].shape)}: expected {axes} axes")
+    # The tensors determine everything but the number of heads and whether the label table ends with a null label.
     width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     tokens, rows = state["pos_embed"].shape[1], len(state[TABLE])
     side = math.isqrt(tokens)
@@ -143,6 +145,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_clas
     channels = len(state["final_layer.linear.weight"]) / patch**2
     if channels not in (in_channels, 2 * in_channels):
         raise ValueError(f"{channels:g} output channels for {in_channels} of input: expected as many, or twice as many")
+    # The ratio must give the hidden width again when multiplied and truncated, however the division rounds.
     hidden = len(state["blocks.0.mlp.fc1.weight"])
     ratio = hidden / width
     return DiTConfig(
