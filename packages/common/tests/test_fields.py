@@ -154,7 +154,7 @@ def test_loops_share_their_checks(cls, values, message):
         cls(**values)
 
 
-def test_a_loop_knows_its_length_its_warmup_and_its_state():
+def test_a_loop_has_a_length_a_warmup_and_options_for_its_state():
     loop = PairLoop(lr=1.0, precision="tf32", parallel="fsdp")
     assert loop.resolved()["steps"] == 10
     assert loop.resolved()["config"]["out"] == "runs/pairs"

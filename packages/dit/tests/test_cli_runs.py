@@ -296,7 +296,7 @@ def test_labels_outside_the_classes_are_refused(whole, tmp_path):
     fails_with(done, "label 10 is outside 0..9 (num_classes=10)")
 
 
-def test_dry_run_tells_config_parameters_and_cost(tmp_path):
+def test_dry_run_prints_config_parameters_and_cost(tmp_path):
     done = run_cli("triptych_dit.cli", "train", "--preset", "digits", "--dry-run", "--json", cwd=tmp_path)
     told = json.loads(done.stdout)
     assert told["parameters"] > 100_000

@@ -158,7 +158,7 @@ def test_an_unconditional_table_is_folded_into_the_timestep(tmp_path):
     torch.testing.assert_close(model(x, t), expected, rtol=0, atol=1e-6)  # the sum is rounded to float32
 
 
-def test_another_position_embedding_is_kept_and_told(tmp_path, capsys):
+def test_another_position_embedding_is_kept_and_reported(tmp_path, capsys):
     state = released_state()
     state["pos_embed"] = state["pos_embed"] + 0.25
     assert_holds(load_released(saved(tmp_path / "file.pt", state)), state)
@@ -301,7 +301,7 @@ def test_a_file_without_published_size_must_at_least_hold_the_weights(offered, t
         load_released("DiT-X")
 
 
-def test_offline_says_where_to_fetch_and_where_to_put(tmp_path, monkeypatch):
+def test_offline_the_error_names_the_address_and_the_path(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIPTYCH_DATA", str(tmp_path))
     entry = released.PUBLISHED["DiT-XL/2@512"]._replace(url="http://127.0.0.1:9/DiT-XL-2-512x512.pt")
     monkeypatch.setitem(released.PUBLISHED, "DiT-XL/2@512", entry)

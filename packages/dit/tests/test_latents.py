@@ -27,13 +27,7 @@ from triptych_common.data import ImageFolder, open_source
 from triptych_common.storage import checkpoint
 from triptych_common.storage.atomic import write_json
 from triptych_common.testing import run_torchrun
-from triptych_dit.autoencoder.cache import (
-    LatentCache,
-    is_latent_cache,
-    shard_path,
-    write_manifest,
-    write_shard,
-)
+from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache, shard_path, write_manifest, write_shard
 from triptych_dit.autoencoder.encode import EncodeConfig, encode, preview
 from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
@@ -166,7 +160,7 @@ def test_corrupt_images_are_listed_and_labels_stay_right(images, whole):
     assert cache.facts["skipped"] == len(CORRUPT)
 
 
-def test_facts_say_how_the_cache_was_made(vae, images, whole):
+def test_facts_record_how_the_cache_was_made(vae, images, whole):
     facts = LatentCache(whole).facts
     assert facts["autoencoder"] == load_autoencoder(str(vae)).facts()
     assert facts["source"]["fingerprint"] == open_source(str(images)).fingerprint()
@@ -405,7 +399,7 @@ def test_moments_beyond_float16_are_refused_with_the_image_named(images, tmp_pat
     assert encode(config_of(images, folder, tmp_path / "wide", dtype="float32"))["items"] == 17
 
 
-def test_dry_run_tells_the_extent_and_writes_nothing(images, vae, tmp_path):
+def test_dry_run_prints_the_extent_and_writes_nothing(images, vae, tmp_path):
     config = config_of(images, vae, tmp_path / "out")
     told = preview(config)
     assert (told["images"], told["shards"], told["latent_shape"]) == (IMAGES, 6, (3, 4, 4))
@@ -425,19 +419,17 @@ def test_reading_ahead_keeps_order_and_takes_items_late():
         time.sleep(delays[i])
         return i * i, threading.current_thread()
 
-    for threads in (1, 3):
-        taken.clear()
-        ahead = prefetch(items(), work, depth=2, threads=threads)
-        assert not taken  # nothing before it is asked for
-        assert next(ahead)[0] == 0
-        assert [i for i, _ in taken] == [0, 1, 2]
-        rest = list(ahead)
-        assert [value for value, _ in rest] == [1, 4, 9, 16, 25]
-        assert {thread for _, thread in taken} == {threading.current_thread()}
-        assert threading.current_thread() not in {thread for _, thread in rest}
+    ahead = prefetch(items(), work, depth=2)
+    assert not taken  # nothing before it is needed
+    assert next(ahead)[0] == 0
+    assert [i for i, _ in taken] == [0, 1, 2]
+    rest = list(ahead)
+    assert [value for value, _ in rest] == [1, 4, 9, 16, 25]
+    assert {thread for _, thread in taken} == {threading.current_thread()}
+    assert threading.current_thread() not in {thread for _, thread in rest}
 
 
-def test_reading_ahead_raises_where_the_result_is_due_and_ends_its_threads():
+def test_reading_ahead_raises_where_the_result_is_due_and_ends_its_thread():
     def work(i):
         if i == 2:
             raise ValueError("item 2")
@@ -461,7 +453,7 @@ def test_batches_read_ahead_are_those_read_in_turn(whole):
         return cache.moments(torch.tensor([counter % len(cache) for counter in counters]))
 
     counters = [range(start, start + 5) for start in range(0, 50, 5)]
-    for got, expected in zip(prefetch(counters, batch, depth=3, threads=2), map(batch, counters), strict=True):
+    for got, expected in zip(prefetch(counters, batch, depth=3), map(batch, counters), strict=True):
         assert torch.equal(got, expected)
 
 

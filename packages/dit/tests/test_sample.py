@@ -230,7 +230,7 @@ def test_a_moved_autoencoder_is_named_and_another_refused(latent_model, vae, tmp
     assert run("--vae", str(moved))[0] == 0
 
 
-def test_another_decoder_of_the_same_encoder_draws_too(latent_model, vae, tmp_path, capsys):
+def test_another_decoder_of_the_same_encoder_is_accepted(latent_model, vae, tmp_path, capsys):
     """As stabilityai's ft-MSE and ft-EMA: latents are the same, pictures are not; another encoder is another model's."""
     for name in ("decoder", "encoder"):
         theirs = AutoencoderKL.from_pretrained(vae)
@@ -300,7 +300,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     ("plain", ["--guidance-channels", "0"], "guidance_channels 0: expected 'all' or at least 1"),
     ("plain", ["--guidance-interval", "500", "100"], "guidance_interval 500 100: expected two timesteps"),
     ("plain", ["--guidance-interval", "0", "1000"], "guidance_interval 0 1000: expected two timesteps"),
-    ("plain", ["--vae", "somewhere"], "this model draws pixels and needs none; leave --vae out"),
+    ("plain", ["--vae", "somewhere"], "this model generates pixels and needs none; leave --vae out"),
     ("plain", ["--sampler", "best"], "sampler 'best': expected ddpm, ddim, or one of diffusers' DDIM"),
     ("plain", ["--sampler", "pndm"], "num_inference_steps 3: PNDMScheduler cannot"),
     ("plain", ["--precision", "fp8"], "fp8"),

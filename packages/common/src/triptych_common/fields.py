@@ -11,6 +11,7 @@
 A subclass that declares a field again, for another default or help text, keeps the constraints and marks of its bases.
 """
 
+import operator
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -61,12 +62,8 @@ class Interval(Constraint):
     def __contains__(self, value: Any) -> bool:
         if isinstance(value, tuple):
             return all(number in self for number in value)
-        return (
-            (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
+        bounds = (self.gt, operator.gt), (self.ge, operator.ge), (self.lt, operator.lt), (self.le, operator.le)
+        return all(bound is None or compare(value, bound) for bound, compare in bounds)
 
     def expected(self, value: Any) -> str:
         if self.wanted is not None:
@@ -113,11 +110,7 @@ def one_of(word: object, names: Iterable[object]) -> str:
     return f"one of {', '.join(known)}" + "".join(f"; did you mean {name!r}?" for name in near)
 
 
-class Free:
-    """Type of `FREE`."""
-
-
-FREE = Free()  # marks a field that does not affect a run's results
+FREE = object()  # marks a field that does not affect a run's results
 
 
 class Checked:
@@ -173,6 +166,7 @@ def _rules(cls: type) -> dict[str, tuple[tuple[Constraint, ...], bool]]:
     """The constraints of each field that has any, and whether the field may be None."""
     rules = {}
     for field in fields(cls):
+        # The type is that of the class that declares the field last; constraints are those of all classes.
         declared = next(a[field.name] for a in map(get_annotations, cls.__mro__) if field.name in a)
         members = list(_members(declared))
         constraints = [m for m in _metadata(cls)[field.name] if isinstance(m, Constraint)]

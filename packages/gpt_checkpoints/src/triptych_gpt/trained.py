@@ -112,7 +112,7 @@ class TrainedGpt:
         def denoise(noised: Tensor, t: Tensor) -> Tensor:
             return self.model(noised, t, theta, metric, target)
 
-        steps = sampling(settings, denoise, self.diffusion, noise, device=theta.device)
+        steps = sampling(settings, denoise, self.diffusion, noise)
         return final(steps, progress)
 
     def update(

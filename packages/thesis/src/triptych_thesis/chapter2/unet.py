@@ -18,7 +18,6 @@ from triptych_common.storage.model_file import ModelFormat
 from triptych_common.training import TrainState, open_run, training_steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
-from triptych_dit.model import DiT
 from triptych_dit.objective import Objective, check_fits, open_training_data
 from triptych_dit.sampling import decoded
 from triptych_dit.settings import SamplerSettings
@@ -126,15 +125,13 @@ def train_unet(config: TrainConfig) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
             model = UNet(shape)
-        with torch.device("meta"):
-            labels_of = DiT(config.model)  # which labels are dropped is DiT's affair
         state = TrainState(
             model.to(config.dtype),
             partial(torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay),
             ranks,
             **config.state_options() | {"execution": Execution(precision=config.arithmetic)},
         )
-        objective = Objective(config, labels_of, training_data)
+        objective = Objective(config, training_data)
 
         def keep(state: TrainState) -> None:
             for count in config.snapshots:
