@@ -28,7 +28,7 @@ COMMANDS = {
     "import": Command(
         "import the released G.pt data as a zoo",
         "triptych_gpt.settings:ImportConfig",
-        "triptych_gpt.zoo.lmdb_import:import_command",
+        "triptych_gpt.zoo.lmdb_import:import_lmdb",
         preview="triptych_gpt.zoo.lmdb_import:preview",
     ),
     "train": Command(

@@ -193,15 +193,16 @@ class NeuronTokens(nn.Module):
             counts = {(): 1, **counts}
         self.depth, self.heads, self.scalars = config.depth, config.num_heads, TOKENS[config.scalars]
         self.token_kinds = list(counts.values())
-        self.units: Any = nn.ModuleList(Units(n, together.get(key, ()), config.width) for key, n in counts.items())
+        units = [Units(n, together.get(key, ()), config.width) for key, n in counts.items()]
+        warn_if_lossy(max(each.features for each in units), config)
         between = [key for key in together if len(key) == 2]
         places = {key[0]: place for place, key in enumerate(counts) if key}
         self.ends = [(places[first], places[second]) for first, second in between]  # indices into units
+        self.units: Any = nn.ModuleList(units)
         self.edges: Any = nn.ModuleList(Edges(together[key], config) for key in between)
         # Parts are decoded group by group; this puts them back in the order of theta.
         starts = [part.span.start for module in (*self.units, *self.edges) for part in module.parts]
         self.order = sorted(range(len(starts)), key=starts.__getitem__)
-        warn_if_lossy(max(units.features for units in self.units), config)
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
         for units in self.units:
