@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,7 +22,6 @@ class MetricScale:
     knots: tuple[float, ...]  # ascending quantiles of the training checkpoints, with equal shares of them in between
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "knots", tuple(self.knots))
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"metric scale from {self.low} to {self.high}: expected an ascending, finite range")
         if len(self.knots) < 2 or not all(a < b for a, b in zip(self.knots, self.knots[1:], strict=False)):
@@ -33,9 +32,7 @@ class MetricScale:
         """The scale of training checkpoints' metrics. Raises ValueError for metrics that are not finite, or all equal."""
         values = metrics.detach().flatten().double()
         if not len(values) or not values.isfinite().all() or values.min() == values.max():
-            raise ValueError(
-                f"{len(values)} metrics, of which no range can be taken: expected finite ones, not all equal"
-            )
+            raise ValueError(f"{len(values)} metrics: no range can be taken; expected finite ones, not all equal")
         ascending, levels = values.sort().values, torch.linspace(0, 1, knots, dtype=torch.float64)
         positions = levels * (len(ascending) - 1)
         below = positions.floor().long().clamp(max=len(ascending) - 2)
@@ -93,17 +90,15 @@ class GptConfig(Checked):
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
-        scale = self.metric_scale and {**asdict(self.metric_scale), "knots": list(self.metric_scale.knots)}
-        return {**content, "symmetry": self.symmetry.to_json(), "metric_scale": scale}
+        scale = self.metric_scale and {**vars(self.metric_scale), "knots": list(self.metric_scale.knots)}
+        return {**vars(self), "symmetry": self.symmetry.to_json(), "metric_scale": scale}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "GptConfig":
         """The config that `to_json` described. Raises ValueError for anything else."""
         try:
             symmetry, scale = PermutationSpec.from_json(content["symmetry"]), content["metric_scale"]
-            if scale is not None:
-                scale = MetricScale(**{**scale, "knots": tuple(scale["knots"])})
+            scale = scale and MetricScale(scale["low"], scale["high"], tuple(scale["knots"]))
             return cls(**{**content, "symmetry": symmetry, "metric_scale": scale})
         except (KeyError, TypeError) as error:
             reason = " ".join(str(error).split())

@@ -117,9 +117,7 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]],
     theirs = state.get(_FREQUENCIES, _frequencies())
     if theirs.shape != (RAW_FREQUENCIES,) or not torch.allclose(theirs.float(), _frequencies(), rtol=1e-5):
         numbers = f"({len(theirs)} up to {theirs.max():g}), expected {RAW_FREQUENCIES} up to {2**RAW_OCTAVES:g}"
-        raise ValueError(
-            f"{path}: embeds scalars by other frequencies {numbers}; only models trained with those can be read"
-        )
+        raise ValueError(f"{path}: embeds scalars by other frequencies {numbers}; only these can be read")
 
 
 def _frequencies() -> Tensor:

@@ -115,11 +115,8 @@ def audit(
     if not scale > 0:
         raise ValueError(f"scale {scale}: expected a number above 0, normalised units to one raw unit")
     training = zoo.runs_in("train") if rows is None else rows
-    networks = {
-        SAMPLES: samples,
-        **held_out(zoo, metric, targets),
-        **made_of_training(zoo, task.symmetry, metric, targets, scale, seed, training),
-    }
+    networks = {SAMPLES: samples, **held_out(zoo, metric, targets)}
+    networks |= made_of_training(zoo, task.symmetry, metric, targets, scale, seed, training)
     retrieved = nearest_in_metric(zoo, metric, targets, rows=training)
     pool, finals = Pool.of(zoo, training, every), Pool.of(zoo, training, zoo.checkpoints)
     near = _nearest_of_each(networks, pool, task.symmetry)
@@ -145,12 +142,9 @@ def audit(
 def held_out(zoo: Zoo, metric: str, targets: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "_ D"]]:
     """Networks of test runs: final ones, one of each run, and those whose metric is nearest to each target, taking runs in turn."""
     rows = torch.from_numpy(zoo.runs_in("test"))
-    finals = rows[: len(targets)]
-    in_turn = rows[torch.arange(len(targets)) % len(rows)]
-    return {
-        HELD_OUT_FINALS: zoo.theta(finals, [zoo.checkpoints - 1] * len(finals)),
-        HELD_OUT: zoo.theta(in_turn, nearest_in_runs(zoo, in_turn, metric, targets)),
-    }
+    finals, in_turn = rows[: len(targets)], rows[torch.arange(len(targets)) % len(rows)]
+    theta = zoo.theta(finals, [zoo.checkpoints - 1] * len(finals))
+    return {HELD_OUT_FINALS: theta, HELD_OUT: zoo.theta(in_turn, nearest_in_runs(zoo, in_turn, metric, targets))}
 
 
 def made_of_training(
@@ -176,9 +170,8 @@ def _drawn(
     """For each target, checkpoints of `count` different training runs."""
     if len(training) < count:
         raise ValueError(f"{zoo.path}: {len(training)} training runs, the audit averages {count}; collect more")
-    rows = torch.stack(
-        [training[randomness.permutation(seed, stream, i, len(training))[:count]] for i in range(len(targets))]
-    ).flatten()
+    orders = [randomness.permutation(seed, stream, i, len(training)) for i in range(len(targets))]
+    rows = torch.cat([training[order[:count]] for order in orders])
     checkpoints = nearest_in_runs(zoo, rows, metric, targets.repeat_interleave(count))
     return zoo.theta(rows, checkpoints).unflatten(0, (-1, count))
 

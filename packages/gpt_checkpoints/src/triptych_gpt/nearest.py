@@ -220,10 +220,8 @@ class _Search:
         fixed, units = parts.of(samples.detach().float())
         self.fixed, self.units = weighted(fixed), [weighted(u.transpose(0, 1)) for u in units]
         per_sample = max([1, *(len(u) ** 2 for u in units)]) * _BLOCK
-        self.chunks = [
-            (rows, self.fixed[rows], [u[rows].flatten(0, 1) for u in self.units])
-            for rows in order.split(max(1, _PAIR_FLOATS // per_sample))
-        ]
+        chunks = order.split(max(1, _PAIR_FLOATS // per_sample))
+        self.chunks = [(rows, self.fixed[rows], [u[rows].flatten(0, 1) for u in self.units]) for rows in chunks]
         self.squares = self.samples.square().sum(1)
         self.best = torch.full((len(samples),), math.inf, dtype=torch.float64)
         self.best_place = torch.full((len(samples),), -1)

@@ -153,23 +153,22 @@ def _read(path: Path) -> Any:
 
 def _state_dict(content: Any, where: str) -> tuple[Mapping[str, Tensor], str | None]:
     """The state dict in a file's content, and the name of its entry if it is not the whole content."""
+    if _holds_tensors(content):
+        return content, None
     if isinstance(content, Mapping):
-        if _holds_tensors(content):
-            return content, None
-        inner = [name for name, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+        inner = [name for name, value in content.items() if _holds_tensors(value)]
         named = [name for name in _ENTRIES if name in inner] or inner
-        if named and (len(named) == 1 or named[0] in _ENTRIES):
+        if len(named) == 1 or (named and named[0] in _ENTRIES):
             return content[named[0]], named[0]
         if named:
-            raise ValueError(
-                f"{where}holds several state dicts ({', '.join(map(str, named))}); save the one to use alone"
-            )
+            raise ValueError(f"{where}holds several state dicts ({', '.join(map(str, named))}); save the one to use")
     expected = "a mapping of names to tensors, nor has it an entry of one, such as 'state_dict'"
     raise ValueError(f"{where}not a state dict ({expected}); save one with torch.save(network.state_dict(), PATH)")
 
 
-def _holds_tensors(content: Mapping[Any, Any]) -> bool:
-    return bool(content) and all(isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items())
+def _holds_tensors(content: Any) -> bool:
+    entries = content.items() if isinstance(content, Mapping) else ()
+    return bool(entries) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries)
 
 
 def _check_values(value: Tensor, where: str, *, weights: bool) -> None:
@@ -192,9 +191,7 @@ def _asked(trained: TrainedGpt, target: Mapping[str, float]) -> float:
     if ends is None:
         problem = "the range that the model was trained on is not known (converted models do not include it)"
     elif not ends[0] <= asked <= ends[1]:
-        problem = (
-            f"outside {ends[0]:.4g}..{ends[1]:.4g}, the range of the training checkpoints; results may stay within it"
-        )
+        problem = f"outside {ends[0]:.4g}..{ends[1]:.4g}, the range of the training checkpoints"
     else:
         return asked
     warnings.warn(f"target {metric}={asked:g}: {problem}", OutsideTrainedRange, stacklevel=3)

@@ -45,12 +45,11 @@ class Encoded(NamedTuple):
 def warn_if_lossy(largest: int, config: GptConfig) -> None:
     """Warn if a token stands for more parameters than it has channels and so cannot represent all of them."""
     if largest > config.width:
-        chunks = "" if config.tokenizer == "neuron" else f", or chunk tokens of at most {config.width:,}"
-        warnings.warn(
-            f"tokens of up to {largest:,} parameters do not fit a width of {config.width:,}, which loses some of them; "
-            f"expected no more than the width: make it {largest:,}{chunks}",
-            stacklevel=2,
+        remedy = "" if config.tokenizer == "neuron" else f", or use chunk tokens of at most {config.width:,}"
+        problem = (
+            f"tokens of up to {largest:,} parameters do not fit a width of {config.width:,}, which loses some of them"
         )
+        warnings.warn(f"{problem}; make the width {largest:,}{remedy}", stacklevel=2)
 
 
 def splits(config: GptConfig) -> list[int]:

@@ -30,9 +30,8 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
 
     data = TrainingZoo(config)
     check(config, data)
-    flops = training_flops(
-        data.model_config
-    )  # builds the model, so that a bad config is refused before there is a folder
+    # Builds the model, so that a config that does not work is refused before there is a folder.
+    flops = training_flops(data.model_config)
     with process_group(config.device) as ranks, open_run(config, ranks, {"zoo": data.identity()}) as run:
         state, objective = make_state(config, data, ranks), Objective(data)
         save = partial(save_average, config, state, data)

@@ -102,9 +102,8 @@ class TrainedGpt:
         self, settings: SamplerSettings | None = None, seed: int = 0, progress: Callable[[], None] = lambda: None
     ) -> Update:
         """`sample` as an `Update`, for everything in `triptych_gpt.evaluation`."""
-        return lambda theta, metric, target, indices: self.sample(
-            theta, metric, target, settings=settings, seed=seed, indices=indices, progress=progress
-        )
+        options: dict[str, Any] = {"settings": settings, "seed": seed, "progress": progress}
+        return lambda theta, metric, target, indices: self.sample(theta, metric, target, indices=indices, **options)
 
 
 def load(path: str | Path) -> TrainedGpt:

@@ -45,9 +45,7 @@ def prompt_sweep(
     are not finite.
     """
     if metric.prompts is None:
-        raise ValueError(
-            f"metric {metric.name} has no prompts of its own; give it a best and a worst value to prompt for"
-        )
+        raise ValueError(f"metric {metric.name} has no prompts of its own; give it a best and a worst one")
     if prompts < 2:
         raise ValueError(f"prompts {prompts}: expected at least 2, from the best to the worst")
     start = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)

@@ -1,8 +1,9 @@
 """A trained model on trial: the zoo that it was trained on, networks it never saw, and baselines that could fake its scores."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,9 +97,7 @@ class Trial:
         """Rows of the first runs of a split. Raises ValueError if it has fewer."""
         held = len(self.training) if split == "train" else self.zoo.splits.get(split, 0)
         if count > held:
-            raise ValueError(
-                f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; use fewer or collect more"
-            )
+            raise ValueError(f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; use fewer")
         return (self.training if split == "train" else self.zoo.runs_in(split))[:count]
 
     @property
@@ -181,14 +180,11 @@ def quality_against_sampler_steps(
     The samplers are ours and, if diffusers is installed, UniPC as an example of its fast ones.
     """
     samplers = ("ddpm", "ddim", *(("unipc",) if find_spec("diffusers") else ()))
-    updates = {
-        (sampler, count): trial.trained.update(
-            SamplerSettings(sampler, count, trial.settings.networks_at_once), trial.seed
-        )
-        for sampler in samplers
-        for count in steps
-        if sampler in ("ddpm", "ddim") or count >= 5  # with fewer, those of diffusers would not start from noise
-    }
+    updates = {}
+    for sampler, count in itertools.product(samplers, steps):
+        if sampler in ("ddpm", "ddim") or count >= 5:  # with fewer, those of diffusers would not start from noise
+            settings = replace(trial.settings, sampler=sampler, num_inference_steps=count)
+            updates[sampler, count] = trial.trained.update(settings, trial.seed)
     theta = trial.starts("validation", min(networks, 16))
     rows = quality_against_steps(
         updates, trial.task, trial.metric, theta, prompts=prompts, trained_best=trial.trained_best,

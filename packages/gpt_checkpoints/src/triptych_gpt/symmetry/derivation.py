@@ -95,13 +95,11 @@ class _Walk:
 
     def resolve(self, name: str) -> tuple[Axis | None, ...]:
         """A parameter's axes, now that all ties are known."""
-        axes: list[Axis | None] = []
-        for node, length in zip(self.axes[name], self.layout.shapes[name], strict=True):
-            root = None if node is None else self.root(node)
-            axes.append(
-                None if root is None or root in self.fixed else Axis(self.names[root], length // self.units[root])
-            )
-        return tuple(axes)
+        return tuple(map(self._axis, self.axes[name], self.layout.shapes[name]))
+
+    def _axis(self, node: int | None, length: int) -> Axis | None:
+        root = None if node is None else self.root(node)
+        return None if root is None or root in self.fixed else Axis(self.names[root], length // self.units[root])
 
     def visit(self, module: nn.Module, name: str, value: _Value) -> _Value:
         """The activations after a module; notes the axes of its parameters."""
@@ -250,12 +248,13 @@ def join(name: str, own: str) -> str:
 
 _Rule = Callable[[_Walk, Any, str, _Value], _Value]
 
-_ELEMENTWISE = """
-    Identity ReLU ReLU6 LeakyReLU RReLU ELU SELU CELU GELU SiLU Mish Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign
-    Hardtanh Hardswish Hardsigmoid Softshrink Hardshrink Threshold Dropout Dropout1d Dropout2d Dropout3d AlphaDropout
-    FeatureAlphaDropout Softmax Softmax2d LogSoftmax Softmin
-"""  # softmax over channels is reordered as they are, over another dimension it acts on each channel alone
-_POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
+ELEMENTWISE = """
+    Identity ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign Hardtanh
+    Hardswish Hardsigmoid Softshrink Hardshrink Threshold Dropout
+"""
+POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
+# Softmax over channels is reordered as they are; over another dimension it acts on each channel alone.
+_ALSO = "RReLU Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Softmax Softmax2d LogSoftmax Softmin"
 
 _RULES: dict[type[nn.Module], _Rule] = {
     nn.Sequential: _sequential,
@@ -269,9 +268,9 @@ _RULES: dict[type[nn.Module], _Rule] = {
     nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
     nn.Flatten: _flatten,
-    **{getattr(nn, name): _elementwise for name in _ELEMENTWISE.split()},
+    **{getattr(nn, name): _elementwise for name in f"{ELEMENTWISE} {_ALSO}".split()},
     **{getattr(nn, f"Conv{rank}d"): _convolution(rank) for rank in (1, 2, 3)},
     **{getattr(nn, f"ConvTranspose{rank}d"): _convolution(rank, transposed=True) for rank in (1, 2, 3)},
     **{getattr(nn, f"InstanceNorm{rank}d"): _channel_norm(rank) for rank in (1, 2, 3)},
-    **{getattr(nn, f"{kind}{rank}d"): _pooling(rank) for kind in _POOLING.split() for rank in (1, 2, 3)},
+    **{getattr(nn, f"{kind}{rank}d"): _pooling(rank) for kind in POOLING.split() for rank in (1, 2, 3)},
 }

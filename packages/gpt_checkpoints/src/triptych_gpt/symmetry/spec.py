@@ -106,9 +106,7 @@ class PermutationSpec:
         inverse = self.inverse(permutations)
         batch = next((tuple(p.shape[:-1]) for p in inverse.values()), ())
         if tuple(theta.shape[:-1])[: len(batch)] != batch:
-            raise ValueError(
-                f"theta of shape {tuple(theta.shape)}, permutations for {batch} of them; draw one for each"
-            )
+            raise ValueError(f"theta of shape {tuple(theta.shape)}, permutations for {batch}; draw one for each")
         out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
         if not theta.numel():
             return out
@@ -128,14 +126,21 @@ class PermutationSpec:
         if permutations.keys() != self.groups.keys():
             expected = f"expected those of {sorted(self.groups)}; draw them from this spec"
             raise ValueError(f"permutations of {sorted(permutations)}, {expected}")
-        inverse, batch = {}, None
+        inverses, batch = {}, None
         for group, units in self.groups.items():
             forward = permutations[group].long()
             batch = forward.shape[:-1] if batch is None else batch
             if tuple(forward.shape) != (*batch, units):
                 raise ValueError(f"{group}: permutations of shape {tuple(forward.shape)}, expected {(*batch, units)}")
-            inverse[group] = _inverse(group, forward)
-        return inverse
+            # Checked on the CPU alone: a device would have to be waited for.
+            checkable = forward.device.type == "cpu"
+            if checkable and ((forward < 0) | (forward >= units)).any():
+                raise ValueError(f"{group}: an index outside 0..{units - 1}; give permutations of {units} units")
+            places = torch.arange(units, device=forward.device).expand_as(forward)
+            inverses[group] = torch.full_like(forward, -1).scatter_(-1, forward, places)
+            if checkable and (inverses[group] < 0).any():
+                raise ValueError(f"{group}: a unit that comes twice; give permutations of {units} units")
+        return inverses
 
     @cached_property
     def _moves(self) -> list[tuple[slice, list[tuple[int, str | None]]]]:
@@ -165,11 +170,9 @@ class PermutationSpec:
     def from_json(cls, content: Mapping[str, Any]) -> "PermutationSpec":
         """The spec that `to_json` described. Raises ValueError for anything else."""
         try:
-            axes = {
-                name: tuple(None if axis is None else Axis(str(axis[0]), int(axis[1])) for axis in axes)
-                for name, axes in content["axes"].items()
-            }
-            layout = content["layout"]
+            axes, layout = {}, content["layout"]
+            for name, entries in content["axes"].items():
+                axes[name] = tuple(None if axis is None else Axis(str(axis[0]), int(axis[1])) for axis in entries)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError('not a permutation spec; expected {"layout": ..., "axes": {name: [...]}}') from error
         return cls(ParameterLayout.from_json(layout), axes)
@@ -202,18 +205,6 @@ def check_invariance(
         pairs = ((forward(a, inputs), forward(b, inputs)) for a, b in zip(thetas, permuted, strict=True))
         changes = [(before - after).abs().max() for before, after in pairs]
     return torch.stack(changes).max().item()  # torch's max, unlike Python's, returns NaN if there is one
-
-
-def _inverse(group: str, forward: Int[Tensor, "*n units"]) -> Int[Tensor, "*n units"]:
-    # Checked on the CPU alone: a device would have to be waited for.
-    units, checkable = forward.shape[-1], forward.device.type == "cpu"
-    if checkable and ((forward < 0) | (forward >= units)).any():
-        raise ValueError(f"{group}: an index outside 0..{units - 1}; give permutations of {units} units")
-    places = torch.arange(units, device=forward.device).expand_as(forward)
-    inverse = torch.full_like(forward, -1).scatter_(-1, forward, places)
-    if checkable and (inverse < 0).any():
-        raise ValueError(f"{group}: a unit that comes twice; give permutations of {units} units")
-    return inverse
 
 
 def _move(

@@ -40,9 +40,8 @@ class FlipAndCrop:
     """
 
     padding: int = 4
-    offsets: int = (
-        8  # of 9: the released recipe's random numbers never reach the last one, and so the published networks saw none
-    )
+    # Of 9 offsets the released recipe's random numbers never reach the last, so the published networks saw 8.
+    offsets: int = 8
 
     def __post_init__(self) -> None:
         if self.padding < 0 or not 1 <= self.offsets <= 2 * self.padding + 1:

@@ -63,11 +63,8 @@ def _by_step(record: Tensor) -> dict[int, _At]:
     """For each step, the networks with a checkpoint after it, and which one."""
     steps, order = record.flatten().sort()
     values, counts = steps.unique_consecutive(return_counts=True)
-    per_network = record.shape[1]
-    return {
-        step: (at.div(per_network, rounding_mode="floor"), at % per_network)
-        for step, at in zip(values.tolist(), order.split(counts.tolist()), strict=True)
-    }
+    parts = zip(values.tolist(), order.split(counts.tolist()), strict=True)
+    return {step: (at // record.shape[1], at % record.shape[1]) for step, at in parts}
 
 
 def _take(at: _At | None, parameters: Mapping[str, Tensor], stack: Stack, out: Tensor) -> None:

@@ -64,16 +64,11 @@ def _from_file(path: Path, name: str) -> Task:
         except Exception as error:
             raise ValueError(f"{path}: {name}() fails ({_line(error)})") from error
     if not isinstance(task, Task):
-        missing = [part for part in _PARTS if not hasattr(task, part)]
+        parts = ("name", *(part for part in vars(Task) if not part.startswith("_")))
+        missing = [part for part in parts if not hasattr(task, part)]
         raise ValueError(f"{path}: {name} is a {type(task).__name__}, no Task (it lacks {', '.join(missing)})")
     return task
 
 
 def _line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-_PARTS = (
-    "name", "layout", "symmetry", "metrics", "initialisers", "steps", "recipe", "settings", "initial", "train_cohort",
-    "evaluate", "measure",
-)  # fmt: skip

@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry.derivation import Residual, join
+from triptych_gpt.symmetry.derivation import ELEMENTWISE, POOLING, Residual, join
 
 Parameters = Mapping[str, Tensor]  # each [networks, *shape]
 
@@ -281,12 +281,6 @@ def _flatten(module: nn.Flatten, name: str) -> _Layer | None:
     return lambda parameters, state, training: _features(state)
 
 
-_ELEMENTWISE = """
-    Identity ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign Hardtanh
-    Hardswish Hardsigmoid Softshrink Hardshrink Threshold Dropout
-"""
-_POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
-
 _MAKERS: dict[type[nn.Module], Callable[[Any, str], _Layer | None]] = {
     nn.Sequential: _sequential,
     Residual: _residual,
@@ -294,6 +288,6 @@ _MAKERS: dict[type[nn.Module], Callable[[Any, str], _Layer | None]] = {
     nn.Flatten: _flatten,
     **{getattr(nn, f"Conv{rank}d"): _conv for rank in (1, 2, 3)},
     **{getattr(nn, f"BatchNorm{rank}d"): _batch_norm for rank in (1, 2, 3)},
-    **{getattr(nn, name): _elementwise for name in _ELEMENTWISE.split()},
-    **{getattr(nn, f"{kind}{rank}d"): _pooling for kind in _POOLING.split() for rank in (1, 2, 3)},
+    **{getattr(nn, name): _elementwise for name in ELEMENTWISE.split()},
+    **{getattr(nn, f"{kind}{rank}d"): _pooling for kind in POOLING.split() for rank in (1, 2, 3)},
 }

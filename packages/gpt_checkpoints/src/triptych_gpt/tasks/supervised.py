@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property, partial
 from itertools import islice, pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from triptych_common.fields import Checked, Ge, check_fields
 from triptych_common.randomness import generator, permutation
 from triptych_common.storage.checkpoint import digest
 
@@ -67,16 +68,12 @@ def describe(thing: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Checked):
     """A metric that is the mean of a measure over one part of the data."""
 
     metric: Metric
     part: Literal["train", "test"]
     measure: Measure
-
-    def __post_init__(self) -> None:
-        if self.part not in ("train", "test"):
-            raise ValueError(f"part {self.part!r} of metric {self.metric.name}: expected train or test")
 
 
 def classification(loss: Prompts | None = None, error: Prompts | None = None) -> tuple[Score, ...]:
@@ -110,19 +107,17 @@ class SupervisedTask(Task):
     name: str
     network: Callable[[], nn.Module]
     data: Callable[[str], Items]
-    epochs: int  # each reshuffles the items and drops the last, smaller batch
-    batch_size: int = 128
+    epochs: Annotated[int, Ge(1)]  # each reshuffles the items and drops the last, smaller batch
+    batch_size: Annotated[int, Ge(1)] = 128
     optimizer: OptimizerSettings = field(default_factory=momentum_sgd)
     loss: Measure = cross_entropy
     scores: tuple[Score, ...] = field(default_factory=classification)
     augment: Augment | None = None
-    scored_train_items: int = 500
+    scored_train_items: Annotated[int, Ge(1)] = 500
     permutations: PermutationSpec | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "scored_train_items"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        check_fields(self)
         names = [score.metric.name for score in self.scores]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"scores {', '.join(names) or 'missing'}: expected at least one, each of another name")

@@ -48,9 +48,8 @@ class Cohort:
     checkpoints: int = 200
     initialiser: str = "default"
     shared_batches: bool = True
-    early: bool = (
-        False  # half of the inner checkpoints are mostly from the beginning of a run, where metrics change fast
-    )
+    # Half of the inner checkpoints are then mostly from the beginning of a run, where metrics change fast.
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,48 +91,37 @@ class Task(Protocol, metaclass=_Nominal):
     @property
     def layout(self) -> ParameterLayout:
         """Order of the parameters in theta."""
-        ...
 
     @property
     def symmetry(self) -> PermutationSpec:
         """Permutations of theta that leave the network's function as it is."""
-        ...
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """What `evaluate` scores, the metric to prompt for first."""
-        ...
 
     @property
     def initialisers(self) -> tuple[str, ...]:
         """Names of ways to initialise a network, the task's own first."""
-        ...
 
     @property
     def steps(self) -> int:
         """Optimiser steps of a run."""
-        ...
 
     def recipe(self) -> dict[str, Any]:
         """Everything that decides what a run is, JSON-able: zoos of one recipe are the same zoo."""
-        ...
 
     def settings(self) -> dict[str, Any]:
         """Settings of every run for the index, such as the optimiser's."""
-        ...
 
     def initial(self, seed: int, runs: Sequence[int], initialiser: str = "default") -> Float[Tensor, "runs D"]:
         """Networks before training, float32 on the CPU; a function of (seed, run) and the initialiser alone."""
-        ...
 
     def train_cohort(self, cohort: Cohort, device: torch.device, networks_at_once: int) -> Trajectories:
         """Train the cohort's runs; returns their checkpoints on the CPU."""
-        ...
 
     def evaluate(self, theta: Float[Tensor, "n D"]) -> dict[str, Float[Tensor, " n"]]:
         """Every metric of some networks, scored on theta's device."""
-        ...
 
     def measure(self, device: torch.device, cohort_runs: int, shared_batches: bool = True) -> Speed:
         """How fast this machine trains and scores, `cohort_runs` networks at once at most."""
-        ...

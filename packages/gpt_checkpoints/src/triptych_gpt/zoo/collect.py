@@ -244,13 +244,8 @@ def _summary(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
         if split not in splits:
             echo(f"no {split} runs: they would be the {cohort} cohort of {config.cohort_runs:,}; raise --runs")
     echo(f"{sum(kept.values()):,} runs ({dropped.total():,} dropped), {manifest.bytes / 1e9:,.3f} GB: {config.out}")
-    return {
-        "zoo": config.out,
-        "manifest": config.out / MANIFEST,
-        "runs": kept,
-        "dropped": dropped.total(),
-        "bytes": manifest.bytes,
-    }
+    held = {"runs": kept, "dropped": dropped.total(), "bytes": manifest.bytes}
+    return {"zoo": config.out, "manifest": config.out / MANIFEST, **held}
 
 
 def _count(n: int, noun: str) -> str:

@@ -96,20 +96,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
     place = _checkpoint(zoo, row, config.checkpoint)
     state_dict = zoo.layout.unflatten(zoo.theta([row], [place])[0])
     metrics = {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names}
-    facts = {
-        "task": zoo.task,
-        "run": config.run,
-        "split": str(zoo.runs.split[row]),
-        "checkpoint": place,
-        "step": int(zoo.steps[row, place]),
-        "metrics": metrics,
-    }
+    split, step = str(zoo.runs.split[row]), int(zoo.steps[row, place])
+    facts = {"task": zoo.task, "run": config.run, "split": split, "checkpoint": place, "step": step, "metrics": metrics}
     if config.out.suffix in PICKLE_SUFFIXES:
         foreign.write(config.out, state_dict)
     else:
         checkpoint.write(config.out, state_dict, {"kind": "state dict", **facts})
     scored = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-    echo(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {facts['step']:,} ({scored})")
+    echo(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {step:,} ({scored})")
     return {"out": str(config.out), **facts}
 
 

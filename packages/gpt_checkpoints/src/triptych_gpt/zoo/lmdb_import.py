@@ -164,10 +164,8 @@ def _read_run(
 def _summary(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
     counts, dropped = manifest.counts()
     runs = {"train": 0, "test": 0, **counts}
-    echo(
-        f"wrote {config.out}: {runs['train']:,} training and {runs['test']:,} test runs; dropped {dropped.total():,}, "
-        f"skipped {skipped:,} folders without DONE.txt"
-    )
+    left_out = f"dropped {dropped.total():,}, skipped {skipped:,} folders without DONE.txt"
+    echo(f"wrote {config.out}: {runs['train']:,} training and {runs['test']:,} test runs; {left_out}")
     if not sum(runs.values()):
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common(3))
         raise ValueError(f"{config.lmdb}: no run could be used ({reasons}); see --checkpoints and --task")

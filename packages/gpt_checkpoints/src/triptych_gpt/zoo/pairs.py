@@ -116,7 +116,7 @@ class Pairs:
     def draw(
         self, counters: Sequence[int], out: tuple[Float[Tensor, "n D"], Float[Tensor, "n D"]] | None = None
     ) -> PairBatch:
-        """The pairs at these counters, on the CPU; thetas are written to `out` if given. Raises ValueError for a negative counter."""
+        """The pairs at these counters, on the CPU, thetas in `out` if given. Raises ValueError for a negative counter."""
         if len(counters) and min(counters) < 0:
             raise ValueError(f"counter {min(counters)}: expected 0 or more")
         run, start, target = self.sampling(self.seed, counters, len(self.rows), self.zoo.checkpoints)
