@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triptych_common.fields import Checked, Gt
+from triptych_common.fields import Checked, Gt, OneOf
 
 from triptych_gpt.symmetry.spec import PermutationSpec
 
@@ -53,7 +53,7 @@ class GptConfig(Checked):
 
     symmetry: PermutationSpec
     """parameters of the networks it reads and writes, and which of their axes permute"""
-    tokenizer: Literal["layer", "chunk", "neuron"] = "neuron"
+    tokenizer: Annotated[str, OneOf(("layer", "chunk", "neuron"))] = "neuron"
     """a token for each parameter tensor (thesis), chunk of one (released models), or hidden unit"""
     chunk_size: int | None = None
     """most parameters of a token (chunk only)"""
@@ -65,7 +65,7 @@ class GptConfig(Checked):
     """attention heads; width must be a multiple"""
     edge_width: Annotated[int, Gt(0)] = 32
     """channels of a weight between two hidden units (neuron only; networks of one hidden layer have none)"""
-    scalars: Literal["raw", "normalised"] = "normalised"
+    scalars: Annotated[str, OneOf(("raw", "normalised"))] = "normalised"
     """metrics and timestep embedded as they are, by 128 frequencies over 14 octaves (released), or scaled first"""
     num_frequencies: Annotated[int, Gt(0)] = 32
     """frequencies of a normalised scalar"""
