@@ -75,10 +75,10 @@ class Audit:
 
     metric: str
     better: str
-    groups: tuple[Group, ...]
     searched: str
     memorised: bool
     verdict: tuple[str, ...]
+    groups: tuple[Group, ...]
 
     def group(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)
@@ -136,7 +136,7 @@ def audit(
         searched += f", every {every}th of each run: nearest distances may be smaller"
     if not near[0].exact:
         searched += "; matched by coordinate ascent on a shortlist: distances are upper bounds"
-    return Audit(metric, better, groups, searched, memorised, tuple(lines))
+    return Audit(metric, better, searched, memorised, tuple(lines), groups)
 
 
 def held_out(zoo: Zoo, metric: str, targets: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "_ D"]]:

@@ -98,7 +98,7 @@ def check(config: GptTrainConfig, data: TrainingZoo) -> None:
         problem = f"{held:,} validation runs, too few to choose a model by (a rank needs one)"
         raise ValueError(f"{data.zoo.path}: {problem}; collect more, or --validation-every 0")
     if not ranks <= config.validation_networks <= held:
-        expected = f"{ranks} (one a rank) to {held:,} (the zoo's validation runs), or --validation-every 0"
+        expected = f"{ranks} to {held:,} (one a rank, at most the zoo's runs), or --validation-every 0"
         raise ValueError(f"validation_networks {config.validation_networks}: expected {expected}")
 
 
