@@ -208,7 +208,7 @@ def test_results_survive_json():
     assert torch.equal(torch.tensor(read["prompts"], dtype=torch.float64), sweep.prompts)
 
 
-class TwoSplits(Zoo):
+class ThreeRuns(Zoo):
     better = {"size": "lower", "merit": "higher"}  # noqa: RUF012
 
     def __init__(self):
@@ -218,14 +218,10 @@ class TwoSplits(Zoo):
         values = torch.tensor([[3.0, 2.0], [9.0, 1.0], [torch.nan, 2.5]])
         return values if name == "size" else 5 - values
 
-    def runs_in(self, split):
-        return np.array([0, 2] if split == "train" else [1])
 
-
-def test_the_training_sets_best_is_of_its_own_split():
-    assert trained_best(TwoSplits()) == {"size": 2.0, "merit": 3.0}
-    assert trained_best(TwoSplits(), "test") == {"size": 1.0, "merit": 4.0}
-    assert trained_best(TwoSplits(), rows=np.array([2])) == {"size": 2.5, "merit": 2.5}
+def test_the_training_sets_best_is_of_its_own_runs():
+    for rows, size in (([0, 2], 2.0), ([1], 1.0), ([2], 2.5)):
+        assert trained_best(ThreeRuns(), np.array(rows)) == {"size": size, "merit": 5 - size}
 
 
 @pytest.mark.parametrize(

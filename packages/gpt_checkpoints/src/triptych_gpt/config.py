@@ -95,7 +95,7 @@ class GptConfig(Checked):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "GptConfig":
-        """The config that `to_json` described. Raises ValueError for anything else."""
+        """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
             symmetry, scale = PermutationSpec.from_json(content["symmetry"]), content["metric_scale"]
             scale = scale and MetricScale(scale["low"], scale["high"], tuple(scale["knots"]))

@@ -24,21 +24,19 @@ from triptych_gpt.zoo.source import recipe_of
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure what is missing; returns R^2 of the model and of each baseline, with 95% intervals.
 
-    Raises what opening model, task and zoo raises, and ValueError for a zoo with too few unseen networks, or a folder with another
-    model's results.
+    Raises what `Trial.open` raises, and ValueError for a zoo with too few unseen networks, or a folder of another model's results.
     """
     trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
     trial.rows("test", config.networks)  # refused before there is a folder
     trial.rows("validation", min(config.networks, 16) if config.sampler_steps else 0)
+    amounts = {"networks": config.networks, "prompts": config.prompts}
     identity = {
         "weights": digest(trial.trained.model.state_dict())[:16],
         "zoo": {"recipe": recipe_of(trial.zoo), "runs": trial.zoo.splits},
-        "networks": config.networks,
-        "prompts": config.prompts,
+        **amounts,
         "sampler": asdict(config.settings),
         "seed": config.seed,
     }
-    amounts = {"networks": config.networks, "prompts": config.prompts}
     with RunDirectory(config.out, identity) as run:
         result = _measured(run.path / "alignment.json", lambda: alignment_beside_baselines(trial, **amounts))
         write_bytes(run.path / "alignment.png", figure_png(alignment_figure(result)))

@@ -17,7 +17,7 @@ from triptych_gpt.config import GptConfig
 from triptych_gpt.model import Gpt
 from triptych_gpt.presets import PRESETS
 from triptych_gpt.settings import RELEASED
-from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, splits
+from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, raw_frequencies, splits
 
 _FREQUENCIES = "scalar_embedder.frequencies"
 
@@ -26,8 +26,7 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
     """A released file as a Gpt, float32, frozen, on the CPU and in evaluation mode; the averaged weights if it has them.
 
     preset: a name in `RELEASED`, or the config of a model trained with the original code.
-    Raises FileNotFoundError for an absent file, ValueError for one that is damaged, holds more than tensors or is of another model,
-    naming the first tensor that differs.
+    Raises FileNotFoundError for an absent file, ValueError for one that is damaged, unsafe or of another model, naming the tensor.
     """
     if isinstance(preset, str) and preset not in RELEASED:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(RELEASED)}")
@@ -37,8 +36,7 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
     with torch.device("meta"):
         model = Gpt(config)
     wanted = model.state_dict()
-    expected = {name: shape for mine, names in _names(config) for name, shape in _shapes(names, wanted[mine])}
-    _check(state, expected, path)
+    _check(state, {name: tuple(tensor.shape) for name, tensor in _as_released(model).items()}, path)
     ours = {}
     for mine, names in _names(config):
         joined = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
@@ -53,11 +51,16 @@ def export_released(model: Gpt) -> dict[str, Tensor]:
     Raises ValueError for a model that the original code does not have: neuron tokens, or normalised scalars.
     """
     _check_kind(model.config)
-    ours, theirs = model.state_dict(), {_FREQUENCIES: _frequencies()}
+    theirs = {name: tensor.detach().float().cpu().contiguous() for name, tensor in _as_released(model).items()}
+    return {_FREQUENCIES: raw_frequencies(), **theirs}
+
+
+def _as_released(model: Gpt) -> dict[str, Tensor]:
+    """The model's tensors under the original code's names, and with its shapes."""
+    ours, theirs = model.state_dict(), dict[str, Tensor]()
     for mine, names in _names(model.config):
-        tensor = ours[mine].detach().float().cpu()
-        parts = [tensor[None]] if mine == "positions" else tensor.chunk(len(names))
-        theirs |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+        parts = [ours[mine][None]] if mine == "positions" else ours[mine].chunk(len(names))
+        theirs |= dict(zip(names, parts, strict=True))
     return theirs
 
 
@@ -86,12 +89,6 @@ def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
         yield f"tokenizer.decoders.{i}.weight", [f"decoder.output_parameter_projections.{i}.0.weight"]
 
 
-def _shapes(names: list[str], ours: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name in names:
-        first, *rest = ours.shape
-        yield name, (1, first, *rest) if name == "decoder.pos_emb" else (first // len(names), *rest)
-
-
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in a file, without the prefixes of wrappers."""
     if isinstance(content, Mapping):
@@ -114,11 +111,7 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]],
     unknown = next((name for name in state if name not in expected and name != _FREQUENCIES), None)
     if unknown is not None:
         raise ValueError(f"{path}: {unknown} {tuple(state[unknown].shape)} is no part of this preset; {remedy}")
-    theirs = state.get(_FREQUENCIES, _frequencies())
-    if theirs.shape != (RAW_FREQUENCIES,) or not torch.allclose(theirs.float(), _frequencies(), rtol=1e-5):
+    theirs = state.get(_FREQUENCIES, raw_frequencies())
+    if theirs.shape != (RAW_FREQUENCIES,) or not torch.allclose(theirs.float(), raw_frequencies(), rtol=1e-5):
         numbers = f"({len(theirs)} up to {theirs.max():g}), expected {RAW_FREQUENCIES} up to {2**RAW_OCTAVES:g}"
         raise ValueError(f"{path}: embeds scalars by other frequencies {numbers}; only these can be read")
-
-
-def _frequencies() -> Tensor:
-    return 2 ** torch.linspace(0, RAW_OCTAVES, RAW_FREQUENCIES)

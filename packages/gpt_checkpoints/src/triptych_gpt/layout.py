@@ -100,7 +100,7 @@ class ParameterLayout:
 
     @classmethod
     def from_json(cls, content: Sequence[Sequence[Any]]) -> "ParameterLayout":
-        """The layout that `to_json` described. Raises ValueError for anything else."""
+        """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
             shapes = {str(name): tuple(int(n) for n in shape) for name, shape in content}
         except (TypeError, ValueError) as error:

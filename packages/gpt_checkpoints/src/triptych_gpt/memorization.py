@@ -20,7 +20,7 @@ from triptych_common.metrics.bootstrap import Estimate, bootstrap, bootstrap_rat
 
 from triptych_gpt.evaluation.baselines import nearest_in_metric, nearest_in_runs
 from triptych_gpt.nearest import Nearest, Pool, nearest
-from triptych_gpt.symmetry.matching import match
+from triptych_gpt.symmetry.matching import canonicalise
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Task
@@ -160,7 +160,8 @@ def made_of_training(
         made[f"noised {sigma}"] = base + noise * (sigma / scale)
     for count in AVERAGED:
         several = _drawn(zoo, training, metric, targets, count, seed, f"audit averaged {count}")
-        made[f"mean of {count}"] = torch.stack([_matched_mean(spec, each, seed) for each in several])
+        matched = [torch.cat([each[:1], canonicalise(spec, each[1:], each[0], seed)]) for each in several]
+        made[f"mean of {count}"] = torch.stack(matched).mean(1)
     return made
 
 
@@ -174,11 +175,6 @@ def _drawn(
     rows = torch.cat([training[order[:count]] for order in orders])
     checkpoints = nearest_in_runs(zoo, rows, metric, targets.repeat_interleave(count))
     return zoo.theta(rows, checkpoints).unflatten(0, (-1, count))
-
-
-def _matched_mean(spec: PermutationSpec, thetas: Float[Tensor, "count D"], seed: int) -> Float[Tensor, " D"]:
-    first, others = thetas[0], thetas[1:]
-    return torch.cat([first[None], spec.apply(others, match(spec, others, first, seed))]).mean(0)
 
 
 def _nearest_of_each(networks: dict[str, Float[Tensor, "_ D"]], pool: Pool, spec: PermutationSpec) -> list[Nearest]:

@@ -156,20 +156,16 @@ def training_flops(config: GptConfig) -> int:
     return 3 * counter.get_total_flops()
 
 
-def parameter_count(config: GptConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Gpt(config).parameters())
-
-
 def plan(config: GptTrainConfig) -> dict[str, Any]:
     """What --dry-run prints: sizes and arithmetic."""
     data = TrainingZoo(replace(config, canonicalise=False))
-    shape = data.model_config
-    flops = training_flops(shape)
+    flops = training_flops(data.model_config)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Gpt(data.model_config).parameters())
     return {
         "config": asdict(config),
         "zoo": data.identity(),
-        "parameters": parameter_count(shape),
+        "parameters": parameters,
         "gflops_per_pair": round(flops / 1e9, 6),
         "steps": -(-config.total_pairs // config.batch_size),
         "training_gflops": round(flops / 1e9 * config.total_pairs, 1),

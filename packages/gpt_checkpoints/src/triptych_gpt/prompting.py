@@ -84,7 +84,7 @@ def prompt(
     Warns of a prompt outside the training checkpoints' range, and of rejected updates. Raises ValueError for another metric, a
     network of another architecture, or one that is not finite or has no finite metric; FileNotFoundError for an absent file.
     """
-    asked, settings = _asked(trained, target), settings or SamplerSettings()
+    goal, settings = _goal(trained, target), settings or SamplerSettings()
     update = trained.update(settings, seed, progress)
     for name, value in (("recursive", recursive), ("samples", samples)):
         if value < 1:
@@ -99,7 +99,7 @@ def prompt(
         # Noise belongs to (sample, update): a sample is the same whatever else is generated with it.
         indices = [i * _UPDATES + step for i in range(samples)]
         updated = advanced(
-            update, trained.task, thetas, scores, metric, asked, indices, networks_at_once=settings.networks_at_once
+            update, trained.task, thetas, scores, metric, goal, indices, networks_at_once=settings.networks_at_once
         )
         thetas, scores = updated.theta, dict(updated.metrics)
         paths.append(scores[metric])
@@ -112,7 +112,7 @@ def prompt(
     for i in range(samples):
         achieved = {name: float(values[i]) for name, values in scores.items()}
         path = tuple(float(values[i]) for values in paths)
-        answers.append(Answer(thetas[i], layout, metric, asked, achieved, path, int(rejected[i])))
+        answers.append(Answer(thetas[i], layout, metric, goal, achieved, path, int(rejected[i])))
     return answers
 
 
@@ -179,23 +179,23 @@ def _check_values(value: Tensor, where: str, *, weights: bool) -> None:
         raise ValueError(f"{where}: {bad:,} of {value.numel():,} entries are not finite; give finite weights")
 
 
-def _asked(trained: TrainedGpt, target: Mapping[str, float]) -> float:
+def _goal(trained: TrainedGpt, target: Mapping[str, float]) -> float:
     """The prompt. Raises ValueError for another metric than the trained one, warns outside the training checkpoints' range."""
     metric, ends = trained.metric, trained.trained_range
     if list(target) != [metric]:
         remedy = f"ask for {metric}=VALUE, or train another with triptych-gpt train --metric"
         raise ValueError(f"target {', '.join(target) or 'nothing'}: this model was trained for {metric}; {remedy}")
-    asked = float(target[metric])
-    if not math.isfinite(asked):
-        raise ValueError(f"target {metric}={asked}: expected a finite number")
+    goal = float(target[metric])
+    if not math.isfinite(goal):
+        raise ValueError(f"target {metric}={goal}: expected a finite number")
     if ends is None:
         problem = "the range that the model was trained on is not known (converted models do not include it)"
-    elif not ends[0] <= asked <= ends[1]:
+    elif not ends[0] <= goal <= ends[1]:
         problem = f"outside {ends[0]:.4g}..{ends[1]:.4g}, the range of the training checkpoints"
     else:
-        return asked
-    warnings.warn(f"target {metric}={asked:g}: {problem}", OutsideTrainedRange, stacklevel=3)
-    return asked
+        return goal
+    warnings.warn(f"target {metric}={goal:g}: {problem}", OutsideTrainedRange, stacklevel=3)
+    return goal
 
 
 def prompt_command(config: PromptConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from triptych_common import sampler_settings
 from triptych_common.cli import CommonOptions
-from triptych_common.fields import Ge, Interval
+from triptych_common.fields import Ge, Interval, OneOf
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 
@@ -125,15 +125,10 @@ class AuditConfig(SamplingOptions):
     """folder for audit.json and audit.png"""
     samples: Annotated[int, Ge(1)] = 100
     """networks to generate, each from a different unseen network"""
-    target: float | None = None
+    target: Annotated[float | None, Interval(gt=-math.inf, lt=math.inf, wanted="a finite number")] = None
     """the prompt; default: the value that gives the best networks on validation runs"""
     every: Annotated[int, Ge(1)] = 1
     """search only every k-th checkpoint of the training runs; 1: all"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target is not None and not math.isfinite(self.target):
-            raise ValueError(f"target {self.target}: expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -213,11 +208,7 @@ class ConvertConfig(Options):
 
     checkpoint: Path | None = None
     """the released file, such as best.pt; read without executing code from it"""
-    released: str = "mnist_loss"
+    released: Annotated[str, OneOf(RELEASED)] = "mnist_loss"
     """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
     out: Path = Path("runs/released")
     """folder for model.safetensors"""
-
-    def __post_init__(self) -> None:
-        if self.released not in RELEASED:
-            raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")

@@ -355,5 +355,10 @@ def _frequencies(config: GptConfig) -> Float[Tensor, " frequencies"]:
     # In float32, as released: raw frequencies turn t = 999 into 16 million radians, where another rounding gives another
     # embedding. Computed in every pass, since a buffer outside the state dict would be lost in a model built on meta.
     if config.scalars == "raw":
-        return 2 ** torch.linspace(0, RAW_OCTAVES, RAW_FREQUENCIES, device="cpu")
+        return raw_frequencies()
     return math.pi / 4 * 2 ** torch.linspace(0, config.octaves, config.num_frequencies, device="cpu")
+
+
+def raw_frequencies() -> Float[Tensor, " frequencies"]:
+    """The frequencies of the released models, powers of two in float32."""
+    return 2 ** torch.linspace(0, RAW_OCTAVES, RAW_FREQUENCIES, device="cpu")

@@ -26,8 +26,7 @@ SCORE = "validation/alignment"
 
 
 class Validation:
-    """A callback that logs "validation/alignment" every `validation_every` steps and at the end, and saves the averaged model
-    whenever it scores best so far.
+    """A callback that logs "validation/alignment" every `validation_every` steps, and saves the averaged model if it is the best yet.
 
     save(path, facts) writes the averaged model. `check` must have been called before.
     """

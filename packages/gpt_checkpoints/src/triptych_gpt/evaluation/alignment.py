@@ -41,8 +41,7 @@ def prompt_sweep(
     """One update of each network to each of `prompts` values, evenly spaced over the range that the metric declares.
 
     first_index: prompt j of network i samples with the noise of index first_index + i * prompts + j.
-    Raises ValueError if a network's worst prompt is no worse than the best, for a metric without prompts, and for networks that
-    are not finite.
+    Raises ValueError if a network's worst prompt is no worse than the best, or for a metric without prompts or a NaN network.
     """
     if metric.prompts is None:
         raise ValueError(f"metric {metric.name} has no prompts of its own; give it a best and a worst one")
@@ -74,9 +73,9 @@ def swept(
     return best + (worst - best)[:, None] * torch.linspace(0, 1, prompts, dtype=torch.float64)
 
 
-def trained_best(zoo: Zoo, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> dict[str, float]:
-    """The best value of every metric over the checkpoints of a split, or of the runs at `rows` alone."""
-    best, chosen = dict[str, float](), torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+def trained_best(zoo: Zoo, rows: Int[np.ndarray, " runs"]) -> dict[str, float]:
+    """The best value of every metric over the checkpoints of the runs at these rows."""
+    best, chosen = dict[str, float](), torch.as_tensor(rows)
     for name, better in zoo.better.items():
         values = zoo.metrics(name)[chosen]
         values = values[values.isfinite()]

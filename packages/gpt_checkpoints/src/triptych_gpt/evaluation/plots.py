@@ -62,10 +62,7 @@ def _mean_curve(axes: "Axes", prompts: np.ndarray, achieved: np.ndarray, color: 
 
 
 def quality(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Prompt alignment, and what the best prompt achieves, against model evaluations, a curve for each sampler.
-
-    rows: saved `Quality`, one each.
-    """
+    """Prompt alignment and the value at the best prompt of saved `Quality` rows against model evaluations, by sampler."""
     figure, axes = style.panels(2, size=(8.4, 3.4))
     metric = rows[0]["alignment"]["metric"]
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))

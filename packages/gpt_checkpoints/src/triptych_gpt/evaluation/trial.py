@@ -33,10 +33,7 @@ MODEL = "G.pt"  # the model's name beside those of the baselines
 
 @dataclass
 class Trial:
-    """A trained model, the zoo it was trained on, and how its updates are sampled.
-
-    Raises ValueError if zoo and model do not belong together.
-    """
+    """A trained model, its zoo, and how its updates are sampled. Raises ValueError if zoo and model do not belong together."""
 
     trained: TrainedGpt
     zoo: Zoo
@@ -57,10 +54,7 @@ class Trial:
     def open(
         cls, model: str | Path, zoo: str | Path, settings: SamplerSettings, seed: int = 0, device: str = "auto"
     ) -> "Trial":
-        """The model of a run folder or model file, on a device, with its zoo.
-
-        Raises FileNotFoundError or ValueError for what cannot be read or does not belong together.
-        """
+        """The model of a run folder or model file, on a device, with its zoo. Raises what `load` and `Zoo` raise."""
         trained = load(model)
         with process_group(device) as ranks:
             trained.to(ranks.device)
@@ -87,7 +81,7 @@ class Trial:
     @cached_property
     def trained_best(self) -> dict[str, float]:
         """The best value of every metric over the training checkpoints."""
-        return trained_best(self.zoo, rows=self.training)
+        return trained_best(self.zoo, self.training)
 
     def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
         """Untrained networks of the first runs of a split, on the model's device. Raises ValueError if it has fewer."""
@@ -123,7 +117,7 @@ class Trial:
         finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.training), -1].double()
         levels = torch.tensor(CANDIDATES, dtype=torch.float64)
         values = [self.trained_best[self.metric.name], *torch.quantile(finals, levels).tolist()]
-        assert self.metric.prompts is not None  # with_prompts has added them
+        assert self.metric.prompts is not None  # added by with_prompts
         candidates = list(dict.fromkeys([float(self.metric.prompts.best), *values]))
         theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))
         before = starting_metrics(self.task, theta, self.metric)[self.metric.name]
@@ -154,8 +148,7 @@ class Trial:
 def alignment_beside_baselines(trial: Trial, *, networks: int, prompts: int = 20) -> dict[str, Any]:
     """Sweeps over prompts on unseen networks, and R^2, of the model and of the baselines.  [thesis 3.4.4]
 
-    JSON-able: "sweeps" and "alignment" by the update's name, and "kl_last_step". Raises ValueError if the zoo has fewer test runs
-    than `networks`.
+    JSON-able: "sweeps" and "alignment" by the update's name, and "kl_last_step". Raises ValueError if the zoo has too few test runs.
     """
     theta = trial.starts("test", networks)
     sweeps = {

@@ -168,7 +168,7 @@ class PermutationSpec:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "PermutationSpec":
-        """The spec that `to_json` described. Raises ValueError for anything else."""
+        """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
             axes, layout = {}, content["layout"]
             for name, entries in content["axes"].items():

@@ -88,11 +88,6 @@ class SmallConvNet:
         return nn.Sequential(OrderedDict(layers))
 
 
-CIFAR_CNN = SupervisedTask(
-    name="cifar_cnn",
-    network=SmallConvNet(),
-    data=Pictures(),
-    epochs=50,
-    augment=FlipAndCrop(),
-    scores=classification(Prompts(1.2, 1.4), Prompts(0.35, 0.45)),
-)
+_SCORES = classification(Prompts(1.2, 1.4), Prompts(0.35, 0.45))
+
+CIFAR_CNN = SupervisedTask("cifar_cnn", SmallConvNet(), Pictures(), epochs=50, augment=FlipAndCrop(), scores=_SCORES)

@@ -39,10 +39,6 @@ class OptimizerSettings:
         if not (isinstance(self.arguments["lr"], float | int) and self.arguments["lr"] > 0):
             raise ValueError(f"arguments of {self.name}: lr {self.arguments['lr']!r}; expected a number above 0")
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.arguments["lr"])
-
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of some parameters, fused if possible. Raises ValueError for arguments that it refuses."""
         kind = getattr(torch.optim, self.name)
@@ -55,7 +51,8 @@ class OptimizerSettings:
 
     def rate(self, epoch: int, epochs: int) -> float:
         """Learning rate of an epoch, counted from 0."""
-        return self.learning_rate * (0.5 * (1 + cos(pi * epoch / epochs)) if self.schedule == "cosine" else 1.0)
+        factor = 0.5 * (1 + cos(pi * epoch / epochs)) if self.schedule == "cosine" else 1.0
+        return float(self.arguments["lr"]) * factor
 
 
 def momentum_sgd(lr: float = 0.1, weight_decay: float = 5e-4) -> OptimizerSettings:

@@ -48,8 +48,7 @@ class Stack:
 
     Inputs are [items, *shape], shared by all networks, or [networks, items, *shape]; outputs are [networks, items, out].
     In training mode BatchNorm normalises by each network's own minibatch and updates its running statistics in place.
-    Raises ValueError for a layer whose training is random, such as dropout, and for a BatchNorm whose statistics theta does not
-    hold.
+    Raises ValueError for a layer whose training is random, such as dropout, and for a BatchNorm with statistics outside theta.
     """
 
     def __init__(self, network: nn.Module) -> None:

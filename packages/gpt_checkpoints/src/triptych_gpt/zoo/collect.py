@@ -31,8 +31,7 @@ RECIPE_VERSION = 1  # raised whenever the same recipe gives other runs
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Make the zoo in `config.out`, or what is missing of it; returns where it is and what it holds.
 
-    Raises ValueError for a request that does not fit the task or the zoo that is there, OSError if files cannot be written; cohorts
-    that are complete by then stay.
+    Raises ValueError for a request that does not fit the task or the existing zoo, OSError if files cannot be written.
     """
     task, identity = request(config)
     _refuse_another(config.out, identity)
@@ -56,10 +55,7 @@ def spec_of(config: CollectConfig) -> TaskSpec:
 
 
 def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
-    """The task to collect, and everything that decides what its zoo is.
-
-    Raises ValueError or OSError if it cannot be collected.
-    """
+    """The task to collect, and all that decides what its zoo is. Raises ValueError or OSError if it cannot be collected."""
     spec = spec_of(config)
     task = spec.open()
     with one_line(f"task {task.name}"):

@@ -72,12 +72,13 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
     identity = {**settings, **{name: getattr(config, name) for name in _CHOSEN}}
     with RunDirectory(config.out, identity):
         manifest = _manifest(config, layout, identity)
+        done = {record.name for record in manifest.shards}
         again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
         with Progress("import", len(runs), "runs") as progress:
             progress.at(0)
             for split, cohort in _cohorts(len(runs), config):
                 name = shard_name(cohort)
-                if name not in manifest.names or name in again:
+                if name not in done or name in again:
                     data = _read_cohort(cohort, runs, split, config.checkpoints, layout)
                     record = write_shard(config.out, name, data, config.dtype)
                     manifest.commit(record, replace=name in again)

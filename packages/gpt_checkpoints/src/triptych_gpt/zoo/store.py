@@ -218,10 +218,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The zoo at `folder`, finished or growing.
-
-        Raises FileNotFoundError if there is none, ValueError for one that is damaged or that this version cannot read.
-        """
+        """The zoo at `folder`. Raises FileNotFoundError if there is none, ValueError if it is damaged or of another version."""
         path = Path(folder) / MANIFEST
         if not path.is_file():
             remedy = f"make one with triptych-gpt collect --out {folder}"
@@ -246,11 +243,6 @@ class Manifest:
     @property
     def layout(self) -> ParameterLayout:
         return ParameterLayout.from_json(self.facts["layout"])
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the shards that are there."""
-        return {record.name for record in self.shards}
 
     @property
     def bytes(self) -> int:
