@@ -42,6 +42,7 @@ class Gpt(nn.Module):
         self.token_kinds = [*self.tokenizer.token_kinds, *[1] * TOKENS[config.scalars]]
         self.norm_in = nn.LayerNorm(width)
         self.positions = nn.Parameter(torch.zeros(len(self.token_kinds), width))
+        # As in GPT rather than DiT: norms with weights and torch's epsilon, exact GELU, no modulation by the timestep, which is a token.
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, affine_norm=True, attn_norm_eps=1e-5, mlp_norm_eps=1e-5, gelu="none")
             for _ in range(config.depth)
@@ -50,7 +51,7 @@ class Gpt(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
-        """Linear weights from N(0, 0.02), all else zero or what the tokenizer asks for; drawn from `generator` if given."""
+        """Linear weights from N(0, 0.02), the rest zero, but for what the tokenizer initialises."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)

@@ -89,6 +89,7 @@ def prompt(
     for name, value in (("recursive", recursive), ("samples", samples)):
         if value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
+    # The model is conditioned on the metric that the network has now, so it is scored before every update.
     theta = theta_of(network, trained.model.config.symmetry.layout)
     scores = {name: values.repeat(samples) for name, values in measured(trained.task, theta[None]).items()}
     metric, layout = trained.metric, trained.model.config.symmetry.layout

@@ -46,9 +46,7 @@ def warn_if_lossy(largest: int, config: GptConfig) -> None:
     """Warn if a token stands for more parameters than it has channels and so cannot represent all of them."""
     if largest > config.width:
         remedy = "" if config.tokenizer == "neuron" else f", or use chunk tokens of at most {config.width:,}"
-        problem = (
-            f"tokens of up to {largest:,} parameters do not fit a width of {config.width:,}, which loses some of them"
-        )
+        problem = f"tokens of up to {largest:,} parameters do not fit a width of {config.width:,} without loss"
         warnings.warn(f"{problem}; make the width {largest:,}{remedy}", stacklevel=2)
 
 

@@ -56,6 +56,7 @@ def make_state(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> Train
     model = model.to(config.dtype)
 
     def optimizer(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        # Decay would pull norms and positions, which only scale and label tokens, towards zero.
         with_decay, without = decayed(model)
         groups = [{"params": with_decay, "weight_decay": config.weight_decay}, {"params": without, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), fused=True)

@@ -26,7 +26,7 @@ SCORE = "validation/alignment"
 
 
 class Validation:
-    """A callback that logs "validation/alignment" every `validation_every` steps, and saves the averaged model if it is the best yet.
+    """A callback that logs "validation/alignment" every `validation_every` steps, and saves the averaged model if it is the best.
 
     save(path, facts) writes the averaged model. `check` must have been called before.
     """

@@ -73,7 +73,7 @@ def mean_of_finals(
 ) -> Update:
     """Returns the average of training runs' final checkpoints, whatever the prompt.
 
-    spec: the symmetry under which units are first matched to those of the first run. rows: of the runs, by default all training runs.
+    spec: the symmetry under which units are first matched to those of the first run. rows: of the runs, by default all of training.
     """
     chosen = torch.as_tensor(zoo.runs_in("train") if rows is None else rows)
     reference = zoo.theta(chosen[:1], [zoo.checkpoints - 1])[0]

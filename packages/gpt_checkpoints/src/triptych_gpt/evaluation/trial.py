@@ -148,7 +148,7 @@ class Trial:
 def alignment_beside_baselines(trial: Trial, *, networks: int, prompts: int = 20) -> dict[str, Any]:
     """Sweeps over prompts on unseen networks, and R^2, of the model and of the baselines.  [thesis 3.4.4]
 
-    JSON-able: "sweeps" and "alignment" by the update's name, and "kl_last_step". Raises ValueError if the zoo has too few test runs.
+    JSON-able: "sweeps" and "alignment" by the update's name, and "kl_last_step". Raises ValueError for too few test runs.
     """
     theta = trial.starts("test", networks)
     sweeps = {
