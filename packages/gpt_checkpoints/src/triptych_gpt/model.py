@@ -42,7 +42,7 @@ class Gpt(nn.Module):
         self.token_kinds = [*self.tokenizer.token_kinds, *[1] * TOKENS[config.scalars]]
         self.norm_in = nn.LayerNorm(width)
         self.positions = nn.Parameter(torch.zeros(len(self.token_kinds), width))
-        # As in GPT rather than DiT: norms with weights and torch's epsilon, exact GELU, no modulation by the timestep, which is a token.
+        # As in GPT, not DiT: norms with weights and torch's epsilon, exact GELU, no modulation by the timestep, which is a token.
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, affine_norm=True, attn_norm_eps=1e-5, mlp_norm_eps=1e-5, gelu="none")
             for _ in range(config.depth)

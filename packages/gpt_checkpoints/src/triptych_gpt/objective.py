@@ -21,7 +21,7 @@ from triptych_common.parallel import onto
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.zoo.pairs import Pairs, Sampling, stratified
+from triptych_gpt.zoo.pairs import Pairs, stratified
 from triptych_gpt.zoo.source import recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -56,12 +56,11 @@ class TrainingZoo:
         self.config, self.zoo = config, Zoo(config.zoo)
         self.task, self.spec = task_of(self.zoo, config.task)
         self.metric = config.metric or self.zoo.metric_names[0]
-        values = self.zoo.metrics(self.metric)
         self.rows = torch.from_numpy(self.zoo.runs_in("train"))
         if config.runs is not None and config.runs > len(self.rows):
             raise ValueError(f"runs {config.runs:,}: {config.zoo} holds {len(self.rows):,} training runs; use fewer")
         self.rows = self.rows[: config.runs]
-        self.values = values[self.rows]
+        self.values = self.zoo.metrics(self.metric)[self.rows]
 
     @cached_property
     def scale(self) -> float:
@@ -114,9 +113,8 @@ class Objective:
 
     def __init__(self, data: TrainingZoo) -> None:
         self.data, self.config, self.diffusion = data, data.config, make_diffusion()
-        sampling: str | Sampling = self.config.pairs
-        if sampling == "stratified":
-            sampling = stratified(data.values, data.zoo.better[data.metric])
+        sampling: Any = self.config.pairs
+        sampling = stratified(data.values, data.zoo.better[data.metric]) if sampling == "stratified" else sampling
         self.pairs = Pairs(data.zoo, "train", sampling, self.config.seed, runs=len(data.rows))
 
     def draw(self, counters: Sequence[int]) -> Examples:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from triptych_common import sampler_settings
 from triptych_common.cli import CommonOptions
-from triptych_common.fields import Ge, Interval, OneOf
+from triptych_common.fields import Ge, Interval
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 
@@ -208,7 +208,11 @@ class ConvertConfig(Options):
 
     checkpoint: Path | None = None
     """the released file, such as best.pt; read without executing code from it"""
-    released: Annotated[str, OneOf(RELEASED)] = "mnist_loss"
+    released: str = "mnist_loss"
     """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
     out: Path = Path("runs/released")
     """folder for model.safetensors"""
+
+    def __post_init__(self) -> None:
+        if self.released not in RELEASED:
+            raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")

@@ -122,11 +122,10 @@ class Trial:
         theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))
         before = starting_metrics(self.task, theta, self.metric)[self.metric.name]
         n = len(theta)
+        each = list(range(n)) * len(candidates)
         target = torch.tensor(candidates, dtype=torch.float64).repeat_interleave(n)
-        achieved = prompted(
-            self.update, self.task, theta.repeat(len(candidates), 1), before.repeat(len(candidates)), target,
-            list(range(n)) * len(candidates),
-        ).metrics[self.metric.name]  # fmt: skip
+        updated = prompted(self.update, self.task, theta[each], before[each], target, each)
+        achieved = updated.metrics[self.metric.name]
         # The thesis, too, prompts with a value near the best: lower ones may be beyond what the model was trained on.
         worst = torch.inf if self.metric.better == "lower" else -torch.inf
         means = achieved.nan_to_num(worst).view(len(candidates), n).mean(1)
