@@ -19,6 +19,7 @@ from triptych_gpt.evaluation.alignment import (
     trained_best,
 )
 from triptych_gpt.evaluation.prompted import with_prompts
+from triptych_gpt.evaluation.records import plain
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task
 from triptych_gpt.zoo.zoo import Zoo
@@ -51,7 +52,7 @@ def identity(theta, metric, target, indices):
 
 
 def obedient(theta, metric, target, indices):
-    """Scales a network to the size asked for."""
+    """Scales a network to the prompted size."""
     return theta * (target / theta.square().mean(1)).sqrt()[:, None]
 
 
@@ -59,7 +60,7 @@ def noisy(theta, metric, target, indices):
     return obedient(theta, metric, target, indices) + 0.3 * normal(1, "noisy", indices, theta.shape[1:]).to(theta)
 
 
-def test_an_update_that_does_as_asked_scores_one():
+def test_an_update_that_achieves_every_prompt_scores_one():
     found = prompt_alignment(obedient, TASK, SIZE, networks(5))
     assert found.r2.value == pytest.approx(1, abs=1e-12)
     assert found.r2.low == pytest.approx(1, abs=1e-12)
@@ -72,7 +73,7 @@ def test_an_update_that_does_as_asked_scores_one():
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, -2.714), (0.9, -4.055)])
 def test_the_identity_scores_as_the_thesis_has_it(fraction, expected):
-    found = prompt_alignment(identity, TASK, SIZE, networks(4), best=0.0, worst_fraction=fraction)
+    found = prompt_alignment(identity, TASK, replace(SIZE, prompts=Prompts(0.0, 0.0, fraction)), networks(4))
     assert found.r2.value == pytest.approx(expected, abs=1e-3)
     assert found.r2_each == pytest.approx([expected] * 4, abs=1e-3)
     assert found.spearman == 0
@@ -98,7 +99,7 @@ def test_spearman_equals_scipys():
     assert alignment_of(sweep).spearman == pytest.approx(sum(spearmanr(*pair).statistic for pair in pairs) / 6)
 
 
-def test_reachable_prompts_are_those_from_the_training_sets_best_on():
+def test_reachable_prompts_are_no_better_than_the_training_sets_best():
     sweep = prompt_sweep(noisy, TASK, SIZE, networks(3), trained_best={"size": 0.4, "merit": 4.6})
     expected = []
     for asked, got in zip(sweep.prompts, sweep.achieved["size"], strict=True):
@@ -118,7 +119,8 @@ def test_where_higher_is_better_prompts_fall_from_the_best():
     def to_merit(theta, metric, target, indices):
         return obedient(theta, metric, 5 - target, indices)
 
-    sweep = prompt_sweep(to_merit, TASK, MERIT, theta, best=5.0, worst_fraction=1.0, trained_best={"merit": 4.8})
+    merit = replace(MERIT, prompts=Prompts(5.0, 5.0))
+    sweep = prompt_sweep(to_merit, TASK, merit, theta, trained_best={"merit": 4.8})
     assert torch.allclose(sweep.prompts[:, 0], torch.full((4,), 5.0).double())
     assert torch.allclose(sweep.prompts[:, -1], start)
     found = alignment_of(sweep)
@@ -175,7 +177,7 @@ def test_what_is_not_finite_counts_as_the_worst_of_its_network():
     filled[:, 0] = TASK.evaluate(theta)["size"]  # worse than any it achieved
     assert found.r2_each == pytest.approx(r_squared(sweep.prompts, filled).tolist())
     assert found.r2.value < 0.5
-    content = json.dumps(sweep.as_dict(), allow_nan=False)
+    content = json.dumps(plain(sweep), allow_nan=False)
     assert json.loads(content)["achieved"]["size"][0][0] is None
 
 
@@ -193,20 +195,20 @@ def test_a_classifier_of_nans_has_no_error_rather_than_that_of_chance():
 def test_one_network_has_no_interval():
     found = prompt_alignment(noisy, TASK, SIZE, networks(1))
     assert (found.r2.low, found.r2.high) == (None, None)
-    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["r2"]["low"] is None
+    assert json.loads(json.dumps(plain(found), allow_nan=False))["r2"]["low"] is None
 
 
 def test_results_survive_json():
     found = prompt_alignment(noisy, TASK, SIZE, networks(4), trained_best={"size": 0.2})
-    read = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    read = json.loads(json.dumps(plain(found), allow_nan=False))
     assert read["r2"] == pytest.approx(found.r2._asdict())
     assert read["r2_each"] == pytest.approx(list(found.r2_each))
     sweep = prompt_sweep(noisy, TASK, SIZE, networks(2))
-    read = json.loads(json.dumps(sweep.as_dict(), allow_nan=False))
+    read = json.loads(json.dumps(plain(sweep), allow_nan=False))
     assert torch.equal(torch.tensor(read["prompts"], dtype=torch.float64), sweep.prompts)
 
 
-class TwoSplits(Zoo):
+class ThreeRuns(Zoo):
     better = {"size": "lower", "merit": "higher"}  # noqa: RUF012
 
     def __init__(self):
@@ -216,30 +218,24 @@ class TwoSplits(Zoo):
         values = torch.tensor([[3.0, 2.0], [9.0, 1.0], [torch.nan, 2.5]])
         return values if name == "size" else 5 - values
 
-    def runs_in(self, split):
-        return np.array([0, 2] if split == "train" else [1])
 
-
-def test_the_training_sets_best_is_of_its_own_split():
-    assert trained_best(TwoSplits()) == {"size": 2.0, "merit": 3.0}
-    assert trained_best(TwoSplits(), "test") == {"size": 1.0, "merit": 4.0}
-    assert trained_best(TwoSplits(), rows=np.array([2])) == {"size": 2.5, "merit": 2.5}
+def test_the_training_sets_best_is_of_its_own_runs():
+    for rows, size in (([0, 2], 2.0), ([1], 1.0), ([2], 2.5)):
+        assert trained_best(ThreeRuns(), np.array(rows)) == {"size": size, "merit": 5 - size}
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
         ({"metric": MERIT}, "no prompts of its own"),
-        ({"metric": Metric("speed", "lower")}, "scores size, merit"),
-        ({"best": 50.0}, "no worse than the best prompt 50"),
+        ({"metric": Metric("speed", "lower", Prompts(0.0, 0.0))}, "scores size, merit"),
+        ({"metric": replace(SIZE, prompts=Prompts(50.0, 0.0))}, "no worse than the best prompt 50"),
         ({"prompts": 1}, "at least 2"),
         ({"theta": torch.full((1, 23), torch.nan)}, "not finite"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(arguments, match):
     arguments = {"metric": SIZE, "theta": networks(2), **arguments}
-    if arguments["metric"].name == "speed":
-        arguments.update(best=0.0, worst_fraction=1.0)
     with pytest.raises(ValueError, match=match) as error:
         prompt_sweep(identity, TASK, **arguments)
     assert "\n" not in str(error.value)

@@ -220,7 +220,7 @@ def test_workers_and_networks_at_once_change_nothing_but_rounding(whole, tasks, 
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-5)
 
 
-def test_runs_of_a_cohort_share_minibatches_unless_told_otherwise(tasks, tmp_path):
+def test_runs_of_a_cohort_share_minibatches_by_default(tasks, tmp_path):
     assert collect(tasks, tmp_path / "zoo", "--no-shared-batches").returncode == 0
     zoo, task = Zoo(tmp_path / "zoo"), open_task(f"{tasks}:TINY")
     alone = task.train_cohort(Cohort(0, 77, range(6, 7), 6, shared_batches=False), torch.device("cpu"), 1)

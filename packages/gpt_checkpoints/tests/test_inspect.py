@@ -56,8 +56,8 @@ def theta_of(runs):
 
 def run(capsys, *words):
     status = main("triptych-gpt", COMMANDS, [str(word) for word in words])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
 
 
 def test_info_counts_and_quantiles(zoo, capsys):
@@ -122,8 +122,8 @@ def test_an_exported_checkpoint_loads_strictly(zoo, tmp_path, capsys, which, pla
     _, state = checkpoint.read(out)
     loss = 3 + [9.0, 5.0, 2.0, 1.0, 3.0][place]
     metrics = {"loss": loss, "return": 300 - loss}
-    told = {"task": "tiny", "run": 3, "split": "train", "checkpoint": place, "step": 10 * place, "metrics": metrics}
-    assert state == {"kind": "state dict", **told}
+    printed = {"task": "tiny", "run": 3, "split": "train", "checkpoint": place, "step": 10 * place, "metrics": metrics}
+    assert state == {"kind": "state dict", **printed}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])

@@ -1,4 +1,4 @@
-"""The audit tells copies from new networks, at known distances, and its sentences follow from the numbers."""
+"""The audit distinguishes copies from new networks, at known distances, and its sentences follow from the numbers."""
 
 import json
 from dataclasses import dataclass
@@ -113,11 +113,11 @@ def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targ
     expected = 0.1 / SCALE * TASK.layout.size**0.5
     assert result.group("noised 0.1").distance.max() < 1.5 * expected
     assert result.group("noised 0.1").distance.median() > 0.6 * expected
-    told = json.loads(json.dumps(result.as_dict(), allow_nan=False))
-    assert told["groups"][0]["median_distance"]["value"] == pytest.approx(
+    written = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert written["groups"][0]["median_distance"]["value"] == pytest.approx(
         float(result.groups[0].distance.quantile(0.5))
     )
-    assert told["searched"] == "320 checkpoints of 40 training runs"
+    assert written["searched"] == "320 checkpoints of 40 training runs"
 
 
 def test_a_search_of_some_checkpoints_says_so_and_is_never_nearer(zoo, targets):
@@ -128,7 +128,7 @@ def test_a_search_of_some_checkpoints_says_so_and_is_never_nearer(zoo, targets):
     assert torch.equal(some.groups[0].final_distance, whole.groups[0].final_distance)
 
 
-def test_training_networks_are_those_of_the_runs_that_the_model_was_trained_on(zoo, targets):
+def test_only_runs_that_the_model_was_trained_on_are_searched(zoo, targets):
     few = np.arange(5, 15)
     known = audit(copies_of(zoo), zoo, TASK, "test_loss", targets, SCALE, rows=few)
     for group in known.groups:
@@ -142,8 +142,8 @@ def test_training_networks_are_those_of_the_runs_that_the_model_was_trained_on(z
 
 
 def test_baselines_come_from_training_runs_of_the_targets_metric(zoo, targets):
-    made = made_of_training(zoo, TASK.symmetry, "test_loss", targets, SCALE, seed=0)
-    again = made_of_training(zoo, TASK.symmetry, "test_loss", targets[:5], SCALE, seed=0)
+    made = made_of_training(zoo, TASK.symmetry, "test_loss", targets, SCALE, 0, zoo.runs_in("train"))
+    again = made_of_training(zoo, TASK.symmetry, "test_loss", targets[:5], SCALE, 0, zoo.runs_in("train"))
     assert all(torch.allclose(again[name], made[name][:5]) for name in made)
     # averaged unmatched, networks would be far worse
     scores = {name: TASK.evaluate(theta)["test_loss"].mean() for name, theta in made.items()}
@@ -200,7 +200,7 @@ def test_a_baseline_is_beaten_by_novelty_at_no_worse_performance(distance, loss,
     _, lines = sentences(distance, loss, better)
     assert lines[3].startswith(f"{noised} noised 0.1: ")
     assert lines[4].startswith(f"{mean} mean of 2: ")
-    # real networks, at 5.0 and of metric 1.0, are asked the same
+    # real networks, at distance 5.0 and of metric 1.0, are compared in the same way
     assert lines[3].endswith(f"{HELD_OUT}: {'beats' if better == 'lower' else 'does not beat'} it.")
 
 
@@ -243,9 +243,9 @@ def test_samples_smaller_than_real_networks_are_called_shrunken():
     _, lines = sentences(4.0, 1.0, norm=7.0)
     assert len([line for line in lines if line.startswith("The samples are shrunken: their median norm, 7, is")]) == 1
     assert not any("shrunken" in line for norm in (10.0, 12.0) for line in sentences(4.0, 1.0, norm=norm)[1])
-    told = group(SAMPLES, 1.0, 1.0, norm=7.0).as_dict()["median_norm"]
-    assert told["value"] == pytest.approx(7.0, abs=0.01)
-    assert told["low"] < told["value"] < told["high"]
+    written = group(SAMPLES, 1.0, 1.0, norm=7.0).as_dict()["median_norm"]
+    assert written["value"] == pytest.approx(7.0, abs=0.01)
+    assert written["low"] < written["value"] < written["high"]
 
 
 def test_the_reference_is_real_networks_that_no_model_saw():

@@ -35,7 +35,7 @@ FEW = ["--num-inference-steps", "3"]
 command = partial(run_here, cli.run)
 
 
-def told(stderr: str) -> list[str]:
+def lines_of(stderr: str) -> list[str]:
     """What a command said on stderr besides progress."""
     quiet = ("denoising:", "warning: tokens of")
     return [line for line in stderr.splitlines() if line.strip() and not line.startswith(quiet)]
@@ -44,7 +44,7 @@ def told(stderr: str) -> list[str]:
 def fails_with(done: subprocess.CompletedProcess, message: str, status: int = 1) -> None:
     """One clear line, progress aside, and a status that is not zero."""
     assert done.returncode == status, done.stderr
-    assert len(told(done.stderr)) == 1, done.stderr
+    assert len(lines_of(done.stderr)) == 1, done.stderr
     assert message in done.stderr
 
 
@@ -99,7 +99,7 @@ def scores_by_hand(state: dict[str, torch.Tensor]) -> dict[str, float]:
 # --- the command
 
 
-def test_a_network_goes_in_and_networks_that_score_what_is_told_come_out(model, tmp_path):
+def test_a_network_goes_in_and_networks_that_achieve_the_prompt_come_out(model, tmp_path):
     """The command itself, in a process of its own."""
     torch.save(perceptron(5).state_dict(), tmp_path / "net.pt")
     words = ["prompt", "--checkpoint", "net.pt", "--target", "test_loss=0.3", "--model", str(model), "--samples", "2",
@@ -111,8 +111,8 @@ def test_a_network_goes_in_and_networks_that_score_what_is_told_come_out(model, 
     assert result["start"] == pytest.approx(scores_by_hand(torch.load(tmp_path / "net.pt"))["test_loss"], rel=1e-5)
     assert [Path(one["file"]).name for one in result["networks"]] == ["net-000.safetensors", "net-001.safetensors"]
     low, high = load(model).trained_range
-    outside = f"warning: target test_loss=0.3: outside {low:.4g}..{high:.4g}, what training checkpoints scored"
-    assert next(line for line in told(done.stderr) if line.startswith("warning")).startswith(outside)
+    outside = f"warning: target test_loss=0.3: outside {low:.4g}..{high:.4g}, the range of the training checkpoints"
+    assert next(line for line in lines_of(done.stderr) if line.startswith("warning")).startswith(outside)
     for one in result["networks"]:
         tensors, facts = checkpoint.read(tmp_path / one["file"])
         by_hand = scores_by_hand(tensors)
@@ -238,7 +238,7 @@ def test_a_state_dict_among_other_things_is_found(gpt, tmp_path, wrapped, entry)
     (["--target", "test_loss=nan"], 1, "target test_loss=nan: expected a finite number"),
     (["--target", "test_loss"], 2, "target 'test_loss': expected METRIC=VALUE"),
     (["--target", "test_loss=good"], 2, "target 'test_loss=good': expected METRIC=VALUE"),
-    ([], 1, "no target: say what to achieve, such as --target test_loss=0.3"),
+    ([], 1, "no target: give the metric to achieve, such as --target test_loss=0.3"),
     (["--target", "test_loss=2", "--model", "nowhere"], 1, "nowhere: no such file or folder; expected a trained G.pt"),
     (["--target", "test_loss=2", "--model", "/nope"], 1, "triptych-gpt train --out FOLDER makes model.safetensors"),
     (["--target", "test_loss=2", "--model", "."], 1, "no trained model; make one with triptych-gpt train"),
@@ -356,7 +356,7 @@ def test_networks_that_are_not_finite_are_never_written(gpt, network, tmp_path):
     words = ["prompt", "--checkpoint", network, "--target", "test_loss=2", "--model", tmp_path, *FEW]
     done = command(*words, "--recursive", "2", "--samples", "2", "--out", tmp_path / "new", "--json")
     assert done.returncode == 0, done.stderr
-    assert [line for line in told(done.stderr) if line.startswith("warning")] == [
+    assert [line for line in lines_of(done.stderr) if line.startswith("warning")] == [
         "warning: 4 of 4 updates gave networks that are not finite, or score nothing finite, and were rejected: each network "
         "stays as it was before"
     ]

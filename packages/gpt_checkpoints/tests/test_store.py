@@ -1,4 +1,4 @@
-"""The store: what is written is read back, by us and by other readers; damage is found and told in one line."""
+"""The store: what is written is read back, by us and by other readers; damage is detected and reported in one line."""
 
 import json
 import os
@@ -230,7 +230,7 @@ def test_files_without_a_record_are_ignored(folder):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
-def test_a_truncated_or_missing_file_is_told_at_opening(folder, suffix):
+def test_a_truncated_or_missing_file_is_reported_at_opening(folder, suffix):
     path = folder / "shards" / f"runs-00000006-00000009.{suffix}"
     size = path.stat().st_size
     os.truncate(path, 100)
@@ -343,8 +343,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder, limit, file):
     manifest = (folder / MANIFEST).read_bytes()
     command = [sys.executable, "-c", FULL_DISK, folder, str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told, committed = done.stdout.splitlines()
-    assert f"{file}: cannot be written (File too large); make room" in told
+    message, committed = done.stdout.splitlines()
+    assert f"{file}: cannot be written (File too large); make room" in message
     assert committed == "2"
     assert (folder / MANIFEST).read_bytes() == manifest
     assert {path.name: path.read_bytes() for path in folder.rglob("runs-*")} == before  # no half file either

@@ -289,12 +289,12 @@ def test_without_validation_the_last_model_is_kept(zoo, tmp_path):
 
 def test_dry_run_tells_parameters_and_cost_and_writes_nothing(zoo, whole, tmp_path):
     done = train(zoo, tmp_path / "run", "--dry-run", "--json")
-    told = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     tensors, _ = checkpoint.read(whole / "last.safetensors")
-    assert told["parameters"] == sum(value.numel() for value in tensors.values())
-    assert told["steps"] == STEPS
-    assert told["training_gflops"] == pytest.approx(600 * told["gflops_per_pair"], rel=0.01, abs=0.1)
-    assert told["zoo"]["training_runs"] == 5
+    assert printed["parameters"] == sum(value.numel() for value in tensors.values())
+    assert printed["steps"] == STEPS
+    assert printed["training_gflops"] == pytest.approx(600 * printed["gflops_per_pair"], rel=0.01, abs=0.1)
+    assert printed["zoo"]["training_runs"] == 5
     assert not (tmp_path / "run").exists()
 
 
