@@ -13,12 +13,7 @@ from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.config import Flips, SpatialTransformerConfig
 from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.spatial_transformer import (
-    ClusterClassifier,
-    SpatialTransformer,
-    reduced,
-    total_variation,
-)
+from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced, total_variation
 from triptych_gangealing.warp import Warp
 
 FILE = "aligner.safetensors"

@@ -144,10 +144,7 @@ def train_classifier(
         right = (logits.argmax(1) == cluster).to(logits.dtype).mean()
         return {"loss": F.cross_entropy(logits, cluster), "accuracy": right}
 
-    facts = {
-        "transformer": checkpoint.digest(transformer.state_dict()),
-        "mode": checkpoint.digest(mode.state_dict()),
-    }
+    facts = {"transformer": checkpoint.digest(transformer.state_dict()), "mode": checkpoint.digest(mode.state_dict())}
     with open_run(config, ranks, facts, out=out) as run:
         total, title = config.classifier_images, "training the classifier"
         for batch in training_steps(config, state, run, total_samples=total, title=title):

@@ -260,10 +260,7 @@ class Affine:
             item = int((~regular).nonzero()[0])
             value = float(determinant[item].detach())
             raise ValueError(f"affine warp {item} has determinant {value:.3g}: expected one that can be inverted")
-        rows = (
-            torch.stack((d, -b, b * ty - d * tx), dim=-1),
-            torch.stack((-c, a, c * tx - a * ty), dim=-1),
-        )
+        rows = (torch.stack((d, -b, b * ty - d * tx), dim=-1), torch.stack((-c, a, c * tx - a * ty), dim=-1))
         return Affine(torch.stack(rows, dim=1) / determinant[:, None, None])
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Affine":

@@ -55,10 +55,7 @@ def ink(images: Images) -> Float[Tensor, "n 1 height width"]:
 
 
 def moments(
-    images: Images,
-    *,
-    read: Callable[[Images], Tensor] = ink,
-    resolve: Literal["skewness", "upright"] = "skewness",
+    images: Images, *, read: Callable[[Images], Tensor] = ink, resolve: Literal["skewness", "upright"] = "skewness"
 ) -> Warp:
     """Bring the ink's centroid to the middle, its principal axis upright, its radius of gyration to 0.4 half sides.
 

@@ -25,13 +25,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
-from triptych_gangealing.encoders.perceptual import (
-    ENCODER_FILE,
-    Encoder,
-    read_encoder,
-    unit_length,
-    write_encoder,
-)
+from triptych_gangealing.encoders.perceptual import ENCODER_FILE, Encoder, read_encoder, unit_length, write_encoder
 from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 

@@ -14,10 +14,7 @@ from triptych_gangealing.stylegan2.generator import Generator
 Tensors = Mapping[str, Tensor]
 _LARGEST = 2**20  # of any number in a config
 FILTER = torch.outer(torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
-_NETWORKS: dict[type, Any] = {
-    GeneratorConfig: Generator,
-    DiscriminatorConfig: Discriminator,
-}
+_NETWORKS: dict[type, Any] = {GeneratorConfig: Generator, DiscriminatorConfig: Discriminator}
 
 
 def generator_config(tensors: Tensors, **known: Any) -> GeneratorConfig:

@@ -52,10 +52,7 @@ class Scores:
     def __call__(self, generator: Generator) -> dict[str, float]:
         """Every rank must call it."""
         fake = self._gathered(sample_images(generator, self.ranks.share(range(self.n)), seed=self.seed))
-        return {
-            "score/frechet": frechet_distance(fake, self.real),
-            "score/kernel": kernel_distance(fake, self.real),
-        }
+        return {"score/frechet": frechet_distance(fake, self.real), "score/kernel": kernel_distance(fake, self.real)}
 
 
 def make_snapshots(

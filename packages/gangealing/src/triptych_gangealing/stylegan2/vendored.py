@@ -106,10 +106,7 @@ def _discriminator(networks: ModuleType, network: Discriminator) -> nn.Module:
         **_images(config),
         **_layers(config),
         mapping_kwargs={"num_layers": config.mapping_layers},
-        epilogue_kwargs={
-            "mbstd_group_size": config.mbstd_group_size,
-            "mbstd_num_channels": config.mbstd_channels,
-        },
+        epilogue_kwargs={"mbstd_group_size": config.mbstd_group_size, "mbstd_num_channels": config.mbstd_channels},
     )
 
 
