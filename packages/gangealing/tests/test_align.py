@@ -256,7 +256,7 @@ def test_a_folder_is_read_twice_one_picture_at_a_time(folder):
     found = Folder(folder)
     assert [picture.name for picture in found] == ["a.png", "b.png", "d.png", "more/c.png"]
     assert len(found.unreadable) == 1
-    assert [(seen.png, seen.size) for seen in found.seen][1] == ("b.png", (16, 24))
+    assert (found.pngs["b.png"], found.seen["b.png"]) == ("b.png", (16, 24))
     (folder / "a.png").unlink()
     Image.fromarray(smooth_picture(9, 9)).save(folder / "d.png")
     assert [(i, picture.name) for i, picture in found.again()] == [(1, "b.png"), (3, "more/c.png")]
@@ -324,14 +324,14 @@ def test_two_pictures_never_become_one(tmp_path, folder):
 
 def test_a_picture_that_goes_meanwhile_is_listed(tmp_path, folder, monkeypatch):
     aligner = written(tmp_path, aligner_of())
-    found = commands.align_folder
+    found = commands.align_pictures
 
     def and_then_one_goes(*args, **options):
         alignment = found(*args, **options)
         (folder / "b.png").unlink()
         return alignment
 
-    monkeypatch.setattr(commands, "align_folder", and_then_one_goes)
+    monkeypatch.setattr(commands, "align_pictures", and_then_one_goes)
     done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     assert "b.png" in done.stderr
@@ -369,7 +369,7 @@ def test_nothing_is_written_among_the_pictures(tmp_path, folder, name):
     words = ["--aligner", written(tmp_path, aligner_of())] + ["--edit", tmp_path / "edit.png"] * (name == "propagate")
     for images, out in ((folder, folder), (folder, folder / "more"), (tmp_path / "link", folder / "new")):
         done = command(name, *words, "--images", images, "--out", out)
-        fails_with(done, f"out {out}: lies in {images}, among the pictures to be read; choose a folder elsewhere")
+        fails_with(done, f"out {out}: lies in the pictures' folder {images}; choose one elsewhere")
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
     assert not (folder / "new").exists()
 

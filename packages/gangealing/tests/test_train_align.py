@@ -147,11 +147,11 @@ def test_the_loss_is_that_of_the_nearest_cluster_and_so_is_its_gradient(given):
     for parameter in (*transformer.parameters(), mode.alpha):
         parameter.grad = None
 
-    w, images = objective.samples(counters)
+    samples = objective.samples(counters)
     everything = []
     for k in range(3):
         choice = Choice(torch.full((6,), k), torch.zeros(6, dtype=torch.bool))
-        everything.append(objective.terms(transformer, mode, w, images, choice, psi, counters))
+        everything.append(objective.terms(transformer, mode, samples, choice, psi))
     distances = torch.stack([terms.distance for terms in everything])
     winner = distances.argmin(0)
     assert len(winner.unique()) > 1  # or this would show little
@@ -170,14 +170,13 @@ def test_assignment_by_similarity_leaves_the_flow_out(given):
     objective = objective_of(given, clusters=3, assignment="similarity")
     transformer, mode = networks_of(objective)
     transformer.flow.delta[-1].weight.data *= 30.0  # so that it matters
-    counters = range(12)
-    w, images = objective.samples(counters)
-    found = objective.choose(transformer, mode, w, images, 0.0, counters)
-    whole = objective_of(given, clusters=3).choose(transformer, mode, w, images, 0.0, counters)
+    samples = objective.samples(range(12))
+    found = objective.choose(transformer, mode, samples, 0.0)
+    whole = objective_of(given, clusters=3).choose(transformer, mode, samples, 0.0)
     still = copy.deepcopy(transformer)
     for parameter in still.flow.delta.parameters():
         parameter.data.zero_()
-    alike = objective_of(given, clusters=3).choose(still, mode, w, images, 0.0, counters)
+    alike = objective_of(given, clusters=3).choose(still, mode, samples, 0.0)
     assert torch.equal(found.cluster, alike.cluster)
     assert not torch.equal(found.cluster, whole.cluster)  # or this would show little
 
@@ -185,14 +184,11 @@ def test_assignment_by_similarity_leaves_the_flow_out(given):
 def test_mirror_images_are_chosen_where_they_fit_better(given):
     objective = objective_of(given, flips=True)
     transformer, mode = networks_of(objective)
-    counters = range(12)
-    w, images = objective.samples(counters)
-    choice = objective.choose(transformer, mode, w, images, 0.0, counters)
-    sides = []
-    for flipped in (False, True):
-        seen = images.flip(3) if flipped else images
-        plain = Choice(torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.bool))
-        sides.append(objective.terms(transformer, mode, w, seen, plain, 0.0, counters).distance)
+    samples = objective.samples(range(12))
+    choice = objective.choose(transformer, mode, samples, 0.0)
+    plain = Choice(torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.bool))
+    both = samples, samples._replace(images=samples.images.flip(3))
+    sides = [objective.terms(transformer, mode, seen, plain, 0.0).distance for seen in both]
     assert torch.equal(choice.flipped, sides[1] < sides[0])
     assert 0 < int(choice.flipped.sum()) < 12
 
@@ -203,10 +199,10 @@ def test_at_psi_one_a_target_is_the_image_but_for_its_noise(given):
         for name, value in objective.generator.named_parameters():
             if name.endswith("noise_strength"):
                 value.zero_()
-    w, images = objective.samples(range(4))
-    c = torch.zeros_like(w)
-    torch.testing.assert_close(objective.targets(w, c, 1.0, range(4)), images, rtol=0, atol=1e-12)
-    assert float((objective.targets(w, c, 0.5, range(4)) - images).abs().max()) > 1e-3
+    samples = objective.samples(range(4))
+    c = torch.zeros_like(samples.w)
+    torch.testing.assert_close(objective.targets(samples, c, 1.0), samples.images, rtol=0, atol=1e-12)
+    assert float((objective.targets(samples, c, 0.5) - samples.images).abs().max()) > 1e-3
 
 
 # --- clusters
@@ -216,7 +212,7 @@ def test_k_means_plus_plus_draws_in_proportion_to_the_distance_from_the_nearest(
     """Over evenly spread draws the second mode is drawn as often as its distance to the first asks for."""
     objective = objective_of(given, clusters=2)
     directions = pca(objective.generator, 60, 3)
-    w, images = objective.samples(range(12), "k-means++")
+    w, images, *_ = objective.samples(range(12), "k-means++")
     alphas = directions.coefficients(w.float())
     distance = torch.stack([objective.distance(images, images[i : i + 1].expand_as(images)) for i in range(12)])
     counts, real, second_draw = torch.zeros(12, 12), randomness.uniform, [0.0]
@@ -238,7 +234,7 @@ def test_k_means_plus_plus_draws_in_proportion_to_the_distance_from_the_nearest(
 
 def test_a_mode_may_start_at_the_sample_that_is_nearest_to_all_others(given):
     objective = objective_of(given, origin="sample")
-    w, images = objective.samples(range(12), "k-means++")
+    w, images, *_ = objective.samples(range(12), "k-means++")
     distances = [objective.distance(images, images[i : i + 1].expand_as(images)).sum() for i in range(12)]
     found = starting_modes(objective, pca(objective.generator, 60, 3))
     typical = int(torch.stack(distances).argmin())
@@ -249,7 +245,7 @@ def test_a_mode_may_start_at_the_sample_that_is_nearest_to_all_others(given):
 def test_several_modes_start_at_samples_nearest_to_the_centres_of_k_means(given):
     """Of features spelled out: each level's pixels weigh as much as the perceptual distance lets them."""
     objective = objective_of(given, clusters=3, origin="sample")
-    w, images = objective.samples(range(12), "k-means++")
+    w, images, *_ = objective.samples(range(12), "k-means++")
     levels = objective.distance.features(images)
     rows = np.concatenate([level.flatten(1).numpy() / np.sqrt(level[0, 0].numel()) for level in levels], 1)
     centres = KMeans(3, n_init=10, random_state=objective.config.seed).fit(rows).cluster_centers_
@@ -262,7 +258,7 @@ def test_several_modes_start_at_samples_nearest_to_the_centres_of_k_means(given)
 def test_several_modes_start_at_the_nearest_points_to_samples(given):
     objective, directions = objective_of(given, clusters=3), pca(objective_of(given).generator, 60, 3)
     found = starting_modes(objective, directions)
-    alphas = directions.coefficients(objective.samples(range(12), "k-means++")[0].float())
+    alphas = directions.coefficients(objective.samples(range(12), "k-means++").w.float())
     rows = [int((alphas - row).square().sum(1).argmin()) for row in found["alpha"]]
     assert len(set(rows)) == 3
     torch.testing.assert_close(found["alpha"], alphas[rows])
@@ -272,11 +268,10 @@ def test_several_modes_start_at_the_nearest_points_to_samples(given):
 def test_a_cluster_that_takes_too_much_becomes_less_attractive(given):
     objective = objective_of(given, clusters=3)
     transformer, mode = networks_of(objective)
-    counters = range(12)
-    w, images = objective.samples(counters)
-    before = torch.bincount(objective.choose(transformer, mode, w, images, 0.0, counters).cluster, minlength=3) / 12
+    samples = objective.samples(range(12))
+    before = torch.bincount(objective.choose(transformer, mode, samples, 0.0).cluster, minlength=3) / 12
     for _ in range(300):
-        chosen = objective.choose(transformer, mode, w, images, 0.0, counters).cluster
+        chosen = objective.choose(transformer, mode, samples, 0.0).cluster
         mode.even_out(torch.bincount(chosen, minlength=3) / 12, 0.02)
     after = torch.bincount(chosen, minlength=3) / 12
     assert float(before.max()) > 0.4
@@ -289,11 +284,11 @@ def test_the_classifier_learns_the_clusters_of_generated_images(given, tmp_path)
     objective = objective_of(given, clusters=2)
     aligner = load_aligner(tmp_path)
     objective.generator.float(), objective.distance.float()
-    w, images = objective.samples(range(200), "held out")
-    choice = objective.choose(aligner.transformer, aligner.mode, w, images, 0.0, range(200), "held out")
+    samples = objective.samples(range(200), "held out")
+    choice = objective.choose(aligner.transformer, aligner.mode, samples, 0.0)
     commonest = float(torch.bincount(choice.cluster).max() / 200)
     assert rows[-1]["loss"] < rows[0]["loss"]
-    found = aligner.clusters(images)
+    found = aligner.clusters(samples.images)
     assert len(found.unique()) == 2
     assert float((found == choice.cluster).float().mean()) > commonest
 

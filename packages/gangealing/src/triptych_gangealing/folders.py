@@ -15,7 +15,7 @@ from triptych_common.storage.atomic import write_bytes, write_text
 from triptych_gangealing.aligner import Aligner, Alignment, open_aligner
 from triptych_gangealing.correspondence import matches_figure, middle_points, transfer
 from triptych_gangealing.edit import RunningAverage, as_edit, propagate
-from triptych_gangealing.pictures import Folder, align_folder, align_pictures, read_picture, warped
+from triptych_gangealing.pictures import Folder, align_pictures, read_picture, warped
 from triptych_gangealing.settings import (
     AlignConfig,
     AverageConfig,
@@ -27,9 +27,9 @@ from triptych_gangealing.settings import (
 )
 from triptych_gangealing.warp import Warp, to_normalised, to_pixels
 
-SHOWN = 10  # pictures in rows of a grid
-CELL_PX = 96  # of them
-FARTHEST_PX = 1e6  # from a picture's corner that a point may be: beyond any picture, and exact enough in float32
+SHOWN, CELL_PX = 10, 96  # pictures in each row of a grid, and their size there
+FARTHEST_PX = 1e6  # largest coordinate of a point: beyond any picture, and still exact enough in float32
+CORNERS = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]])
 
 
 def _open(config: UseOptions) -> tuple[Aligner, dict[str, Any]]:
@@ -39,12 +39,10 @@ def _open(config: UseOptions) -> tuple[Aligner, dict[str, Any]]:
     """
     if isinstance(config, FolderOptions):
         out, images = config.out.resolve(), config.images.resolve()
-        if out == images or images in out.parents:
-            raise ValueError(
-                f"out {config.out}: lies in {config.images}, among the pictures to be read; choose a folder elsewhere"
-            )
+        if images in (out, *out.parents):
+            raise ValueError(f"out {config.out}: lies in the pictures' folder {config.images}; choose one elsewhere")
         for written in (out / "aligned", out / "pictures"):
-            if written == images or written in images.parents:
+            if written in (images, *images.parents):
                 raise ValueError(f"out {config.out}: would overwrite {config.images}; choose another")
     return open_aligner(config.aligner, config.device, config.iterations, config.flips)
 
@@ -56,19 +54,19 @@ def _shown(config: WarpedOptions, aligner: Aligner) -> tuple[int, str]:
 
 
 def write_aligned(config: AlignConfig) -> dict[str, Any]:
-    """Write aligned pictures, a grid of some before and after, and where each pixel of the corners comes from.
+    """Write aligned pictures, a grid of some before and after, and where the corners of each come from.
 
-    Raises ValueError or OSError for what is no aligner, or a folder none of whose pictures can be read.
+    Raises ValueError or OSError for what is no aligner, or a folder of which no picture can be read.
     """
     aligner, options = _open(config)
     size, padding = _shown(config, aligner)
-    folder, found = _aligned(aligner, config, options)
+    folder = Folder(config.images, config.limit)
+    found = align_pictures(aligner, folder, **options)
     averages, rows = Averages(heads=aligner.config.heads), []
     cells: list[tuple[Tensor, Tensor]] = []
     for i, picture in folder.again():
-        warp = found.warp.select([i])
+        warp, png = found.warp.select([i]), folder.pngs[picture.name]
         image = warped(picture, warp, size, padding)
-        png = folder.seen[i].png
         write_png(config.out / "aligned" / png, to_uint8(image)[0])
         averages.add(int(found.cluster[i]), image, warp)
         if len(cells) < SHOWN:
@@ -79,7 +77,7 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
             "cluster": int(found.cluster[i]),
             "flipped": bool(found.flipped[i]),
             "roughness": float(found.roughness[i]),
-            "corners": to_pixels(_corners(found, i), picture.size).tolist(),
+            "corners": to_pixels(warp.map_points(CORNERS).points[0], picture.size).tolist(),
         }
         rows.append(json.dumps(row) + "\n")
     write_text(config.out / "alignment.jsonl", "".join(rows))
@@ -91,17 +89,16 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
 
 
 def write_average(config: AverageConfig) -> dict[str, Any]:
-    """Write the average aligned picture of each cluster, of its smoothest flows where not all are kept.
+    """Write the average aligned picture of each cluster, or of its `keep` smoothest warps.
 
-    Raises ValueError for a part of what a transformer without flow aligned, else as `write_aligned`.
+    Raises ValueError where a transformer without flow should rank pictures, otherwise as `write_aligned`.
     """
     aligner, options = _open(config)
     if config.keep < 1 and aligner.transformer.flow is None:
-        raise ValueError(
-            f"keep {config.keep}: a transformer without flow has no measure of which fit; leave --keep out, or pass 1"
-        )
+        raise ValueError(f"keep {config.keep}: a transformer without flow cannot rank its warps; pass --keep 1")
     size, padding = _shown(config, aligner)
-    folder, found = _aligned(aligner, config, options)
+    folder = Folder(config.images, config.limit)
+    found = align_pictures(aligner, folder, **options)
     kept = smoothest(found, config.keep)
     averages = Averages(heads=aligner.config.heads)
     for i, picture in folder.again():
@@ -112,7 +109,7 @@ def write_average(config: AverageConfig) -> dict[str, Any]:
 
 
 def smoothest(found: Alignment, share: float) -> set[int]:
-    """Of each cluster this share of the pictures, at least one: those with the smoothest flows."""
+    """Indices of this share of each cluster's pictures, at least one of each: those with the smoothest flows."""
     kept: set[int] = set()
     for cluster in found.cluster.unique():
         here = (found.cluster == cluster).nonzero().flatten()
@@ -134,7 +131,8 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
         raise ValueError(f"cluster {config.cluster}: expected 0 to {aligner.config.heads - 1}")
     edit = None if config.edit is None else _read_edit(config.edit, size)
     points = None if config.points is None else _read_points(config.points)
-    folder, found = _aligned(aligner, config, options)
+    folder = Folder(config.images, config.limit)
+    found = align_pictures(aligner, folder, **options)
     here = (found.cluster == config.cluster).nonzero().flatten().tolist()
     if not here:
         raise ValueError(
@@ -143,13 +141,10 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
     if edit is not None:
         return _edited(config.out / "pictures", edit, set(here), folder, found)
     assert points is not None
-    places = {}
+    places, seen = {}, list(folder.seen.items())
     for i in here:
-        seen, mapped = folder.seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
-        places[seen.name] = {
-            "points": to_pixels(mapped.points, seen.size)[0].tolist(),
-            "inside": mapped.inside[0].tolist(),
-        }
+        (name, its_size), mapped = seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
+        places[name] = {"points": to_pixels(mapped.points, its_size)[0].tolist(), "inside": mapped.inside[0].tolist()}
     write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
     return _reported({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
 
@@ -162,7 +157,7 @@ def _edited(
         image = picture.values()
         if i in here:
             image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
-        write_png(out / folder.seen[i].png, to_uint8(image)[0])
+        write_png(out / folder.pngs[picture.name], to_uint8(image)[0])
     return _reported({"pictures": str(out)}) | {"edited": edited}
 
 
@@ -180,15 +175,15 @@ def write_matches(config: CorrespondConfig) -> dict[str, Any]:
     else:
         points = _read_points(config.points)
     found = transfer(here, there, points, source.size, target.size)
+    reliable = found.reliable[0]
     matches = {
         "source": str(config.source),
         "target": str(config.target),
         "source_points": points[0].tolist(),
         "target_points": found.points[0].tolist(),
-        "reliable": found.reliable[0].tolist(),
+        "reliable": reliable.tolist(),
     }
     write_text(config.out / "matches.json", json.dumps(matches, indent=1, allow_nan=False))
-    reliable = found.reliable[0]
     ends = points[0, reliable], found.points[0, reliable]
     picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
     write_bytes(config.out / "matches.png", picture)
@@ -196,7 +191,7 @@ def write_matches(config: CorrespondConfig) -> dict[str, Any]:
 
 
 class Averages:
-    """The average aligned picture of each cluster, as pictures come; `average.png`, or one for each cluster of several heads."""
+    """Running averages of aligned pictures by cluster: `average.png`, or `average-K.png` for each of several heads."""
 
     def __init__(self, *, heads: int) -> None:
         self.heads, self.of = heads, dict[int, RunningAverage]()
@@ -220,12 +215,6 @@ def _cell(image: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side s
     return interpolate(image, (CELL_PX, CELL_PX), mode="bilinear", antialias=True)
 
 
-def _aligned(aligner: Aligner, config: FolderOptions, options: dict[str, Any]) -> tuple[Folder, Alignment]:
-    folder = Folder(config.images, config.limit)
-    found = align_folder(aligner, folder, **options)
-    return folder, found
-
-
 def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
     import numpy as np
     from PIL import Image
@@ -236,15 +225,14 @@ def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
     except Exception as error:  # of a damaged file, decoders raise anything
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"edit {path}: no picture, or cut short ({' '.join(str(error).split())}); expected RGBA such as PNG: save it again"
+            f"edit {path}: no picture, or cut short ({reason}); save it again as RGBA such as PNG"
         ) from error
     if pixels.shape[1:] != (size, size):
         height, width = pixels.shape[1:]
-        raise ValueError(
-            f"{path}: {width}x{height} pixels, expected {size}x{size} as the average picture; draw on that, or pass "
-            f"--size {max(height, width)} to both commands"
-        )
+        remedy = f"draw on that, or pass --size {max(height, width)} to both commands"
+        raise ValueError(f"{path}: {width}x{height} pixels, expected {size}x{size} as the average picture; {remedy}")
     return as_edit(pixels)
 
 
@@ -260,15 +248,9 @@ def _read_points(path: Path) -> Float[Tensor, "1 k 2"]:
     wrong = ~(points.abs() <= FARTHEST_PX).all(1)  # NaN too
     if bool(wrong.any()):
         number = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{path}: point {number} is {points[number].tolist()}, expected finite pixels of a picture; correct it, or leave it out"
-        )
+        found = f"{path}: point {number} is {points[number].tolist()}"
+        raise ValueError(f"{found}, expected finite pixels of a picture; correct it, or leave it out")
     return points[None]
-
-
-def _corners(found: Alignment, index: int) -> Float[Tensor, "4 2"]:
-    corners = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]])
-    return found.warp.select([index]).map_points(corners).points[0]
 
 
 def _reported(files: dict[str, str]) -> dict[str, Any]:

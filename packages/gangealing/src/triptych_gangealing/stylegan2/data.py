@@ -53,10 +53,8 @@ def open_images(
     enlarged. Several sizes are reported. conditional: classes are required.
     Raises ValueError or OSError, one line, for what is absent, empty, damaged, smaller than `resolution`, or lacks classes.
     """
-    if spec.partition(":")[0] == "digits32":
-        source: ImageSource = _digits(spec, split, resolution)
-    else:
-        source = open_source(spec, split, unconditional=not conditional)
+    digits = spec.partition(":")[0] == "digits32"
+    source = _digits(spec, split, resolution) if digits else open_source(spec, split, unconditional=not conditional)
     if conditional and source.num_classes < 2:
         raise ValueError(f"data {spec!r}: has no classes for a conditional model; put each into a subfolder of its own")
     if isinstance(source, Digits32):

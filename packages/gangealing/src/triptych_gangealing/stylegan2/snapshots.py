@@ -1,4 +1,4 @@
-"""What a run shows of itself on the way: grids of samples, and distances to real images."""
+"""Snapshots of a run: grids of samples, and distances to real images."""
 
 from collections.abc import Callable
 from typing import cast
@@ -21,10 +21,7 @@ GRID = 80  # images in a grid
 
 
 def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float[Tensor, "n dim"]]:
-    """Features of uint8 images (n, 3, h, w): of "digits32", or "inception", which asks for its weights.
-
-    Raises OSError with a remedy where these are absent.
-    """
+    """Features of uint8 images (n, 3, h, w), by "digits32" or "inception". Raises OSError where Inception's weights are absent."""
     if name == "digits32":
         from triptych_gangealing.stylegan2.instrument import load_instrument
 
@@ -63,7 +60,7 @@ def make_snapshots(
     Raises OSError with a remedy where the scores' network is absent.
     """
     features = feature_network(config.scores, ranks.device) if config.scores != "none" else None
-    made: list[Scores] = []
+    scores: list[Scores] = []  # made with the first snapshot
 
     def snapshot(state: TrainState) -> None:
         sizes = {"batch_size": config.batch_size, "total_samples": config.total_images}
@@ -74,8 +71,8 @@ def make_snapshots(
             grid = image_grid(sample_images(generator, range(GRID), seed=config.seed), columns=10)
             write_png(run.path / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=2)
         if features is not None:
-            if not made:
-                made.append(Scores(features, config, images, state.ranks))
-            run.log({"step": state.step, "images": state.samples_seen, **made[0](generator)})
+            if not scores:
+                scores.append(Scores(features, config, images, state.ranks))
+            run.log({"step": state.step, "images": state.samples_seen, **scores[0](generator)})
 
     return snapshot

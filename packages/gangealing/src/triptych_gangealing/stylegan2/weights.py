@@ -26,9 +26,8 @@ _FORMAT = ModelFormat(
     made=f"triptych-gangealing train-gan --out FOLDER makes {GENERATOR_FILE}",
     absent="no finished generator; train one with triptych-gangealing train-gan --out {folder}",
 )
-_LEGACY_TORCH = (
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
-)
+# How torch.save's files began before they were zip archives.
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,10 @@ def open_networks(path: str | Path) -> Source:
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_TORCH))
     if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
-        from triptych_gangealing.stylegan2.interop import read_rosinality
-
-        return Source(path, **read_rosinality(path))
-    from triptych_gangealing.stylegan2.interop import read_pickle
-
-    return Source(path, **read_pickle(path))
+        from triptych_gangealing.stylegan2.interop import read_rosinality as read_foreign
+    else:
+        from triptych_gangealing.stylegan2.interop import read_pickle as read_foreign
+    return Source(path, **read_foreign(path))
 
 
 def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
