@@ -355,7 +355,10 @@ def test_a_part_by_smoothness_needs_a_flow(tmp_path, folder):
     mode = Mode(Directions(torch.zeros(4), torch.eye(4)[:1], torch.ones(1)), 1)
     aligner = written(tmp_path, Aligner(SpatialTransformer(config), mode).requires_grad_(False).eval())
     words = ["--aligner", aligner, "--images", folder, "--out", tmp_path / "out"]
-    fails_with(command("average", *words, "--keep", "0.5"), "keep 0.5: a transformer without flow has no measure")
+    fails_with(
+        command("average", *words, "--keep", "0.5"),
+        "keep 0.5: a transformer without flow cannot rank its warps; pass --keep 1",
+    )
     fails_with(command("average", *words, "--flips", "yes"), "flips yes: a transformer without flow has no measure")
     assert not (tmp_path / "out").exists()
     assert command("average", *words).returncode == 0

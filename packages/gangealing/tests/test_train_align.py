@@ -371,9 +371,9 @@ def test_parts_of_a_batch_train_as_the_whole_does(given, exact, tmp_path):
     ("options", "message"),
     [
         (["--input-size", "32"], "input_size 32: the generator's images have 16 pixels; pass --input-size 16 or less"),
-        (["--cutoff", "9"], "cutoff 9: expected 0 to 6, the number of the generator's styles"),
+        (["--cutoff", "9"], "cutoff 9: expected 0 to 6, the generator's styles"),
         (["--components", "7"], "7 principal directions of 60 samples: expected 0 to 6"),
-        (["--clusters", "2", "--components", "0", "--origin", "mean"], "modes fixed at the mean would all be one"),
+        (["--clusters", "2", "--components", "0", "--origin", "mean"], "every mode would be the mean; pass --origin sample"),
         (["--distance", "vgg"], "perceptual distance 'vgg': expected lpips, ssl-vgg, or simclr:PATH"),
         (["--generator", "nowhere.pkl"], "nowhere.pkl: no such file or folder, nor an embedded generator"),
         (["--clusters", "2", "--transforms", "flow"], "the classifier starts from the similarity network"),
@@ -384,7 +384,7 @@ def test_parts_of_a_batch_train_as_the_whole_does(given, exact, tmp_path):
         (["--transforms", "flow", "--iterations", "2"],
          "iterations 2, transforms flow: only the similarity network looks repeatedly; pass --iterations 1"),
         (["--assignment", "descriptor", "--clusters", "9", "--descriptor-images", "8"],
-         "clusters 9, descriptor_images 8: groups are sought among so many images, at most 8000; pass --descriptor-images 9"),
+         "clusters 9, descriptor_images 8: groups are formed of that many images, at most 8000; pass --descriptor-images 9"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_line(given, tmp_path, options, message):

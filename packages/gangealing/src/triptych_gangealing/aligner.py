@@ -25,6 +25,7 @@ _FORMAT = ModelFormat(
     made=f"triptych-gangealing train --out FOLDER makes {FILE}",
     absent="no such file; train one with triptych-gangealing train --out {folder}",
 )
+AT_ONCE = 64  # images
 RESAMPLED = 2  # times input_size: enough pixels for the flow network's look at an image that was magnified
 
 Images = Float[Tensor, "n 3 height width"]
@@ -84,23 +85,17 @@ class Aligner(nn.Module):
 
     @torch.inference_mode()
     def align(
-        self,
-        images: Images,
-        *,
-        iterations: int = 1,
-        flips: bool = False,
-        cluster: Int[Tensor, " n"] | None = None,
-        at_once: int = 64,
+        self, images: Images, *, iterations: int = 1, flips: bool = False, cluster: Int[Tensor, " n"] | None = None
     ) -> Alignment:
-        """Warps of images, `at_once` at a time; the result is on the images' device, whatever that of the networks.
+        """Warps of images, `AT_ONCE` at a time; the result is on the images' device, whatever that of the networks.
 
         iterations: how often the similarity network looks. flips: mirror images whose flow is smoother then. cluster: of each
         image; by default the classifier's. Raises ValueError as the transformer does.
         """
         device, parts = next(self.parameters()).device, []
-        for i in range(0, len(images), at_once):
-            part = images[i : i + at_once].to(device)
-            head = self.clusters(part) if cluster is None else cluster[i : i + at_once].to(device)
+        for i in range(0, len(images), AT_ONCE):
+            part = images[i : i + AT_ONCE].to(device)
+            head = self.clusters(part) if cluster is None else cluster[i : i + AT_ONCE].to(device)
             if flips:
                 aligned, flipped = self.transformer.align_flips(part, iterations=iterations, head=head)
             else:
@@ -127,9 +122,7 @@ class Aligner(nn.Module):
         if self.config.heads == 1:
             return torch.zeros(len(images), dtype=torch.long, device=images.device)
         if self.classifier is None:
-            raise ValueError(
-                f"{self.config.heads} clusters and no classifier: pass the clusters, or train a classifier"
-            )
+            raise ValueError(f"{self.config.heads} clusters, no classifier: pass the clusters, or train a classifier")
         return self.classifier(images).argmax(1)
 
 

@@ -25,6 +25,9 @@ LUMA = (0.299, 0.587, 0.114)
 RECIPE = 1  # part of the fingerprint: to be raised with any change to the pixels
 
 
+Digits = UInt8[Tensor, "n 1 28 28"]
+
+
 class Jitters(NamedTuple):
     """How each of n items is drawn.
 
@@ -60,9 +63,7 @@ def affine(jitters: Jitters) -> Float[Tensor, "n 2 3"]:
     return torch.cat([linear, -linear @ shift[..., None]], dim=2)
 
 
-def render(
-    digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, size: int = CANVAS
-) -> UInt8[Tensor, "n 3 {size} {size}"]:
+def render(digits: Digits, jitters: Jitters, size: int = CANVAS) -> UInt8[Tensor, "n 3 {size} {size}"]:
     """Draw digits by their jitters; antialiased, each pixel the mean of at least 2 x 2 points of an enlarged digit.
 
     Ink that leaves the canvas is cut off: in 1 item of 200, and then at most a few hundredths of it. Raises ValueError for a size
@@ -117,8 +118,7 @@ class Digits32(ImageSource):
         self.name = "digits32" if digit is None else f"digits32:{digit}"
         self.class_names = tuple(map(str, range(10))) if digit is None else (str(digit),)
         self.num_classes = len(self.class_names)
-        labels = self._digit_labels if digit is None else torch.zeros_like(self._digit_labels)
-        self.labels = labels.repeat(copies)
+        self.labels = (self._digit_labels * (digit is None)).repeat(copies)  # one digit alone is class 0
 
     def jitters(self, indices: Sequence[int] | Tensor) -> Jitters:
         """How items are drawn."""
@@ -134,17 +134,15 @@ class Digits32(ImageSource):
         digit = item % len(self.digits)
         foreground_luma, background_luma = _lumas(draw("polarity"), draw("contrast"), draw("luma"))
         direction, strength = draw("gradient direction", 0, 2 * math.pi), draw("gradient strength", 0, MAX_GRADIENT)
-        geometry = (
+        values = (
             draw("angle", -MAX_ANGLE, MAX_ANGLE),
             draw("scale", MIN_SCALE, 1),
             torch.stack([draw(f"shift {axis}", -MAX_SHIFT_PX, MAX_SHIFT_PX) for axis in "xy"], dim=1),
-        )
-        colours = (
             _coloured(foreground_luma, draw("foreground hue"), draw("foreground saturation"), 0.0),
             _coloured(background_luma, draw("background hue"), draw("background saturation"), MARGIN),
             strength[:, None] * torch.stack([direction.cos(), direction.sin()], dim=1),
         )
-        return Jitters(item, digit, self._digit_labels[digit], *(values.float() for values in (*geometry, *colours)))
+        return Jitters(item, digit, self._digit_labels[digit], *(value.float() for value in values))
 
     def batch(self, indices: Sequence[int] | Tensor) -> UInt8[Tensor, "n 3 height width"]:
         """Items as pixels."""

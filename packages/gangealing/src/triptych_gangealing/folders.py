@@ -1,6 +1,7 @@
 """Commands for people's own pictures: align a folder, average it, propagate an edit through it, match two pictures."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,11 @@ from triptych_common.cli import echo
 from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
 from triptych_common.storage.atomic import write_bytes, write_text
 
+from triptych_gangealing import settings
 from triptych_gangealing.aligner import Aligner, Alignment, open_aligner
 from triptych_gangealing.correspondence import matches_figure, middle_points, transfer
 from triptych_gangealing.edit import RunningAverage, as_edit, propagate
 from triptych_gangealing.pictures import Folder, align_pictures, read_picture, warped
-from triptych_gangealing.settings import (
-    AlignConfig,
-    AverageConfig,
-    CorrespondConfig,
-    FolderOptions,
-    PropagateConfig,
-    UseOptions,
-    WarpedOptions,
-)
 from triptych_gangealing.warp import Warp, to_normalised, to_pixels
 
 SHOWN, CELL_PX = 10, 96  # pictures in each row of a grid, and their size there
@@ -32,12 +25,12 @@ FARTHEST_PX = 1e6  # largest coordinate of a point: beyond any picture, and stil
 CORNERS = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]])
 
 
-def _open(config: UseOptions) -> tuple[Aligner, dict[str, Any]]:
+def _open(config: settings.UseOptions) -> tuple[Aligner, dict[str, Any]]:
     """The aligner, and the options of `Aligner.align`.
 
     Raises ValueError where the output would lie inside the folder that is read.
     """
-    if isinstance(config, FolderOptions):
+    if isinstance(config, settings.FolderOptions):
         out, images = config.out.resolve(), config.images.resolve()
         if images in (out, *out.parents):
             raise ValueError(f"out {config.out}: lies in the pictures' folder {config.images}; choose one elsewhere")
@@ -47,13 +40,13 @@ def _open(config: UseOptions) -> tuple[Aligner, dict[str, Any]]:
     return open_aligner(config.aligner, config.device, config.iterations, config.flips)
 
 
-def _shown(config: WarpedOptions, aligner: Aligner) -> tuple[int, str]:
+def _shown(config: settings.WarpedOptions, aligner: Aligner) -> tuple[int, str]:
     """Height and width of aligned pictures, and the padding."""
     padding = aligner.facts["padding"] if config.padding == "trained" else config.padding
     return config.size or aligner.config.input_size, padding
 
 
-def write_aligned(config: AlignConfig) -> dict[str, Any]:
+def write_aligned(config: settings.AlignConfig) -> dict[str, Any]:
     """Write aligned pictures, a grid of some before and after, and where the corners of each come from.
 
     Raises ValueError or OSError for what is no aligner, or a folder of which no picture can be read.
@@ -88,7 +81,7 @@ def write_aligned(config: AlignConfig) -> dict[str, Any]:
     return _reported(paths | averages.write(config.out)) | {"pictures": len(rows)}
 
 
-def write_average(config: AverageConfig) -> dict[str, Any]:
+def write_average(config: settings.AverageConfig) -> dict[str, Any]:
     """Write the average aligned picture of each cluster, or of its `keep` smoothest warps.
 
     Raises ValueError where a transformer without flow should rank pictures, otherwise as `write_aligned`.
@@ -118,7 +111,7 @@ def smoothest(found: Alignment, share: float) -> set[int]:
     return kept
 
 
-def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
+def propagate_to_folder(config: settings.PropagateConfig) -> dict[str, Any]:
     """Write every picture with the edit laid over it, or where the points are in each.
 
     Raises ValueError for an edit of another size than the average picture, else as `write_aligned`.
@@ -135,9 +128,7 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
     found = align_pictures(aligner, folder, **options)
     here = (found.cluster == config.cluster).nonzero().flatten().tolist()
     if not here:
-        raise ValueError(
-            f"cluster {config.cluster}: none of {len(found.cluster):,} pictures is of it; average says which are"
-        )
+        raise ValueError(f"cluster {config.cluster}: has none of {len(found.cluster):,} pictures; align lists clusters")
     if edit is not None:
         return _edited(config.out / "pictures", edit, set(here), folder, found)
     assert points is not None
@@ -161,7 +152,7 @@ def _edited(
     return _reported({"pictures": str(out)}) | {"edited": edited}
 
 
-def write_matches(config: CorrespondConfig) -> dict[str, Any]:
+def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
     """Write where points of the source are in the target, and a picture of it.
 
     Raises ValueError for pictures of different clusters, else as `write_aligned`.
@@ -194,12 +185,11 @@ class Averages:
     """Running averages of aligned pictures by cluster: `average.png`, or `average-K.png` for each of several heads."""
 
     def __init__(self, *, heads: int) -> None:
-        self.heads, self.of = heads, dict[int, RunningAverage]()
+        self.heads, self.of = heads, defaultdict[int, RunningAverage](RunningAverage)
 
     def add(self, cluster: int, aligned: Float[Tensor, "1 3 size size"], warp: Warp) -> None:
         """One more picture, and the warp that shows it."""
-        inside = warp.inside((aligned.shape[2], aligned.shape[3]))
-        self.of.setdefault(cluster, RunningAverage()).add(aligned, inside)
+        self.of[cluster].add(aligned, warp.inside((aligned.shape[2], aligned.shape[3])))
 
     def write(self, out: Path) -> dict[str, str]:
         """Files by name."""
@@ -226,9 +216,7 @@ def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
             pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
     except Exception as error:  # of a damaged file, decoders raise anything
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"edit {path}: no picture, or cut short ({reason}); save it again as RGBA such as PNG"
-        ) from error
+        raise ValueError(f"edit {path}: no picture, or cut short ({reason}); save it as RGBA such as PNG") from error
     if pixels.shape[1:] != (size, size):
         height, width = pixels.shape[1:]
         remedy = f"draw on that, or pass --size {max(height, width)} to both commands"

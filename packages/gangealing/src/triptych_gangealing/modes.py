@@ -17,6 +17,7 @@ from triptych_common.storage import checkpoint
 
 from triptych_gangealing.stylegan2.generator import Generator, classes_of
 
+Style = Float[Tensor, "n w"]
 CHUNK = 4096  # latents drawn from one generator: part of what a seed means
 FITTED = 32_768  # styles decomposed at once: 128 MiB in float64 at 512 dimensions
 RECIPE = 1  # part of a cached result's key: to be raised with any change to samples or decomposition
@@ -108,12 +109,7 @@ class Mode(nn.Module):
 
 
 def mixed(
-    w: Float[Tensor, "n w"],
-    c: Float[Tensor, "n w"] | Float[Tensor, " w"],
-    *,
-    num_ws: int,
-    cutoff: int,
-    psi: float = 0.0,
+    w: Style, c: Style | Float[Tensor, " w"], *, num_ws: int, cutoff: int, psi: float = 0.0
 ) -> Float[Tensor, "n num_ws w"]:
     """Styles of targets: c, or c moved by psi towards w, in the first `cutoff` layers, which determine pose; w in the rest.
 

@@ -52,9 +52,7 @@ class Objective:
     def __init__(self, config: AlignTrainConfig, generator: Generator, distance: PerceptualDistance) -> None:
         channels, resolution = generator.config.image_channels, generator.config.resolution
         if config.cutoff > generator.num_ws:
-            raise ValueError(
-                f"cutoff {config.cutoff}: expected 0 to {generator.num_ws}, the generator's number of styles"
-            )
+            raise ValueError(f"cutoff {config.cutoff}: expected 0 to {generator.num_ws}, the generator's styles")
         if channels != 3:
             found = f"generator {config.generator}: its images have {channels} channels"
             raise ValueError(f"{found}, expected 3; train one on RGB images")

@@ -19,11 +19,10 @@ from triptych_common.data import ImageFolder
 from triptych_common.data.decoding import UnreadableImage, decode, to_tensor
 from triptych_common.images import from_uint8
 
-from triptych_gangealing.aligner import Aligner, Alignment, load_aligner
+from triptych_gangealing.aligner import AT_ONCE, Aligner, Alignment, load_aligner
 from triptych_gangealing.correspondence import Transferred, transfer
 from triptych_gangealing.warp import Affine, Warp
 
-AT_ONCE = 64  # pictures
 LARGEST = 4  # times the output's size: pictures are reduced to it before they are sampled
 
 
@@ -86,9 +85,7 @@ class Folder:
             try:
                 picture = self._read(name)
                 if picture.size != size:
-                    raise UnreadableImage(
-                        str(self.root / name), "another size than a moment ago; it was replaced meanwhile"
-                    )
+                    raise UnreadableImage(str(self.root / name), "replaced meanwhile by a picture of another size")
             except (UnreadableImage, OSError) as error:
                 echo(f"left out: {' '.join(str(error).split())}")
                 continue

@@ -135,10 +135,8 @@ class SpatialTransformer(nn.Module):
         if images.shape[1] != config.image_channels:
             raise ValueError(f"images of {images.shape[1]} channels: expected {config.image_channels}")
         if iterations < 1 or (iterations > 1 and self.similarity is None):
-            without = "1, as the transformer has no similarity network"
-            raise ValueError(
-                f"iterations {iterations}: expected {without if self.similarity is None else 'at least 1'}"
-            )
+            expected = "1, as the transformer has no similarity network" if self.similarity is None else "at least 1"
+            raise ValueError(f"iterations {iterations}: expected {expected}")
         if head is not None and len(head) and not 0 <= int(head.min()) <= int(head.max()) < config.heads:
             raise ValueError(f"head {int(head.min())}..{int(head.max())}: expected 0 to {config.heads - 1}")
 

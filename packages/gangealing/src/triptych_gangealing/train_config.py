@@ -90,21 +90,16 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        several, similarity, descriptor = (
-            self.clusters > 1,
-            "similarity" in self.transforms,
-            self.assignment == "descriptor",
-        )
+        several, similarity = self.clusters > 1, "similarity" in self.transforms
         clusters, transforms = f"clusters {self.clusters}", f"transforms {self.transforms}"
         if several and self.components == 0 and self.origin == "mean":
-            raise ValueError(
-                f"{clusters}, components 0: modes fixed at the mean would all be one; pass --origin sample"
-            )
+            raise ValueError(f"{clusters}, components 0: every mode would be the mean; pass --origin sample")
         if several and not similarity:
             raise ValueError(f"{clusters}, {transforms}: the classifier starts from the similarity network")
         if self.iterations > 1 and not similarity:
             only = "only the similarity network looks repeatedly; pass --iterations 1"
             raise ValueError(f"iterations {self.iterations}, {transforms}: {only}")
+        descriptor = self.assignment == "descriptor"
         if descriptor and self.clusters > max(1, min(DESCRIPTOR_POOL, self.descriptor_images)):
             remedy = f"pass --descriptor-images {self.clusters} or more, or fewer --clusters"
             found = f"{clusters}, descriptor_images {self.descriptor_images}"
@@ -113,9 +108,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
             start = "the descriptor starts from an encoder; pass --distance simclr:PATH"
             raise ValueError(f"assignment descriptor, distance {self.distance}: {start}")
         if descriptor and self.flips:
-            raise ValueError(
-                "assignment descriptor, flips: the descriptor does not see mirroring; pass only one of them"
-            )
+            raise ValueError("assignment descriptor, flips: the descriptor does not see mirroring; pass one of them")
         if self.clusters > self.init_images:
             raise ValueError(f"init_images {self.init_images}: expected at least as many as clusters, {self.clusters}")
         self.transformer()
@@ -131,12 +124,10 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
 
     def transformer(self) -> SpatialTransformerConfig:
         """Shape of the transformer."""
-        transforms: Any = tuple(self.transforms.split(","))
-        return SpatialTransformerConfig(
-            input_size=self.input_size, channel_max=self.channel_max, channel_multiplier=self.channel_multiplier,
-            heads=self.clusters, transforms=transforms, flow_size=self.flow_size,
-            flow_upsampling=max(1, self.input_size // self.flow_size), padding=self.padding,
-        )  # fmt: skip
+        names = ("input_size", "channel_max", "channel_multiplier", "flow_size", "padding")
+        shape: dict[str, Any] = {name: getattr(self, name) for name in names}
+        shape |= {"heads": self.clusters, "transforms": tuple(self.transforms.split(","))}
+        return SpatialTransformerConfig(**shape, flow_upsampling=max(1, self.input_size // self.flow_size))
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""

@@ -62,7 +62,7 @@ class Warp:
         kinds = {(len(stage.tensor), stage.tensor.dtype, str(stage.tensor.device)) for stage in self.stages}
         if len(kinds) > 1:
             listed = "; ".join(f"{n} of {dtype} on {device}" for n, dtype, device in sorted(kinds, key=str))
-            raise ValueError(f"warps of {listed}: expected one number, type and device in all stages")
+            raise ValueError(f"warps of {listed}: expected as many in every stage, of one type, on one device")
 
     @classmethod
     def identity(
@@ -127,12 +127,8 @@ class Warp:
         return points.unflatten(1, tuple(size))
 
     def sample(
-        self,
-        images: Float[Tensor, "n c H W"],
-        size: Size | None = None,
-        padding: str = "border",
-        antialias: bool = True,
-    ) -> Float[Tensor, "n c h w"]:
+        self, images: Images, size: Size | None = None, padding: str = "border", antialias: bool = True
+    ) -> Float[Tensor, "n channels h w"]:
         """The output images, of (height, width) `size`, by default the input's.
 
         padding: outside the input there is "border" (the nearest pixel), "reflection" or "zeros". antialias: where the warp

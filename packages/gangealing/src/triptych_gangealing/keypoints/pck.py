@@ -50,8 +50,7 @@ class PckTable:
         rows = []
         for threshold, average, alpha, threshold_px, (value, low, high) in self.scores:
             interval = "" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
-            shown = [threshold, average, f"{alpha:g}", f"{threshold_px:.2f}", f"{100 * value:.1f}", interval]
-            rows.append(shown)
+            rows.append([threshold, average, f"{alpha:g}", f"{threshold_px:.2f}", f"{100 * value:.1f}", interval])
         return header, rows
 
     def as_dict(self) -> dict[str, dict[str, float | None]]:

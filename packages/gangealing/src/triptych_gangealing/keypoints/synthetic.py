@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.randomness import shuffled, uniform
 
-from triptych_gangealing.digits32 import CANVAS, DIGIT, Digits32, Jitters, affine, render
+from triptych_gangealing.digits32 import CANVAS, DIGIT, Digits, Digits32, Jitters, affine, render
 from triptych_gangealing.warp import centres, to_pixels
 
 WAVES = 3
@@ -73,14 +73,11 @@ def draw_elastic(n: int, seed: int, stream: str, elastic_px: float) -> Elastic:
 
     lowest, highest = (math.pi * DIGIT / wavelength for wavelength in (LONGEST_WAVE_PX, SHORTEST_WAVE_PX))
     amplitude = torch.full((n, WAVES), elastic_px / (DIGIT / 2) / WAVES, dtype=torch.float64)
-    return Elastic(
-        vectors("amplitude", amplitude),
-        vectors("wave", draw("wave length", lowest, highest)),
-        draw("phase", 0, 2 * math.pi),
-    )
+    wave = vectors("wave", draw("wave length", lowest, highest))
+    return Elastic(vectors("amplitude", amplitude), wave, draw("phase", 0, 2 * math.pi))
 
 
-def deform(digits: UInt8[Tensor, "n 1 28 28"], elastic: Elastic) -> UInt8[Tensor, "n 1 28 28"]:
+def deform(digits: Digits, elastic: Elastic) -> Digits:
     """Digits under elastic maps, resampled bicubically: their displacement is so smooth that nothing aliases."""
     points = centres((DIGIT, DIGIT), elastic.phase).view(1, -1, 2).expand(len(digits), -1, -1)
     grid = elastic.backward(points).view(-1, DIGIT, DIGIT, 2)
@@ -171,7 +168,7 @@ class Posed(NamedTuple):
 
     images: UInt8[Tensor, "n 3 size size"]
     jitters: Jitters
-    digits: UInt8[Tensor, "n 1 28 28"]
+    digits: Digits
 
 
 def posed_digits(
@@ -209,7 +206,7 @@ def shown(points: Float[Tensor, "n k 2"], size: int) -> Bool[Tensor, "n k"]:
     return ((points >= -0.5) & (points <= size - 0.5)).all(dim=-1)
 
 
-def ink_points(digits: UInt8[Tensor, "n 1 28 28"], k: int) -> tuple[Float[Tensor, "n k 2"], Bool[Tensor, "n k"]]:
+def ink_points(digits: Digits, k: int) -> tuple[Float[Tensor, "n k 2"], Bool[Tensor, "n k"]]:
     """k points of each digit's ink, normalised float64, and which are 2 pixels or more from all before.
 
     Each is the point farthest from those before; the first is the one farthest from the ink's middle.

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.randomness import uniform
 
+Images = Float[Tensor, "n c h w"]
+
 # The orthonormal low-pass filter of the symlet with six vanishing moments, "sym6".
 SYM6 = torch.tensor(
     [
@@ -99,13 +101,13 @@ def adapted_p(p: float, mean_sign: float, target: float, share: float) -> float:
 
 
 def augment(
-    images: Float[Tensor, "n c h w"],
+    images: Images,
     p: float | Float[Tensor, ""],
     seed: int,
     stream: str,
     counters: Sequence[int],
     config: AugmentConfig = BGC,
-) -> Float[Tensor, "n c h w"]:
+) -> Images:
     """Augment images of about -1..1, each transformation of each sample applied with probability p * multiplier.
 
     Image i gets the transformations of `counters[i]`. Differentiable twice with respect to images; p is a constant. Half
@@ -113,14 +115,9 @@ def augment(
     Raises ValueError for a negative or infinite p (above 1 counts as 1), images smaller than 2x2, colour transformations of
     other than 1 or 3 channels, or counters that do not match the images.
     """
-    # Random numbers by numpy's integers cannot be compiled: a break in the graph.
-    run = torch.compiler.disable(_augment) if torch.compiler.is_compiling() else _augment
-    return run(images, float(p), seed, stream, counters, config)
-
-
-def _augment(
-    images: Tensor, p: float, seed: int, stream: str, counters: Sequence[int], config: AugmentConfig
-) -> Tensor:
+    if torch.compiler.is_compiling():  # random numbers by numpy's integers cannot be compiled: a break in the graph
+        return torch.compiler.disable(augment)(images, p, seed, stream, counters, config)
+    p = float(p)
     _check(images, p, counters, config)
     if p == 0 or len(images) == 0:
         return images
@@ -253,7 +250,7 @@ def _colour(draws: _Draws) -> Float[Tensor, "n 4 4"]:
     return colour.expand(len(draws.counters), 4, 4)
 
 
-def _recolour(images: Float[Tensor, "n c h w"], colour: Float[Tensor, "n 4 4"]) -> Float[Tensor, "n c h w"]:
+def _recolour(images: Images, colour: Float[Tensor, "n 4 4"]) -> Images:
     if (colour == _EYE).all():
         return images
     if images.shape[1] == 1:  # grey in, the mean of the resulting colour out
@@ -266,7 +263,7 @@ def _recolour(images: Float[Tensor, "n c h w"], colour: Float[Tensor, "n 4 4"]) 
 # --- Images under affine maps
 
 
-def transform(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n c h w"]:
+def transform(images: Images, inverse: Float[Tensor, "n 3 3"]) -> Images:
     """Each image under its own map, in one resampling: anti-aliased, reflected at the edges, differentiable twice.
 
     Convention: x right, y down, in pixels, origin at the image's centre; what is outside the image is its reflection (edge
@@ -297,7 +294,7 @@ def _fold(index: Int[Tensor, "*dims"], size: int) -> Int[Tensor, "*dims"]:
     return last - (index % (2 * last) - last).abs()
 
 
-def _copy_pixels(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n c h w"]:
+def _copy_pixels(images: Images, inverse: Float[Tensor, "n 3 3"]) -> Images:
     """Flips, quarter turns and whole-pixel shifts, exact to the bit."""
     height, width = images.shape[-2:]
     a = inverse.to(images.device, torch.float32)[..., None]  # exact: small multiples of a half
@@ -314,7 +311,7 @@ def _copy_pixels(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3
     return images.flatten(2).gather(2, index).view_as(images)
 
 
-def _resample(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n c h w"]:
+def _resample(images: Images, inverse: Float[Tensor, "n 3 3"]) -> Images:
     """Twice the resolution by sym6, bilinear samples of that, then sym6 again down to the original resolution."""
     # Filters are matrices: on a CPU and small images ten times as fast as convolution, reflection included.
     height, width = images.shape[-2:]

@@ -176,7 +176,7 @@ def images(config: GeneratorConfig, tensors: Mapping[str, Tensor], z: Latents, c
     """A generator's images, with its constant noise.  [Karras et al. 2020, figure 2 and appendix B]"""
     w = _mapping(tensors, config.mapping_layers, z, c)
     x = tensors["synthesis.b4.const"].expand(len(z), -1, -1, -1)
-    image, root = None, math.sqrt(0.5)
+    image, root = x.new_zeros(len(z), config.image_channels, 2, 2), math.sqrt(0.5)
     for resolution in config.resolutions:
         block = _part(tensors, f"synthesis.b{resolution}.")
         residual = config.architecture == "resnet" and resolution > 4
@@ -186,14 +186,11 @@ def images(config: GeneratorConfig, tensors: Mapping[str, Tensor], z: Latents, c
         if resolution > 4:
             x = _styled(block, "conv0.", x, w, config.conv_clamp, up=True)
         x = skip + _styled(block, "conv1.", x, w, config.conv_clamp) * (root if residual else 1)
-        if image is not None:
-            image = _up(image)
+        image = _up(image)
         if "torgb.weight" in block:
             style = _linear(block, "torgb.affine.", w)
             rgb = _per_image(x, style, _scaled(block["torgb.weight"])) + block["torgb.bias"].view(1, -1, 1, 1)
-            rgb = _clamped(rgb, config.conv_clamp)
-            image = rgb if image is None else image + rgb
-    assert image is not None
+            image = image + _clamped(rgb, config.conv_clamp)
     return image
 
 
@@ -202,17 +199,14 @@ def logits(
 ) -> Float[Tensor, " batch"]:
     """A discriminator's logits.  [as above; Karras et al. 2018, section 3]"""
     image, root = x, math.sqrt(0.5)
-    maps: Tensor | None = None
+    maps: Any = 0.0
     for resolution in reversed(config.resolutions[1:]):
         block = _part(tensors, f"b{resolution}.")
         if "fromrgb.weight" in block:
-            read = _conv(block, "fromrgb.", image, config.conv_clamp)
-            maps, image = read if maps is None else maps + read, _down(image)
-        assert maps is not None
+            maps, image = maps + _conv(block, "fromrgb.", image, config.conv_clamp), _down(image)
         y = _conv(block, "conv1.", _conv(block, "conv0.", maps, config.conv_clamp), config.conv_clamp, down=True)
         residual = config.architecture == "resnet"
         maps = (y + _down(maps, _scaled(block["skip.weight"]))) * root if residual else y
-    assert maps is not None
     block, x = _part(tensors, "b4."), maps
     if "fromrgb.weight" in block:
         x = x + _conv(block, "fromrgb.", image, None)

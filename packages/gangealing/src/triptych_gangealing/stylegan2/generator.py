@@ -26,6 +26,7 @@ from triptych_gangealing.stylegan2.layers import (
 
 Images = Float[Tensor, "batch channels height width"]
 Maps = Float[Tensor, "batch maps height width"]
+NewMaps = Float[Tensor, "batch new_maps new_height new_width"]
 Latents = Float[Tensor, "batch z_dim"]
 Classes = Float[Tensor, "batch c_dim"] | None  # one-hot; None for an unconditional model
 Style = Float[Tensor, "batch w_dim"]
@@ -51,9 +52,7 @@ class StyledConv(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
 
-    def forward(
-        self, x: Maps, w: Style, noise: Noise, gain: float = 1.0
-    ) -> Float[Tensor, "batch new_maps new_height new_width"]:
+    def forward(self, x: Maps, w: Style, noise: Noise, gain: float = 1.0) -> NewMaps:
         # All gains enter before the activation, which is homogeneous: a pass over the maps less.
         scale = gain * ACTIVATION_GAINS["lrelu"]
         x = modulated_conv2d(x, self.weight, self.affine(w), resample=self.resample, gain=scale)
@@ -102,10 +101,7 @@ class SynthesisBlock(nn.Module):
 
     def forward(
         self, x: Maps | None, image: Images | None, ws: Styles, noises: list[Noise], dtype: torch.dtype
-    ) -> tuple[
-        Float[Tensor, "batch new_maps new_height new_width"],
-        Float[Tensor, "batch channels new_height new_width"] | None,
-    ]:
+    ) -> tuple[NewMaps, Float[Tensor, "batch channels new_height new_width"] | None]:
         w, noise = iter(ws.unbind(1)), iter(noises)
         if x is None:
             x = self.const.to(dtype).expand(len(ws), -1, -1, -1)
@@ -251,9 +247,7 @@ def latents_of(generator: Generator, indices: range, seed: int) -> Float[Tensor,
     return randomness.normal(seed, "sample/z", indices, (generator.config.z_dim,)).to(next(generator.parameters()))
 
 
-def classes_of(
-    generator: Generator, indices: Sequence[int], labels: Tensor | None = None
-) -> Float[Tensor, "n c_dim"] | None:
+def classes_of(generator: Generator, indices: Sequence[int], labels: Tensor | None = None) -> Classes:
     """One-hot classes of images for a conditional generator: those of `labels`, or all in turn."""
     classes = generator.config.c_dim
     if not classes:

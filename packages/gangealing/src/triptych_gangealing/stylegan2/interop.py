@@ -14,18 +14,10 @@ import torch
 from torch import Tensor
 from triptych_common.storage import foreign
 
-from triptych_gangealing.stylegan2 import rosinality, tensorflow_era
+from triptych_gangealing.stylegan2 import rosinality, shapes, tensorflow_era
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
-from triptych_gangealing.stylegan2.shapes import (
-    agrees,
-    build,
-    discriminator_config,
-    fields_of,
-    generator_config,
-    without_filters,
-)
 
 # NVIDIA's options: fields of our configs; values that every network here has; options of training or speed, or that shapes repeat.
 _FIELDS = {name: name for name in ("c_dim", "channel_base", "channel_max", "architecture", "conv_clamp")}
@@ -58,16 +50,15 @@ def read_rosinality(path: Path) -> dict[str, Any]:
     except ValueError as error:
         if error.__cause__ is None or (name := refused_name(error.__cause__)) is None:
             raise
-        raise ValueError(
-            f"{path}: names {name}, which no network needs and which could run code; nothing was run"
-        ) from error
+        reason = f"names {name}, which no network needs and which could run code; nothing was run"
+        raise ValueError(f"{path}: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a checkpoint with g_ema")
-    state, discriminator_state = rosinality.generator_state(content), rosinality.discriminator_state(content)
+    state = rosinality.generator_state(content)
+    discriminator_state = content["d"] if isinstance(content.get("d"), Mapping) else None
     if state is None and discriminator_state is None:
         raise ValueError(f"{path}: holds no networks; expected a checkpoint with g_ema, as rosinality's code writes")
-    average = content.get("latent_avg")
-    average = average if isinstance(average, Tensor) else None
+    average = content["latent_avg"] if isinstance(content.get("latent_avg"), Tensor) else None
     found: dict[str, Any] = {"facts": {}}
     if state is not None:
         found["generator"] = lambda: _located(path, lambda: _rosinality_generator(state, average))
@@ -80,8 +71,8 @@ def read_rosinality(path: Path) -> dict[str, Any]:
 
 def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> tuple[Generator, dict[str, Tensor]]:
     tensors = rosinality.generator_tensors(state, average)
-    config = generator_config(tensors)
-    generator = build(config, {"mapping.w_avg": torch.zeros(config.w_dim), **tensors})
+    config = shapes.generator_config(tensors)
+    generator = shapes.build(config, {"mapping.w_avg": torch.zeros(config.w_dim), **tensors})
     if average is None:
         generator.mapping.w_avg.copy_(rosinality.mean_style(generator))
     return generator, tensors
@@ -89,7 +80,7 @@ def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> t
 
 def _rosinality_discriminator(state: Mapping[str, Any]) -> tuple[Discriminator, dict[str, Tensor]]:
     tensors = rosinality.discriminator_tensors(state)
-    return build(discriminator_config(tensors), tensors), tensors
+    return shapes.build(shapes.discriminator_config(tensors), tensors), tensors
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -118,13 +109,13 @@ def _built(network: PickledNetwork, *, is_generator: bool) -> tuple[Generator | 
     else:
         if any(name.startswith("synthesis.input.") for name in network.tensors):
             raise ValueError("a StyleGAN3 network; only StyleGAN2's are read")
-        tensors = without_filters(network.tensors, {r".*\.resample_filter": 1.0})
+        tensors = shapes.without_filters(network.tensors, {r".*\.resample_filter": 1.0})
         fields = _fields(network, _GENERATOR_FIELDS if is_generator else _DISCRIMINATOR_FIELDS)
     try:
-        config = (generator_config if is_generator else discriminator_config)(tensors, **fields)
+        config = (shapes.generator_config if is_generator else shapes.discriminator_config)(tensors, **fields)
     except TypeError as error:
         raise ValueError(f"its options are of other types than expected ({error})") from error
-    built = build(config, tensors)
+    built = shapes.build(config, tensors)
     _check_settings(built, network.settings)
     return built, tensors
 
@@ -135,13 +126,13 @@ def _fields(network: PickledNetwork, fields: Mapping[str, str]) -> dict[str, Any
     for name in _NESTED:
         nested = network.kwargs.get(name)
         options |= nested if isinstance(nested, dict) else {}
-    found = fields_of(options, fields, _FIXED, _IGNORED)
+    found = shapes.fields_of(options, fields, _FIXED, _IGNORED)
     # Versions of their code differ in these defaults, so the modules' own attributes decide.
     for name, field_name in _MODULE_SETTINGS.items():
         if name in network.settings:
             value = network.settings[name]
             given = found.get(field_name, value)
-            if given is not value and not agrees(given, value):
+            if given is not value and not shapes.agrees(given, value):
                 raise ValueError(f"its option {field_name} is not its module's {name}, {ascii(value)[:40]}")
             found[field_name] = value
     return found

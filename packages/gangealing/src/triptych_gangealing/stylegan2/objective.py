@@ -19,7 +19,7 @@ from triptych_gangealing.stylegan2.augment import PRESETS as PIPELINES
 from triptych_gangealing.stylegan2.augment import augment
 from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.discriminator import Discriminator, grouped
-from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.generator import Generator, classes_of
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 
 Images = Float[Tensor, "batch channels height width"]
@@ -59,7 +59,7 @@ class Objective:
         """Training images of some counters in [-1, 1], and their classes; every epoch is in another order."""
         items = randomness.shuffled(self.config.seed, "order", counters, len(self.images))
         pixels = onto(self.device, self.images.batch(items))
-        return from_uint8(pixels, self.dtype), self._one_hot(self.images.labels[items])
+        return from_uint8(pixels, self.dtype), classes_of(self.generator, counters, self.images.labels[items])
 
     def generator_loss(self, counters: Sequence[int], p: float) -> tuple[Tensor, Tensor]:
         """-log sigmoid D(G(z)), the mean; and the mean w, of which the caller keeps a running average."""
@@ -118,8 +118,4 @@ class Objective:
     def _classes(self, stream: str, counters: Sequence[int]) -> Tensor | None:
         """Classes of randomly chosen training images, so that both have the same frequencies."""
         items = (randomness.uniform(self.config.seed, f"{stream}/class", counters) * len(self.images)).long()
-        return self._one_hot(self.images.labels[items])
-
-    def _one_hot(self, labels: Tensor) -> Tensor | None:
-        classes = self.generator.config.c_dim
-        return F.one_hot(labels, classes).to(self.device, self.dtype) if classes else None
+        return classes_of(self.generator, counters, self.images.labels[items])

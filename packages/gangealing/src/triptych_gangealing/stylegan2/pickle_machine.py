@@ -85,8 +85,8 @@ class Machine:
             case "LIST" | "TUPLE" | "DICT" | "FROZENSET":
                 items = self._marked()  # before `append` is looked up, since it replaces the stack
                 items = plain_keys(items) if opcode == "FROZENSET" else items
-                made = {"LIST": list, "TUPLE": tuple, "DICT": dictionary, "FROZENSET": frozenset}[opcode](items)
-                self.stack.append(made)
+                fill: Any = {"LIST": list, "TUPLE": tuple, "DICT": dictionary, "FROZENSET": frozenset}[opcode]
+                self.stack.append(fill(items))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 n = int(opcode[-1])
                 if len(self.stack) < n:

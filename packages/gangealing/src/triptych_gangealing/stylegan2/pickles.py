@@ -195,13 +195,15 @@ def _networks(content: Any) -> Iterator[tuple[str, PickledNetwork]]:
     if type(content) is tuple and len(content) == 3:
         content = dict(zip(("G", "D", "G_ema"), content, strict=True))
     networks = content if type(content) is dict else {}
-    found = {
-        key: networks[key] for key in ("G", "D", "G_ema") if type(networks.get(key)) in (_Module, _TensorFlowNetwork)
+    readers: dict[type, Callable[[Any], PickledNetwork]] = {
+        _Module: _taken_apart,
+        _TensorFlowNetwork: _taken_apart_tensorflow,
     }
-    if not found:
+    keys = [key for key in ("G", "D", "G_ema") if type(networks.get(key)) in readers]
+    if not keys:
         raise Refused("holds no networks: expected a dictionary with G, D and G_ema")
-    for key, network in found.items():
-        yield key, _taken_apart(network) if type(network) is _Module else _taken_apart_tensorflow(network)
+    for key in keys:
+        yield key, readers[type(networks[key])](networks[key])
 
 
 def _walk(root: Any, children: Callable[[Any], Iterable[tuple[str, Any]]], separator: str) -> Iterator[tuple[str, Any]]:

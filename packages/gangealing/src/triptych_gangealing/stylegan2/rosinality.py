@@ -31,12 +31,6 @@ def generator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return state if any(str(name).endswith("input.input") for name in state) else None
 
 
-def discriminator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Their state dict of a checkpoint's discriminator."""
-    state = content.get("d")
-    return state if isinstance(state, Mapping) else None
-
-
 def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> dict[str, Tensor]:
     """A generator's tensors by NVIDIA's names. Without `latent_avg` there is no "mapping.w_avg" either: see `mean_style`.
 

@@ -17,10 +17,11 @@ from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.generator import AT_ONCE, Generator, sample_images
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 
+FeatureNetwork = Callable[[Tensor], Float[Tensor, "n dim"]]
 GRID = 80  # images in a grid
 
 
-def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float[Tensor, "n dim"]]:
+def feature_network(name: str, device: torch.device) -> FeatureNetwork:
     """Features of uint8 images (n, 3, h, w), by "digits32" or "inception". Raises OSError where Inception's weights are absent."""
     if name == "digits32":
         from triptych_gangealing.stylegan2.instrument import load_instrument
@@ -35,9 +36,7 @@ def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float
 class Scores:
     """Fréchet and kernel distance of a generator's images to as many of the training images."""
 
-    def __init__(
-        self, features: Callable[[Tensor], Tensor], config: GanTrainConfig, images: TrainingImages, ranks: Ranks
-    ) -> None:
+    def __init__(self, features: FeatureNetwork, config: GanTrainConfig, images: TrainingImages, ranks: Ranks) -> None:
         self.features, self.ranks, self.seed = features, ranks, config.seed
         self.n = min(config.score_images, len(images)) // ranks.world_size * ranks.world_size
         items = randomness.shuffled(config.seed, "score/real", range(self.n), len(images))

@@ -126,7 +126,7 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
 def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
     generator, discriminator, _ = parts_of(state)
     other = discriminator if play.player == "generator" else generator
-    totals: tuple[Tensor, Tensor] | None = None
+    parts = []
     first, samples = batch.step * batch.size, -(-batch.size // play.stride)  # of the batch of all ranks
     with _frozen(other):
         for part, _ in batch.micro_batches(micro_batch):
@@ -135,10 +135,9 @@ def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) 
             # Without a counter of its own it takes one at weight 0: all ranks must have the same gradients.
             loss, observed = play.loss(counters or part[:1])
             (loss * (play.weight * share)).backward()
-            parts = loss.detach() * share, observed * share
-            totals = parts if totals is None else (totals[0] + parts[0], totals[1] + parts[1])
-    assert totals is not None
-    return totals
+            parts.append((loss.detach() * share, observed * share))
+    losses, observations = zip(*parts, strict=True)
+    return sum(losses), sum(observations)
 
 
 def _adapt(statistics: Statistics, sign: Tensor, config: GanTrainConfig, batch: Batch) -> None:
