@@ -41,7 +41,7 @@ class Alignment:
     roughness: Float[Tensor, " n"]
     """total variation of the flow: large where an image fits badly"""
     names: tuple[str, ...] = ()
-    """of the pictures, where they came from a folder: those that could be read"""
+    """of the pictures, where they came from a folder, without unreadable ones"""
 
     @classmethod
     def of_warp(cls, warp: Warp, cluster: Int[Tensor, " n"] | None = None) -> "Alignment":
@@ -96,6 +96,7 @@ class Aligner(nn.Module):
         for i in range(0, len(images), AT_ONCE):
             part = images[i : i + AT_ONCE].to(device)
             head = self.clusters(part) if cluster is None else cluster[i : i + AT_ONCE].to(device)
+            # Either way the warp leads to the image as it is, not to its mirror image.
             if flips:
                 aligned, flipped = self.transformer.align_flips(part, iterations=iterations, head=head)
             else:
@@ -144,6 +145,7 @@ def load_aligner(path: str | Path) -> Aligner:
 
 def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
     config = SpatialTransformerConfig.from_json(state["config"])
+    # The origins are loaded with the other tensors below; directions only give the mode its shape.
     origins, components = tensors["mode.origins"], tensors["mode.components"]
     directions = Directions(origins[0], components, torch.ones(len(components)))
     classifier: nn.Module | None = ClusterClassifier(config) if state["has_classifier"] else None

@@ -38,15 +38,15 @@ def starting_modes(objective: Objective, directions: Directions) -> dict[str, Te
     directions reach from the mean. With `origin` "sample" they start at typical styles.
     """
     config, count = objective.config, len(directions.components)
-    still = torch.zeros(config.clusters, count)
+    zeros = torch.zeros(config.clusters, count)
     mean = directions.mean.repeat(config.clusters, 1)
     if config.clusters == 1 and config.origin == "mean":
-        return {"origins": mean, "alpha": still}
+        return {"origins": mean, "alpha": zeros}
     typical = config.origin == "sample" or objective.groups is not None
     chosen = _typical(objective) if typical else _spread(objective)
     w = torch.cat([objective.samples(range(item, item + 1), STREAM).w for item in chosen]).cpu().float()
     if config.origin == "sample":
-        return {"origins": w, "alpha": still}
+        return {"origins": w, "alpha": zeros}
     return {"origins": mean, "alpha": directions.coefficients(w)}
 
 
@@ -109,12 +109,12 @@ def _features(objective: Objective, items: range) -> Features:
 
 def _distances(objective: Objective, centre: Features) -> Float[Tensor, " samples"]:
     """Distances of all samples to a centre."""
-    found = []
+    distances = []
     for items in _portions(objective.config.init_images):
         here = _features(objective, items)
         there = tuple(level.expand_as(like) for level, like in zip(centre, here, strict=True))
-        found.append(objective.distance.between(here, there).cpu().double())
-    return torch.cat(found)
+        distances.append(objective.distance.between(here, there).cpu().double())
+    return torch.cat(distances)
 
 
 def train_classifier(

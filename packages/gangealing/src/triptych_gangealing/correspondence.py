@@ -1,8 +1,4 @@
-"""Correspondence: points of one image in another, through congealed space; and a picture of it.  [thesis 4.4.2]
-
-Mirroring is decided for each image by itself (`Aligner.align(flips=True)`). The released code tries all four combinations of a
-pair and takes the smallest sum of the flows' total variation, which is the same: the sum has one term for each image.
-"""
+"""Correspondence: points of one image in another, through congealed space; and a picture of it.  [thesis 4.4.2]"""
 
 from typing import Any, NamedTuple
 
@@ -50,7 +46,9 @@ def between(
     source: Warp, target: Warp, points: Float[Tensor, "n k 2"], source_size: Size, target_size: Size
 ) -> Transferred:
     """`transfer` by the warps of any method."""
-    # The warp of a mirrored image leads to the original, so mirroring needs no special case.
+    # The warp of a mirrored image leads to the original, so mirroring needs no special case here. The released code tries all four
+    # combinations of a pair and takes the smallest sum of the flows' total variation; as that sum has one term for each image,
+    # `Aligner.align(flips=True)` decides for each image by itself.
     # Warps map congealed to image coordinates: the source's is inverted, the target's is not.
     start = to_normalised(points, source_size)
     congealed = source.inverse().map_points(start)

@@ -23,8 +23,6 @@ MAX_ANGLE, MIN_SCALE, MAX_SHIFT_PX = math.pi / 3, 0.6, 4.0
 MIN_CONTRAST, MARGIN, MAX_GRADIENT = 0.4, 0.15, 0.16  # lumas, of 0 (black) .. 1 (white)
 LUMA = (0.299, 0.587, 0.114)
 RECIPE = 1  # part of the fingerprint: to be raised with any change to the pixels
-
-
 Digits = UInt8[Tensor, "n 1 28 28"]
 
 
@@ -58,6 +56,7 @@ def affine(jitters: Jitters) -> Float[Tensor, "n 2 3"]:
     """
     cos, sin = jitters.angle.cos(), jitters.angle.sin()
     turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    # A canvas is CANVAS / DIGIT digits wide: the scale is that of the digit, so its inverse acts on coordinates.
     linear = turn * (CANVAS / (DIGIT * jitters.scale))[:, None, None]
     shift = jitters.shift_px / (CANVAS / 2)
     return torch.cat([linear, -linear @ shift[..., None]], dim=2)

@@ -54,27 +54,28 @@ def write_aligned(config: settings.AlignConfig) -> dict[str, Any]:
     aligner, options = _open(config)
     size, padding = _shown(config, aligner)
     folder = Folder(config.images, config.limit)
-    found = align_pictures(aligner, folder, **options)
+    alignment = align_pictures(aligner, folder, **options)
     averages, rows = Averages(heads=aligner.config.heads), []
     cells: list[tuple[Tensor, Tensor]] = []
     for i, picture in folder.again():
-        warp, png = found.warp.select([i]), folder.pngs[picture.name]
+        warp, png = alignment.warp.select([i]), folder.pngs[picture.name]
         image = warped(picture, warp, size, padding)
         write_png(config.out / "aligned" / png, to_uint8(image)[0])
-        averages.add(int(found.cluster[i]), image, warp)
+        averages.add(int(alignment.cluster[i]), image, warp)
         if len(cells) < SHOWN:
             cells.append((_cell(picture.values()), _cell(from_uint8(to_uint8(image)))))
         row = {
             "picture": picture.name,
             "aligned": png,
-            "cluster": int(found.cluster[i]),
-            "flipped": bool(found.flipped[i]),
-            "roughness": float(found.roughness[i]),
+            "cluster": int(alignment.cluster[i]),
+            "flipped": bool(alignment.flipped[i]),
+            "roughness": float(alignment.roughness[i]),
             "corners": to_pixels(warp.map_points(CORNERS).points[0], picture.size).tolist(),
         }
         rows.append(json.dumps(row) + "\n")
     write_text(config.out / "alignment.jsonl", "".join(rows))
-    columns = [torch.cat(cell) for cell in zip(*cells, strict=True)]  # before above after
+    # Before in the first row, after below.
+    columns = [torch.cat(cell) for cell in zip(*cells, strict=True)]
     write_png(config.out / "grid.png", image_grid(to_uint8(torch.cat(columns)), columns=len(cells)))
     files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
     paths = {name: str(config.out / file) for name, file in files.items()}
@@ -91,22 +92,22 @@ def write_average(config: settings.AverageConfig) -> dict[str, Any]:
         raise ValueError(f"keep {config.keep}: a transformer without flow cannot rank its warps; pass --keep 1")
     size, padding = _shown(config, aligner)
     folder = Folder(config.images, config.limit)
-    found = align_pictures(aligner, folder, **options)
-    kept = smoothest(found, config.keep)
+    alignment = align_pictures(aligner, folder, **options)
+    kept = smoothest(alignment, config.keep)
     averages = Averages(heads=aligner.config.heads)
     for i, picture in folder.again():
         if i in kept:
-            warp = found.warp.select([i])
-            averages.add(int(found.cluster[i]), warped(picture, warp, size, padding), warp)
+            warp = alignment.warp.select([i])
+            averages.add(int(alignment.cluster[i]), warped(picture, warp, size, padding), warp)
     return _reported(averages.write(config.out))
 
 
-def smoothest(found: Alignment, share: float) -> set[int]:
+def smoothest(alignment: Alignment, share: float) -> set[int]:
     """Indices of this share of each cluster's pictures, at least one of each: those with the smoothest flows."""
     kept: set[int] = set()
-    for cluster in found.cluster.unique():
-        here = (found.cluster == cluster).nonzero().flatten()
-        best = found.roughness[here].argsort(stable=True)[: max(1, round(share * len(here)))]
+    for cluster in alignment.cluster.unique():
+        here = (alignment.cluster == cluster).nonzero().flatten()
+        best = alignment.roughness[here].argsort(stable=True)[: max(1, round(share * len(here)))]
         kept.update(here[best].tolist())
     return kept
 
@@ -125,29 +126,29 @@ def propagate_to_folder(config: settings.PropagateConfig) -> dict[str, Any]:
     edit = None if config.edit is None else _read_edit(config.edit, size)
     points = None if config.points is None else _read_points(config.points)
     folder = Folder(config.images, config.limit)
-    found = align_pictures(aligner, folder, **options)
-    here = (found.cluster == config.cluster).nonzero().flatten().tolist()
+    alignment = align_pictures(aligner, folder, **options)
+    here = (alignment.cluster == config.cluster).nonzero().flatten().tolist()
     if not here:
-        raise ValueError(f"cluster {config.cluster}: has none of {len(found.cluster):,} pictures; align lists clusters")
+        raise ValueError(f"cluster {config.cluster}: has none of {len(folder.seen):,} pictures; align lists clusters")
     if edit is not None:
-        return _edited(config.out / "pictures", edit, set(here), folder, found)
+        return _edited(config.out / "pictures", edit, set(here), folder, alignment)
     assert points is not None
     places, seen = {}, list(folder.seen.items())
     for i in here:
-        (name, its_size), mapped = seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
+        (name, its_size), mapped = seen[i], alignment.warp.select([i]).map_points(to_normalised(points, (size, size)))
         places[name] = {"points": to_pixels(mapped.points, its_size)[0].tolist(), "inside": mapped.inside[0].tolist()}
     write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
     return _reported({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
 
 
 def _edited(
-    out: Path, edit: Float[Tensor, "4 size size"], here: set[int], folder: Folder, found: Alignment
+    out: Path, edit: Float[Tensor, "4 size size"], here: set[int], folder: Folder, alignment: Alignment
 ) -> dict[str, Any]:
     edited = 0
     for i, picture in folder.again():
         image = picture.values()
         if i in here:
-            image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
+            image, edited = propagate(edit, alignment.warp.select([i]), image), edited + 1
         write_png(out / folder.pngs[picture.name], to_uint8(image)[0])
     return _reported({"pictures": str(out)}) | {"edited": edited}
 
@@ -165,17 +166,17 @@ def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
         points = to_pixels(start.points, source.size)[:, start.inside[0]]
     else:
         points = _read_points(config.points)
-    found = transfer(here, there, points, source.size, target.size)
-    reliable = found.reliable[0]
+    transferred = transfer(here, there, points, source.size, target.size)
+    reliable = transferred.reliable[0]
     matches = {
         "source": str(config.source),
         "target": str(config.target),
         "source_points": points[0].tolist(),
-        "target_points": found.points[0].tolist(),
+        "target_points": transferred.points[0].tolist(),
         "reliable": reliable.tolist(),
     }
     write_text(config.out / "matches.json", json.dumps(matches, indent=1, allow_nan=False))
-    ends = points[0, reliable], found.points[0, reliable]
+    ends = points[0, reliable], transferred.points[0, reliable]
     picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
     write_bytes(config.out / "matches.png", picture)
     return _reported({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
@@ -236,8 +237,8 @@ def _read_points(path: Path) -> Float[Tensor, "1 k 2"]:
     wrong = ~(points.abs() <= FARTHEST_PX).all(1)  # NaN too
     if bool(wrong.any()):
         number = int(wrong.nonzero()[0])
-        found = f"{path}: point {number} is {points[number].tolist()}"
-        raise ValueError(f"{found}, expected finite pixels of a picture; correct it, or leave it out")
+        point = f"{path}: point {number} is {points[number].tolist()}"
+        raise ValueError(f"{point}, expected finite pixels of a picture; correct it, or leave it out")
     return points[None]
 
 

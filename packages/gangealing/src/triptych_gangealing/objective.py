@@ -80,6 +80,7 @@ class Objective:
 
     def terms(self, transformer: SpatialTransformer, mode: Mode, samples: Samples, choice: Choice, psi: float) -> Terms:
         """Loss terms of aligning samples to the clusters chosen for them."""
+        # A mirrored sample is aligned to a target that is not mirrored: its pose is the mode's either way.
         images = choice.turned(samples.images)
         aligned = transformer(images, iterations=self.config.iterations, head=choice.cluster)
         size = (self.config.input_size, self.config.input_size)
@@ -125,6 +126,7 @@ class Objective:
         """Mean "loss" over some samples, to be differentiated; its terms; and each cluster's share of the samples."""
         psi = psi_schedule(images_seen, self.config.psi_images)
         samples = self.samples(counters)
+        # The minimum over clusters is found without gradients; only the winner is computed again, with them.
         choice = self.choose(transformer, mode, samples, psi)
         distance, tv, identity = (term.mean() for term in self.terms(transformer, mode, samples, choice, psi))
         shares = torch.bincount(choice.cluster, minlength=self.config.clusters) / len(counters)

@@ -1,7 +1,6 @@
 """People's own pictures, of any size: `align` and `correspond`, squares for the transformer, warps back to a picture's own pixels.
 
-A folder is read twice, one picture at a time: the first pass keeps only the reduced square that the transformer sees, the second
-reads the pixels again where they are needed. Memory therefore does not grow with the number of whole photographs.
+A folder is read twice, so that memory does not grow with the number of whole photographs.
 """
 
 from collections import Counter
@@ -132,7 +131,8 @@ def align_pictures(
 ) -> Alignment:
     """Warps from congealed coordinates to those of each picture; sizes may differ. Raises ValueError for no pictures."""
     reduced, ways = [], []
-    for picture in pictures:  # one at a time: whole photographs take hundreds of megabytes each
+    # One at a time: a whole photograph takes hundreds of megabytes, the square that the transformer sees little.
+    for picture in pictures:
         framed, way = squared(picture.values())
         reduced.append(aligner.reduced(framed))
         ways.append(way.matrix)
@@ -146,9 +146,9 @@ def align_pictures(
     for batch in batches:
         images = torch.cat([reduced[index] for index in batch])
         parts.append(aligner.align(images, iterations=iterations, flips=flips))
-    found = Alignment.cat(parts).select(torch.tensor(list(chain.from_iterable(batches))).argsort())
+    alignment = Alignment.cat(parts).select(torch.tensor(list(chain.from_iterable(batches))).argsort())
     # The composition reads left to right: a congealed point goes to the square first, then to the picture.
-    return replace(found, warp=found.warp.compose(Warp((Affine(torch.cat(ways)),))))
+    return replace(alignment, warp=alignment.warp.compose(Warp((Affine(torch.cat(ways)),))))
 
 
 def align(
@@ -171,10 +171,10 @@ def align(
 
     Example:
         >>> aligner = load_aligner("runs/align")
-        >>> found = align(images, aligner)
-        >>> average = found.warp.sample(images).mean(0)
-        >>> found = align("photos", aligner)
-        >>> list(zip(found.names, found.cluster.tolist()))
+        >>> alignment = align(images, aligner)
+        >>> average = alignment.warp.sample(images).mean(0)
+        >>> alignment = align("photos", aligner)
+        >>> list(zip(alignment.names, alignment.cluster.tolist()))
     """
     aligner = aligner if isinstance(aligner, Aligner) else load_aligner(aligner)
     options = aligner.options(iterations, flips)
@@ -186,8 +186,8 @@ def align(
     if images.shape[2] == images.shape[3]:
         return aligner.align(images, **options)
     framed, way = squared(images)
-    found = aligner.align(aligner.reduced(framed), **options)
-    return replace(found, warp=found.warp.compose(Warp((way,))))
+    alignment = aligner.align(aligner.reduced(framed), **options)
+    return replace(alignment, warp=alignment.warp.compose(Warp((way,))))
 
 
 def correspond(
@@ -208,14 +208,14 @@ def correspond(
     of different clusters, and as `align` does.
 
     Example:
-        >>> found = correspond(torch.tensor([[40.0, 25.0]]), "a.jpg", "b.jpg", load_aligner("runs/align"))
-        >>> found.points[found.reliable]
+        >>> there = correspond(torch.tensor([[40.0, 25.0]]), "a.jpg", "b.jpg", load_aligner("runs/align"))
+        >>> there.points[there.reliable]
     """
     here, there = (
         picture if isinstance(picture, Picture) else read_picture(Path(picture)) for picture in (source, target)
     )
-    found = align([here, there], aligner, iterations=iterations, flips=flips)
-    first, second = (found.select(torch.tensor([i])) for i in (0, 1))
+    alignment = align([here, there], aligner, iterations=iterations, flips=flips)
+    first, second = (alignment.select(torch.tensor([i])) for i in (0, 1))
     transferred = transfer(first, second, points[None], here.size, there.size)
     return Transferred(transferred.points[0], transferred.reliable[0])
 

@@ -80,6 +80,7 @@ class SpatialTransformer(nn.Module):
         heads, seen = self.config.heads, reduced(images, self.config.input_size)
         flow = self.flow if with_flow or self.similarity is None else None
         similarity = delta = None
+        # Without `head` every image is repeated for all heads: head varies fastest.
         rows = torch.arange(heads, device=images.device).repeat(len(images)) if head is None else head
         if self.similarity is not None:
             similarity = self._similarity(chosen(self.similarity(seen), head))
@@ -236,7 +237,7 @@ class SimilarityNetwork(nn.Module):
         super().__init__()
         self.heads, self.trunk = config.heads, SimilarityTrunk(config)
         self.head = FullyConnected(config.channels_at(SMALLEST), 4 * config.heads)
-        nn.init.zeros_(self.head.weight)  # its bias is zero already
+        nn.init.zeros_(self.head.weight)
 
     def forward(self, images: Images) -> Float[Tensor, "n heads 4"]:
         return self.head(self.trunk(images)).unflatten(1, (self.heads, 4))
@@ -253,6 +254,7 @@ class FlowNetwork(nn.Module):
             Residual(channels, channels, resample="same"),
             Conv2d(channels, channels, 3, activation="lrelu"),
         )
+        # Zero displacements are upsampled to zeros whatever the mask, whose layers may therefore start at random.
         self.delta = _two_convolutions(channels, 2 * config.heads)
         nn.init.zeros_(self.delta.get_parameter("1.weight"))
         self.mask = _two_convolutions(channels, 9 * config.flow_upsampling**2 * config.heads)

@@ -1,6 +1,7 @@
 """Train a spatial transformer and the modes it aligns to, from a frozen generator: GANgealing.  [thesis 4.3]"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,10 +63,8 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
 def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     """One optimiser step of transformer and modes."""
     transformer, mode = parts_of(state.model)
-    seen = state.samples_seen
-    totals = state.accumulate(
-        batch, objective.config.micro_batch, lambda counters: objective.loss(transformer, mode, counters, seen)
-    )
+    losses = partial(objective.loss, transformer, mode, images_seen=state.samples_seen)
+    totals = state.accumulate(batch, objective.config.micro_batch, losses)
     shares = state.ranks.sum(totals.pop("cluster_shares")) / state.ranks.world_size
     mode.even_out(shares, objective.config.balance)
     totals["smallest_cluster"], totals["largest_cluster"] = shares.min(), shares.max()
@@ -74,7 +73,7 @@ def step(objective: Objective, state: TrainState, batch: Batch) -> None:
 
 
 def parts_of(model: nn.Module) -> tuple[SpatialTransformer, Mode]:
-    """Transformer and modes, of what is being trained or of its average."""
+    """Transformer and modes of a model in training, or of its average."""
     parts = cast(nn.ModuleDict, model)
     return cast(SpatialTransformer, parts["transformer"]), cast(Mode, parts["mode"])
 
@@ -85,12 +84,13 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
         transformer = SpatialTransformer(config.transformer())
+    # The main process computes and caches the result, then all read the same file.
     if ranks.is_main:
         pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     ranks.barrier()
     directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     if config.assignment == "descriptor" and config.clusters > 1:
-        from triptych_gangealing.encoders.groups import open_groups  # what others train needs no SimCLR
+        from triptych_gangealing.encoders.groups import open_groups  # only here is SimCLR needed
 
         objective.groups = open_groups(
             generator, cast(Encoder, objective.distance.trunk), clusters=config.clusters, images=config.descriptor_images,

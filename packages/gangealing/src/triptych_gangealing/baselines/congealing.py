@@ -36,8 +36,9 @@ class Congealing:
     Each pixel of the stack is a coin whose bias is its mean ink. The sum of the pixels' entropies is minimised over seven
     parameters an image (shifts, rotation, log scales, shears) by coordinate descent: a step up, down or none, whichever codes
     the image in the fewest bits. New images go down the funnel: the same sweeps, with the recorded biases.
-    Two liberties, both in its favour: the stack is blurred in early stages, and steps get finer.
     """
+
+    # Two liberties, both in its favour: the stack is blurred in early stages, and steps get finer.
 
     size: int
     read: Callable[[Images], Tensor]

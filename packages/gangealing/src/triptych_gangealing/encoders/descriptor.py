@@ -2,7 +2,7 @@
 
 The perceptual distance must see poses, so before alignment it groups images by pose. `groups` trains a copy of its encoder,
 without labels, to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and groups its outputs by
-k-means. The thesis starts from the perceptual distance, as its objects are all upright.
+k-means.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from triptych_gangealing.config import EncoderConfig
 from triptych_gangealing.encoders.perceptual import Encoder
 from triptych_gangealing.spatial_transformer import reduced
 
+# Not in the thesis, whose objects are all upright: there clusters start from the perceptual distance.
 HIDDEN, DIM = 128, 64
 
 Images = Float[Tensor, "n 3 height width"]

@@ -142,6 +142,7 @@ class Vgg16(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, images: Images) -> Features:
+        # Each level is taken before pooling, after its last ReLU, so that no later layer overwrites it in place.
         levels, x = [], images
         for layer in self:
             if isinstance(layer, nn.MaxPool2d):

@@ -2,9 +2,6 @@
 
 Views of one sample should have similar features, those of two samples different ones. Views differ in colour, polarity, blur and a
 slight crop. They are never rotated, mirrored or moved far: these are what the encoder must see when it judges an alignment.
-
-Feature maps are compared, as in `PerceptualDistance`, not projections of their mean as in the paper: such a head would lose
-positions, and would learn the invariance to colour that the maps themselves should learn.
 """
 
 import math
@@ -49,6 +46,8 @@ def nt_xent(first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], tempe
 
 def contrast_maps(encoder: nn.Module, first: Images, second: Images, temperature: float) -> LossAndShare:
     """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
+    # Feature maps are compared, as in `PerceptualDistance`, not projections of their mean as in the paper: such a head would lose
+    # positions, and would learn the invariance to colour that the maps themselves should learn.
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
     maps = [unit_length(x).flatten(1).chunk(2) for x in encoder(images)]
     losses, found = zip(*(nt_xent(one, other, temperature) for one, other in maps), strict=True)
@@ -70,7 +69,7 @@ def make_views(images: Images, config: EncoderTrainConfig, indices: Sequence[int
     rows = _resampling(height, side, draw("top"), blur_px)
     columns = _resampling(width, side, draw("left"), blur_px)
     views = rows[:, None] @ images @ columns[:, None].mT
-
+    # A random 3 x 3 matrix mixes colours, and may turn light into dark; gray uses its first row for all channels.
     drawn = normal(config.seed, "simclr/colours", indices, (3, 4)).to(images)
     mix, place = drawn[:, :, :3], torch.special.ndtr(drawn[:, :, 3]) * 2 - 1
     gray = choose("gray", config.gray)[:, None]
@@ -82,10 +81,7 @@ def make_views(images: Images, config: EncoderTrainConfig, indices: Sequence[int
 def _resampling(
     size: int, side: Float[Tensor, " n"], place: Float[Tensor, " n"], blur_px: Float[Tensor, " n"]
 ) -> Float[Tensor, "n size size"]:
-    """Matrices from the pixels of a line to those of a stretch of it, `side` of its length, enlarged linearly, then blurred.
-
-    place: 0 (at the line's beginning) .. 1 (at its end).
-    """
+    """Matrices that crop lines to a share `side` at `place` (0: start, 1: end), enlarge them linearly and blur them."""
     pixels = torch.arange(size, device=side.device, dtype=side.dtype)
     start = place * (1 - side) * size
     at = (start[:, None] + (pixels + 0.5) * side[:, None] - 0.5).clamp(0, size - 1)
@@ -175,6 +171,7 @@ def fit(
     for batch in training_steps(config, state, directory):
         items = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
         images = from_uint8(pool[items].to(ranks.device))
+        # Two views of sample c are number 2c and 2c + 1.
         one, other = (views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1))
         loss, found = contrast(state.parallel_model, one, other, config.temperature)
         loss.backward()

@@ -47,12 +47,12 @@ class Elastic(NamedTuple):
 
     def forward(self, points: Float[Tensor, "n k 2"]) -> Float[Tensor, "n k 2"]:
         """Points of the original to the deformed digit, up to rounding: the contraction q <- p - displacement(q)."""
-        found = points
+        deformed = points
         for _ in range(INVERSION_STEPS):
-            before, found = found, points - self.displacement(found)
-            if torch.equal(before, found):
+            before, deformed = deformed, points - self.displacement(deformed)
+            if torch.equal(before, deformed):
                 break
-        return found
+        return deformed
 
 
 def draw_elastic(n: int, seed: int, stream: str, elastic_px: float) -> Elastic:
@@ -72,6 +72,7 @@ def draw_elastic(n: int, seed: int, stream: str, elastic_px: float) -> Elastic:
         return length[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     lowest, highest = (math.pi * DIGIT / wavelength for wavelength in (LONGEST_WAVE_PX, SHORTEST_WAVE_PX))
+    # WAVES equal amplitudes add up to elastic_px at most; half a digit is one normalised unit.
     amplitude = torch.full((n, WAVES), elastic_px / (DIGIT / 2) / WAVES, dtype=torch.float64)
     wave = vectors("wave", draw("wave length", lowest, highest))
     return Elastic(vectors("amplitude", amplitude), wave, draw("phase", 0, 2 * math.pi))
@@ -153,6 +154,7 @@ def pairs(
         sides[f"{side}_points"] = on_canvas(elastic.forward(points), jitters, size)
         sides[f"{side}_boxes"] = ink_boxes(render(deformed, white_on_black(jitters), size)[:, :1])
         sides[f"{side}_jitters"] = jitters
+    # Boxes come from plain white digits: they do not depend on colours.
     valid = room & shown(sides["source_points"], size) & shown(sides["target_points"], size)
     return Pairs(**sides, valid=valid, labels=sides["source_jitters"].label)
 

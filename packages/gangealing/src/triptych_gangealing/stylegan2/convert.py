@@ -36,10 +36,10 @@ Built = dict[str, tuple[Network, Mapping[str, Tensor]]]  # and the source's tens
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:
-    """Read, check by its outputs, and write; returns what was found, what was written and the largest difference of outputs.
+    """Read networks, check their outputs, and write them; returns their shapes, the files and the largest difference of outputs.
 
-    Raises ValueError, one line, for a file that would run code, is damaged or contradicts itself, for outputs that differ, and
-    where something other than a conversion stands at --out; OSError when the disk refuses.
+    Raises ValueError for a file that would run code, is damaged or contradicts itself, for outputs that differ, and where --out
+    is something other than a conversion; OSError when the disk refuses.
     """
     if config.checkpoint is None:
         raise ValueError("no checkpoint: give the file to convert, --checkpoint network.pkl")
@@ -110,7 +110,7 @@ def _write_rosinality(built: Built, facts: dict[str, Any], config: ConvertConfig
 
 
 def _refuse_to_replace(path: Path) -> None:
-    """Raises ValueError where a file stands that no conversion made."""
+    """Raises ValueError for an existing file that no conversion made."""
     if not path.exists():
         return
     try:
@@ -180,9 +180,8 @@ def images(config: GeneratorConfig, tensors: Mapping[str, Tensor], z: Latents, c
     for resolution in config.resolutions:
         block = _part(tensors, f"synthesis.b{resolution}.")
         residual = config.architecture == "resnet" and resolution > 4
-        skip = (
-            _up(x, _scaled(block["skip.weight"])) * root if residual else 0
-        )  # both branches times sqrt(1/2): unit variance
+        # Both branches of a residual block times sqrt(1/2), so that the sum has unit variance.
+        skip = _up(x, _scaled(block["skip.weight"])) * root if residual else 0
         if resolution > 4:
             x = _styled(block, "conv0.", x, w, config.conv_clamp, up=True)
         x = skip + _styled(block, "conv1.", x, w, config.conv_clamp) * (root if residual else 1)

@@ -11,9 +11,8 @@ from triptych_gangealing.stylegan2.layers import Conv2d, FullyConnected, Mapping
 
 Images = Float[Tensor, "batch channels height width"]
 Maps = Float[Tensor, "batch maps height width"]
-Halved = tuple[
-    Float[Tensor, "batch new_maps new_height new_width"], Float[Tensor, "batch channels new_height new_width"] | None
-]  # maps and image of the next block
+NewMaps = Float[Tensor, "batch new_maps new_height new_width"]
+NewImages = Float[Tensor, "batch channels new_height new_width"]
 
 
 class DiscriminatorBlock(nn.Module):
@@ -32,7 +31,7 @@ class DiscriminatorBlock(nn.Module):
         if config.architecture == "resnet":
             self.skip = Conv2d(channels, after, 1, bias=False, resample="down")
 
-    def forward(self, x: Maps | None, image: Images | None, dtype: torch.dtype) -> Halved:
+    def forward(self, x: Maps | None, image: Images | None, dtype: torch.dtype) -> tuple[NewMaps, NewImages | None]:
         if x is not None:
             x = x.to(dtype)
         if self.fromrgb is not None:
@@ -40,6 +39,7 @@ class DiscriminatorBlock(nn.Module):
             read = self.fromrgb(image.to(dtype))
             x = read if x is None else x + read
             image = downsample2d(image) if self.architecture == "skip" else None
+        # Both branches times sqrt(1/2): their sum has unit variance.
         if self.architecture == "resnet":
             skip = self.skip(x, gain=math.sqrt(0.5))
             return skip + self.conv1(self.conv0(x), gain=math.sqrt(0.5)), image
@@ -106,6 +106,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.config, self.bf16_resolutions = config, 0
+        # From the image's resolution down to 8; `b4` is the epilogue.
         for resolution in config.resolutions[:0:-1]:
             self.add_module(f"b{resolution}", DiscriminatorBlock(resolution, config))
         if config.c_dim:

@@ -27,6 +27,7 @@ from triptych_gangealing.stylegan2.layers import (
 Images = Float[Tensor, "batch channels height width"]
 Maps = Float[Tensor, "batch maps height width"]
 NewMaps = Float[Tensor, "batch new_maps new_height new_width"]
+NewImages = Float[Tensor, "batch channels new_height new_width"]
 Latents = Float[Tensor, "batch z_dim"]
 Classes = Float[Tensor, "batch c_dim"] | None  # one-hot; None for an unconditional model
 Style = Float[Tensor, "batch w_dim"]
@@ -77,6 +78,7 @@ class ToRGB(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: Maps, w: Style) -> Images:
+        # Without demodulation the weights' gain must come from somewhere: as published, from the styles.
         x = modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
         return bias_act(x, self.bias, clamp=self.conv_clamp)
 
@@ -101,7 +103,7 @@ class SynthesisBlock(nn.Module):
 
     def forward(
         self, x: Maps | None, image: Images | None, ws: Styles, noises: list[Noise], dtype: torch.dtype
-    ) -> tuple[NewMaps, Float[Tensor, "batch channels new_height new_width"] | None]:
+    ) -> tuple[NewMaps, NewImages | None]:
         w, noise = iter(ws.unbind(1)), iter(noises)
         if x is None:
             x = self.const.to(dtype).expand(len(ws), -1, -1, -1)
@@ -151,13 +153,14 @@ class Synthesis(nn.Module):
             noises = [noise] * len(self.noise_sizes)
         else:
             raise ValueError(f"noise {noise!r}: expected 'const', 'none' or values for each image")
+        # Block b has its convolutions' styles, and one more for torgb, which it shares with the next block's first convolution.
         x = image = None
         used = 0
         for i, resolution in enumerate(self.config.resolutions):
             block = getattr(self, f"b{resolution}")
             low = i >= len(self.config.resolutions) - self.bf16_resolutions
             here = slice(used, used + block.num_convs)
-            styles = ws[:, used : used + block.num_convs + 1]  # the last is torgb's, and also the next block's first
+            styles = ws[:, used : used + block.num_convs + 1]
             x, image = block(x, image, styles, noises[here], torch.bfloat16 if low else ws.dtype)
             used += block.num_convs
         assert image is not None
@@ -236,6 +239,7 @@ def sample_images(
         part = indices[start : start + at_once]
         z = latents_of(generator, part, seed)
         c = classes_of(generator, part, None if labels is None else labels[start : start + at_once])
+        # Latents, classes and noise depend on a sample's number alone: portions of any size give the same images.
         noise = generator.synthesis.noise(seed, "sample/noise", part)
         ws = generator.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
         out.append(to_uint8(generator.synthesis(ws, noise=noise)).cpu())

@@ -1,7 +1,6 @@
 """The frozen instrument for coloured jittered digits: a feature network that also reads digit, pose and colours.
 
-It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits; `weights/instruments.json` records SHA-256, held-out
-scores, command, seed and commit. As it had to predict poses and colours too, its features see what a classifier ignores.
+It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits; see `weights/instruments.json`.
 """
 
 import math
@@ -32,7 +31,8 @@ def feature_network() -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
         layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU()]
-    # Features of variance 1 each: what is small in pixels, such as a hue, is not small in them.
+    # As the outputs include pose and colours, features see what a classifier ignores; and as each has variance 1, what is small in
+    # pixels, such as a hue, is not small in them.
     features = nn.Linear(64 * 4 * 4, DIM, bias=False), nn.BatchNorm1d(DIM, affine=False)
     return nn.Sequential(*layers, nn.Flatten(), *features, nn.Linear(DIM, sum(PARTS)))
 

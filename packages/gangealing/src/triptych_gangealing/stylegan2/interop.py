@@ -1,7 +1,7 @@
-"""StyleGAN2 networks out of other people's files, without running a line of them.
+"""StyleGAN2 networks from other people's files, without running a line of them.
 
-Read are: pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks), and of their TensorFlow era; checkpoints of
-rosinality/stylegan2-pytorch. The options that a file gives are checked against its tensors. `weights.open_networks` is the door.
+It reads pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks) and of their TensorFlow era, and checkpoints of
+rosinality/stylegan2-pytorch, and checks a file's options against its tensors. Entry point: `weights.open_networks`.
 """
 
 import argparse

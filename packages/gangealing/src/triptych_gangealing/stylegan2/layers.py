@@ -39,6 +39,7 @@ class FullyConnected(nn.Module):
     ) -> None:
         super().__init__()
         self.activation, self.bias_gain = activation, lr_multiplier
+        # Stored weights are larger by 1 / lr_multiplier and used smaller: Adam's steps, of fixed size, count for less.
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
@@ -74,6 +75,7 @@ class Conv2d(nn.Module):
         scale = gain * ACTIVATION_GAINS[self.activation]
         x = conv2d(x, (self.weight * (self.weight_gain * scale)).to(x.dtype), resample=self.resample)
         bias = None if self.bias is None else self.bias * scale
+        # The clamp is on the activation's own scale, before `gain`.
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act(x, bias, self.activation, gain=1, clamp=clamp)
 

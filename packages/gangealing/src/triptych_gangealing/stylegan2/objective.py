@@ -46,6 +46,7 @@ class Objective:
         ws = w.unsqueeze(1).repeat(1, self.generator.num_ws, 1)
         if config.style_mixing > 0:
             other = self.generator.mapping(self._latents(f"{stream}/z-mixed", counters), c)
+            # From a random layer on, 1 to num_ws - 1, another latent's style: neighbouring layers must not rely on each other.
             layer = torch.arange(self.generator.num_ws)
             mixed = randomness.uniform(seed, f"{stream}/mixed", counters) < config.style_mixing
             cut = 1 + (randomness.uniform(seed, f"{stream}/cut", counters) * (len(layer) - 1)).long()
@@ -66,6 +67,7 @@ class Objective:
         counters = self._in_groups(counters)
         images, c, _, w = self.generated("generator", counters)
         logits = self._judged(images, c, "generator", counters, p)
+        # -log sigmoid(x) is softplus(-x), and does not overflow.
         return F.softplus(-logits).mean(), w.detach().mean(dim=0)
 
     def discriminator_loss(self, counters: Sequence[int], p: float) -> tuple[Tensor, Tensor]:
@@ -85,6 +87,7 @@ class Objective:
         images, c = self.real(counters)
         images.requires_grad_(True)
         logits = self._judged(images, c, "discriminator/real", counters, p)
+        # Images do not interact except in the minibatch deviation, so the gradient of the sum has each image's own.
         (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
         return gradient.square().sum(dim=(1, 2, 3)).mean()
 
@@ -96,6 +99,7 @@ class Objective:
         images, _, ws, _ = self.generated("path", counters)
         seed, shape = self.config.seed, tuple(images.shape[1:])
         y = randomness.normal(seed, "path/y", counters, shape, dtype=self.dtype, device=self.device)
+        # Scaled by the number of pixels, so that lengths do not depend on the resolution.
         y = y / math.sqrt(shape[1] * shape[2])
         # The gradient of <G(w), y> is J^T y: no Jacobian is ever formed.
         (gradient,) = torch.autograd.grad((images * y).sum(), ws, create_graph=True)

@@ -45,6 +45,7 @@ class Machine:
 
     def run(self, content: mmap.mmap | io.BytesIO) -> Any:
         """The object that a pickle describes. Raises Refused, or any error that damaged bytes lead to."""
+        # genops only decodes opcodes; what they do is below, on lists instead of Python's own unpickler.
         for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):
             if opcode.name == "STOP":
                 return self.stack.pop()

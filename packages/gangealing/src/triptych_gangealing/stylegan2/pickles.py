@@ -82,6 +82,7 @@ def _build(target: Any, state: Any) -> None:
     if type(target) is _TensorFlowNetwork and type(state) is dict:
         target.state = state
     elif isinstance(target, np.dtype) and _is_byte_order(state):
+        # Only the byte order is taken from the state: no fields, names or subtypes.
         target.__setstate__((3, state[1], None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
     elif type(target) is np.ndarray and type(state) is tuple and len(state) == 5:
         _, shape, dtype, fortran, raw = state
@@ -174,6 +175,7 @@ def _array(kind: Any, *_: Any) -> np.ndarray:
     return np.empty(0, np.uint8)
 
 
+# Everything that NVIDIA's files need. None: may be mentioned, never called.
 _CALLS: dict[str, Callable[..., Any] | None] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "dnnlib.util.EasyDict": _mapping,

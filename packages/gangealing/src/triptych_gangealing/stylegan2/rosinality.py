@@ -1,8 +1,4 @@
-"""Checkpoints of rosinality/stylegan2-pytorch, both ways: other names, and a few dimensions of length one more.
-
-Its up-convolution is the transposed one of NVIDIA's files, its modulation theirs; only the small constant in the
-demodulation is at another place, which moves outputs by a millionth.
-"""
+"""Checkpoints of rosinality/stylegan2-pytorch, both ways: other names, and a few more dimensions of length one."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +14,7 @@ from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.shapes import FILTER, Row, Tensors, numbers, renamed, without_filters
 
 MEAN_OF = 10_000  # latents whose mean w replaces an average that a file lacks
+# The networks compute the same, except that the small constant of the demodulation is elsewhere: outputs differ by a millionth.
 # Dimensions of length 1 that theirs have in front of ours, and behind.
 _ONES = {"same": (0, 0), "batch": (1, 0), "map": (2, 0), "image": (1, 2)}
 # Filters that follow an insertion of zeros between pixels sum to 4, to keep the brightness.

@@ -1,6 +1,6 @@
-"""What every reader of foreign files needs: renamed tensors, checked options, a config inferred from shapes, the network built.
+"""For all readers of foreign files: renaming tensors, checking options, inferring a config from shapes, building the network.
 
-Tensors here have the names of NVIDIA's PyTorch files, which are those of our own networks.
+Tensors here have the names of NVIDIA's PyTorch files, which are also those of our own networks.
 """
 
 import re
@@ -194,8 +194,6 @@ def _widths(channels: Mapping[int, int]) -> tuple[int, int]:
     """channel_base and channel_max of the feature maps at each resolution."""
     base, most = max(r * n for r, n in channels.items()), max(channels.values())
     if any(min(base // r, most) != n for r, n in channels.items()):
-        by_resolution = dict(sorted(channels.items()))
-        raise ValueError(
-            f"has feature maps {by_resolution}, expected min(channel_base / resolution, channel_max) of each"
-        )
+        maps = dict(sorted(channels.items()))
+        raise ValueError(f"has feature maps {maps}, expected min(channel_base / resolution, channel_max) of each")
     return base, most

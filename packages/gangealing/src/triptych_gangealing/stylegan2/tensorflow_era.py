@@ -1,8 +1,4 @@
-"""Networks of NVIDIA's TensorFlow code (StyleGAN2, StyleGAN2-ADA) by the names of their PyTorch files.
-
-Kernels are height, width, in, out there, and those that upsample are turned by 180 degrees; matrices are in, out; what a style
-multiplies by is one plus the output of its layer.
-"""
+"""Networks of NVIDIA's TensorFlow code (StyleGAN2, StyleGAN2-ADA) by the names of their PyTorch files."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +8,8 @@ from torch import Tensor
 from triptych_gangealing.stylegan2.pickles import PickledNetwork
 from triptych_gangealing.stylegan2.shapes import Row, fields_of, numbers, renamed
 
+# TensorFlow's kernels are height width in out, and those that upsample are turned by 180 degrees; matrices are in out; a style
+# multiplies by one plus the output of its layer.
 _CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "same": lambda x: x,
     "kernel": lambda x: x.permute(3, 2, 0, 1),

@@ -74,7 +74,7 @@ def parts_of(state: TrainState) -> tuple[Generator, Discriminator, Statistics]:
 class Pass(NamedTuple):
     """One of a step's up to four passes: a loss times `weight`, for one player's weights, every `every` steps.
 
-    loss: of some counters, the mean over them and another such mean to be observed. stride: every how many-th counter it takes.
+    loss: of some counters, the mean over them and another such mean to be observed. stride: it takes every `stride`-th counter.
     """
 
     player: str
@@ -109,6 +109,7 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
         if batch.step % play.every == 0 and play.weight > 0:
             losses[name], observed[name] = _pass(state, batch, play, config.micro_batch)
             finite &= state.optimise()[1]
+    # Means over all ranks, so that their number does not change what is learned. After a non-finite gradient nothing is kept.
     seen = {name: ranks.sum(value) / ranks.world_size for name, value in observed.items()}
     if finite:
         generator.mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)
@@ -124,10 +125,11 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
 
 
 def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
-    generator, discriminator, _ = parts_of(state)
-    other = discriminator if play.player == "generator" else generator
+    networks: Any = state.model
+    other = networks["discriminator" if play.player == "generator" else "generator"]
     parts = []
-    first, samples = batch.step * batch.size, -(-batch.size // play.stride)  # of the batch of all ranks
+    # Every `stride`-th sample of the batch of all ranks, wherever its parts begin.
+    first, samples = batch.step * batch.size, -(-batch.size // play.stride)
     with _frozen(other):
         for part, _ in batch.micro_batches(micro_batch):
             counters = part[(first - part.start) % play.stride :: play.stride]
@@ -166,20 +168,14 @@ def _frozen(network: nn.Module) -> Iterator[None]:
 def make_state(config: GanTrainConfig, ranks: Ranks, images: TrainingImages) -> TrainState:
     """Both networks, freshly initialised or taken over, the generator's average, and one Adam with a group for each."""
     generator, discriminator = make_networks(config, images)
-    statistics = Statistics(config.augment_p or 0.0)
-    parts = {
-        "generator": generator.to(config.dtype),
-        "discriminator": discriminator.to(config.dtype),
-        "statistics": statistics,
-    }
-    model = nn.ModuleDict(parts).to(memory_format=torch.channels_last)
+    model = nn.ModuleDict({"generator": generator, "discriminator": discriminator}).to(config.dtype)
+    model["statistics"] = Statistics(config.augment_p or 0.0)  # float64, whatever the networks' type
+    model.to(memory_format=torch.channels_last)
 
+    # Two groups of one Adam: a pass leaves the other network's gradients None, so that its group does not move.
     def optimizer(_: list[nn.Parameter]) -> torch.optim.Optimizer:
-        discriminator_lr = config.discriminator_lr or config.lr
-        groups = [
-            _group(generator, config.lr, config.path_length_every),
-            _group(discriminator, discriminator_lr, config.r1_every),
-        ]
+        groups = [_group(generator, config.lr, config.path_length_every)]
+        groups += [_group(discriminator, config.discriminator_lr or config.lr, config.r1_every)]
         return torch.optim.Adam(groups, fused=True)
 
     return TrainState(
@@ -190,6 +186,7 @@ def make_state(config: GanTrainConfig, ranks: Ranks, images: TrainingImages) -> 
 
 def _group(network: nn.Module, lr: float, every: int) -> dict[str, Any]:
     """Adam's settings, corrected for the optimiser steps that regularisation adds.  [Karras et al. 2020, appendix B]"""
+    # With c = k / (k + 1): lr c and beta^c, so that k + 1 optimiser steps do what k did.
     ratio = every / (every + 1)
     trained = [p for p in network.parameters() if p.requires_grad]
     return {"params": trained, "lr": lr * ratio, "betas": (0.0, 0.99**ratio), "eps": 1e-8}

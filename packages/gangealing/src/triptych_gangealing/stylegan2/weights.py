@@ -151,11 +151,11 @@ def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Loaded:
 
 def _own(path: Path) -> Source:
     files = [path / name for name in (GENERATOR_FILE, DISCRIMINATOR_FILE)] if path.is_dir() else [path]
-    loaded = [read_network(file) for file in files if not path.is_dir() or file.exists()]
+    loaded = [read_network(file) for file in files if file.exists()]
     if not loaded:
         raise FileNotFoundError(f"{path}: no {GENERATOR_FILE} or {DISCRIMINATOR_FILE} in this folder")
-    found: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
+    parts: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
     for network, _ in loaded:
         name = "generator" if isinstance(network, Generator) else "discriminator"
-        found[name] = lambda network=network: (network, network.state_dict())
-    return Source(path, "triptych", **found)
+        parts[name] = lambda network=network: (network, network.state_dict())
+    return Source(path, "triptych", **parts)
