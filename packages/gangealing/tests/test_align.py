@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import subprocess
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,12 @@ from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels
 SIZE = 16
 CONFIG = SpatialTransformerConfig(input_size=SIZE, channel_max=8, flow_size=4, flow_upsampling=4)
 command = partial(run_here, cli.run)
+
+
+def succeeds(*words: object) -> subprocess.CompletedProcess:
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def aligner_of(heads: int = 1, rotation: float = 0.0, log_scale: float = 0.0, shift=(0.0, 0.0)) -> Aligner:
@@ -283,8 +290,7 @@ def test_no_two_whole_pictures_are_held_at_once(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(pictures, "to_tensor", counted)
     aligner = written(tmp_path, aligner_of())
-    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    succeeds("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out")
     assert len(alive) == 8  # four pictures, twice
     assert most <= 1  # the one that the loop just had
 
@@ -295,8 +301,7 @@ def test_no_two_whole_pictures_are_held_at_once(tmp_path, folder, monkeypatch):
 def test_align_writes_what_it_found_and_lists_what_it_could_not_read(tmp_path, folder):
     (folder / "broken.png").write_bytes(b"no picture")
     aligner = written(tmp_path, aligner_of(shift=(0.25, 0.0)))
-    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
     assert "left out: " in done.stderr
     assert "broken.png: not an image" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["pictures"] == 4
@@ -314,8 +319,7 @@ def test_align_writes_what_it_found_and_lists_what_it_could_not_read(tmp_path, f
 
 def test_two_pictures_never_become_one(tmp_path, folder):
     Image.fromarray(smooth_picture(16, 16, 9)).save(folder / "a.jpg")
-    done = command("align", "--aligner", written(tmp_path, aligner_of()), "--images", folder, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    succeeds("align", "--aligner", written(tmp_path, aligner_of()), "--images", folder, "--out", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/aligned").rglob("*.png")}
     assert names == {"a.jpg.png", "a.png.png", "b.png", "c.png", "d.png"}
     rows = [json.loads(line) for line in (tmp_path / "out/alignment.jsonl").read_text().splitlines()]
@@ -332,8 +336,7 @@ def test_a_picture_that_goes_meanwhile_is_listed(tmp_path, folder, monkeypatch):
         return alignment
 
     monkeypatch.setattr(commands, "align_pictures", and_then_one_goes)
-    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
     assert "b.png" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["pictures"] == 3
     rows = [json.loads(line)["picture"] for line in (tmp_path / "out/alignment.jsonl").read_text().splitlines()]
@@ -432,8 +435,7 @@ def test_propagate_lays_an_edit_over_every_picture(tmp_path, folder):
     edit.save(tmp_path / "edit.png")
     aligner = written(tmp_path, aligner_of())
     words = ["--aligner", aligner, "--images", folder, "--out", tmp_path / "out"]
-    done = command("propagate", *words, "--edit", tmp_path / "edit.png")
-    assert done.returncode == 0, done.stderr
+    succeeds("propagate", *words, "--edit", tmp_path / "edit.png")
     found, original = read(tmp_path / "out/pictures/a.png"), read(folder / "a.png")
     assert (found[5:11, 5:11] == [255, 0, 0]).all()
     assert np.abs(found[:3].astype(int) - original[:3]).max() <= 1
@@ -445,8 +447,7 @@ def test_propagate_lays_an_edit_over_every_picture(tmp_path, folder):
 def test_propagate_says_where_points_are_in_every_picture(tmp_path, folder):
     (tmp_path / "points.json").write_text("[[7.5, 7.5], [0, 0]]")
     words = ["--images", folder, "--out", tmp_path / "out", "--points", tmp_path / "points.json"]
-    done = command("propagate", "--aligner", written(tmp_path, aligner_of()), *words)
-    assert done.returncode == 0, done.stderr
+    succeeds("propagate", "--aligner", written(tmp_path, aligner_of()), *words)
     places = json.loads((tmp_path / "out/points.json").read_text())
     assert np.array(places["a.png"]["points"]) == pytest.approx(np.array([[7.5, 7.5], [0, 0]]), abs=1e-4)
     assert np.array(places["more/c.png"]["points"][0]) == pytest.approx([15.5, 19.5], abs=1e-4)
@@ -465,8 +466,7 @@ def test_correspond_draws_and_lists_matches(tmp_path, folder):
         "--out",
         tmp_path / "out",
     ]
-    done = command("correspond", *words, "--spacing", "4")
-    assert done.returncode == 0, done.stderr
+    succeeds("correspond", *words, "--spacing", "4")
     matches = json.loads((tmp_path / "out/matches.json").read_text())
     assert len(matches["source_points"]) == 16
     assert np.array(matches["target_points"]) == pytest.approx(np.array(matches["source_points"]), abs=1e-3)

@@ -38,6 +38,14 @@ TINY = [
 ]  # fmt: skip
 
 command = partial(run_here, cli.run)
+
+
+def succeeds(*words: object) -> subprocess.CompletedProcess:
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 fails_with = partial(testing.fails_with, quiet=("training",))
 
 
@@ -63,8 +71,7 @@ def given(tmp_path_factory) -> list[str]:
 
 def trained(given: list[str], out: Path, *options: object) -> dict:
     """The result of a run that must succeed."""
-    done = command("train", *TINY, *given, "--out", out, "--json", *options)
-    assert done.returncode == 0, done.stderr
+    done = succeeds("train", *TINY, *given, "--out", out, "--json", *options)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -127,8 +134,7 @@ def test_the_published_schedule_ends_where_the_rate_is_zero():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_says_what_it_would_train(name):
-    done = command("train", "--preset", name, "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("train", "--preset", name, "--dry-run", "--json")
     parameters = json.loads(done.stdout.splitlines()[-1])["parameters"]
     assert parameters < 1_000_000 if name.startswith(("digits", "smoke")) else parameters >= 43_000_000
 
@@ -407,8 +413,7 @@ def test_a_refused_setting_does_not_bar_the_corrected_one(given, tmp_path):
     words = [*TINY, *given, "--out", tmp_path / "run", "--transforms", "flow"]
     assert command("train", *words, "--iterations", "2").returncode == 2
     assert not (tmp_path / "run").exists()
-    done = command("train", *words, "--iterations", "1")
-    assert done.returncode == 0, done.stderr
+    succeeds("train", *words, "--iterations", "1")
 
 
 def test_the_weights_of_a_published_distance_may_lie_anywhere(given, tmp_path):
@@ -422,8 +427,7 @@ def test_the_weights_of_a_published_distance_may_lie_anywhere(given, tmp_path):
     words = ["--distance", "ssl-vgg", "--total-images", 4, "--distance-weights"]
     trained(given, tmp_path / "run", *words, tmp_path / "here/vgg.pth")
     trained(given, tmp_path / "run", *words, tmp_path / "there/vgg.pth")
-    done = command("train", *TINY, *given, *words, tmp_path / "here/vgg.pth", "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
+    succeeds("train", *TINY, *given, *words, tmp_path / "here/vgg.pth", "--dry-run", "--json")
 
 
 def test_a_prolonged_run_has_a_classifier_of_its_own(given, tmp_path):

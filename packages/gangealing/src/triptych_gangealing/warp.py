@@ -109,6 +109,7 @@ class Warp:
         """The warp for an image, where this one is for the image flipped left to right."""
         flip = torch.eye(2, 3, dtype=self.stages[0].tensor.dtype, device=self.stages[0].tensor.device)
         flip[0, 0] = -1
+        # Last, as it acts on the input's coordinates.
         return Warp((*self.stages, Affine(flip.repeat(len(self), 1, 1))))
 
     def resize(self, size: Size) -> "Warp":
@@ -265,8 +266,8 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """p -> p + delta(p), one for each image; `delta` (x, y), normalised, is bilinear between the centres of the cells of its
-    grid, which spans the output image, and constant beyond the outer ones."""
+    """p -> p + delta(p), one for each image. `delta` (x, y), normalised, is given at the centres of a grid of cells over the
+    output image, bilinear between them and constant beyond the outer ones."""
 
     delta: Float[Tensor, "n 2 height width"]
 
@@ -312,7 +313,7 @@ class Flow:
 
 @dataclass(frozen=True, eq=False)
 class InverseFlow:
-    """q -> that p with p + delta(p) = q, by fixed-point iteration."""
+    """q -> the p with p + delta(p) = q, by fixed-point iteration."""
 
     flow: Flow
 
@@ -326,37 +327,38 @@ class InverseFlow:
         fold; where it folds, to one of several solutions or to none.
         """
         with torch.no_grad():
-            found, before = self._iterate(points)
-            (a, b), (c, d) = (row.unbind(-1) for row in self.flow.jacobian(found).unbind(-2))
+            p, before = self._iterate(points)
+            (a, b), (c, d) = (row.unbind(-1) for row in self.flow.jacobian(p).unbind(-2))
             determinant = a * d - b * c
             regular = determinant > 1e-3  # otherwise the flow folds here
         # One Newton step outside no_grad: it adds the last digits, and its derivatives are those of the implicit function.
-        x, y = (points - self.flow(found)).unbind(-1)
+        x, y = (points - self.flow(p)).unbind(-1)
         step = torch.stack((d * x - b * y, a * y - c * x), dim=-1) / torch.where(regular, determinant, 1)[..., None]
         step = torch.where(regular[..., None], step, torch.stack((x, y), dim=-1))
         with torch.no_grad():
-            after = _distance(points - self.flow(found + step))
+            after = _distance(points - self.flow(p + step))
             nearer = after < before
         step = torch.where(nearer[..., None], step, step - step.detach())  # of value 0, but with the derivatives
-        return found + step, torch.where(nearer, after, before)
+        return p + step, torch.where(nearer, after, before)
 
     def _iterate(self, points: Points) -> tuple[Points, Float[Tensor, "n k"]]:
-        found = points
-        error = points - self.flow(found)
+        p = points
+        error = points - self.flow(p)
         distance = _distance(error)
         share = torch.ones_like(distance)
         for _ in range(_MAX_ITERATIONS):
             if not ((distance > _GOOD_ENOUGH) & (share > 1e-3)).any():
                 break
-            trial = found + share[..., None] * error
+            trial = p + share[..., None] * error
             trial_error = points - self.flow(trial)
             trial_distance = _distance(trial_error)
             nearer = trial_distance < distance
-            found = torch.where(nearer[..., None], trial, found)
+            p = torch.where(nearer[..., None], trial, p)
             error = torch.where(nearer[..., None], trial_error, error)
             distance = torch.where(nearer, trial_distance, distance)
+            # Each point has its own step: doubled where it helped, at most to 1, and halved where it did not.
             share = torch.where(nearer, (2 * share).clamp(max=1), share / 2)
-        return found, distance
+        return p, distance
 
     def inverse(self) -> Flow:
         return self.flow
@@ -391,7 +393,7 @@ def sample_pyramid(
 
     padding: "border", "reflection" or "zeros". Differentiable in all three; at whole levels the derivative is taken to be 0.
     """
-    # The released code enlarges every level to full size first, which takes most of its time, and samples that enlargement.
+    # Levels are not enlarged to full size first, which would take most of the time: each sample is bilinear in the level itself.
     first, last = _levels_needed(level)
     for _ in range(first):
         images = halved(images)
@@ -399,9 +401,8 @@ def sample_pyramid(
     for number in range(first, last):
         images = halved(images)
         values = F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
-        share = F.hardtanh(level - number, 0, 1)[
-            :, None
-        ]  # 1 at still higher levels, where the coarser copy replaces `out`
+        # 1 at still higher levels, where the coarser copy replaces `out`.
+        share = F.hardtanh(level - number, 0, 1)[:, None]
         out = torch.lerp(out, values, share)
     return out
 
@@ -435,7 +436,7 @@ def halved(images: Images) -> Float[Tensor, "n channels half_height half_width"]
 
 
 def _halved(x: Tensor, dim: int) -> Tensor:
-    """Along one axis."""
+    """The same along one axis."""
     side = x.shape[dim]
     if side == 1:
         return x
