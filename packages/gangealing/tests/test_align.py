@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import subprocess
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,12 @@ from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels
 SIZE = 16
 CONFIG = SpatialTransformerConfig(input_size=SIZE, channel_max=8, flow_size=4, flow_upsampling=4)
 command = partial(run_here, cli.run)
+
+
+def succeeds(*words: object) -> subprocess.CompletedProcess:
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def aligner_of(heads: int = 1, rotation: float = 0.0, log_scale: float = 0.0, shift=(0.0, 0.0)) -> Aligner:
@@ -256,7 +263,7 @@ def test_a_folder_is_read_twice_one_picture_at_a_time(folder):
     found = Folder(folder)
     assert [picture.name for picture in found] == ["a.png", "b.png", "d.png", "more/c.png"]
     assert len(found.unreadable) == 1
-    assert [(seen.png, seen.size) for seen in found.seen][1] == ("b.png", (16, 24))
+    assert (found.pngs["b.png"], found.seen["b.png"]) == ("b.png", (16, 24))
     (folder / "a.png").unlink()
     Image.fromarray(smooth_picture(9, 9)).save(folder / "d.png")
     assert [(i, picture.name) for i, picture in found.again()] == [(1, "b.png"), (3, "more/c.png")]
@@ -283,8 +290,7 @@ def test_no_two_whole_pictures_are_held_at_once(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(pictures, "to_tensor", counted)
     aligner = written(tmp_path, aligner_of())
-    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    succeeds("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out")
     assert len(alive) == 8  # four pictures, twice
     assert most <= 1  # the one that the loop just had
 
@@ -295,8 +301,7 @@ def test_no_two_whole_pictures_are_held_at_once(tmp_path, folder, monkeypatch):
 def test_align_writes_what_it_found_and_lists_what_it_could_not_read(tmp_path, folder):
     (folder / "broken.png").write_bytes(b"no picture")
     aligner = written(tmp_path, aligner_of(shift=(0.25, 0.0)))
-    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
     assert "left out: " in done.stderr
     assert "broken.png: not an image" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["pictures"] == 4
@@ -314,8 +319,7 @@ def test_align_writes_what_it_found_and_lists_what_it_could_not_read(tmp_path, f
 
 def test_two_pictures_never_become_one(tmp_path, folder):
     Image.fromarray(smooth_picture(16, 16, 9)).save(folder / "a.jpg")
-    done = command("align", "--aligner", written(tmp_path, aligner_of()), "--images", folder, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    succeeds("align", "--aligner", written(tmp_path, aligner_of()), "--images", folder, "--out", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/aligned").rglob("*.png")}
     assert names == {"a.jpg.png", "a.png.png", "b.png", "c.png", "d.png"}
     rows = [json.loads(line) for line in (tmp_path / "out/alignment.jsonl").read_text().splitlines()]
@@ -324,16 +328,15 @@ def test_two_pictures_never_become_one(tmp_path, folder):
 
 def test_a_picture_that_goes_meanwhile_is_listed(tmp_path, folder, monkeypatch):
     aligner = written(tmp_path, aligner_of())
-    found = commands.align_folder
+    found = commands.align_pictures
 
     def and_then_one_goes(*args, **options):
         alignment = found(*args, **options)
         (folder / "b.png").unlink()
         return alignment
 
-    monkeypatch.setattr(commands, "align_folder", and_then_one_goes)
-    done = command("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(commands, "align_pictures", and_then_one_goes)
+    done = succeeds("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
     assert "b.png" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["pictures"] == 3
     rows = [json.loads(line)["picture"] for line in (tmp_path / "out/alignment.jsonl").read_text().splitlines()]
@@ -355,7 +358,10 @@ def test_a_part_by_smoothness_needs_a_flow(tmp_path, folder):
     mode = Mode(Directions(torch.zeros(4), torch.eye(4)[:1], torch.ones(1)), 1)
     aligner = written(tmp_path, Aligner(SpatialTransformer(config), mode).requires_grad_(False).eval())
     words = ["--aligner", aligner, "--images", folder, "--out", tmp_path / "out"]
-    fails_with(command("average", *words, "--keep", "0.5"), "keep 0.5: a transformer without flow has no measure")
+    fails_with(
+        command("average", *words, "--keep", "0.5"),
+        "keep 0.5: a transformer without flow cannot rank its warps; pass --keep 1",
+    )
     fails_with(command("average", *words, "--flips", "yes"), "flips yes: a transformer without flow has no measure")
     assert not (tmp_path / "out").exists()
     assert command("average", *words).returncode == 0
@@ -369,7 +375,7 @@ def test_nothing_is_written_among_the_pictures(tmp_path, folder, name):
     words = ["--aligner", written(tmp_path, aligner_of())] + ["--edit", tmp_path / "edit.png"] * (name == "propagate")
     for images, out in ((folder, folder), (folder, folder / "more"), (tmp_path / "link", folder / "new")):
         done = command(name, *words, "--images", images, "--out", out)
-        fails_with(done, f"out {out}: lies in {images}, among the pictures to be read; choose a folder elsewhere")
+        fails_with(done, f"out {out}: lies in the pictures' folder {images}; choose one elsewhere")
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
     assert not (folder / "new").exists()
 
@@ -429,8 +435,7 @@ def test_propagate_lays_an_edit_over_every_picture(tmp_path, folder):
     edit.save(tmp_path / "edit.png")
     aligner = written(tmp_path, aligner_of())
     words = ["--aligner", aligner, "--images", folder, "--out", tmp_path / "out"]
-    done = command("propagate", *words, "--edit", tmp_path / "edit.png")
-    assert done.returncode == 0, done.stderr
+    succeeds("propagate", *words, "--edit", tmp_path / "edit.png")
     found, original = read(tmp_path / "out/pictures/a.png"), read(folder / "a.png")
     assert (found[5:11, 5:11] == [255, 0, 0]).all()
     assert np.abs(found[:3].astype(int) - original[:3]).max() <= 1
@@ -442,8 +447,7 @@ def test_propagate_lays_an_edit_over_every_picture(tmp_path, folder):
 def test_propagate_says_where_points_are_in_every_picture(tmp_path, folder):
     (tmp_path / "points.json").write_text("[[7.5, 7.5], [0, 0]]")
     words = ["--images", folder, "--out", tmp_path / "out", "--points", tmp_path / "points.json"]
-    done = command("propagate", "--aligner", written(tmp_path, aligner_of()), *words)
-    assert done.returncode == 0, done.stderr
+    succeeds("propagate", "--aligner", written(tmp_path, aligner_of()), *words)
     places = json.loads((tmp_path / "out/points.json").read_text())
     assert np.array(places["a.png"]["points"]) == pytest.approx(np.array([[7.5, 7.5], [0, 0]]), abs=1e-4)
     assert np.array(places["more/c.png"]["points"][0]) == pytest.approx([15.5, 19.5], abs=1e-4)
@@ -462,8 +466,7 @@ def test_correspond_draws_and_lists_matches(tmp_path, folder):
         "--out",
         tmp_path / "out",
     ]
-    done = command("correspond", *words, "--spacing", "4")
-    assert done.returncode == 0, done.stderr
+    succeeds("correspond", *words, "--spacing", "4")
     matches = json.loads((tmp_path / "out/matches.json").read_text())
     assert len(matches["source_points"]) == 16
     assert np.array(matches["target_points"]) == pytest.approx(np.array(matches["source_points"]), abs=1e-3)

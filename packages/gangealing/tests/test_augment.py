@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage, signal, stats
 from triptych_common.randomness import uniform
 from triptych_gangealing.stylegan2 import augment as pipeline
-from triptych_gangealing.stylegan2.augment import BGC, PRESETS, AdaptiveProbability, AugmentConfig, augment
+from triptych_gangealing.stylegan2.augment import BGC, PRESETS, AugmentConfig, adapted_p, augment
 
 GEOMETRIC = ("x_flip", "rotate90", "integer_translation", "scale", "rotation", "anisotropic_scale")
 GEOMETRIC += ("fractional_translation",)
@@ -433,28 +433,16 @@ def test_config_refuses_a_multiplier_above_one():
 
 
 def test_p_takes_500_thousand_images_from_0_to_1_and_back():
-    rule, p, images_seen = AdaptiveProbability(), 0.0, 0
-    for step in range(1, 500_000 // 64 + 1):
-        images_seen += 64
-        if rule.is_due(step):
-            p = rule.adjusted(p, sign_sum=250, count=256, batch_size=64)
-    assert p == pytest.approx(images_seen / 500_000, abs=4 * 64 / 500_000)
-    lower = rule.adjusted(p, sign_sum=100, count=256, batch_size=64)
-    assert p - lower == pytest.approx(256 / 500_000)
+    share, p = 4 * 64 / 500_000, 0.0
+    adjustments = 500_000 // (4 * 64)
+    for _ in range(adjustments):
+        p = adapted_p(p, 250 / 256, 0.6, share)
+    assert p == pytest.approx(adjustments * share)
+    assert p == pytest.approx(1.0, abs=share)
+    assert p - adapted_p(p, 100 / 256, 0.6, share) == pytest.approx(256 / 500_000)
 
 
 def test_p_stops_at_zero_stays_at_the_target_and_passes_one():
-    rule = AdaptiveProbability(target=0.5, interval=2, ada_kimg=1)
-    assert rule.adjusted(0.01, sign_sum=0, count=10, batch_size=50) == 0
-    assert rule.adjusted(0.4, sign_sum=5, count=10, batch_size=50) == 0.4
-    assert rule.adjusted(1.0, sign_sum=10, count=10, batch_size=50) == pytest.approx(1.1)
-    assert [step for step in range(7) if rule.is_due(step)] == [2, 4, 6]
-
-
-def test_adaptive_probability_refuses_nonsense():
-    with pytest.raises(ValueError, match=r"target 1\.5"):
-        AdaptiveProbability(target=1.5)
-    with pytest.raises(ValueError, match="interval 0"):
-        AdaptiveProbability(interval=0)
-    with pytest.raises(ValueError, match="0 real logits"):
-        AdaptiveProbability().adjusted(0.1, 0.0, 0, 64)
+    assert adapted_p(0.01, 0.0, 0.5, 0.1) == 0
+    assert adapted_p(0.4, 0.5, 0.5, 0.1) == 0.4
+    assert adapted_p(1.0, 1.0, 0.5, 0.1) == pytest.approx(1.1)

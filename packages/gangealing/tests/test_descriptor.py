@@ -99,7 +99,7 @@ def test_after_training_poses_matter_less_than_what_is_shown(tmp_path: Path) -> 
     pool = posed(Digits32("train", copies=1, seed=3), torch.arange(0, 4000, 4))
     trained.train()
     with RunDirectory(tmp_path, {}) as directory:
-        fit(recipe, directory, pool, ALONE, trained, views=posed_views, contrast=contrast)
+        fit(recipe, directory, pool, ALONE, trained, posed_views, contrast)
     after = found()
     assert after > before + 0.15, (before, after)
 
@@ -174,11 +174,10 @@ def test_images_choose_their_group_and_modes_start_inside_it(
     )  # fmt: skip
     objective = Objective(config, generator, distance)
     objective.groups = groups_in(tmp_path, generator, distance)
-    w, images = objective.samples(range(24), STREAM)
+    samples = objective.samples(range(24), STREAM)
+    w, images = samples.w, samples.images
     directions = pca(generator, 60, 0)
-    choice = objective.choose(
-        SpatialTransformer(config.transformer()), Mode(directions, 3), w, images, 0.0, range(24), STREAM
-    )
+    choice = objective.choose(SpatialTransformer(config.transformer()), Mode(directions, 3), samples, 0.0)
     assert torch.equal(choice.cluster, objective.groups(images).argmax(1))
     assert not choice.flipped.any()
     levels = distance.features(images)

@@ -127,9 +127,7 @@ def test_scipy_places_digits_there_too(digits: Digits32) -> None:
     from scipy.ndimage import map_coordinates
 
     jitters = digits.jitters(range(5, 100_000, 3_001))
-    white = jitters._replace(
-        **{name: values.expand(len(jitters.item), -1) for name, values in WHITE_ON_BLACK.items()},
-    )
+    white = jitters._replace(**{name: values.expand(len(jitters.item), -1) for name, values in WHITE_ON_BLACK.items()})
     found = render(digits.digits[jitters.digit], white)[:, 0].double() / 255
     middles = (np.arange(256) + 0.5) / 128 - 1
     canvas = np.stack([*np.meshgrid(middles, middles), np.ones((256, 256))], axis=-1)
@@ -152,9 +150,7 @@ def test_pillow_turns_the_same_way(two: Tensor) -> None:
 
 def test_the_recorded_map_undone_gives_the_digit_back(digits: Digits32) -> None:
     jitters = digits.jitters(range(0, 100_000, 4_001))
-    white = jitters._replace(
-        **{name: values.expand(len(jitters.item), -1) for name, values in WHITE_ON_BLACK.items()},
-    )
+    white = jitters._replace(**{name: values.expand(len(jitters.item), -1) for name, values in WHITE_ON_BLACK.items()})
     originals = digits.digits[jitters.digit]
     drawn = render(originals, white, 128)[:, :1].float() / 255
     bottom = torch.tensor([0.0, 0, 1]).expand(len(drawn), 1, 3)

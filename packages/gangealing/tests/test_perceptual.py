@@ -216,7 +216,7 @@ def test_what_a_distance_is() -> None:
 def test_images_that_do_not_fit_are_refused(vgg: Vgg16) -> None:
     distance = PerceptualDistance(vgg)
     for shape in ((1, 3, 15, 40), (1, 1, 32, 32), (3, 32, 32)):
-        with pytest.raises(ValueError, match=r"expected \(n, 3, height, width\) of at least 16x16"):
+        with pytest.raises(ValueError, match=r"expected \(n, 3, height, width\), at least 16x16"):
             distance.features(torch.zeros(shape))
     with pytest.raises(ValueError, match="expected two of one shape"):
         distance(torch.zeros(2, 3, 16, 16), torch.zeros(1, 3, 16, 16))

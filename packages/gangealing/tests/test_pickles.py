@@ -192,10 +192,7 @@ ATTACKS = {
     ),
     "an array of objects": lambda nvidia, witness: (with_buffer(nvidia, object_array(witness)), "numpy.dtype 'O8'"),
     "a numpy scalar of objects": lambda nvidia, witness: (
-        with_buffer(
-            nvidia,
-            Reduced(np._core.multiarray.scalar, np.dtype("O"), pickle.dumps(touch(witness), 3)),
-        ),
+        with_buffer(nvidia, Reduced(np._core.multiarray.scalar, np.dtype("O"), pickle.dumps(touch(witness), 3))),
         "numpy.dtype 'O8'",
     ),
     "a class's new": lambda nvidia, witness: (io.StringIO("x"), "names _io.StringIO"),

@@ -349,7 +349,7 @@ def test_after_training_colours_matter_less_than_place(tmp_path: Path) -> None:
     pool = Digits32("train", copies=1, seed=3).batch(range(0, 4000, 4))
     trained = make_encoder(config)
     with RunDirectory(config.out, {}) as directory:
-        fit(config, directory, pool, Ranks(0, 1, torch.device("cpu")), trained)
+        fit(config, directory, pool, Ranks(0, 1, torch.device("cpu")), trained, make_views, contrast_maps)
     digits = Digits32("held_out", copies=1, seed=4)
     items = torch.arange(0, 1000, 10)
     jitters, colours = digits.jitters(items), digits.jitters((items + 1) % 1000)

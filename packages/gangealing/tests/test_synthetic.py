@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 from triptych_gangealing.digits32 import Digits32, Jitters, render
-from triptych_gangealing.keypoints import Pairs, pairs
 from triptych_gangealing.keypoints.synthetic import (
     Elastic,
+    Pairs,
     deform,
     draw_elastic,
     ink_boxes,
     ink_points,
     on_canvas,
+    pairs,
     white_on_black,
 )
 from triptych_gangealing.warp import to_normalised

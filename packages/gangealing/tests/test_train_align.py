@@ -38,6 +38,14 @@ TINY = [
 ]  # fmt: skip
 
 command = partial(run_here, cli.run)
+
+
+def succeeds(*words: object) -> subprocess.CompletedProcess:
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 fails_with = partial(testing.fails_with, quiet=("training",))
 
 
@@ -63,8 +71,7 @@ def given(tmp_path_factory) -> list[str]:
 
 def trained(given: list[str], out: Path, *options: object) -> dict:
     """The result of a run that must succeed."""
-    done = command("train", *TINY, *given, "--out", out, "--json", *options)
-    assert done.returncode == 0, done.stderr
+    done = succeeds("train", *TINY, *given, "--out", out, "--json", *options)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -127,8 +134,7 @@ def test_the_published_schedule_ends_where_the_rate_is_zero():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_says_what_it_would_train(name):
-    done = command("train", "--preset", name, "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("train", "--preset", name, "--dry-run", "--json")
     parameters = json.loads(done.stdout.splitlines()[-1])["parameters"]
     assert parameters < 1_000_000 if name.startswith(("digits", "smoke")) else parameters >= 43_000_000
 
@@ -147,11 +153,11 @@ def test_the_loss_is_that_of_the_nearest_cluster_and_so_is_its_gradient(given):
     for parameter in (*transformer.parameters(), mode.alpha):
         parameter.grad = None
 
-    w, images = objective.samples(counters)
+    samples = objective.samples(counters)
     everything = []
     for k in range(3):
         choice = Choice(torch.full((6,), k), torch.zeros(6, dtype=torch.bool))
-        everything.append(objective.terms(transformer, mode, w, images, choice, psi, counters))
+        everything.append(objective.terms(transformer, mode, samples, choice, psi))
     distances = torch.stack([terms.distance for terms in everything])
     winner = distances.argmin(0)
     assert len(winner.unique()) > 1  # or this would show little
@@ -170,14 +176,13 @@ def test_assignment_by_similarity_leaves_the_flow_out(given):
     objective = objective_of(given, clusters=3, assignment="similarity")
     transformer, mode = networks_of(objective)
     transformer.flow.delta[-1].weight.data *= 30.0  # so that it matters
-    counters = range(12)
-    w, images = objective.samples(counters)
-    found = objective.choose(transformer, mode, w, images, 0.0, counters)
-    whole = objective_of(given, clusters=3).choose(transformer, mode, w, images, 0.0, counters)
+    samples = objective.samples(range(12))
+    found = objective.choose(transformer, mode, samples, 0.0)
+    whole = objective_of(given, clusters=3).choose(transformer, mode, samples, 0.0)
     still = copy.deepcopy(transformer)
     for parameter in still.flow.delta.parameters():
         parameter.data.zero_()
-    alike = objective_of(given, clusters=3).choose(still, mode, w, images, 0.0, counters)
+    alike = objective_of(given, clusters=3).choose(still, mode, samples, 0.0)
     assert torch.equal(found.cluster, alike.cluster)
     assert not torch.equal(found.cluster, whole.cluster)  # or this would show little
 
@@ -185,14 +190,11 @@ def test_assignment_by_similarity_leaves_the_flow_out(given):
 def test_mirror_images_are_chosen_where_they_fit_better(given):
     objective = objective_of(given, flips=True)
     transformer, mode = networks_of(objective)
-    counters = range(12)
-    w, images = objective.samples(counters)
-    choice = objective.choose(transformer, mode, w, images, 0.0, counters)
-    sides = []
-    for flipped in (False, True):
-        seen = images.flip(3) if flipped else images
-        plain = Choice(torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.bool))
-        sides.append(objective.terms(transformer, mode, w, seen, plain, 0.0, counters).distance)
+    samples = objective.samples(range(12))
+    choice = objective.choose(transformer, mode, samples, 0.0)
+    plain = Choice(torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.bool))
+    both = samples, samples._replace(images=samples.images.flip(3))
+    sides = [objective.terms(transformer, mode, seen, plain, 0.0).distance for seen in both]
     assert torch.equal(choice.flipped, sides[1] < sides[0])
     assert 0 < int(choice.flipped.sum()) < 12
 
@@ -203,10 +205,10 @@ def test_at_psi_one_a_target_is_the_image_but_for_its_noise(given):
         for name, value in objective.generator.named_parameters():
             if name.endswith("noise_strength"):
                 value.zero_()
-    w, images = objective.samples(range(4))
-    c = torch.zeros_like(w)
-    torch.testing.assert_close(objective.targets(w, c, 1.0, range(4)), images, rtol=0, atol=1e-12)
-    assert float((objective.targets(w, c, 0.5, range(4)) - images).abs().max()) > 1e-3
+    samples = objective.samples(range(4))
+    c = torch.zeros_like(samples.w)
+    torch.testing.assert_close(objective.targets(samples, c, 1.0), samples.images, rtol=0, atol=1e-12)
+    assert float((objective.targets(samples, c, 0.5) - samples.images).abs().max()) > 1e-3
 
 
 # --- clusters
@@ -216,7 +218,7 @@ def test_k_means_plus_plus_draws_in_proportion_to_the_distance_from_the_nearest(
     """Over evenly spread draws the second mode is drawn as often as its distance to the first asks for."""
     objective = objective_of(given, clusters=2)
     directions = pca(objective.generator, 60, 3)
-    w, images = objective.samples(range(12), "k-means++")
+    w, images, *_ = objective.samples(range(12), "k-means++")
     alphas = directions.coefficients(w.float())
     distance = torch.stack([objective.distance(images, images[i : i + 1].expand_as(images)) for i in range(12)])
     counts, real, second_draw = torch.zeros(12, 12), randomness.uniform, [0.0]
@@ -238,7 +240,7 @@ def test_k_means_plus_plus_draws_in_proportion_to_the_distance_from_the_nearest(
 
 def test_a_mode_may_start_at_the_sample_that_is_nearest_to_all_others(given):
     objective = objective_of(given, origin="sample")
-    w, images = objective.samples(range(12), "k-means++")
+    w, images, *_ = objective.samples(range(12), "k-means++")
     distances = [objective.distance(images, images[i : i + 1].expand_as(images)).sum() for i in range(12)]
     found = starting_modes(objective, pca(objective.generator, 60, 3))
     typical = int(torch.stack(distances).argmin())
@@ -249,7 +251,7 @@ def test_a_mode_may_start_at_the_sample_that_is_nearest_to_all_others(given):
 def test_several_modes_start_at_samples_nearest_to_the_centres_of_k_means(given):
     """Of features spelled out: each level's pixels weigh as much as the perceptual distance lets them."""
     objective = objective_of(given, clusters=3, origin="sample")
-    w, images = objective.samples(range(12), "k-means++")
+    w, images, *_ = objective.samples(range(12), "k-means++")
     levels = objective.distance.features(images)
     rows = np.concatenate([level.flatten(1).numpy() / np.sqrt(level[0, 0].numel()) for level in levels], 1)
     centres = KMeans(3, n_init=10, random_state=objective.config.seed).fit(rows).cluster_centers_
@@ -262,7 +264,7 @@ def test_several_modes_start_at_samples_nearest_to_the_centres_of_k_means(given)
 def test_several_modes_start_at_the_nearest_points_to_samples(given):
     objective, directions = objective_of(given, clusters=3), pca(objective_of(given).generator, 60, 3)
     found = starting_modes(objective, directions)
-    alphas = directions.coefficients(objective.samples(range(12), "k-means++")[0].float())
+    alphas = directions.coefficients(objective.samples(range(12), "k-means++").w.float())
     rows = [int((alphas - row).square().sum(1).argmin()) for row in found["alpha"]]
     assert len(set(rows)) == 3
     torch.testing.assert_close(found["alpha"], alphas[rows])
@@ -272,12 +274,11 @@ def test_several_modes_start_at_the_nearest_points_to_samples(given):
 def test_a_cluster_that_takes_too_much_becomes_less_attractive(given):
     objective = objective_of(given, clusters=3)
     transformer, mode = networks_of(objective)
-    counters = range(12)
-    w, images = objective.samples(counters)
-    before = torch.bincount(objective.choose(transformer, mode, w, images, 0.0, counters).cluster, minlength=3) / 12
-    for _ in range(300):
-        chosen = objective.choose(transformer, mode, w, images, 0.0, counters).cluster
-        mode.even_out(torch.bincount(chosen, minlength=3) / 12, 0.02)
+    samples = objective.samples(range(12))
+    before = torch.bincount(objective.choose(transformer, mode, samples, 0.0).cluster, minlength=3) / 12
+    for _ in range(100):
+        chosen = objective.choose(transformer, mode, samples, 0.0).cluster
+        mode.even_out(torch.bincount(chosen, minlength=3) / 12, 0.06)
     after = torch.bincount(chosen, minlength=3) / 12
     assert float(before.max()) > 0.4
     assert float((after - 1 / 3).abs().max()) <= 1 / 12 + 1e-6
@@ -289,11 +290,11 @@ def test_the_classifier_learns_the_clusters_of_generated_images(given, tmp_path)
     objective = objective_of(given, clusters=2)
     aligner = load_aligner(tmp_path)
     objective.generator.float(), objective.distance.float()
-    w, images = objective.samples(range(200), "held out")
-    choice = objective.choose(aligner.transformer, aligner.mode, w, images, 0.0, range(200), "held out")
+    samples = objective.samples(range(200), "held out")
+    choice = objective.choose(aligner.transformer, aligner.mode, samples, 0.0)
     commonest = float(torch.bincount(choice.cluster).max() / 200)
     assert rows[-1]["loss"] < rows[0]["loss"]
-    found = aligner.clusters(images)
+    found = aligner.clusters(samples.images)
     assert len(found.unique()) == 2
     assert float((found == choice.cluster).float().mean()) > commonest
 
@@ -376,9 +377,9 @@ def test_parts_of_a_batch_train_as_the_whole_does(given, exact, tmp_path):
     ("options", "message"),
     [
         (["--input-size", "32"], "input_size 32: the generator's images have 16 pixels; pass --input-size 16 or less"),
-        (["--cutoff", "9"], "cutoff 9: expected 0 to 6, the number of the generator's styles"),
+        (["--cutoff", "9"], "cutoff 9: expected 0 to 6, the generator's styles"),
         (["--components", "7"], "7 principal directions of 60 samples: expected 0 to 6"),
-        (["--clusters", "2", "--components", "0", "--origin", "mean"], "modes fixed at the mean would all be one"),
+        (["--clusters", "2", "--components", "0", "--origin", "mean"], "every mode would be the mean; pass --origin sample"),
         (["--distance", "vgg"], "perceptual distance 'vgg': expected lpips, ssl-vgg, or simclr:PATH"),
         (["--generator", "nowhere.pkl"], "nowhere.pkl: no such file or folder, nor an embedded generator"),
         (["--clusters", "2", "--transforms", "flow"], "the classifier starts from the similarity network"),
@@ -389,7 +390,7 @@ def test_parts_of_a_batch_train_as_the_whole_does(given, exact, tmp_path):
         (["--transforms", "flow", "--iterations", "2"],
          "iterations 2, transforms flow: only the similarity network looks repeatedly; pass --iterations 1"),
         (["--assignment", "descriptor", "--clusters", "9", "--descriptor-images", "8"],
-         "clusters 9, descriptor_images 8: groups are sought among so many images, at most 8000; pass --descriptor-images 9"),
+         "clusters 9, descriptor_images 8: groups are formed of that many images, at most 8000; pass --descriptor-images 9"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_line(given, tmp_path, options, message):
@@ -412,8 +413,7 @@ def test_a_refused_setting_does_not_bar_the_corrected_one(given, tmp_path):
     words = [*TINY, *given, "--out", tmp_path / "run", "--transforms", "flow"]
     assert command("train", *words, "--iterations", "2").returncode == 2
     assert not (tmp_path / "run").exists()
-    done = command("train", *words, "--iterations", "1")
-    assert done.returncode == 0, done.stderr
+    succeeds("train", *words, "--iterations", "1")
 
 
 def test_the_weights_of_a_published_distance_may_lie_anywhere(given, tmp_path):
@@ -427,8 +427,7 @@ def test_the_weights_of_a_published_distance_may_lie_anywhere(given, tmp_path):
     words = ["--distance", "ssl-vgg", "--total-images", 4, "--distance-weights"]
     trained(given, tmp_path / "run", *words, tmp_path / "here/vgg.pth")
     trained(given, tmp_path / "run", *words, tmp_path / "there/vgg.pth")
-    done = command("train", *TINY, *given, *words, tmp_path / "here/vgg.pth", "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
+    succeeds("train", *TINY, *given, *words, tmp_path / "here/vgg.pth", "--dry-run", "--json")
 
 
 def test_a_prolonged_run_has_a_classifier_of_its_own(given, tmp_path):

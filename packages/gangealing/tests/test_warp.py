@@ -10,16 +10,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 from triptych_gangealing import warp as warp_module
-from triptych_gangealing.warp import (
-    TOLERANCE,
-    Affine,
-    Flow,
-    InverseFlow,
-    Warp,
-    centres,
-    to_normalised,
-    to_pixels,
-)
+from triptych_gangealing.warp import TOLERANCE, Affine, Flow, InverseFlow, Warp, centres, to_normalised, to_pixels
 
 F64 = torch.float64
 SCIPYS = {"border": "nearest", "reflection": "reflect", "zeros": "grid-constant"}

@@ -3,9 +3,7 @@ from .digits32 import Digits32 as Digits32
 from .keypoints.pck import pck as pck
 from .pictures import align as align, correspond as correspond
 from .config import SpatialTransformerConfig as SpatialTransformerConfig
-from .spatial_transformer import (
-    SpatialTransformer as SpatialTransformer,
-)
+from .spatial_transformer import SpatialTransformer as SpatialTransformer
 from .stylegan2.augment import augment as augment
 from .stylegan2.config import DiscriminatorConfig as DiscriminatorConfig, GeneratorConfig as GeneratorConfig
 from .stylegan2.discriminator import Discriminator as Discriminator

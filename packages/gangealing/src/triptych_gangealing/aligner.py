@@ -1,6 +1,6 @@
 """A trained alignment: spatial transformer, modes and the classifier of real images; its use, and its file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,7 @@ from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.config import Flips, SpatialTransformerConfig
 from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.spatial_transformer import (
-    ClusterClassifier,
-    SpatialTransformer,
-    reduced,
-    total_variation,
-)
+from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced, total_variation
 from triptych_gangealing.warp import Warp
 
 FILE = "aligner.safetensors"
@@ -30,7 +25,8 @@ _FORMAT = ModelFormat(
     made=f"triptych-gangealing train --out FOLDER makes {FILE}",
     absent="no such file; train one with triptych-gangealing train --out {folder}",
 )
-RESAMPLED = 2  # times input_size: as large as images need to be for the flow network's look at them
+AT_ONCE = 64  # images
+RESAMPLED = 2  # times input_size: enough pixels for the flow network's look at an image that was magnified
 
 Images = Float[Tensor, "n 3 height width"]
 
@@ -45,33 +41,33 @@ class Alignment:
     roughness: Float[Tensor, " n"]
     """total variation of the flow: large where an image fits badly"""
     names: tuple[str, ...] = ()
-    """of the pictures, where they came from a folder: those that could be read"""
+    """of the pictures, where they came from a folder, without unreadable ones"""
 
     @classmethod
     def of_warp(cls, warp: Warp, cluster: Int[Tensor, " n"] | None = None) -> "Alignment":
-        """Warps of a method that mirrors nothing and knows no roughness, such as a baseline; by default of one cluster."""
+        """Warps of a method that mirrors nothing and has no roughness, such as a baseline; by default of one cluster."""
         n, device = len(warp), warp.stages[0].tensor.device
         cluster = torch.zeros(n, dtype=torch.long, device=device) if cluster is None else cluster
-        still = torch.zeros(n, device=device)
-        return cls(warp, cluster, still.bool(), still)
+        zeros = torch.zeros(n, device=device)
+        return cls(warp, cluster, zeros.bool(), zeros)
 
     @classmethod
     def cat(cls, parts: Sequence["Alignment"]) -> "Alignment":
         """Alignments of several batches as one."""
-        cluster, flipped, roughness = (
-            torch.cat(values)
-            for values in zip(*((part.cluster, part.flipped, part.roughness) for part in parts), strict=True)
-        )
+        columns = zip(*((part.cluster, part.flipped, part.roughness) for part in parts), strict=True)
+        cluster, flipped, roughness = (torch.cat(values) for values in columns)
         return cls(Warp.cat([part.warp for part in parts]), cluster, flipped, roughness)
 
     def select(self, indices: Int[Tensor, " m"]) -> "Alignment":
         """The alignment of some of the images."""
-        warp, names = self.warp.select(indices), self.names and tuple(self.names[i] for i in indices.tolist())
-        return Alignment(warp, self.cluster[indices], self.flipped[indices], self.roughness[indices], names)
+        names = self.names and tuple(self.names[i] for i in indices.tolist())
+        return self._map(self.warp.select(indices), lambda value: value[indices], names)
 
     def to(self, device: torch.device | str) -> "Alignment":
-        cluster, flipped, roughness = (value.to(device) for value in (self.cluster, self.flipped, self.roughness))
-        return Alignment(self.warp.to(device), cluster, flipped, roughness, self.names)
+        return self._map(self.warp.to(device), lambda value: value.to(device), self.names)
+
+    def _map(self, warp: Warp, function: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> "Alignment":
+        return Alignment(warp, function(self.cluster), function(self.flipped), function(self.roughness), names)
 
 
 class Aligner(nn.Module):
@@ -89,25 +85,33 @@ class Aligner(nn.Module):
 
     @torch.inference_mode()
     def align(
-        self,
-        images: Images,
-        *,
-        iterations: int = 1,
-        flips: bool = False,
-        cluster: Int[Tensor, " n"] | None = None,
-        at_once: int = 64,
+        self, images: Images, *, iterations: int = 1, flips: bool = False, cluster: Int[Tensor, " n"] | None = None
     ) -> Alignment:
-        """Warps of images, `at_once` at a time; the result lies on the images' device, whatever that of the networks.
+        """Warps of images, `AT_ONCE` at a time; the result is on the images' device, whatever that of the networks.
 
         iterations: how often the similarity network looks. flips: mirror images whose flow is smoother then. cluster: of each
         image; by default the classifier's. Raises ValueError as the transformer does.
         """
         device, parts = next(self.parameters()).device, []
-        for i in range(0, len(images), at_once):
-            known = None if cluster is None else cluster[i : i + at_once].to(device)
-            part = self._align(images[i : i + at_once].to(device), iterations, flips, known)
-            parts.append(part.to(images.device))
+        for i in range(0, len(images), AT_ONCE):
+            part = images[i : i + AT_ONCE].to(device)
+            head = self.clusters(part) if cluster is None else cluster[i : i + AT_ONCE].to(device)
+            # Either way the warp leads to the image as it is, not to its mirror image.
+            if flips:
+                aligned, flipped = self.transformer.align_flips(part, iterations=iterations, head=head)
+            else:
+                aligned = self.transformer(part, iterations=iterations, head=head)
+                flipped = torch.zeros(len(part), dtype=torch.bool, device=device)
+            roughness = part.new_zeros(len(part)) if aligned.delta is None else total_variation(aligned.delta)
+            parts.append(Alignment(aligned.warp, head, flipped, roughness).to(images.device))
         return Alignment.cat(parts)
+
+    def options(self, iterations: int | None = None, flips: bool | None = None) -> dict[str, Any]:
+        """Options of `align`, by default as in training."""
+        return {
+            "iterations": self.facts.get("iterations", 1) if iterations is None else iterations,
+            "flips": self.facts.get("flips", False) if flips is None else flips,
+        }
 
     def reduced(self, images: Images) -> Float[Tensor, "n 3 new_height new_width"]:
         """Images reduced to at most twice the transformer's input size: enough to find a warp for the originals."""
@@ -119,30 +123,15 @@ class Aligner(nn.Module):
         if self.config.heads == 1:
             return torch.zeros(len(images), dtype=torch.long, device=images.device)
         if self.classifier is None:
-            raise ValueError(
-                f"{self.config.heads} clusters and no classifier: pass the clusters, or train the classifier"
-            )
+            raise ValueError(f"{self.config.heads} clusters, no classifier: pass the clusters, or train a classifier")
         return self.classifier(images).argmax(1)
-
-    def _align(self, images: Images, iterations: int, flips: bool, cluster: Tensor | None) -> Alignment:
-        cluster = self.clusters(images) if cluster is None else cluster
-        if flips:
-            aligned, flipped = self.transformer.align_flips(images, iterations=iterations, head=cluster)
-        else:
-            aligned = self.transformer(images, iterations=iterations, head=cluster)
-            flipped = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        roughness = images.new_zeros(len(images)) if aligned.delta is None else total_variation(aligned.delta)
-        return Alignment(aligned.warp, cluster, flipped, roughness)
 
 
 def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> None:
     """Write an aligner. Raises OSError when the disk refuses."""
     shape = getattr(aligner.classifier, "shape", None)  # of `Groups`, which cannot be built again without it
-    state = {
-        "has_classifier": aligner.classifier is not None,
-        "groups": shape() if shape else None,
-        "facts": dict(facts),
-    }
+    groups = shape() if shape else None
+    state = {"has_classifier": aligner.classifier is not None, "groups": groups, "facts": dict(facts)}
     _FORMAT.write(path, aligner.state_dict(), asdict(aligner.config), state)
 
 
@@ -156,6 +145,7 @@ def load_aligner(path: str | Path) -> Aligner:
 
 def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
     config = SpatialTransformerConfig.from_json(state["config"])
+    # The origins are loaded with the other tensors below; directions only give the mode its shape.
     origins, components = tensors["mode.origins"], tensors["mode.components"]
     directions = Directions(origins[0], components, torch.ones(len(components)))
     classifier: nn.Module | None = ClusterClassifier(config) if state["has_classifier"] else None
@@ -172,20 +162,15 @@ def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
 def open_aligner(
     path: Path, device: str, iterations: int | None = None, flips: Flips = "trained"
 ) -> tuple[Aligner, dict[str, Any]]:
-    """An aligner on a device, and the options of `Aligner.align`: as in training where nothing else is asked for.
+    """An aligner on a device, and the options of `Aligner.align`, by default as in training.
 
-    Raises as `load_aligner`, and ValueError for flips or several looks of a transformer that can neither.
+    Raises as `load_aligner`, and ValueError for flips or several looks of a transformer that lacks the network for them.
     """
     with process_group(device) as ranks:
         aligner = load_aligner(path).to(ranks.device)
-    options = {
-        "iterations": aligner.facts["iterations"] if iterations is None else iterations,
-        "flips": aligner.facts["flips"] if flips == "trained" else flips == "yes",
-    }
+    options = aligner.options(iterations, None if flips == "trained" else flips == "yes")
     if options["flips"] and aligner.transformer.flow is None:
         raise ValueError("flips yes: a transformer without flow has no measure of which is better; pass --flips no")
-    if options["iterations"] > 1 and aligner.transformer.similarity is None:
-        raise ValueError(
-            f"iterations {options['iterations']}: a transformer of flow alone looks once; pass --iterations 1"
-        )
+    if (looks := options["iterations"]) > 1 and aligner.transformer.similarity is None:
+        raise ValueError(f"iterations {looks}: a transformer of flow alone looks once; pass --iterations 1")
     return aligner, options

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from triptych_common.cli import Command, main
 
+# Everything is imported on use, so that --help is quick.
 COMMANDS = {
     "train-gan": Command(
         "train a StyleGAN2 on images, or resume",

@@ -22,7 +22,7 @@ START, STREAM = "start.safetensors", "k-means++"
 
 
 def start(objective: Objective, directions: Directions, ranks: Ranks, folder: Path) -> dict[str, Tensor]:
-    """Where modes start ("origins", "alpha"): computed once in a run, and kept in its folder."""
+    """Where modes start ("origins", "alpha"): computed once in a run, and stored in its folder."""
     path = folder / START
     if ranks.is_main and not path.exists():
         checkpoint.write(path, starting_modes(objective, directions), {"kind": "starting modes"})
@@ -38,24 +38,22 @@ def starting_modes(objective: Objective, directions: Directions) -> dict[str, Te
     directions reach from the mean. With `origin` "sample" they start at typical styles.
     """
     config, count = objective.config, len(directions.components)
-    still = torch.zeros(config.clusters, count)
+    zeros = torch.zeros(config.clusters, count)
     mean = directions.mean.repeat(config.clusters, 1)
     if config.clusters == 1 and config.origin == "mean":
-        return {"origins": mean, "alpha": still}
+        return {"origins": mean, "alpha": zeros}
     typical = config.origin == "sample" or objective.groups is not None
     chosen = _typical(objective) if typical else _spread(objective)
-    w = torch.cat([objective.samples(range(item, item + 1), STREAM)[0] for item in chosen]).cpu().float()
+    w = torch.cat([objective.samples(range(item, item + 1), STREAM).w for item in chosen]).cpu().float()
     if config.origin == "sample":
-        return {"origins": w, "alpha": still}
+        return {"origins": w, "alpha": zeros}
     return {"origins": mean, "alpha": directions.coefficients(w)}
 
 
 def _spread(objective: Objective) -> list[int]:
-    """One sample for each cluster, far apart from one another, by k-means++.  [Arthur and Vassilvitskii 2007]
-
-    The first is drawn evenly, each other with a probability in proportion to its distance from the nearest so far. Perceptual
-    distances are sums of squares, so they stand for the squares of k-means++.
-    """
+    """One sample for each cluster, far apart from one another, by k-means++.  [Arthur and Vassilvitskii 2007]"""
+    # The first is sampled uniformly, every other in proportion to its squared distance from the nearest so far. Perceptual
+    # distances are sums of squares already.
     config = objective.config
     draws = randomness.uniform(config.seed, STREAM, range(config.clusters)).double()
     n = config.init_images
@@ -71,10 +69,10 @@ def _spread(objective: Objective) -> list[int]:
 
 
 def _typical(objective: Objective) -> list[int]:
-    """The sample nearest to the mean of each part of the samples, by their features.
+    """The sample nearest to the mean feature of each part of the samples.
 
-    Parts are the clusters of k-means on the same features; with `assignment` "descriptor" the halves of its groups that lie
-    nearer to their centres: the mean, and with it the sample, then has a pose in the middle of all poses.
+    Parts are the clusters of k-means on the same features, or, with `assignment` "descriptor", the half of each of its groups
+    that is nearer to the centre.
     """
     config = objective.config
     features = torch.cat([_flat(_features(objective, items)) for items in _portions(config.init_images)])
@@ -83,9 +81,10 @@ def _typical(objective: Objective) -> list[int]:
 
         model = KMeans(config.clusters, n_init=10, random_state=config.seed).fit(features.numpy())
         return torch.from_numpy(model.transform(features.numpy())).argmin(0).tolist()
-    images = (objective.samples(items, STREAM)[1].float() for items in _portions(config.init_images))
+    images = (objective.samples(items, STREAM).images.float() for items in _portions(config.init_images))
     logits = torch.cat([objective.groups(part).cpu() for part in images])
     cluster, chosen = logits.argmax(1), []
+    # Groups hold all poses, so the sample nearest to the mean of one has a pose in the middle of all.
     for k in range(config.clusters):
         here = (cluster == k).nonzero()[:, 0]
         here = here if len(here) else logits[:, k].argmax()[None]
@@ -95,7 +94,7 @@ def _typical(objective: Objective) -> list[int]:
 
 
 def _flat(features: Features) -> Float[Tensor, "n values"]:
-    """Rows whose squared distances are the perceptual ones, up to a factor: those are means over pixels, summed over maps."""
+    """Rows whose squared distances are the perceptual ones, up to a factor: means over pixels, summed over maps."""
     return torch.cat([level.flatten(1) / level[0, 0].numel() ** 0.5 for level in features], 1).double().cpu()
 
 
@@ -104,18 +103,18 @@ def _portions(n: int) -> list[range]:
 
 
 def _features(objective: Objective, items: range) -> Features:
-    images = objective.samples(items, STREAM)[1]
+    images = objective.samples(items, STREAM).images
     return objective.distance.features(reduced(images, objective.config.input_size))
 
 
 def _distances(objective: Objective, centre: Features) -> Float[Tensor, " samples"]:
-    """Of all samples to a centre."""
-    found = []
+    """Distances of all samples to a centre."""
+    distances = []
     for items in _portions(objective.config.init_images):
         here = _features(objective, items)
         there = tuple(level.expand_as(like) for level, like in zip(centre, here, strict=True))
-        found.append(objective.distance.between(here, there).cpu().double())
-    return torch.cat(found)
+        distances.append(objective.distance.between(here, there).cpu().double())
+    return torch.cat(distances)
 
 
 def train_classifier(
@@ -123,31 +122,23 @@ def train_classifier(
 ) -> ClusterClassifier:
     """A classifier of the clusters that generated images are nearest to, from a copy of the transformer's trunk.
 
-    It goes on where the run in `out` was interrupted. Raises ValueError for a transformer without a similarity network.
+    Resumes the run in `out`. Raises ValueError for a transformer without a similarity network.
     """
     config = objective.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.generator(config.seed, "classifier/init").initial_seed())
         classifier = ClusterClassifier.from_transformer(transformer)
-    state = TrainState(
-        classifier,
-        torch.optim.Adam(classifier.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True),
-        ranks,
-        ema_half_life=config.ema_half_life_images,
-        several_passes=True,
-    )
+    adam = torch.optim.Adam(classifier.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+    state = TrainState(classifier, adam, ranks, ema_half_life=config.ema_half_life_images, several_passes=True)
 
     def losses(counters: range) -> dict[str, Tensor]:
-        w, images = objective.samples(counters, "classifier")
-        cluster = objective.choose(transformer, mode, w, images, 0.0, counters, "classifier").cluster
-        logits = classifier(images)  # as they come, as it will see them, whichever side fitted
+        samples = objective.samples(counters, "classifier")
+        cluster = objective.choose(transformer, mode, samples, 0.0).cluster
+        logits = classifier(samples.images)  # never mirrored, as real images come
         right = (logits.argmax(1) == cluster).to(logits.dtype).mean()
         return {"loss": F.cross_entropy(logits, cluster), "accuracy": right}
 
-    facts = {
-        "transformer": checkpoint.digest(transformer.state_dict()),
-        "mode": checkpoint.digest(mode.state_dict()),
-    }
+    facts = {"transformer": checkpoint.digest(transformer.state_dict()), "mode": checkpoint.digest(mode.state_dict())}
     with open_run(config, ranks, facts, out=out) as run:
         total, title = config.classifier_images, "training the classifier"
         for batch in training_steps(config, state, run, total_samples=total, title=title):
@@ -159,6 +150,5 @@ def train_classifier(
 
 def purity(clusters: Int[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:
     """Share of items that belong to the commonest label of their cluster."""
-    counts = torch.zeros(int(clusters.max()) + 1, int(labels.max()) + 1, dtype=torch.long)
-    counts.index_put_((clusters, labels), torch.ones_like(labels), accumulate=True)
+    counts = F.one_hot(clusters).T @ F.one_hot(labels)  # clusters labels
     return float(counts.amax(1).sum() / len(labels))

@@ -21,21 +21,21 @@ class SpatialTransformerConfig(Checked):
     channel_max: Annotated[int, Ge(1)] = 512
     """feature maps from a quarter of input_size down"""
     channel_multiplier: Annotated[float, Interval(gt=0, lt=math.inf, wanted="a positive number")] = 0.5
-    """scales the feature maps above: channel_max / 2 at half of input_size and channel_max / 4 at input_size, times this"""
+    """factor on the feature maps above: channel_max / 2 at half of input_size, channel_max / 4 at input_size"""
     heads: Annotated[int, Ge(1)] = 1
     """warps of each image: one for each cluster"""
     transforms: tuple[Literal["similarity", "flow"], ...] = ("similarity", "flow")
-    """networks, in the order in which they look at the image; either may stand alone"""
+    """networks in the order in which they see the image: similarity, flow, or both"""
     flow_size: int = 16
     """height and width of the grid of displacements that the flow network predicts, a power of two"""
     flow_upsampling: Annotated[int, Ge(1)] = 8
     """how many times finer the flow is than that grid"""
     flow_unit_factor: Annotated[float, Interval(gt=0, lt=math.inf, wanted="a positive number")] = 1.0
-    """scales the flow; 8 as in the released code, which takes its normalised units for cells of the coarse grid"""
+    """factor on the flow; 8 in the released code, which treats normalised units as cells of the coarse grid"""
     flow_padding: Literal["replicate", "zeros"] = "replicate"
-    """displacements beyond the coarse grid; zeros, as in the released code, shrink those at borders and more so in corners"""
+    """displacements beyond the coarse grid; zeros, as in the released code, weaken them at borders and even more in corners"""
     padding: Literal["border", "reflection", "zeros"] = "border"
-    """what the flow network, and the similarity network when it looks again, see beyond the image"""
+    """what the networks see beyond the edges of an already warped image"""
     image_channels: Annotated[int, Ge(1)] = 3
     """colours of the images"""
 
@@ -46,13 +46,12 @@ class SpatialTransformerConfig(Checked):
         if self.input_size.bit_count() != 1 or self.input_size <= SMALLEST:
             raise ValueError(f"input_size {self.input_size}: expected a power of two, at least {2 * SMALLEST}")
         if self.flow_size.bit_count() != 1 or not SMALLEST <= self.flow_size <= self.input_size:
-            raise ValueError(
-                f"flow_size {self.flow_size}: expected a power of two from {SMALLEST} to the input_size, {self.input_size}"
-            )
+            expected = f"a power of two from {SMALLEST} to the input_size, {self.input_size}"
+            raise ValueError(f"flow_size {self.flow_size}: expected {expected}")
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "SpatialTransformerConfig":
-        """The config whose `dataclasses.asdict` went through JSON, which knows no tuples."""
+        """The config whose `dataclasses.asdict` went through JSON, which has no tuples."""
         return cls(**{**facts, "transforms": tuple(facts["transforms"])})
 
     def channels_at(self, size: int) -> int:
@@ -71,12 +70,17 @@ PRESETS: dict[str, SpatialTransformerConfig] = {
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """widths: channels of each stage; a stage has half the resolution of the one before, the first that of the images.
-    compared: so many stages, the last, give the features; those before see little but colours.
+    """widths: channels of each stage, at half the resolution of the one before; the first has that of the images.
+    compared: how many stages, the last ones, give the features; those before see little but colours.
     """
 
     widths: tuple[int, ...] = (16, 32, 64, 128)
     compared: int = 2
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "EncoderConfig":
+        """The config whose `dataclasses.asdict` went through JSON, which has no tuples."""
+        return cls(**{**facts, "widths": tuple(facts["widths"])})
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:

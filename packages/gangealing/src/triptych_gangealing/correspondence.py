@@ -1,8 +1,4 @@
-"""Correspondence: points of one image in another, into congealed space and out of it again; and its picture.  [thesis 4.4.2]
-
-The released code mirrors neither image of a pair, either or both, whichever has the smallest sum of the flows' total variation.
-That sum has one term for each image, so the choice is made for each image by itself: `Aligner.align(flips=True)`.
-"""
+"""Correspondence: points of one image in another, through congealed space; and a picture of it.  [thesis 4.4.2]"""
 
 from typing import Any, NamedTuple
 
@@ -22,12 +18,12 @@ class Transferred(NamedTuple):
 
     points: Float[Tensor, "*n k 2"]
     reliable: Bool[Tensor, "*n k"]
-    """the source's warp could be inverted there, and the point lies within both images and congealed space; where a flow folds,
-    it is one of several answers"""
+    """the source's warp could be inverted there, and the point is inside both images and congealed space; where a flow folds, it
+    is one of several answers"""
 
 
 def middle_points(side: int) -> Float[Tensor, "1 k 2"]:
-    """side x side points spread over the middle of congealed space, where objects are; normalised, row by row."""
+    """side x side points over the middle of congealed space, where objects are; normalised, row by row."""
     return centres((side, side), torch.empty(())).view(1, -1, 2) * 0.6
 
 
@@ -41,17 +37,19 @@ def transfer(
     apart = source.cluster != target.cluster
     if bool(apart.any()):
         pair = int(apart.nonzero()[0])
-        raise ValueError(
-            f"pair {pair}: clusters {int(source.cluster[pair])} and {int(target.cluster[pair])}; points can be "
-            "transferred within one cluster only"
-        )
+        clusters = f"clusters {int(source.cluster[pair])} and {int(target.cluster[pair])}"
+        raise ValueError(f"pair {pair}: {clusters}; points can be transferred within one cluster only")
     return between(source.warp, target.warp, points, source_size, target_size)
 
 
 def between(
     source: Warp, target: Warp, points: Float[Tensor, "n k 2"], source_size: Size, target_size: Size
 ) -> Transferred:
-    """`transfer` by warps alone, of any method. The warp of a mirrored image leads to the original, so mirroring needs no care."""
+    """`transfer` by the warps of any method."""
+    # The warp of a mirrored image leads to the original, so mirroring needs no special case here. The released code tries all four
+    # combinations of a pair and takes the smallest sum of the flows' total variation; as that sum has one term for each image,
+    # `Aligner.align(flips=True)` decides for each image by itself.
+    # Warps map congealed to image coordinates: the source's is inverted, the target's is not.
     start = to_normalised(points, source_size)
     congealed = source.inverse().map_points(start)
     end = target.map_points(congealed.points)

@@ -1,7 +1,7 @@
-"""Coloured jittered digits: an unaligned data set in which the place and colour of everything is known.
+"""Coloured jittered digits: an unaligned data set whose every pose and colour is known.
 
 Every MNIST digit is drawn many times, each time rotated, scaled, shifted and coloured anew on a background with a smooth
-gradient. Item i shows digit `i mod len(source)`; its jitter is a function of (seed, i) alone, and recorded.
+gradient. Item i shows digit `i mod len(source)`; its jitter is a function of (seed, i) alone.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ from triptych_common.data import load
 from triptych_common.data.source import ImageSource
 from triptych_common.randomness import uniform
 
-CANVAS = 32  # shifts are in pixels of this canvas, of which an unscaled digit's own 28 x 28 cover 28 x 28
-DIGIT = 28
+CANVAS, DIGIT = 32, 28  # pixels; shifts are in those of the canvas, where an unscaled digit covers 28 x 28 of them
 MAX_ANGLE, MIN_SCALE, MAX_SHIFT_PX = math.pi / 3, 0.6, 4.0
 MIN_CONTRAST, MARGIN, MAX_GRADIENT = 0.4, 0.15, 0.16  # lumas, of 0 (black) .. 1 (white)
 LUMA = (0.299, 0.587, 0.114)
-RECIPE = 1  # of the pixels: goes into the fingerprint, and up with any change to them
+RECIPE = 1  # part of the fingerprint: to be raised with any change to the pixels
+Digits = UInt8[Tensor, "n 1 28 28"]
 
 
 class Jitters(NamedTuple):
     """How each of n items is drawn.
 
-    Convention: x to the right, y down; `shift_px` (x, y) is where the digit's middle lies from the canvas's, in pixels of a
-    32-pixel canvas at any size drawn; a positive angle turns the digit counter-clockwise as one sees it.
-    Colours are RGB in 0..1: `background` at the canvas's middle, from where it brightens by gradient . (x, y), with x and y
-    from -1 to 1 across the canvas, and is clamped.
+    Convention: x to the right, y down; `shift_px` (x, y) is the digit's middle relative to the canvas's, in pixels of a 32-pixel
+    canvas at any size drawn; a positive angle turns the digit counter-clockwise as seen.
+    Colours are RGB in 0..1. At the canvas's middle the colour is `background`; it grows by gradient . (x, y), with x and y from
+    -1 to 1 across the canvas, and is clamped.
     """
 
     item: Int[Tensor, " n"]  # in this data set
@@ -50,26 +50,23 @@ class Jitters(NamedTuple):
 
 
 def affine(jitters: Jitters) -> Float[Tensor, "n 2 3"]:
-    """Where each point of the canvas lies in the digit's own image: the ground truth of an alignment.
+    """Where each point of the canvas lies in the digit's own image: the ground truth of an alignment, at any size drawn.
 
-    Convention: maps output (canvas) to input (digit) coordinates, (x, y, 1) to (x, y), x to the right and y down, -1 and 1
-    at the outer edges of the first and last pixel (align_corners=False): the theta of `torch.nn.functional.affine_grid`.
-    It does not depend on the size drawn.
+    Convention: that of `Warp`, output (canvas) to input (digit): the theta of `F.affine_grid(align_corners=False)`.
     """
     cos, sin = jitters.angle.cos(), jitters.angle.sin()
     turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    # A canvas is CANVAS / DIGIT digits wide: the scale is that of the digit, so its inverse acts on coordinates.
     linear = turn * (CANVAS / (DIGIT * jitters.scale))[:, None, None]
     shift = jitters.shift_px / (CANVAS / 2)
     return torch.cat([linear, -linear @ shift[..., None]], dim=2)
 
 
-def render(
-    digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, size: int = CANVAS
-) -> UInt8[Tensor, "n 3 {size} {size}"]:
+def render(digits: Digits, jitters: Jitters, size: int = CANVAS) -> UInt8[Tensor, "n 3 {size} {size}"]:
     """Draw digits by their jitters; antialiased, each pixel the mean of at least 2 x 2 points of an enlarged digit.
 
-    The background goes on beyond the digit's own image. Ink that leaves the canvas is cut off at its border: in 1 item of 200,
-    and then at most a few hundredths of it. Raises ValueError for a size below 8.
+    Ink that leaves the canvas is cut off: in 1 item of 200, and then at most a few hundredths of it. Raises ValueError for a size
+    below 8.
     """
     if size < 8:
         raise ValueError(f"size {size}: expected at least 8, below which no digit can be read")
@@ -87,11 +84,11 @@ def render(
 
 
 class Digits32(ImageSource):
-    """Coloured jittered digits, drawn when asked for: `copies` of every digit of one split of `source`.
+    """Coloured jittered digits, drawn on demand: `copies` of every digit of one split of `source`.
 
     source: mnist5k, which needs no download (100,000 items of its 4,000 training digits), or mnist. digit: this digit
     alone, one class. size: pixels of the square canvas. Angles are uniform within 60 degrees, scales in 0.6 .. 1, shifts
-    within 4 px in x and y; lumas of digit and background differ by at least 0.4, either may be the lighter.
+    within 4 px in x and y; lumas of digit and background differ by at least 0.4, and either may be the lighter.
     Raises ValueError for another source, split or digit, or no copies.
     """
 
@@ -115,26 +112,18 @@ class Digits32(ImageSource):
         data = load(source, split)
         chosen = data.labels == digit if digit is not None else torch.ones_like(data.labels, dtype=torch.bool)
         self.digits, self._digit_labels = data.images[chosen], data.labels[chosen]
-        self.split, self.digit, self.source, self.copies, self.seed, self.size = (
-            split,
-            digit,
-            source,
-            copies,
-            seed,
-            size,
-        )
+        self.split, self.digit, self.source = split, digit, source
+        self.copies, self.seed, self.size = copies, seed, size
         self.name = "digits32" if digit is None else f"digits32:{digit}"
         self.class_names = tuple(map(str, range(10))) if digit is None else (str(digit),)
         self.num_classes = len(self.class_names)
-        labels = self._digit_labels if digit is None else torch.zeros_like(self._digit_labels)
-        self.labels = labels.repeat(copies)
+        self.labels = (self._digit_labels * (digit is None)).repeat(copies)  # one digit alone is class 0
 
     def jitters(self, indices: Sequence[int] | Tensor) -> Jitters:
         """How items are drawn."""
         item = torch.as_tensor(indices, dtype=torch.long).reshape(-1)
         if len(item) and not 0 <= int(item.min()) <= int(item.max()) < len(self):
             raise IndexError(f"{self.name}: items {int(item.min())}..{int(item.max())}, expected 0..{len(self) - 1}")
-
         counters = item.tolist()
 
         def draw(quantity: str, low: float = 0, high: float = 1) -> Tensor:
@@ -144,17 +133,15 @@ class Digits32(ImageSource):
         digit = item % len(self.digits)
         foreground_luma, background_luma = _lumas(draw("polarity"), draw("contrast"), draw("luma"))
         direction, strength = draw("gradient direction", 0, 2 * math.pi), draw("gradient strength", 0, MAX_GRADIENT)
-        geometry = (
+        values = (
             draw("angle", -MAX_ANGLE, MAX_ANGLE),
             draw("scale", MIN_SCALE, 1),
             torch.stack([draw(f"shift {axis}", -MAX_SHIFT_PX, MAX_SHIFT_PX) for axis in "xy"], dim=1),
-        )
-        colours = (
             _coloured(foreground_luma, draw("foreground hue"), draw("foreground saturation"), 0.0),
             _coloured(background_luma, draw("background hue"), draw("background saturation"), MARGIN),
             strength[:, None] * torch.stack([direction.cos(), direction.sin()], dim=1),
         )
-        return Jitters(item, digit, self._digit_labels[digit], *(values.float() for values in (*geometry, *colours)))
+        return Jitters(item, digit, self._digit_labels[digit], *(value.float() for value in values))
 
     def batch(self, indices: Sequence[int] | Tensor) -> UInt8[Tensor, "n 3 height width"]:
         """Items as pixels."""
@@ -176,21 +163,19 @@ class Digits32(ImageSource):
         return f"recipe:{digest.hexdigest()}"
 
 
-def _lumas(polarity: Tensor, contrast: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Lumas of digit and background from three uniform numbers; the background keeps MARGIN from black and white, so that
-    its gradient shows.
-    """
+def _lumas(polarity: Tensor, contrast: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+    """Lumas of digit and background, from three uniform numbers."""
+    # The background stays MARGIN away from black and white, or its gradient would be clamped.
     contrast = MIN_CONTRAST + contrast * (1 - MARGIN - MIN_CONTRAST)
     background = MARGIN + place * (1 - MARGIN - contrast)
     foreground = background + contrast
     dark_on_light = polarity < 0.5
-    return torch.where(dark_on_light, 1 - foreground, foreground), torch.where(
-        dark_on_light, 1 - background, background
-    )
+    return tuple(torch.where(dark_on_light, 1 - luma, luma) for luma in (foreground, background))
 
 
 def _coloured(luma: Tensor, hue: Tensor, saturation: Tensor, margin: float) -> Tensor:
-    """RGB of a given luma: from gray towards a hue, by a share of the way to the walls of the cube (margin .. 1 - margin)."""
+    """RGB of a given luma: gray, moved towards a hue by a share of the way to the walls of the cube (margin .. 1 - margin)."""
+    # Moving along a hue less its own luma leaves the luma as it is.
     sixths = hue[:, None] * 6 + luma.new_tensor([0.0, 4.0, 2.0])
     pure = (((sixths % 6) - 3).abs() - 1).clamp(0, 1)
     towards = pure - (pure @ luma.new_tensor(LUMA))[:, None]

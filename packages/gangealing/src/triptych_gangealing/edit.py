@@ -7,21 +7,18 @@ from torch.nn import functional as F
 
 from triptych_gangealing.warp import Warp, centres
 
+Images = Float[Tensor, "n 3 height width"]
+
 
 class RunningAverage:
-    """A running mean of aligned images.
-
-    Each pixel is averaged over the images that cover it with pixels of their own; where none does, over all.
-    """
+    """A running mean of aligned images. Each pixel is averaged over the images that cover it, or over all if none does."""
 
     def __init__(self) -> None:
         self.n: int = 0
-        # Sums in float64: of all, of those that reach, and how many these are.
-        self.plain = torch.zeros((), dtype=torch.float64)
-        self.reaching = torch.zeros((), dtype=torch.float64)
-        self.weight = torch.zeros((), dtype=torch.float64)
+        # Sums in float64: over all images, over those that cover a pixel, and the number of these.
+        self.plain, self.reaching, self.weight = (torch.zeros((), dtype=torch.float64) for _ in range(3))
 
-    def add(self, aligned: Float[Tensor, "n 3 height width"], inside: Float[Tensor, "n 1 height width"]) -> None:
+    def add(self, aligned: Images, inside: Float[Tensor, "n 1 height width"]) -> None:
         """Images, and 1 where a pixel comes from within its image, else 0."""
         values, weights = aligned.double(), inside.double()
         self.n += len(values)
@@ -37,20 +34,18 @@ class RunningAverage:
         return mean.float()
 
 
-def propagate(
-    edit: Float[Tensor, "4 edit_height edit_width"], warp: Warp, images: Float[Tensor, "n 3 height width"]
-) -> Float[Tensor, "n 3 height width"]:
+def propagate(edit: Float[Tensor, "4 edit_height edit_width"], warp: Warp, images: Images) -> Images:
     """Pictures in [-1, 1] with an edit laid over them.
 
     edit: RGB in [-1, 1] and alpha in 0..1, in congealed coordinates. warp: of each picture, from congealed to its coordinates.
-    Each pixel of a picture looks up its place in congealed space by the inverse of the warp, which leaves no holes. Where the
-    inverse has no solution, or leads out of the edit, the picture stays as it is. Where a flow folds, several places lead to one
-    pixel, which shows one of them.
+    Where its inverse has no solution, or leads out of the edit, the picture stays unchanged.
     """
+    # Each pixel looks up its congealed place, so no holes appear. Where a flow folds it has several, and shows one of them.
     n, _, height, width = images.shape
     places = centres((height, width), images).view(1, -1, 2).expand(n, -1, -1)
     congealed = warp.inverse().map_points(places)
     shown = (congealed.converged & congealed.inside).view(n, 1, height, width)
+    # Colours are multiplied by alpha first: transparent pixels have no colour to blend in.
     premultiplied = torch.cat([(edit[:3] + 1) / 2 * edit[3:], edit[3:]])[None].expand(n, -1, -1, -1)
     grid = congealed.points.view(n, height, width, 2).to(premultiplied)
     layer = F.grid_sample(premultiplied, grid, align_corners=False) * shown

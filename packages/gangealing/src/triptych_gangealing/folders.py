@@ -1,6 +1,7 @@
 """Commands for people's own pictures: align a folder, average it, propagate an edit through it, match two pictures."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,116 +13,106 @@ from triptych_common.cli import echo
 from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
 from triptych_common.storage.atomic import write_bytes, write_text
 
+from triptych_gangealing import settings
 from triptych_gangealing.aligner import Aligner, Alignment, open_aligner
 from triptych_gangealing.correspondence import matches_figure, middle_points, transfer
 from triptych_gangealing.edit import RunningAverage, as_edit, propagate
-from triptych_gangealing.pictures import Folder, align_folder, align_pictures, read_picture, warped
-from triptych_gangealing.settings import (
-    AlignConfig,
-    AverageConfig,
-    CorrespondConfig,
-    FolderOptions,
-    PropagateConfig,
-    UseOptions,
-    WarpedOptions,
-)
+from triptych_gangealing.pictures import Folder, align_pictures, read_picture, warped
 from triptych_gangealing.warp import Warp, to_normalised, to_pixels
 
-SHOWN = 10  # pictures in rows of a grid
-CELL_PX = 96  # of them
-FARTHEST_PX = 1e6  # from a picture's corner that a point may be: beyond any picture, and exact enough in float32
+SHOWN, CELL_PX = 10, 96  # pictures in each row of a grid, and their size there
+FARTHEST_PX = 1e6  # largest coordinate of a point: beyond any picture, and still exact enough in float32
+CORNERS = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]])
 
 
-def _open(config: UseOptions) -> tuple[Aligner, dict[str, Any]]:
+def _open(config: settings.UseOptions) -> tuple[Aligner, dict[str, Any]]:
     """The aligner, and the options of `Aligner.align`.
 
     Raises ValueError where the output would lie inside the folder that is read.
     """
-    if isinstance(config, FolderOptions):
+    if isinstance(config, settings.FolderOptions):
         out, images = config.out.resolve(), config.images.resolve()
-        if out == images or images in out.parents:
-            raise ValueError(
-                f"out {config.out}: lies in {config.images}, among the pictures to be read; choose a folder elsewhere"
-            )
+        if images in (out, *out.parents):
+            raise ValueError(f"out {config.out}: lies in the pictures' folder {config.images}; choose one elsewhere")
         for written in (out / "aligned", out / "pictures"):
-            if written == images or written in images.parents:
+            if written in (images, *images.parents):
                 raise ValueError(f"out {config.out}: would overwrite {config.images}; choose another")
     return open_aligner(config.aligner, config.device, config.iterations, config.flips)
 
 
-def _shown(config: WarpedOptions, aligner: Aligner) -> tuple[int, str]:
+def _shown(config: settings.WarpedOptions, aligner: Aligner) -> tuple[int, str]:
     """Height and width of aligned pictures, and the padding."""
     padding = aligner.facts["padding"] if config.padding == "trained" else config.padding
     return config.size or aligner.config.input_size, padding
 
 
-def write_aligned(config: AlignConfig) -> dict[str, Any]:
-    """Write aligned pictures, a grid of some before and after, and where each pixel of the corners comes from.
+def write_aligned(config: settings.AlignConfig) -> dict[str, Any]:
+    """Write aligned pictures, a grid of some before and after, and where the corners of each come from.
 
-    Raises ValueError or OSError for what is no aligner, or a folder none of whose pictures can be read.
+    Raises ValueError or OSError for what is no aligner, or a folder of which no picture can be read.
     """
     aligner, options = _open(config)
     size, padding = _shown(config, aligner)
-    folder, found = _aligned(aligner, config, options)
+    folder = Folder(config.images, config.limit)
+    alignment = align_pictures(aligner, folder, **options)
     averages, rows = Averages(heads=aligner.config.heads), []
     cells: list[tuple[Tensor, Tensor]] = []
     for i, picture in folder.again():
-        warp = found.warp.select([i])
+        warp, png = alignment.warp.select([i]), folder.pngs[picture.name]
         image = warped(picture, warp, size, padding)
-        png = folder.seen[i].png
         write_png(config.out / "aligned" / png, to_uint8(image)[0])
-        averages.add(int(found.cluster[i]), image, warp)
+        averages.add(int(alignment.cluster[i]), image, warp)
         if len(cells) < SHOWN:
             cells.append((_cell(picture.values()), _cell(from_uint8(to_uint8(image)))))
         row = {
             "picture": picture.name,
             "aligned": png,
-            "cluster": int(found.cluster[i]),
-            "flipped": bool(found.flipped[i]),
-            "roughness": float(found.roughness[i]),
-            "corners": to_pixels(_corners(found, i), picture.size).tolist(),
+            "cluster": int(alignment.cluster[i]),
+            "flipped": bool(alignment.flipped[i]),
+            "roughness": float(alignment.roughness[i]),
+            "corners": to_pixels(warp.map_points(CORNERS).points[0], picture.size).tolist(),
         }
         rows.append(json.dumps(row) + "\n")
     write_text(config.out / "alignment.jsonl", "".join(rows))
-    columns = [torch.cat(cell) for cell in zip(*cells, strict=True)]  # before above after
+    # Before in the first row, after below.
+    columns = [torch.cat(cell) for cell in zip(*cells, strict=True)]
     write_png(config.out / "grid.png", image_grid(to_uint8(torch.cat(columns)), columns=len(cells)))
     files = {"aligned": "aligned", "table": "alignment.jsonl", "grid": "grid.png"}
     paths = {name: str(config.out / file) for name, file in files.items()}
     return _reported(paths | averages.write(config.out)) | {"pictures": len(rows)}
 
 
-def write_average(config: AverageConfig) -> dict[str, Any]:
-    """Write the average aligned picture of each cluster, of its smoothest flows where not all are kept.
+def write_average(config: settings.AverageConfig) -> dict[str, Any]:
+    """Write the average aligned picture of each cluster, or of its `keep` smoothest warps.
 
-    Raises ValueError for a part of what a transformer without flow aligned, else as `write_aligned`.
+    Raises ValueError where a transformer without flow should rank pictures, otherwise as `write_aligned`.
     """
     aligner, options = _open(config)
     if config.keep < 1 and aligner.transformer.flow is None:
-        raise ValueError(
-            f"keep {config.keep}: a transformer without flow has no measure of which fit; leave --keep out, or pass 1"
-        )
+        raise ValueError(f"keep {config.keep}: a transformer without flow cannot rank its warps; pass --keep 1")
     size, padding = _shown(config, aligner)
-    folder, found = _aligned(aligner, config, options)
-    kept = smoothest(found, config.keep)
+    folder = Folder(config.images, config.limit)
+    alignment = align_pictures(aligner, folder, **options)
+    kept = smoothest(alignment, config.keep)
     averages = Averages(heads=aligner.config.heads)
     for i, picture in folder.again():
         if i in kept:
-            warp = found.warp.select([i])
-            averages.add(int(found.cluster[i]), warped(picture, warp, size, padding), warp)
+            warp = alignment.warp.select([i])
+            averages.add(int(alignment.cluster[i]), warped(picture, warp, size, padding), warp)
     return _reported(averages.write(config.out))
 
 
-def smoothest(found: Alignment, share: float) -> set[int]:
-    """Of each cluster this share of the pictures, at least one: those with the smoothest flows."""
+def smoothest(alignment: Alignment, share: float) -> set[int]:
+    """Indices of this share of each cluster's pictures, at least one of each: those with the smoothest flows."""
     kept: set[int] = set()
-    for cluster in found.cluster.unique():
-        here = (found.cluster == cluster).nonzero().flatten()
-        best = found.roughness[here].argsort(stable=True)[: max(1, round(share * len(here)))]
+    for cluster in alignment.cluster.unique():
+        here = (alignment.cluster == cluster).nonzero().flatten()
+        best = alignment.roughness[here].argsort(stable=True)[: max(1, round(share * len(here)))]
         kept.update(here[best].tolist())
     return kept
 
 
-def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
+def propagate_to_folder(config: settings.PropagateConfig) -> dict[str, Any]:
     """Write every picture with the edit laid over it, or where the points are in each.
 
     Raises ValueError for an edit of another size than the average picture, else as `write_aligned`.
@@ -134,39 +125,35 @@ def propagate_to_folder(config: PropagateConfig) -> dict[str, Any]:
         raise ValueError(f"cluster {config.cluster}: expected 0 to {aligner.config.heads - 1}")
     edit = None if config.edit is None else _read_edit(config.edit, size)
     points = None if config.points is None else _read_points(config.points)
-    folder, found = _aligned(aligner, config, options)
-    here = (found.cluster == config.cluster).nonzero().flatten().tolist()
+    folder = Folder(config.images, config.limit)
+    alignment = align_pictures(aligner, folder, **options)
+    here = (alignment.cluster == config.cluster).nonzero().flatten().tolist()
     if not here:
-        raise ValueError(
-            f"cluster {config.cluster}: none of {len(found.cluster):,} pictures is of it; average says which are"
-        )
+        raise ValueError(f"cluster {config.cluster}: has none of {len(folder.seen):,} pictures; align lists clusters")
     if edit is not None:
-        return _edited(config.out / "pictures", edit, set(here), folder, found)
+        return _edited(config.out / "pictures", edit, set(here), folder, alignment)
     assert points is not None
-    places = {}
+    places, seen = {}, list(folder.seen.items())
     for i in here:
-        seen, mapped = folder.seen[i], found.warp.select([i]).map_points(to_normalised(points, (size, size)))
-        places[seen.name] = {
-            "points": to_pixels(mapped.points, seen.size)[0].tolist(),
-            "inside": mapped.inside[0].tolist(),
-        }
+        (name, its_size), mapped = seen[i], alignment.warp.select([i]).map_points(to_normalised(points, (size, size)))
+        places[name] = {"points": to_pixels(mapped.points, its_size)[0].tolist(), "inside": mapped.inside[0].tolist()}
     write_text(config.out / "points.json", json.dumps(places, indent=1, allow_nan=False))
     return _reported({"points": str(config.out / "points.json")}) | {"pictures": len(here)}
 
 
 def _edited(
-    out: Path, edit: Float[Tensor, "4 size size"], here: set[int], folder: Folder, found: Alignment
+    out: Path, edit: Float[Tensor, "4 size size"], here: set[int], folder: Folder, alignment: Alignment
 ) -> dict[str, Any]:
     edited = 0
     for i, picture in folder.again():
         image = picture.values()
         if i in here:
-            image, edited = propagate(edit, found.warp.select([i]), image), edited + 1
-        write_png(out / folder.seen[i].png, to_uint8(image)[0])
+            image, edited = propagate(edit, alignment.warp.select([i]), image), edited + 1
+        write_png(out / folder.pngs[picture.name], to_uint8(image)[0])
     return _reported({"pictures": str(out)}) | {"edited": edited}
 
 
-def write_matches(config: CorrespondConfig) -> dict[str, Any]:
+def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
     """Write where points of the source are in the target, and a picture of it.
 
     Raises ValueError for pictures of different clusters, else as `write_aligned`.
@@ -179,32 +166,31 @@ def write_matches(config: CorrespondConfig) -> dict[str, Any]:
         points = to_pixels(start.points, source.size)[:, start.inside[0]]
     else:
         points = _read_points(config.points)
-    found = transfer(here, there, points, source.size, target.size)
+    transferred = transfer(here, there, points, source.size, target.size)
+    reliable = transferred.reliable[0]
     matches = {
         "source": str(config.source),
         "target": str(config.target),
         "source_points": points[0].tolist(),
-        "target_points": found.points[0].tolist(),
-        "reliable": found.reliable[0].tolist(),
+        "target_points": transferred.points[0].tolist(),
+        "reliable": reliable.tolist(),
     }
     write_text(config.out / "matches.json", json.dumps(matches, indent=1, allow_nan=False))
-    reliable = found.reliable[0]
-    ends = points[0, reliable], found.points[0, reliable]
+    ends = points[0, reliable], transferred.points[0, reliable]
     picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
     write_bytes(config.out / "matches.png", picture)
     return _reported({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
 
 
 class Averages:
-    """The average aligned picture of each cluster, as pictures come; `average.png`, or one for each cluster of several heads."""
+    """Running averages of aligned pictures by cluster: `average.png`, or `average-K.png` for each of several heads."""
 
     def __init__(self, *, heads: int) -> None:
-        self.heads, self.of = heads, dict[int, RunningAverage]()
+        self.heads, self.of = heads, defaultdict[int, RunningAverage](RunningAverage)
 
     def add(self, cluster: int, aligned: Float[Tensor, "1 3 size size"], warp: Warp) -> None:
         """One more picture, and the warp that shows it."""
-        inside = warp.inside((aligned.shape[2], aligned.shape[3]))
-        self.of.setdefault(cluster, RunningAverage()).add(aligned, inside)
+        self.of[cluster].add(aligned, warp.inside((aligned.shape[2], aligned.shape[3])))
 
     def write(self, out: Path) -> dict[str, str]:
         """Files by name."""
@@ -220,12 +206,6 @@ def _cell(image: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side s
     return interpolate(image, (CELL_PX, CELL_PX), mode="bilinear", antialias=True)
 
 
-def _aligned(aligner: Aligner, config: FolderOptions, options: dict[str, Any]) -> tuple[Folder, Alignment]:
-    folder = Folder(config.images, config.limit)
-    found = align_folder(aligner, folder, **options)
-    return folder, found
-
-
 def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
     import numpy as np
     from PIL import Image
@@ -236,15 +216,12 @@ def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
     except Exception as error:  # of a damaged file, decoders raise anything
-        raise ValueError(
-            f"edit {path}: no picture, or cut short ({' '.join(str(error).split())}); expected RGBA such as PNG: save it again"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"edit {path}: no picture, or cut short ({reason}); save it as RGBA such as PNG") from error
     if pixels.shape[1:] != (size, size):
         height, width = pixels.shape[1:]
-        raise ValueError(
-            f"{path}: {width}x{height} pixels, expected {size}x{size} as the average picture; draw on that, or pass "
-            f"--size {max(height, width)} to both commands"
-        )
+        remedy = f"draw on that, or pass --size {max(height, width)} to both commands"
+        raise ValueError(f"{path}: {width}x{height} pixels, expected {size}x{size} as the average picture; {remedy}")
     return as_edit(pixels)
 
 
@@ -260,15 +237,9 @@ def _read_points(path: Path) -> Float[Tensor, "1 k 2"]:
     wrong = ~(points.abs() <= FARTHEST_PX).all(1)  # NaN too
     if bool(wrong.any()):
         number = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{path}: point {number} is {points[number].tolist()}, expected finite pixels of a picture; correct it, or leave it out"
-        )
+        point = f"{path}: point {number} is {points[number].tolist()}"
+        raise ValueError(f"{point}, expected finite pixels of a picture; correct it, or leave it out")
     return points[None]
-
-
-def _corners(found: Alignment, index: int) -> Float[Tensor, "4 2"]:
-    corners = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]])
-    return found.warp.select([index]).map_points(corners).points[0]
 
 
 def _reported(files: dict[str, str]) -> dict[str, Any]:

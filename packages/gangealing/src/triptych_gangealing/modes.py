@@ -1,6 +1,6 @@
 """Modes: the target of an alignment is a learned point c of the generator's W space.
 
-c moves along a few principal directions of W only, which keeps its image a likely one; `mixed` gives an image its pose.
+c moves along a few principal directions of W only, which keeps its image a likely one; `mixed` gives its pose to an image.
 [thesis 4.3.1, equation 4.4]
 """
 
@@ -17,66 +17,61 @@ from triptych_common.storage import checkpoint
 
 from triptych_gangealing.stylegan2.generator import Generator, classes_of
 
+Style = Float[Tensor, "n w"]
 CHUNK = 4096  # latents drawn from one generator: part of what a seed means
-FITTED = 32_768  # styles that the decomposition takes in at once: 128 MiB in float64 at 512 dimensions
-RECIPE = 1  # of the samples and their decomposition: up with any change to them
+FITTED = 32_768  # styles decomposed at once: 128 MiB in float64 at 512 dimensions
+RECIPE = 1  # part of a cached result's key: to be raised with any change to samples or decomposition
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Principal directions of W: unit vectors, the one along which styles spread most first.
-
-    deviations: how far styles spread along each, one standard deviation.
-    """
+    """Principal directions of W: unit vectors in the order of the standard `deviations` of styles along them."""
 
     mean: Float[Tensor, " w"]
     components: Float[Tensor, "N w"]
     deviations: Float[Tensor, " N"]
 
     def coefficients(self, w: Float[Tensor, "*batch w"]) -> Float[Tensor, "*batch N"]:
-        """alpha of the point nearest to each style that `mean + alpha components` reaches."""
+        """alpha of the point of `mean + alpha components` that is nearest to each style."""
         return (w - self.mean) @ self.components.T
 
     def first(self, count: int) -> "Directions":
-        """Those along which styles spread most. Raises ValueError for more than there are."""
+        """The first `count` of them. Raises ValueError for more than there are."""
         if not 0 <= count <= len(self.components):
             raise ValueError(f"{count} principal directions: expected 0 to {len(self.components)}, as many as W has")
         return Directions(self.mean, self.components[:count], self.deviations[:count])
 
 
 def pca(generator: Generator, n_samples: int, count: int, seed: int = 0, *, folder: Path | None = None) -> Directions:
-    """Mean and `count` principal directions of W, of `n_samples` styles that the mapping network draws; on the CPU, float32.
+    """Mean and `count` principal directions of W, of `n_samples` styles of the mapping network; on the CPU, float32.
 
-    Exact: every direction is kept until all samples are seen (scikit-learn's IncrementalPCA in float64). A conditional
-    generator's classes come in turn. folder: where results are kept, named after the mapping network's weights, the number of
-    samples and the seed; one file serves every `count`. Of several processes, one must have returned before others ask.
+    A conditional generator's classes alternate. folder: cache of results, named after the mapping network's weights, the number of
+    samples and the seed; one file serves every `count`. Of several processes, one must have returned before the others call.
 
     Raises ValueError for more directions than W or the samples have, ImportError without scikit-learn, OSError where `folder`
     cannot be written.
     """
-    limit = min(generator.config.w_dim, n_samples - 1)
+    w_dim = generator.config.w_dim
+    limit = min(w_dim, n_samples - 1)
     if not 0 <= count <= limit:
-        raise ValueError(
-            f"{count} principal directions of {n_samples} samples: expected 0 to {max(limit, 0)}; W has "
-            f"{generator.config.w_dim} dimensions, and samples must outnumber directions"
-        )
+        found = f"{count} principal directions of {n_samples} samples: expected 0 to {max(limit, 0)}"
+        raise ValueError(f"{found}; W has {w_dim} dimensions, and samples must outnumber directions")
     if folder is None:
         return _fit(generator, n_samples, seed).first(count)
     key = _key(generator, n_samples, seed)
     path = folder / f"pca-{key[:16]}.safetensors"
-    kept = _read(path, key)
-    if kept is None:
-        kept = _fit(generator, n_samples, seed)
-        tensors = {"mean": kept.mean, "components": kept.components, "deviations": kept.deviations}
-        checkpoint.write(path, tensors, {"kind": "PCA of W", "key": key, "n_samples": n_samples, "seed": seed})
-    return kept.first(count)
+    directions = _read(path, key)
+    if directions is None:
+        directions = _fit(generator, n_samples, seed)
+        facts = {"kind": "PCA of W", "key": key, "n_samples": n_samples, "seed": seed}
+        checkpoint.write(path, vars(directions), facts)
+    return directions.first(count)
 
 
 class Mode(nn.Module):
-    """K learned points of W: c_k = origin_k + alpha_k components, which start at the mean.
+    """K learned points of W: c_k = origin_k + alpha_k components, which start at the mean. Only `alpha` is learned.
 
-    `alpha` alone is learned. `begin` starts elsewhere. handicap: logarithms of what each mode's distances are multiplied by where
-    images choose among modes, 0 unless `even_out` is called.
+    handicap: logarithms of factors on each mode's distances where images choose a mode; 0 unless `even_out` is called.
     """
 
     origins: Float[Tensor, "modes w"]
@@ -99,44 +94,40 @@ class Mode(nn.Module):
 
     @torch.no_grad()
     def begin(self, origins: Float[Tensor, "modes w"], alpha: Float[Tensor, "modes N"]) -> None:
-        """Start there: for the thesis's c, origins at the mean of W, alpha the coefficients of a point."""
+        """Start elsewhere: as in the thesis, with origins at the mean of W and alpha the coefficients of a point."""
         self.origins.copy_(origins)
         self.alpha.copy_(alpha)
 
     @torch.no_grad()
     def even_out(self, shares: Float[Tensor, " modes"], pull: float) -> None:
-        """Make modes that had more than an equal share of a batch less attractive, and others more.
+        """Make modes with more than an equal share of a batch less attractive, and others more.
 
-        Otherwise modes whose images are easily matched, such as those of little ink, take everything. Experts are balanced in
-        this way, without an auxiliary loss.  [Wang et al. 2024, "Auxiliary-loss-free load balancing"]
+        Otherwise modes that are easily matched, such as those with little ink, take everything.  [As for experts: Wang et al.
+        2024, "Auxiliary-loss-free load balancing"]
         """
         self.handicap += pull * (shares.to(self.handicap) * len(self.handicap) - 1)
 
 
 def mixed(
-    w: Float[Tensor, "n w"],
-    c: Float[Tensor, "n w"] | Float[Tensor, " w"],
-    *,
-    num_ws: int,
-    cutoff: int,
-    psi: float = 0.0,
+    w: Style, c: Style | Float[Tensor, " w"], *, num_ws: int, cutoff: int, psi: float = 0.0
 ) -> Float[Tensor, "n num_ws w"]:
-    """Styles of targets: c, or c moved by psi towards w, in the first `cutoff` layers, which decide on pose; w in the rest.
+    """Styles of targets: c, or c moved by psi towards w, in the first `cutoff` layers, which determine pose; w in the rest.
 
-    c: one target for all images, or one for each. psi 1 leaves the images as they are. cutoff `num_ws`: no style mixing.
+    c: one target for all images, or one for each. psi 1 gives the images themselves. cutoff `num_ws`: no style mixing.
     Raises ValueError for a cutoff or psi out of range.
     """
     if not 0 <= cutoff <= num_ws:
         raise ValueError(f"style mixing cutoff {cutoff}: expected 0 to {num_ws}, the number of the generator's styles")
     if not 0 <= psi <= 1:
         raise ValueError(f"psi {psi}: expected 0 (the target's pose) to 1 (the image's own)")
+    # As in truncation: psi 0 is the centre, here the mode, and psi 1 the sample.
     early = torch.lerp(c.expand_as(w), w, float(psi))
     return torch.cat([early[:, None].expand(-1, cutoff, -1), w[:, None].expand(-1, num_ws - cutoff, -1)], dim=1)
 
 
 @torch.no_grad()
 def sampled_styles(generator: Generator, indices: range, seed: int = 0) -> Float[Tensor, "n w"]:
-    """w of indices of the stream that `pca` samples, where the weights are: the same in any portion, up to rounding."""
+    """w number `indices` of the stream that `pca` samples, on the weights' device: the same in any portion, up to rounding."""
     parts = []
     weight = next(generator.parameters())
     for number in range(indices.start // CHUNK, -(-indices.stop // CHUNK)):
@@ -152,7 +143,9 @@ def _fit(generator: Generator, n_samples: int, seed: int) -> Directions:
 
     dim = min(generator.config.w_dim, n_samples - 1)
     model = IncrementalPCA(n_components=min(generator.config.w_dim, n_samples))
-    portions = -(-n_samples // max(FITTED, 2 * generator.config.w_dim))  # evenly: none may be smaller than W is wide
+    # Portions of equal size, as none may have fewer styles than W has dimensions. All directions are kept until the end, so the
+    # result is exact.
+    portions = -(-n_samples // max(FITTED, 2 * generator.config.w_dim))
     for i in range(portions):
         part = range(n_samples * i // portions, n_samples * (i + 1) // portions)
         model.partial_fit(sampled_styles(generator, part, seed).double().cpu().numpy())
@@ -163,8 +156,12 @@ def _fit(generator: Generator, n_samples: int, seed: int) -> Directions:
 def _key(generator: Generator, n_samples: int, seed: int) -> str:
     """Hash of everything the result depends on; of the generator, that is its mapping network alone."""
     weights = {name: value for name, value in generator.mapping.state_dict().items() if name != "w_avg"}
-    sha256 = checkpoint.digest(weights)
-    facts = {"mapping_sha256": sha256, "n_samples": n_samples, "seed": seed, "recipe": [RECIPE, CHUNK]}
+    facts = {
+        "mapping_sha256": checkpoint.digest(weights),
+        "n_samples": n_samples,
+        "seed": seed,
+        "recipe": [RECIPE, CHUNK],
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The settings of every command but training: what a person types, checked. Imports no torch, so --help is quick."""
+"""Settings of every command except training. Imports no torch, so that --help is quick."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,36 +14,36 @@ Data = Literal["mnist5k", "mnist"]
 
 @dataclass(frozen=True)
 class UseOptions(CommonOptions):
-    """What every use of an aligner takes."""
+    """Options of every command with an aligner."""
 
     aligner: Path = Path("runs/align-digits32")
     """run folder of triptych-gangealing train, or its aligner.safetensors"""
     iterations: Annotated[int | None, Ge(1)] = None
-    """times the similarity network looks; default: as in training. 3 were published for most data sets"""
+    """iterations of the similarity network; default: as in training. Most published results use 3"""
     flips: Flips = "trained"
-    """mirror pictures whose flow is smoother then; trained: where the training did"""
+    """mirror pictures whose flow is smoother then; trained: as in training"""
 
 
 @dataclass(frozen=True)
 class FolderOptions(UseOptions):
-    """What every use of an aligner on a folder takes."""
+    """Options of every command with an aligner and a folder."""
 
     out: Path = Path("runs/aligned")
     """where to write"""
     images: Path = Path("images")
     """folder of pictures"""
     limit: Annotated[int | None, Ge(1)] = None
-    """the first so many of them only"""
+    """use only this many pictures, the first by name"""
     size: Annotated[int | None, Ge(1)] = None
     """height and width of the aligned pictures and their average; default: the transformer's input size"""
 
 
 @dataclass(frozen=True)
 class WarpedOptions(FolderOptions):
-    """What every command that shows aligned pictures takes."""
+    """Options of every command that writes aligned pictures."""
 
     padding: Literal["trained", "border", "reflection", "zeros"] = "trained"
-    """what a picture shows beyond its edges; trained: as in training"""
+    """values beyond a picture's edges; trained: as in training"""
 
 
 @dataclass(frozen=True)
@@ -53,31 +53,31 @@ class AlignConfig(WarpedOptions):
 
 @dataclass(frozen=True)
 class AverageConfig(WarpedOptions):
-    """The average of a folder's aligned pictures, to draw on: OUT/average.png, one for each cluster."""
+    """Average a folder's aligned pictures, to draw on: OUT/average.png, or one for each cluster."""
 
     out: Path = Path("runs/average")
     """where to write"""
     keep: Annotated[float, Interval(gt=0, le=1, wanted="a share above 0, at most 1")] = 1.0
-    """share of the pictures that count, those with the smoothest flows"""
+    """share of each cluster's pictures to average, those with the smoothest flows"""
 
 
 @dataclass(frozen=True)
 class PropagateConfig(FolderOptions):
-    """What is drawn on the average aligned picture, in every picture of a folder: OUT/pictures, or OUT/points.json."""
+    """Propagate an edit or points from the average to every picture of a folder: OUT/pictures, or OUT/points.json."""
 
     out: Path = Path("runs/propagated")
     """where to write"""
     edit: Path | None = None
-    """RGBA picture of the size of average.png: what to lay over it"""
+    """RGBA picture of the size of average.png, to be laid over it"""
     points: Path | None = None
     """JSON list of [x, y] in pixels of average.png, the centre of the first pixel at 0"""
     cluster: int = 0
-    """whose average was drawn on; pictures of others stay as they are"""
+    """cluster whose average the edit is for; other pictures stay unchanged"""
 
 
 @dataclass(frozen=True)
 class CorrespondConfig(UseOptions):
-    """Points of one picture in another: OUT/matches.png, OUT/matches.json."""
+    """Transfer points from one picture to another: OUT/matches.png, OUT/matches.json."""
 
     out: Path = Path("runs/matches")
     """where to write"""
@@ -86,9 +86,9 @@ class CorrespondConfig(UseOptions):
     target: Path = Path("b.png")
     """picture to find them in"""
     points: Path | None = None
-    """JSON list of [x, y] in pixels of the source; default: a grid of them"""
+    """JSON list of [x, y] in pixels of the source; default: a grid"""
     spacing: Annotated[int, Ge(1)] = 8
-    """points of that grid a side"""
+    """points of that grid along each side"""
 
 
 @dataclass(frozen=True)
@@ -102,45 +102,45 @@ class PckConfig(CommonOptions):
     digit: Annotated[int | None, Interval(ge=0, le=9, wanted="0 to 9, or None for all")] = 3
     """digit to align; None: all"""
     data: Data = "mnist5k"
-    """whose held-out digits: mnist5k's, which need no download, or mnist's test split"""
+    """held-out digits of mnist5k, which need no download, or mnist's test split"""
     pairs: Annotated[int, Ge(1)] = 300
     """pairs of images for PCK"""
     elastic_px: float = 2.5
-    """largest displacement between the two images of a pair but for their jitters, in pixels of a 28-pixel digit"""
+    """largest elastic displacement of each image of a pair, in pixels of a 28-pixel digit"""
     grey: bool = False
-    """plain white digits on black instead of coloured ones, where the baselines are strong"""
+    """white digits on black instead of coloured ones; the baselines are strong on them"""
     iterations: Annotated[int | None, Ge(1)] = None
-    """times the aligner's similarity network looks; default: as in training"""
+    """iterations of the aligner's similarity network; default: as in training"""
     flips: Flips = "trained"
-    """mirror images whose flow is smoother then; trained: where the training did"""
+    """mirror images whose flow is smoother then; trained: as in training"""
     baselines: Literal["all", "none"] = "all"
     """score moments and classical Congealing too"""
 
 
 @dataclass(frozen=True)
 class GenerateConfig(CommonOptions):
-    """Draw images from a generator."""
+    """Sample images from a generator."""
 
     out: Path = Path("runs/generated")
-    """where to write grid.png, and what else is asked for"""
+    """where to write grid.png and the other files"""
     generator: str = "digits32"
     """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
     num_samples: Annotated[int, Ge(1)] = 100
-    """images to draw; the same numbers are the same images"""
+    """images to sample; image i depends only on the seed and i"""
     truncation_psi: float = 1.0
-    """below 1, styles are drawn towards their mean: fewer odd images, less variety"""
+    """below 1, styles move towards their mean: fewer odd images, less variety"""
     truncation_cutoff: int | None = None
-    """only the first so many layers; by default all"""
+    """truncate only this many layers, the first; by default all"""
     label: int | None = None
     """class of a conditional generator; by default all in turn"""
     images: bool = False
     """write each image to OUT/images too"""
     video: Literal["none", "mp4", "gif"] = "none"
-    """film walks between latents, 4x4 of them side by side: mp4 (extra: video) or gif"""
+    """film of walks between latents, in a grid of 4x4: mp4 (extra: video) or gif"""
     keyframes: Annotated[int, Ge(1)] = 4
-    """latents of each walk, which ends where it began"""
+    """latents of each walk, which is a loop"""
     frames: Annotated[int, Ge(1)] = 48
-    """frames from one to the next"""
+    """frames between two latents"""
     fps: Annotated[int, Ge(1)] = 24
     """frames a second"""
     batch_size: Annotated[int, Ge(1)] = 64
@@ -152,12 +152,12 @@ class GenerateConfig(CommonOptions):
 
 @dataclass(frozen=True)
 class ConvertConfig(CommonOptions):
-    """Convert StyleGAN2 networks: from pickles of NVIDIA's code, rosinality's checkpoints or files of ours."""
+    """Convert StyleGAN2 networks: from NVIDIA's pickles, rosinality's checkpoints or our files."""
 
     checkpoint: Path | None = None
-    """file to read, without running a line of it"""
+    """file to read; none of its code is run"""
     format: Literal["safetensors", "rosinality"] = "safetensors"
-    """what to write: files of ours, or a checkpoint that rosinality/stylegan2-pytorch loads"""
+    """safetensors: our files; rosinality: a checkpoint that rosinality/stylegan2-pytorch loads"""
     generator_only: bool = False
     """leave the discriminator out"""
     out: Path = Path("runs/converted")

@@ -1,11 +1,11 @@
 """The spatial transformer: an image to the warp that brings it into alignment.  [thesis 4.3.1]
 
-A similarity network looks at the image and turns, scales and shifts it; a flow network looks at what comes out and displaces
-each point. Both are made of the blocks of StyleGAN2's discriminator and end in layers of zeros, so that training starts from
-the identity.
+A similarity network looks at the image and turns, scales and shifts it; a flow network looks at the result and displaces each
+point. Both are made of the blocks of StyleGAN2's discriminator and end in layers of zeros, so that training starts from the
+identity.
 
-Convention: that of `Warp`. Warps map output (aligned) to input coordinates; networks see an oblong image squeezed to a square,
-and a similarity is one of that.
+Convention: that of `Warp`. Warps map output (aligned) to input coordinates; the networks see an oblong image squeezed to a
+square, and a similarity acts on that square.
 """
 
 import math
@@ -36,10 +36,8 @@ class Similarity(NamedTuple):
         return Affine.similarity(self.rotation, self.log_scale, self.shift)
 
     def after(self, first: "Similarity") -> "Similarity":
-        """The similarity that takes a point through `first`, then through this one: matrices self @ first.
-
-        A rotation is the sum of both, so it may exceed pi.
-        """
+        """The similarity that takes a point through `first`, then through this one: matrices self @ first."""
+        # Rotations add up, and may exceed pi.
         x, y = first.shift.unbind(1)
         cos, sin = self.rotation.cos(), self.rotation.sin()
         turned = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=1)
@@ -51,8 +49,8 @@ class Similarity(NamedTuple):
 class Aligned:
     """Warps of n images; or of n x heads, all heads of an image, then all of the next.
 
-    similarity: all iterations of the similarity network together. delta: the flow network's displacements, in normalised units,
-    as the warp's Flow has them. Either is None where the transformer has no such network.
+    similarity: all iterations of the similarity network together. delta: the flow network's displacements, in normalised units.
+    Either is None where the transformer has no such network.
     """
 
     warp: Warp
@@ -74,25 +72,29 @@ class SpatialTransformer(nn.Module):
     ) -> Aligned:
         """Warps of the images, by each image's `head`, or by all heads.
 
-        iterations: how often the similarity network looks, each time at the original image as so far aligned. with_flow: whether
+        iterations: how often the similarity network looks, each time at the original image as aligned so far. with_flow: whether
         flow follows; without a similarity network it always does. Raises ValueError for images of other channels, heads out of
-        range, or iterations of no similarity network.
+        range, or several iterations without a similarity network.
         """
         self._check(images, iterations, head)
         heads, seen = self.config.heads, reduced(images, self.config.input_size)
         flow = self.flow if with_flow or self.similarity is None else None
         similarity = delta = None
+        # Without `head` every image is repeated for all heads: head varies fastest.
         rows = torch.arange(heads, device=images.device).repeat(len(images)) if head is None else head
         if self.similarity is not None:
             similarity = self._similarity(chosen(self.similarity(seen), head))
             images = images.repeat_interleave(heads, dim=0) if head is None and heads > 1 else images
             for _ in range(iterations - 1):
+                # The original is resampled by the composed warp: blur does not add up over iterations.
                 seen = self._seen(images, similarity)
+                # What it sees is already aligned: a point passes the new similarity first, then the earlier ones.
                 similarity = similarity.after(self._similarity(chosen(self.similarity(seen), rows)))
             if flow is not None:
                 seen = self._seen(images, similarity)
         if flow is not None:
             delta = flow(seen, rows if similarity is not None else head)
+        # From output to input: the flow first, then the similarity.
         stages = (() if delta is None else (Flow(delta),)) + (() if similarity is None else (similarity.affine(),))
         return Aligned(Warp(stages), similarity, delta)
 
@@ -105,21 +107,20 @@ class SpatialTransformer(nn.Module):
         Raises as `forward`, and ValueError without a flow network.
         """
         if self.flow is None:
-            raise ValueError(
-                "flips: a transformer without flow has no measure of which is better; expected transforms with flow"
-            )
-        plain = self(images, iterations=iterations, head=head)
-        mirrored = self(images.flip(3), iterations=iterations, head=head)
+            raise ValueError("flips: without flow nothing measures which side is better; expected transforms with flow")
+        plain, mirrored = (self(x, iterations=iterations, head=head) for x in (images, images.flip(3)))
         flipped = total_variation(mirrored.delta) < total_variation(plain.delta)
-        delta = torch.where(flipped[:, None, None, None], mirrored.delta, plain.delta)
-        similarity = None
+
+        def better(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(flipped.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+        similarity, delta = None, better(mirrored.delta, plain.delta)
+        matrix = torch.eye(2, 3, dtype=delta.dtype, device=delta.device).repeat(len(delta), 1, 1)
         if self.similarity is not None:
-            pairs = zip(mirrored.similarity, plain.similarity, strict=True)
-            similarity = Similarity(*(torch.where(flipped.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+            similarity = Similarity(*map(better, mirrored.similarity, plain.similarity))
             matrix = similarity.affine().matrix
-        else:
-            matrix = torch.eye(2, 3, dtype=delta.dtype, device=delta.device).repeat(len(delta), 1, 1)
-        to_original = torch.where(flipped[:, None, None], matrix.new_tensor([[-1.0], [1.0]]), 1.0)
+        # A mirror image's x is the original's -x: the first row changes its sign.
+        to_original = better(matrix.new_tensor([[-1.0], [1.0]]).expand(len(matrix), 2, 1), torch.ones_like(matrix))
         return Aligned(Warp((Flow(delta), Affine(matrix * to_original))), similarity, delta), flipped
 
     def _seen(self, images: Images, similarity: Similarity) -> Float[Tensor, "n channels size size"]:
@@ -128,17 +129,15 @@ class SpatialTransformer(nn.Module):
 
     @staticmethod
     def _similarity(raw: Float[Tensor, "n 4"]) -> Similarity:
-        return Similarity(math.pi * raw[:, 0].tanh(), raw[:, 1], raw[:, 2:])
+        return Similarity(math.pi * raw[:, 0].tanh(), raw[:, 1], raw[:, 2:])  # zeros are the identity
 
     def _check(self, images: Tensor, iterations: int, head: Tensor | None) -> None:
         config = self.config
         if images.shape[1] != config.image_channels:
             raise ValueError(f"images of {images.shape[1]} channels: expected {config.image_channels}")
         if iterations < 1 or (iterations > 1 and self.similarity is None):
-            raise ValueError(
-                f"iterations {iterations}: expected {'1' if self.similarity is None else 'at least 1'}"
-                f"{', as the transformer has no similarity network' if self.similarity is None else ''}"
-            )
+            expected = "1, as the transformer has no similarity network" if self.similarity is None else "at least 1"
+            raise ValueError(f"iterations {iterations}: expected {expected}")
         if head is not None and len(head) and not 0 <= int(head.min()) <= int(head.max()) < config.heads:
             raise ValueError(f"head {int(head.min())}..{int(head.max())}: expected 0 to {config.heads - 1}")
 
@@ -169,7 +168,7 @@ class ClusterClassifier(nn.Module):
 
 
 def reduced(images: Images, size: int) -> Float[Tensor, "n channels {size} {size}"]:
-    """Images of `size` x `size`: reduced with an antialiasing tent filter, enlarged bilinearly, or as they are."""
+    """Images at `size` x `size`: reduced with an antialiasing tent filter, enlarged bilinearly, or unchanged."""
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
@@ -178,10 +177,10 @@ def reduced(images: Images, size: int) -> Float[Tensor, "n channels {size} {size
 def total_variation(delta: Delta) -> Float[Tensor, " n"]:
     """L_TV of each image: mean Huber loss (threshold 1) of the steps between neighbouring cells, along x plus along y.
 
-    delta: displacements in normalised units, of which a step is a difference: on a grid twice as fine the steps of the same flow
-    are half as long, and the loss, quadratic below 1, a quarter. A grid of one cell along an axis has no steps along it.
+    delta: displacements in normalised units. A grid of one cell along an axis has no steps along it.
     [thesis 4.3.1; weight 1000 with a self-supervised distance, 2500 with LPIPS]
     """
+    # Not independent of resolution: on a grid twice as fine steps are half as long, and the loss, quadratic below 1, a quarter.
     return _huber(delta.diff(dim=3)) + _huber(delta.diff(dim=2))
 
 
@@ -204,16 +203,14 @@ class Residual(nn.Module):
         self.skip = Conv2d(channels, after, 1, bias=False, resample=resample)
 
     def forward(self, x: Float[Tensor, "n maps height width"]) -> Float[Tensor, "n new_maps new_height new_width"]:
-        skip = self.skip(x, gain=math.sqrt(0.5))
+        skip = self.skip(x, gain=math.sqrt(0.5))  # so that the sum of both branches has unit variance
         return skip + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
 
 
 def _down_to(size: int, config: SpatialTransformerConfig) -> list[nn.Module]:
     """From an image to feature maps of `size` pixels."""
-    layers: list[nn.Module] = [
-        Conv2d(config.image_channels, config.channels_at(config.input_size), 1, activation="lrelu")
-    ]
-    at = config.input_size
+    at, channels = config.input_size, config.channels_at(config.input_size)
+    layers: list[nn.Module] = [Conv2d(config.image_channels, channels, 1, activation="lrelu")]
     while at > size:
         layers.append(Residual(config.channels_at(at), config.channels_at(at // 2)))
         at //= 2
@@ -257,6 +254,7 @@ class FlowNetwork(nn.Module):
             Residual(channels, channels, resample="same"),
             Conv2d(channels, channels, 3, activation="lrelu"),
         )
+        # Zero displacements are upsampled to zeros whatever the mask, whose layers may therefore start at random.
         self.delta = _two_convolutions(channels, 2 * config.heads)
         nn.init.zeros_(self.delta.get_parameter("1.weight"))
         self.mask = _two_convolutions(channels, 9 * config.flow_upsampling**2 * config.heads)
@@ -266,6 +264,7 @@ class FlowNetwork(nn.Module):
         delta = chosen(self.delta(x).unflatten(1, (config.heads, 2)), head)
         cells = (config.heads, 9, config.flow_upsampling, config.flow_upsampling)
         mask = chosen(self.mask(x).unflatten(1, cells), head)
+        # The released code multiplies by the upsampling factor, 8, as RAFT does, whose units are cells; here they are normalised.
         return convex_upsample(delta, mask, config.flow_padding) * config.flow_unit_factor
 
 
@@ -280,12 +279,13 @@ def convex_upsample(
 ) -> Float[Tensor, "n 2 fine_height fine_width"]:
     """Displacements on a grid `factor` times finer: each a convex combination of the 3 x 3 coarse ones around, in their units.
 
-    mask: logits of the weights of the neighbours (row by row) for each of the finer points of a cell (row, column).
-    [Teed and Deng 2020, "RAFT", 3.3; there displacements are in cells, and so grow with the grid]
+    mask: logits of the neighbours' weights (row by row) for each of the finer points of a cell (row, column).
+    [Teed and Deng 2020, "RAFT", 3.3]
     """
     (n, _, height, width), factor = delta.shape, mask.shape[2]
     framed = F.pad(delta, (1, 1, 1, 1), mode="replicate" if padding == "replicate" else "constant")
     neighbours = F.unfold(framed, 3).view(n, 2, 9, 1, 1, height, width)
+    # n 2 9 factor factor height width, summed over 9 and reordered: n 2 height factor width factor
     fine = (neighbours * mask.softmax(dim=1)[:, None]).sum(dim=2).permute(0, 1, 4, 2, 5, 3)
     return fine.reshape(n, 2, height * factor, width * factor)
 

@@ -1,6 +1,7 @@
 """Train a spatial transformer and the modes it aligns to, from a frozen generator: GANgealing.  [thesis 4.3]"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
 
     Raises ValueError for a config that does not fit generator, run directory or ranks, Interrupted after a signal.
     """
-    # Files are read and written by modules of their own, which the loop in between needs nothing of.
+    # Imported here: the steps in between need none of it.
     from triptych_gangealing.aligner import FILE, Aligner, write_aligner
     from triptych_gangealing.stylegan2.weights import load_generator
 
@@ -49,7 +50,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
         if config.clusters > 1 and classifier is None:
             from triptych_gangealing.clustering import train_classifier
 
-            # The folder names the length of training: after a longer one the clusters are others.
+            # The folder's name has the length of training: after a longer one, clusters differ.
             folder = config.out / "classifier" / f"images-{state.samples_seen:09d}"
             classifier = train_classifier(objective, transformer, mode, folder, ranks)
         path = config.out / FILE
@@ -62,10 +63,8 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
 def step(objective: Objective, state: TrainState, batch: Batch) -> None:
     """One optimiser step of transformer and modes."""
     transformer, mode = parts_of(state.model)
-    seen = state.samples_seen
-    totals = state.accumulate(
-        batch, objective.config.micro_batch, lambda counters: objective.loss(transformer, mode, counters, seen)
-    )
+    losses = partial(objective.loss, transformer, mode, images_seen=state.samples_seen)
+    totals = state.accumulate(batch, objective.config.micro_batch, losses)
     shares = state.ranks.sum(totals.pop("cluster_shares")) / state.ranks.world_size
     mode.even_out(shares, objective.config.balance)
     totals["smallest_cluster"], totals["largest_cluster"] = shares.min(), shares.max()
@@ -74,7 +73,7 @@ def step(objective: Objective, state: TrainState, batch: Batch) -> None:
 
 
 def parts_of(model: nn.Module) -> tuple[SpatialTransformer, Mode]:
-    """Transformer and modes, of what is being trained or of its average."""
+    """Transformer and modes of a model in training, or of its average."""
     parts = cast(nn.ModuleDict, model)
     return cast(SpatialTransformer, parts["transformer"]), cast(Mode, parts["mode"])
 
@@ -85,12 +84,13 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
         transformer = SpatialTransformer(config.transformer())
+    # The main process computes and caches the result, then all read the same file.
     if ranks.is_main:
         pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     ranks.barrier()
     directions = pca(generator, config.pca_samples, config.components, config.seed, folder=folder)
     if config.assignment == "descriptor" and config.clusters > 1:
-        from triptych_gangealing.encoders.groups import open_groups  # what others train needs no SimCLR
+        from triptych_gangealing.encoders.groups import open_groups  # only here is SimCLR needed
 
         objective.groups = open_groups(
             generator, cast(Encoder, objective.distance.trunk), clusters=config.clusters, images=config.descriptor_images,
@@ -105,45 +105,35 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
         {"params": list(transformer.parameters()), "lr": config.lr},
         {"params": list(mode.parameters()), "lr": config.mode_lr, "lr_factor": config.mode_lr / config.lr},
     ]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
+    # Several passes: the loss calls parts of the model by themselves, which DDP's wrapper would not see.
     return TrainState(
-        model,
-        torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True),
-        ranks,
-        ema_half_life=config.ema_half_life_images,
-        ema_rampup=None,
-        grad_clip=None,
-        learning_rate=config.rate,
-        several_passes=True,
-    )
+        model, adam, ranks, ema_half_life=config.ema_half_life_images, ema_rampup=None, grad_clip=None,
+        learning_rate=config.rate, several_passes=True,
+    )  # fmt: skip
 
 
 def make_snapshots(objective: Objective, folder: Path) -> Callable[[TrainState], None]:
-    """A callback that draws samples, what they are warped to, and their targets, of the averaged weights."""
+    """A callback that writes samples, above their warped images, above their targets, by the averaged weights."""
     from triptych_common.images import image_grid, to_uint8, write_png
 
     config = objective.config
 
     @torch.inference_mode()
     def snapshot(state: TrainState) -> None:
-        due = is_due(
-            state.samples_seen,
-            every=config.snapshot_every,
-            batch_size=config.batch_size,
-            total_samples=config.total_images,
-        )
-        if not state.ranks.is_main or not due:
+        sizes = {"batch_size": config.batch_size, "total_samples": config.total_images}
+        if not state.ranks.is_main or not is_due(state.samples_seen, every=config.snapshot_every, **sizes):
             return
         transformer, mode = parts_of(state.ema)
-        counters = range(SHOWN)
-        w, images = objective.samples(counters, "shown")
-        choice = objective.choose(transformer, mode, w, images, 0.0, counters, "shown")
-        turned = choice.turned(images)
+        samples = objective.samples(range(SHOWN), "shown")
+        choice = objective.choose(transformer, mode, samples, 0.0)
+        turned = choice.turned(samples.images)
         size = (config.input_size, config.input_size)
         warp = transformer(turned, iterations=config.iterations, head=choice.cluster).warp
         rows = [
-            reduced(images, config.input_size),
+            reduced(samples.images, config.input_size),
             warp.sample(turned, size, padding=config.padding),
-            objective.targets(w, mode(choice.cluster), 0.0, counters, "shown"),
+            objective.targets(samples, mode(choice.cluster), 0.0),
         ]
         grid = image_grid(to_uint8(torch.cat(rows)).cpu(), columns=SHOWN)
         write_png(folder / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=max(1, 64 // size[0]))
@@ -158,12 +148,5 @@ def digest_of(network: Generator | nn.Module) -> str:
 
 def facts_of(config: AlignTrainConfig, digests: dict[str, str]) -> dict[str, Any]:
     """Facts about its training that an aligner's file carries."""
-    return {
-        **digests,
-        "seed": config.seed,
-        "trained_on": config.generator,
-        "padding": config.padding,
-        "iterations": config.iterations,
-        "flips": config.flips,
-        "total_images": config.total_images,
-    }
+    facts = {**digests, "seed": config.seed, "trained_on": config.generator}
+    return facts | {name: getattr(config, name) for name in ("padding", "iterations", "flips", "total_images")}

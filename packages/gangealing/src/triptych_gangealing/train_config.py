@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
@@ -20,7 +20,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     generator: str = "digits32"
     """a run folder of train-gan, a network file, a foreign checkpoint, or the name of an embedded generator"""
     distance: str = "simclr:runs/encoder-digits32"
-    """what aligned image and target are compared by: lpips, ssl-vgg, or simclr:PATH with an encoder of train-encoder"""
+    """distance between aligned image and target: lpips, ssl-vgg, or simclr:PATH with an encoder of train-encoder"""
     distance_weights: Annotated[Path | None, FREE] = None  # free since a run records the weights' digest
     """file of the VGG weights of lpips and ssl-vgg"""
     transforms: Literal["similarity,flow", "similarity", "flow"] = "similarity,flow"
@@ -38,27 +38,27 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     iterations: Annotated[int, Gt(0)] = 1
     """times the similarity stage is applied in training"""
     clusters: Annotated[int, Gt(0)] = 1
-    """modes, each with a transformer head of its own; images go to whichever fits"""
+    """modes, each with its own head of the transformer; an image goes to the one that fits best"""
     assignment: Literal["whole", "similarity", "descriptor"] = "whole"
-    """what decides on an image's cluster: the whole warp as in the thesis, or, faster, its similarity stage alone; or, of real
-    images too, a descriptor that knows no pose, trained beforehand from the encoder of simclr: for objects that lie every way up"""
+    """what decides an image's cluster: whole: distance after the whole warp, as in the thesis; similarity: after the similarity
+    stage, faster; descriptor: a network blind to pose, trained first from simclr's encoder, for objects in any orientation"""
     descriptor_images: Annotated[int, Gt(0)] = 128_000
-    """generated images to train that descriptor on, repeats counted"""
+    """generated images to train the descriptor on, repeats counted"""
     balance: Annotated[float, Ge(0)] = 0.0
-    """how fast clusters that take more than an equal share of a batch become less attractive; 0: never, as in the thesis"""
+    """how fast clusters with more than an equal share of a batch become less attractive; 0: never, as in the thesis"""
     flips: bool = False
     """try each image mirrored too"""
     cutoff: Annotated[int, Ge(0)] = 5
-    """layers of the generator that take the target's pose from the mode; the others keep the image's own style"""
+    """the generator's first layers, which take the mode's style and with it its pose; the others keep the image's own style"""
     components: Annotated[int, Ge(0)] = 1
-    """principal directions of W in which the mode is learned; 0: fixed at the mean"""
+    """principal directions of W along which the mode is learned; 0: it stays at its origin"""
     origin: Literal["mean", "sample"] = "mean"
-    """where those directions go from: the mean of W, as in the thesis, or a typical sample (several modes: samples by k-means++).
-    The mean is no likely image where, for one, light objects on dark ground are as frequent as dark on light"""
+    """origin of those directions: the mean of W, as in the thesis, or typical samples. The mean is an unlikely image where, for
+    example, light objects on dark ground are as frequent as dark on light"""
     pca_samples: Annotated[int, Gt(0)] = 1_000_000
-    """styles for their principal directions"""
+    """styles of which the principal directions are computed"""
     psi_images: Annotated[int, Ge(0)] = 6_000_000
-    """images over which targets go from the images' own poses to the mode's, by a cosine"""
+    """images over which targets move from the images' own poses to the mode's, along a cosine"""
     total_images: Annotated[int, Gt(0), FREE] = 52_500_000
     """generated images to train on; the default ends where the learning rate reaches zero"""
     batch_size: int = 40
@@ -66,11 +66,11 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     lr: float = 1e-3
     """Adam's learning rate, of the transformer"""
     mode_lr: Annotated[float, Gt(0)] = 1e-2
-    """of the modes' coefficients"""
+    """Adam's learning rate, of the modes' coefficients"""
     constant_images: Annotated[int, Ge(0)] = 6_000_000
     """images before the learning rates start to fall"""
     restart_images: Annotated[int, Gt(0)] = 1_500_000
-    """first period of the cosine they then fall by; each is twice the one before and starts at 0.9 of its rate"""
+    """first period of the cosine they then follow; each period is twice the one before and starts at 0.9 of its rate"""
     tv_weight: Annotated[float, Ge(0)] = 1000.0
     """weight of the flow's total variation"""
     identity_weight: Annotated[float, Ge(0)] = 1.0
@@ -78,7 +78,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     ema_half_life_images: Annotated[int, Gt(0)] = 12_500
     """half-life of the moving average of transformer and modes"""
     init_images: Annotated[int, Gt(0)] = 50_000
-    """styles among which modes are sought to start from, by k-means++, or as the most typical"""
+    """samples from which starting points of modes are chosen, by k-means++ or as the most typical"""
     classifier_images: Annotated[int, Gt(0)] = 1_000_000
     """generated images to train the classifier of clusters on, after the transformer"""
     precision: Literal["float32", "float64"] = "float32"
@@ -86,36 +86,29 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     log_every: int = 100
     checkpoint_every: int = 1_000
     snapshot_every: Annotated[int, Gt(0), FREE] = 200_000
-    """images between pictures of what is aligned"""
+    """images between pictures of aligned samples"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clusters > 1 and self.components == 0 and self.origin == "mean":
-            raise ValueError(
-                f"clusters {self.clusters}, components 0: modes fixed at the mean would all be one; pass --origin sample"
-            )
-        if self.clusters > 1 and "similarity" not in self.transforms:
-            raise ValueError(
-                f"clusters {self.clusters}, transforms {self.transforms}: the classifier starts from the similarity network"
-            )
-        if self.iterations > 1 and "similarity" not in self.transforms:
-            raise ValueError(
-                f"iterations {self.iterations}, transforms {self.transforms}: only the similarity network looks repeatedly; pass "
-                "--iterations 1"
-            )
-        if self.assignment == "descriptor" and self.clusters > max(1, min(DESCRIPTOR_POOL, self.descriptor_images)):
-            raise ValueError(
-                f"clusters {self.clusters}, descriptor_images {self.descriptor_images}: groups are sought among so many images, at "
-                f"most {DESCRIPTOR_POOL}; pass --descriptor-images {self.clusters} or more, or fewer --clusters"
-            )
-        if self.assignment == "descriptor" and not self.distance.startswith("simclr:"):
-            raise ValueError(
-                f"assignment descriptor, distance {self.distance}: it starts from an encoder; pass --distance simclr:PATH"
-            )
-        if self.assignment == "descriptor" and self.flips:
-            raise ValueError(
-                "assignment descriptor, flips: a descriptor does not tell an image from its mirror image; pass one"
-            )
+        several, similarity = self.clusters > 1, "similarity" in self.transforms
+        clusters, transforms = f"clusters {self.clusters}", f"transforms {self.transforms}"
+        if several and self.components == 0 and self.origin == "mean":
+            raise ValueError(f"{clusters}, components 0: every mode would be the mean; pass --origin sample")
+        if several and not similarity:
+            raise ValueError(f"{clusters}, {transforms}: the classifier starts from the similarity network")
+        if self.iterations > 1 and not similarity:
+            only = "only the similarity network looks repeatedly; pass --iterations 1"
+            raise ValueError(f"iterations {self.iterations}, {transforms}: {only}")
+        descriptor = self.assignment == "descriptor"
+        if descriptor and self.clusters > max(1, min(DESCRIPTOR_POOL, self.descriptor_images)):
+            remedy = f"pass --descriptor-images {self.clusters} or more, or fewer --clusters"
+            found = f"{clusters}, descriptor_images {self.descriptor_images}"
+            raise ValueError(f"{found}: groups are formed of that many images, at most {DESCRIPTOR_POOL}; {remedy}")
+        if descriptor and not self.distance.startswith("simclr:"):
+            start = "the descriptor starts from an encoder; pass --distance simclr:PATH"
+            raise ValueError(f"assignment descriptor, distance {self.distance}: {start}")
+        if descriptor and self.flips:
+            raise ValueError("assignment descriptor, flips: the descriptor does not see mirroring; pass one of them")
         if self.clusters > self.init_images:
             raise ValueError(f"init_images {self.init_images}: expected at least as many as clusters, {self.clusters}")
         self.transformer()
@@ -131,16 +124,10 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
 
     def transformer(self) -> SpatialTransformerConfig:
         """Shape of the transformer."""
-        return SpatialTransformerConfig(
-            input_size=self.input_size,
-            channel_max=self.channel_max,
-            channel_multiplier=self.channel_multiplier,
-            heads=self.clusters,
-            transforms=cast(Any, tuple(self.transforms.split(","))),
-            flow_size=self.flow_size,
-            flow_upsampling=max(1, self.input_size // self.flow_size),
-            padding=self.padding,
-        )
+        names = ("input_size", "channel_max", "channel_multiplier", "flow_size", "padding")
+        shape: dict[str, Any] = {name: getattr(self, name) for name in names}
+        shape |= {"heads": self.clusters, "transforms": tuple(self.transforms.split(","))}
+        return SpatialTransformerConfig(**shape, flow_upsampling=max(1, self.input_size // self.flow_size))
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
@@ -157,33 +144,16 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
 _LPIPS = AlignTrainConfig(distance="lpips", tv_weight=2500.0)
 _BORDER = replace(_LPIPS, padding="border")
 
+# For two cores. The mode is fixed at a typical sample: the mean of W lies between light and dark digits.
+_DIGITS = AlignTrainConfig(
+    out=Path("runs/align-digits32"), generator="digits32-3", input_size=32, flow_size=8, channel_max=32,
+    channel_multiplier=2.0, padding="border", iterations=2, components=0, origin="sample", pca_samples=50_000,
+    psi_images=8_000, total_images=48_000, batch_size=16, lr=2e-3, constant_images=24_000, restart_images=24_000,
+    ema_half_life_images=2_000, init_images=1_000, classifier_images=4_000, checkpoint_every=500, snapshot_every=10_000,
+)  # fmt: skip
+
 PRESETS: dict[str, AlignTrainConfig] = {
-    "digits32": AlignTrainConfig(
-        out=Path("runs/align-digits32"),
-        generator="digits32-3",
-        input_size=32,
-        flow_size=8,
-        channel_max=32,
-        channel_multiplier=2.0,
-        padding="border",
-        iterations=2,
-        cutoff=5,
-        components=0,
-        origin="sample",
-        pca_samples=50_000,
-        psi_images=8_000,
-        total_images=48_000,
-        batch_size=16,
-        lr=2e-3,
-        constant_images=24_000,
-        restart_images=24_000,
-        ema_half_life_images=2_000,
-        init_images=1_000,
-        classifier_images=4_000,
-        log_every=100,
-        checkpoint_every=500,
-        snapshot_every=10_000,
-    ),
+    "digits32": _DIGITS,
     "bicycle": replace(_LPIPS, out=Path("runs/align-bicycle"), generator="bicycle.pkl"),
     "cat": replace(_BORDER, out=Path("runs/align-cat"), generator="cat.pkl"),
     "dog": replace(_BORDER, out=Path("runs/align-dog"), generator="dog.pkl"),
@@ -191,38 +161,19 @@ PRESETS: dict[str, AlignTrainConfig] = {
     "celeba": replace(_BORDER, out=Path("runs/align-celeba"), generator="celeba.pkl", cutoff=6, components=512),
     "cub": replace(_BORDER, out=Path("runs/align-cub"), generator="cub.pkl"),
     "car": replace(
-        _LPIPS, out=Path("runs/align-car"), generator="car.pkl", cutoff=6, components=5, clusters=4, flips=True
+        _LPIPS, out=Path("runs/align-car"), generator="car.pkl", cutoff=6, components=5, clusters=4, flips=True,
     ),
     "horse": replace(_LPIPS, out=Path("runs/align-horse"), generator="horse.pkl", clusters=4, flips=True),
-}
-PRESETS["cat-ssl"] = replace(  # the ablations start from it  [thesis Table 4.3]
-    PRESETS["cat"], out=Path("runs/align-cat-ssl"), distance="ssl-vgg", tv_weight=1000.0
-)
-PRESETS["digits32-all"] = replace(
-    PRESETS["digits32"],
-    out=Path("runs/align-digits32-all"),
-    generator="digits32",
-    clusters=10,
-    iterations=1,
-    assignment="descriptor",
-    psi_images=6_000,
-    total_images=24_000,
-    constant_images=12_000,
-    restart_images=12_000,
-)
-PRESETS["smoke"] = replace(
-    PRESETS["digits32"],
-    out=Path("runs/align-smoke"),
-    channel_max=8,
-    pca_samples=200,
-    psi_images=32,
-    total_images=64,
-    batch_size=8,
-    constant_images=32,
-    restart_images=32,
-    init_images=40,
-    classifier_images=32,
-    log_every=2,
-    checkpoint_every=4,
-    snapshot_every=64,
-)
+    "cat-ssl": replace(  # the ablations start from it  [thesis Table 4.3]
+        _BORDER, out=Path("runs/align-cat-ssl"), generator="cat.pkl", distance="ssl-vgg", tv_weight=1000.0,
+    ),
+    "digits32-all": replace(
+        _DIGITS, out=Path("runs/align-digits32-all"), generator="digits32", clusters=10, iterations=1,
+        assignment="descriptor", psi_images=6_000, total_images=24_000, constant_images=12_000, restart_images=12_000,
+    ),
+    "smoke": replace(
+        _DIGITS, out=Path("runs/align-smoke"), channel_max=8, pca_samples=200, psi_images=32, total_images=64, batch_size=8,
+        constant_images=32, restart_images=32, init_images=40, classifier_images=32, log_every=2, checkpoint_every=4,
+        snapshot_every=64,
+    ),
+}  # fmt: skip

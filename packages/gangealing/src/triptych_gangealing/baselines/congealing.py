@@ -1,7 +1,6 @@
 """Classical Congealing: a stack of images aligned by making its pixels agree.  [Learned-Miller 2006]
 
-A baseline without a generator. Images are read as ink, 0 to 1 at each pixel; warps go from aligned to input coordinates, as
-the spatial transformer's do.
+A baseline without a generator. Images are read as ink, 0 to 1 at each pixel.
 """
 
 import math
@@ -22,25 +21,24 @@ UNITS = (1 / 16, 1 / 16, 0.1, 1 / 16, 1 / 16, 1 / 16, 1 / 16)  # a step of size 
 
 
 class FunnelStep(NamedTuple):
-    """One sweep as new images repeat it."""
+    """One sweep, recorded so that new images can repeat it."""
 
     blur_px: float
     step: float
-    log_odds: Float[Tensor, "height width"]  # of ink, in the stack as it was
-    mean: Float[Tensor, " 7"]  # taken off the parameters after the sweep
+    log_odds: Float[Tensor, "height width"]  # of ink, in the stack before the sweep
+    mean: Float[Tensor, " 7"]  # subtracted from the parameters after the sweep
 
 
 @dataclass(frozen=True)
 class Congealing:
     """Classical Congealing (Learned-Miller 2006): a stack of images aligned by making its pixels agree.
 
-    Each pixel of the stack is a coin whose bias is its mean ink; the sum of the pixels' entropies is minimised over seven
-    parameters an image (shifts, rotation, log scales, shears) by coordinate descent: a step up or down, whichever codes
-    the image in fewer bits, or none. As the mean is the cheapest code for a stack, no sweep raises the entropy, though
-    all images move at once. After it the mean parameters are taken off all images, without which everything would
-    shrink to nothing. New images go down the funnel: the same sweeps, by the biases recorded.
-    Two liberties, both in its favour: the stack is blurred in early stages, and steps get finer.
+    Each pixel of the stack is a coin whose bias is its mean ink. The sum of the pixels' entropies is minimised over seven
+    parameters an image (shifts, rotation, log scales, shears) by coordinate descent: a step up, down or none, whichever codes
+    the image in the fewest bits. New images go down the funnel: the same sweeps, with the recorded biases.
     """
+
+    # Two liberties, both in its favour: the stack is blurred in early stages, and steps get finer.
 
     size: int
     read: Callable[[Images], Tensor]
@@ -59,11 +57,11 @@ class Congealing:
         stages: Sequence[tuple[float, float]] = ((2.0, 1.0), (1.0, 0.5), (0.5, 0.25), (0.0, 0.125)),
         sweeps: int = 12,
     ) -> "Congealing":
-        """Align a stack. padding: what is outside an image; "border" with `luma` of coloured ones, which would else agree best by
-        leaving the canvas. stages: each of `sweeps` sweeps, with a blur in pixels and a size of steps.
+        """Align a stack.
 
-        Steps of size 1 are one pixel of 32, 0.1 radians and 0.0625 in log scale and shear. Raises ValueError for fewer than
-        two images, or not square.
+        padding: what is outside an image; "border" with `luma` of coloured ones, which otherwise agree best by leaving the canvas.
+        stages: blur in pixels and size of steps, each for `sweeps` sweeps; a step of 1 is one pixel of 32, 0.1 radians, and 0.0625
+        in log scale and shear. Raises ValueError for fewer than two images, or not square.
         """
         if len(images) < 2:
             raise ValueError(f"{len(images)} images: expected at least 2 to align with each other")
@@ -73,11 +71,12 @@ class Congealing:
         for blur_px, step in stages:
             blurred = _blur(stack, blur_px)
             for _ in range(sweeps):
+                # The mean is the cheapest code for a stack, so no sweep raises the entropy, though all images move at once.
                 mean_ink = (_warped(blurred, parameters, padding).sum(0)[0] + 0.5) / (len(stack) + 1)  # never 0 or 1
                 log_odds = mean_ink.logit()
                 parameters = _sweep(blurred, parameters, log_odds, step, padding)
                 funnel.append(FunnelStep(blur_px, step, log_odds, parameters.mean(0)))
-                parameters = parameters - funnel[-1].mean
+                parameters = parameters - funnel[-1].mean  # otherwise everything would shrink to nothing
             entropy.append(_entropy(_warped(stack, parameters, padding)))
         return cls(stack.shape[-1], read, padding, tuple(funnel), tuple(entropy), _as_warp(parameters))
 
@@ -115,9 +114,8 @@ def _matrices(parameters: Float[Tensor, "n 7"]) -> Float[Tensor, "n 2 3"]:
     one = torch.ones_like(rotation)
     cos, sin = rotation.cos(), rotation.sin()
     sheared = (one + shear_x * shear_y, shear_x), (shear_y, one)
-    (a, b), (c, d) = (
-        [scale * value for value in row] for scale, row in zip((log_x.exp(), log_y.exp()), sheared, strict=True)
-    )
+    scaled = zip((log_x.exp(), log_y.exp()), sheared, strict=True)
+    (a, b), (c, d) = ([scale * value for value in row] for scale, row in scaled)
     rows = [cos * a - sin * c, cos * b - sin * d, shift_x], [sin * a + cos * c, sin * b + cos * d, shift_y]
     return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 

@@ -1,8 +1,7 @@
 """Alignment by image moments: centroid, principal axis and radius of gyration of each image's ink.
 
-A baseline that looks at one image at a time and learns nothing; what a learned alignment must beat. `ink` and `luma`, which
-reduce an image to ink, 0 to 1 at each pixel, serve `congealing` too. Warps go from aligned to input coordinates, as the
-spatial transformer's do.
+A baseline that sees one image at a time and learns nothing. `ink` and `luma` reduce an image to ink, 0 to 1 at each pixel, for
+`congealing` too.
 """
 
 import math
@@ -16,9 +15,9 @@ from torch import Tensor
 from triptych_gangealing.digits32 import LUMA
 from triptych_gangealing.warp import Affine, Warp, centres
 
-INK_FLOOR = 0.1  # of the strongest colour: what a background that is no plane, and rounding, may amount to
+INK_FLOOR = 0.1  # share of the strongest distance that rounding and a background that is no plane may reach
 STRONGEST = 0.005  # share of pixels taken to be full ink: those of the thinnest digit's stroke
-RADIUS = 0.4  # of gyration, in half sides: that of digits as MNIST has them, on a canvas of 32
+RADIUS = 0.4  # of gyration, in half sides: that of MNIST's digits on a canvas of 32
 Images = Shaped[Tensor, "n channels height width"]
 
 
@@ -33,9 +32,8 @@ def luma(images: Images) -> Float[Tensor, "n 1 height width"]:
 def ink(images: Images) -> Float[Tensor, "n 1 height width"]:
     """What stands out from the background, 0 to 1: the distance in colour from a plane fitted to the border's pixels.
 
-    The plane, one slope and level a channel, minimises the sum of distances, not of their squares (reweighted, 15 rounds), so
-    that ink which touches the border bends it little. Distances are relative to the strongest half percent; those below a tenth
-    are none. Takes uint8 or floats in [-1, 1], grey or colour, dark on light or light on dark.
+    Distances are relative to the strongest half percent; those below a tenth count as none. Takes uint8 or floats in [-1, 1],
+    grey or colour, dark on light or light on dark.
     """
     images = _unit(images)
     n, channels, height, width = images.shape
@@ -43,6 +41,7 @@ def ink(images: Images) -> Float[Tensor, "n 1 height width"]:
     edge = torch.ones(height, width, dtype=torch.bool, device=images.device)
     edge[1:-1, 1:-1] = False
     at_border, border = basis[edge.flatten()], colours[:, edge.flatten()]
+    # Reweighted least squares: the plane minimises distances, not their squares, so that ink at the border bends it little.
     weights = images.new_ones(n, len(at_border), 1)
     for _ in range(15):
         weighted = weights * at_border
@@ -55,16 +54,13 @@ def ink(images: Images) -> Float[Tensor, "n 1 height width"]:
 
 
 def moments(
-    images: Images,
-    *,
-    read: Callable[[Images], Tensor] = ink,
-    resolve: Literal["skewness", "upright"] = "skewness",
+    images: Images, *, read: Callable[[Images], Tensor] = ink, resolve: Literal["skewness", "upright"] = "skewness"
 ) -> Warp:
     """Bring the ink's centroid to the middle, its principal axis upright, its radius of gyration to 0.4 half sides.
 
-    An axis has two directions. resolve: "skewness", by the image alone: down is where the longer tail lies (the third
-    moment along the axis); "upright", by what one may know of the data: the smaller of the two rotations, right for anything
-    turned by less than 90 degrees. Images without ink stay as they are. Raises ValueError for images that are not square.
+    resolve: which of the axis's two directions is down: by "skewness", where the longer tail is (the third moment along the
+    axis); or "upright", the smaller of the two rotations, right for anything turned by less than 90 degrees. Images without ink
+    stay as they are. Raises ValueError for images that are not square.
     """
     weights = require_square(read(images)).double().flatten(1)
     size = images.shape[-1]
@@ -82,8 +78,8 @@ def moments(
     axis = torch.where(direction < 0, -1.0, 1.0)[:, None] * axis
     rotation = torch.atan2(-axis[:, 0], axis[:, 1])  # turns (0, 1), down, to the axis
     log_scale = ((xx + yy).sqrt().clamp(min=1e-3) / RADIUS).log()
-    found = torch.cat([rotation[:, None], log_scale[:, None], centroid], dim=1).masked_fill(empty[:, None], 0).float()
-    return Warp((Affine.similarity(found[:, 0], found[:, 1], found[:, 2:]),))
+    parts = torch.cat([rotation[:, None], log_scale[:, None], centroid], dim=1).masked_fill(empty[:, None], 0).float()
+    return Warp((Affine.similarity(parts[:, 0], parts[:, 1], parts[:, 2:]),))
 
 
 def _unit(images: Images) -> Tensor:

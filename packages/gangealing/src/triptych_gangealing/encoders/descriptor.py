@@ -1,9 +1,8 @@
 """A descriptor of what an image shows, invariant to pose and colours: clusters of objects, rather than of poses, start from it.
 
-The perceptual distance must see poses, so before anything is aligned it groups images by pose. A copy of its encoder is trained
-to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and k-means groups samples by its output,
-both in `groups`. No label is used. This is not in the thesis, which starts from the perceptual distance: its objects all stand
-upright.
+The perceptual distance must see poses, so before alignment it groups images by pose. `groups` trains a copy of its encoder,
+without labels, to recognise samples in views that are turned, scaled, sheared, moved and recoloured, and groups its outputs by
+k-means.
 """
 
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from triptych_gangealing.config import EncoderConfig
 from triptych_gangealing.encoders.perceptual import Encoder
 from triptych_gangealing.spatial_transformer import reduced
 
+# Not in the thesis, whose objects are all upright: there clusters start from the perceptual distance.
 HIDDEN, DIM = 128, 64
 
 Images = Float[Tensor, "n 3 height width"]
@@ -31,18 +31,17 @@ class Descriptor(nn.Module):
         super().__init__()
         self.trunk = Encoder(config)
         channels = sum(config.widths[-config.compared :])
-        self.head = nn.Sequential(
-            nn.Linear(channels, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)
-        )
+        hidden = nn.Linear(channels, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU()
+        self.head = nn.Sequential(*hidden, nn.Linear(HIDDEN, DIM))
 
     def forward(self, images: Images) -> Float[Tensor, "n dim"]:
         return F.normalize(self.head(torch.cat([level.mean((2, 3)) for level in self.trunk(images)], dim=1)))
 
 
 class Groups(nn.Module):
-    """Images to logits of clusters: the nearer a centre is to their description, the higher.
+    """Images to logits of clusters: minus the distance of a centre from their description.
 
-    size: height and width that images are brought to, those of the samples it was trained on.
+    size: height and width to which images are resized, those of the samples it was trained on.
     """
 
     centres: Float[Tensor, "clusters dim"]
@@ -56,11 +55,10 @@ class Groups(nn.Module):
         return -torch.cdist(self.descriptor(reduced(images, self.size)), self.centres)
 
     def shape(self) -> dict[str, Any]:
-        """The shape for `from_shape`, as JSON holds it."""
+        """The argument of `from_shape`, as JSON holds it."""
         return {"encoder": asdict(self.descriptor.trunk.config), "size": self.size, "clusters": len(self.centres)}
 
     @classmethod
     def from_shape(cls, shape: Mapping[str, Any]) -> "Groups":
         """A network of random weights with this shape. Raises KeyError or TypeError for anything else."""
-        encoder = EncoderConfig(**{**shape["encoder"], "widths": tuple(shape["encoder"]["widths"])})
-        return cls(encoder, shape["size"], shape["clusters"])
+        return cls(EncoderConfig.from_json(shape["encoder"]), shape["size"], shape["clusters"])

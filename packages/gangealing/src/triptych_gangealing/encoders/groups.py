@@ -15,7 +15,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gangealing.config import DESCRIPTOR_POOL
 from triptych_gangealing.encoders.descriptor import Groups
 from triptych_gangealing.encoders.perceptual import Encoder
-from triptych_gangealing.encoders.simclr import fit, make_views, nt_xent
+from triptych_gangealing.encoders.simclr import LossAndShare, fit, make_views, nt_xent
 from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 from triptych_gangealing.warp import Affine, Warp
@@ -23,7 +23,7 @@ from triptych_gangealing.warp import Affine, Warp
 GROUPS = "groups.safetensors"
 BATCH, TEMPERATURE, POOL = 64, 0.2, DESCRIPTOR_POOL
 MAX_ANGLE, MAX_LOG_SCALE, MAX_SHIFT = math.pi / 3, 0.4, 0.25  # of views; the shift in normalised units
-MAX_SHEAR, MAX_LOG_ASPECT = 0.5, 0.4  # x by so much of y; height over width
+MAX_SHEAR, MAX_LOG_ASPECT = 0.5, 0.4  # shift in x per unit of y; height over width
 AT_ONCE = 256
 
 Images = Float[Tensor, "n 3 height width"]
@@ -32,10 +32,9 @@ Images = Float[Tensor, "n 3 height width"]
 def open_groups(
     generator: Generator, encoder: Encoder, *, clusters: int, images: int, seed: int, folder: Path, ranks: Ranks
 ) -> Groups:
-    """Groups of a generator's samples, where the ranks compute; trained once in a run, by its main process.
+    """Groups of a generator's samples, on the ranks' device, in float32; trained once in a run, by its main process.
 
-    encoder: where the descriptor starts. images: how many it is trained on. folder: the run's, where an interrupted training is
-    resumed. Always in float32.
+    encoder: where the descriptor starts. images: how many it is trained on. folder: the run's, where training resumes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.generator(seed, "descriptor/init").initial_seed())
@@ -54,14 +53,14 @@ def open_groups(
 def _train(groups: Groups, generator: Generator, images: int, seed: int, folder: Path, alone: Ranks) -> None:
     from sklearn.cluster import KMeans  # takes a second to import
 
+    pool_images, batch = (max(2, min(most, images)) for most in (POOL, BATCH))
     recipe = EncoderTrainConfig(
-        seed=seed, total_images=images, pool_images=max(2, min(POOL, images)), batch_size=max(2, min(BATCH, images)),
-        temperature=TEMPERATURE,
-    )  # fmt: skip
-    pool = sample_images(generator, range(recipe.pool_images), seed=seed)
+        seed=seed, total_images=images, pool_images=pool_images, batch_size=batch, temperature=TEMPERATURE
+    )
+    pool = sample_images(generator, range(pool_images), seed=seed)
     identity = {"descriptor": recipe.identity(), "generator": checkpoint.digest(generator.state_dict())}
     with RunDirectory(folder, identity) as directory:
-        fit(recipe, directory, pool, alone, groups.descriptor, views=posed_views, contrast=contrast)
+        fit(recipe, directory, pool, alone, groups.descriptor, posed_views, contrast)
     groups.eval()
     with torch.no_grad():
         parts = [groups.descriptor(from_uint8(part.to(alone.device))).cpu() for part in pool.split(AT_ONCE)]
@@ -70,10 +69,8 @@ def _train(groups: Groups, generator: Generator, images: int, seed: int, folder:
 
 
 def posed_views(images: Images, config: EncoderTrainConfig, indices: list[int]) -> Images:
-    """Views of `make_views` of images that were turned, scaled, sheared and moved before; a function of (seed, index) too.
-
-    Handwriting differs in shear and aspect besides pose: a descriptor that ignores them groups by what is written.
-    """
+    """`make_views` of images that were turned, scaled, sheared and moved first; also a function of (seed, index) alone."""
+    # Shear and aspect too: handwriting differs in both, and a descriptor that ignores them groups by what is written.
 
     def draw(quantity: str) -> Float[Tensor, " n"]:
         return (randomness.uniform(config.seed, f"descriptor/{quantity}", indices) * 2 - 1).to(images)
@@ -89,9 +86,7 @@ def posed_views(images: Images, config: EncoderTrainConfig, indices: list[int]) 
     return make_views(warp.sample(images, padding="border"), config, indices)
 
 
-def contrast(
-    descriptor: nn.Module, first: Images, second: Images, temperature: float
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def contrast(descriptor: nn.Module, first: Images, second: Images, temperature: float) -> LossAndShare:
     """`nt_xent` of descriptions of two views."""
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
     one, other = descriptor(images).chunk(2)

@@ -4,7 +4,6 @@ All have one form: features of several layers, scaled to unit length at each of 
 summed over channels, averaged over pixels and summed over layers.  [Zhang et al. 2018; thesis 4.3.1]
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from triptych_common.storage import checkpoint
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.config import EncoderConfig
@@ -30,7 +30,7 @@ _FORMAT = ModelFormat(
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
 SSL_VGG_URL = "http://efrosgans.eecs.berkeley.edu/gangealing/pretrained/simclr_vgg_phase150.pt"
-SSL_DIVISOR = 18.0  # of sums without heads, which are that much larger than LPIPS's  [the released GANgealing]
+SSL_DIVISOR = 18.0  # sums without heads are about that much larger than LPIPS's  [the released GANgealing]
 EPSILON = 1e-10
 
 Images = Float[Tensor, "n 3 height width"]
@@ -40,8 +40,8 @@ Features = tuple[Float[Tensor, "n _channels _height _width"], ...]
 class PerceptualDistance(nn.Module):
     """A frozen network's distance between images in [-1, 1], for each pair of them; differentiable in both.
 
-    trunk: images to feature maps; it has a `least` size. heads: weights of each map's channels; by default all 1, for networks
-    whose features nobody has weighted. shift, scale: of the colours, before the trunk sees them.
+    trunk: images to feature maps; its `least` is the smallest side. heads: weights of each map's channels; by default all 1.
+    shift, scale: applied to colours before the trunk.
     """
 
     shift: Float[Tensor, "3 1 1"]
@@ -64,7 +64,7 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
-        """Stays as it is: part of what is trained with it, but never trained."""
+        """Always in evaluation mode, also as part of a module in training."""
         return super().train(False)
 
     def features(self, images: Tensor) -> Features:
@@ -74,9 +74,7 @@ class PerceptualDistance(nn.Module):
         """
         least = cast(int, self.trunk.least)
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < least:
-            raise ValueError(
-                f"images {tuple(images.shape)}: expected (n, 3, height, width) of at least {least}x{least}"
-            )
+            raise ValueError(f"images {tuple(images.shape)}: expected (n, 3, height, width), at least {least}x{least}")
         return tuple(unit_length(x) for x in self.trunk((images - self.shift) / self.scale))
 
     def between(self, a: Features, b: Features) -> Float[Tensor, " n"]:
@@ -95,38 +93,31 @@ class PerceptualDistance(nn.Module):
 
 
 def unit_length(x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n channels height width"]:
-    """Features over their length at each pixel.
-
-    The epsilon is inside the root: added to it, features of which no square is above 0 would have no finite gradient, which a ReLU
-    behind them hides only where they are exactly 0.
-    """
+    """Features over their length at each pixel."""
+    # The epsilon is inside the root, unlike in LPIPS: added to the root, the gradient would be infinite where all features
+    # vanish or underflow; a ReLU hides that only where they are exactly 0.
     return x * (x.square().sum(1, keepdim=True) + EPSILON).rsqrt()
 
 
-def open_distance(
-    name: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
-) -> PerceptualDistance:
-    """A distance by name: "lpips", "ssl-vgg", or "simclr:PATH", of an encoder's file or of the run folder that has it.
+def open_distance(name: str, *, weights: str | Path | None = None) -> PerceptualDistance:
+    """A distance by name: "lpips", "ssl-vgg", or "simclr:PATH" with an encoder's file or its run folder.
 
-    weights: of VGG-16, as torchvision has them; LPIPS alone has published ones to fetch, which are kept in `$TRIPTYCH_DATA/vgg`.
+    weights: file of VGG-16 as torchvision writes it; by default, for LPIPS only, the published one, in `$TRIPTYCH_DATA/vgg`.
     Raises ValueError for another name or a file that holds something else, FileNotFoundError for an absent one, ImportError where
     LPIPS lacks its package.
     """
     kind, _, path = name.partition(":")
     if kind == "simclr" and path:
-        distance = PerceptualDistance(read_encoder(Path(path)).encoder, divisor=SSL_DIVISOR)
-    elif name == "lpips":
+        return PerceptualDistance(read_encoder(Path(path)).encoder, divisor=SSL_DIVISOR)
+    if name == "lpips":
         heads = lpips_heads()
-        distance = PerceptualDistance(read_vgg(Path(weights) if weights else published_vgg()), heads=heads, **_IMAGENET)
-    elif name == "ssl-vgg":
-        if weights is None:
-            raise ValueError(
-                f"ssl-vgg: has no weights; fetch {SSL_VGG_URL}, whose licence is its authors', and pass its path as weights"
-            )
-        distance = PerceptualDistance(read_vgg(Path(weights)), divisor=SSL_DIVISOR, **_IMAGENET)
-    else:
+        return PerceptualDistance(read_vgg(Path(weights) if weights else published_vgg()), heads=heads, **_IMAGENET)
+    if name != "ssl-vgg":
         raise ValueError(f"perceptual distance {name!r}: expected lpips, ssl-vgg, or simclr:PATH of an encoder")
-    return distance.to(device)
+    if weights is None:
+        remedy = f"fetch {SSL_VGG_URL}, whose licence is its authors', and pass its path as weights"
+        raise ValueError(f"ssl-vgg: has no weights; {remedy}")
+    return PerceptualDistance(read_vgg(Path(weights)), divisor=SSL_DIVISOR, **_IMAGENET)
 
 
 # --- VGG-16
@@ -151,6 +142,7 @@ class Vgg16(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, images: Images) -> Features:
+        # Each level is taken before pooling, after its last ReLU, so that no later layer overwrites it in place.
         levels, x = [], images
         for layer in self:
             if isinstance(layer, nn.MaxPool2d):
@@ -160,23 +152,21 @@ class Vgg16(nn.Sequential):
 
 
 def read_vgg(path: Path) -> Vgg16:
-    """VGG-16's convolutions out of torchvision's `vgg16` or its `features` alone.
+    """VGG-16's convolutions from torchvision's `vgg16` or its `features` alone.
 
-    Raises FileNotFoundError where there is no such file, ValueError, one line, for one that would run code or holds other weights.
+    Raises FileNotFoundError for an absent file, ValueError for one that would run code or holds other weights.
     """
     from triptych_common.storage import foreign
 
-    content = foreign.read(path)
-    network = Vgg16()
+    content, network = foreign.read(path), Vgg16()
     wanted = network.state_dict()
     given = content if isinstance(content, Mapping) else {}
     tensors = {str(name).removeprefix("features."): value for name, value in given.items()}
     for name, value in wanted.items():
         shape = tuple(getattr(tensors.get(name), "shape", ()))
         if shape != tuple(value.shape):
-            raise ValueError(
-                f"{path}: {name} is {shape or 'absent'}, expected {tuple(value.shape)}, as in torchvision's vgg16 or its features"
-            )
+            expected = f"expected {tuple(value.shape)}, as in torchvision's vgg16 or its features"
+            raise ValueError(f"{path}: {name} is {shape or 'absent'}, {expected}")
     network.load_state_dict({name: tensors[name] for name in wanted})
     return network
 
@@ -191,14 +181,9 @@ def published_vgg() -> Path:
 
     theirs, ours = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE, data_root() / "vgg" / VGG_FILE
     path = theirs if theirs.exists() and not ours.exists() else ours
-    fetch(
-        "VGG-16 for LPIPS",
-        VGG_URL,
-        path,
-        "put the file there, pass its path as weights, or train an encoder of your own",
-    )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    remedy = "put the file there, pass its path as weights, or train an encoder of your own"
+    fetch("VGG-16 for LPIPS", VGG_URL, path, remedy)
+    found = checkpoint.file_digest(path)
     if not VGG_FILE.removeprefix("vgg16-").startswith(found[:8]):  # torchvision names files by their hash
         raise ValueError(f"{path}: SHA-256 {found[:8]} is not that of its name; delete the file and repeat the command")
     return path
@@ -210,9 +195,8 @@ def lpips_heads() -> list[Tensor]:
 
     package = find_spec("lpips")
     if package is None or package.origin is None:
-        raise ImportError(
-            "LPIPS needs a package: pip install 'triptych-gangealing[lpips]'; or use ssl-vgg or simclr:PATH"
-        )
+        remedy = "pip install 'triptych-gangealing[lpips]'; or use ssl-vgg or simclr:PATH"
+        raise ImportError(f"LPIPS needs a package: {remedy}")
     tensors = foreign.read(Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth")
     return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(_BLOCKS))]
 
@@ -229,7 +213,7 @@ class Encoder(nn.Module):
         stages, before = [], 3
         for i, width in enumerate(config.widths):
             layers: list[nn.Module] = [nn.AvgPool2d(2)] if i else []
-            for _ in range(2 if i else 1):  # one at full resolution is as much work as four below
+            for _ in range(2 if i else 1):  # one convolution at full resolution costs as much as four at half
                 layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
                 before = width
             stages.append(nn.Sequential(*layers))
@@ -244,7 +228,7 @@ class Encoder(nn.Module):
 
 
 class ReadEncoder(NamedTuple):
-    """An encoder from a file, for evaluation, and the facts of its making."""
+    """An encoder from a file, for evaluation, and facts about its training."""
 
     encoder: Encoder
     facts: dict[str, Any]
@@ -256,7 +240,7 @@ def write_encoder(path: Path, encoder: Encoder, facts: Mapping[str, Any]) -> Non
 
 
 def read_encoder(path: Path) -> ReadEncoder:
-    """An encoder from its file, or from the run folder that has it, on the CPU.
+    """An encoder from its file or run folder, on the CPU.
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
@@ -264,7 +248,7 @@ def read_encoder(path: Path) -> ReadEncoder:
 
 
 def _build_encoder(tensors: dict[str, Tensor], facts: dict[str, Any]) -> ReadEncoder:
-    encoder = Encoder(EncoderConfig(**{**facts["config"], "widths": tuple(facts["config"]["widths"])}))
+    encoder = Encoder(EncoderConfig.from_json(facts["config"]))
     encoder.load_state_dict(tensors)
     rest = {name: value for name, value in facts.items() if name not in ("kind", "config")}
     return ReadEncoder(encoder.requires_grad_(False).eval(), rest)

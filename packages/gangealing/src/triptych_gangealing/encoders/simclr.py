@@ -1,10 +1,7 @@
 """Train a small encoder on a generator's own samples, without labels: SimCLR.  [Chen et al. 2020]
 
 Views of one sample should have similar features, those of two samples different ones. Views differ in colour, polarity, blur and a
-slight crop; they are never rotated, mirrored or moved far, since that is what the encoder must see when it judges an alignment.
-
-What is compared are the feature maps, as `PerceptualDistance` compares them, not projections of their mean: such a head would
-forget where things lie, and take over the blindness to colours that the maps themselves are to learn.
+slight crop. They are never rotated, mirrored or moved far: these are what the encoder must see when it judges an alignment.
 """
 
 import math
@@ -25,48 +22,40 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
-from triptych_gangealing.encoders.perceptual import (
-    ENCODER_FILE,
-    Encoder,
-    read_encoder,
-    unit_length,
-    write_encoder,
-)
+from triptych_gangealing.encoders.perceptual import ENCODER_FILE, Encoder, read_encoder, unit_length, write_encoder
 from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
 MAX_BLUR = 1 / 32  # standard deviation, of the image's height
 
 Images = Float[Tensor, "n 3 height width"]
+LossAndShare = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 
 
-def nt_xent(
-    first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], temperature: float
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Normalised temperature-scaled cross-entropy of finding each view's other view among all 2n - 1, by cosine; and the share
-    of views whose nearest is the right one.  [Chen et al. 2020, eq. 1]
+def nt_xent(first: Float[Tensor, "n dim"], second: Float[Tensor, "n dim"], temperature: float) -> LossAndShare:
+    """NT-Xent: the cross-entropy of choosing each view's other view out of 2n - 1, by cosine; and how often it is the nearest.
+
+    [Chen et al. 2020, eq. 1]
     """
     z = F.normalize(torch.cat([first, second]))
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     logits = (z @ z.T / temperature).masked_fill(itself, -math.inf)
-    other = torch.arange(len(z), device=z.device).roll(len(first))
+    other = torch.arange(len(z), device=z.device).roll(len(first))  # row i of one half belongs to row i of the other
     return F.cross_entropy(logits, other), (logits.argmax(1) == other).to(z.dtype).mean()
 
 
-def contrast_maps(
-    encoder: nn.Module, first: Images, second: Images, temperature: float
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def contrast_maps(encoder: nn.Module, first: Images, second: Images, temperature: float) -> LossAndShare:
     """Mean over feature maps of `nt_xent`. A map's features have length 1 at each pixel: its cosine is 1 - distance / 2."""
+    # Feature maps are compared, as in `PerceptualDistance`, not projections of their mean as in the paper: such a head would lose
+    # positions, and would learn the invariance to colour that the maps themselves should learn.
     images = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
     maps = [unit_length(x).flatten(1).chunk(2) for x in encoder(images)]
     losses, found = zip(*(nt_xent(one, other, temperature) for one, other in maps), strict=True)
     return torch.stack(losses).mean(), torch.stack(found).mean()
 
 
-def make_views(
-    images: Float[Tensor, "n 3 height width"], config: EncoderTrainConfig, indices: Sequence[int]
-) -> Float[Tensor, "n 3 height width"]:
-    """A view of each image: a crop resized, blurred, recoloured. What is drawn is a function of (seed, index) alone."""
+def make_views(images: Images, config: EncoderTrainConfig, indices: Sequence[int]) -> Images:
+    """A view of each image: cropped, resized, blurred, recoloured, by a function of (seed, index) alone."""
 
     def draw(quantity: str) -> Tensor:
         return uniform(config.seed, f"simclr/{quantity}", indices).to(images)
@@ -80,7 +69,7 @@ def make_views(
     rows = _resampling(height, side, draw("top"), blur_px)
     columns = _resampling(width, side, draw("left"), blur_px)
     views = rows[:, None] @ images @ columns[:, None].mT
-
+    # A random 3 x 3 matrix mixes colours, and may turn light into dark; gray uses its first row for all channels.
     drawn = normal(config.seed, "simclr/colours", indices, (3, 4)).to(images)
     mix, place = drawn[:, :, :3], torch.special.ndtr(drawn[:, :, 3]) * 2 - 1
     gray = choose("gray", config.gray)[:, None]
@@ -92,10 +81,7 @@ def make_views(
 def _resampling(
     size: int, side: Float[Tensor, " n"], place: Float[Tensor, " n"], blur_px: Float[Tensor, " n"]
 ) -> Float[Tensor, "n size size"]:
-    """Matrices from the pixels of a line to those of a stretch of it, `side` of its length, enlarged linearly, then blurred.
-
-    place: 0 (at the line's beginning) .. 1 (at its end).
-    """
+    """Matrices that crop lines to a share `side` at `place` (0: start, 1: end), enlarge them linearly and blur them."""
     pixels = torch.arange(size, device=side.device, dtype=side.dtype)
     start = place * (1 - side) * size
     at = (start[:, None] + (pixels + 0.5) * side[:, None] - 0.5).clamp(0, size - 1)
@@ -107,9 +93,9 @@ def _resampling(
 def recoloured(
     images: Images, mix: Float[Tensor, "n 3 3"], contrast: Float[Tensor, " n"], place: Float[Tensor, "n 3"]
 ) -> Images:
-    """Colours mapped by `mix`, then each channel moved, and all together scaled, into [-1, 1].
+    """Colours mapped by `mix`, then scaled together and shifted one by one, into [-1, 1].
 
-    contrast: share of it that the channel with the widest span takes; place: of each channel, from -1, as dark as it can be, to 1.
+    contrast: share of [-1, 1] that the channel of the widest range fills; place: of each channel in it, from -1 (darkest) to 1.
     """
     mixed = torch.einsum("nij,njhw->nihw", mix, images)
     low, high = mixed.amin((2, 3)), mixed.amax((2, 3))
@@ -133,39 +119,33 @@ def run(config: EncoderTrainConfig) -> dict[str, Any]:
 
 
 def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
-    """An encoder trained on the generator's samples, frozen, on the CPU, as `config.out` has it too, where a run can be resumed.
+    """An encoder trained on the generator's samples, frozen, on the CPU; written to `config.out`, where a run is resumed.
 
-    The generator is moved to the config's device. Raises ValueError for a run directory with another config or generator, images
-    too small, or several ranks: the samples that an image is contrasted with must be in one process. Interrupted after a signal.
+    The generator is moved to the config's device. Raises ValueError for a run directory with another config or generator, too
+    small images, or several ranks, since contrasted samples must be in one process. Interrupted after a signal.
     """
     keep_freed_memory()
-    shape = generator.config.image_channels, generator.config.resolution
+    channels, size = generator.config.image_channels, generator.config.resolution
     least = Encoder(config.encoder()).least
-    if shape[0] != 3 or shape[1] < least:
-        raise ValueError(
-            f"images of {shape[0]} x {shape[1]} x {shape[1]}: expected 3 channels, and at least {least} pixels for "
-            f"{len(config.widths)} stages (widths)"
-        )
+    if channels != 3 or size < least:
+        expected = f"expected 3 channels, and at least {least} pixels for {len(config.widths)} stages (widths)"
+        raise ValueError(f"images of {channels} x {size} x {size}: {expected}")
     origin = {"generator_sha256": checkpoint.digest(generator.state_dict())}
     with process_group(config.device) as ranks:
         if ranks.world_size > 1:
-            raise ValueError(
-                f"{ranks.world_size} ranks: the encoder is trained by one process; start it without torchrun"
-            )
+            raise ValueError(f"{ranks.world_size} ranks: the encoder trains in one process; start it without torchrun")
         with open_run(config, ranks, origin) as directory:
             if not (config.out / ENCODER_FILE).exists():
-                pool = sample_images(
-                    generator.to(ranks.device), range(config.pool_images), seed=config.seed,
-                    truncation_psi=config.truncation_psi,
-                )  # fmt: skip
+                generator, psi = generator.to(ranks.device), config.truncation_psi
+                pool = sample_images(generator, range(config.pool_images), seed=config.seed, truncation_psi=psi)
                 encoder = make_encoder(config)
-                fit(config, directory, pool, ranks, encoder)
+                fit(config, directory, pool, ranks, encoder, make_views, contrast_maps)
                 write_encoder(config.out / ENCODER_FILE, encoder, {**origin, "trained": config.identity()})
     return read_encoder(config.out).encoder
 
 
 def make_encoder(config: EncoderTrainConfig) -> Encoder:
-    """As it is before training."""
+    """An untrained encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source_of(config.seed, "simclr/init").initial_seed())
         return Encoder(config.encoder())
@@ -177,26 +157,21 @@ def fit(
     pool: UInt8[Tensor, "n 3 height width"],
     ranks: Ranks,
     network: nn.Module,
-    *,
-    views: Callable[[Images, EncoderTrainConfig, list[int]], Images] | None = None,
-    contrast: Callable[[nn.Module, Images, Images, float], tuple[Tensor, Tensor]] = contrast_maps,
+    views: Callable[[Images, EncoderTrainConfig, list[int]], Images],
+    contrast: Callable[[nn.Module, Images, Images, float], LossAndShare],
 ) -> None:
-    """Train a network on views of the images of a pool, from wherever the run directory stands; frozen in the end.
+    """Train a network on two views of each of a pool's images, from where the run stands; frozen in the end.
 
-    views: what makes them, by default `make_views`. contrast: its loss of two views, and the share of views found.
+    views: images at some indices to their views. contrast: loss of two views, and the share that is recognised.
     """
-    views = make_views if views is None else views
     network.to(ranks.device).to(memory_format=torch.channels_last)
-    state = TrainState(
-        network,
-        torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
-        ranks,
-        ema_half_life=config.batch_size,  # unused: the learning rate ends at 0
-        learning_rate=config.learning_rate,
-    )
+    adamw = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    # The average is not used: the learning rate ends at 0.
+    state = TrainState(network, adamw, ranks, ema_half_life=config.batch_size, learning_rate=config.learning_rate)
     for batch in training_steps(config, state, directory):
-        drawn = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
-        images = from_uint8(pool[drawn].to(ranks.device))
+        items = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
+        images = from_uint8(pool[items].to(ranks.device))
+        # Two views of sample c are number 2c and 2c + 1.
         one, other = (views(images, config, [2 * c + which for c in batch.counters]) for which in (0, 1))
         loss, found = contrast(state.parallel_model, one, other, config.temperature)
         loss.backward()

@@ -20,9 +20,9 @@ class EncoderTrainConfig(LoopSettings):
     generator: Annotated[str, FREE] = "digits32"
     """a run folder, a network file, a foreign checkpoint, or the name of an embedded generator"""
     truncation_psi: float = 1.0
-    """below 1, the samples' styles are drawn towards their mean"""
+    """below 1, samples' styles move towards their mean"""
     pool_images: int = 8_000
-    """different samples; the views of each are new every time"""
+    """distinct samples; their views are new every time"""
     total_images: Annotated[int, Gt(0)] = 16_000
     """samples to show, repeats counted, each in two views"""
     batch_size: int = 64
@@ -30,7 +30,7 @@ class EncoderTrainConfig(LoopSettings):
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """channels of each stage, which has half the resolution of the one before"""
     compared: int = 2
-    """so many stages, the last, whose feature maps are compared, in training and after"""
+    """stages, the last ones, whose feature maps are compared, in training and after"""
     temperature: Annotated[float, Gt(0)] = 0.2
     """of the softmax over views"""
     crop_scale: Annotated[float, Interval(gt=0, le=1, wanted="a share of the area, above 0 and at most 1")] = 0.8
@@ -38,22 +38,21 @@ class EncoderTrainConfig(LoopSettings):
     recolour: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """share of views whose colours are mapped by a random linear map, which may turn light into dark"""
     gray: Annotated[float, Interval(ge=0, le=1)] = 0.2
-    """share of the recoloured ones that become gray"""
+    """share of the recoloured views that become gray"""
     blur: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """share of views that are blurred, by at most 1/32 of the height"""
     lr: float = 0.002
-    """AdamW's peak learning rate, after a rise over the first twentieth of the samples; then it falls as a cosine, to 0"""
+    """AdamW's peak learning rate, reached over the first twentieth of the samples; then a cosine down to 0"""
     weight_decay: Annotated[float, Ge(0)] = 0.01
-    """AdamW's"""
+    """AdamW's weight decay"""
     log_every: int = 25
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 2 <= self.batch_size <= self.pool_images:
-            raise ValueError(
-                f"batch_size {self.batch_size}: expected 2 to {self.pool_images} (pool_images), so that there are others"
-            )
+            expected = f"2 to {self.pool_images} (pool_images), so that there are others to contrast with"
+            raise ValueError(f"batch_size {self.batch_size}: expected {expected}")
         self.encoder()
 
     def encoder(self) -> EncoderConfig:

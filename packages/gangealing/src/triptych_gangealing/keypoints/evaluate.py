@@ -26,10 +26,9 @@ class PairScores(NamedTuple):
 
 
 def score_pairs(method: Method, several: Pairs, *, seed: int = 0) -> PairScores:
-    """PCK of points that a method transfers from source to target images, by every protocol.
+    """PCK of points that a method transfers from source to target images, in every variant.  [thesis 4.4.2]
 
     method: uint8 images to their `Alignment`. Points of a pair in two clusters cannot be transferred, and count as misses.
-    Intervals resample digits, each with all of its pairs.  [thesis 4.4.2]
     """
     source, target = method(several.source), method(several.target)
     size = (several.source.shape[-1],) * 2
@@ -37,7 +36,7 @@ def score_pairs(method: Method, several: Pairs, *, seed: int = 0) -> PairScores:
     apart = source.cluster != target.cluster
     predicted = predicted.masked_fill(apart[:, None, None], torch.nan)
     sizes = {BOX: box_size(several.target_boxes), IMAGE: torch.full((len(several),), float(size[0]))}
-    digits = several.source_jitters.digit
+    digits = several.source_jitters.digit  # pairs of one digit are not independent
     table = pck(predicted, several.target_points, several.valid, sizes, seed=seed, groups=digits)
     return PairScores(table, int(apart.sum()))
 

@@ -1,8 +1,8 @@
 """PCK, the percentage of correct keypoints, of every variant in use, each by its name.
 
 A predicted point is correct if it lies within alpha x size of the true one, the bound included; size is the longer side of
-the target's box, or of its image. Published tables pool all points (GANgealing, thesis 4.4.2), average over images (as the
-supervised methods do), or do either without saying so: the numbers differ by points, and never belong in one column.
+the target's box, or of its image. Published tables pool all points (GANgealing, thesis 4.4.2), average over images (as
+supervised methods do), or do either without saying so. The numbers differ by several percent: never compare across variants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class PckTable:
-    """Scores of all variants, and over how much they were taken."""
+    """Scores of all variants, and how many images and points they are over."""
 
     images: int
     points: int
@@ -50,8 +50,7 @@ class PckTable:
         rows = []
         for threshold, average, alpha, threshold_px, (value, low, high) in self.scores:
             interval = "" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
-            shown = [threshold, average, f"{alpha:g}", f"{threshold_px:.2f}", f"{100 * value:.1f}", interval]
-            rows.append(shown)
+            rows.append([threshold, average, f"{alpha:g}", f"{threshold_px:.2f}", f"{100 * value:.1f}", interval])
         return header, rows
 
     def as_dict(self) -> dict[str, dict[str, float | None]]:
@@ -77,16 +76,15 @@ def pck(
     """Score predicted points against true ones, both in the target's pixels.
 
     valid: which points count; a counted prediction that is not finite is a miss. sizes: what alpha is a share of, by name:
-    {"target box": box_size(boxes), "image": longer sides}; every one is scored per point and per image. An image without
-    valid points is in neither average. Intervals resample images, not points, since points of one image are right or
-    wrong together, and whole groups of images where these are given, such as those of one object; `repeats` 0 for none.
+    {"target box": box_size(boxes), "image": longer sides}; each is scored per point and per image. An image without valid
+    points is in neither average. groups: images that intervals resample together, such as those of one object; by default each
+    image alone. repeats: resamples of an interval; 0 for none.
     Raises ValueError for shapes that differ, no valid point, or an alpha or size that is not positive.
     """
     n, k = valid.shape
     if predicted.shape != (n, k, 2) or target.shape != (n, k, 2):
-        raise ValueError(
-            f"points predicted {tuple(predicted.shape)} and true {tuple(target.shape)}: expected ({n}, {k}, 2), as valid"
-        )
+        shapes = f"points predicted {tuple(predicted.shape)} and true {tuple(target.shape)}"
+        raise ValueError(f"{shapes}: expected ({n}, {k}, 2), as valid")
     if not bool(valid.any()):
         raise ValueError("no valid point in any image: nothing to score")
     if not alphas or min(alphas) <= 0:
@@ -102,6 +100,7 @@ def pck(
             for alpha in alphas:
                 radius = alpha * size.double()
                 hits = (distance <= radius[:, None]) & valid  # never true of NaN
+                # Images are resampled, not points: points of one image are right or wrong together.
                 tally = torch.stack([hits.sum(1), valid.sum(1)], dim=1)[counted].double()
                 estimate = bootstrap(_AVERAGES[average], tally, repeats=repeats, seed=seed, groups=together)
                 estimate = as_share(estimate, len(tally) if together is None else len(together.unique()))

@@ -1,15 +1,15 @@
 """Pairs of coloured digits with exact correspondences: one digit, seen twice.
 
-Between two different digits no correspondence is true. So a pair is ONE held-out digit, twice deformed by a known elastic
-map, then jittered and coloured as `Digits32` does; keypoints are points of its ink, followed through both.
+Two different digits have no true correspondences. So a pair is ONE held-out digit, deformed twice by known elastic maps, then
+jittered and coloured as in `Digits32`; keypoints are points of its ink, mapped through both.
 
-Convention: points are (x, y) in pixels, the centre of an image's first pixel at (0, 0); the elastic maps work in the digit's
-own 28 x 28 image, in normalised coordinates (see `warp`).
+Convention: points are (x, y) in pixels, the centre of an image's first pixel at (0, 0); elastic maps act on the digit's own
+28 x 28 image, in the normalised coordinates of `Warp`.
 """
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.randomness import shuffled, uniform
 
-from triptych_gangealing.digits32 import CANVAS, DIGIT, Digits32, Jitters, affine, render
+from triptych_gangealing.digits32 import CANVAS, DIGIT, Digits, Digits32, Jitters, affine, render
 from triptych_gangealing.warp import centres, to_pixels
 
 WAVES = 3
@@ -31,7 +31,7 @@ INVERSION_STEPS = 200
 class Elastic(NamedTuple):
     """Smooth maps of the plane: q -> q + sum over waves of amplitude sin(wave . q + phase); normalised coordinates.
 
-    The sum of |amplitude| |wave| is below 1, so that each map has an inverse.
+    The sum of |amplitude| |wave|, a bound on the slope, is below 1, so that each map has an inverse.
     """
 
     amplitude: Float[Tensor, "n waves 2"]
@@ -42,22 +42,23 @@ class Elastic(NamedTuple):
         return (points @ self.wave.mT + self.phase[:, None]).sin() @ self.amplitude
 
     def backward(self, points: Float[Tensor, "n k 2"]) -> Float[Tensor, "n k 2"]:
-        """Where points of the deformed digit lie in the original: what resampling needs; in closed form."""
+        """Points of the deformed digit to the original, as resampling needs; in closed form."""
         return points + self.displacement(points)
 
     def forward(self, points: Float[Tensor, "n k 2"]) -> Float[Tensor, "n k 2"]:
-        """Where points of the original lie in the deformed digit, to rounding: the contraction q <- p - displacement(q)."""
-        found = points
+        """Points of the original to the deformed digit, up to rounding: the contraction q <- p - displacement(q)."""
+        deformed = points
         for _ in range(INVERSION_STEPS):
-            before, found = found, points - self.displacement(found)
-            if torch.equal(before, found):
+            before, deformed = deformed, points - self.displacement(deformed)
+            if torch.equal(before, deformed):
                 break
-        return found
+        return deformed
 
 
 def draw_elastic(n: int, seed: int, stream: str, elastic_px: float) -> Elastic:
-    """Random maps number 0 .. n-1, which move no point by more than `elastic_px` pixels of a 28-pixel digit, and on average by
-    about 0.4 of that. Raises ValueError for a value outside 0 .. 4.4, where a map might fold.
+    """Random maps number 0 .. n-1 that move points by at most `elastic_px` pixels of a 28-pixel digit, 0.4 of that on average.
+
+    Raises ValueError for a value outside 0 .. 4.4, where a map might fold.
     """
     if not 0 <= elastic_px <= MAX_ELASTIC_PX:
         raise ValueError(f"elastic_px {elastic_px}: expected 0 to {MAX_ELASTIC_PX}, beyond which the map may fold")
@@ -71,15 +72,13 @@ def draw_elastic(n: int, seed: int, stream: str, elastic_px: float) -> Elastic:
         return length[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     lowest, highest = (math.pi * DIGIT / wavelength for wavelength in (LONGEST_WAVE_PX, SHORTEST_WAVE_PX))
+    # WAVES equal amplitudes add up to elastic_px at most; half a digit is one normalised unit.
     amplitude = torch.full((n, WAVES), elastic_px / (DIGIT / 2) / WAVES, dtype=torch.float64)
-    return Elastic(
-        vectors("amplitude", amplitude),
-        vectors("wave", draw("wave length", lowest, highest)),
-        draw("phase", 0, 2 * math.pi),
-    )
+    wave = vectors("wave", draw("wave length", lowest, highest))
+    return Elastic(vectors("amplitude", amplitude), wave, draw("phase", 0, 2 * math.pi))
 
 
-def deform(digits: UInt8[Tensor, "n 1 28 28"], elastic: Elastic) -> UInt8[Tensor, "n 1 28 28"]:
+def deform(digits: Digits, elastic: Elastic) -> Digits:
     """Digits under elastic maps, resampled bicubically: their displacement is so smooth that nothing aliases."""
     points = centres((DIGIT, DIGIT), elastic.phase).view(1, -1, 2).expand(len(digits), -1, -1)
     grid = elastic.backward(points).view(-1, DIGIT, DIGIT, 2)
@@ -91,9 +90,9 @@ def deform(digits: UInt8[Tensor, "n 1 28 28"], elastic: Elastic) -> UInt8[Tensor
 class Pairs:
     """n pairs of images, k points each; row i of every field belongs to pair i.
 
-    valid: the digit had room for the point (2 pixels from the others), and both images show it; elsewhere its coordinates
-    mean nothing. boxes: x0, y0, x1, y1, outer edges of the pixels with at least half ink, so that x1 - x0 is a number
-    of pixels. jitters: as `Digits32` records them; their `digit` counts in its split.
+    valid: both images show the point, and it is 2 pixels or more from the others; coordinates of other points mean nothing.
+    boxes: x0, y0, x1, y1, outer edges of the pixels with at least half ink, so that x1 - x0 is a number of pixels.
+    jitters: those of `Digits32`; their `digit` is its index in the split.
     """
 
     source: UInt8[Tensor, "n 3 size size"]
@@ -130,7 +129,7 @@ def pairs(
     size: int = CANVAS,
     source: str = "mnist5k",
 ) -> Pairs:
-    """Pairs number 0 .. n-1, which more pairs would not change; every digit is used once before any is used again.
+    """Pairs number 0 .. n-1, the same for any larger n; every digit is used once before any is used again.
 
     digit: only this one, 0 to 9. elastic_px: the largest displacement, in pixels of the 28-pixel digit. grey: white on
     black, jittered the same. size: of the canvas; points and boxes are in its pixels.
@@ -146,40 +145,38 @@ def pairs(
     originals = items.digits[of_digit]
     points, room = ink_points(originals, k)
     copies = 2 * (numbers // one_copy)
-    sides = []
+    sides: dict[str, Any] = {}
     for side, copy in (("source", copies), ("target", copies + 1)):
         jitters = items.jitters(of_digit + one_copy * copy)
         elastic = draw_elastic(n, seed, f"pairs/{source}/{split}/{side}", elastic_px)
         deformed = deform(originals, elastic)
-        drawn = render(deformed, white_on_black(jitters) if grey else jitters, size)
-        boxes = ink_boxes(render(deformed, white_on_black(jitters), size)[:, :1])
-        sides.append((drawn, on_canvas(elastic.forward(points), jitters, size), boxes, jitters))
-    (drawn_a, points_a, boxes_a, jitters_a), (drawn_b, points_b, boxes_b, jitters_b) = sides
-    valid = room & shown(points_a, size) & shown(points_b, size)
-    return Pairs(
-        drawn_a, drawn_b, points_a, points_b, valid, boxes_a, boxes_b, jitters_a.label, jitters_a, jitters_b
-    )  # fmt: skip
+        sides[side] = render(deformed, white_on_black(jitters) if grey else jitters, size)
+        sides[f"{side}_points"] = on_canvas(elastic.forward(points), jitters, size)
+        sides[f"{side}_boxes"] = ink_boxes(render(deformed, white_on_black(jitters), size)[:, :1])
+        sides[f"{side}_jitters"] = jitters
+    # Boxes come from plain white digits: they do not depend on colours.
+    valid = room & shown(sides["source_points"], size) & shown(sides["target_points"], size)
+    return Pairs(**sides, valid=valid, labels=sides["source_jitters"].label)
 
 
 def white_on_black(jitters: Jitters) -> Jitters:
-    """The same places, without colour."""
-    plain = torch.zeros_like(jitters.background)
-    return jitters._replace(foreground=plain + 1, background=plain, gradient=torch.zeros_like(jitters.gradient))
+    """The same poses, without colour."""
+    black = torch.zeros_like(jitters.background)
+    return jitters._replace(foreground=black + 1, background=black, gradient=torch.zeros_like(jitters.gradient))
 
 
-@dataclass(frozen=True)
-class Posed:
-    """Images of digits, the jitters they were drawn with, and the digits themselves."""
+class Posed(NamedTuple):
+    """Images of digits, their jitters, and the digits themselves."""
 
     images: UInt8[Tensor, "n 3 size size"]
     jitters: Jitters
-    digits: UInt8[Tensor, "n 1 28 28"]
+    digits: Digits
 
 
 def posed_digits(
     n: int, seed: int, digit: int | None, *, grey: bool = False, split: str = "held_out", source: str = "mnist5k"
 ) -> Posed:
-    """n digits of a split, each drawn in another place; with `digit` None the ten classes alternate.
+    """n digits of a split, each in a pose of its own; with `digit` None the ten classes alternate.
 
     A longer list begins with the shorter one of the same settings. Raises ValueError for an unknown digit, split or source.
     """
@@ -194,10 +191,8 @@ def posed_digits(
 
 def _alternating(labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Rows in an order in which classes alternate: the data set is sorted by class, so that its first rows would be zeros."""
-    rank = torch.zeros_like(labels)
-    for label in labels.unique():
-        here = labels == label
-        rank[here] = torch.arange(int(here.sum()))
+    # How many of the same class come before each row.
+    rank = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0] - 1
     return (rank * (labels.max() + 1) + labels).argsort()
 
 
@@ -213,10 +208,10 @@ def shown(points: Float[Tensor, "n k 2"], size: int) -> Bool[Tensor, "n k"]:
     return ((points >= -0.5) & (points <= size - 0.5)).all(dim=-1)
 
 
-def ink_points(digits: UInt8[Tensor, "n 1 28 28"], k: int) -> tuple[Float[Tensor, "n k 2"], Bool[Tensor, "n k"]]:
-    """k points of each digit's ink, normalised float64, each farthest from those before, the first from the ink's middle.
+def ink_points(digits: Digits, k: int) -> tuple[Float[Tensor, "n k 2"], Bool[Tensor, "n k"]]:
+    """k points of each digit's ink, normalised float64, and which are 2 pixels or more from all before.
 
-    And which of them have room: 2 pixels from all before.
+    Each is the point farthest from those before; the first is the one farthest from the ink's middle.
     """
     side = DIGIT * CANDIDATES_PER_PX
     enlarged = F.interpolate(digits.float() / 255, scale_factor=CANDIDATES_PER_PX, mode="bicubic", align_corners=False)
@@ -238,14 +233,14 @@ def ink_points(digits: UInt8[Tensor, "n 1 28 28"], k: int) -> tuple[Float[Tensor
 
 
 def ink_boxes(ink: UInt8[Tensor, "n 1 size size"]) -> Float[Tensor, "n 4"]:
-    """The box (x0, y0, x1, y1) of at least half ink, white on black, in pixels; the whole image where there is none."""
+    """The box (x0, y0, x1, y1) around at least half ink, white on black, in pixels; the whole image where there is none."""
     size = ink.shape[-1]
-    dark = ink[:, 0] >= BOX_INK * 255
-    dark = dark | ~dark.flatten(1).any(1)[:, None, None]
+    inked = ink[:, 0] >= BOX_INK * 255
+    inked = inked | ~inked.flatten(1).any(1)[:, None, None]
 
     def extent(line: Bool[Tensor, "n size"]) -> tuple[Tensor, Tensor]:
         line = line.int()  # argmax finds the first of equal values
         return line.argmax(1) - 0.5, size - 0.5 - line.flip(1).argmax(1)
 
-    (x0, x1), (y0, y1) = extent(dark.any(1)), extent(dark.any(2))
+    (x0, x1), (y0, y1) = extent(inked.any(1)), extent(inked.any(2))
     return torch.stack([x0, y0, x1, y1], dim=1).double()

@@ -2,7 +2,7 @@
 
 From Karras et al., "Training generative adversarial networks with limited data" (2020), appendix B. All geometric
 transformations of a sample are composed into one matrix and executed once, all colour transformations into another.
-Every random choice is a function of (seed, stream/quantity, counter): a sample's result knows nothing of its batch.
+Every random choice is a function of (seed, stream/quantity, counter): a sample's result does not depend on its batch.
 
 Convention: x right, y down, in pixels, origin at the image's centre; positive angles turn counter-clockwise as seen.
 """
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.randomness import uniform
 
+Images = Float[Tensor, "n c h w"]
+
 # The orthonormal low-pass filter of the symlet with six vanishing moments, "sym6".
 SYM6 = torch.tensor(
     [
@@ -29,9 +31,9 @@ SYM6 = torch.tensor(
     dtype=torch.float64,
 ).flatten()
 TAPS = len(SYM6)
-# It delays by 5.098 samples, not by half its length, 5.5: samples are placed accordingly, or every rotation would be about
-# a point a fifth of a pixel off the centre. The fine image is reflected about the nearest whole sample: the reflection is
-# off by a tenth of a pixel, and by the little that sym6 lacks in symmetry, as is anything that is turned.
+# Its delay is 5.098 samples, not half its length, 5.5. Samples are placed accordingly; otherwise rotations would be about a
+# point a fifth of a pixel off the centre. The fine image is reflected about the nearest whole sample, so reflections are a
+# tenth of a pixel off.
 DELAY = float((SYM6 * torch.arange(TAPS)).sum() / SYM6.sum())
 FIRST = round(DELAY)
 
@@ -43,7 +45,7 @@ _TURN = torch.tensor([[0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0] * 4], dty
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Which transformations: for each a multiplier of p in 0..1 (0 is off), then the published strengths."""
+    """Transformations: for each a multiplier of p in 0..1 (0 is off), then the published strengths."""
 
     x_flip: float = 0.0
     rotate90: float = 0.0
@@ -89,63 +91,33 @@ PRESETS = {
 BGC = PRESETS["bgc"]
 
 
-@dataclass(frozen=True)
-class AdaptiveProbability:
-    """The published heuristic: p rises while E[sign D(real)] is above target, else falls, by equal steps.  [section 3.1]
+def adapted_p(p: float, mean_sign: float, target: float, share: float) -> float:
+    """ADA's probability after an adjustment: up by `share` while E[sign D(real)] is above target, otherwise down.  [section 3.1]
 
-    `target` of E[sign D(real)]; an adjustment every `interval` steps, such that p takes `ada_kimg` thousand images
-    from 0 to 1. As published p is clamped at 0 only; above 1 everything is applied, and p takes as long to come back.
+    share: images since the last adjustment over those in which p may move by one.
     """
-
-    target: float = 0.6
-    interval: int = 4
-    ada_kimg: float = 500
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.target <= 1:
-            raise ValueError(f"ADA target {self.target} is outside -1..1, the range of E[sign D(real)]")
-        if self.interval < 1 or not self.ada_kimg > 0:
-            raise ValueError(f"ADA interval {self.interval} and kimg {self.ada_kimg}: expected at least 1, above 0")
-
-    def is_due(self, step: int) -> bool:
-        """Whether p is adjusted after `step` finished steps."""
-        return step > 0 and step % self.interval == 0
-
-    def adjusted(self, p: float, sign_sum: float, count: float, batch_size: int) -> float:
-        """p after an adjustment, given the sum of sign D(real) and the number of logits since the last one.
-
-        Both are of the GLOBAL batch (all-reduced by the caller), `batch_size` too.
-        """
-        if count <= 0:
-            raise ValueError(f"{count} real logits since the last adjustment of p: expected at least one")
-        error = sign_sum / count - self.target
-        step = batch_size * self.interval / (self.ada_kimg * 1000)
-        return max(0.0, p + step * ((error > 0) - (error < 0)))
+    # As published, p is clamped at 0 only: above 1 everything is applied, and p takes as long to come back.
+    return max(0.0, p + share * ((mean_sign > target) - (mean_sign < target)))
 
 
 def augment(
-    images: Float[Tensor, "n c h w"],
+    images: Images,
     p: float | Float[Tensor, ""],
     seed: int,
     stream: str,
     counters: Sequence[int],
     config: AugmentConfig = BGC,
-) -> Float[Tensor, "n c h w"]:
+) -> Images:
     """Augment images of about -1..1, each transformation of each sample applied with probability p * multiplier.
 
-    Image i is given the transformations of `counters[i]`, whatever its batch. Differentiable twice with respect to
-    images; p is a constant. Half precision is computed in float32. p = 0 returns `images` itself.
-    Raises ValueError for a p that is no probability (above 1 counts as 1), images smaller than 2x2, colour
-    transformations of other than 1 or 3 channels, or counters that do not match the images.
+    Image i gets the transformations of `counters[i]`. Differentiable twice with respect to images; p is a constant. Half
+    precision is computed in float32. p = 0 returns `images` itself.
+    Raises ValueError for a negative or infinite p (above 1 counts as 1), images smaller than 2x2, colour transformations of
+    other than 1 or 3 channels, or counters that do not match the images.
     """
-    # numpy's integer arithmetic does not survive torch.compile, so there this is a break in the graph.
-    run = torch.compiler.disable(_augment) if torch.compiler.is_compiling() else _augment
-    return run(images, float(p), seed, stream, counters, config)
-
-
-def _augment(
-    images: Tensor, p: float, seed: int, stream: str, counters: Sequence[int], config: AugmentConfig
-) -> Tensor:
+    if torch.compiler.is_compiling():  # random numbers by numpy's integers cannot be compiled: a break in the graph
+        return torch.compiler.disable(augment)(images, p, seed, stream, counters, config)
+    p = float(p)
     _check(images, p, counters, config)
     if p == 0 or len(images) == 0:
         return images
@@ -169,12 +141,15 @@ def _check(images: Tensor, p: float, counters: Sequence[int], config: AugmentCon
         raise ValueError(f"colour augmentation of {channels} channels: expected 1 or 3; use preset 'bg' instead")
 
 
+@dataclass(frozen=True)
 class _Draws:
     """The random choices of a batch: float64 on the CPU, one for each counter."""
 
-    def __init__(self, p: float, seed: int, stream: str, counters: Sequence[int], config: AugmentConfig) -> None:
-        self.p, self.seed, self.stream, self.counters, self.config = p, seed, stream, counters, config
-        self.n = len(counters)
+    p: float
+    seed: int
+    stream: str
+    counters: Sequence[int]
+    config: AugmentConfig
 
     def probability(self, name: str) -> float:
         return min(self.p * getattr(self.config, name), 1.0)
@@ -189,9 +164,7 @@ class _Draws:
     def normal(self, quantity: str) -> Float[Tensor, " n"]:
         return torch.special.ndtri(self.uniform(quantity).clamp(min=2.0**-54))
 
-    def gated(
-        self, name: str, value: Float[Tensor, " n"], neutral: float, probability: float | None = None
-    ) -> Float[Tensor, " n"]:
+    def gated(self, name: str, value: Tensor, neutral: float, probability: float | None = None) -> Float[Tensor, " n"]:
         """`value` where the transformation is applied, else `neutral`; its gate is the quantity "name/gate"."""
         probability = self.probability(name) if probability is None else probability
         return torch.where(self.uniform(f"{name}/gate") < probability, value, neutral)
@@ -215,7 +188,7 @@ def _turn(cos: Float[Tensor, " n"], sin: Float[Tensor, " n"]) -> Float[Tensor, "
 
 
 def _inverse_geometry(draws: _Draws, height: int, width: int) -> Float[Tensor, "n 3 3"]:
-    """Output to input: the inverses of the drawn transformations, in the order in which they are applied."""
+    """Output to input: the inverses of the sampled transformations, in the order in which they are applied."""
     config, gated = draws.config, draws.gated
     inverse = torch.eye(3, dtype=torch.float64)
     if draws.probability("x_flip"):
@@ -243,11 +216,12 @@ def _inverse_geometry(draws: _Draws, height: int, width: int) -> Float[Tensor, "
         x, y = (config.fractional_translation_std * draws.normal(f"fractional_translation/{axis}") for axis in "xy")
         x, y = (gated("fractional_translation", shift, 0) for shift in (x * width, y * height))
         inverse = inverse @ _shift(-x, -y)
-    return inverse.expand(draws.n, 3, 3)
+    return inverse.expand(len(draws.counters), 3, 3)
 
 
 def _rotation_inverse(draws: _Draws, name: str) -> Float[Tensor, "n 3 3"]:
-    """One of the two rotations; each has the probability that makes p that of at least one of them."""
+    """One of the two rotations, before and after the anisotropic scaling."""
+    # At least one of the two is applied with probability p.
     probability = 1 - math.sqrt(1 - draws.probability("rotation"))
     angle = draws.gated(name, math.pi * draws.config.rotation_max * draws.symmetric(name), 0, probability)
     return _turn(angle.cos(), -angle.sin())
@@ -273,10 +247,10 @@ def _colour(draws: _Draws) -> Float[Tensor, "n 4 4"]:
         gain = gated("saturation", torch.exp2(config.saturation_std * draws.normal("saturation")), 1)[:, None, None]
         chroma = torch.diag(torch.tensor([1, 1, 1, 0])) - _LUMA
         colour = (_EYE + (gain - 1) * chroma) @ colour
-    return colour.expand(draws.n, 4, 4)
+    return colour.expand(len(draws.counters), 4, 4)
 
 
-def _recolour(images: Float[Tensor, "n c h w"], colour: Float[Tensor, "n 4 4"]) -> Float[Tensor, "n c h w"]:
+def _recolour(images: Images, colour: Float[Tensor, "n 4 4"]) -> Images:
     if (colour == _EYE).all():
         return images
     if images.shape[1] == 1:  # grey in, the mean of the resulting colour out
@@ -289,13 +263,13 @@ def _recolour(images: Float[Tensor, "n c h w"], colour: Float[Tensor, "n 4 4"]) 
 # --- Images under affine maps
 
 
-def transform(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n c h w"]:
+def transform(images: Images, inverse: Float[Tensor, "n 3 3"]) -> Images:
     """Each image under its own map, in one resampling: anti-aliased, reflected at the edges, differentiable twice.
 
     Convention: x right, y down, in pixels, origin at the image's centre; what is outside the image is its reflection (edge
     pixels not repeated). `inverse` (float64, CPU) takes homogeneous output positions to input positions.
 
-    Samples whose pixels land on pixels are copied, exact to the bit; the others are resampled. Sides of at least 2.
+    Samples whose pixels fall on pixels are copied, exact to the bit; the others are resampled. Sides of at least 2.
     """
     if (inverse == torch.eye(3, dtype=inverse.dtype)).all():
         return images
@@ -320,7 +294,7 @@ def _fold(index: Int[Tensor, "*dims"], size: int) -> Int[Tensor, "*dims"]:
     return last - (index % (2 * last) - last).abs()
 
 
-def _copy_pixels(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n c h w"]:
+def _copy_pixels(images: Images, inverse: Float[Tensor, "n 3 3"]) -> Images:
     """Flips, quarter turns and whole-pixel shifts, exact to the bit."""
     height, width = images.shape[-2:]
     a = inverse.to(images.device, torch.float32)[..., None]  # exact: small multiples of a half
@@ -337,11 +311,9 @@ def _copy_pixels(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3
     return images.flatten(2).gather(2, index).view_as(images)
 
 
-def _resample(images: Float[Tensor, "n c h w"], inverse: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n c h w"]:
-    """Twice the resolution by sym6, bilinear samples of that, then sym6 again down to the original resolution.
-
-    The two filters are matrices, which on CPU and small images is ten times as fast as convolution, reflection included.
-    """
+def _resample(images: Images, inverse: Float[Tensor, "n 3 3"]) -> Images:
+    """Twice the resolution by sym6, bilinear samples of that, then sym6 again down to the original resolution."""
+    # Filters are matrices: on a CPU and small images ten times as fast as convolution, reflection included.
     height, width = images.shape[-2:]
     up, down = (partial(maker, device=images.device, dtype=images.dtype) for maker in (_up_matrix, _down_matrix))
     fine = up(height) @ (images @ up(width).mT)
@@ -389,7 +361,7 @@ _REFLECTION = 2  # grid_sampler_2d's own numbers: 0 bilinear, 2 reflection
 
 
 class _Sample(torch.autograd.Function):
-    """grid_sample, differentiable any number of times in the source: torch learnt the second derivative after 2.6."""
+    """grid_sample, differentiable any number of times in the source: torch 2.6 has no second derivative."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, grid: Tensor) -> Tensor:

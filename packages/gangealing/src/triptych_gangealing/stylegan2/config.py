@@ -75,6 +75,5 @@ class DiscriminatorConfig(_Shape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mbstd_channels and self.channels_at(4) % self.mbstd_channels:
-            raise ValueError(
-                f"mbstd_channels {self.mbstd_channels}: expected a divisor of the {self.channels_at(4)} feature maps at 4x4"
-            )
+            expected = f"a divisor of the {self.channels_at(4)} feature maps at 4x4"
+            raise ValueError(f"mbstd_channels {self.mbstd_channels}: expected {expected}")

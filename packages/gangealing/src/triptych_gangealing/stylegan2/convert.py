@@ -1,11 +1,10 @@
 """`triptych-gangealing convert`: StyleGAN2 networks from any known file to ours, or to rosinality's, checked by their outputs."""
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,7 @@ from triptych_gangealing.settings import ConvertConfig
 from triptych_gangealing.stylegan2 import rosinality
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
-from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.generator import Classes, Generator, Images, Latents
 from triptych_gangealing.stylegan2.shapes import FILTER, build, discriminator_config, generator_config
 from triptych_gangealing.stylegan2.weights import (
     DISCRIMINATOR_FILE,
@@ -31,16 +30,16 @@ from triptych_gangealing.stylegan2.weights import (
 
 _TOLERANCE = 1e-4  # of the outputs' range, or of one where that is smaller
 _IMAGES = 2
-Images = Float[Tensor, "batch channels height width"]
 _ROSINALITY_FILE = "stylegan2.pt"
-Built = dict[str, tuple[Generator | Discriminator, Mapping[str, Tensor]]]
+Network = Generator | Discriminator
+Built = dict[str, tuple[Network, Mapping[str, Tensor]]]  # and the source's tensors
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:
-    """Read, check by its outputs, and write; returns what was found, what was written and the largest difference of outputs.
+    """Read networks, check their outputs, and write them; returns their shapes, the files and the largest difference of outputs.
 
-    Raises ValueError, one line, for a file that would run code, is damaged or contradicts itself, for outputs that differ, and
-    where something other than a conversion stands at --out; OSError when the disk refuses.
+    Raises ValueError for a file that would run code, is damaged or contradicts itself, for outputs that differ, and where --out
+    is something other than a conversion; OSError when the disk refuses.
     """
     if config.checkpoint is None:
         raise ValueError("no checkpoint: give the file to convert, --checkpoint network.pkl")
@@ -53,7 +52,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         **source.facts,
         "converted_from": config.checkpoint.name,
         "source_format": source.format,
-        "source_sha256": _sha256(config.checkpoint),
+        "source_sha256": None if config.checkpoint.is_dir() else checkpoint.file_digest(config.checkpoint),
     }
     write = _write_rosinality if config.format == "rosinality" else _write_own
     differences, written = write(built, facts, config)
@@ -79,10 +78,9 @@ def _built(source: Source, config: ConvertConfig) -> Built:
 
 def _write_own(built: Built, facts: dict[str, Any], config: ConvertConfig) -> tuple[dict[str, float], list[str]]:
     differences = {name: difference(*pair) for name, pair in built.items()}
+    paths = {"generator": config.out / GENERATOR_FILE, "discriminator": config.out / DISCRIMINATOR_FILE}
     if config.out.suffix == ".safetensors":
         paths = {"generator": config.out}
-    else:
-        paths = {"generator": config.out / GENERATOR_FILE, "discriminator": config.out / DISCRIMINATOR_FILE}
     for path in paths.values():
         _refuse_to_replace(path)
     for name, (network, _) in built.items():
@@ -94,28 +92,25 @@ def _write_own(built: Built, facts: dict[str, Any], config: ConvertConfig) -> tu
 
 def _write_rosinality(built: Built, facts: dict[str, Any], config: ConvertConfig) -> tuple[dict[str, float], list[str]]:
     path = config.out if config.out.suffix == ".pt" else config.out / _ROSINALITY_FILE
-    generator = cast(Generator, built["generator"][0])
-    discriminator = cast(Discriminator, built["discriminator"][0]) if "discriminator" in built else None
+    generator: Any = built["generator"][0]
+    discriminator: Any = built["discriminator"][0] if "discriminator" in built else None
     content = rosinality.to_rosinality(generator, discriminator)
-    again = {"generator": rosinality.generator_tensors(content["g_ema"], content["latent_avg"])}
+    # Read back from their names, so that the check covers both directions.
+    tensors = rosinality.generator_tensors(content["g_ema"], content["latent_avg"])
+    again: dict[str, Network] = {"generator": build(generator_config(tensors), tensors)}
     if "d" in content:
-        again["discriminator"] = rosinality.discriminator_tensors(content["d"])
-    infer: dict[str, Callable[..., Any]] = {"generator": generator_config, "discriminator": discriminator_config}
-    differences = {
-        name: difference(build(infer[name](again[name]), again[name]), tensors, network.config)
-        for name, (network, tensors) in built.items()
-    }
+        tensors = rosinality.discriminator_tensors(content["d"])
+        again["discriminator"] = build(discriminator_config(tensors), tensors)
+    differences = {name: difference(again[name], theirs, network.config) for name, (network, theirs) in built.items()}
     if not rosinality.fixed_widths(generator.config):
-        echo(
-            "their code has fixed numbers of feature maps, other than these: edit `channels` in its model.py before loading"
-        )
+        echo("their code has other, fixed numbers of feature maps: edit `channels` in its model.py before loading")
     _refuse_to_replace(path)
     foreign.write(path, {**content, **facts})
     return differences, [str(path)]
 
 
 def _refuse_to_replace(path: Path) -> None:
-    """Raises ValueError where a file stands that no conversion made."""
+    """Raises ValueError for an existing file that no conversion made."""
     if not path.exists():
         return
     try:
@@ -126,7 +121,7 @@ def _refuse_to_replace(path: Path) -> None:
         raise ValueError(f"{path}: already there, and no conversion made it; choose another --out or move it away")
 
 
-def _describe(network: Generator | Discriminator) -> dict[str, Any]:
+def _describe(network: Network) -> dict[str, Any]:
     config = network.config
     about = {
         "class": type(network).__name__,
@@ -138,105 +133,79 @@ def _describe(network: Generator | Discriminator) -> dict[str, Any]:
 
 
 def _sentence(about: Mapping[str, Any]) -> str:
-    maps = list(about["feature_maps"].values())
-    parts = [
-        f"{about['image_channels']}x{about['resolution']}x{about['resolution']}",
-        f"{about['architecture']} design",
-        f"{maps[0]} to {maps[-1]} feature maps",
-        f"{about['parameters']:,} parameters",
-        *([f"{about['num_ws']} w's"] if "num_ws" in about else []),
-        f"{about['c_dim']} classes" if about["c_dim"] else "unconditional",
-    ]
-    return ", ".join(parts)
+    size, maps = about["resolution"], list(about["feature_maps"].values())
+    styles = f"{about['num_ws']} w's, " if "num_ws" in about else ""
+    classes = f"{about['c_dim']} classes" if about["c_dim"] else "unconditional"
+    return (
+        f"{about['image_channels']}x{size}x{size}, {about['architecture']} design, {maps[0]} to {maps[-1]} feature maps, "
+        f"{about['parameters']:,} parameters, {styles}{classes}"
+    )
 
 
-def _sha256(path: Path) -> str | None:
-    if path.is_dir():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- Both networks once more, written out plainly, to check a converted network's output against its source's tensors.
-# Resampling inserts zeros and filters, every image has its own weights, and nothing is shared with `layers`.
+# --- Both networks once more, written as in the papers, to check a converted network's outputs.
+# Upsampling inserts zeros and then filters, every image has its own modulated weights, and no code is shared with `layers`.
 
 
 @torch.no_grad()
 def difference(
-    network: Generator | Discriminator,
-    tensors: Mapping[str, Tensor],
-    config: GeneratorConfig | DiscriminatorConfig | None = None,
+    network: Network, tensors: Mapping[str, Tensor], config: GeneratorConfig | DiscriminatorConfig | None = None
 ) -> float:
     """Largest difference, on fixed inputs, between a network's outputs and those of `tensors` by the plain forward pass.
 
-    config: of the source, where the network has lost something of it. Raises ValueError where it is more than rounding.
+    config: the source's, where the network has lost part of it. Raises ValueError where the difference is more than rounding.
     """
     config = config or network.config
     tensors = {name: value.to(torch.float32) for name, value in tensors.items()}
     c = torch.eye(config.c_dim)[torch.arange(_IMAGES) % config.c_dim] if config.c_dim else None
-    if isinstance(network, Generator):
-        assert isinstance(config, GeneratorConfig)
+    if isinstance(config, GeneratorConfig):
         z = randomness.normal(0, "verify/z", range(_IMAGES), (config.z_dim,))
         ours, theirs = network(z, c), images(config, tensors, z, c)
     else:
-        assert isinstance(config, DiscriminatorConfig)
         size = (config.image_channels, config.resolution, config.resolution)
         x = randomness.normal(0, "verify/images", range(_IMAGES), size)
         ours, theirs = network(x, c), logits(config, tensors, x, c)
     largest = (ours - theirs).abs().max().item()
     limit = _TOLERANCE * max(1.0, theirs.abs().max().item())
-    if not largest <= limit:  # nor where either is not a number
-        raise ValueError(
-            f"outputs of the converted network differ from the source's by {largest:.3g}, more than rounding ({limit:.3g}); "
-            "nothing was written"
-        )
+    if not largest <= limit:  # true of NaN too
+        found = f"outputs of the converted network differ from the source's by {largest:.3g}"
+        raise ValueError(f"{found}, more than rounding ({limit:.3g}); nothing was written")
     return largest
 
 
-def images(
-    config: GeneratorConfig,
-    tensors: Mapping[str, Tensor],
-    z: Float[Tensor, "batch z_dim"],
-    c: Float[Tensor, "batch c_dim"] | None = None,
-) -> Images:
+def images(config: GeneratorConfig, tensors: Mapping[str, Tensor], z: Latents, c: Classes = None) -> Images:
     """A generator's images, with its constant noise.  [Karras et al. 2020, figure 2 and appendix B]"""
     w = _mapping(tensors, config.mapping_layers, z, c)
     x = tensors["synthesis.b4.const"].expand(len(z), -1, -1, -1)
-    image, root = None, math.sqrt(0.5)
+    image, root = x.new_zeros(len(z), config.image_channels, 2, 2), math.sqrt(0.5)
     for resolution in config.resolutions:
         block = _part(tensors, f"synthesis.b{resolution}.")
         residual = config.architecture == "resnet" and resolution > 4
+        # Both branches of a residual block times sqrt(1/2), so that the sum has unit variance.
         skip = _up(x, _scaled(block["skip.weight"])) * root if residual else 0
         if resolution > 4:
             x = _styled(block, "conv0.", x, w, config.conv_clamp, up=True)
         x = skip + _styled(block, "conv1.", x, w, config.conv_clamp) * (root if residual else 1)
-        if image is not None:
-            image = _up(image)
+        image = _up(image)
         if "torgb.weight" in block:
             style = _linear(block, "torgb.affine.", w)
             rgb = _per_image(x, style, _scaled(block["torgb.weight"])) + block["torgb.bias"].view(1, -1, 1, 1)
-            rgb = _clamped(rgb, config.conv_clamp)
-            image = rgb if image is None else image + rgb
-    assert image is not None
+            image = image + _clamped(rgb, config.conv_clamp)
     return image
 
 
 def logits(
-    config: DiscriminatorConfig, tensors: Mapping[str, Tensor], x: Images, c: Float[Tensor, "batch c_dim"] | None = None
+    config: DiscriminatorConfig, tensors: Mapping[str, Tensor], x: Images, c: Classes = None
 ) -> Float[Tensor, " batch"]:
     """A discriminator's logits.  [as above; Karras et al. 2018, section 3]"""
     image, root = x, math.sqrt(0.5)
-    maps: Tensor | None = None
+    maps: Any = 0.0
     for resolution in reversed(config.resolutions[1:]):
         block = _part(tensors, f"b{resolution}.")
         if "fromrgb.weight" in block:
-            read = _conv(block, "fromrgb.", image, config.conv_clamp)
-            maps, image = read if maps is None else maps + read, _down(image)
-        assert maps is not None
+            maps, image = maps + _conv(block, "fromrgb.", image, config.conv_clamp), _down(image)
         y = _conv(block, "conv1.", _conv(block, "conv0.", maps, config.conv_clamp), config.conv_clamp, down=True)
         residual = config.architecture == "resnet"
         maps = (y + _down(maps, _scaled(block["skip.weight"]))) * root if residual else y
-    assert maps is not None
     block, x = _part(tensors, "b4."), maps
     if "fromrgb.weight" in block:
         x = x + _conv(block, "fromrgb.", image, None)
@@ -326,11 +295,9 @@ def _down(x: Tensor, weight: Tensor | None = None) -> Tensor:
 def _spreads(x: Tensor, config: DiscriminatorConfig) -> list[Tensor]:
     """Standard deviations over the images of a group, averaged over each of `mbstd_channels` parts of the channels."""
     size = min(config.mbstd_group_size, len(x))
-    apart = len(x) // size
+    apart = len(x) // size  # image i is in group i mod apart
     spreads = []
     for part in x.chunk(config.mbstd_channels, dim=1) if config.mbstd_channels else []:
-        values = [
-            (part[i % apart :: apart].var(0, correction=0) + 1e-8).sqrt().mean().expand(1, 4, 4) for i in range(len(x))
-        ]
-        spreads.append(torch.stack(values))
+        values = [(group.var(0, correction=0) + 1e-8).sqrt().mean() for group in (part[i::apart] for i in range(apart))]
+        spreads.append(torch.stack(values * size).view(-1, 1, 1, 1).expand(-1, -1, 4, 4))
     return spreads

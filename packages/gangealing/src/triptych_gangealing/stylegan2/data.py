@@ -39,7 +39,7 @@ class TrainingImages:
         return pixels
 
     def fingerprint(self) -> str:
-        """Over what the images are, their size and mirroring: where they lie changes nothing."""
+        """Hash of content, size and mirroring, independent of the images' location."""
         text = f"{self._source.fingerprint()} {self.resolution} {self.x_flip}"
         return f"images:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
@@ -51,12 +51,15 @@ def open_images(
 
     Pictures are cropped to their central square and reduced to `resolution`, grey ones become RGB; small named data sets are
     enlarged. Several sizes are reported. conditional: classes are required.
-    Raises ValueError or OSError, one line, for what is absent, empty, damaged, smaller than `resolution`, or lacks classes.
+    Raises ValueError or OSError for data that are absent, empty, damaged, smaller than `resolution`, or lack classes.
     """
-    if spec.partition(":")[0] == "digits32":
-        source: ImageSource = _digits(spec, split, resolution)
-    else:
+    name, colon, digit = spec.partition(":")
+    if name != "digits32":
         source = open_source(spec, split, unconditional=not conditional)
+    elif colon and digit not in tuple("0123456789"):
+        raise ValueError(f"data {spec!r}: expected digits32, or digits32:0 to digits32:9")
+    else:
+        source = Digits32(split, int(digit) if digit else None, size=resolution)
     if conditional and source.num_classes < 2:
         raise ValueError(f"data {spec!r}: has no classes for a conditional model; put each into a subfolder of its own")
     if isinstance(source, Digits32):
@@ -71,10 +74,9 @@ def _read(source: ImageSource, spec: str, resolution: int, split: str) -> ImageD
     try:
         held = in_memory(measured, resolution, allow_upscale=spec in DATASETS, split=split)
     except ImageTooSmall as error:
-        raise ValueError(
-            f"{error.path}: {_by(*measured.last)} pixels are fewer than the resolution {_by(resolution, resolution)}; "
-            "choose a smaller resolution or leave such pictures out"
-        ) from error
+        found = f"{_by(*measured.last)} pixels are fewer than the resolution {_by(resolution, resolution)}"
+        remedy = "choose a smaller resolution or leave such pictures out"
+        raise ValueError(f"{error.path}: {found}; {remedy}") from error
     if len(measured.sizes) > 1:
         widths, heights = zip(*measured.sizes, strict=True)
         echo(
@@ -86,13 +88,6 @@ def _read(source: ImageSource, spec: str, resolution: int, split: str) -> ImageD
 
 def _by(width: int, height: int) -> str:
     return f"{width}x{height}"
-
-
-def _digits(spec: str, split: str, resolution: int) -> Digits32:
-    word = spec.partition(":")[2]
-    if ":" in spec and word not in tuple("0123456789"):
-        raise ValueError(f"data {spec!r}: expected digits32, or digits32:0 to digits32:9")
-    return Digits32(split, int(word) if word else None, size=resolution)
 
 
 class _Measured(ImageSource):

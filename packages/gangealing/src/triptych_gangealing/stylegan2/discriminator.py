@@ -1,4 +1,4 @@
-"""StyleGAN2's discriminator.  [Karras et al. 2020]  Names of parameters as in the files of stylegan2-ada-pytorch."""
+"""StyleGAN2's discriminator.  [Karras et al. 2020]  Parameters are named as in the files of stylegan2-ada-pytorch."""
 
 import math
 
@@ -10,6 +10,9 @@ from triptych_gangealing.stylegan2.config import DiscriminatorConfig
 from triptych_gangealing.stylegan2.layers import Conv2d, FullyConnected, Mapping, downsample2d
 
 Images = Float[Tensor, "batch channels height width"]
+Maps = Float[Tensor, "batch maps height width"]
+NewMaps = Float[Tensor, "batch new_maps new_height new_width"]
+NewImages = Float[Tensor, "batch channels new_height new_width"]
 
 
 class DiscriminatorBlock(nn.Module):
@@ -28,12 +31,7 @@ class DiscriminatorBlock(nn.Module):
         if config.architecture == "resnet":
             self.skip = Conv2d(channels, after, 1, bias=False, resample="down")
 
-    def forward(
-        self, x: Float[Tensor, "batch maps height width"] | None, image: Images | None, dtype: torch.dtype
-    ) -> tuple[
-        Float[Tensor, "batch new_maps new_height new_width"],
-        Float[Tensor, "batch channels new_height new_width"] | None,
-    ]:
+    def forward(self, x: Maps | None, image: Images | None, dtype: torch.dtype) -> tuple[NewMaps, NewImages | None]:
         if x is not None:
             x = x.to(dtype)
         if self.fromrgb is not None:
@@ -41,6 +39,7 @@ class DiscriminatorBlock(nn.Module):
             read = self.fromrgb(image.to(dtype))
             x = read if x is None else x + read
             image = downsample2d(image) if self.architecture == "skip" else None
+        # Both branches times sqrt(1/2): their sum has unit variance.
         if self.architecture == "resnet":
             skip = self.skip(x, gain=math.sqrt(0.5))
             return skip + self.conv1(self.conv0(x), gain=math.sqrt(0.5)), image
@@ -48,7 +47,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Epilogue(nn.Module):
-    """4x4 feature maps and their spread over a group of images, to a number, or to what a class embedding is multiplied by."""
+    """4x4 feature maps and their spread over a group of images, to a logit, or to a vector whose product with the class is one."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -77,16 +76,15 @@ def minibatch_std(
 ) -> Float[Tensor, "batch num_channels height width"]:
     """Standard deviation over groups of images, averaged over pixels and parts of the channels, as constant feature maps.
 
-    Image i is in group i mod (batch / group_size), as published; a batch smaller than a group is one group. `grouped` orders a
-    batch so that consecutive images share a group.  [Karras et al. 2018, 3]
-
-    Raises ValueError for a batch that does not divide into groups.
+    Image i is in group i mod (batch / group_size), as published; a batch smaller than a group is one group.
+    Raises ValueError for a batch that does not divide into groups.  [Karras et al. 2018, 3]
     """
     n, channels, height, width = x.shape
     size = min(group_size, n)
     if n % size:
         raise ValueError(f"{n} images do not divide into groups of {size} (mbstd_group_size); use a multiple")
     y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    # member group part channel height width: the image's number varies over groups first
     y = y.reshape(size, n // size, num_channels, channels // num_channels, height, width)
     y = (y - y.mean(dim=0)).square().mean(dim=0)
     y = (y + 1e-8).sqrt().mean(dim=(2, 3, 4))
@@ -96,21 +94,19 @@ def minibatch_std(
 def grouped(n: int, group_size: int) -> list[int]:
     """Order of n images in which `minibatch_std` puts each `group_size` consecutive ones in a group.
 
-    Groups are then parts of the whole batch, however it is dealt to ranks and micro-batches.
+    With it, groups do not depend on how a batch is divided into ranks and micro-batches.
     """
     size = min(group_size, n)
     return [group * size + member for member in range(size) for group in range(n // size)]
 
 
 class Discriminator(nn.Module):
-    """Images to logits: positive for what it takes to be real.
-
-    `bf16_resolutions`: how many of the highest resolutions run in bfloat16.
-    """
+    """Images to logits, positive for real. `bf16_resolutions`: how many of the highest resolutions run in bfloat16."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.config, self.bf16_resolutions = config, 0
+        # From the image's resolution down to 8; `b4` is the epilogue.
         for resolution in config.resolutions[:0:-1]:
             self.add_module(f"b{resolution}", DiscriminatorBlock(resolution, config))
         if config.c_dim:
@@ -133,5 +129,5 @@ class Discriminator(nn.Module):
         x = self.b4(x.to(images.dtype), image)
         if not config.c_dim:
             return x.squeeze(1)
-        embedded = self.mapping(None, c)
-        return (x * embedded).sum(dim=1) / math.sqrt(config.channels_at(4))
+        # Projection discriminator: the logit is a product with the embedded class.
+        return (x * self.mapping(None, c)).sum(dim=1) / math.sqrt(config.channels_at(4))

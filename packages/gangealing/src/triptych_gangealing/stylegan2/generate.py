@@ -20,9 +20,9 @@ VIDEO_SIDE = 4  # walks side by side, and one above another
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
-    """Write what the config asks for; returns the files.
+    """Write a grid, and images and a film where the config says so; returns the files.
 
-    Raises ValueError for a file that holds no generator or a label it does not know, ImportError where mp4 lacks its package.
+    Raises ValueError for a file without a generator or a label out of range, ImportError where mp4 lacks its package.
     """
     if config.video == "mp4":
         import_av()
@@ -50,7 +50,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
 
 def labels_of(generator: Generator, config: GenerateConfig) -> Tensor | None:
-    """The label of every image, where one was asked for."""
+    """The label of every image, where the config has one."""
     if config.label is None:
         return None
     classes = generator.config.c_dim
@@ -74,13 +74,10 @@ def film(generator: Generator, config: GenerateConfig) -> UInt8[Tensor, "frames 
     frames = []
     with Progress("filming", len(legs), "frames") as progress:
         for leg in legs:
-            here, there = ends(stops, leg[None])
-            images = to_uint8(generator.synthesis(_smooth(float(leg[2]), here[0], there[0]))).cpu()
+            (here,), (there,) = ends(stops, leg[None])
+            share = float(leg[2])
+            eased = share * share * (3 - 2 * share)  # slow at both ends
+            images = to_uint8(generator.synthesis(torch.lerp(here, there, eased))).cpu()
             frames.append(image_grid(images, columns=VIDEO_SIDE))
             progress.advance()
     return torch.stack(frames)
-
-
-def _smooth(share: float, here: Tensor, there: Tensor) -> Tensor:
-    """Slow at both ends."""
-    return torch.lerp(here, there, share * share * (3 - 2 * share))

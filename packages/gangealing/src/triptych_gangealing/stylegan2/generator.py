@@ -1,6 +1,6 @@
 """StyleGAN2's generator.  [Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN"]
 
-Names of parameters are those of the files that stylegan2-ada-pytorch writes, which hold the resampling filter besides.
+Parameters are named as in the files of stylegan2-ada-pytorch, which also hold the resampling filter.
 """
 
 import math
@@ -25,8 +25,15 @@ from triptych_gangealing.stylegan2.layers import (
 )
 
 Images = Float[Tensor, "batch channels height width"]
-AT_ONCE = 64  # images, where nothing else is asked for
+Maps = Float[Tensor, "batch maps height width"]
+NewMaps = Float[Tensor, "batch new_maps new_height new_width"]
+NewImages = Float[Tensor, "batch channels new_height new_width"]
+Latents = Float[Tensor, "batch z_dim"]
+Classes = Float[Tensor, "batch c_dim"] | None  # one-hot; None for an unconditional model
+Style = Float[Tensor, "batch w_dim"]
+Styles = Float[Tensor, "batch num_ws w_dim"]
 Noise = str | Float[Tensor, "batch noise_size"]
+AT_ONCE = 64  # images, by default
 
 
 class StyledConv(nn.Module):
@@ -46,13 +53,8 @@ class StyledConv(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch maps height width"],
-        w: Float[Tensor, "batch w_dim"],
-        noise: Noise,
-        gain: float = 1.0,
-    ) -> Float[Tensor, "batch new_maps new_height new_width"]:
+    def forward(self, x: Maps, w: Style, noise: Noise, gain: float = 1.0) -> NewMaps:
+        # All gains enter before the activation, which is homogeneous: a pass over the maps less.
         scale = gain * ACTIVATION_GAINS["lrelu"]
         x = modulated_conv2d(x, self.weight, self.affine(w), resample=self.resample, gain=scale)
         if isinstance(noise, Tensor):
@@ -75,7 +77,8 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.image_channels))
         self.weight_gain = 1 / math.sqrt(in_channels)
 
-    def forward(self, x: Float[Tensor, "batch maps height width"], w: Float[Tensor, "batch w_dim"]) -> Images:
+    def forward(self, x: Maps, w: Style) -> Images:
+        # Without demodulation the weights' gain must come from somewhere: as published, from the styles.
         x = modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
         return bias_act(x, self.bias, clamp=self.conv_clamp)
 
@@ -99,16 +102,8 @@ class SynthesisBlock(nn.Module):
         self.num_convs = 1 if self.first else 2
 
     def forward(
-        self,
-        x: Float[Tensor, "batch maps height width"] | None,
-        image: Images | None,
-        ws: Float[Tensor, "batch num_ws w_dim"],
-        noises: list[Noise],
-        dtype: torch.dtype,
-    ) -> tuple[
-        Float[Tensor, "batch new_maps new_height new_width"],
-        Float[Tensor, "batch channels new_height new_width"] | None,
-    ]:
+        self, x: Maps | None, image: Images | None, ws: Styles, noises: list[Noise], dtype: torch.dtype
+    ) -> tuple[NewMaps, NewImages | None]:
         w, noise = iter(ws.unbind(1)), iter(noises)
         if x is None:
             x = self.const.to(dtype).expand(len(ws), -1, -1, -1)
@@ -140,10 +135,9 @@ class Synthesis(nn.Module):
         self.config, self.bf16_resolutions = config, 0
         for resolution in config.resolutions:
             self.add_module(f"b{resolution}", SynthesisBlock(resolution, config))
-        convs = [r for r in config.resolutions for _ in range(1 if r == 4 else 2)]
-        self.noise_sizes = [r * r for r in convs]
+        self.noise_sizes = [r * r for r in config.resolutions for _ in range(1 if r == 4 else 2)]
 
-    def forward(self, ws: Float[Tensor, "batch num_ws w_dim"], *, noise: Noise = "const") -> Images:
+    def forward(self, ws: Styles, *, noise: Noise = "const") -> Images:
         """An image for each row of styles, about in [-1, 1].
 
         noise: "const", the same for every image; "none"; or values for each image, `sum(noise_sizes)` of them, as `noise` draws.
@@ -154,18 +148,19 @@ class Synthesis(nn.Module):
         if isinstance(noise, Tensor):
             if noise.shape[1] != sum(self.noise_sizes):
                 raise ValueError(f"noise of {noise.shape[1]} values for each image: expected {sum(self.noise_sizes)}")
-        elif noise not in ("const", "none"):
+            noises: list[Noise] = list(noise.split(self.noise_sizes, dim=1))
+        elif noise in ("const", "none"):
+            noises = [noise] * len(self.noise_sizes)
+        else:
             raise ValueError(f"noise {noise!r}: expected 'const', 'none' or values for each image")
-        noises = (
-            list(noise.split(self.noise_sizes, dim=1)) if isinstance(noise, Tensor) else [noise] * len(self.noise_sizes)
-        )
+        # Block b has its convolutions' styles, and one more for torgb, which it shares with the next block's first convolution.
         x = image = None
         used = 0
         for i, resolution in enumerate(self.config.resolutions):
             block = getattr(self, f"b{resolution}")
             low = i >= len(self.config.resolutions) - self.bf16_resolutions
             here = slice(used, used + block.num_convs)
-            styles = ws[:, used : used + block.num_convs + 1]  # the last is the image's, and the next block's first
+            styles = ws[:, used : used + block.num_convs + 1]
             x, image = block(x, image, styles, noises[here], torch.bfloat16 if low else ws.dtype)
             used += block.num_convs
         assert image is not None
@@ -194,28 +189,24 @@ class Generator(nn.Module):
         return self.config.num_ws
 
     def styles(
-        self,
-        z: Float[Tensor, "batch z_dim"],
-        c: Float[Tensor, "batch c_dim"] | None = None,
-        *,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
-    ) -> Float[Tensor, "batch num_ws w_dim"]:
-        """The style of each layer: w repeated, the first `truncation_cutoff` (None: all) of them drawn towards the mean w.
+        self, z: Latents, c: Classes = None, *, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
+    ) -> Styles:
+        """The style of each layer: w repeated, in the first `truncation_cutoff` layers (None: all) moved towards the mean w.
 
-        c: one-hot classes, where the model is conditional. Raises ValueError where labels are missing or too many.
+        Raises ValueError for a conditional model without classes, or classes for an unconditional one.
         """
         ws = self.mapping(z, c).unsqueeze(1).repeat(1, self.num_ws, 1)
         if truncation_psi == 1:
             return ws
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+        # psi 1 is w itself, 0 the mean; negative values give the "opposite" image.
         truncated = self.mapping.w_avg.lerp(ws[:, :cutoff], float(truncation_psi))
         return torch.cat([truncated, ws[:, cutoff:]], dim=1)
 
     def forward(
         self,
-        z: Float[Tensor, "batch z_dim"],
-        c: Float[Tensor, "batch c_dim"] | None = None,
+        z: Latents,
+        c: Classes = None,
         *,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
@@ -240,7 +231,7 @@ def sample_images(
     labels: Tensor | None = None,
     at_once: int = AT_ONCE,
 ) -> UInt8[Tensor, "n channels height width"]:
-    """Images number `indices` of a seed's samples, on the CPU; of a conditional generator all classes in turn, or `labels`."""
+    """Samples number `indices` of a seed, on the CPU; of a conditional generator all classes in turn, or `labels`."""
     from triptych_common.images import to_uint8
 
     out = []
@@ -248,6 +239,7 @@ def sample_images(
         part = indices[start : start + at_once]
         z = latents_of(generator, part, seed)
         c = classes_of(generator, part, None if labels is None else labels[start : start + at_once])
+        # Latents, classes and noise depend on a sample's number alone: portions of any size give the same images.
         noise = generator.synthesis.noise(seed, "sample/noise", part)
         ws = generator.styles(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
         out.append(to_uint8(generator.synthesis(ws, noise=noise)).cpu())
@@ -255,13 +247,11 @@ def sample_images(
 
 
 def latents_of(generator: Generator, indices: range, seed: int) -> Float[Tensor, "n z_dim"]:
-    """Latents number `indices` of a seed's samples, on the device of the generator's weights."""
+    """Latents number `indices` of a seed, on the device of the generator's weights."""
     return randomness.normal(seed, "sample/z", indices, (generator.config.z_dim,)).to(next(generator.parameters()))
 
 
-def classes_of(
-    generator: Generator, indices: Sequence[int], labels: Tensor | None = None
-) -> Float[Tensor, "n c_dim"] | None:
+def classes_of(generator: Generator, indices: Sequence[int], labels: Tensor | None = None) -> Classes:
     """One-hot classes of images for a conditional generator: those of `labels`, or all in turn."""
     classes = generator.config.c_dim
     if not classes:

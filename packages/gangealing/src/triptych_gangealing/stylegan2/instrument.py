@@ -1,8 +1,6 @@
-"""The frozen instrument for coloured jittered digits: a feature network that also reads digit, place and colours.
+"""The frozen instrument for coloured jittered digits: a feature network that also reads digit, pose and colours.
 
-It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits, and ships as safetensors; `weights/instruments.json`
-records SHA-256, held-out scores, command, seed and commit. Having to tell places and colours as well as digits, its features
-see what a classifier would be blind to.
+It was trained once, on fresh jitters of `mnist5k`'s 4,000 training digits; see `weights/instruments.json`.
 """
 
 import math
@@ -24,29 +22,23 @@ from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32
 from triptych_gangealing.stylegan2.weights import EMBEDDED
 
 NAME, SIZE, DIM = "digits32_features", 32, 64
-PARTS = [10, 2, 1, 2, 3, 3, 2]  # of the outputs
+PARTS = [10, 2, 1, 2, 3, 3, 2]  # outputs: logits, cosine and sine of the angle, scale, shift, two colours, gradient
 HELD_OUT_PER_DIGIT = 100
 
 
 def feature_network() -> nn.Sequential:
-    """32x32 RGB digits to 64 features, each of variance 1, then to 23 numbers: 10 logits, cosine and sine of the angle, scale,
-    shift, two colours, gradient. `[:-1]` are the features.
-
-    The last step is linear and the features are of one size, so that what is small in pixels, such as a hue, is not small in them.
-    """
+    """32x32 RGB digits to 64 features (`[:-1]`), then to the 23 numbers of `PARTS`."""
     layers: list[nn.Module] = []
-    for channels_in, channels_out, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
-        layers += [
-            nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.SiLU(),
-        ]
+    for before, after, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU()]
+    # As the outputs include pose and colours, features see what a classifier ignores; and as each has variance 1, what is small in
+    # pixels, such as a hue, is not small in them.
     features = nn.Linear(64 * 4 * 4, DIM, bias=False), nn.BatchNorm1d(DIM, affine=False)
     return nn.Sequential(*layers, nn.Flatten(), *features, nn.Linear(DIM, sum(PARTS)))
 
 
 class Reading(NamedTuple):
-    """What the instrument takes images for: digits and how they are drawn, as `Jitters` has it."""
+    """The instrument's estimate of digits and how they are drawn; units as in `Jitters`."""
 
     logits: Float[Tensor, "n 10"]
     angle: Float[Tensor, " n"]  # radians
@@ -80,14 +72,13 @@ class Digits32Instrument:
     @torch.inference_mode()
     def _run(self, network: nn.Module, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
-            raise ValueError(
-                f"instrument {NAME}: images are {images.dtype} {tuple(images.shape)}, expected uint8 (n, 3, {SIZE}, {SIZE})"
-            )
+            found = f"instrument {NAME}: images are {images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"{found}, expected uint8 (n, 3, {SIZE}, {SIZE})")
         return torch.cat([network(from_uint8(part)) for part in images.cpu().split(256)])
 
 
 def reading(outputs: Float[Tensor, "n 23"]) -> Reading:
-    """The network's 23 numbers, in units."""
+    """The network's 23 numbers as angles, pixels and colours."""
     logits, turn, scale, shift, foreground, background, gradient = outputs.split(PARTS, dim=1)
     angle = torch.atan2(turn[:, 1], turn[:, 0])
     return Reading(logits, angle, scale[:, 0], shift * MAX_SHIFT_PX, foreground, background, gradient * MAX_GRADIENT)
@@ -101,9 +92,7 @@ def load_instrument(folder: Path = EMBEDDED) -> Digits32Instrument:
 
 
 class GanScores(NamedTuple):
-    """Distances of generated to held-out images in the instrument's features, each with its interval; `floor`: what as many
-    training images score, below which no generator need come.
-    """
+    """Distances of generated to held-out images in the instrument's features; `floor_`: those of as many training images."""
 
     n: int
     frechet: Estimate

@@ -1,73 +1,64 @@
-"""StyleGAN2 networks out of other people's files, without running a line of them.
+"""StyleGAN2 networks from other people's files, without running a line of them.
 
-Read are: pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks), and of their TensorFlow era; checkpoints of
-rosinality/stylegan2-pytorch. The options that a file gives are checked against its tensors. `weights.open_networks` is the door.
+It reads pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks) and of their TensorFlow era, and checkpoints of
+rosinality/stylegan2-pytorch, and checks a file's options against its tensors. Entry point: `weights.open_networks`.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from triptych_common.storage import foreign
 
-from triptych_gangealing.stylegan2 import rosinality, tensorflow_era
+from triptych_gangealing.stylegan2 import rosinality, shapes, tensorflow_era
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
-from triptych_gangealing.stylegan2.shapes import agrees, build, discriminator_config, generator_config, without_filters
 
-# NVIDIA's options: fields of our configs, those that every network here has, and those of training, speed or telling shapes
-_FIELDS = {
-    "img_resolution": "resolution",
-    "img_channels": "image_channels",
-    "c_dim": "c_dim",
-    "channel_base": "channel_base",
-    "channel_max": "channel_max",
-    "architecture": "architecture",
-    "conv_clamp": "conv_clamp",
-    "num_layers": "mapping_layers",
-}
+# NVIDIA's options: fields of our configs; values that every network here has; options of training or speed, or that shapes repeat.
+_FIELDS = {name: name for name in ("c_dim", "channel_base", "channel_max", "architecture", "conv_clamp")}
+_FIELDS |= {"img_resolution": "resolution", "img_channels": "image_channels", "num_layers": "mapping_layers"}
 _GENERATOR_FIELDS = {**_FIELDS, "z_dim": "z_dim", "w_dim": "w_dim"}
 _DISCRIMINATOR_FIELDS = {**_FIELDS, "mbstd_group_size": "mbstd_group_size", "mbstd_num_channels": "mbstd_channels"}
 _NESTED = ("mapping_kwargs", "synthesis_kwargs", "block_kwargs", "epilogue_kwargs")
-_FIXED: dict[str, Any] = {
-    "resample_filter": [1, 3, 3, 1],
-    "activation": "lrelu",
-    "use_noise": True,
-    "kernel_size": 3,
-    "lr_multiplier": 0.01,
-}
-_IGNORED = {
+_FIXED: dict[str, Any] = {"resample_filter": [1, 3, 3, 1], "activation": "lrelu", "use_noise": True, "kernel_size": 3}
+_FIXED |= {"lr_multiplier": 0.01}
+_IGNORED = (
     *("num_fp16_res", "use_fp16", "fp16_channels_last", "channels_last", "fused_modconv_default"),
     *("w_avg_beta", "freeze_layers", "freeze_embed", "embed_features", "layer_features", "cmap_dim"),
+)
+_MODULE_SETTINGS = {
+    "synthesis.b4.conv1.conv_clamp": "conv_clamp",
+    "b4.conv.conv_clamp": "conv_clamp",
+    "b4.mbstd.group_size": "mbstd_group_size",
+    "b4.mbstd.num_channels": "mbstd_channels",
 }
 _SETTINGS = ("activation", "bias_gain", "conv_clamp", "architecture")
 
 
 def read_rosinality(path: Path) -> dict[str, Any]:
-    """What a checkpoint of rosinality's code holds, as fields of `weights.Source`.
+    """The content of a checkpoint of rosinality's code, as fields of `weights.Source`.
 
-    Raises ValueError, one line, for one that would run code or holds no networks.
+    Raises ValueError for one that would run code or holds no networks.
     """
     try:
         content = foreign.read(path, allow=[argparse.Namespace])  # the options of a training run
     except ValueError as error:
         if error.__cause__ is None or (name := refused_name(error.__cause__)) is None:
             raise
-        raise ValueError(
-            f"{path}: names {name}, which no network needs and which could run code; nothing was run"
-        ) from error
+        reason = f"names {name}, which no network needs and which could run code; nothing was run"
+        raise ValueError(f"{path}: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a checkpoint with g_ema")
-    state, discriminator_state = rosinality.generator_state(content), rosinality.discriminator_state(content)
+    state = rosinality.generator_state(content)
+    discriminator_state = content["d"] if isinstance(content.get("d"), Mapping) else None
     if state is None and discriminator_state is None:
         raise ValueError(f"{path}: holds no networks; expected a checkpoint with g_ema, as rosinality's code writes")
-    average = content.get("latent_avg")
-    average = average if isinstance(average, Tensor) else None
+    average = content["latent_avg"] if isinstance(content.get("latent_avg"), Tensor) else None
     found: dict[str, Any] = {"facts": {}}
     if state is not None:
         found["generator"] = lambda: _located(path, lambda: _rosinality_generator(state, average))
@@ -80,8 +71,8 @@ def read_rosinality(path: Path) -> dict[str, Any]:
 
 def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> tuple[Generator, dict[str, Tensor]]:
     tensors = rosinality.generator_tensors(state, average)
-    config = generator_config(tensors)
-    generator = build(config, {"mapping.w_avg": torch.zeros(config.w_dim), **tensors})
+    config = shapes.generator_config(tensors)
+    generator = shapes.build(config, {"mapping.w_avg": torch.zeros(config.w_dim), **tensors})
     if average is None:
         generator.mapping.w_avg.copy_(rosinality.mean_style(generator))
     return generator, tensors
@@ -89,11 +80,11 @@ def _rosinality_generator(state: Mapping[str, Any], average: Tensor | None) -> t
 
 def _rosinality_discriminator(state: Mapping[str, Any]) -> tuple[Discriminator, dict[str, Tensor]]:
     tensors = rosinality.discriminator_tensors(state)
-    return build(discriminator_config(tensors), tensors), tensors
+    return shapes.build(shapes.discriminator_config(tensors), tensors), tensors
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """What a pickle of NVIDIA's code holds, as fields of `weights.Source`. Raises as `load_pickle`."""
+    """The content of a pickle of NVIDIA's code, as fields of `weights.Source`. Raises as `load_pickle`."""
     networks = load_pickle(path)
     found: dict[str, Any] = {}
     key = "G_ema" if "G_ema" in networks else "G"
@@ -118,61 +109,43 @@ def _built(network: PickledNetwork, *, is_generator: bool) -> tuple[Generator | 
     else:
         if any(name.startswith("synthesis.input.") for name in network.tensors):
             raise ValueError("a StyleGAN3 network; only StyleGAN2's are read")
-        tensors = without_filters(network.tensors, {r".*\.resample_filter": 1.0})
+        tensors = shapes.without_filters(network.tensors, {r".*\.resample_filter": 1.0})
         fields = _fields(network, _GENERATOR_FIELDS if is_generator else _DISCRIMINATOR_FIELDS)
     try:
-        config = (generator_config if is_generator else discriminator_config)(tensors, **fields)
+        config = (shapes.generator_config if is_generator else shapes.discriminator_config)(tensors, **fields)
     except TypeError as error:
         raise ValueError(f"its options are of other types than expected ({error})") from error
-    built = build(config, tensors)
+    built = shapes.build(config, tensors)
     _check_settings(built, network.settings)
     return built, tensors
 
 
 def _fields(network: PickledNetwork, fields: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of a config out of NVIDIA's options, which older and newer files nest differently.
-
-    What their versions have different defaults for is taken from the modules' own attributes.
-    """
+    """Fields of a config out of NVIDIA's options, which older and newer files nest differently."""
     options = {name: value for name, value in network.kwargs.items() if name not in _NESTED}
     for name in _NESTED:
         nested = network.kwargs.get(name)
         options |= nested if isinstance(nested, dict) else {}
-    found = {}
-    for name, value in options.items():
-        if name in fields:
-            found[fields[name]] = value
-        elif name in _FIXED and not agrees(value, _FIXED[name]):
-            raise ValueError(f"its option {name} is not {_FIXED[name]}, as all networks here have it")
-        elif name not in _FIXED and name not in _IGNORED:
-            raise ValueError(f"its option {ascii(name)[:60]} is not known here")
-    module_settings = {
-        "synthesis.b4.conv1.conv_clamp": "conv_clamp",
-        "b4.conv.conv_clamp": "conv_clamp",
-        "b4.mbstd.group_size": "mbstd_group_size",
-        "b4.mbstd.num_channels": "mbstd_channels",
-    }
-    for name, field_name in module_settings.items():
+    found = shapes.fields_of(options, fields, _FIXED, _IGNORED)
+    # Versions of their code differ in these defaults, so the modules' own attributes decide.
+    for name, field_name in _MODULE_SETTINGS.items():
         if name in network.settings:
             value = network.settings[name]
             given = found.get(field_name, value)
-            if given is not value and not agrees(given, value):
+            if given is not value and not shapes.agrees(given, value):
                 raise ValueError(f"its option {field_name} is not its module's {name}, {ascii(value)[:40]}")
             found[field_name] = value
     return found
 
 
 def _check_settings(network: Generator | Discriminator, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first attribute of a module in a file that is another one's here."""
+    """Raises ValueError for the first attribute of a module whose value differs here."""
     modules = dict(network.named_modules())
     for name, value in settings.items():
         path, _, attribute = name.rpartition(".")
         if attribute not in _SETTINGS or path not in modules:
             continue
         expected = getattr(modules[path], attribute, "lrelu" if attribute == "activation" else value)
-        if isinstance(value, float | int) and isinstance(expected, float | int):
-            same = math.isclose(value, expected, rel_tol=1e-6)
-        else:
-            same = value == expected
-        if not same:
+        numbers = isinstance(value, float | int) and isinstance(expected, float | int)
+        if value != expected and not (numbers and math.isclose(value, cast(float, expected), rel_tol=1e-6)):
             raise ValueError(f"{name[:100]} is {ascii(value)[:40]}, here it is {expected}")

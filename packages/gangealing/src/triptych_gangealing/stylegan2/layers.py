@@ -1,9 +1,8 @@
 """What StyleGAN2's networks are made of: resampling by a FIR filter, modulated convolution, layers with equalised learning rate.
 
-The filter is always [1, 3, 3, 1], normalised. Nothing here inserts zeros: twice up is a transposed convolution of each
-channel, twice down one with a stride, and a convolution after a two-fold upsampling is a transposed convolution too. Any
-rectangular size, floating type, device and memory format (resampled on a CPU, images are channels last); everything may be
-differentiated twice.
+The filter is always [1, 3, 3, 1], normalised. Nothing here inserts zeros: upsampling is a transposed convolution of each
+channel, downsampling one with a stride, and a convolution after upsampling is a transposed convolution too. Works for any
+rectangular size, floating type, device and memory format; differentiable twice.
 """
 
 import math
@@ -17,14 +16,14 @@ from torch.nn import functional as F
 Images = Float[Tensor, "batch channels height width"]
 Resample = Literal["same", "up", "down"]
 Activation = Literal["linear", "lrelu"]
-ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2)}  # which keep unit variance
+ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2)}  # they keep the variance at one
 
 
 # --- Layers
 
 
 class FullyConnected(nn.Module):
-    """Linear layer whose weights are stored at unit variance and scaled as used: He's constant and `lr_multiplier`.
+    """Linear layer whose weights are stored at unit variance and scaled when used: He's constant and `lr_multiplier`.
 
     [Karras et al. 2018, "Progressive Growing of GANs", 4.1]
     """
@@ -40,6 +39,7 @@ class FullyConnected(nn.Module):
     ) -> None:
         super().__init__()
         self.activation, self.bias_gain = activation, lr_multiplier
+        # Stored weights are larger by 1 / lr_multiplier and used smaller: Adam's steps, of fixed size, count for less.
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
@@ -75,6 +75,7 @@ class Conv2d(nn.Module):
         scale = gain * ACTIVATION_GAINS[self.activation]
         x = conv2d(x, (self.weight * (self.weight_gain * scale)).to(x.dtype), resample=self.resample)
         bias = None if self.bias is None else self.bias * scale
+        # The clamp is on the activation's own scale, before `gain`.
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act(x, bias, self.activation, gain=1, clamp=clamp)
 
@@ -87,8 +88,8 @@ def normalize_2nd_moment(x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 
 class Mapping(nn.Module):
     """Latent z and class to style w: normalised, then fully connected layers that learn a hundred times slower.
 
-    Without `z_dim` it embeds classes alone, as a conditional discriminator does. `w_avg` is a running mean of w, which the
-    training loop keeps: over the batch of all ranks.
+    Without `z_dim` it embeds classes alone, for a conditional discriminator. The training loop keeps `w_avg`, a running mean of w
+    over the batch of all ranks.
     """
 
     w_avg: Tensor
@@ -110,15 +111,11 @@ class Mapping(nn.Module):
     ) -> Float[Tensor, "batch w_dim"]:
         if (c is None) == bool(self.c_dim) or (c is not None and c.shape[1] != self.c_dim):
             given = "none" if c is None else f"of {c.shape[1]} classes"
-            raise ValueError(
-                f"labels {given}: expected {f'one-hot rows of {self.c_dim} classes' if self.c_dim else 'none'}"
-            )
-        parts = []
-        if z is not None:
-            parts.append(normalize_2nd_moment(z))
-        if c is not None:
-            parts.append(normalize_2nd_moment(self.embed(c)))
-        x = torch.cat(parts, dim=1)
+            expected = f"one-hot rows of {self.c_dim} classes" if self.c_dim else "none"
+            raise ValueError(f"labels {given}: expected {expected}")
+        # The embedding of one-hot rows is linear, so embedded classes span at most c_dim of w_dim dimensions.
+        inputs = [*([] if z is None else [z]), *([] if c is None else [self.embed(c)])]
+        x = torch.cat([normalize_2nd_moment(part) for part in inputs], dim=1)
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)
         return x
@@ -129,7 +126,7 @@ class Mapping(nn.Module):
 
 def upsample2d(x: Images, gain: float = 1.0) -> Float[Tensor, "batch channels 2*height 2*width"]:
     """Twice up: zeros between the pixels, then the filter."""
-    x, weight = _channels_last(x), _filters(x, 4 * gain)
+    x, weight = _channels_last(x), _filters(x, 4 * gain)  # 4: of four pixels three are zeros
     return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=x.shape[1])
 
 
@@ -147,12 +144,12 @@ def blur2d(x: Images, padding: int = 0, gain: float = 1.0) -> Float[Tensor, "bat
 
 def _filters(x: Tensor, gain: float) -> Float[Tensor, "channels 1 4 4"]:
     i = torch.arange(4, dtype=x.dtype, device=x.device)
-    taps = (1 + i * (3 - i)) / 8  # 1, 3, 3, 1, without a copy from the host, which would make it wait for the GPU
+    taps = (1 + i * (3 - i)) / 8  # [1, 3, 3, 1] / 8; a copy from the host would wait for the GPU
     return (gain * taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
 
 
 def _channels_last(x: Images) -> Images:
-    """As a CPU convolves each channel by itself two to five times as fast, and all of what follows no slower."""
+    # On a CPU depthwise convolutions are two to five times as fast in this format, and what follows is no slower.
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
@@ -165,13 +162,12 @@ def bias_act(
 ) -> Float[Tensor, "batch channels *rest"]:
     """x + bias, through the activation ("linear", or "lrelu" of slope 0.2), times `gain`, clamped to +-`clamp`.
 
-    gain: by default the activation's own. Both activations are homogeneous: scaling weights and bias beforehand instead, as
-    layers here do, spares a pass over x.
+    gain: by default the activation's own. Layers here scale weights and bias instead, which spares a pass over x.
     """
     if bias is not None:
         x = x + bias.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
     if activation == "lrelu":
-        x = F.leaky_relu(x, 0.2, inplace=bias is not None)  # of the sum, which nobody else holds
+        x = F.leaky_relu(x, 0.2, inplace=bias is not None)  # in place on the sum above, never on the caller's x
     gain = ACTIVATION_GAINS[activation] if gain is None else gain
     if gain != 1:
         x = x * gain
@@ -187,12 +183,12 @@ def modulated_conv2d(
     resample: Resample = "same",
     gain: float = 1.0,
 ) -> Float[Tensor, "batch out new_height new_width"]:
-    """Convolution whose input maps are scaled by each image's styles, and whose output maps are scaled back to unit variance,
-    times `gain`.
+    """Convolution of maps scaled by each image's styles; output maps are scaled back to unit variance, times `gain`.
 
-    Scaling activations rather than weights leaves one convolution for the whole batch.  [Karras et al. 2020, section 2.2]
+    [Karras et al. 2020, section 2.2]
     """
-    if demodulate and x.dtype in (torch.float16, torch.bfloat16):  # of no effect but that nothing overflows
+    # Activations are scaled rather than weights, so that one convolution serves the whole batch.
+    if demodulate and x.dtype in (torch.float16, torch.bfloat16):  # demodulation cancels this; it only avoids overflow
         weight = weight * weight.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
         styles = styles * styles.square().mean(dim=1, keepdim=True).rsqrt()
     x = x * styles.to(x.dtype)[:, :, None, None]
@@ -207,6 +203,7 @@ def conv2d(
     x: Images, weight: Float[Tensor, "out channels k k"], *, resample: Resample = "same"
 ) -> Float[Tensor, "batch out new_height new_width"]:
     """Convolution at the "same" resolution, or filtered and twice "up" or "down"; k is 1 or 3."""
+    # A 1x1 convolution commutes with the filter, so it runs at the lower resolution.
     kernel_size = weight.shape[-1]
     if resample == "up":
         if kernel_size == 1:

@@ -1,4 +1,4 @@
-"""What the two networks are trained for: non-saturating losses, R1 and path lengths.
+"""Losses of both networks: non-saturating, R1 and path lengths.
 
 Every random choice of a sample (latent, class, style mixing, noise, augmentation) is a function of (seed, stream, counter).
 [Karras et al. 2020, section 3; Karras et al. 2020, "Training GANs with Limited Data", ADA]
@@ -19,17 +19,14 @@ from triptych_gangealing.stylegan2.augment import PRESETS as PIPELINES
 from triptych_gangealing.stylegan2.augment import augment
 from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.discriminator import Discriminator, grouped
-from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.generator import Generator, classes_of
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 
 Images = Float[Tensor, "batch channels height width"]
 
 
 class Objective:
-    """Losses of a run, each of the samples of some counters.
-
-    Means are over those samples alone: a caller that deals a batch to ranks or micro-batches weights them by their share.
-    """
+    """Losses of a run, each a mean over the samples of some counters: a caller weights micro-batches by their share."""
 
     def __init__(
         self, config: GanTrainConfig, images: TrainingImages, generator: Generator, discriminator: Discriminator
@@ -41,7 +38,7 @@ class Objective:
         self.device, self.dtype = weight.device, weight.dtype
 
     def generated(self, stream: str, counters: Sequence[int]) -> tuple[Images, Tensor | None, Tensor, Tensor]:
-        """Images of the samples of a stream, their classes, the styles they are made of, and w before mixing."""
+        """Images of a stream's samples, their classes, their styles, and w before mixing."""
         seed, config = self.config.seed, self.config
         c = self._classes(stream, counters)
         z = self._latents(f"{stream}/z", counters)
@@ -49,6 +46,7 @@ class Objective:
         ws = w.unsqueeze(1).repeat(1, self.generator.num_ws, 1)
         if config.style_mixing > 0:
             other = self.generator.mapping(self._latents(f"{stream}/z-mixed", counters), c)
+            # From a random layer on, 1 to num_ws - 1, another latent's style: neighbouring layers must not rely on each other.
             layer = torch.arange(self.generator.num_ws)
             mixed = randomness.uniform(seed, f"{stream}/mixed", counters) < config.style_mixing
             cut = 1 + (randomness.uniform(seed, f"{stream}/cut", counters) * (len(layer) - 1)).long()
@@ -59,16 +57,17 @@ class Objective:
         return synthesis(ws, noise=noise), c, ws, w
 
     def real(self, counters: Sequence[int]) -> tuple[Images, Tensor | None]:
-        """Training images of some counters in [-1, 1], and their classes: every epoch in another order."""
+        """Training images of some counters in [-1, 1], and their classes; every epoch is in another order."""
         items = randomness.shuffled(self.config.seed, "order", counters, len(self.images))
         pixels = onto(self.device, self.images.batch(items))
-        return from_uint8(pixels, self.dtype), self._one_hot(self.images.labels[items])
+        return from_uint8(pixels, self.dtype), classes_of(self.generator, counters, self.images.labels[items])
 
     def generator_loss(self, counters: Sequence[int], p: float) -> tuple[Tensor, Tensor]:
         """-log sigmoid D(G(z)), the mean; and the mean w, of which the caller keeps a running average."""
         counters = self._in_groups(counters)
         images, c, _, w = self.generated("generator", counters)
         logits = self._judged(images, c, "generator", counters, p)
+        # -log sigmoid(x) is softplus(-x), and does not overflow.
         return F.softplus(-logits).mean(), w.detach().mean(dim=0)
 
     def discriminator_loss(self, counters: Sequence[int], p: float) -> tuple[Tensor, Tensor]:
@@ -88,19 +87,21 @@ class Objective:
         images, c = self.real(counters)
         images.requires_grad_(True)
         logits = self._judged(images, c, "discriminator/real", counters, p)
+        # Images do not interact except in the minibatch deviation, so the gradient of the sum has each image's own.
         (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
         return gradient.square().sum(dim=(1, 2, 3)).mean()
 
     def path_length_penalty(self, counters: Sequence[int], mean: Tensor) -> tuple[Tensor, Tensor]:
-        """(length - mean)^2, averaged, and the mean length. A length is |J^T y| of a random image y, J of the styles.
+        """(length - mean)^2, averaged, and the mean length: |J^T y| for a random image y, J the Jacobian by the styles.
 
         mean: running average of the lengths of earlier batches.  [Karras et al. 2020, eq. 4]
         """
         images, _, ws, _ = self.generated("path", counters)
-        shape = tuple(images.shape[1:])
-        y = randomness.normal(
-            self.config.seed, "path/y", counters, shape, dtype=self.dtype, device=self.device
-        ) / math.sqrt(shape[1] * shape[2])
+        seed, shape = self.config.seed, tuple(images.shape[1:])
+        y = randomness.normal(seed, "path/y", counters, shape, dtype=self.dtype, device=self.device)
+        # Scaled by the number of pixels, so that lengths do not depend on the resolution.
+        y = y / math.sqrt(shape[1] * shape[2])
+        # The gradient of <G(w), y> is J^T y: no Jacobian is ever formed.
         (gradient,) = torch.autograd.grad((images * y).sum(), ws, create_graph=True)
         lengths = gradient.square().sum(dim=2).mean(dim=1).sqrt()
         return (lengths - mean).square().mean(), lengths.detach().mean()
@@ -119,10 +120,6 @@ class Objective:
         return randomness.normal(self.config.seed, stream, counters, (z_dim,), dtype=self.dtype).to(self.device)
 
     def _classes(self, stream: str, counters: Sequence[int]) -> Tensor | None:
-        """Of randomly drawn training images, so that classes are as frequent as there."""
+        """Classes of randomly chosen training images, so that both have the same frequencies."""
         items = (randomness.uniform(self.config.seed, f"{stream}/class", counters) * len(self.images)).long()
-        return self._one_hot(self.images.labels[items])
-
-    def _one_hot(self, labels: Tensor) -> Tensor | None:
-        classes = self.generator.config.c_dim
-        return F.one_hot(labels, classes).to(self.device, self.dtype) if classes else None
+        return classes_of(self.generator, counters, self.images.labels[items])

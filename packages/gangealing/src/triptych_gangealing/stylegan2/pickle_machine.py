@@ -1,7 +1,7 @@
-"""Pickle's stack machine over plain data: it imports nothing, and neither functions nor classes ever enter it.
+"""Pickle's stack machine over plain data: it imports nothing, and neither functions nor classes are ever on its stack.
 
-A pickle is a program that may import and call anything. Here the few names that it may use are given, each with a function
-that makes what it stands for; any other name, and every other way to reach one, is refused by name.
+A pickle is a program that may import and call anything. This machine has a short list of names, each with a function that makes
+the object; any other name, and every other way to reach one, is refused with an error that names it.
 """
 
 import io
@@ -20,7 +20,7 @@ _PLAIN_KEYS = (str, int, float, bool, bytes, type(None))  # hashing a nested tup
 
 
 class Refused(ValueError):
-    """A pickle asks for something it may not have; the message names it."""
+    """A pickle uses something that is not allowed; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Name:
 class Machine:
     """Runs one pickle.
 
-    calls: what names make, given arguments; None: a name that is only mentioned. build: sets the state of an object that a call
-    made, or raises Refused.
+    calls: functions by name, which make objects; None for a name that may be mentioned but not called. build: sets the state of
+    an object that a call made, or raises Refused.
     """
 
     def __init__(self, calls: Mapping[str, Callable[..., Any] | None], build: Callable[[Any, Any], None]) -> None:
@@ -45,6 +45,7 @@ class Machine:
 
     def run(self, content: mmap.mmap | io.BytesIO) -> Any:
         """The object that a pickle describes. Raises Refused, or any error that damaged bytes lead to."""
+        # genops only decodes opcodes; what they do is below, on lists instead of Python's own unpickler.
         for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):
             if opcode.name == "STOP":
                 return self.stack.pop()
@@ -80,15 +81,18 @@ class Machine:
     def _container(self, opcode: str) -> bool:
         match opcode:
             case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE" | "EMPTY_SET":
-                empty = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[opcode]
-                self.stack.append(empty())
+                kind: Any = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[opcode]
+                self.stack.append(kind())
             case "LIST" | "TUPLE" | "DICT" | "FROZENSET":
-                items = self._marked()  # before `append` is looked up, since it changes the stack
-                made = _FILLED[opcode](items)
-                self.stack.append(made)
+                items = self._marked()  # before `append` is looked up, since it replaces the stack
+                items = plain_keys(items) if opcode == "FROZENSET" else items
+                fill: Any = {"LIST": list, "TUPLE": tuple, "DICT": dictionary, "FROZENSET": frozenset}[opcode]
+                self.stack.append(fill(items))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 n = int(opcode[-1])
-                self.stack[-n:] = [tuple(self._last(n))]
+                if len(self.stack) < n:
+                    raise ValueError("empty stack")
+                self.stack[-n:] = [tuple(self.stack[-n:])]
             case "APPEND" | "APPENDS":
                 items = self._marked() if opcode == "APPENDS" else [self.stack.pop()]
                 self._top(list).extend(items)
@@ -120,21 +124,15 @@ class Machine:
             case "BUILD":
                 state = self.stack.pop()
                 self.build(self.stack[-1], state)
-            case "INST":
-                self._name(*argument.split(" ", 1))
-                raise Refused("uses the pickle opcode INST, which no network needs; nothing was run")
-            case _:  # persistent ids, extension codes, OBJ, out-of-band buffers, Python 2's strings
+            case _:  # persistent ids, extension codes, INST, OBJ, out-of-band buffers, Python 2's strings
+                if opcode == "INST":
+                    self._name(*argument.split(" ", 1))  # to refuse a harmful name by name
                 argument = f" {argument}" if type(argument) is int else ""
                 raise Refused(f"uses the pickle opcode {opcode}{argument}, which no network needs; nothing was run")
 
     def _marked(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
-
-    def _last(self, n: int) -> list[Any]:
-        if len(self.stack) < n:
-            raise ValueError("empty stack")
-        return self.stack[-n:]
 
     def _top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
@@ -145,9 +143,8 @@ class Machine:
         text = f"{module}.{name}" if type(module) is type(name) is str else "?"
         text = text.replace("numpy._core.", "numpy.core.")  # since numpy 2
         if text not in self.calls:
-            raise Refused(
-                f"names {ascii(text[:100])[1:-1]}, which no network needs and which could run code; nothing was run"
-            )
+            name = ascii(text[:100])[1:-1]
+            raise Refused(f"names {name}, which no network needs and which could run code; nothing was run")
         return Name(text)
 
     def _call(self, function: Any, arguments: Any) -> Any:
@@ -163,22 +160,14 @@ class Machine:
 
 
 def dictionary(items: Sequence[Any]) -> dict[Any, Any]:
-    """Of keys and values that follow one another."""
+    """A dictionary of alternating keys and values."""
     return dict(zip(plain_keys(items[::2]), items[1::2], strict=True))
 
 
 def plain_keys(items: Iterable[Any]) -> list[Any]:
-    """The same, where all may be keys. Raises Refused otherwise."""
+    """The same items. Raises Refused where one may not be a key."""
     items = list(items)
     for item in items:
         if type(item) not in _PLAIN_KEYS:
             raise Refused(f"has a {type(item).__name__} as a key")
     return items
-
-
-_FILLED: dict[str, Callable[[list[Any]], Any]] = {
-    "LIST": list,
-    "TUPLE": tuple,
-    "DICT": dictionary,
-    "FROZENSET": lambda items: frozenset(plain_keys(items)),
-}

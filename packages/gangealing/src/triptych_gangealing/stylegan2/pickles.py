@@ -1,7 +1,7 @@
 """NVIDIA's network pickles, read without running a line of them.
 
-They may name what is in `_CALLS` and nothing else. Source text that comes with the modules is dropped, tensors' numbers, which
-are pickles within the pickle, are read by torch's own restricted reader, and arrays may hold numbers only.
+They may use the names in `_CALLS` and nothing else. The source text that comes with modules is dropped; tensors' numbers, which
+are pickles within the pickle, are read by torch's own restricted reader; arrays may hold numbers only.
 """
 
 import io
@@ -10,7 +10,7 @@ import mmap
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ _DAMAGE = (ValueError, LookupError, EOFError, TypeError, OverflowError, RuntimeE
 
 @dataclass(frozen=True)
 class PickledNetwork:
-    """A network taken out of a pickle as plain data.
+    """A network from a pickle, as plain data.
 
-    kwargs: what it was built with. tensors: parameters and buffers by their full names. settings: plain attributes of its modules
-    by full name, such as "synthesis.b4.conv1.conv_clamp"; none of a TensorFlow one.
+    kwargs: arguments of its constructor. tensors: parameters and buffers by full name. settings: plain attributes of its modules
+    by full name, such as "synthesis.b4.conv1.conv_clamp"; none for TensorFlow.
     """
 
     class_name: str
@@ -42,10 +42,10 @@ class PickledNetwork:
 
 
 def load_pickle(path: Path) -> dict[str, PickledNetwork]:
-    """Networks "G", "D" and "G_ema", those that are present, of a file by stylegan2-ada-pytorch, stylegan3 or their TensorFlow era.
+    """Networks "G", "D" and "G_ema", as far as present, of a file by stylegan2-ada-pytorch, stylegan3 or their TensorFlow era.
 
-    Raises FileNotFoundError where there is none; ValueError, one line, for a file that names anything that networks do not need
-    (nothing has been run), is damaged, or holds no networks.
+    Raises FileNotFoundError for an absent file; ValueError for one that names anything networks do not need (nothing has been
+    run), is damaged, or holds no networks.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -59,14 +59,14 @@ def load_pickle(path: Path) -> dict[str, PickledNetwork]:
 
 
 def refused_name(error: BaseException) -> str | None:
-    """What torch's restricted reader would not import, out of its error."""
+    """The name that torch's restricted reader refused to import, from its error."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return found[1][:100] if found else None
 
 
 @dataclass
 class _Module:
-    """A module of NVIDIA's persistence: its attributes. The source text that comes with it is dropped."""
+    """A module as NVIDIA's persistence pickles it: class name and attributes, without the source text."""
 
     class_name: str
     state: dict[str, Any]
@@ -78,10 +78,11 @@ class _TensorFlowNetwork:
 
 
 def _build(target: Any, state: Any) -> None:
-    """The opcode that sets an object's state, for the three kinds of object that have one."""
+    """Set an object's state, for the three kinds of object that have one."""
     if type(target) is _TensorFlowNetwork and type(state) is dict:
         target.state = state
     elif isinstance(target, np.dtype) and _is_byte_order(state):
+        # Only the byte order is taken from the state: no fields, names or subtypes.
         target.__setstate__((3, state[1], None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
     elif type(target) is np.ndarray and type(state) is tuple and len(state) == 5:
         _, shape, dtype, fortran, raw = state
@@ -115,19 +116,13 @@ def _persistent(meta: Any) -> _Module:
 
 
 def _mapping(items: Any = ()) -> dict[Any, Any]:
-    if type(items) is dict:
-        return dict(items)
-    return dictionary([part for item in items for part in _pair(item)])
+    return dict(items) if type(items) is dict else dictionary([part for item in items for part in _pair(item)])
 
 
 def _pair(item: Any) -> Sequence[Any]:
     if type(item) not in (list, tuple) or len(item) != 2:
         raise ValueError("no pair")
     return item
-
-
-def _set(items: Any = ()) -> set[Any]:
-    return set(plain_keys(items))
 
 
 def _parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> Tensor:
@@ -137,7 +132,7 @@ def _parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> Tenso
 
 
 def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A view of a storage, which must lie within it and may not be larger: no tensor of a thousand billion equal numbers."""
+    """A view of a storage, inside it and no larger: strides of 0 could make a tensor of a thousand billion numbers."""
     if not (isinstance(flat, Tensor) and flat.ndim == 1 and _is_shape(size) and _is_shape(stride)):
         raise ValueError("no storage or no shape")
     if len(size) != len(stride) or type(offset) is not int or offset < 0 or math.prod(size) > len(flat):
@@ -157,12 +152,9 @@ def _storage(content: Any) -> Tensor:
                 raise ValueError("no storage")
             return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
+        if (name := refused_name(error)) is None:
             raise ValueError("damaged storage") from error
-        raise Refused(
-            f"names {found[1][:100]} within a stored tensor, which could run code; nothing was run"
-        ) from error
+        raise Refused(f"names {name} within a stored tensor, which could run code; nothing was run") from error
 
 
 def _dtype(code: Any, *_: Any) -> np.dtype:
@@ -183,12 +175,13 @@ def _array(kind: Any, *_: Any) -> np.ndarray:
     return np.empty(0, np.uint8)
 
 
+# Everything that NVIDIA's files need. None: may be mentioned, never called.
 _CALLS: dict[str, Callable[..., Any] | None] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "dnnlib.util.EasyDict": _mapping,
     "dnnlib.tflib.network.Network": lambda: _TensorFlowNetwork(),
     "collections.OrderedDict": _mapping,
-    "builtins.set": _set,  # sets, before protocol 4
+    "builtins.set": lambda items=(): set(plain_keys(items)),  # sets, before protocol 4
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch.storage._load_from_bytes": _storage,
@@ -203,36 +196,43 @@ def _networks(content: Any) -> Iterator[tuple[str, PickledNetwork]]:
     """Of NVIDIA's dictionaries, and of the older triples (G, D, G_ema)."""
     if type(content) is tuple and len(content) == 3:
         content = dict(zip(("G", "D", "G_ema"), content, strict=True))
-    found = False
-    for key in ("G", "D", "G_ema"):
-        network = content.get(key) if type(content) is dict else None
-        if type(network) is _Module:
-            yield key, _taken_apart(network)
-        elif type(network) is _TensorFlowNetwork:
-            yield key, _taken_apart_tensorflow(network)
-        found = found or type(network) in (_Module, _TensorFlowNetwork)
-    if not found:
+    networks = content if type(content) is dict else {}
+    readers: dict[type, Callable[[Any], PickledNetwork]] = {
+        _Module: _taken_apart,
+        _TensorFlowNetwork: _taken_apart_tensorflow,
+    }
+    keys = [key for key in ("G", "D", "G_ema") if type(networks.get(key)) in readers]
+    if not keys:
         raise Refused("holds no networks: expected a dictionary with G, D and G_ema")
+    for key in keys:
+        yield key, readers[type(networks[key])](networks[key])
+
+
+def _walk(root: Any, children: Callable[[Any], Iterable[tuple[str, Any]]], separator: str) -> Iterator[tuple[str, Any]]:
+    """Every part of a network, with the prefix of its tensors' names. Parts may hold themselves, so that counts are bounded."""
+    todo, seen = [("", root)], 1
+    while todo:
+        prefix, part = todo.pop()
+        yield prefix, part
+        for name, child in children(part):
+            seen += 1
+            if seen > _MOST_MODULES or prefix.count(separator) > _DEEPEST:
+                raise Refused("has modules without end")
+            todo.append((f"{prefix}{name[:100]}{separator}", child))
 
 
 def _taken_apart(root: _Module) -> PickledNetwork:
-    tensors: dict[str, Tensor] = {}
-    settings: dict[str, Any] = {}
-    todo, seen = [("", root)], 1
-    while todo:
-        prefix, module = todo.pop()
-        for name, value in [*_part(module, "_parameters"), *_part(module, "_buffers")]:
-            if isinstance(value, Tensor):
-                tensors[prefix + name] = value
+    tensors, settings = dict[str, Tensor](), dict[str, Any]()
+    for prefix, module in _walk(root, _modules, "."):
+        named = [*_part(module, "_parameters"), *_part(module, "_buffers")]
+        tensors |= {prefix + name: value for name, value in named if isinstance(value, Tensor)}
         settings |= {f"{prefix}{k}": v for k, v in module.state.items() if type(v) in _SCALARS and type(k) is str}
-        for name, child in _part(module, "_modules"):
-            seen += 1
-            if type(child) is _Module:
-                todo.append((f"{prefix}{name}.", child))
-            if seen > _MOST_MODULES or prefix.count(".") > _DEEPEST:
-                raise Refused("has modules without end")
     kwargs = root.state.get("_init_kwargs", {})
     return PickledNetwork(root.class_name, kwargs if type(kwargs) is dict else {}, tensors, settings)
+
+
+def _modules(module: _Module) -> Iterator[tuple[str, _Module]]:
+    return ((name, child) for name, child in _part(module, "_modules") if type(child) is _Module)
 
 
 def _part(module: _Module, name: str) -> list[tuple[str, Any]]:
@@ -244,19 +244,17 @@ def _part(module: _Module, name: str) -> list[tuple[str, Any]]:
 
 def _taken_apart_tensorflow(root: _TensorFlowNetwork) -> PickledNetwork:
     tensors: dict[str, Tensor] = {}
-    todo, seen = [("", root)], 1
-    while todo:
-        prefix, network = todo.pop()
+    for prefix, network in _walk(root, _components, "/"):
         for name, value in map(_pair, network.state.get("variables", [])):
             if type(name) is str and isinstance(value, np.ndarray | float | int):
                 tensors[f"{prefix}{name[:100]}"] = torch.from_numpy(np.array(value, dtype=np.float32))
-        for name, child in network.state.get("components", {}).items():
-            seen += 1
-            if type(name) is not str or type(child) is not _TensorFlowNetwork:
-                raise Refused("has components that are no networks")
-            if seen > _MOST_MODULES or prefix.count("/") > _DEEPEST:
-                raise Refused("has modules without end")
-            todo.append((f"{prefix}{name[:100]}/", child))
     kwargs, name = root.state.get("static_kwargs", {}), root.state.get("build_func_name", "")
     named = name if type(name) is str else ""
     return PickledNetwork(named, kwargs if type(kwargs) is dict else {}, tensors, tensorflow=True)
+
+
+def _components(network: _TensorFlowNetwork) -> Iterator[tuple[str, _TensorFlowNetwork]]:
+    for name, child in network.state.get("components", {}).items():
+        if type(name) is not str or type(child) is not _TensorFlowNetwork:
+            raise Refused("has components that are no networks")
+        yield name, child

@@ -1,8 +1,4 @@
-"""Checkpoints of rosinality/stylegan2-pytorch, both ways: other names, and a few dimensions of length one more.
-
-Its up-convolution is the transposed one of NVIDIA's files, its modulation theirs; only the small constant in the
-demodulation is at another place, which moves outputs by a millionth.
-"""
+"""Checkpoints of rosinality/stylegan2-pytorch, both ways: other names, and a few more dimensions of length one."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +11,13 @@ from triptych_common import randomness
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.shapes import FILTER, without_filters
+from triptych_gangealing.stylegan2.shapes import FILTER, Row, Tensors, numbers, renamed, without_filters
 
-Tensors = Mapping[str, Tensor]
-Row = tuple[str, str, str]  # our name, theirs, and how theirs is shaped
-MEAN_OF = 10_000  # latents whose mean w stands in for an average that a file lacks
-
+MEAN_OF = 10_000  # latents whose mean w replaces an average that a file lacks
+# The networks compute the same, except that the small constant of the demodulation is elsewhere: outputs differ by a millionth.
+# Dimensions of length 1 that theirs have in front of ours, and behind.
+_ONES = {"same": (0, 0), "batch": (1, 0), "map": (2, 0), "image": (1, 2)}
+# Filters that follow an insertion of zeros between pixels sum to 4, to keep the brightness.
 _GENERATOR_FILTERS = {r"convs\.\d+\.conv\.blur\.kernel": 4.0, r"to_rgbs\.\d+\.upsample\.kernel": 4.0}
 _DISCRIMINATOR_FILTERS = {r"convs\.\d+\.(conv2|skip)\.0\.kernel": 1.0}
 
@@ -31,19 +28,14 @@ def generator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return state if any(str(name).endswith("input.input") for name in state) else None
 
 
-def discriminator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Their state dict of a checkpoint's discriminator."""
-    state = content.get("d")
-    return state if isinstance(state, Mapping) else None
-
-
 def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> dict[str, Tensor]:
     """A generator's tensors by NVIDIA's names. Without `latent_avg` there is no "mapping.w_avg" either: see `mean_style`.
 
     Raises ValueError, naming the tensor, for one that is missing, oddly shaped or unknown, or another filter than [1, 3, 3, 1].
     """
     state = without_filters(_unwrapped(state), _GENERATOR_FILTERS)
-    layers, blocks = _count(state, r"style\.(\d+)\.weight"), _count(state, r"to_rgbs\.(\d+)\.conv\.weight")
+    layers = len(numbers(state, r"style\.(\d+)\.weight"))
+    blocks = len(numbers(state, r"to_rgbs\.(\d+)\.conv\.weight"))
     tensors = _to_ours(state, _generator_rows(layers, blocks))
     return tensors if latent_avg is None else {**tensors, "mapping.w_avg": latent_avg.flatten()}
 
@@ -51,7 +43,7 @@ def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> di
 def discriminator_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """A discriminator's tensors by NVIDIA's names. Raises as `generator_tensors`."""
     state = without_filters(_unwrapped(state), _DISCRIMINATOR_FILTERS)
-    return _to_ours(state, _discriminator_rows(_count(state, r"convs\.(\d+)\.skip\.1\.weight")))
+    return _to_ours(state, _discriminator_rows(len(numbers(state, r"convs\.(\d+)\.skip\.1\.weight"))))
 
 
 @torch.no_grad()
@@ -67,11 +59,10 @@ def to_rosinality(generator: Generator, discriminator: Discriminator | None = No
     Raises ValueError for networks of a design that their code does not have.
     """
     config = generator.config
-    expected = {"architecture": "skip", "c_dim": 0, "image_channels": 3, "z_dim": config.w_dim}
-    _refuse_other(config, expected, "generator")
-    rows = list(_generator_rows(config.mapping_layers, len(config.resolutions) - 1))
-    state = _to_theirs(generator.state_dict(), rows)
-    for k in range(len(config.resolutions) - 1):
+    _refuse_other(config, {"architecture": "skip", "c_dim": 0, "image_channels": 3, "z_dim": config.w_dim}, "generator")
+    blocks = len(config.resolutions) - 1
+    state = _to_theirs(generator.state_dict(), _generator_rows(config.mapping_layers, blocks))
+    for k in range(blocks):
         state |= {f"convs.{2 * k}.conv.blur.kernel": 4 * FILTER, f"to_rgbs.{k}.upsample.kernel": 4 * FILTER}
     content: dict[str, Any] = {"g_ema": state, "latent_avg": generator.mapping.w_avg.detach().cpu().clone()}
     if discriminator is not None:
@@ -91,22 +82,21 @@ def _exported(discriminator: Discriminator) -> dict[str, Tensor]:
     _refuse_other(config, expected, "discriminator")
     blocks = len(config.resolutions) - 1
     state = _to_theirs(discriminator.state_dict(), _discriminator_rows(blocks))
-    return state | {
-        f"convs.{i}.{name}.0.kernel": FILTER.clone() for i in range(1, blocks + 1) for name in ("conv2", "skip")
-    }
+    for i in range(1, blocks + 1):
+        state |= {f"convs.{i}.{name}.0.kernel": FILTER.clone() for name in ("conv2", "skip")}
+    return state
 
 
 def _refuse_other(config: GeneratorConfig | DiscriminatorConfig, expected: Mapping[str, Any], what: str) -> None:
     for name, value in expected.items():
         if getattr(config, name) != value:
-            raise ValueError(
-                f"the {what} has {name} {getattr(config, name)}: rosinality's code knows only {value}; use --format safetensors"
-            )
+            found = f"the {what} has {name} {getattr(config, name)}"
+            raise ValueError(f"{found}: rosinality's code knows only {value}; use --format safetensors")
 
 
 def _generator_rows(layers: int, blocks: int) -> Iterator[Row]:
     for i in range(layers):  # their layer 0 is the normalisation
-        yield from ((f"mapping.fc{i}.{kind}", f"style.{i + 1}.{kind}", "same") for kind in ("weight", "bias"))
+        yield from _weight_and_bias(f"mapping.fc{i}", f"style.{i + 1}")
     yield "synthesis.b4.const", "input.input", "batch"
     resolutions = [2 ** (k + 3) for k in range(blocks)]
     convs = [("b4.conv1", "conv1")]
@@ -114,75 +104,61 @@ def _generator_rows(layers: int, blocks: int) -> Iterator[Row]:
     for i, (ours, theirs) in enumerate(convs):
         yield from _modulated(ours, theirs)
         yield f"synthesis.{ours}.bias", f"{theirs}.activate.bias", "same"
-        yield f"synthesis.{ours}.noise_strength", f"{theirs}.noise.weight", "number"
+        yield f"synthesis.{ours}.noise_strength", f"{theirs}.noise.weight", "batch"
         yield f"synthesis.{ours}.noise_const", f"noises.noise_{i}", "map"
-    for ours, theirs in [
-        ("b4.torgb", "to_rgb1"),
-        *((f"b{r}.torgb", f"to_rgbs.{k}") for k, r in enumerate(resolutions)),
-    ]:
+    to_rgb = [("b4.torgb", "to_rgb1"), *((f"b{r}.torgb", f"to_rgbs.{k}") for k, r in enumerate(resolutions))]
+    for ours, theirs in to_rgb:
         yield from _modulated(ours, theirs)
         yield f"synthesis.{ours}.bias", f"{theirs}.bias", "image"
 
 
 def _modulated(ours: str, theirs: str) -> Iterator[Row]:
     yield f"synthesis.{ours}.weight", f"{theirs}.conv.weight", "batch"
-    for kind in ("weight", "bias"):
-        yield f"synthesis.{ours}.affine.{kind}", f"{theirs}.conv.modulation.{kind}", "same"
+    yield from _weight_and_bias(f"synthesis.{ours}.affine", f"{theirs}.conv.modulation")
+
+
+def _weight_and_bias(ours: str, weight: str, bias: str | None = None) -> Iterator[Row]:
+    yield f"{ours}.weight", f"{weight}.weight", "same"
+    yield f"{ours}.bias", f"{bias or weight}.bias", "same"
 
 
 def _discriminator_rows(blocks: int) -> Iterator[Row]:
-    layers = [(f"b{2 ** (blocks + 2)}.fromrgb", "convs.0.0", "convs.0.1")]
+    yield from _weight_and_bias(f"b{2 ** (blocks + 2)}.fromrgb", "convs.0.0", "convs.0.1")
     for i in range(1, blocks + 1):
         ours, theirs = f"b{2 ** (blocks + 3 - i)}", f"convs.{i}"
-        layers.append((f"{ours}.conv0", f"{theirs}.conv1.0", f"{theirs}.conv1.1"))
-        layers.append((f"{ours}.conv1", f"{theirs}.conv2.1", f"{theirs}.conv2.2"))
         yield f"{ours}.skip.weight", f"{theirs}.skip.1.weight", "same"
-    layers.append(("b4.conv", "final_conv.0", "final_conv.1"))
-    layers += [("b4.fc", "final_linear.0", "final_linear.0"), ("b4.out", "final_linear.1", "final_linear.1")]
-    for ours, weight, bias in layers:
-        yield f"{ours}.weight", f"{weight}.weight", "same"
-        yield f"{ours}.bias", f"{bias}.bias", "same"
+        yield from _weight_and_bias(f"{ours}.conv0", f"{theirs}.conv1.0", f"{theirs}.conv1.1")
+        yield from _weight_and_bias(f"{ours}.conv1", f"{theirs}.conv2.1", f"{theirs}.conv2.2")  # conv2.0 is the filter
+    yield from _weight_and_bias("b4.conv", "final_conv.0", "final_conv.1")
+    yield from _weight_and_bias("b4.fc", "final_linear.0")
+    yield from _weight_and_bias("b4.out", "final_linear.1")
 
 
 def _longer(shape: Sequence[Any], form: str) -> tuple[Any, ...]:
     """Their shape of a tensor of ours."""
-    before = {"same": (), "batch": (1,), "map": (1, 1), "number": (1,), "image": (1,)}[form]
-    return (*before, *shape, *((1, 1) if form == "image" else ()))
+    front, behind = _ONES[form]
+    return (*(1,) * front, *shape, *(1,) * behind)
 
 
-def _shorter(shape: Sequence[int], form: str) -> tuple[int, ...]:
-    start = {"same": 0, "batch": 1, "map": 2, "number": 1, "image": 1}[form]
-    return tuple(shape[start:-2] if form == "image" else shape[start:])
-
-
-def _to_theirs(state: Tensors, rows: Iterator[Row] | Sequence[Row]) -> dict[str, Tensor]:
-    return {
-        theirs: state[ours].detach().cpu().reshape(_longer(state[ours].shape, form)).clone()
-        for ours, theirs, form in rows
-    }
+def _to_theirs(state: Tensors, rows: Iterator[Row]) -> dict[str, Tensor]:
+    theirs = {}
+    for ours, name, form in rows:
+        value = state[ours].detach().cpu()
+        theirs[name] = value.reshape(_longer(value.shape, form)).clone()
+    return theirs
 
 
 def _to_ours(state: Tensors, rows: Iterator[Row]) -> dict[str, Tensor]:
-    tensors, known = {}, set()
-    for ours, theirs, form in rows:
-        if theirs not in state:
-            raise ValueError(f"lacks {theirs}")
-        shape = tuple(state[theirs].shape)
-        if _longer(_shorter(shape, form), form) != shape:
-            raise ValueError(
-                f"{theirs} is {shape}, expected {_longer(('n',), form) if form == 'image' else 'ones in front'}"
-            )
-        tensors[ours] = state[theirs].reshape(_shorter(shape, form))
-        known.add(theirs)
-    unknown = next((name for name in state if name not in known), None)
-    if unknown is not None:
-        raise ValueError(f"{unknown[:100]} {tuple(state[unknown].shape)} is no part of rosinality's network")
-    return tensors
+    def shortened(name: str, value: Tensor, form: str) -> Tensor:
+        (front, behind), shape = _ONES[form], tuple(value.shape)
+        ours = shape[front : len(shape) - behind]
+        if _longer(ours, form) != shape:
+            expected = _longer(("n",), form) if form == "image" else "ones in front"
+            raise ValueError(f"{name} is {shape}, expected {expected}")
+        return value.reshape(ours)
+
+    return renamed(state, rows, shortened, "rosinality's")
 
 
 def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.)+", "", str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _count(state: Tensors, pattern: str) -> int:
-    return sum(1 for name in state if re.fullmatch(pattern, name))

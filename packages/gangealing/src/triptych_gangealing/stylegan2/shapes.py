@@ -1,7 +1,10 @@
-"""The config of a network inferred from its tensors, by NVIDIA's names; and networks built from config and tensors."""
+"""For all readers of foreign files: renaming tensors, checking options, inferring a config from shapes, building the network.
+
+Tensors here have the names of NVIDIA's PyTorch files, which are also those of our own networks.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, overload
 
 import torch
@@ -12,12 +15,9 @@ from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 
 Tensors = Mapping[str, Tensor]
+Row = tuple[str, str, str]  # our name of a tensor, theirs, and how theirs becomes ours
 _LARGEST = 2**20  # of any number in a config
 FILTER = torch.outer(torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
-_NETWORKS: dict[type, Any] = {
-    GeneratorConfig: Generator,
-    DiscriminatorConfig: Discriminator,
-}
 
 
 def generator_config(tensors: Tensors, **known: Any) -> GeneratorConfig:
@@ -28,17 +28,11 @@ def generator_config(tensors: Tensors, **known: Any) -> GeneratorConfig:
     """
     resolutions = _resolutions(tensors, "synthesis.")
     w_dim, features = _shape(tensors, "mapping.fc0.weight", 2)
-    c_dim = _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0
-    base, most = _widths({r: _shape(tensors, f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions})
-    inferred: dict[str, Any] = {
-        "resolution": resolutions[-1],
-        "channel_base": base,
-        "channel_max": most,
-        "z_dim": features - (w_dim if c_dim else 0),
+    widths = {r: _shape(tensors, f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions}
+    inferred = _inferred(tensors, widths) | {
+        "z_dim": features - (w_dim if "mapping.embed.weight" in tensors else 0),  # the embedded class follows z
         "w_dim": w_dim,
-        "c_dim": c_dim,
         "image_channels": _shape(tensors, f"synthesis.b{resolutions[-1]}.torgb.weight", 4)[0],
-        "mapping_layers": _count(tensors, r"mapping\.fc(\d+)\.weight"),
         "architecture": _architecture(tensors, "synthesis.b4.torgb.weight", "synthesis.b8.skip.weight"),
     }
     return GeneratorConfig(**{**inferred, **_checked(known)})
@@ -49,18 +43,24 @@ def discriminator_config(tensors: Tensors, **known: Any) -> DiscriminatorConfig:
     resolutions = _resolutions(tensors, "")
     widths = {r: _shape(tensors, f"b{r}.conv0.weight", 4)[0] for r in resolutions if r > 4}
     widths[4] = _shape(tensors, "b4.conv.weight", 4)[0]
-    base, most = _widths(widths)
-    inferred: dict[str, Any] = {
-        "resolution": resolutions[-1],
-        "channel_base": base,
-        "channel_max": most,
-        "c_dim": _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0,
+    inferred = _inferred(tensors, widths) | {
         "image_channels": _shape(tensors, f"b{resolutions[-1]}.fromrgb.weight", 4)[1],
-        "mapping_layers": _count(tensors, r"mapping\.fc(\d+)\.weight") or 8,
         "architecture": _architecture(tensors, "b4.fromrgb.weight", "b8.skip.weight"),
         "mbstd_channels": _shape(tensors, "b4.conv.weight", 4)[1] - widths[4],
     }
     return DiscriminatorConfig(**{**inferred, **_checked(known)})
+
+
+def _inferred(tensors: Tensors, widths: Mapping[int, int]) -> dict[str, Any]:
+    base, most = _widths(widths)
+    return {
+        "resolution": max(widths),
+        "channel_base": base,
+        "channel_max": most,
+        "c_dim": _shape(tensors, "mapping.embed.weight", 2)[1] if "mapping.embed.weight" in tensors else 0,
+        # An unconditional discriminator has no mapping layers, and its config their default number.
+        "mapping_layers": len(numbers(tensors, r"mapping\.fc(\d+)\.weight")) or 8,
+    }
 
 
 @overload
@@ -72,7 +72,7 @@ def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Ge
 
     Raises ValueError for the first tensor that is missing, of another shape, or no part of such a network.
     """
-    network_class = _NETWORKS[type(config)]
+    network_class: Any = Generator if isinstance(config, GeneratorConfig) else Discriminator
     with torch.device("meta"):  # shapes alone: a wrong config may be huge
         expected = {name: tuple(value.shape) for name, value in network_class(config).state_dict().items()}
     widths = f"channel_base {config.channel_base}, channel_max {config.channel_max}"
@@ -90,6 +90,49 @@ def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Ge
     return network.requires_grad_(False).eval()
 
 
+def renamed(
+    tensors: Tensors, rows: Iterable[Row], change: Callable[[str, Tensor, str], Tensor], whose: str, ignored: str = ""
+) -> dict[str, Tensor]:
+    """A file's tensors by our names: for each row, `change(their name, their tensor, the row's third part)`.
+
+    Raises ValueError, naming it, for a tensor that is missing, or one that is no part of `whose` network nor `ignored`.
+    """
+    found, known = {}, {ignored}
+    for ours, theirs, how in rows:
+        if theirs not in tensors:
+            raise ValueError(f"lacks {theirs}")
+        found[ours] = change(theirs, tensors[theirs], how)
+        known.add(theirs)
+    unknown = next((name for name in tensors if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"{ascii(unknown[:100])[1:-1]} {tuple(tensors[unknown].shape)} is no part of {whose} network")
+    return found
+
+
+def fields_of(
+    options: Mapping[str, Any], fields: Mapping[str, str], fixed: Mapping[str, Any], ignored: Iterable[str]
+) -> dict[str, Any]:
+    """Fields of our config out of a file's options.
+
+    fields: their name to ours. fixed: the value that every network here has. ignored: options of training or speed, and those
+    that shapes repeat. Raises ValueError, naming it, for a fixed option of another value, or an unknown one.
+    """
+    found = {}
+    for name, value in options.items():
+        if name in fields:
+            found[fields[name]] = value
+        elif name in fixed and not agrees(value, fixed[name]):
+            raise ValueError(f"its option {name} is not {fixed[name]}, as all networks here have it")
+        elif name not in fixed and name not in ignored:
+            raise ValueError(f"its option {ascii(name)[:60]} is not known here")
+    return found
+
+
+def numbers(names: Iterable[str], pattern: str) -> list[int]:
+    """The distinct numbers that a pattern's first group matches in whole names, in order."""
+    return sorted({int(match[1]) for name in names if (match := re.fullmatch(pattern, name))})
+
+
 def without_filters(tensors: Tensors, filters: Mapping[str, float]) -> dict[str, Tensor]:
     """The tensors without resampling filters.
 
@@ -101,9 +144,7 @@ def without_filters(tensors: Tensors, filters: Mapping[str, float]) -> dict[str,
         if gain is None:
             kept[name] = value
         elif value.shape != FILTER.shape or not torch.allclose(value.float(), gain * FILTER, rtol=1e-3, atol=0):
-            raise ValueError(
-                f"{name[:100]} {tuple(value.shape)} is another filter than [1, 3, 3, 1], the only one here"
-            )
+            raise ValueError(f"{name[:100]} {tuple(value.shape)} is another filter than [1, 3, 3, 1]")
     return kept
 
 
@@ -130,8 +171,7 @@ def _checked(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolutions(tensors: Tensors, prefix: str) -> list[int]:
-    pattern = re.compile(re.escape(prefix) + r"b(\d{1,4})\.")
-    found = sorted({int(match[1]) for name in tensors if (match := pattern.match(name))})
+    found = numbers(tensors, re.escape(prefix) + r"b(\d{1,4})\..*")
     if found != [2**i for i in range(2, 2 + len(found))] or len(found) < 2:
         raise ValueError(f"has blocks of resolution {found}, expected 4, 8 and so on; no StyleGAN2 network")
     return found
@@ -150,15 +190,10 @@ def _architecture(tensors: Tensors, of_skip: str, of_resnet: str) -> Architectur
     return "skip" if of_skip in tensors else "resnet" if of_resnet in tensors else "orig"
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
-    return sum(1 for name in tensors if re.fullmatch(pattern, name))
-
-
 def _widths(channels: Mapping[int, int]) -> tuple[int, int]:
     """channel_base and channel_max of the feature maps at each resolution."""
     base, most = max(r * n for r, n in channels.items()), max(channels.values())
     if any(min(base // r, most) != n for r, n in channels.items()):
-        raise ValueError(
-            f"has feature maps {dict(sorted(channels.items()))} by resolution, expected min(channel_base / resolution, channel_max)"
-        )
+        maps = dict(sorted(channels.items()))
+        raise ValueError(f"has feature maps {maps}, expected min(channel_base / resolution, channel_max) of each")
     return base, most

@@ -1,4 +1,4 @@
-"""What a run shows of itself on the way: grids of samples, and distances to real images."""
+"""Snapshots of a run: grids of samples, and distances to real images."""
 
 from collections.abc import Callable
 from typing import cast
@@ -17,14 +17,12 @@ from triptych_gangealing.stylegan2.data import TrainingImages
 from triptych_gangealing.stylegan2.generator import AT_ONCE, Generator, sample_images
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 
+FeatureNetwork = Callable[[Tensor], Float[Tensor, "n dim"]]
 GRID = 80  # images in a grid
 
 
-def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float[Tensor, "n dim"]]:
-    """Features of uint8 images (n, 3, h, w): of "digits32", or "inception", which asks for its weights.
-
-    Raises OSError with a remedy where these are absent.
-    """
+def feature_network(name: str, device: torch.device) -> FeatureNetwork:
+    """Features of uint8 images (n, 3, h, w), by "digits32" or "inception". Raises OSError where Inception's weights are absent."""
     if name == "digits32":
         from triptych_gangealing.stylegan2.instrument import load_instrument
 
@@ -38,9 +36,7 @@ def feature_network(name: str, device: torch.device) -> Callable[[Tensor], Float
 class Scores:
     """Fréchet and kernel distance of a generator's images to as many of the training images."""
 
-    def __init__(
-        self, features: Callable[[Tensor], Tensor], config: GanTrainConfig, images: TrainingImages, ranks: Ranks
-    ) -> None:
+    def __init__(self, features: FeatureNetwork, config: GanTrainConfig, images: TrainingImages, ranks: Ranks) -> None:
         self.features, self.ranks, self.seed = features, ranks, config.seed
         self.n = min(config.score_images, len(images)) // ranks.world_size * ranks.world_size
         items = randomness.shuffled(config.seed, "score/real", range(self.n), len(images))
@@ -52,10 +48,7 @@ class Scores:
     def __call__(self, generator: Generator) -> dict[str, float]:
         """Every rank must call it."""
         fake = self._gathered(sample_images(generator, self.ranks.share(range(self.n)), seed=self.seed))
-        return {
-            "score/frechet": frechet_distance(fake, self.real),
-            "score/kernel": kernel_distance(fake, self.real),
-        }
+        return {"score/frechet": frechet_distance(fake, self.real), "score/kernel": kernel_distance(fake, self.real)}
 
 
 def make_snapshots(
@@ -66,7 +59,7 @@ def make_snapshots(
     Raises OSError with a remedy where the scores' network is absent.
     """
     features = feature_network(config.scores, ranks.device) if config.scores != "none" else None
-    made: list[Scores] = []
+    scores: list[Scores] = []  # made with the first snapshot
 
     def snapshot(state: TrainState) -> None:
         sizes = {"batch_size": config.batch_size, "total_samples": config.total_images}
@@ -77,8 +70,8 @@ def make_snapshots(
             grid = image_grid(sample_images(generator, range(GRID), seed=config.seed), columns=10)
             write_png(run.path / "samples" / f"images-{state.samples_seen:09d}.png", grid, scale=2)
         if features is not None:
-            if not made:
-                made.append(Scores(features, config, images, state.ranks))
-            run.log({"step": state.step, "images": state.samples_seen, **made[0](generator)})
+            if not scores:
+                scores.append(Scores(features, config, images, state.ranks))
+            run.log({"step": state.step, "images": state.samples_seen, **scores[0](generator)})
 
     return snapshot

@@ -14,7 +14,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
-from triptych_gangealing.stylegan2.augment import AdaptiveProbability
+from triptych_gangealing.stylegan2.augment import adapted_p
 from triptych_gangealing.stylegan2.data import TrainingImages, open_images
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
@@ -39,51 +39,42 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
         state = make_state(config, ranks, images)
         generator, discriminator, _ = parts_of(state)
         objective = Objective(config, images, generator, discriminator)
-        # Only now: what is refused above must not leave a folder that would refuse the corrected command.
+        # Opened last: a command refused above must not leave a folder that then refuses the corrected one.
         with open_run(config, ranks, {"images": images.fingerprint()}) as run:
             snapshot = make_snapshots(config, run, images, ranks)
             for batch in training_steps(config, state, run, on_step=snapshot):
                 adversarial_step(state, objective, batch)
             save_networks(config, run, state)
-            return {
-                "generator": str(run.path / GENERATOR_FILE),
-                "discriminator": str(run.path / DISCRIMINATOR_FILE),
-                **summary(run, "loss/generator"),
-            }
+            files = {"generator": str(run.path / GENERATOR_FILE), "discriminator": str(run.path / DISCRIMINATOR_FILE)}
+            return files | summary(run, "loss/generator")
 
 
 class Statistics(nn.Module):
-    """Running statistics of the batches seen, over all ranks: the augmentation's probability, and means."""
+    """Running statistics of the batches seen, over all ranks; buffers, so that checkpoints have them."""
 
-    augment_p: Tensor
-    path_length: Tensor
-    signs: Tensor
-    steps: Tensor
-    r1: Tensor
-    path_length_penalty: Tensor
+    augment_p: Tensor  # probability of the augmentations
+    path_length: Tensor  # running mean
+    signs: Tensor  # of D(real), summed since the last adjustment of augment_p
+    steps: Tensor  # since then
+    r1: Tensor  # the latest value, since most steps have none
+    path_length_penalty: Tensor  # the latest value
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        for name, value in (("augment_p", p), ("path_length", 0.0), ("signs", 0.0), ("steps", 0.0)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
-        for name in ("r1", "path_length_penalty"):  # the last ones, since most steps have none
-            self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
+        for name in ("augment_p", "path_length", "signs", "steps", "r1", "path_length_penalty"):
+            self.register_buffer(name, torch.tensor(p if name == "augment_p" else 0.0, dtype=torch.float64))
 
 
 def parts_of(state: TrainState) -> tuple[Generator, Discriminator, Statistics]:
     """Both networks that are being trained, and the statistics."""
-    parts = cast(nn.ModuleDict, state.model)
-    return (
-        cast(Generator, parts["generator"]),
-        cast(Discriminator, parts["discriminator"]),
-        cast(Statistics, parts["statistics"]),
-    )
+    parts: Any = state.model
+    return parts["generator"], parts["discriminator"], parts["statistics"]
 
 
 class Pass(NamedTuple):
-    """One of a step's up to four passes: loss of some counters times `weight`, for one player, every `every` steps.
+    """One of a step's up to four passes: a loss times `weight`, for one player's weights, every `every` steps.
 
-    `loss` returns a mean over those counters and another such mean to be observed.
+    loss: of some counters, the mean over them and another such mean to be observed. stride: it takes every `stride`-th counter.
     """
 
     player: str
@@ -98,28 +89,27 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
     config, ranks = objective.config, state.ranks
     generator, _, statistics = parts_of(state)
     p = float(statistics.augment_p)
+    path_mean = statistics.path_length.to(objective.dtype)
+    r1_weight, path_weight = config.gamma(batch.step * batch.size) / 2, config.path_length_weight
+    # Lazy regularisation: what is computed every 16th step weighs 16 times as much.
     passes = {
         "generator": Pass("generator", 1, 1.0, partial(objective.generator_loss, p=p)),
         "path_length": Pass(  # of half a batch
-            "generator",
-            config.path_length_every,
-            config.path_length_weight * config.path_length_every,
-            partial(objective.path_length_penalty, mean=statistics.path_length.to(objective.dtype)),
-            stride=2,
+            "generator", config.path_length_every, path_weight * config.path_length_every,
+            partial(objective.path_length_penalty, mean=path_mean), stride=2,
         ),
         "discriminator": Pass("discriminator", 1, 1.0, partial(objective.discriminator_loss, p=p)),
         "r1": Pass(
-            "discriminator",
-            config.r1_every,
-            config.gamma(batch.step * batch.size) / 2 * config.r1_every,
+            "discriminator", config.r1_every, r1_weight * config.r1_every,
             lambda counters: (objective.r1_penalty(counters, p), torch.zeros(())),
         ),
-    }
+    }  # fmt: skip
     losses, observed, finite = {}, {}, True
     for name, play in passes.items():
         if batch.step % play.every == 0 and play.weight > 0:
             losses[name], observed[name] = _pass(state, batch, play, config.micro_batch)
             finite &= state.optimise()[1]
+    # Means over all ranks, so that their number does not change what is learned. After a non-finite gradient nothing is kept.
     seen = {name: ranks.sum(value) / ranks.world_size for name, value in observed.items()}
     if finite:
         generator.mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)
@@ -129,34 +119,27 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
         if "r1" in losses:
             statistics.r1.copy_(ranks.sum(losses["r1"]) / ranks.world_size)
         _adapt(statistics, seen["discriminator"], config, batch)
-    metered = {
-        "loss/generator": losses["generator"],
-        "loss/discriminator": losses["discriminator"],
-        "r1": statistics.r1,
-        "path_length": statistics.path_length,
-        "path_length_penalty": statistics.path_length_penalty,
-        "augment_p": statistics.augment_p,
-        "sign_real": seen["discriminator"],
-    }
-    state.count(batch, metered, finite)
+    metered = {f"loss/{player}": losses[player] for player in ("generator", "discriminator")}
+    metered |= {n: getattr(statistics, n) for n in ("r1", "path_length", "path_length_penalty", "augment_p")}
+    state.count(batch, metered | {"sign_real": seen["discriminator"]}, finite)
 
 
 def _pass(state: TrainState, batch: Batch, play: Pass, micro_batch: int | None) -> tuple[Tensor, Tensor]:
-    networks = cast(nn.ModuleDict, state.model)
+    networks: Any = state.model
     other = networks["discriminator" if play.player == "generator" else "generator"]
-    totals: tuple[Tensor, Tensor] | None = None
-    first, samples = batch.step * batch.size, -(-batch.size // play.stride)  # of the batch of all ranks
+    parts = []
+    # Every `stride`-th sample of the batch of all ranks, wherever its parts begin.
+    first, samples = batch.step * batch.size, -(-batch.size // play.stride)
     with _frozen(other):
         for part, _ in batch.micro_batches(micro_batch):
             counters = part[(first - part.start) % play.stride :: play.stride]
             share = len(counters) / samples * (batch.size / len(batch.counters))
-            # Where it has none, one of no weight: ranks must have the same gradients.
+            # Without a counter of its own it takes one at weight 0: all ranks must have the same gradients.
             loss, observed = play.loss(counters or part[:1])
             (loss * (play.weight * share)).backward()
-            parts = loss.detach() * share, observed * share
-            totals = parts if totals is None else (totals[0] + parts[0], totals[1] + parts[1])
-    assert totals is not None
-    return totals
+            parts.append((loss.detach() * share, observed * share))
+    losses, observations = zip(*parts, strict=True)
+    return sum(losses), sum(observations)
 
 
 def _adapt(statistics: Statistics, sign: Tensor, config: GanTrainConfig, batch: Batch) -> None:
@@ -164,62 +147,46 @@ def _adapt(statistics: Statistics, sign: Tensor, config: GanTrainConfig, batch: 
         return
     statistics.signs += sign.double() * batch.size
     statistics.steps += 1
-    rule = AdaptiveProbability(target=config.ada_target, interval=config.ada_every, ada_kimg=config.ada_images / 1000)
     if statistics.steps >= config.ada_every:
-        count = float(statistics.steps) * batch.size
-        p = rule.adjusted(float(statistics.augment_p), float(statistics.signs), count, batch.size)
-        statistics.augment_p.fill_(p)
+        mean_sign = float(statistics.signs) / (float(statistics.steps) * batch.size)
+        share = batch.size * config.ada_every / config.ada_images
+        statistics.augment_p.fill_(adapted_p(float(statistics.augment_p), mean_sign, config.ada_target, share))
         statistics.signs.zero_()
         statistics.steps.zero_()
 
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """Without gradients for its weights, though through them."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    """Gradients flow through it, but not to its weights."""
+    trained = nn.ParameterList(p for p in network.parameters() if p.requires_grad).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        trained.requires_grad_(True)
 
 
 def make_state(config: GanTrainConfig, ranks: Ranks, images: TrainingImages) -> TrainState:
     """Both networks, freshly initialised or taken over, the generator's average, and one Adam with a group for each."""
     generator, discriminator = make_networks(config, images)
-    model = nn.ModuleDict(
-        {
-            "generator": generator.to(config.dtype),
-            "discriminator": discriminator.to(config.dtype),
-            "statistics": Statistics(config.augment_p or 0.0),
-        }
-    ).to(memory_format=torch.channels_last)
+    model = nn.ModuleDict({"generator": generator, "discriminator": discriminator}).to(config.dtype)
+    model["statistics"] = Statistics(config.augment_p or 0.0)  # float64, whatever the networks' type
+    model.to(memory_format=torch.channels_last)
 
+    # Two groups of one Adam: a pass leaves the other network's gradients None, so that its group does not move.
     def optimizer(_: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(
-            [
-                _group(generator, config.lr, config.path_length_every),
-                _group(discriminator, config.discriminator_lr or config.lr, config.r1_every),
-            ],
-            fused=True,
-        )
+        groups = [_group(generator, config.lr, config.path_length_every)]
+        groups += [_group(discriminator, config.discriminator_lr or config.lr, config.r1_every)]
+        return torch.optim.Adam(groups, fused=True)
 
     return TrainState(
-        model,
-        optimizer,
-        ranks,
-        ema_half_life=config.ema_half_life_images,
-        ema_rampup=config.ema_rampup,
-        grad_clip=None,
-        averaged_part="generator",
-        several_passes=True,
-    )
+        model, optimizer, ranks, ema_half_life=config.ema_half_life_images, ema_rampup=config.ema_rampup, grad_clip=None,
+        averaged_part="generator", several_passes=True,
+    )  # fmt: skip
 
 
 def _group(network: nn.Module, lr: float, every: int) -> dict[str, Any]:
     """Adam's settings, corrected for the optimiser steps that regularisation adds.  [Karras et al. 2020, appendix B]"""
+    # With c = k / (k + 1): lr c and beta^c, so that k + 1 optimiser steps do what k did.
     ratio = every / (every + 1)
     trained = [p for p in network.parameters() if p.requires_grad]
     return {"params": trained, "lr": lr * ratio, "betas": (0.0, 0.99**ratio), "eps": 1e-8}
@@ -235,7 +202,9 @@ def make_networks(config: GanTrainConfig, images: TrainingImages) -> tuple[Gener
         from triptych_gangealing.stylegan2.weights import take_over
 
         take_over(config.init_from, generator, discriminator)
-    layers = _convolutions(discriminator)
+    # FreezeD counts convolutions from the image inwards, without those at 4x4.
+    blocks = [getattr(discriminator, f"b{r}") for r in discriminator.config.resolutions[:0:-1]]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, Conv2d)]
     if config.freeze_d > len(layers):
         raise ValueError(f"freeze_d {config.freeze_d}: expected at most {len(layers)}, which the discriminator has")
     for layer in layers[: config.freeze_d]:
@@ -245,22 +214,12 @@ def make_networks(config: GanTrainConfig, images: TrainingImages) -> tuple[Gener
     return generator, discriminator
 
 
-def _convolutions(discriminator: Discriminator) -> list[Conv2d]:
-    """Of the blocks, from the image inwards."""
-    blocks = [getattr(discriminator, f"b{r}") for r in discriminator.config.resolutions[:0:-1]]
-    return [layer for block in blocks for layer in block.modules() if isinstance(layer, Conv2d)]
-
-
 def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState) -> None:
     """Write the averaged generator, and the discriminator for fine-tuning."""
     if not state.ranks.is_main:
         return
-    facts = {
-        "data": config.data,
-        "images": run.identity["images"],
-        "seed": config.seed,
-        "images_seen": state.samples_seen,
-    }
+    facts: dict[str, Any] = {"data": config.data, "images": run.identity["images"]}
+    facts |= {"seed": config.seed, "images_seen": state.samples_seen}
     write_network(run.path / GENERATOR_FILE, cast(Generator, state.ema), facts)
     write_network(run.path / DISCRIMINATOR_FILE, parts_of(state)[1], facts)
     echo(f"generator: {run.path / GENERATOR_FILE}")

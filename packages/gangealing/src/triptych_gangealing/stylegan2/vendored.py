@@ -1,4 +1,4 @@
-"""NVIDIA's own StyleGAN2 networks in place of ours, for those who accept their licence (non-commercial).
+"""NVIDIA's own StyleGAN2 networks in place of ours, for those who accept their non-commercial licence.
 
 `make vendor-stylegan2-ada` fetches a pinned commit of stylegan2-ada-pytorch into third_party/, which git ignores; none of it is
 part of this project. The same tests of parity run on both.
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
+from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
-from triptych_gangealing.stylegan2.generator import Generator
+from triptych_gangealing.stylegan2.generator import Classes, Generator, Images, Latents
 
 FOLDER = Path("third_party/stylegan2-ada-pytorch")
 COMMIT = "d72cc7d041b42ec8e806021a205ed9349f87c6a4"
@@ -26,9 +26,9 @@ _MODULES = ("torch_utils", "dnnlib", "training")
 
 
 def vendored(network: Generator | Discriminator, folder: Path = FOLDER) -> nn.Module:
-    """Their network with the shape and weights of ours, called as ours is.
+    """Their network with the shape and weights of ours, behind our interface. Runs the code in `folder`.
 
-    Runs the code in `folder`. Raises FileNotFoundError where it was not fetched, ImportError where it lacks a package of its own,
+    Raises FileNotFoundError where it was not fetched, ImportError where it lacks a package of its own,
     ValueError where its tensors are not ours.
     """
     if not (folder / "training" / "networks.py").is_file():
@@ -38,7 +38,7 @@ def vendored(network: Generator | Discriminator, folder: Path = FOLDER) -> nn.Mo
             networks = importlib.import_module("training.networks")
         except ModuleNotFoundError as error:
             raise ImportError(f"{folder} needs a package: pip install {error.name}") from error
-        theirs = _generator(networks, network) if isinstance(network, Generator) else _discriminator(networks, network)
+        theirs = _theirs(networks, network)
     ours = network.state_dict()
     filters = {name for name in theirs.state_dict() if name.endswith("resample_filter")}
     if differing := sorted((theirs.state_dict().keys() - filters) ^ ours.keys()):
@@ -55,24 +55,10 @@ class VendoredGenerator(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(
-        self,
-        z: Float[Tensor, "batch z_dim"],
-        c: Float[Tensor, "batch c_dim"] | None = None,
-        *,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
-        noise: str = "const",
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, z: Latents, c: Classes = None, *, noise: str = "const", **truncation: Any) -> Images:
+        """truncation: truncation_psi and truncation_cutoff."""
         labels = z.new_zeros(len(z), 0) if c is None else c
-        return self.network(
-            z,
-            labels,
-            truncation_psi=truncation_psi,
-            truncation_cutoff=truncation_cutoff,
-            noise_mode=noise,
-            force_fp32=True,
-        )
+        return self.network(z, labels, **truncation, noise_mode=noise, force_fp32=True)
 
 
 class VendoredDiscriminator(nn.Module):
@@ -82,53 +68,28 @@ class VendoredDiscriminator(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(
-        self, images: Float[Tensor, "batch channels height width"], c: Float[Tensor, "batch c_dim"] | None = None
-    ) -> Float[Tensor, " batch"]:
+    def forward(self, images: Images, c: Classes = None) -> Float[Tensor, " batch"]:
         labels = images.new_zeros(len(images), 0) if c is None else c
         return self.network(images, labels, force_fp32=True).squeeze(1)
 
 
-def _generator(networks: ModuleType, network: Generator) -> nn.Module:
+def _theirs(networks: ModuleType, network: Generator | Discriminator) -> nn.Module:
+    """A freshly initialised network of theirs with the shape of ours."""
     config = network.config
-    return networks.Generator(
-        **_images(config),
-        z_dim=config.z_dim,
-        w_dim=config.w_dim,
-        mapping_kwargs={"num_layers": config.mapping_layers},
-        synthesis_kwargs=_layers(config),
-    )
-
-
-def _discriminator(networks: ModuleType, network: Discriminator) -> nn.Module:
-    config = network.config
-    return networks.Discriminator(
-        **_images(config),
-        **_layers(config),
-        mapping_kwargs={"num_layers": config.mapping_layers},
-        epilogue_kwargs={
-            "mbstd_group_size": config.mbstd_group_size,
-            "mbstd_num_channels": config.mbstd_channels,
-        },
-    )
-
-
-def _images(config: GeneratorConfig | DiscriminatorConfig) -> dict[str, Any]:
-    return {"c_dim": config.c_dim, "img_resolution": config.resolution, "img_channels": config.image_channels}
-
-
-def _layers(config: GeneratorConfig | DiscriminatorConfig) -> dict[str, Any]:
-    return {
-        "channel_base": config.channel_base,
-        "channel_max": config.channel_max,
-        "architecture": config.architecture,
-        "conv_clamp": config.conv_clamp,
-    }
+    common: dict[str, Any] = {
+        "c_dim": config.c_dim, "img_resolution": config.resolution, "img_channels": config.image_channels,
+        "mapping_kwargs": {"num_layers": config.mapping_layers},
+    }  # fmt: skip
+    layers = {name: getattr(config, name) for name in ("channel_base", "channel_max", "architecture", "conv_clamp")}
+    if isinstance(config, GeneratorConfig):
+        return networks.Generator(**common, z_dim=config.z_dim, w_dim=config.w_dim, synthesis_kwargs=layers)
+    epilogue = {"mbstd_group_size": config.mbstd_group_size, "mbstd_num_channels": config.mbstd_channels}
+    return networks.Discriminator(**common, **layers, epilogue_kwargs=epilogue)
 
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """With their top-level modules, whose names anybody may use, importable for as long as it takes."""
+    """With their top-level modules importable. Others may use the same names, so `sys.modules` is restored."""
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in _MODULES}
     sys.path.insert(0, str(folder.resolve()))
     try:

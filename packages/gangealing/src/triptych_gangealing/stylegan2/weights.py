@@ -26,17 +26,16 @@ _FORMAT = ModelFormat(
     made=f"triptych-gangealing train-gan --out FOLDER makes {GENERATOR_FILE}",
     absent="no finished generator; train one with triptych-gangealing train-gan --out {folder}",
 )
-_LEGACY_TORCH = (
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip archives
-)
+# How torch.save's files began before they were zip archives.
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 @dataclass(frozen=True)
 class Source:
     """A file with networks in it.
 
-    generator, discriminator: build them, in float32 on the CPU for evaluation, beside their tensors by NVIDIA's names as the
-    file has them; None where it has none. Building raises ValueError, one line, for what cannot be represented.
+    generator, discriminator: functions that build them, in float32 on the CPU for evaluation, and return them with the file's
+    tensors by NVIDIA's names; None for an absent one. They raise ValueError for a network that cannot be represented.
     """
 
     path: Path
@@ -49,8 +48,8 @@ class Source:
 def load_generator(path: str | Path) -> Generator:
     """The generator of a file, the averaged one where it has several, or one that ships ("digits32", "digits32-3").
 
-    Raises FileNotFoundError where there is no file; ValueError, one line naming what is wrong, for one that is damaged, would run
-    code, holds no generator, or one that contradicts its own settings.
+    Raises FileNotFoundError for an absent file; ValueError for one that is damaged, would run code, holds no generator, or one
+    that contradicts its own settings.
     """
     source = open_networks(path)
     if source.generator is None:
@@ -67,27 +66,25 @@ def load_discriminator(path: str | Path) -> Discriminator:
 
 
 def open_networks(path: str | Path) -> Source:
-    """What a file holds, by its content; of a folder, our own files in it. Raises as `load_generator`."""
-    # Readers of foreign files are imported where one is met: training from a file of ours needs none of them.
+    """The networks of a file, whose format is recognised by its content, or of a run folder. Raises as `load_generator`."""
+    # Readers of foreign files are imported on use: a file of ours needs none of them.
     path = locate(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return _own(path)
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_TORCH))
     if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
-        from triptych_gangealing.stylegan2.interop import read_rosinality
-
-        return Source(path, **read_rosinality(path))
-    from triptych_gangealing.stylegan2.interop import read_pickle
-
-    return Source(path, **read_pickle(path))
+        from triptych_gangealing.stylegan2.interop import read_rosinality as read_foreign
+    else:
+        from triptych_gangealing.stylegan2.interop import read_pickle as read_foreign
+    return Source(path, **read_foreign(path))
 
 
 def take_over(source: str, generator: Generator, discriminator: Discriminator) -> None:
     """Replace the weights of both networks by those of `source`: a run folder, a file of ours, or a foreign checkpoint.
 
-    Where the source has no discriminator, that one stays freshly initialised, which is reported.
-    Raises ValueError naming the first tensor that does not fit, FileNotFoundError where there is nothing.
+    Without a discriminator in the source, this one stays freshly initialised, which is reported.
+    Raises ValueError naming the first tensor that does not fit, FileNotFoundError for an absent source.
     """
     found = open_networks(source)
     if found.generator is None:
@@ -105,10 +102,8 @@ def _copy_weights(source: nn.Module, target: nn.Module, where: str) -> None:
     for name in [*ours, *theirs]:
         has, wants = (tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours))
         if has != wants:
-            raise ValueError(
-                f"{where}: {kind} has {name} {has}, this config wants {wants}; "
-                "pass its own resolution, channels, z_dim, classes and architecture"
-            )
+            remedy = "pass its own resolution, channels, z_dim, classes and architecture"
+            raise ValueError(f"{where}: {kind} has {name} {has}, this config wants {wants}; {remedy}")
     target.load_state_dict(theirs)
 
 
@@ -125,7 +120,7 @@ def locate(name: str | Path) -> Path:
 
 
 class Loaded(NamedTuple):
-    """A network read from a file, and the facts of its making."""
+    """A network from a file, and facts about its training."""
 
     network: Generator | Discriminator
     facts: dict[str, Any]
@@ -156,11 +151,11 @@ def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Loaded:
 
 def _own(path: Path) -> Source:
     files = [path / name for name in (GENERATOR_FILE, DISCRIMINATOR_FILE)] if path.is_dir() else [path]
-    loaded = [read_network(file) for file in files if not path.is_dir() or file.exists()]
+    loaded = [read_network(file) for file in files if file.exists()]
     if not loaded:
         raise FileNotFoundError(f"{path}: no {GENERATOR_FILE} or {DISCRIMINATOR_FILE} in this folder")
-    found: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
+    parts: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
     for network, _ in loaded:
         name = "generator" if isinstance(network, Generator) else "discriminator"
-        found[name] = lambda network=network: (network, network.state_dict())
-    return Source(path, "triptych", **found)
+        parts[name] = lambda network=network: (network, network.state_dict())
+    return Source(path, "triptych", **parts)
