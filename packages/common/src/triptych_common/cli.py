@@ -141,8 +141,9 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
             raise
         return _fail(_one_line(error), 1)
     except RuntimeError as error:
-        # By name, as only torch has that class, and importing torch takes seconds.
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("TRIPTYCH_DEBUG"):
+        # By name, as only torch has that class, and importing torch takes seconds; on the CPU it raises a plain RuntimeError.
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        if not out_of_memory or os.environ.get("TRIPTYCH_DEBUG"):
             raise
         return _fail(f"{_one_line(error)}; use a smaller batch", 1)
 

@@ -1,11 +1,11 @@
 """Carry a model between triptych, the released DiT's files and diffusers."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import echo
+from triptych_common.storage.schema import read_json
 
 from triptych_dit.interop import export_released, load_any, to_diffusers
 from triptych_dit.settings import ExportConfig
@@ -58,10 +58,11 @@ def _diffusers_notes(trained: TrainedModel, vae: str | None) -> list[str]:
     return notes
 
 
+_NAMES = 'expected a JSON object of labels and names, {"0": "tench", ...}'
+
+
 def _names(path: Path) -> dict[int, str]:
     try:
-        names = json.loads(path.read_text())
-        return {int(label): name for label, name in names.items()}
-    except (ValueError, AttributeError) as error:
-        expected = 'a JSON object of labels and names, {"0": "tench", ...}'
-        raise ValueError(f"{path}: expected {expected} ({error})") from error
+        return {int(label): name for label, name in read_json(path, dict[str, str], remedy=_NAMES).items()}
+    except ValueError as error:
+        raise ValueError(error if _NAMES in str(error) else f"{path}: {error}; {_NAMES}") from error

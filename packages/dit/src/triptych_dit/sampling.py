@@ -14,7 +14,7 @@ from triptych_common.samplers import Denoise, Step, final, guided, sampling
 
 from triptych_dit.model import DiT
 from triptych_dit.settings import SamplerSettings
-from triptych_dit.weights import TrainedModel
+from triptych_dit.weights import FETCH, TrainedModel
 
 if TYPE_CHECKING:
     from triptych_dit.autoencoder.model import Autoencoder
@@ -125,7 +125,8 @@ def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None 
     """
     facts = trained.facts.get("autoencoder")
     if facts is not None:
-        found = _autoencoder(vae or facts["spec"], facts["sha256"], facts.get("encoder_sha256"), device)
+        download = vae is not None or trained.facts.get(FETCH, False)
+        found = _autoencoder(vae or facts["spec"], download, facts["sha256"], facts.get("encoder_sha256"), device)
         for name in ("scale_factor", "shift_factor") if facts["sha256"] else ():
             ours, theirs = facts.get(name), getattr(found, name)
             if ours not in (None, theirs):
@@ -140,11 +141,13 @@ _REMEDY = "pass --vae with the folder or hub name of the autoencoder that the mo
 
 
 @lru_cache(maxsize=1)
-def _autoencoder(spec: str, sha256: str | None, encoder_sha256: str | None, device: torch.device) -> "Autoencoder":
+def _autoencoder(
+    spec: str, download: bool, sha256: str | None, encoder_sha256: str | None, device: torch.device
+) -> "Autoencoder":
     from triptych_dit.autoencoder.model import load_autoencoder
 
     try:
-        found = load_autoencoder(spec, device=device)
+        found = load_autoencoder(spec, device=device, download=download)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; or {_REMEDY}") from error
     # Latents depend on the encoder alone: stabilityai's ft-MSE and ft-EMA are decoders fine-tuned for the same one.

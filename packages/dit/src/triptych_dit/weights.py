@@ -3,20 +3,33 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 from torch import Tensor
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
 from triptych_common.storage.model_file import ModelFormat
+from triptych_common.storage.schema import open_ended
+from typing_extensions import TypedDict
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT
 
 FILE_NAME = "model.safetensors"
+FETCH = "fetch_autoencoder"  # fact of a loaded model, never of a file: the user named what is on the hub
+
+
+@open_ended
+class _Facts(TypedDict):
+    config: DiTConfig
+    predict: Literal["noise", "sample"]
+    autoencoder: NotRequired[dict[str, Any] | None]
+    class_names: NotRequired[list[str] | None]
+
+
 _FORMAT = ModelFormat(
     kinds=("DiT",), file_name=FILE_NAME, expected="a trained DiT", mismatch="not a DiT's model file",
     made=f"triptych-dit train --out FOLDER makes {FILE_NAME}",
-    absent="no finished model; train one with triptych-dit train --out {folder}",
+    absent="no finished model; train one with triptych-dit train --out {folder}", facts=_Facts,
 )  # fmt: skip
 
 
@@ -59,4 +72,5 @@ def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedModel:
     config = DiTConfig(**{**facts["config"], "input_size": tuple(facts["config"]["input_size"])})
     model = DiT(config)
     model.load_state_dict(tensors)
+    facts.pop(FETCH, None)
     return TrainedModel(model.requires_grad_(False).eval(), make_diffusion(config, facts["predict"]), facts)

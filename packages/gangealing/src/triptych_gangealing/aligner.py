@@ -3,13 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from triptych_common.fields import Ge
 from triptych_common.parallel import process_group
 from triptych_common.storage.model_file import ModelFormat
+from triptych_common.storage.schema import open_ended
+from typing_extensions import TypedDict
 
 from triptych_gangealing.config import Flips, SpatialTransformerConfig
 from triptych_gangealing.modes import Directions, Mode
@@ -17,6 +20,23 @@ from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTr
 from triptych_gangealing.warp import Warp
 
 FILE = "aligner.safetensors"
+
+
+@open_ended
+class _Use(TypedDict):
+    padding: NotRequired[Literal["border", "zeros", "reflection"]]
+    iterations: NotRequired[Annotated[int, Ge(1)]]
+    flips: NotRequired[bool]
+
+
+@open_ended
+class _Facts(TypedDict):
+    config: SpatialTransformerConfig
+    has_classifier: bool
+    groups: NotRequired[Any]
+    facts: _Use
+
+
 _FORMAT = ModelFormat(
     kinds=("GANgealing aligner",),
     file_name=FILE,
@@ -24,6 +44,7 @@ _FORMAT = ModelFormat(
     mismatch="no aligner",
     made=f"triptych-gangealing train --out FOLDER makes {FILE}",
     absent="no such file; train one with triptych-gangealing train --out {folder}",
+    facts=_Facts,
 )
 AT_ONCE = 64  # images
 RESAMPLED = 2  # times input_size: enough pixels for the flow network's look at an image that was magnified

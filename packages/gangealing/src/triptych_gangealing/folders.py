@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 from triptych_common.cli import echo
+from triptych_common.data.decoding import UnreadableImage, read_image
 from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
 from triptych_common.storage.atomic import write_bytes, write_text
+from triptych_common.storage.schema import read_json
 
 from triptych_gangealing import settings
 from triptych_gangealing.aligner import Aligner, Alignment, open_aligner
@@ -208,16 +210,14 @@ def _cell(image: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 3 side s
 
 def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
     import numpy as np
-    from PIL import Image
 
     if not path.is_file():
         raise FileNotFoundError(f"edit {path}: no such picture; expected an RGBA one such as PNG, drawn on the average")
     try:
-        with Image.open(path) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
-    except Exception as error:  # of a damaged file, decoders raise anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"edit {path}: no picture, or cut short ({reason}); save it as RGBA such as PNG") from error
+        pixels = torch.from_numpy(np.array(read_image(path, mode="RGBA"))).permute(2, 0, 1)
+    except UnreadableImage as error:
+        problem = f"no picture, or cut short ({error.reason})"
+        raise ValueError(f"edit {path}: {problem}; save it as RGBA such as PNG") from error
     if pixels.shape[1:] != (size, size):
         height, width = pixels.shape[1:]
         remedy = f"draw on that, or pass --size {max(height, width)} to both commands"
@@ -229,11 +229,11 @@ def _read_points(path: Path) -> Float[Tensor, "1 k 2"]:
     if not path.is_file():
         raise FileNotFoundError(f"points {path}: no such file; expected a JSON list of [x, y]")
     try:
-        points = torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected a JSON list of [x, y]") from error
-    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
-        raise ValueError(f"{path}: expected a JSON list of [x, y], found shape {tuple(points.shape)}")
+        points = torch.tensor(read_json(path, list[tuple[float, float]], remedy="expected a JSON list of [x, y]"))
+    except OverflowError as error:
+        raise ValueError(f"{path}: a number beyond float32; expected a JSON list of [x, y]") from error
+    if not len(points):
+        raise ValueError(f"{path}: expected a JSON list of [x, y], found none")
     wrong = ~(points.abs() <= FARTHEST_PX).all(1)  # NaN too
     if bool(wrong.any()):
         number = int(wrong.nonzero()[0])

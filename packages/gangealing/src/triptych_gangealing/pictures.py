@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.cli import echo
 from triptych_common.data import ImageFolder
-from triptych_common.data.decoding import UnreadableImage, decode, to_tensor
+from triptych_common.data.decoding import UnreadableImage, read_image, to_tensor
 from triptych_common.images import from_uint8
 
 from triptych_gangealing.aligner import AT_ONCE, Aligner, Alignment, load_aligner
@@ -95,7 +95,7 @@ class Folder:
 
     def _read(self, name: str) -> Picture:
         path = self.root / name
-        return Picture(name, to_tensor(decode(path.read_bytes(), str(path)), 3))
+        return Picture(name, to_tensor(read_image(path), 3))
 
 
 def png_names(names: Sequence[str]) -> list[str]:
@@ -110,7 +110,7 @@ def read_picture(path: Path) -> Picture:
     """Raises FileNotFoundError where there is none, UnreadableImage (a ValueError) for what is no picture."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such picture")
-    return Picture(path.name, to_tensor(decode(path.read_bytes(), str(path)), 3))
+    return Picture(path.name, to_tensor(read_image(path), 3))
 
 
 def squared(images: Float[Tensor, "n 3 height width"]) -> tuple[Float[Tensor, "n 3 side side"], Affine]:

@@ -19,7 +19,7 @@ def audit_command(config: AuditConfig) -> dict[str, Any]:
 
     Raises what opening model, task and zoo raises, OSError if the files cannot be written.
     """
-    trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
+    trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device, config.task)
     result = plain(memorization(trial, samples=config.samples, prompt=config.target, every=config.every))
     write_json(config.out / "audit.json", {"experiment": "audit", "result": result, **provenance()})
     write_bytes(config.out / "audit.png", figure_png(memorization_figure(result)))

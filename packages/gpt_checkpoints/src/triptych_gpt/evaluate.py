@@ -26,7 +26,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises what `Trial.open` raises, and ValueError for a zoo with too few unseen networks, or a folder of another model's results.
     """
-    trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
+    trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device, config.task)
     trial.rows("test", config.networks)  # refused before there is a folder
     trial.rows("validation", min(config.networks, 16) if config.sampler_steps else 0)
     amounts = {"networks": config.networks, "prompts": config.prompts}

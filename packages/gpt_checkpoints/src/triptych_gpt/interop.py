@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triptych_common.storage import foreign
+from triptych_common.storage.model_file import refuse_non_finite
 
 from triptych_gpt.config import GptConfig
 from triptych_gpt.model import Gpt
@@ -37,6 +38,7 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
         model = Gpt(config)
     wanted = model.state_dict()
     _check(state, {name: tuple(tensor.shape) for name, tensor in _as_released(model).items()}, path)
+    refuse_non_finite(state, str(path))
     ours = {}
     for mine, names in _names(config):
         joined = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])

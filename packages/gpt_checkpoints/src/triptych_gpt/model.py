@@ -2,18 +2,33 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
+from triptych_common.fields import Gt
 from triptych_common.storage.model_file import ModelFormat
+from triptych_common.storage.schema import open_ended
 from triptych_common.transformer import Block
+from typing_extensions import TypedDict
 
 from triptych_gpt.config import GptConfig
 from triptych_gpt.tokenizers import TOKENS, ScalarTokens, make_tokenizer
 
 FILE_NAME = "model.safetensors"
+
+
+@open_ended
+class _Facts(TypedDict):
+    config: dict[str, Any]
+    scale: Annotated[float, Gt(0)]
+    metric: str
+    better: Literal["lower", "higher"]
+    trained_range: tuple[float, float] | None
+    task: dict[str, Any]
+
+
 FORMAT = ModelFormat(
     kinds=("G.pt",),
     file_name=FILE_NAME,
@@ -21,6 +36,7 @@ FORMAT = ModelFormat(
     mismatch="not a G.pt's model file",
     made=f"triptych-gpt train --out FOLDER makes {FILE_NAME}, triptych-gpt convert one of a released model",
     absent="no trained model; make one with triptych-gpt train --out {folder}",
+    facts=_Facts,
 )
 
 

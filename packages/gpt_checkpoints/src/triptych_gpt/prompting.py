@@ -7,7 +7,7 @@ the prompt; recursive prompting feeds theta* back as theta, with the same prompt
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +206,7 @@ def prompt_command(config: PromptConfig) -> dict[str, Any]:
     """
     if not config.target:
         raise ValueError("no target: give the metric to achieve, such as --target test_loss=0.3")
-    trained = load(config.model)
-    if config.task is not None:
-        trained.spec = replace(trained.spec, task=config.task)
+    trained = load(config.model, config.task)
     with process_group(config.device) as ranks:
         trained.to(ranks.device)
     network = config.checkpoint or _random(trained, config)

@@ -40,6 +40,8 @@ class SamplingOptions(Options):
     """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
     num_inference_steps: int = 50
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
+    task: str | None = None
+    """the task that scores networks, if it is your own (file.py:NAME, which is run) or the model file does not name it"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +68,6 @@ class PromptConfig(SamplingOptions):
     """networks to generate, each from different noise"""
     num_inference_steps: int = 100
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
-    task: str | None = None
-    """the task that scores networks if the model file does not name it, or its file has moved: a name, or file.py:NAME"""
     initialiser: str | None = None
     """without a checkpoint: how the random network is initialised; default: as the task does"""
     pickle: bool = False

@@ -76,6 +76,7 @@ def save_average(
             "better": data.zoo.better[data.metric],
             "trained_range": [float(data.values.min()), float(data.values.max())],
             "task": asdict(data.spec),
+            **data.spec.source(),
             "zoo": data.identity(),
             "seed": config.seed,
             "pairs_seen": state.samples_seen,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from triptych_gpt.model import FORMAT, Gpt
 from triptych_gpt.objective import make_diffusion
 from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Task
-from triptych_gpt.zoo.source import TaskSpec
+from triptych_gpt.zoo.source import TaskSpec, report_changes
 
 
 @dataclass
@@ -40,12 +40,6 @@ class TrainedGpt:
 
         Raises ValueError for one that cannot be found, or whose networks are not those that the model was trained on.
         """
-        from triptych_gpt.tasks.registry import TASKS  # imports every task's networks
-
-        if self.spec.task not in TASKS and ".py:" not in self.spec.task:  # of a converted model
-            problem = f"the model's networks are scored by it, but it is none of {', '.join(TASKS)}"
-            remedy = "give one of your own, triptych-gpt prompt --task file.py:NAME"
-            raise ValueError(f"task {self.spec.task}: {problem}; {remedy}")
         task, layout = self.spec.open(), self.model.config.symmetry.layout
         if task.layout != layout:
             sizes = f"networks of {task.layout.size:,} parameters, the model was trained on {layout.size:,}"
@@ -106,19 +100,22 @@ class TrainedGpt:
         return lambda theta, metric, target, indices: self.sample(theta, metric, target, indices=indices, **options)
 
 
-def load(path: str | Path) -> TrainedGpt:
+def load(path: str | Path, task: str | None = None) -> TrainedGpt:
     """Read a model file, or the one in a run's folder, onto the CPU in evaluation mode.
 
+    task: what scores its networks, a name or file.py:NAME, if the model file does not name it, or names a file: that is run only
+        where it is given here.
     Raises FileNotFoundError if there is none, ValueError for a file of another kind.
     """
-    return FORMAT.read(path, _build)
+    return FORMAT.read(path, partial(_build, str(path), task))
 
 
-def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedGpt:
+def _build(path: str, task: str | None, tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedGpt:
     model = Gpt(GptConfig.from_json(facts["config"]))
     model.load_state_dict(tensors)
-    ends = facts["trained_range"]
+    ends, spec = facts["trained_range"], TaskSpec.recorded(facts["task"], path, task)
+    report_changes(spec, facts, path)
     return TrainedGpt(
         model.requires_grad_(False).eval(), float(facts["scale"]), facts["metric"], facts["better"],
-        ends and (float(ends[0]), float(ends[1])), TaskSpec(**facts["task"]), facts,
+        ends and (float(ends[0]), float(ends[1])), spec, facts,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import math
 import os
 import stat
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ class ImageTooSmall(UnreadableImage):
     """An intact image smaller than the crop."""
 
 
-def decode(content: bytes, path: str) -> Image.Image:
-    """Decode an image file's content, upright and as RGB; `path` is for error messages.
+def decode(content: bytes, path: str, *, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
+    """Decode an image file's content, upright and in a mode; `path` is for error messages.
 
     Raises UnreadableImage if it is truncated, no image in one of `FORMATS`, larger than what may be decoded, or of a format
     without a defined white.
@@ -56,7 +57,7 @@ def decode(content: bytes, path: str) -> Image.Image:
         image = _opened(content)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return _to_rgb(image) if mode == "RGB" else image.convert(mode)
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -66,14 +67,14 @@ def decode(content: bytes, path: str) -> Image.Image:
     raise UnreadableImage(path, reason)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, *, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
     """`decode` of a file. Raises UnreadableImage also for a pipe or device and a file above 1 GB, OSError as `open` does."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableImage(str(path), "not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise UnreadableImage(str(path), f"{status.st_size:,} bytes, above the {MAX_FILE_BYTES:,} of an image file")
-    return decode(path.read_bytes(), str(path))
+    return decode(path.read_bytes(), str(path), mode=mode)
 
 
 def max_megapixels() -> float:

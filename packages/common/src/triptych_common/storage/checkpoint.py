@@ -8,18 +8,22 @@ flushed to disk and renamed. A sharded run instead writes a folder, under the sa
 import functools
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from triptych_common.fields import Ge, OneOf
 from triptych_common.storage.atomic import PARTIAL, replacing
+from triptych_common.storage.schema import FileName, check, parse, read_json
 
 INDEX = "index.json"
 DTYPES = {
@@ -28,6 +32,25 @@ DTYPES = {
 }  # fmt: skip
 _EXTRA, _SUFFIX = "-extra", ".safetensors"
 _NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
+
+
+class _Chunk(TypedDict):
+    file: FileName
+    key: str
+    offsets: list[Annotated[int, Ge(0)]]
+    sizes: list[Annotated[int, Ge(0)]]
+
+
+class _Stored(TypedDict):
+    dtype: Annotated[str, OneOf(DTYPES)]
+    shape: list[Annotated[int, Ge(0)]]
+    chunks: list[_Chunk]
+
+
+class _Index(TypedDict):
+    state: dict[str, Any]
+    files: dict[FileName, str]
+    tensors: dict[str, _Stored]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -60,13 +83,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: a safetensors file, but not one of triptych's checkpoints")
     if digest(tensors, metadata["state"]) != metadata["sha256"]:
         raise ValueError(f"{path}: checksum differs from the recorded one; {remedy(path)}")
-    return tensors, json.loads(metadata["state"])
+    return tensors, parse(metadata["state"], dict[str, Any], source=str(path), remedy=remedy(path))
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Unsharded tensors (on the CPU) and state of a sharded run's folder; works on a single rank."""
     index = index_of(folder)
     verify_files(folder, sorted(index["files"]), index)
+    # Shapes are only claims, and memory is allocated by them.
+    claimed = sum(math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize for entry in index["tensors"].values())
+    if claimed > sum((folder / name).stat().st_size for name in index["files"]):
+        raise ValueError(f"{folder / INDEX}: tensors of {claimed:,} bytes, more than the files hold; {remedy(folder)}")
     part, tensors = part_reader(folder), {}
     for name, entry in index["tensors"].items():
         tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
@@ -77,14 +104,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def index_of(folder: Path) -> dict[str, Any]:
     """The content of a folder's index. Raises ValueError when it is missing, altered or no checkpoint's."""
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        recorded = index.pop("sha256")
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: incomplete, or not one of triptych's checkpoints; {remedy(folder)}") from error
+    if not (folder / INDEX).exists():
+        raise ValueError(f"{folder}: incomplete, or not one of triptych's checkpoints; {remedy(folder)}")
+    index = read_json(folder / INDEX, remedy=remedy(folder))
+    recorded = index.pop("sha256", None)
     if index_digest(index) != recorded:
         raise ValueError(f"{folder / INDEX}: checksum differs from the recorded one; {remedy(folder)}")
-    return index
+    return check(index, _Index, source=str(folder / INDEX), remedy=remedy(folder))
 
 
 def verify_files(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -> None:

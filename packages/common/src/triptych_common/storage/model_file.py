@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from triptych_common.storage import checkpoint
+from triptych_common.storage.schema import check
 
 Model = TypeVar("Model")
 
@@ -22,6 +23,7 @@ class ModelFormat:
     kinds: accepted values of the fact "kind". file_name: the file's name in a run's folder.
     expected, mismatch, made, absent: parts of messages, such as "a trained G.pt", "not a G.pt's model file", "triptych-gpt
         train --out FOLDER makes one" and, with {folder} for a folder that lacks the file, "no trained model in {folder}".
+    facts: the type that facts, "config" among them, must have, as `storage.schema` takes it.
     """
 
     kinds: tuple[str, ...]
@@ -30,6 +32,7 @@ class ModelFormat:
     mismatch: str
     made: str
     absent: str
+    facts: Any = dict[str, Any]
 
     def write(
         self, path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], facts: Mapping[str, Any], *,
@@ -61,10 +64,24 @@ class ModelFormat:
         if facts.get("kind") not in self.kinds:
             other = facts.get("kind", "file of another kind")
             raise ValueError(f"{path}: {self.mismatch} but a {other}; {self.made}")
+        check(
+            facts,
+            self.facts,
+            source=str(path),
+            remedy=f"another version of triptych made it, or it was altered; {self.made}",
+        )
+        refuse_non_finite(tensors, str(path))
         try:
             return build(tensors, facts)
-        except (LookupError, TypeError, RuntimeError, ValueError) as error:
+        except (LookupError, TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"{path}: made by another version of triptych, or its weights do not fit its own config "
                 f"({' '.join(str(error).split())[:200]}); make or fetch it again"
             ) from error
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError if a weight is NaN or infinite, since whatever a network with it computes is worthless."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{source}: tensor {name} has values that are not finite; make or fetch the file again")

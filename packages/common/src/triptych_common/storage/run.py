@@ -4,11 +4,25 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
+from triptych_common.cli import echo
+from triptych_common.fields import Ge
 from triptych_common.storage.atomic import cannot_write, write_json, write_text
+from triptych_common.storage.schema import open_ended, read_json, rows
+
+
+@open_ended
+class _Config(TypedDict):
+    config: dict[str, Any]
+
+
+@open_ended
+class _Row(TypedDict):
+    step: Annotated[int, Ge(0)]
 
 
 class RunDirectory:
@@ -65,10 +79,8 @@ class RunDirectory:
 
             write_json(path, {"config": self.identity, **provenance()})
             return
-        try:
-            before = json.loads(path.read_text())["config"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a run's config; delete the folder or use another --out") from error
+        remedy = "delete this file and repeat the run's own settings, or use another --out"
+        before = read_json(path, _Config, remedy=remedy)["config"]
         if changed := differences(before, self.identity):
             raise ValueError(
                 f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
@@ -100,17 +112,20 @@ class RunDirectory:
                     self._tensorboard.add_scalar(name, value, row["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, without a half-written last one."""
+        """The rows of metrics.jsonl, without damaged ones, which are reported, and without a half-written last one."""
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        damaged: list[str] = []
+        found = list(rows(self.metrics_path, _Row, damaged=damaged))
+        if damaged:
+            echo(f"left out: {len(damaged):,} damaged rows, the first: {damaged[0]}")
+        return found
 
     def truncate_metrics(self, step: int) -> None:
         """Remove rows after `step`, which a resumed run writes again, and a half-written last one."""
         if self.is_main and self.metrics_path.exists():
-            rows = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
-            write_text(self.metrics_path, "".join(rows))
+            lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+            write_text(self.metrics_path, "".join(lines))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ of typing_extensions, containers, unions, literals. Values are never converted, 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -85,14 +86,36 @@ def check(value: Any, kind: Any, *, source: str, remedy: str) -> Any:
     return parse(text, kind, source=source, remedy=remedy)
 
 
-def rows(path: Path, kind: Any = dict[str, Any], *, remedy: str) -> Iterator[Any]:
+def rows(
+    path: Path, kind: Any = dict[str, Any], *, remedy: str = "restore it", damaged: list[str] | None = None
+) -> Iterator[Any]:
     """The lines of a file of JSON lines; a last one without its newline, which a killed process leaves, is left out.
 
-    Raises ValueError, naming the line, for one that is damaged.
+    damaged: gets what is wrong with each damaged line; without it, the first such line raises ValueError.
     """
-    for number, line in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
+        try:
             yield parse(line, kind, source=f"{path}, line {number:,}", remedy=remedy)
+        except ValueError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error).removesuffix(f"; {remedy}"))
+
+
+def open_ended(kind: Any) -> Any:
+    """Decorator of TypedDicts: keys that they do not declare are kept, where they would be dropped."""
+    kind.__pydantic_config__ = {"extra": "allow"}
+    return kind
+
+
+def recorded_command(text: Any, program: str) -> str | None:
+    """A command that a file records, if it can be shown as advice: one of `program`, of plain words, that names no code.
+
+    program: such as "triptych-dit encode".
+    """
+    words = text.split(" ") if isinstance(text, str) and len(text) < 1000 else []
+    plain = all(re.fullmatch(r"[\w./,:=+-]+", word) and ".py" not in word for word in words)
+    return text if plain and words[: program.count(" ") + 1] == program.split(" ") else None
 
 
 @cache

@@ -23,6 +23,7 @@ from torch.futures import Future
 
 from triptych_common.parallel import Ranks
 from triptych_common.storage import atomic, checkpoint
+from triptych_common.storage.schema import parse
 
 _DTYPE_NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
 
@@ -186,7 +187,8 @@ def _index_of_file(path: Path, ranks: Ranks) -> dict[str, Any]:
             shape = part.get_shape()
             chunk = {"file": path.name, "key": name, "offsets": [0] * len(shape), "sizes": shape}
             tensors[name] = {"dtype": part.get_dtype(), "shape": shape, "chunks": [chunk]}
-        return {"state": json.loads(file.metadata()["state"]), "files": {}, "tensors": tensors}
+        state = parse(file.metadata()["state"], dict[str, Any], source=str(path), remedy=checkpoint.remedy(path))
+        return {"state": state, "files": {}, "tensors": tensors}
 
 
 def _on_all(ranks: Ranks, act: Callable[[], Any]) -> Any:

@@ -172,7 +172,7 @@ def _log(
 ) -> tuple[float, int]:
     """Log a row about the steps since `window`, a time and a step; returns the next window."""
     now, ranks = time.perf_counter(), state.ranks
-    seconds = now - window[0]
+    seconds = max(now - window[0], 1e-9)  # of a clock that stands still
     means = {name: value for name, value in state.read_meters().items() if math.isfinite(value)}
     rate = (state.step - window[1]) * config.batch_size / seconds
     speed = {"time/seconds": round(seconds, 3), f"time/{config.unit}_per_second": round(rate, 2)}

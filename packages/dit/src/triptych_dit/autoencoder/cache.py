@@ -8,26 +8,29 @@ incomplete. `config.json` holds the settings that a repeated command must have.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from triptych_common import randomness
+from triptych_common.fields import Ge
 from triptych_common.storage import checkpoint
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.provenance import provenance
+from triptych_common.storage.schema import FileName, check, open_ended, parse, read_json, recorded_command
+from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.model import scaled_sample
 
 Moments = Float[Tensor, "n twice_channels height width"]
 MANIFEST, SKIPPED = "manifest.json", "skipped.json"
 _KIND = "latent cache"
+_ENCODE = "repeat the encode command with its settings"
 
 
 class LatentCache:
@@ -111,7 +114,7 @@ class LatentCache:
                 tensors = {name: file.get_tensor(name) for name in ("moments", "labels", "items")}
         except FileNotFoundError as error:
             raise ValueError(f"{path}: missing; {_remedy(self.facts)}") from error
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: truncated or of another kind; {_remedy(self.facts)}") from error
         # By the hash that the shard itself records: reading all of it would take as long as an epoch.
         channels, height, width = self.latent_shape
@@ -188,7 +191,7 @@ def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> d
         with safe_open(path, framework="pt") as file:
             metadata, items = file.metadata(), file.get_slice("labels").get_shape()[0]
         shards.append({"file": path.name, "items": items, "sha256": metadata["sha256"]})
-        skipped += json.loads(metadata["state"])["skipped"]
+        skipped += parse(metadata["state"], _State, source=str(path), remedy=_ENCODE)["skipped"]
     counts = {"items": sum(shard["items"] for shard in shards), "skipped": len(skipped)}
     # Before the manifest, whose existence declares the cache complete.
     write_json(folder / SKIPPED, skipped)
@@ -200,35 +203,59 @@ def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> d
     return manifest
 
 
+@open_ended
+class _State(TypedDict):
+    skipped: list[dict[str, Any]]
+
+
+@open_ended
+class _Source(TypedDict):
+    spec: str
+    images: Annotated[int, Ge(0)]
+    class_names: list[str]
+
+
+class _Shard(TypedDict):
+    file: FileName
+    items: Annotated[int, Ge(0)]
+    sha256: str
+
+
+@open_ended
+class _Manifest(TypedDict):
+    kind: Literal["latent cache"]
+    format: Literal[1]
+    autoencoder: dict[str, Any]
+    source: _Source
+    latent_shape: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
+    flips: bool
+    lossy: bool
+    shards: list[_Shard]
+
+
+@open_ended
+class _Request(TypedDict):
+    autoencoder: dict[str, Any]
+    source: _Source
+    shard_size: Annotated[int, Ge(1)]
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder}: no latent cache; make one with triptych-dit encode --out {folder}")
-        raise _incomplete(folder, _read_json(folder / "config.json"))
-    manifest = _read_json(folder / MANIFEST)
-    if manifest.get("kind") != _KIND or manifest.get("format") != 1:
-        raise ValueError(
-            f"{folder / MANIFEST}: not the manifest of a latent cache that this version reads; encode again"
-        )
-    return manifest
+        raise _incomplete(folder, read_json(folder / "config.json", remedy=_ENCODE))
+    return read_json(folder / MANIFEST, _Manifest, remedy=f"{_ENCODE}, which makes the manifest again from the shards")
 
 
 def _incomplete(folder: Path, request: Mapping[str, Any]) -> ValueError:
-    facts = request.get("config", {})
-    if not {"autoencoder", "source", "shard_size"} <= facts.keys():
-        return ValueError(f"{folder}: a run of another command, no latent cache")
+    source = f"{folder}: a run of another command, no latent cache"
+    facts = check(request.get("config"), _Request, source=source, remedy=_ENCODE)
     shards = math.ceil(facts["source"]["images"] / facts["shard_size"])
     done = sum(shard_path(folder, shard).exists() for shard in range(shards))
     return ValueError(f"{folder}: incomplete, {done:,} of {shards:,} shards are there; {_remedy(request)}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON; delete it and repeat the encode command") from error
-    return content if isinstance(content, dict) else {}
-
-
 def _remedy(facts: Mapping[str, Any]) -> str:
-    return f"repeat the encode command: {facts.get('command', 'triptych-dit encode ...')}"
+    command = recorded_command(facts.get("command"), "triptych-dit encode")
+    return f"repeat the encode command: {command}" if command else _ENCODE

@@ -100,18 +100,19 @@ def scaled_sample(
 
 
 def load_autoencoder(
-    spec: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    spec: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, download: bool = True
 ) -> Autoencoder:
     """Load an `AutoencoderKL` of diffusers, from safetensors files or, if there are none, from a `.bin` restricted to tensors.
 
     spec: a folder, or a repository of the Hugging Face hub. If the autoencoder is in a subfolder `vae`, as in a pipeline of
         diffusers or a run of `triptych-dit autoencoder`, the folder above it will do.
     dtype: arithmetic of encoding; decoding is always in float32.
+    download: fetch from the hub what is not in its cache; not for a name that only a file gives.
     Raises ValueError or OSError, in one line, if it cannot be used, ImportError without diffusers.
     """
     kind = import_autoencoder_kl()
     with _quiet("diffusers"), _quiet("huggingface_hub"):
-        folder = _local(spec) if Path(spec).expanduser().exists() else _fetched(spec)
+        folder = _local(spec) if Path(spec).expanduser().exists() else _fetched(spec, download)
         vae = _read(kind, spec, folder)
     return Autoencoder(vae, spec, device=device, dtype=dtype)
 
@@ -132,12 +133,12 @@ def _local(spec: str) -> Path:
     )
 
 
-def _fetched(spec: str) -> Path:
-    """The folder of config and weights in the hub's cache, to which they are downloaded if needed."""
+def _fetched(spec: str, download: bool) -> Path:
+    """The folder of config and weights in the hub's cache, to which they are downloaded if needed and allowed."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    offline, reason = False, None
+    offline, reason = not download, None
     for subfolder in ("", "vae/"):  # the repository's own, or that of a pipeline
         for weights in WEIGHTS:
             try:
@@ -146,6 +147,9 @@ def _fetched(spec: str) -> Path:
             except (OSError, ValueError, EntryNotFoundError) as error:
                 reason = reason or error
                 offline = offline or isinstance(error, LocalEntryNotFoundError)  # no further waiting for the network
+    if not download:
+        problem = "is neither a folder here nor in the hub's cache, and nothing is fetched because a file names it"
+        raise OSError(f"autoencoder {spec[:100]!r} {problem}; give its name on the command line to fetch it")
     raise OSError(
         f"autoencoder {spec}: no such folder here, and not available from the Hugging Face hub ({_one_line(reason)}); "
         "check name and network, or make one with triptych-dit autoencoder"

@@ -16,7 +16,7 @@ from triptych_dit.interop.diffusers import (
     use_released_timesteps,
 )
 from triptych_dit.interop.released import PUBLISHED, export_released, load_released
-from triptych_dit.weights import FILE_NAME, TrainedModel, load_model, make_diffusion
+from triptych_dit.weights import FETCH, FILE_NAME, TrainedModel, load_model, make_diffusion
 
 __all__ = [
     "PUBLISHED", "diffusers_transformer", "export_released", "from_diffusers", "load_any", "load_released", "to_diffusers",
@@ -48,6 +48,7 @@ def load_any(
         model = load_released(spec, weights=weights, num_heads=num_heads, num_classes=num_classes)
         autoencoder = STABLE_DIFFUSION_VAE if model.config.in_channels == 4 else None
         facts: dict[str, Any] = {"predict": "noise", "autoencoder": autoencoder, "source": name}
+        facts[FETCH] = name in PUBLISHED
         return TrainedModel(model, make_diffusion(model.config, "noise"), facts)
     if path.is_dir() and not is_of_diffusers(path):
         return load_model(path)  # a run without a finished model, of which this raises
@@ -60,7 +61,7 @@ def load_any(
     del options["num_classes"]
     _refuse(name, options, "of diffusers")
     model, facts = read_folder(spec, num_classes=num_classes)
-    return TrainedModel(model, make_diffusion(model.config, facts["predict"]), facts)
+    return TrainedModel(model, make_diffusion(model.config, facts["predict"]), facts | {FETCH: bool(repository)})
 
 
 def _refuse(name: str, options: dict[str, Any], what: str) -> None:

@@ -7,7 +7,6 @@ difference 0.04 at t=100 and 0.3 at t=999 for 4 layers of weights N(0, 0.04)), u
 the opened transformer.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from triptych_common.storage import foreign
 from triptych_common.storage.atomic import new_folder, write_json
+from triptych_common.storage.schema import FileName, check, open_ended, read_json
+from typing_extensions import TypedDict
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop.pipeline_parts import (
@@ -194,15 +195,16 @@ def is_of_diffusers(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or "_class_name" in _read_json(folder / "config.json")
 
 
+@open_ended
+class _WeightIndex(TypedDict):
+    weight_map: dict[str, FileName]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no file."""
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    return content if isinstance(content, dict) else {}
+    return read_json(path, remedy="fetch the folder again")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -212,7 +214,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if whole.is_file():
             return dict(foreign.read(whole))
         if index.is_file():
-            shards = sorted(set(_read_json(index)["weight_map"].values()))
+            content = check(_read_json(index), _WeightIndex, source=str(index), remedy="fetch the folder again")
+            shards = sorted(set(content["weight_map"].values()))
             return {name: tensor for shard in shards for name, tensor in foreign.read(folder / shard).items()}
     raise FileNotFoundError(f"{folder}: has no {WEIGHTS}.safetensors")
 

@@ -16,6 +16,7 @@ from triptych_common.cli import echo
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
 from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage.model_file import refuse_non_finite
 
 from triptych_dit.config import PRESETS, DiTConfig
 from triptych_dit.flops import parameter_count
@@ -173,6 +174,7 @@ def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> Di
     with torch.device("meta"):
         model = DiT(config)
     check_keys(state, model.state_dict(), source)
+    refuse_non_finite(state, source)
     owned = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
     model.load_state_dict(owned, assign=True)
     return model.requires_grad_(False).eval()

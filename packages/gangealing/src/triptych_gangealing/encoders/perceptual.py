@@ -15,10 +15,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common.storage import checkpoint
 from triptych_common.storage.model_file import ModelFormat
+from triptych_common.storage.schema import open_ended
+from typing_extensions import TypedDict
 
 from triptych_gangealing.config import EncoderConfig
 
 ENCODER_FILE = "encoder.safetensors"
+
+
+@open_ended
+class _Facts(TypedDict):
+    config: EncoderConfig
+
+
 _FORMAT = ModelFormat(
     kinds=("image encoder",),
     file_name=ENCODER_FILE,
@@ -26,6 +35,7 @@ _FORMAT = ModelFormat(
     mismatch="holds no encoder",
     made=f"triptych-gangealing train-encoder --out FOLDER makes {ENCODER_FILE}",
     absent="no such file; train one with triptych-gangealing train-encoder --out {folder}",
+    facts=_Facts,
 )
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"

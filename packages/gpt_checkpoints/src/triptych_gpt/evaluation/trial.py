@@ -52,10 +52,14 @@ class Trial:
 
     @classmethod
     def open(
-        cls, model: str | Path, zoo: str | Path, settings: SamplerSettings, seed: int = 0, device: str = "auto"
-    ) -> "Trial":
-        """The model of a run folder or model file, on a device, with its zoo. Raises what `load` and `Zoo` raise."""
-        trained = load(model)
+        cls, model: str | Path, zoo: str | Path, settings: SamplerSettings, seed: int = 0, device: str = "auto",
+        task: str | None = None,
+    ) -> "Trial":  # fmt: skip
+        """The model of a run folder or model file, on a device, with its zoo. Raises what `load` and `Zoo` raise.
+
+        task: as for `load`.
+        """
+        trained = load(model, task)
         with process_group(device) as ranks:
             trained.to(ranks.device)
         return cls(trained, Zoo(zoo), settings, seed)

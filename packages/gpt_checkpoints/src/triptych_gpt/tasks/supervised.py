@@ -280,7 +280,7 @@ def seconds_each(work: Callable[[int], object], most: int) -> float:
     def timed(count: int) -> float:
         began = time.perf_counter()
         work(count)
-        return (time.perf_counter() - began) / count
+        return max(time.perf_counter() - began, 1e-9) / count
 
     one = timed(1)
     count = min(most, int(0.25 / one))

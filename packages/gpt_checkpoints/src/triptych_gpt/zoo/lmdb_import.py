@@ -6,7 +6,6 @@ RUN/epEEE_itIIIII.pt, `it` iterations into epoch `ep`. Each key's value is theta
 sizes of the parameters, also raw float32. Values are read as numbers of a known length and as nothing else.
 """
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from triptych_common.cli import echo
 from triptych_common.progress import Progress
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
+from triptych_common.storage.schema import read_json
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
@@ -194,7 +194,7 @@ def checkpoints_of(name: str, folder: Path) -> dict[str, tuple[int, Mapping[str,
     """Step and metrics of each checkpoint of a run, by its key."""
     path = folder / "runs.json"
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, remedy=_AGAIN)
         listed = content.get(name, content)["checkpoints"]
         places = {key: (_KEY.fullmatch(key), metrics) for key, metrics in listed.items()}
     except FileNotFoundError as error:

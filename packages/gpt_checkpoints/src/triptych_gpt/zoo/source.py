@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triptych_common.cli import echo
+from triptych_common.storage.schema import check
 
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -30,10 +32,35 @@ class TaskSpec:
 
         return open_task(self.task, data=self.data, epochs=self.epochs)
 
+    @classmethod
+    def recorded(cls, content: Any, where: str, task: str | None = None) -> "TaskSpec":
+        """The task that a zoo or a model file names.
+
+        content: its record of the task. where: what holds it, for errors. task: a name or file.py:NAME from the user instead;
+            without one, only registered tasks are opened, since opening a file runs it.
+        Raises ValueError for a record of another kind.
+        """
+        kind = TaskSpec if task is not None else _RecordedSpec
+        spec = check(content, kind, source=f"{where}: task", remedy="make it again, or pass --task")
+        return spec if task is None else replace(spec, task=task)
+
     def source(self) -> dict[str, str]:
         """A hash of a user's task file, since its functions are only names in the recipe."""
         path, _, _ = self.task.rpartition(":")
         return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
+
+
+@dataclass(frozen=True)
+class _RecordedSpec(TaskSpec):
+    """A task that only a file names."""
+
+    def open(self) -> "Task":
+        from triptych_gpt.tasks.registry import TASKS
+
+        if self.task not in TASKS:
+            problem = f"none of {', '.join(TASKS)}, and a task of your own is run only where you name it"
+            raise ValueError(f"task {self.task[:100]!r}: {problem}; pass --task file.py:NAME")
+        return super().open()
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
@@ -52,8 +79,8 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
     task: a name or file.py:NAME instead of the zoo's own, for a file that has moved or a zoo that was imported.
     Raises ValueError for a task of another architecture or recipe than the zoo's.
     """
-    known = zoo.facts.get("opened_by") or {"task": zoo.task}
-    spec = TaskSpec(**{**known, "task": task or known["task"]})
+    spec = TaskSpec.recorded(zoo.facts.get("opened_by") or {"task": zoo.task}, str(zoo.path), task)
+    report_changes(spec, zoo.facts.get("recipe", {}), str(zoo.path))
     with one_line(f"task {spec.task}"):
         opened = spec.open()
         recipe = opened.recipe()
@@ -65,6 +92,13 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
         problem = f"another recipe than that of {zoo.path} (its data or settings changed)"
         raise ValueError(f"task {spec.task}: {problem}; give the same with --task, or collect again")
     return opened, spec
+
+
+def report_changes(spec: TaskSpec, recorded: Mapping[str, Any], where: str) -> None:
+    """Say so if a user's task file is not the one whose hash a zoo or a model recorded; it may still be the same task."""
+    before, now = recorded.get("task_file"), spec.source().get("task_file")
+    if before is not None and now is not None and before != now:
+        echo(f"task {spec.task}: the file has changed since {where} was made (hash {before}, now {now})")
 
 
 @contextmanager

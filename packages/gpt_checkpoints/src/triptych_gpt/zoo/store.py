@@ -14,14 +14,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
 import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
+from triptych_common.fields import Ge, OneOf
 from triptych_common.storage.atomic import flush_file, write_text, writing
+from triptych_common.storage.schema import FileName, check, open_ended, read_json, recorded_command
+from typing_extensions import TypedDict
 
 from triptych_gpt.layout import ParameterLayout
 
@@ -29,6 +32,7 @@ SHARDS, THETA, INDEX = "shards", ".safetensors", ".parquet"
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
 _ALIGNMENT = 64  # bytes of theta's start in a file, as fits vector instructions
 MAX_WEIGHT = 10.0  # of the released data, too
+MAX_RUNS = 1_000_000  # of a shard
 OWN_COLUMNS = ("run", "checkpoint", "step")
 
 
@@ -73,13 +77,17 @@ class FileRecord:
 class ShardRecord:
     """A shard in the manifest: runs first .. stop-1 but for dropped ones; without files if all of them were."""
 
-    name: str
-    first: int
-    stop: int
+    name: FileName
+    first: Annotated[int, Ge(0)]
+    stop: Annotated[int, Ge(1)]
     split: str
     dropped: Mapping[int, str]
     theta: FileRecord | None
     index: FileRecord | None
+
+    def __post_init__(self) -> None:
+        if not self.first < self.stop <= self.first + MAX_RUNS:
+            raise ValueError(f"runs {self.first}..{self.stop - 1}: expected 1 to {MAX_RUNS:,} of a shard")
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -93,13 +101,6 @@ class ShardRecord:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "dropped": {str(run): reason for run, reason in self.dropped.items()}}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "ShardRecord":
-        """The inverse of `to_json`."""
-        theta, index = (content[name] and FileRecord(**content[name]) for name in ("theta", "index"))
-        dropped = {int(run): reason for run, reason in content["dropped"].items()}
-        return cls(**{**content, "dropped": dropped, "theta": theta, "index": index})
 
 
 def shard_name(runs: Sequence[int]) -> str:
@@ -189,8 +190,19 @@ def _setting(value: Any, runs: int, checkpoints: int) -> Any:
 
 MANIFEST, FORMAT = "manifest.json", 1
 _KIND = "checkpoint zoo"
-_FACTS = ("task", "layout", "checkpoints", "dtype", "metrics")
 _OWN = {"kind", "format", "shards", "xxh3_128"}
+
+
+@open_ended
+class _Facts(TypedDict):
+    task: str
+    layout: list[tuple[str, list[Annotated[int, Ge(1)]]]]
+    checkpoints: Annotated[int, Ge(2)]  # of each run, to make pairs of them
+    dtype: Annotated[str, OneOf(DTYPES)]
+    metrics: dict[str, Literal["lower", "higher"]]
+    repair: NotRequired[str]
+    recipe: NotRequired[dict[str, Any]]
+    networks_at_once: NotRequired[Annotated[int, Ge(1)]]
 
 
 class Manifest:
@@ -211,7 +223,7 @@ class Manifest:
         if path.exists():
             raise ValueError(f"{path}: a zoo is there already; use another --out")
         content = json.loads(json.dumps(facts))  # as it will be read
-        _check(content)
+        _check(content, "facts of a zoo")
         made = cls(folder, content, [])
         made._write()
         return made
@@ -223,11 +235,8 @@ class Manifest:
         if not path.is_file():
             remedy = f"make one with triptych-gpt collect --out {folder}"
             raise FileNotFoundError(f"{folder}: no zoo (it holds no {MANIFEST}); {remedy}")
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: truncated or not JSON; {_LOST}") from error
-        if not isinstance(content, dict) or content.get("kind") != _KIND:
+        content = read_json(path, remedy=_LOST)
+        if content.get("kind") != _KIND:
             raise ValueError(f"{path}: not the manifest of a {_KIND}; expected a folder that triptych-gpt collect made")
         if content.get("format") != FORMAT:
             remedy = "use the version of triptych-gpt that wrote it, or collect again"
@@ -235,9 +244,9 @@ class Manifest:
         records, checksum = content.pop("shards", None), content.pop("xxh3_128", None)
         if not isinstance(records, list) or checksum != _digest(content, map(json.dumps, records)):
             raise ValueError(f"{path}: altered since it was written (its checksum differs); {_LOST}")
-        shards = [ShardRecord.from_json(record) for record in records]
+        shards = check(records, list[ShardRecord], source=f"{path}: shards", remedy=_LOST)
         facts = {name: value for name, value in content.items() if name not in _OWN}
-        _check(facts)
+        _check(facts, str(path))
         return cls(folder, facts, shards)
 
     @property
@@ -283,9 +292,12 @@ class Manifest:
             raise
 
     def remedy(self) -> str:
-        """The command that makes damaged shards again."""
-        command = self.facts.get("repair", f"triptych-gpt collect {self.facts['task']} --repair")
-        return f"{command} --out {shlex.quote(str(self.folder))}"
+        """What to run to make damaged shards again: the command in the manifest, if it can do nothing else."""
+        text = self.facts.get("repair")
+        for program in ("triptych-gpt collect", "triptych-gpt import"):
+            if command := recorded_command(text, program):
+                return f"{command} --out {shlex.quote(str(self.folder))}"
+        return "triptych-gpt collect --repair with the task, settings and --out that made the zoo"
 
     def _write(self) -> None:
         content = {"kind": _KIND, "format": FORMAT, **self.facts}
@@ -353,16 +365,8 @@ def _digest(content: Mapping[str, Any], records: Iterable[str]) -> str:
     return xxhash.xxh3_128("\n".join([json.dumps(content, sort_keys=True), *records]).encode()).hexdigest()
 
 
-def _check(facts: Mapping[str, Any]) -> None:
-    if missing := [name for name in _FACTS if name not in facts]:
-        raise ValueError(f"facts of a zoo without {missing[0]!r}: expected {', '.join(_FACTS)}")
+def _check(facts: Mapping[str, Any], source: str) -> None:
     if taken := sorted(_OWN & facts.keys()):
         raise ValueError(f"fact {taken[0]!r}: the manifest's own name; give it another")
-    if facts["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {facts['dtype']!r}: expected one of {', '.join(DTYPES)}")
-    if facts["checkpoints"] < 2:
-        raise ValueError(f"checkpoints {facts['checkpoints']}: expected at least 2 of each run, to make pairs of them")
-    for name, better in facts["metrics"].items():
-        if better not in ("lower", "higher"):
-            raise ValueError(f"metric {name}: better {better!r}, expected lower or higher")
+    check(facts, _Facts, source=source, remedy=_LOST)
     ParameterLayout.from_json(facts["layout"])

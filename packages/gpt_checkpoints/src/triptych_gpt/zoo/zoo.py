@@ -47,6 +47,7 @@ class Zoo:
         self.checkpoints: int = self.facts["checkpoints"]
         self.better: dict[str, str] = dict(self.facts["metrics"])
         self.runs = self._run_table()
+        self._expected_rows = {r.name: len(r.runs) * self.checkpoints for r in self.manifest.shards}
         self._maps: dict[int, np.ndarray] = {}
         self._columns: dict[str, Tensor] = {}
 
@@ -174,10 +175,11 @@ class Zoo:
             for shard in np.unique(self.runs.shard).tolist():
                 rows = torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])
                 record = self.manifest.shards[shard]
-                found = self._read_index(record.name, [name]).column(name).to_numpy()
-                if len(found) != len(rows) * self.checkpoints:
-                    raise self._damaged(self.path / SHARDS / (record.name + INDEX))
-                values[rows] = torch.tensor(found, dtype=values.dtype).view(len(rows), -1)
+                found = self._read_index(record.name, [name]).column(name)
+                try:
+                    values[rows] = torch.tensor(found.to_numpy(), dtype=values.dtype).view(len(rows), -1)
+                except (TypeError, ValueError, RuntimeError) as error:  # not numbers, or not as many
+                    raise self._damaged(self.path / SHARDS / (record.name + INDEX)) from error
             self._columns[name] = values
         return self._columns[name]
 
@@ -189,6 +191,9 @@ class Zoo:
         try:
             with pq.ParquetFile(path) as file:
                 held = file.schema_arrow.names
+                # Before anything is read: a few bytes can claim any number of equal rows.
+                if file.metadata.num_rows != self._expected_rows[name]:
+                    raise self._damaged(path)
                 absent = [column for column in columns or () if column not in held]
                 table = file.read(None if columns is None else list(columns)) if not absent else None
         except (pa.ArrowException, OSError) as error:
