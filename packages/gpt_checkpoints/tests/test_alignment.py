@@ -14,6 +14,7 @@ from triptych_gpt.evaluation.alignment import (
     alignment_of,
     prompt_alignment,
     prompt_sweep,
+    quality_against_steps,
     r_squared,
     swept,
     trained_best,
@@ -266,3 +267,21 @@ def test_a_metrics_own_prompts_are_kept():
     assert with_prompts("error", (own, none), 0.5).prompts == Prompts(0.5, 0.5, 1.0)
     with pytest.raises(ValueError, match="metric 'return': the task scores loss, error"):
         with_prompts("return", (own, none), 0.5)
+
+
+def test_alignment_against_steps_has_a_row_for_each_update_in_order():
+    def off_by(scale):
+        def update(theta, metric, target, indices):
+            size = target + scale * metric
+            return theta * (size / theta.square().mean(1)).sqrt()[:, None]
+
+        return update
+
+    updates = {("slow", 100): off_by(0.0), ("slow", 5): off_by(0.3), ("fast", 1): off_by(0.1)}
+    rows = quality_against_steps(updates, TASK, SIZE, networks(3), prompts=5)
+    assert [(row.sampler, row.model_evaluations) for row in rows] == [("slow", 5), ("slow", 100), ("fast", 1)]
+    start = TASK.evaluate(networks(3))["size"].mean()
+    assert rows[0].alignment.mean_gap == pytest.approx(0.3 * float(start))
+    assert rows[1].alignment.r2.value == pytest.approx(1)
+    assert rows[0].alignment.r2.value < rows[2].alignment.r2.value < 1
+    json.dumps(plain(rows), allow_nan=False)

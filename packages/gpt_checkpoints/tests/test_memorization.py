@@ -22,7 +22,7 @@ from triptych_gpt.memorization import (
 )
 from triptych_gpt.nearest import Nearest
 from triptych_gpt.tasks import Cohort, Items, SupervisedTask
-from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData
 from triptych_gpt.zoo.zoo import Zoo
 
 SCALE = 2.0
@@ -44,16 +44,14 @@ TASK = SupervisedTask("tiny", mlp, Points(), epochs=6, batch_size=16)
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zoo")
-    metrics = {metric.name: metric.better for metric in TASK.metrics}
-    facts = {"task": "tiny", "layout": TASK.layout.to_json(), "dtype": "float32", "metrics": metrics, "checkpoints": 8}
-    manifest = Manifest.create(folder, facts)
+def zoo(tmp_path_factory, write_zoo):
+    cohorts = []
     for number, (split, runs) in enumerate(RUNS.items()):
         made = TASK.train_cohort(Cohort(3, number, runs, checkpoints=8), torch.device("cpu"), len(runs))
         scores = {k: v.view(len(runs), -1) for k, v in TASK.evaluate(made.theta.flatten(0, 1)).items()}
-        data = CohortData(runs, made.theta, made.steps, scores, {"split": split}, {})
-        manifest.commit(write_shard(folder, shard_name(runs), data, "float32"))
+        cohorts.append(CohortData(runs, made.theta, made.steps, scores, {"split": split}, {}))
+    folder = tmp_path_factory.mktemp("zoo")
+    write_zoo(folder, TASK.layout, {metric.name: metric.better for metric in TASK.metrics}, *cohorts)
     return Zoo(folder)
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.pairs import SAMPLINGS, Draw, Pairs, ends, released, stratified, thesis
-from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData
 from triptych_gpt.zoo.zoo import Zoo
 
 LAYOUT = ParameterLayout({"weight": (2, 5)})
@@ -17,23 +17,19 @@ COUNTERS = range(200_000)
 SPLITS = {"train": [0, 1, 2, 6, 7], "test": [3, 4]}  # run 5 is dropped
 
 
+def cohort(runs: range, split: str, dropped: dict[int, str]) -> CohortData:
+    kept = [run for run in runs if run not in dropped]
+    number = torch.tensor(kept).view(-1, 1) * 100.0 + torch.arange(CHECKPOINTS)
+    theta = number.unsqueeze(-1) + torch.arange(LAYOUT.size) / 16
+    steps = torch.arange(CHECKPOINTS).expand(len(kept), -1)
+    return CohortData(kept, theta, steps, {"loss": number, "error": -number}, {"split": split}, dropped)
+
+
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
+def zoo(tmp_path_factory, write_zoo):
     folder = tmp_path_factory.mktemp("zoo")
-    metrics = {"loss": "lower", "error": "lower"}
-    facts = {"task": "tiny", "layout": LAYOUT.to_json(), "dtype": "float32", "metrics": metrics}
-    manifest = Manifest.create(folder, {**facts, "checkpoints": CHECKPOINTS})
-    for runs, split, dropped in (
-        (range(3), "train", {}),
-        (range(3, 6), "test", {5: "bad"}),
-        (range(6, 8), "train", {}),
-    ):
-        kept = [run for run in runs if run not in dropped]
-        number = torch.tensor(kept).view(-1, 1) * 100.0 + torch.arange(CHECKPOINTS)
-        theta = number.unsqueeze(-1) + torch.arange(LAYOUT.size) / 16
-        steps = torch.arange(CHECKPOINTS).expand(len(kept), -1)
-        data = CohortData(kept, theta, steps, {"loss": number, "error": -number}, {"split": split}, dropped)
-        manifest.commit(write_shard(folder, shard_name(runs), data, "float32"))
+    cohorts = cohort(range(3), "train", {}), cohort(range(3, 6), "test", {5: "bad"}), cohort(range(6, 8), "train", {})
+    write_zoo(folder, LAYOUT, {"loss": "lower", "error": "lower"}, *cohorts)
     return Zoo(folder)
 
 

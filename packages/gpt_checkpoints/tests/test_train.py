@@ -68,13 +68,11 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory) -> Path:
+def zoo(tmp_path_factory, collect_zoo) -> Path:
     """Fifteen runs of the laptop's task, five a split."""
-    out = tmp_path_factory.mktemp("zoo") / "zoo"
-    with contextlib.redirect_stderr(io.StringIO()):
-        collect(CollectConfig(task="mnist_mlp_14", runs=15, epochs=1, checkpoints=8, cohort_runs=5, split_every=3,
-                              engine="here", networks_at_once=5, out=out))  # fmt: skip
-    return out
+    return collect_zoo(
+        tmp_path_factory.mktemp("zoo") / "zoo", runs=15, checkpoints=8, cohort_runs=5, networks_at_once=5
+    )
 
 
 @pytest.fixture(scope="module")
