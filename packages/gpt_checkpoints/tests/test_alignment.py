@@ -138,7 +138,7 @@ def test_batches_change_nothing(at_once):
         assert torch.allclose(parts.achieved[name], whole.achieved[name], rtol=1e-12, atol=0)
 
 
-def test_a_share_of_the_networks_gives_its_rows():
+def test_a_part_of_the_networks_gives_the_same_rows():
     whole = prompt_sweep(noisy, TASK, SIZE, networks(5), prompts=6)
     share = prompt_sweep(noisy, TASK, SIZE, networks(5)[3:], prompts=6, first_index=18)
     assert torch.allclose(share.achieved["size"], whole.achieved["size"][3:], rtol=1e-12, atol=0)
@@ -261,7 +261,7 @@ def test_alignment_reads_a_sweep_made_by_hand():
     assert alignment_of(sweep).r2.value == pytest.approx(1 - 0.5 / 2)
 
 
-def test_a_metrics_own_prompts_are_kept():
+def test_a_metrics_own_prompts_are_used():
     own, none = Metric("loss", "lower", Prompts(0.1, 0.2, 0.9)), Metric("error", "lower")
     assert with_prompts("loss", (own, none), 0.5) is own
     assert with_prompts("error", (own, none), 0.5).prompts == Prompts(0.5, 0.5, 1.0)

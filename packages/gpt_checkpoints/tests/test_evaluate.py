@@ -37,7 +37,7 @@ def evaluate(place: Path, out: Path, *options: object) -> subprocess.CompletedPr
     return command("evaluate", "--model", place / "gpt", "--zoo", place / "zoo", "--out", out, *FEW, *options)
 
 
-def test_it_leaves_strict_json_and_figures(evaluated):
+def test_it_writes_strict_json_and_figures(evaluated):
     assert {path.stem for path in evaluated.glob("*.json")} == {"alignment", "sampler-steps-1-2", "config"}
     for name in ("alignment", "sampler-steps-1-2"):
         written = strict_json((evaluated / f"{name}.json").read_text())
@@ -67,7 +67,7 @@ def test_results_are_those_of_the_model_and_the_zoo(evaluated, place):
     ]  # fmt: skip
 
 
-def test_repeating_does_what_is_missing_only(evaluated, place):
+def test_repeating_measures_only_what_is_missing(evaluated, place):
     (evaluated / "sampler-steps-1-2.json").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("*.json")}
     done = evaluate(place, evaluated, "--sampler-steps", "1", "2")

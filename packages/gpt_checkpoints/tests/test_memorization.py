@@ -92,7 +92,7 @@ def test_copies_are_called_memorised_and_fresh_networks_are_not(zoo, targets):
     assert any(line.startswith("Does not beat noised") for line in copied.verdict)
 
 
-def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targets):
+def test_every_group_has_its_own_nearest_training_networks(zoo, targets):
     result = audit(fresh(), zoo, TASK, "test_loss", targets, SCALE)
     names = [group.name for group in result.groups]
     assert names == [
@@ -118,7 +118,7 @@ def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targ
     assert written["searched"] == "320 checkpoints of 40 training runs"
 
 
-def test_a_search_of_some_checkpoints_says_so_and_is_never_nearer(zoo, targets):
+def test_a_search_of_some_checkpoints_is_reported_and_never_nearer(zoo, targets):
     whole = audit(fresh(4), zoo, TASK, "test_loss", targets[:4], SCALE)
     some = audit(fresh(4), zoo, TASK, "test_loss", targets[:4], SCALE, every=4)
     assert "every 4th" in some.searched

@@ -1,4 +1,4 @@
-"""The pair loader: who is drawn how often, in closed form, and that rows are those of the zoo."""
+"""Pairs: how often each is sampled, in closed form, and that rows are those of the zoo."""
 
 from itertools import combinations
 
@@ -34,7 +34,7 @@ def zoo(tmp_path_factory, write_zoo):
 
 
 def frequencies(draw, runs, checkpoints):
-    """How often each (run, start, target) was drawn."""
+    """How often each (run, start, target) was sampled."""
     counts = torch.zeros(runs, checkpoints, checkpoints, dtype=torch.float64)
     counts.index_put_((draw.run, draw.start, draw.target), torch.ones(1, dtype=torch.float64), accumulate=True)
     return counts.numpy()
@@ -92,7 +92,7 @@ def test_rows_are_the_zoos_and_of_the_split_alone(zoo, sampling, split):
         (batch.theta, batch.metrics, batch.checkpoints),
         (batch.theta_star, batch.metrics_star, batch.checkpoints_star),
     ):
-        number = batch.runs * 100.0 + checkpoints  # theta tells its run: both halves of a pair are of one
+        number = batch.runs * 100.0 + checkpoints  # identifies the run of theta: both halves of a pair are of one
         assert torch.equal(theta, number.unsqueeze(1) + entries)
         assert torch.equal(metrics["loss"], number)
         assert torch.equal(metrics["error"], -number)
@@ -144,7 +144,7 @@ def test_stratified_pairs_reach_evenly_over_the_metric_and_often_its_good_end(be
     assert chisquare(even.run.bincount().numpy()).pvalue > 1e-3
 
 
-def test_any_function_can_draw(zoo):
+def test_any_function_can_be_a_sampling(zoo):
     def first_run(seed, counters, runs, checkpoints):
         n = len(counters)
         return Draw(

@@ -1,4 +1,4 @@
-"""Prompting: a user's own network file in, networks that achieve what is printed out; and what a released model needs first."""
+"""Prompting: a user's network in, networks with the printed metrics out; sampling, model files and released models."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_a_network_goes_in_and_networks_that_achieve_the_prompt_come_out(model, 
     assert written["commit"]
 
 
-def test_inside_the_range_nothing_is_warned_of_and_the_paths_first_update_is_a_single_one(
+def test_inside_the_range_there_is_no_warning_and_the_first_update_is_a_single_one(
     model, gpt, network, tmp_path
 ):
     asked = sum(gpt.trained_range) / 2
@@ -340,7 +340,7 @@ def test_networks_that_are_not_finite_are_never_written(gpt, network, tmp_path):
         assert one["rejected"] == 2
 
 
-def test_a_task_that_is_not_at_hand_must_be_given(gpt, network, tmp_path):
+def test_a_missing_task_must_be_given(gpt, network, tmp_path):
     spec = {"task": "cartpole", "data": None, "epochs": None}
     write_model(tmp_path / "model.safetensors", gpt.model.config, gpt.model.state_dict(), facts_of(gpt, task=spec))
     assert load(tmp_path).spec.task == "cartpole"
@@ -374,7 +374,7 @@ def networks(gpt: TrainedGpt, n: int = 3) -> torch.Tensor:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "unipc"])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_an_untrained_model_gives_back_what_it_got(gpt, sampler, steps):
+def test_an_untrained_model_returns_its_input(gpt, sampler, steps):
     config = gpt.model.config
     identity = TrainedGpt(Gpt(config).double(), gpt.scale, gpt.metric, gpt.better, None, gpt.spec, {})
     theta, scalars = networks(gpt), torch.ones(3)
@@ -423,7 +423,7 @@ def test_ancestral_sampling_is_the_textbooks(gpt):
     torch.testing.assert_close(found, x / gpt.scale, rtol=0, atol=1e-6)
 
 
-def test_every_networks_update_is_its_own(gpt):
+def test_updates_of_a_batch_are_independent(gpt):
     """Of a trained model in float64: batches and company change nothing."""
     exact = TrainedGpt(load_double(gpt), gpt.scale, gpt.metric, gpt.better, None, gpt.spec, {})
     theta, metric, target = networks(gpt, 5), torch.linspace(0.5, 2, 5), torch.linspace(0.1, 1, 5)
@@ -492,7 +492,7 @@ def test_a_released_model_becomes_a_model_file(tmp_path, monkeypatch):
     (["--checkpoint", "net.pt"], 1, "net.pt: not a checkpoint of wpeebles/G.pt"),
     (["--checkpoint", "net.pt", "--released", "imagenet"], 2, "released 'imagenet': expected one of mnist_loss, "),
 ])  # fmt: skip
-def test_what_is_no_released_model_is_one_clear_line(tmp_path, monkeypatch, options, status, message):
+def test_another_file_than_a_released_model_is_one_clear_line(tmp_path, monkeypatch, options, status, message):
     monkeypatch.chdir(tmp_path)
     torch.save(perceptron().state_dict(), tmp_path / "net.pt")
     fails_with(command("convert", *options), message, status)
