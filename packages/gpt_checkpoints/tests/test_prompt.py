@@ -104,9 +104,7 @@ def test_a_network_goes_in_and_networks_that_achieve_the_prompt_come_out(model, 
     assert written["commit"]
 
 
-def test_inside_the_range_there_is_no_warning_and_the_first_update_is_a_single_one(
-    model, gpt, network, tmp_path
-):
+def test_inside_the_range_there_is_no_warning_and_the_first_update_is_a_single_one(model, gpt, network, tmp_path):
     asked = sum(gpt.trained_range) / 2
     words = [
         "prompt",
