@@ -14,11 +14,13 @@ from triptych_gpt.evaluation.alignment import (
     alignment_of,
     prompt_alignment,
     prompt_sweep,
+    quality_against_steps,
     r_squared,
     swept,
     trained_best,
 )
 from triptych_gpt.evaluation.prompted import with_prompts
+from triptych_gpt.evaluation.records import plain
 from triptych_gpt.symmetry.derivation import derive
 from triptych_gpt.tasks.task import Metric, Prompts, Task
 from triptych_gpt.zoo.zoo import Zoo
@@ -51,7 +53,7 @@ def identity(theta, metric, target, indices):
 
 
 def obedient(theta, metric, target, indices):
-    """Scales a network to the size asked for."""
+    """Scales a network to the prompted size."""
     return theta * (target / theta.square().mean(1)).sqrt()[:, None]
 
 
@@ -59,7 +61,7 @@ def noisy(theta, metric, target, indices):
     return obedient(theta, metric, target, indices) + 0.3 * normal(1, "noisy", indices, theta.shape[1:]).to(theta)
 
 
-def test_an_update_that_does_as_asked_scores_one():
+def test_an_update_that_achieves_every_prompt_scores_one():
     found = prompt_alignment(obedient, TASK, SIZE, networks(5))
     assert found.r2.value == pytest.approx(1, abs=1e-12)
     assert found.r2.low == pytest.approx(1, abs=1e-12)
@@ -72,7 +74,7 @@ def test_an_update_that_does_as_asked_scores_one():
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, -2.714), (0.9, -4.055)])
 def test_the_identity_scores_as_the_thesis_has_it(fraction, expected):
-    found = prompt_alignment(identity, TASK, SIZE, networks(4), best=0.0, worst_fraction=fraction)
+    found = prompt_alignment(identity, TASK, replace(SIZE, prompts=Prompts(0.0, 0.0, fraction)), networks(4))
     assert found.r2.value == pytest.approx(expected, abs=1e-3)
     assert found.r2_each == pytest.approx([expected] * 4, abs=1e-3)
     assert found.spearman == 0
@@ -98,7 +100,7 @@ def test_spearman_equals_scipys():
     assert alignment_of(sweep).spearman == pytest.approx(sum(spearmanr(*pair).statistic for pair in pairs) / 6)
 
 
-def test_reachable_prompts_are_those_from_the_training_sets_best_on():
+def test_reachable_prompts_are_no_better_than_the_training_sets_best():
     sweep = prompt_sweep(noisy, TASK, SIZE, networks(3), trained_best={"size": 0.4, "merit": 4.6})
     expected = []
     for asked, got in zip(sweep.prompts, sweep.achieved["size"], strict=True):
@@ -118,7 +120,8 @@ def test_where_higher_is_better_prompts_fall_from_the_best():
     def to_merit(theta, metric, target, indices):
         return obedient(theta, metric, 5 - target, indices)
 
-    sweep = prompt_sweep(to_merit, TASK, MERIT, theta, best=5.0, worst_fraction=1.0, trained_best={"merit": 4.8})
+    merit = replace(MERIT, prompts=Prompts(5.0, 5.0))
+    sweep = prompt_sweep(to_merit, TASK, merit, theta, trained_best={"merit": 4.8})
     assert torch.allclose(sweep.prompts[:, 0], torch.full((4,), 5.0).double())
     assert torch.allclose(sweep.prompts[:, -1], start)
     found = alignment_of(sweep)
@@ -135,7 +138,7 @@ def test_batches_change_nothing(at_once):
         assert torch.allclose(parts.achieved[name], whole.achieved[name], rtol=1e-12, atol=0)
 
 
-def test_a_share_of_the_networks_gives_its_rows():
+def test_a_part_of_the_networks_gives_the_same_rows():
     whole = prompt_sweep(noisy, TASK, SIZE, networks(5), prompts=6)
     share = prompt_sweep(noisy, TASK, SIZE, networks(5)[3:], prompts=6, first_index=18)
     assert torch.allclose(share.achieved["size"], whole.achieved["size"][3:], rtol=1e-12, atol=0)
@@ -175,7 +178,7 @@ def test_what_is_not_finite_counts_as_the_worst_of_its_network():
     filled[:, 0] = TASK.evaluate(theta)["size"]  # worse than any it achieved
     assert found.r2_each == pytest.approx(r_squared(sweep.prompts, filled).tolist())
     assert found.r2.value < 0.5
-    content = json.dumps(sweep.as_dict(), allow_nan=False)
+    content = json.dumps(plain(sweep), allow_nan=False)
     assert json.loads(content)["achieved"]["size"][0][0] is None
 
 
@@ -193,20 +196,20 @@ def test_a_classifier_of_nans_has_no_error_rather_than_that_of_chance():
 def test_one_network_has_no_interval():
     found = prompt_alignment(noisy, TASK, SIZE, networks(1))
     assert (found.r2.low, found.r2.high) == (None, None)
-    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["r2"]["low"] is None
+    assert json.loads(json.dumps(plain(found), allow_nan=False))["r2"]["low"] is None
 
 
 def test_results_survive_json():
     found = prompt_alignment(noisy, TASK, SIZE, networks(4), trained_best={"size": 0.2})
-    read = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    read = json.loads(json.dumps(plain(found), allow_nan=False))
     assert read["r2"] == pytest.approx(found.r2._asdict())
     assert read["r2_each"] == pytest.approx(list(found.r2_each))
     sweep = prompt_sweep(noisy, TASK, SIZE, networks(2))
-    read = json.loads(json.dumps(sweep.as_dict(), allow_nan=False))
+    read = json.loads(json.dumps(plain(sweep), allow_nan=False))
     assert torch.equal(torch.tensor(read["prompts"], dtype=torch.float64), sweep.prompts)
 
 
-class TwoSplits(Zoo):
+class ThreeRuns(Zoo):
     better = {"size": "lower", "merit": "higher"}  # noqa: RUF012
 
     def __init__(self):
@@ -216,30 +219,24 @@ class TwoSplits(Zoo):
         values = torch.tensor([[3.0, 2.0], [9.0, 1.0], [torch.nan, 2.5]])
         return values if name == "size" else 5 - values
 
-    def runs_in(self, split):
-        return np.array([0, 2] if split == "train" else [1])
 
-
-def test_the_training_sets_best_is_of_its_own_split():
-    assert trained_best(TwoSplits()) == {"size": 2.0, "merit": 3.0}
-    assert trained_best(TwoSplits(), "test") == {"size": 1.0, "merit": 4.0}
-    assert trained_best(TwoSplits(), rows=np.array([2])) == {"size": 2.5, "merit": 2.5}
+def test_the_training_sets_best_is_of_its_own_runs():
+    for rows, size in (([0, 2], 2.0), ([1], 1.0), ([2], 2.5)):
+        assert trained_best(ThreeRuns(), np.array(rows)) == {"size": size, "merit": 5 - size}
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
         ({"metric": MERIT}, "no prompts of its own"),
-        ({"metric": Metric("speed", "lower")}, "scores size, merit"),
-        ({"best": 50.0}, "no worse than the best prompt 50"),
+        ({"metric": Metric("speed", "lower", Prompts(0.0, 0.0))}, "scores size, merit"),
+        ({"metric": replace(SIZE, prompts=Prompts(50.0, 0.0))}, "no worse than the best prompt 50"),
         ({"prompts": 1}, "at least 2"),
         ({"theta": torch.full((1, 23), torch.nan)}, "not finite"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(arguments, match):
     arguments = {"metric": SIZE, "theta": networks(2), **arguments}
-    if arguments["metric"].name == "speed":
-        arguments.update(best=0.0, worst_fraction=1.0)
     with pytest.raises(ValueError, match=match) as error:
         prompt_sweep(identity, TASK, **arguments)
     assert "\n" not in str(error.value)
@@ -264,9 +261,27 @@ def test_alignment_reads_a_sweep_made_by_hand():
     assert alignment_of(sweep).r2.value == pytest.approx(1 - 0.5 / 2)
 
 
-def test_a_metrics_own_prompts_are_kept():
+def test_a_metrics_own_prompts_are_used():
     own, none = Metric("loss", "lower", Prompts(0.1, 0.2, 0.9)), Metric("error", "lower")
     assert with_prompts("loss", (own, none), 0.5) is own
     assert with_prompts("error", (own, none), 0.5).prompts == Prompts(0.5, 0.5, 1.0)
     with pytest.raises(ValueError, match="metric 'return': the task scores loss, error"):
         with_prompts("return", (own, none), 0.5)
+
+
+def test_alignment_against_steps_has_a_row_for_each_update_in_order():
+    def off_by(scale):
+        def update(theta, metric, target, indices):
+            size = target + scale * metric
+            return theta * (size / theta.square().mean(1)).sqrt()[:, None]
+
+        return update
+
+    updates = {("slow", 100): off_by(0.0), ("slow", 5): off_by(0.3), ("fast", 1): off_by(0.1)}
+    rows = quality_against_steps(updates, TASK, SIZE, networks(3), prompts=5)
+    assert [(row.sampler, row.model_evaluations) for row in rows] == [("slow", 5), ("slow", 100), ("fast", 1)]
+    start = TASK.evaluate(networks(3))["size"].mean()
+    assert rows[0].alignment.mean_gap == pytest.approx(0.3 * float(start))
+    assert rows[1].alignment.r2.value == pytest.approx(1)
+    assert rows[0].alignment.r2.value < rows[2].alignment.r2.value < 1
+    json.dumps(plain(rows), allow_nan=False)

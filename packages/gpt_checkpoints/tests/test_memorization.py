@@ -1,4 +1,4 @@
-"""The audit tells copies from new networks, at known distances, and its sentences follow from the numbers."""
+"""The audit distinguishes copies from new networks, at known distances, and its sentences follow from the numbers."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from triptych_gpt.memorization import (
 )
 from triptych_gpt.nearest import Nearest
 from triptych_gpt.tasks import Cohort, Items, SupervisedTask
-from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData
 from triptych_gpt.zoo.zoo import Zoo
 
 SCALE = 2.0
@@ -44,16 +44,14 @@ TASK = SupervisedTask("tiny", mlp, Points(), epochs=6, batch_size=16)
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zoo")
-    metrics = {metric.name: metric.better for metric in TASK.metrics}
-    facts = {"task": "tiny", "layout": TASK.layout.to_json(), "dtype": "float32", "metrics": metrics, "checkpoints": 8}
-    manifest = Manifest.create(folder, facts)
+def zoo(tmp_path_factory, write_zoo):
+    cohorts = []
     for number, (split, runs) in enumerate(RUNS.items()):
         made = TASK.train_cohort(Cohort(3, number, runs, checkpoints=8), torch.device("cpu"), len(runs))
         scores = {k: v.view(len(runs), -1) for k, v in TASK.evaluate(made.theta.flatten(0, 1)).items()}
-        data = CohortData(runs, made.theta, made.steps, scores, {"split": split}, {})
-        manifest.commit(write_shard(folder, shard_name(runs), data, "float32"))
+        cohorts.append(CohortData(runs, made.theta, made.steps, scores, {"split": split}, {}))
+    folder = tmp_path_factory.mktemp("zoo")
+    write_zoo(folder, TASK.layout, {metric.name: metric.better for metric in TASK.metrics}, *cohorts)
     return Zoo(folder)
 
 
@@ -94,7 +92,7 @@ def test_copies_are_called_memorised_and_fresh_networks_are_not(zoo, targets):
     assert any(line.startswith("Does not beat noised") for line in copied.verdict)
 
 
-def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targets):
+def test_every_group_has_its_own_nearest_training_networks(zoo, targets):
     result = audit(fresh(), zoo, TASK, "test_loss", targets, SCALE)
     names = [group.name for group in result.groups]
     assert names == [
@@ -113,14 +111,14 @@ def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targ
     expected = 0.1 / SCALE * TASK.layout.size**0.5
     assert result.group("noised 0.1").distance.max() < 1.5 * expected
     assert result.group("noised 0.1").distance.median() > 0.6 * expected
-    told = json.loads(json.dumps(result.as_dict(), allow_nan=False))
-    assert told["groups"][0]["median_distance"]["value"] == pytest.approx(
+    written = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert written["groups"][0]["median_distance"]["value"] == pytest.approx(
         float(result.groups[0].distance.quantile(0.5))
     )
-    assert told["searched"] == "320 checkpoints of 40 training runs"
+    assert written["searched"] == "320 checkpoints of 40 training runs"
 
 
-def test_a_search_of_some_checkpoints_says_so_and_is_never_nearer(zoo, targets):
+def test_a_search_of_some_checkpoints_is_reported_and_never_nearer(zoo, targets):
     whole = audit(fresh(4), zoo, TASK, "test_loss", targets[:4], SCALE)
     some = audit(fresh(4), zoo, TASK, "test_loss", targets[:4], SCALE, every=4)
     assert "every 4th" in some.searched
@@ -128,7 +126,7 @@ def test_a_search_of_some_checkpoints_says_so_and_is_never_nearer(zoo, targets):
     assert torch.equal(some.groups[0].final_distance, whole.groups[0].final_distance)
 
 
-def test_training_networks_are_those_of_the_runs_that_the_model_was_trained_on(zoo, targets):
+def test_only_runs_that_the_model_was_trained_on_are_searched(zoo, targets):
     few = np.arange(5, 15)
     known = audit(copies_of(zoo), zoo, TASK, "test_loss", targets, SCALE, rows=few)
     for group in known.groups:
@@ -142,8 +140,8 @@ def test_training_networks_are_those_of_the_runs_that_the_model_was_trained_on(z
 
 
 def test_baselines_come_from_training_runs_of_the_targets_metric(zoo, targets):
-    made = made_of_training(zoo, TASK.symmetry, "test_loss", targets, SCALE, seed=0)
-    again = made_of_training(zoo, TASK.symmetry, "test_loss", targets[:5], SCALE, seed=0)
+    made = made_of_training(zoo, TASK.symmetry, "test_loss", targets, SCALE, 0, zoo.runs_in("train"))
+    again = made_of_training(zoo, TASK.symmetry, "test_loss", targets[:5], SCALE, 0, zoo.runs_in("train"))
     assert all(torch.allclose(again[name], made[name][:5]) for name in made)
     # averaged unmatched, networks would be far worse
     scores = {name: TASK.evaluate(theta)["test_loss"].mean() for name, theta in made.items()}
@@ -200,7 +198,7 @@ def test_a_baseline_is_beaten_by_novelty_at_no_worse_performance(distance, loss,
     _, lines = sentences(distance, loss, better)
     assert lines[3].startswith(f"{noised} noised 0.1: ")
     assert lines[4].startswith(f"{mean} mean of 2: ")
-    # real networks, at 5.0 and of metric 1.0, are asked the same
+    # real networks, at distance 5.0 and of metric 1.0, are compared in the same way
     assert lines[3].endswith(f"{HELD_OUT}: {'beats' if better == 'lower' else 'does not beat'} it.")
 
 
@@ -243,9 +241,9 @@ def test_samples_smaller_than_real_networks_are_called_shrunken():
     _, lines = sentences(4.0, 1.0, norm=7.0)
     assert len([line for line in lines if line.startswith("The samples are shrunken: their median norm, 7, is")]) == 1
     assert not any("shrunken" in line for norm in (10.0, 12.0) for line in sentences(4.0, 1.0, norm=norm)[1])
-    told = group(SAMPLES, 1.0, 1.0, norm=7.0).as_dict()["median_norm"]
-    assert told["value"] == pytest.approx(7.0, abs=0.01)
-    assert told["low"] < told["value"] < told["high"]
+    written = group(SAMPLES, 1.0, 1.0, norm=7.0).as_dict()["median_norm"]
+    assert written["value"] == pytest.approx(7.0, abs=0.01)
+    assert written["low"] < written["value"] < written["high"]
 
 
 def test_the_reference_is_real_networks_that_no_model_saw():

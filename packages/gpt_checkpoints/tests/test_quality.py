@@ -1,4 +1,4 @@
-"""Figures of an evaluation carry the data that they were given; alignment against denoising steps, the last step, records."""
+"""Figures of an evaluation carry the data that they were given; the divergence of the last step; records."""
 
 import io
 import json
@@ -14,37 +14,15 @@ from triptych_common.diffusion import NoiseSchedule
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_common.plots import figure_png, panels, thousands
 from triptych_gpt.evaluation import plots
-from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep, quality_against_steps
+from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep
 from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import kl_last_step
-from triptych_gpt.symmetry.derivation import derive
-from triptych_gpt.tasks.task import Metric, Prompts, Task
-
-SIZE = Metric("size", "lower", Prompts(0.0, 0.1, 0.9))
-
-
-class Sizes(Task):
-    """Scores networks by the mean square of their weights."""
-
-    name, metrics, steps = "sizes", (SIZE,), 1
-    symmetry = derive(torch.nn.Linear(4, 2))
-    layout = symmetry.layout
-
-    def evaluate(self, theta):
-        return {"size": theta.square().mean(1)}
-
-
-TASK = Sizes()
-
-
-def networks(n: int) -> torch.Tensor:
-    return torch.randn(n, TASK.layout.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def read_back(result):
     """A result as a report finds it on disk."""
-    return json.loads(json.dumps(result, allow_nan=False))
+    return json.loads(json.dumps(plain(result), allow_nan=False))
 
 
 def png_of(figure) -> Image.Image:
@@ -69,7 +47,7 @@ def a_sweep(scale: float = 1.0, networks: int = 3) -> dict:
     achieved[0, 1] = torch.nan
     values = {"test_loss": achieved, "test_error": achieved / 4}
     start = {name: torch.full((networks,), 2.4).double() for name in values}
-    return read_back(Sweep("test_loss", "lower", prompts, values, start, {"test_loss": 0.25}).as_dict())
+    return read_back(Sweep("test_loss", "lower", prompts, values, start, {"test_loss": 0.25}))
 
 
 def test_a_sweep_shows_every_network_the_mean_and_the_training_sets_best():
@@ -112,7 +90,7 @@ def alignment(r2: float, best: float) -> Alignment:
 
 def test_quality_shows_both_scores_of_every_sampler():
     values = {("ddpm", 10): (0.2, 0.9), ("ddpm", 1000): (0.9, 0.3), ("ddim", 5): (0.6, 0.5)}
-    rows = read_back([Quality(*key, alignment(*value)).as_dict() for key, value in values.items()])
+    rows = read_back([Quality(*key, alignment(*value)) for key, value in values.items()])
     figure = plots.quality(rows)
     left, right = figure.axes
     assert list(line(left, "ddpm").get_xdata()) == [10, 1000]
@@ -127,22 +105,22 @@ def test_quality_shows_both_scores_of_every_sampler():
 
 def test_the_audit_shows_every_distance_and_the_median():
     groups = [
-        {"name": "samples", "kind": "model", "distances": [3.0, 1.0, 2.0, None]},
-        {"name": "held-out finals", "kind": "real", "distances": [4.0] * 5},
+        {"name": "samples", "distances": [3.0, 1.0, 2.0, None]},
+        {"name": "held-out finals", "distances": [4.0] * 5},
     ]
-    figure = plots.audit({"label": "distance (normalised)", "groups": groups})
+    figure = plots.memorization_figure({"groups": groups})
     (axes,) = figure.axes
     dots, _, median = axes.lines[:3]
     assert list(dots.get_xdata()) == [3.0, 1.0, 2.0]
     assert ((dots.get_ydata() > -0.3) & (dots.get_ydata() < 0.3)).all()
     assert list(median.get_xdata()) == [2.0, 2.0]
     assert list(axes.lines[3].get_xdata()) == [4.0] * 5
-    assert axes.get_xlabel() == "distance (normalised)"
+    assert axes.get_xlabel() == "distance to the nearest training network, units matched"
     png_of(figure)
 
 
 def test_what_is_not_finite_does_not_stop_a_figure():
-    rows = read_back([Quality("ddpm", steps, alignment(0.5, 0.5)).as_dict() for steps in (5, 10)])
+    rows = read_back([Quality("ddpm", steps, alignment(0.5, 0.5)) for steps in (5, 10)])
     rows[0]["alignment"]["achieved_at_best"] = {"value": None, "low": None, "high": None}
     assert np.isnan(line(plots.quality(rows).axes[1], "ddpm").get_ydata()[0])
 
@@ -157,24 +135,6 @@ def test_words_and_numbers_of_axes():
     measure(axes.yaxis, "test_error")
     assert axes.yaxis.get_major_formatter()(0.1) == "10"
     assert [axes.yaxis.get_minor_formatter()(value) for value in (0.2, 0.3, 0.5)] == ["20", "", "50"]
-
-
-def test_quality_has_a_row_for_each_update_in_order():
-    def off_by(scale):
-        def update(theta, metric, target, indices):
-            size = target + scale * metric
-            return theta * (size / theta.square().mean(1)).sqrt()[:, None]
-
-        return update
-
-    updates = {("slow", 100): off_by(0.0), ("slow", 5): off_by(0.3), ("fast", 1): off_by(0.1)}
-    rows = quality_against_steps(updates, TASK, SIZE, networks(3), prompts=5)
-    assert [(row.sampler, row.model_evaluations) for row in rows] == [("slow", 5), ("slow", 100), ("fast", 1)]
-    start = TASK.evaluate(networks(3))["size"].mean()
-    assert rows[0].alignment.mean_gap == pytest.approx(0.3 * float(start))
-    assert rows[1].alignment.r2.value == pytest.approx(1)
-    assert rows[0].alignment.r2.value < rows[2].alignment.r2.value < 1
-    json.dumps([row.as_dict() for row in rows], allow_nan=False)
 
 
 def test_the_last_steps_divergence_equals_torchs_and_an_integral():

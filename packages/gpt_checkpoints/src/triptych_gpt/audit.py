@@ -17,7 +17,7 @@ from triptych_gpt.settings import AuditConfig
 def audit_command(config: AuditConfig) -> dict[str, Any]:
     """Audit a model, print a table of the groups compared, then the verdict; returns the verdict and the median distances.
 
-    Raises what opening model, task and zoo raises, OSError when the disk refuses.
+    Raises what opening model, task and zoo raises, OSError if the files cannot be written.
     """
     trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
     result = plain(memorization(trial, samples=config.samples, prompt=config.target, every=config.every))
@@ -33,11 +33,9 @@ def audit_command(config: AuditConfig) -> dict[str, Any]:
 
 
 def audit_table(result: Mapping[str, Any]) -> list[str]:
-    """Lines of a table, one a group of networks: median distance to the nearest training network, and the mean metric."""
+    """Lines of a table, one for each group: median distance to the nearest training network, and the mean metric."""
     metric = result["metric"]
     rows = [("", "median distance to training", metric)]
-    rows += [
-        (group["name"], interval(group["median_distance"]), interval(group["metrics"][metric]))
-        for group in result["groups"]
-    ]
+    groups = result["groups"]
+    rows += [(g["name"], interval(g["median_distance"]), interval(g["metrics"][metric])) for g in groups]
     return table(rows)

@@ -28,7 +28,7 @@ COMMANDS = {
     "import": Command(
         "import the released G.pt data as a zoo",
         "triptych_gpt.settings:ImportConfig",
-        "triptych_gpt.zoo.lmdb_import:import_command",
+        "triptych_gpt.zoo.lmdb_import:import_lmdb",
         preview="triptych_gpt.zoo.lmdb_import:preview",
     ),
     "train": Command(
@@ -63,8 +63,9 @@ COMMANDS = {
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`collect --task T` means `collect T`."""
-    words = [w for word in (sys.argv[1:] if argv is None else argv) for w in _split_task(word)]
+    """Run one command line; `collect --task T` and `collect --task=T` mean `collect T`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [word.removeprefix("--task=") if words[0] == "collect" else word for word in words]
     if words[:1] == ["collect"] and "--task" in words:
         words.remove("--task")
     if words[:1] == ["collect"] and not {"-h", "--help", "--dry-run", "here", "ray"} & set(words):
@@ -72,23 +73,19 @@ def run(argv: Sequence[str] | None = None) -> int:
 
         from triptych_gpt.zoo import PRELOAD
 
-        start_server(PRELOAD)  # workers' imports and ours take seconds each, so side by side
+        start_server(PRELOAD)  # the workers' imports and ours take seconds each, so they run side by side
     warnings.showwarning = _one_line
     return main("triptych-gpt", COMMANDS, words)
 
 
-_told: set[str] = set()
+_shown: set[str] = set()
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as a line, once: where in the code it arose is nothing to its user."""
-    if str(message) not in _told:
-        _told.add(str(message))
+    """Print a warning as one line, without its place in the code, and only once."""
+    if str(message) not in _shown:
+        _shown.add(str(message))
         print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def _split_task(word: str) -> list[str]:
-    return ["--task", word.removeprefix("--task=")] if word.startswith("--task=") else [word]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from triptych_gpt.zoo.source import TaskSpec
 
 
 def convert(config: ConvertConfig) -> dict[str, Any]:
-    """Write the model; returns where, and what a released file does not say itself.
+    """Write the model; returns where, and what a released file does not hold itself.
 
-    Raises ValueError for a file that is damaged, holds more than tensors or is of another model, OSError when the disk refuses.
+    Raises ValueError for a file that is damaged, holds more than tensors or is of another model, OSError if it cannot be written.
     """
     if config.checkpoint is None:
         raise ValueError("no checkpoint: give the released file, --checkpoint best.pt")

@@ -1,4 +1,4 @@
-"""`triptych-gpt evaluate`: how well a trained G.pt obeys prompts on networks it never saw, beside baselines."""
+"""`triptych-gpt evaluate`: how well a trained G.pt follows prompts on networks it never saw, beside baselines."""
 
 import json
 import time
@@ -24,21 +24,19 @@ from triptych_gpt.zoo.source import recipe_of
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure what is missing; returns R^2 of the model and of each baseline, with 95% intervals.
 
-    Raises what opening model, task and zoo raises, and ValueError where the zoo has too few unseen networks or the folder holds
-    another model's results.
+    Raises what `Trial.open` raises, and ValueError for a zoo with too few unseen networks, or a folder of another model's results.
     """
     trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device)
     trial.rows("test", config.networks)  # refused before there is a folder
     trial.rows("validation", min(config.networks, 16) if config.sampler_steps else 0)
+    amounts = {"networks": config.networks, "prompts": config.prompts}
     identity = {
         "weights": digest(trial.trained.model.state_dict())[:16],
         "zoo": {"recipe": recipe_of(trial.zoo), "runs": trial.zoo.splits},
-        "networks": config.networks,
-        "prompts": config.prompts,
+        **amounts,
         "sampler": asdict(config.settings),
         "seed": config.seed,
     }
-    amounts = {"networks": config.networks, "prompts": config.prompts}
     with RunDirectory(config.out, identity) as run:
         result = _measured(run.path / "alignment.json", lambda: alignment_beside_baselines(trial, **amounts))
         write_bytes(run.path / "alignment.png", figure_png(alignment_figure(result)))
@@ -46,8 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if config.sampler_steps:
             name = "sampler-steps-" + "-".join(str(steps) for steps in config.sampler_steps)
             samplers = _measured(
-                run.path / f"{name}.json",
-                lambda: quality_against_sampler_steps(trial, config.sampler_steps, **amounts),
+                run.path / f"{name}.json", lambda: quality_against_sampler_steps(trial, config.sampler_steps, **amounts)
             )
             write_bytes(run.path / f"{name}.png", figure_png(quality(samplers["rows"])))
             wrote += [f"{name}.json", f"{name}.png"]
@@ -58,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def alignment_table(alignments: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of a table, one an update: R^2 between prompts and achieved values, and what the best prompt achieved."""
+    """Lines of a table, one for each update: R^2 between prompts and achieved values, and what the best prompt achieved."""
     first = next(iter(alignments.values()))
     rows = [("", "prompt alignment (R^2)", f"{first['metric']} at the best prompt")]
     rows += [(name, interval(one["r2"]), interval(one["achieved_at_best"])) for name, one in alignments.items()]
@@ -66,7 +63,7 @@ def alignment_table(alignments: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _measured(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result at `path`, measured and written where it is not there yet."""
+    """The result at `path`, measured and written if it is not there yet."""
     if path.exists():
         return json.loads(path.read_text())["result"]
     began = time.perf_counter()

@@ -1,7 +1,7 @@
 """Checkpoints of the released G.pt models (wpeebles/G.pt): read into a `Gpt`, and written as the original code reads them.
 
-A released file is a dict with the weights "G", their average "G_ema" and an optimiser's state; names differ from ours, and
-query, key and value are layers of their own there.
+A released file is a dict with the weights "G", their average "G_ema" and the optimiser's state. Names differ from ours, and
+query, key and value are separate layers.
 """
 
 import re
@@ -17,18 +17,16 @@ from triptych_gpt.config import GptConfig
 from triptych_gpt.model import Gpt
 from triptych_gpt.presets import PRESETS
 from triptych_gpt.settings import RELEASED
-from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, splits
+from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, raw_frequencies, splits
 
 _FREQUENCIES = "scalar_embedder.frequencies"
 
 
 def load_released(path: Path, preset: str | GptConfig) -> Gpt:
-    """A released file as a Gpt, float32, frozen, on the CPU and in evaluation mode; the averaged weights where present.
+    """A released file as a Gpt, float32, frozen, on the CPU and in evaluation mode; the averaged weights if it has them.
 
-    preset: a name in `RELEASED`, which also has the scale of its parameters; or the config of a model trained with the
-        original code.
-    Raises FileNotFoundError where there is no such file, ValueError for one that is damaged, holds more than tensors or is
-    of another model, naming the first tensor that differs.
+    preset: a name in `RELEASED`, or the config of a model trained with the original code.
+    Raises FileNotFoundError for an absent file, ValueError for one that is damaged, unsafe or of another model, naming the tensor.
     """
     if isinstance(preset, str) and preset not in RELEASED:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(RELEASED)}")
@@ -38,8 +36,7 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
     with torch.device("meta"):
         model = Gpt(config)
     wanted = model.state_dict()
-    expected = {name: shape for mine, names in _names(config) for name, shape in _shapes(names, wanted[mine])}
-    _check(state, expected, path)
+    _check(state, {name: tuple(tensor.shape) for name, tensor in _as_released(model).items()}, path)
     ours = {}
     for mine, names in _names(config):
         joined = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
@@ -49,16 +46,21 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
 
 
 def export_released(model: Gpt) -> dict[str, Tensor]:
-    """The model's state dict, float32, under the names that the original code knows; save it as {"G_ema": it}.
+    """The model's state dict, float32, under the original code's names; to be saved as {"G_ema": it}.
 
     Raises ValueError for a model that the original code does not have: neuron tokens, or normalised scalars.
     """
     _check_kind(model.config)
-    ours, theirs = model.state_dict(), {_FREQUENCIES: _frequencies()}
+    theirs = {name: tensor.detach().float().cpu().contiguous() for name, tensor in _as_released(model).items()}
+    return {_FREQUENCIES: raw_frequencies(), **theirs}
+
+
+def _as_released(model: Gpt) -> dict[str, Tensor]:
+    """The model's tensors under the original code's names, and with its shapes."""
+    ours, theirs = model.state_dict(), dict[str, Tensor]()
     for mine, names in _names(model.config):
-        tensor = ours[mine].detach().float().cpu()
-        parts = [tensor[None]] if mine == "positions" else tensor.chunk(len(names))
-        theirs |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+        parts = [ours[mine][None]] if mine == "positions" else ours[mine].chunk(len(names))
+        theirs |= dict(zip(names, parts, strict=True))
     return theirs
 
 
@@ -69,7 +71,7 @@ def _check_kind(config: GptConfig) -> None:
 
 
 def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
-    """Our name of each tensor, and theirs; several where theirs are ours one after another."""
+    """Our name of each tensor and theirs, several if ours is theirs concatenated."""
     yield "positions", ["decoder.pos_emb"]
     for ours, norm in (("norm_in", "ln_in"), ("norm_out", "ln_f")):
         yield from ((f"{ours}.{kind}", [f"decoder.{norm}.{kind}"]) for kind in ("weight", "bias"))
@@ -87,20 +89,14 @@ def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
         yield f"tokenizer.decoders.{i}.weight", [f"decoder.output_parameter_projections.{i}.0.weight"]
 
 
-def _shapes(names: list[str], ours: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name in names:
-        first, *rest = ours.shape
-        yield name, (1, first, *rest) if name == "decoder.pos_emb" else (first // len(names), *rest)
-
-
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file; the prefixes of wrappers are taken off its names."""
+    """The state dict in a file, without the prefixes of wrappers."""
     if isinstance(content, Mapping):
         content = next((content[name] for name in ("G_ema", "G") if isinstance(content.get(name), Mapping)), content)
     if not isinstance(content, Mapping) or not any(str(name).endswith("decoder.pos_emb") for name in content):
-        raise ValueError(
-            f"{path}: not a checkpoint of wpeebles/G.pt; expected a dict with G_ema or G, holding decoder.pos_emb"
-        )
+        expected = "expected a dict with G_ema or G, holding decoder.pos_emb"
+        raise ValueError(f"{path}: not a checkpoint of wpeebles/G.pt; {expected}")
+    # torch.compile and DistributedDataParallel put their own prefixes before the names.
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in content.items() if isinstance(x, Tensor)}
 
 
@@ -115,13 +111,7 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]],
     unknown = next((name for name in state if name not in expected and name != _FREQUENCIES), None)
     if unknown is not None:
         raise ValueError(f"{path}: {unknown} {tuple(state[unknown].shape)} is no part of this preset; {remedy}")
-    theirs = state.get(_FREQUENCIES, _frequencies())
-    if theirs.shape != (RAW_FREQUENCIES,) or not torch.allclose(theirs.float(), _frequencies(), rtol=1e-5):
-        raise ValueError(
-            f"{path}: embeds scalars by other frequencies ({len(theirs)} up to {theirs.max():g}), expected "
-            f"{RAW_FREQUENCIES} up to {2**RAW_OCTAVES:g}; only models trained with those can be read"
-        )
-
-
-def _frequencies() -> Tensor:
-    return 2 ** torch.linspace(0, RAW_OCTAVES, RAW_FREQUENCIES)
+    theirs = state.get(_FREQUENCIES, raw_frequencies())
+    if theirs.shape != (RAW_FREQUENCIES,) or not torch.allclose(theirs.float(), raw_frequencies(), rtol=1e-5):
+        numbers = f"({len(theirs)} up to {theirs.max():g}), expected {RAW_FREQUENCIES} up to {2**RAW_OCTAVES:g}"
+        raise ValueError(f"{path}: embeds scalars by other frequencies {numbers}; only these can be read")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,10 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class ParameterLayout:
-    """Names and shapes of a network's parameters, in the order they have in theta.
-
-    Two layouts are equal when names, shapes and their order are.
-    """
+    """Names and shapes of a network's parameters, in the order of theta; equal if names, shapes and their order are."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -31,11 +29,11 @@ class ParameterLayout:
 
     @classmethod
     def of(cls, network: nn.Module) -> "ParameterLayout":
-        """Floating-point entries of the network's state_dict, in its order: BatchNorm's running statistics are in theta,
-        its count of batches is not.
+        """Floating-point entries of the network's state_dict, in its order.
 
         Raises ValueError for a network without any, or with one tensor under two names.
         """
+        # So BatchNorm's running statistics are in theta, its count of batches is not.
         shapes: dict[str, tuple[int, ...]] = {}
         seen: dict[int, str] = {}
         for name, tensor in network.state_dict(keep_vars=True).items():
@@ -44,9 +42,8 @@ class ParameterLayout:
             if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
                 raise ValueError(f"{name}: a lazy layer that has no shape yet; call the network on an input first")
             if id(tensor) in seen:
-                raise ValueError(
-                    f"{name} and {seen[id(tensor)]} are one tensor, which theta would hold twice; give each its own"
-                )
+                names = f"{name} and {seen[id(tensor)]}"
+                raise ValueError(f"{names} are one tensor, which theta would hold twice; give each its own")
             seen[id(tensor)] = name
             shapes[name] = tuple(tensor.shape)
         return cls(shapes)
@@ -58,11 +55,8 @@ class ParameterLayout:
     @cached_property
     def spans(self) -> dict[str, slice]:
         """Where in theta each parameter lies."""
-        spans, start = {}, 0
-        for name, shape in self.shapes.items():
-            spans[name] = slice(start, start + math.prod(shape))
-            start = spans[name].stop
-        return spans
+        ends = list(accumulate(map(math.prod, self.shapes.values()), initial=0))
+        return {name: slice(*pair) for name, pair in zip(self.shapes, pairwise(ends), strict=True)}
 
     @cached_property
     def size(self) -> int:
@@ -74,41 +68,39 @@ class ParameterLayout:
 
         Entries that are not floating-point are left out. Raises ValueError naming the first tensor that does not fit.
         """
-        missing = [name for name in self.shapes if name not in state_dict]
-        if missing:
-            raise ValueError(f"{missing[0]}: absent from the state dict; give one of the network of this layout")
+        for name in self.shapes:
+            if name not in state_dict:
+                raise ValueError(f"{name}: absent from the state dict; give one of the network of this layout")
         for name, tensor in state_dict.items():
             if name not in self.shapes and tensor.is_floating_point():
                 raise ValueError(f"{name}: not in the layout; give a state dict of the network of this layout")
         first, shape = next(iter(self.shapes.items()))
         batch = tuple(state_dict[first].shape)[: state_dict[first].ndim - len(shape)]
         for name, shape in self.shapes.items():
-            if tuple(state_dict[name].shape) != batch + shape:
-                found = tuple(state_dict[name].shape)
+            found = tuple(state_dict[name].shape)
+            if found != batch + shape:
                 raise ValueError(f"{name}: shape {found} in the state dict, the layout expects {batch + shape}")
         return torch.cat([state_dict[name].reshape(*batch, -1) for name in self.shapes], dim=-1)
 
     def unflatten(self, theta: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
-        """Views of theta, [*batch, *shape] for each parameter; without a batch, arguments for functional_call.
-
-        Raises ValueError where theta has another length.
-        """
+        """Views of theta, [*batch, *shape] for each parameter. Raises ValueError if theta has another length."""
         self.check(theta)
         batch = theta.shape[:-1]
         return {name: theta[..., self.spans[name]].view((*batch, *shape)) for name, shape in self.shapes.items()}
 
     def check(self, theta: Float[Tensor, "*batch D"]) -> None:
-        """Raises ValueError where theta's length is not this layout's."""
+        """Raises ValueError if theta's length is not this layout's."""
         if theta.shape[-1] != self.size:
             raise ValueError(f"theta has {theta.shape[-1]:,} entries, the layout {self.size:,}; use the same network")
 
     def to_json(self) -> list[list[Any]]:
-        """[[name, [dimension, ...]], ...]: a list, since readers of JSON may reorder an object."""
+        """[[name, [dimension, ...]], ...]."""
+        # A list, since readers of JSON may reorder an object.
         return [[name, list(shape)] for name, shape in self.shapes.items()]
 
     @classmethod
     def from_json(cls, content: Sequence[Sequence[Any]]) -> "ParameterLayout":
-        """The layout that `to_json` described. Raises ValueError for anything else."""
+        """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
             shapes = {str(name): tuple(int(n) for n in shape) for name, shape in content}
         except (TypeError, ValueError) as error:

@@ -1,13 +1,13 @@
 """The memorisation audit: are generated networks new, or training networks with their units reordered and a little noise?
 
-Distances are to the nearest training network under the best matching of hidden units. They are compared with the distances of
-real networks that no model saw (held-out runs), and of trivial ways to make "new" networks out of training networks of the same
-metric: noise on their weights, averages of some of them, plain retrieval.
+Distances are to the nearest training network under the best matching of hidden units. They are compared with those of held-out
+runs, which no model saw, and of trivial ways to make networks out of training networks of the same metric: noise on their
+weights, averages of several, plain retrieval.
 Source: Zeng et al., "Generalization or Memorization? Evaluating generative models of weights" (arXiv 2506.07998).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from triptych_common.metrics.bootstrap import Estimate, bootstrap, bootstrap_rat
 
 from triptych_gpt.evaluation.baselines import nearest_in_metric, nearest_in_runs
 from triptych_gpt.nearest import Nearest, Pool, nearest
-from triptych_gpt.symmetry.matching import match
+from triptych_gpt.symmetry.matching import canonicalise
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Task
@@ -28,7 +28,7 @@ from triptych_gpt.zoo.zoo import Zoo
 
 SAMPLES, HELD_OUT, HELD_OUT_FINALS = "samples", "held-out at the prompt's metric", "held-out finals"
 COPY_SIGMA = 0.1  # noise in normalised units, up to which a training network still counts as a copy
-MARGIN = 0.02  # of a baseline's metric, by which samples may be worse and still count as no worse
+MARGIN = 0.02  # share of a baseline's metric by which samples may be worse and still count as no worse
 _REPEATS = 200
 SIGMAS = (0.05, COPY_SIGMA)  # of noise, in normalised units
 AVERAGED = (2, 4)  # training networks averaged
@@ -36,19 +36,16 @@ AVERAGED = (2, 4)  # training networks averaged
 
 @dataclass(frozen=True)
 class Group:
-    """Networks of one origin, each with its nearest training network under matching of units.
-
-    final_distance: to the nearest final checkpoint. norm: Euclidean, of the networks themselves. agreement: share of test items
-    that a network and its nearest classify alike; error_overlap: of the items that either gets wrong, the share that both get
-    wrong. Both None for a task without classes.
-    """
+    """Networks of one origin, each with its nearest training network under matching of units."""
 
     name: str
     nearest: Nearest
-    final_distance: Float[Tensor, " n"]
-    norm: Float[Tensor, " n"]
+    final_distance: Float[Tensor, " n"]  # to the nearest final checkpoint
+    norm: Float[Tensor, " n"]  # Euclidean, of the networks themselves
     metrics: dict[str, Float[Tensor, " n"]]
+    # Share of test items that a network and its nearest classify alike; None for a task without classes.
     agreement: Float[Tensor, " n"] | None = None
+    # Of the items that either gets wrong, the share that both get wrong.
     error_overlap: Float[Tensor, " n"] | None = None
 
     @property
@@ -74,27 +71,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every group of networks, the samples first, and the verdict of their comparison, a sentence for each finding."""
+    """Every group of networks, the samples first, and the verdict of their comparison, a sentence for each result."""
 
     metric: str
     better: str
-    groups: tuple[Group, ...]
     searched: str
     memorised: bool
     verdict: tuple[str, ...]
+    groups: tuple[Group, ...]
 
     def group(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "better": self.better,
-            "searched": self.searched,
-            "memorised": self.memorised,
-            "verdict": list(self.verdict),
-            "groups": [group.as_dict() for group in self.groups],
-        }
+        return {**vars(self), "verdict": list(self.verdict), "groups": [group.as_dict() for group in self.groups]}
 
 
 def audit(
@@ -113,73 +103,56 @@ def audit(
 
     samples: unnormalised; scale: normalised parameters over unnormalised ones. There are as many baselines and held-out networks as
     samples, each for the same target. every: search only every k-th training checkpoint, counted back from the final one. rows: of
-    the runs that the model was trained on; all of the training split if left out.
+    the runs that the model was trained on, by default all training runs.
 
-    Intervals take networks to be independent, so samples should come from different initial networks. Held-out runs of one cohort
-    share their minibatches, which makes intervals somewhat optimistic.
     Raises ValueError for samples that do not fit the zoo or are not finite, an unknown metric, or a zoo without a test split.
     """
+    # Intervals take networks to be independent: samples should come from different initial networks. Held-out runs of one cohort
+    # share their minibatches, which makes intervals somewhat optimistic.
     samples, targets = samples.detach().cpu().float(), targets.detach().cpu().double()
     if len(targets) != len(samples):
         raise ValueError(f"{len(targets)} targets for {len(samples)} samples; give one for each")
     if not scale > 0:
         raise ValueError(f"scale {scale}: expected a number above 0, normalised units to one raw unit")
     training = zoo.runs_in("train") if rows is None else rows
-    networks = {
-        SAMPLES: samples,
-        **held_out(zoo, metric, targets),
-        **made_of_training(zoo, task.symmetry, metric, targets, scale, seed, training),
-    }
+    networks = {SAMPLES: samples, **held_out(zoo, metric, targets)}
+    networks |= made_of_training(zoo, task.symmetry, metric, targets, scale, seed, training)
     retrieved = nearest_in_metric(zoo, metric, targets, rows=training)
-    thetas, pool = torch.cat(list(networks.values())), Pool.of(zoo, training, every)
-    sizes = [len(theta) for theta in networks.values()]
-    everyone = _split(nearest(thetas, pool, task.symmetry), sizes)
-    # a training network is its own nearest one: nothing to search for
+    pool, finals = Pool.of(zoo, training, every), Pool.of(zoo, training, zoo.checkpoints)
+    near = _nearest_of_each(networks, pool, task.symmetry)
+    # A training network is its own nearest one: there is nothing to search for.
     networks["retrieval"] = zoo.theta(*retrieved)
     numbers = torch.from_numpy(zoo.runs.run)[retrieved.rows]
-    everyone.append(Nearest(torch.zeros(len(samples), dtype=torch.float64), numbers, retrieved.checkpoints))
-    finals = nearest(torch.cat(list(networks.values())), Pool.of(zoo, training, zoo.checkpoints), task.symmetry)
+    near.append(Nearest(torch.zeros(len(samples), dtype=torch.float64), numbers, retrieved.checkpoints))
+    near_finals = _nearest_of_each(networks, finals, task.symmetry)
     groups = tuple(
-        _group(name, theta, zoo, task, found, final)
-        for (name, theta), found, final in zip(
-            networks.items(), everyone, _split(finals, [*sizes, len(samples)]), strict=True
-        )
+        _group(name, theta, zoo, task, *found)
+        for (name, theta), *found in zip(networks.items(), near, near_finals, strict=True)
     )
     better = zoo.better[metric]
     memorised, lines = verdict(groups, metric, better, seed)
     searched = f"{len(pool):,} checkpoints of {len(training):,} training runs"
     if every > 1:
         searched += f", every {every}th of each run: nearest distances may be smaller"
-    if not everyone[0].exact:
+    if not near[0].exact:
         searched += "; matched by coordinate ascent on a shortlist: distances are upper bounds"
-    return Audit(metric, better, groups, searched, memorised, tuple(lines))
+    return Audit(metric, better, searched, memorised, tuple(lines), groups)
 
 
 def held_out(zoo: Zoo, metric: str, targets: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "_ D"]]:
-    """Networks of test runs: final ones, one a run, and those whose metric is nearest to each target, a run after another."""
+    """Networks of test runs: final ones, one of each run, and those whose metric is nearest to each target, taking runs in turn."""
     rows = torch.from_numpy(zoo.runs_in("test"))
-    finals = rows[: len(targets)]
-    in_turn = rows[torch.arange(len(targets)) % len(rows)]
-    return {
-        HELD_OUT_FINALS: zoo.theta(finals, [zoo.checkpoints - 1] * len(finals)),
-        HELD_OUT: zoo.theta(in_turn, nearest_in_runs(zoo, in_turn, metric, targets)),
-    }
+    finals, in_turn = rows[: len(targets)], rows[torch.arange(len(targets)) % len(rows)]
+    theta = zoo.theta(finals, [zoo.checkpoints - 1] * len(finals))
+    return {HELD_OUT_FINALS: theta, HELD_OUT: zoo.theta(in_turn, nearest_in_runs(zoo, in_turn, metric, targets))}
 
 
 def made_of_training(
-    zoo: Zoo,
-    spec: PermutationSpec,
-    metric: str,
-    targets: Float[Tensor, " n"],
-    scale: float,
-    seed: int,
-    rows: Int[np.ndarray, " training"] | None = None,
-) -> dict[str, Float[Tensor, "n D"]]:
-    """Training networks of randomly drawn runs, each run's nearest in metric to the target: noised, or averaged.
-
-    rows: of the runs to draw from, all of the training split if left out.
-    """
-    training = torch.as_tensor(zoo.runs_in("train") if rows is None else rows)
+    zoo: Zoo, spec: PermutationSpec, metric: str, targets: Float[Tensor, " n"], scale: float, seed: int,
+    rows: Int[np.ndarray, " training"],
+) -> dict[str, Float[Tensor, "n D"]]:  # fmt: skip
+    """Training networks of randomly sampled runs, each run's nearest in metric to the target: noised, or averaged."""
+    training = torch.as_tensor(rows)
     made, numbers = {}, range(len(targets))
     for sigma in SIGMAS:
         noise = randomness.normal(seed, f"audit noise {sigma}", numbers, (zoo.layout.size,))
@@ -187,46 +160,40 @@ def made_of_training(
         made[f"noised {sigma}"] = base + noise * (sigma / scale)
     for count in AVERAGED:
         several = _drawn(zoo, training, metric, targets, count, seed, f"audit averaged {count}")
-        made[f"mean of {count}"] = torch.stack([_matched_mean(spec, each, seed) for each in several])
+        matched = [torch.cat([each[:1], canonicalise(spec, each[1:], each[0], seed)]) for each in several]
+        made[f"mean of {count}"] = torch.stack(matched).mean(1)
     return made
 
 
 def _drawn(
     zoo: Zoo, training: Int[Tensor, " r"], metric: str, targets: Float[Tensor, " n"], count: int, seed: int, stream: str
 ) -> Float[Tensor, "n count D"]:
+    """For each target, checkpoints of `count` different training runs."""
     if len(training) < count:
         raise ValueError(f"{zoo.path}: {len(training)} training runs, the audit averages {count}; collect more")
-    rows = torch.stack(
-        [training[randomness.permutation(seed, stream, i, len(training))[:count]] for i in range(len(targets))]
-    ).flatten()
+    orders = [randomness.permutation(seed, stream, i, len(training)) for i in range(len(targets))]
+    rows = torch.cat([training[order[:count]] for order in orders])
     checkpoints = nearest_in_runs(zoo, rows, metric, targets.repeat_interleave(count))
     return zoo.theta(rows, checkpoints).unflatten(0, (-1, count))
 
 
-def _matched_mean(spec: PermutationSpec, thetas: Float[Tensor, "count D"], seed: int) -> Float[Tensor, " D"]:
-    first, others = thetas[0], thetas[1:]
-    return torch.cat([first[None], spec.apply(others, match(spec, others, first, seed))]).mean(0)
-
-
-def _split(found: Nearest, sizes: Sequence[int]) -> list[Nearest]:
-    parts = (values.split(list(sizes)) for values in (found.distance, found.run, found.checkpoint))
+def _nearest_of_each(networks: dict[str, Float[Tensor, "_ D"]], pool: Pool, spec: PermutationSpec) -> list[Nearest]:
+    """The search for every group, as one: the pool is read once."""
+    found = nearest(torch.cat(list(networks.values())), pool, spec)
+    sizes = [len(theta) for theta in networks.values()]
+    parts = (values.split(sizes) for values in (found.distance, found.run, found.checkpoint))
     return [Nearest(distance, run, checkpoint, found.exact) for distance, run, checkpoint in zip(*parts, strict=True)]
 
 
 def _group(name: str, theta: Float[Tensor, "n D"], zoo: Zoo, task: Task, found: Nearest, finals: Nearest) -> Group:
     agreement, overlap = None, None
-    if isinstance(task, SupervisedTask) and _classifies(task):
+    truth = task.items["test"].targets if isinstance(task, SupervisedTask) else None
+    if isinstance(task, SupervisedTask) and truth is not None and truth.ndim == 1 and not truth.is_floating_point():
         rows = [zoo.row_of(run) for run in found.run.tolist()]
         ours, theirs = predictions(task, theta), predictions(task, zoo.theta(rows, found.checkpoint))
-        truth = task.items["test"].targets
         agreement, overlap = (ours == theirs).double().mean(1), error_overlap(ours, theirs, truth)
     metrics = {name: values.double() for name, values in task.evaluate(theta).items()}
     return Group(name, found, finals.distance, theta.double().norm(dim=1), metrics, agreement, overlap)
-
-
-def _classifies(task: SupervisedTask) -> bool:
-    targets = task.items["test"].targets
-    return targets.ndim == 1 and not targets.is_floating_point()
 
 
 def predictions(task: SupervisedTask, theta: Float[Tensor, "n D"]) -> Int[Tensor, "n items"]:
@@ -234,9 +201,8 @@ def predictions(task: SupervisedTask, theta: Float[Tensor, "n D"]) -> Int[Tensor
     items = task.items["test"].to(theta.device, theta.dtype)
     at_once = max(1, (1 << 24) // (task.stack.widest(items.inputs[:1]) * len(items.inputs)))
     with torch.no_grad():
-        return torch.cat(
-            [task.stack(task.layout.unflatten(some), items.inputs).argmax(-1) for some in theta.split(at_once)]
-        )
+        scores = (task.stack(task.layout.unflatten(some), items.inputs) for some in theta.split(at_once))
+        return torch.cat([each.argmax(-1) for each in scores])
 
 
 def error_overlap(
@@ -249,13 +215,11 @@ def error_overlap(
 
 
 def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) -> tuple[bool, list[str]]:
-    """Whether significantly more samples than held-out networks are copies, and every finding as a sentence.
+    """Whether significantly more samples than held-out networks are copies, and every result as a sentence.
 
-    A sample is a copy if it is nearer to a training network than 95% of training networks with noise of COPY_SIGMA are.
-    The samples beat a baseline if they are farther from training networks and perform better, or worse by no more than MARGIN
-    of the baseline's metric; where an interval leaves that open, so does the sentence. Held-out networks are compared with the
-    baselines in the same way. A blurred network has a smaller norm and so is nearer to all others without copying any; samples
-    whose norm is smaller than that of held-out networks are reported.
+    A sample is a copy if it is no farther from a training network than 95% of training networks with noise of COPY_SIGMA are.
+    The samples beat a baseline if they are farther from training networks, and better or at most MARGIN of its metric worse; if an
+    interval leaves that open, so does the sentence. Held-out networks are compared in the same way.
     """
     by_name = {group.name: group for group in groups}
     samples = by_name[SAMPLES]
@@ -270,6 +234,7 @@ def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) 
         f"networks; difference {_percent(more)}."
     ]
     lines += [_against_held_out(samples, by_name[name], seed) for name in (HELD_OUT_FINALS, HELD_OUT)]
+    # A blurred network has a smaller norm, and so is nearer to all others without copying any.
     lines += _shrunken(samples, by_name[HELD_OUT_FINALS], seed)
     sign = -1.0 if better == "lower" else 1.0
     baselines = [group for group in groups if group.name not in (SAMPLES, HELD_OUT, HELD_OUT_FINALS)]
@@ -279,12 +244,7 @@ def verdict(groups: tuple[Group, ...], metric: str, better: str, seed: int = 0) 
 def _against_held_out(samples: Group, held_out: Group, seed: int) -> str:
     difference = bootstrap(_median_difference, samples.distance, held_out.distance, repeats=_REPEATS, seed=seed)
     low, high = _ends(difference)
-    if low >= 0:
-        finding = "no smaller than"
-    elif high < 0:
-        finding = "smaller than"
-    else:
-        finding = "not shown to differ from"
+    finding = "no smaller than" if low >= 0 else "smaller than" if high < 0 else "not shown to differ from"
     text = (
         f"The samples' median distance to training networks, {_median(samples.distance):.3g}, is {finding} that of "
         f"{held_out.name}, {_median(held_out.distance):.3g} (difference {difference})"
@@ -296,23 +256,22 @@ def _against_held_out(samples: Group, held_out: Group, seed: int) -> str:
 
 
 def _excess(rate: Estimate, other: Estimate) -> Estimate:
-    """The difference of two independent rates, the margins of their intervals added in quadrature (Newcombe 1998, method 10):
-    resampling the difference would find none between 3 of 3 and 0 of 3.
-    """
+    """The difference of two independent rates, the margins of their intervals added in quadrature (Newcombe 1998, method 10)."""
+    # Resampling has no spread for 3 of 3 and 0 of 3, so that their difference would be certain.
     value, (low, high), (other_low, other_high) = rate.value - other.value, _ends(rate), _ends(other)
     below = math.hypot(rate.value - low, other_high - other.value)
     return Estimate(value, value - below, value + math.hypot(high - rate.value, other.value - other_low))
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:
-    """Of the interval of an estimate, which all of an audit have."""
+    """The ends of an estimate's interval, which every one of an audit has."""
     assert estimate.low is not None
     assert estimate.high is not None
     return estimate.low, estimate.high
 
 
 def _shrunken(samples: Group, held_out: Group, seed: int) -> list[str]:
-    """A sentence where the samples are clearly smaller than real networks."""
+    """A sentence if the samples are clearly smaller than real networks."""
     difference = bootstrap(_median_difference, samples.norm, held_out.norm, repeats=_REPEATS, seed=seed)
     if not _ends(difference)[1] < 0:
         return []
@@ -331,24 +290,20 @@ def _against(samples: Group, held_out: Group, baseline: Group, metric: str, sign
 def _compared(group: Group, baseline: Group, metric: str, sign: float, seed: int) -> tuple[str, str]:
     farther = bootstrap(_median_difference, group.distance, baseline.distance, repeats=_REPEATS, seed=seed)
     ours, theirs = group.metrics[metric], baseline.metrics[metric]
-    gain = bootstrap(_mean_difference, ours * sign, theirs * sign, repeats=_REPEATS, seed=seed)
+    gain = bootstrap(lambda a, b: _mean(a) - _mean(b), ours * sign, theirs * sign, repeats=_REPEATS, seed=seed)
     (low, high), (gain_low, gain_high) = _ends(farther), _ends(gain)
     novel = "farther from" if low > 0 else "nearer to" if high < 0 else "about as far from"
     no_worse = gain_low >= -MARGIN * abs(_mean(theirs))
-    if gain_low > 0:
-        fit = "better"
-    elif no_worse:
-        fit = f"no worse by more than {MARGIN:.0%}"
-    else:
-        fit = "worse" if gain_high < 0 else "not shown to differ"
+    fit = "worse" if gain_high < 0 else "not shown to differ"
+    if no_worse:
+        fit = "better" if gain_low > 0 else f"no worse by more than {MARGIN:.0%}"
+    word = "Undecided against"
     if not math.isfinite(gain.value):
-        word, fit = "Undecided against", "undefined for some networks"
+        fit = "undefined for some networks"
     elif high < 0 or (gain_high < 0 and not no_worse):
         word = "Does not beat"
     elif low > 0 and no_worse:
         word = "Beats"
-    else:
-        word = "Undecided against"
     reasons = (
         f"{novel} training networks (median {_median(group.distance):.3g} against {_median(baseline.distance):.3g}, "
         f"difference {farther}), {metric} {fit} ({float(ours.mean()):.4g} against {float(theirs.mean()):.4g})"
@@ -357,9 +312,8 @@ def _compared(group: Group, baseline: Group, metric: str, sign: float, seed: int
 
 
 def _median(values: Tensor) -> float:
-    return (
-        float(values.median() - (-values).median()) / 2
-    )  # of the two in the middle; quantile() takes five times as long
+    # Between the two in the middle, of which median() returns the lower; quantile() takes five times as long.
+    return float(values.median() - (-values).median()) / 2
 
 
 def _mean(values: Tensor) -> float:
@@ -368,10 +322,6 @@ def _mean(values: Tensor) -> float:
 
 def _median_difference(a: Tensor, b: Tensor) -> float:
     return _median(a) - _median(b)
-
-
-def _mean_difference(a: Tensor, b: Tensor) -> float:
-    return _mean(a) - _mean(b)
 
 
 def _percent(rate: Estimate) -> str:

@@ -1,4 +1,4 @@
-"""G.pt, the diffusion transformer over checkpoints, read from top to bottom.  [thesis 3.2.2]"""
+"""G.pt, the diffusion transformer over checkpoints.  [thesis 3.2.2]"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +25,10 @@ FORMAT = ModelFormat(
 
 
 class Gpt(nn.Module):
-    """Predicts theta*, a later checkpoint of theta's run whose metric is `target`, from theta* with noise.
+    """Predicts theta*, a later checkpoint of theta's run whose metric is `target`, from noised theta*.
 
-    `model(noised, t, theta, metric, target)`: noised theta* and theta (n, D) in normalised parameters, diffusion timestep t
-    (n,) counting from 0, metric of theta and target metric (n,) in the metric's units. The prediction is theta plus an
-    update that starts at zero: an untrained model is the identity.
-
+    noised, theta: parameters multiplied by the model's scale. t: the diffusion timestep, from 0. metric: of theta; target: the
+    prompt, which is theta*'s metric in training. Both are in the metric's own units.
     Raises ValueError for normalised scalars without a metric scale, and for networks that the tokenizer does not know.
     """
 
@@ -40,9 +38,11 @@ class Gpt(nn.Module):
         width = config.width
         self.tokenizer = make_tokenizer(config)
         self.scalars = ScalarTokens(config)
+        # Positions are learned, one for each kind of token.
         self.token_kinds = [*self.tokenizer.token_kinds, *[1] * TOKENS[config.scalars]]
         self.norm_in = nn.LayerNorm(width)
         self.positions = nn.Parameter(torch.zeros(len(self.token_kinds), width))
+        # As in GPT, not DiT: norms with weights and torch's epsilon, exact GELU, no modulation by the timestep, which is a token.
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, affine_norm=True, attn_norm_eps=1e-5, mlp_norm_eps=1e-5, gelu="none")
             for _ in range(config.depth)
@@ -51,7 +51,7 @@ class Gpt(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
-        """Linear weights from N(0, 0.02), biases, positions and decoders zero; drawn from `generator` where one is given."""
+        """Linear weights from N(0, 0.02), the rest zero, but for what the tokenizer initialises."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
@@ -72,27 +72,26 @@ class Gpt(nn.Module):
     ) -> Float[Tensor, "n D"]:
         encoded = self.tokenizer.encode(noised, theta)
         tokens = torch.cat([encoded.tokens, self.scalars(t, metric, target)], dim=1)
-        x = self.norm_in(tokens) + self._positions()  # (n, tokens, width)
+        # The released order: tokens are normalised before positions are added.
+        x = self.norm_in(tokens) + self._positions()  # n tokens width
         for i, block in enumerate(self.blocks):
             x = block(x, bias=None if encoded.biases is None else encoded.biases[i])
+        # The sample is predicted, not the noise, and as an update of theta: an untrained model is the identity.
         return theta + self.tokenizer.decode(self.norm_out(x), encoded)
 
     def _positions(self) -> Float[Tensor, "tokens width"]:
-        """A row for each token; units of a group share one."""
-        if len(self.positions) == sum(self.token_kinds):
-            return self.positions
+        """A row for each token; units of a group share one, so that none of them has a place."""
         rows = self.positions.unbind()
         return torch.cat([row.expand(count, -1) for row, count in zip(rows, self.token_kinds, strict=True)])
 
 
 def decayed(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters for weight decay, which are the weights of Linear layers, and those without."""
+    """Parameters with weight decay, which are the weights of Linear layers, and those without."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     parameters = list(model.parameters())
     return [p for p in parameters if id(p) in linear], [p for p in parameters if id(p) not in linear]
 
 
 def write_model(path: Path, config: GptConfig, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a model file; facts: what `triptych_gpt.trained.load` needs (scale, metric,
-    better, trained_range, task), and whatever else explains the model."""
+    """Write a model file. facts: scale, metric, better, trained_range and task, as `load` needs them, and any others."""
     FORMAT.write(path, tensors, config.to_json(), facts)

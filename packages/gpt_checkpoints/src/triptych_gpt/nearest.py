@@ -1,8 +1,7 @@
 """The nearest of very many checkpoints to a network, in plain distance or under the best matching of hidden units.
 
-Checkpoints are streamed from the zoo in blocks. A product of matrices bounds the distance of every pair from below; pairs
-are compared exactly, in order of their bounds, only while the bound beats the best distance so far. The bound takes a unit's
-distance to whichever unit of the other network is nearest, each way, in place of the assignment (Hungarian method).
+Checkpoints are streamed from the zoo in blocks. A product of matrices bounds the distance of every pair from below, and pairs
+are compared exactly, in order of their bounds, only while the bound beats the best distance so far.
 """
 
 import math
@@ -21,14 +20,15 @@ from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 from triptych_gpt.zoo.zoo import Zoo
 
 _BLOCK = 512  # checkpoints bounded at a time, fewer where theta is long
-_PAIR_FLOATS = 1 << 20  # of pairwise unit distances at a time: about what a core's cache holds
+_PAIR_FLOATS = 1 << 20  # pairwise unit distances at a time: about what a core's cache holds
+_THETA_FLOATS = 1 << 22  # entries of thetas in memory at a time
 
 
 class UnitVectors:
-    """theta as vectors of units, one set a group, and the entries that no permutation moves.
+    """theta as vectors of units, one set for each group, and the entries that no permutation moves.
 
-    A parameter with several permuted axes goes to the first one's group as norms over the others: these no permutation
-    changes, and their differences bound the parameter's from below. exact: there is no such parameter.
+    exact: whether every parameter has one permuting axis at most. One with several goes to the first one's group as norms over the
+    others, which no permutation changes, and whose differences bound the parameter's from below.
     """
 
     def __init__(self, spec: PermutationSpec | None) -> None:
@@ -37,7 +37,7 @@ class UnitVectors:
         self.exact = all(sum(axis is not None for axis in each) <= 1 for each in axes)
 
     def of(self, theta: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n fixed"], list[Float[Tensor, "units n _"]]]:
-        """What stays in place, and each group's units; all of theta stays where there is no spec."""
+        """What stays in place (all of theta without a spec), and each group's units."""
         if self.spec is None:
             return theta, []
         fixed = [theta[:, :0]]
@@ -54,10 +54,7 @@ class UnitVectors:
 
 
 def _owner_first(values: Tensor, axes: dict[int, Axis]) -> Float[Tensor, "units n *rest"]:
-    """[n, *shape] with the units of the first permuting axis in front, the others reduced to norms over their units.
-
-    axes: those that permute, by dimension of the shape.
-    """
+    """[n, *shape] with the units of the first permuting axis in front, reduced to norms over the units of the others."""
     owner, *others = axes
     for dim in reversed(others):  # from the last, so that earlier dimensions keep their places
         values = values.unflatten(dim + 1, (-1, axes[dim].block)).movedim(dim + 1, -1)
@@ -78,13 +75,14 @@ def augmented(v: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k2"]:
 def lower_bound(
     own_fixed: Tensor, fixed: Tensor, own_units: list[Tensor], units: list[Tensor]
 ) -> Float[Tensor, "n block"]:
-    """Squared distances, each unit compared with the nearest one instead of the one assigned to it.
+    """Bounds of squared distances from below, each unit compared with the nearest one instead of the one assigned to it.
 
-    own_fixed [n, f] and own_units [n * units, k] as `weighted` makes them, fixed and units as `augmented` does.
+    own_fixed [n, f] and own_units [n * units, k] as from `weighted`, fixed and units as from `augmented`.
     """
     lower = own_fixed @ fixed.T
     for u, v in zip(own_units, units, strict=True):
-        pairs = (u @ v.flatten(0, 1).T).view(len(lower), -1, *v.shape[:2])  # [n, units of u, units of v, block]
+        pairs = (u @ v.flatten(0, 1).T).view(len(lower), -1, *v.shape[:2])  # n, units of u, units of v, block
+        # Every unit has one partner: neither side's sum of distances to its nearest can exceed that of the assignment.
         lower += torch.maximum(pairs.amin(2).sum(1), pairs.amin(1).sum(1))
     return lower
 
@@ -92,7 +90,8 @@ def lower_bound(
 def squared_distances(
     parts: UnitVectors, a: Float[Tensor, "pairs D"], b: Float[Tensor, "pairs D"]
 ) -> Float[Tensor, " pairs"]:
-    """Squared distances, units of b reordered as suits each pair best; of differences, so that copies are at zero."""
+    """Squared distances, the units of b reordered as suits each pair best."""
+    # Of differences, not by |a|^2 - 2ab + |b|^2, so that copies are at exactly zero.
     (fixed_a, units_a), (fixed_b, units_b) = parts.of(a), parts.of(b)
     squared = (fixed_a - fixed_b).square().sum(1)
     for u, v in zip(units_a, units_b, strict=True):
@@ -103,15 +102,15 @@ def squared_distances(
 
 
 def assigned(costs: Float[Tensor, "pairs units units"]) -> Int[Tensor, "pairs units"]:
-    """The unit that each unit gets where the sum of costs is least."""
+    """The unit assigned to each unit, at the least sum of costs."""
     return torch.from_numpy(np.stack([linear_sum_assignment(each)[1] for each in costs.numpy()]))
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Checkpoints of a zoo to search ranks: `checkpoints[i]` of the run at row `rows[i]`.
+    """Checkpoints of a zoo to search: `checkpoints[i]` of the run at row `rows[i]`.
 
-    values: a metric of each, ascending, where the search is to be narrowed to those near a prompt.
+    values: a metric of each, ascending, if the search is to be restricted to those near a prompt.
     """
 
     zoo: Zoo
@@ -123,13 +122,12 @@ class Pool:
     def of(cls, zoo: Zoo, rows: Int[np.ndarray, " r"], every: int = 1, metric: str | None = None) -> "Pool":
         """Every k-th checkpoint of the runs at these rows, counted back from the last: `zoo.checkpoints` takes finals alone.
 
-        With a metric, those where it is a number, in its order.
+        With a metric, those whose metric is finite, in its order.
         """
         if every < 1:
             raise ValueError(f"every {every}: expected 1 or more, {zoo.checkpoints} for the final checkpoints alone")
-        kept = torch.arange(zoo.checkpoints - 1, -1, -every).flip(0)
-        chosen = torch.as_tensor(rows)
-        pool = cls(zoo, chosen.repeat_interleave(len(kept)), kept.repeat(len(chosen)))
+        places, chosen = torch.arange(zoo.checkpoints - 1, -1, -every).flip(0), torch.as_tensor(rows)
+        pool = cls(zoo, chosen.repeat_interleave(len(places)), places.repeat(len(chosen)))
         if metric is None:
             return pool
         values = zoo.metrics(metric)[pool.rows, pool.checkpoints]
@@ -141,7 +139,7 @@ class Pool:
         return len(self.rows)
 
     def blocks(self, size: int) -> Iterator[tuple[slice, Float[Tensor, "block D"]]]:
-        """All theta in order, in one buffer that is written over."""
+        """All thetas in order, in one buffer that is overwritten."""
         buffer = torch.empty(min(size, len(self)), self.zoo.layout.size)
         for start in range(0, len(self), size):
             here = slice(start, min(start + size, len(self)))
@@ -149,15 +147,12 @@ class Pool:
 
 
 class Nearest(NamedTuple):
-    """Who is nearest to each of n networks: Euclidean distance in theta's units, number of the run, and checkpoint.
+    """The checkpoint nearest to each of n networks; distance infinite, run and checkpoint -1 if none was admitted."""
 
-    Infinite, -1 and -1 where no checkpoint was admitted. exact: otherwise distances are upper bounds.
-    """
-
-    distance: Float[Tensor, " n"]
-    run: Int[Tensor, " n"]
+    distance: Float[Tensor, " n"]  # Euclidean, in theta's units
+    run: Int[Tensor, " n"]  # its number
     checkpoint: Int[Tensor, " n"]
-    exact: bool = True
+    exact: bool = True  # otherwise distances are upper bounds
 
 
 def nearest(
@@ -171,9 +166,10 @@ def nearest(
 ) -> Nearest:
     """The checkpoint of the pool nearest to each sample; with a spec, under the best permutation of its units.
 
-    target, tolerance: only checkpoints whose value in the pool is within tolerance of the sample's target. Exact, up to the
-    rounding of float32 in bounds, where each parameter has one permuted axis at most, as in networks of one hidden layer.
-    For others `match` finds a local optimum for the `shortlist` checkpoints of lowest bound: an upper bound on the distance.
+    target, tolerance: admit only checkpoints whose value in the pool is within tolerance of the sample's target.
+    shortlist: results are exact if each parameter has one permuting axis at most, as in networks of one hidden layer. In others,
+    `match` finds a local optimum for this many checkpoints of lowest bound: an upper bound on the distance.
+
     Bounds are computed on the samples' device. Raises ValueError for samples that do not fit or are not finite.
     """
     pool.zoo.layout.check(samples)
@@ -198,48 +194,40 @@ def nearest(
 
 
 class _Block(NamedTuple):
-    """A stretch of the pool: theta, its parts on the samples' device as `augmented` makes them, and lower bounds of squared
-    distances (infinite: not admitted), from which the error that float32 may have made has been taken.
-    """
+    """A stretch of the pool, and bounds of its squared distances to the samples."""
 
     start: int
     theta: Float[Tensor, "block D"]
-    fixed: Tensor
+    fixed: Tensor  # on the samples' device, as from `augmented`
     units: list[Tensor]
-    lower: Float[Tensor, "n block"]
-    error: Float[Tensor, "n block"]
+    lower: Float[Tensor, "n block"]  # less `error`; infinite if not admitted
+    error: Float[Tensor, "n block"]  # that float32 may have made
 
 
 class _Search:
-    """Best squared distances so far, and the place in the pool of who has them."""
+    """The best squared distances so far, and their places in the pool."""
 
     def __init__(
-        self,
-        samples: Float[Tensor, "n D"],
-        pool: Pool,
-        parts: UnitVectors,
-        target: Float[Tensor, " n"] | None,
+        self, samples: Float[Tensor, "n D"], pool: Pool, parts: UnitVectors, target: Float[Tensor, " n"] | None,
         tolerance: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.pool, self.parts, self.tolerance = pool, parts, tolerance
         self.target = None if target is None else target.detach().cpu().double()
         self.device = samples.device
         self.samples = samples.detach().cpu().double()
-        # neighbours in target admit the same checkpoints, so that whole pieces of a sorted pool can be left out
+        # Neighbours in target admit the same checkpoints, so that whole pieces of a sorted pool can be left out.
         order = torch.arange(len(samples)) if self.target is None else self.target.argsort()
         fixed, units = parts.of(samples.detach().float())
         self.fixed, self.units = weighted(fixed), [weighted(u.transpose(0, 1)) for u in units]
         per_sample = max([1, *(len(u) ** 2 for u in units)]) * _BLOCK
-        self.chunks = [
-            (rows, self.fixed[rows], [u[rows].flatten(0, 1) for u in self.units])
-            for rows in order.split(max(1, _PAIR_FLOATS // per_sample))
-        ]
+        chunks = order.split(max(1, _PAIR_FLOATS // per_sample))
+        self.chunks = [(rows, self.fixed[rows], [u[rows].flatten(0, 1) for u in self.units]) for rows in chunks]
         self.squares = self.samples.square().sum(1)
         self.best = torch.full((len(samples),), math.inf, dtype=torch.float64)
         self.best_place = torch.full((len(samples),), -1)
 
     def bounds(self) -> Iterator["_Block"]:
-        size = max(16, min(_BLOCK, (1 << 22) // self.pool.zoo.layout.size))
+        size = max(16, min(_BLOCK, _THETA_FLOATS // self.pool.zoo.layout.size))
         for here, theta in self.pool.blocks(size):
             admitted = self._admitted(here)
             if admitted is not None and not admitted.any():
@@ -251,7 +239,7 @@ class _Search:
             for rows, own_fixed, own_units in self.chunks:
                 if admitted is None or admitted[rows].any():
                     lower[rows] = lower_bound(own_fixed, fixed, own_units, units).cpu()
-            # several times what float32 products of this length were seen to err
+            # Several times the largest error seen in float32 products of this length.
             rounding = 4 * math.sqrt(self.pool.zoo.layout.size) * torch.finfo(torch.float32).eps
             error = rounding * (self.squares[:, None].float() + theta.square().sum(1))
             lower = lower.sub_(error)
@@ -267,27 +255,27 @@ class _Search:
 
     def compare_as_bounded(self) -> None:
         for block in self.bounds():
-            at_once = 1  # the most promising alone: it usually rules the others out
+            at_once = 1  # the most promising alone, which usually rules out the others
             while (promising := block.lower < self.best[:, None]).any():
                 some = min(at_once, int(promising.sum(1).max()))
                 bound, columns = block.lower.topk(some, dim=1, largest=False)
                 rows, which = (bound < self.best[:, None]).nonzero(as_tuple=True)
                 columns = columns[rows, which]
-                for part in torch.arange(len(rows)).split(max(1, (1 << 22) // self.pool.zoo.layout.size)):
+                for part in torch.arange(len(rows)).split(max(1, _THETA_FLOATS // self.pool.zoo.layout.size)):
                     self._compare(rows[part], columns[part], block)
                 block.lower[rows, columns] = math.inf
                 at_once *= 4
 
     def _compare(self, rows: Int[Tensor, " p"], columns: Int[Tensor, " p"], block: "_Block") -> None:
-        """Pairs of sample and checkpoint: by an assignment in float32 first, and in float64 where that may yet be best."""
+        """Pairs of sample and checkpoint: by an assignment in float32 first, and in float64 if that may be the best."""
         if self.units:
             on_device = rows.to(self.device), columns.to(self.device)
             squared = (self.fixed[on_device[0]] * block.fixed[on_device[1]]).sum(1).cpu()
             for u, v in zip(self.units, block.units, strict=True):
                 costs = torch.bmm(u[on_device[0]], v[:, on_device[1]].permute(1, 2, 0)).cpu()
                 squared += costs.gather(2, assigned(costs)[:, :, None]).sum((1, 2))
-            kept = squared - block.error[rows, columns] < self.best[rows]
-            rows, columns = rows[kept], columns[kept]
+            better = squared - block.error[rows, columns] < self.best[rows]
+            rows, columns = rows[better], columns[better]
         if len(rows):
             squared = squared_distances(self.parts, self.samples[rows], block.theta[columns].double())
             self._note(rows, block.start + columns, squared)
@@ -299,8 +287,8 @@ class _Search:
             lowest = torch.cat([lowest, block.lower], 1)
             here = torch.arange(block.start, block.start + len(block.theta))
             places = torch.cat([places, here.expand(len(lowest), -1)], 1)
-            lowest, kept = lowest.topk(min(size, lowest.shape[1]), dim=1, largest=False)
-            places = places.gather(1, kept)
+            lowest, columns = lowest.topk(min(size, lowest.shape[1]), dim=1, largest=False)
+            places = places.gather(1, columns)
         for row, sample in enumerate(self.samples):
             mine = places[row][lowest[row] < math.inf]
             if len(mine):
@@ -310,9 +298,7 @@ class _Search:
                 self._note(torch.full_like(mine, row), mine, (theta - sample).square().sum(1))
 
     def _note(self, rows: Int[Tensor, " p"], places: Int[Tensor, " p"], squared: Float[Tensor, " p"]) -> None:
-        order = squared.argsort(descending=True)  # of several of a row the last written stays: the nearest
+        order = squared.argsort(descending=True)  # so that the nearest of a row is written last
         order = order[squared[order] < self.best[rows[order]]]
-        for row, place, value in zip(
-            rows[order].tolist(), places[order].tolist(), squared[order].tolist(), strict=True
-        ):
-            self.best[row], self.best_place[row] = value, place
+        for at in order.tolist():
+            self.best[rows[at]], self.best_place[rows[at]] = squared[at], places[at]

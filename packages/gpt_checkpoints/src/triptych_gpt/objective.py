@@ -1,4 +1,8 @@
-"""What a G.pt is trained on: pairs of checkpoints, noised, and the error of the denoised later one.  [thesis eq. 3.1]"""
+"""What a G.pt is trained on: pairs of checkpoints, the later one noised, and the error of its denoising.  [thesis eq. 3.1]
+
+A pair is (theta, theta*), an earlier and a later checkpoint of one run, with their metrics. The network sees theta, noised
+theta* and both metrics, and predicts theta*: it learns which changes of parameters lead from one metric to another.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,16 +21,17 @@ from triptych_common.parallel import onto
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.zoo.pairs import Pairs, Sampling, stratified
+from triptych_gpt.zoo.pairs import Pairs, stratified
 from triptych_gpt.zoo.source import recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
-PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], which the noise schedule was made for
-_SAMPLED = 25_000  # checkpoints that the parameters' deviation is measured on
+PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], for which the noise schedule was designed
+_SAMPLED = 25_000  # checkpoints from which the standard deviation of the parameters is estimated
 
 
 def make_diffusion() -> GaussianDiffusion:
     """1000 linear steps, predicting the clean parameters, fixed large variance.  [thesis 3.2.2]"""
+    # Predicting theta* rather than the noise lets the network output an update of theta, which is close to it already.
     return GaussianDiffusion(NoiseSchedule.linear(), predict="sample", variance="fixed_large", decoder="gaussian")
 
 
@@ -42,7 +47,7 @@ class Examples(NamedTuple):
 
 
 class TrainingZoo:
-    """A zoo as one model sees it: its task, the metric it is prompted with, and the runs it learns from.
+    """A zoo as one model sees it: its task, the metric that prompts the model, and the training runs.
 
     Raises ValueError for a metric or a number of runs that the zoo does not have, or a task that is not the zoo's.
     """
@@ -51,20 +56,20 @@ class TrainingZoo:
         self.config, self.zoo = config, Zoo(config.zoo)
         self.task, self.spec = task_of(self.zoo, config.task)
         self.metric = config.metric or self.zoo.metric_names[0]
-        values = self.zoo.metrics(self.metric)
         self.rows = torch.from_numpy(self.zoo.runs_in("train"))
         if config.runs is not None and config.runs > len(self.rows):
             raise ValueError(f"runs {config.runs:,}: {config.zoo} holds {len(self.rows):,} training runs; use fewer")
         self.rows = self.rows[: config.runs]
-        self.values = values[self.rows]
+        self.values = self.zoo.metrics(self.metric)[self.rows]
 
     @cached_property
     def scale(self) -> float:
-        """What parameters are multiplied by, so that they vary as much as pixels in [-1, 1] do.  [thesis 3.3]"""
+        """The factor that gives parameters the standard deviation of pixels in [-1, 1].  [thesis 3.3]"""
+        # One factor for all parameters, without shifting them: layers keep their sizes relative to each other, and zero stays zero.
         n = min(_SAMPLED, self.values.numel())
         rows = (randomness.uniform(0, "scale run", range(n)) * len(self.rows)).long()
         places = (randomness.uniform(0, "scale checkpoint", range(n)) * self.zoo.checkpoints).long()
-        total, squares = 0.0, 0.0
+        total, squares = 0.0, 0.0  # in float64, a thousand checkpoints at a time: all at once take gigabytes
         for some in torch.arange(n).split(1000):
             theta = self.zoo.theta(self.rows[rows[some]], places[some]).double()
             total, squares = total + float(theta.sum()), squares + float(theta.square().sum())
@@ -73,27 +78,26 @@ class TrainingZoo:
 
     @cached_property
     def orders(self) -> dict[str, Int[Tensor, "runs _"]] | None:
-        """Permutations that bring each run into the order of the first one's last network; None where nothing is reordered."""
+        """Permutations that bring each run's units into the order of the first run's; None unless canonicalise is set."""
         if not self.config.canonicalise:
             return None
         from triptych_gpt.symmetry.matching import match
 
+        # Matched by last checkpoints, one permutation a run: units of one run correspond from its first checkpoint to its last.
         last = self.zoo.theta(self.rows, torch.full_like(self.rows, self.zoo.checkpoints - 1))
-        found = [match(self.task.symmetry, some, last[0]) for some in last.split(256)]
-        return {group: torch.cat([part[group] for part in found]) for group in found[0]}
+        parts = [match(self.task.symmetry, some, last[0]) for some in last.split(256)]
+        return {group: torch.cat([part[group] for part in parts]) for group in parts[0]}
 
     @cached_property
     def model_config(self) -> GptConfig:
-        """The shape of the model that this config and zoo ask for."""
-        c = self.config
-        return GptConfig(
-            symmetry=self.task.symmetry, tokenizer=c.tokenizer, chunk_size=c.chunk_size, width=c.width, depth=c.depth,
-            num_heads=c.num_heads, scalars=c.scalars, metric_factor=c.metric_factor,
-            metric_scale=MetricScale.of(self.values) if c.scalars == "normalised" else None,
-        )  # fmt: skip
+        """The model's shape, from the config and the zoo."""
+        names = ("tokenizer", "chunk_size", "width", "depth", "num_heads", "scalars", "metric_factor")
+        scale = MetricScale.of(self.values) if self.config.scalars == "normalised" else None
+        shape = {name: getattr(self.config, name) for name in names}
+        return GptConfig(self.task.symmetry, metric_scale=scale, **shape)
 
     def identity(self) -> dict[str, Any]:
-        """The content that decides what is learned: which recipe's runs, and which of them."""
+        """What decides the content of training: the recipe of the runs, and which of them."""
         return {
             "task": self.zoo.task,
             "recipe": recipe_of(self.zoo),
@@ -105,61 +109,61 @@ class TrainingZoo:
 
 
 class Objective:
-    """Denoising of the later checkpoint of each pair. All that is random about a pair follows from (seed, its counter)."""
+    """Denoising of each pair's later checkpoint. Everything random about a pair is a function of the seed and its counter."""
 
     def __init__(self, data: TrainingZoo) -> None:
         self.data, self.config, self.diffusion = data, data.config, make_diffusion()
-        sampling: str | Sampling = self.config.pairs
-        if sampling == "stratified":
-            sampling = stratified(data.values, data.zoo.better[data.metric])
+        sampling: Any = self.config.pairs
+        sampling = stratified(data.values, data.zoo.better[data.metric]) if sampling == "stratified" else sampling
         self.pairs = Pairs(data.zoo, "train", sampling, self.config.seed, runs=len(data.rows))
 
     def draw(self, counters: Sequence[int]) -> Examples:
-        """The examples of some counters."""
+        """The examples at these counters, on the CPU."""
         data, seed, dtype = self.data, self.config.seed, self.config.dtype
         batch = self.pairs.draw(counters)
+        # n 2 D: theta and theta* are permuted alike, or their units would no longer correspond.
         both, symmetry = torch.stack([batch.theta, batch.theta_star], dim=1), data.task.symmetry
         if data.orders is not None:
             both = symmetry.apply(both, {group: order[batch.places] for group, order in data.orders.items()})
+        # Augmentation: afresh for every pair, a network with its units in another order, which computes the same function.
         if self.config.augmented:
             both = symmetry.apply(both, symmetry.draw(seed, counters))
         theta, theta_star = (both.to(dtype) * data.scale).unbind(1)
+        # Timesteps of consecutive counters are evenly spread over 0..999, which lowers the variance of a batch's loss.
         t = (randomness.evenly_spread(seed, "timestep", counters) * len(self.diffusion.schedule)).long()
         noise = randomness.normal(seed, "noise", counters, theta.shape[1:], dtype=dtype)
         metric, metric_star = (values[data.metric].to(dtype) for values in (batch.metrics, batch.metrics_star))
         return Examples(theta, theta_star, metric, metric_star, t, noise)
 
     def loss(self, network: nn.Module, examples: Examples, device: torch.device) -> Loss:
-        """Loss of each example under `network`, which may be a parallel wrapper of the model."""
+        """Loss of each example; network: the model, or a parallel wrapper of it."""
         theta, theta_star, metric, metric_star, t, noise = (onto(device, value) for value in examples)
         noised = self.diffusion.q_sample(theta_star, t, noise)
+        # The prompt in training is the metric that theta* has achieved.
         output = network(noised, t, theta, metric, metric_star)
         return self.diffusion.loss(output, theta_star, noised, t, noise)
 
 
 def training_flops(config: GptConfig) -> int:
-    """Floating-point operations of a forward and a backward pass for one pair, 2 a multiply-add."""
+    """Floating-point operations of a forward and a backward pass for one pair, two for each multiply-add."""
     with torch.device("meta"):
         model, theta, scalar = Gpt(config), torch.empty(1, config.symmetry.layout.size), torch.empty(1)
+        # MATH: attention is counted as the matrix products that it consists of.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(theta, scalar, theta, scalar, scalar)
     return 3 * counter.get_total_flops()
 
 
-def parameter_count(config: GptConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Gpt(config).parameters())
-
-
 def plan(config: GptTrainConfig) -> dict[str, Any]:
-    """What training would be: sizes and arithmetic."""
+    """What --dry-run prints: sizes and arithmetic."""
     data = TrainingZoo(replace(config, canonicalise=False))
-    shape = data.model_config
-    flops = training_flops(shape)
+    flops = training_flops(data.model_config)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Gpt(data.model_config).parameters())
     return {
         "config": asdict(config),
         "zoo": data.identity(),
-        "parameters": parameter_count(shape),
+        "parameters": parameters,
         "gflops_per_pair": round(flops / 1e9, 6),
         "steps": -(-config.total_pairs // config.batch_size),
         "training_gflops": round(flops / 1e9 * config.total_pairs, 1),

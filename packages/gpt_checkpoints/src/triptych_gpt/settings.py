@@ -1,4 +1,4 @@
-"""Settings of sampling and of every command but training: what a person types, checked. Imports no torch, so --help is quick."""
+"""Settings of sampling and of every command but training and collecting. Imports no torch, so that --help is quick."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ class SamplerSettings(sampler_settings.SamplerSettings):
     """How an update is sampled."""
 
     num_inference_steps: int = 100
-    """denoising steps, evenly spaced over the 1000 that the thesis takes"""
+    """denoising steps, evenly spaced over the thesis's 1000"""
     networks_at_once: Annotated[int, Ge(1)] = 512
     """networks in a batch"""
 
@@ -67,7 +67,7 @@ class PromptConfig(SamplingOptions):
     num_inference_steps: int = 100
     """denoising steps of an update, evenly spaced over the thesis's 1000"""
     task: str | None = None
-    """the task that scores networks where the model file does not name it: a name, or file.py:NAME if the file has moved"""
+    """the task that scores networks if the model file does not name it, or its file has moved: a name, or file.py:NAME"""
     initialiser: str | None = None
     """without a checkpoint: how the random network is initialised; default: as the task does"""
     pickle: bool = False
@@ -76,9 +76,8 @@ class PromptConfig(SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.checkpoint is not None and self.initialiser is not None:
-            raise ValueError(
-                f"initialiser {self.initialiser!r}: draws a random network, but --checkpoint gives one; leave out one of them"
-            )
+            problem = "draws a random network, but --checkpoint gives one; leave out one of them"
+            raise ValueError(f"initialiser {self.initialiser!r}: {problem}")
         if self.target:
             parse_target(self.target)
 
@@ -96,10 +95,7 @@ def parse_target(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class EvaluateConfig(SamplingOptions):
-    """Score how well a trained G.pt follows prompts on networks it never saw, beside baselines.
-
-    Repeating the command measures what is missing.
-    """
+    """Score how well a trained G.pt follows prompts on unseen networks, beside baselines. Repeating the command resumes it."""
 
     zoo: Path = Path("runs/zoo")
     """the zoo it was trained on"""
@@ -129,15 +125,10 @@ class AuditConfig(SamplingOptions):
     """folder for audit.json and audit.png"""
     samples: Annotated[int, Ge(1)] = 100
     """networks to generate, each from a different unseen network"""
-    target: float | None = None
+    target: Annotated[float | None, Interval(gt=-math.inf, lt=math.inf, wanted="a finite number")] = None
     """the prompt; default: the value that gives the best networks on validation runs"""
     every: Annotated[int, Ge(1)] = 1
     """search only every k-th checkpoint of the training runs; 1: all"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target is not None and not math.isfinite(self.target):
-            raise ValueError(f"target {self.target}: expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -149,11 +140,8 @@ class InfoConfig(Options):
 
 
 @dataclass(frozen=True)
-class VerifyConfig(Options):
+class VerifyConfig(InfoConfig):
     """Read every file of a zoo and compare it with its checksum."""
-
-    zoo: Path = Path("runs/zoo")
-    """folder of the zoo, finished or growing"""
 
 
 @dataclass(frozen=True)
@@ -176,14 +164,14 @@ class ExportConfig(Options):
 
 @dataclass(frozen=True)
 class ImportConfig(Options):
-    """Make a zoo of the released G.pt checkpoint data; repeat the command to resume after an interruption."""
+    """Make a zoo of the released G.pt checkpoint data. Repeating the command resumes it."""
 
     lmdb: Path = Path("checkpoint_datasets/mnist")
     """folder of the released data: an LMDB environment for each run, or for several runs"""
     out: Path = Path("runs/zoo")
     """folder of the zoo"""
     task: str = "mnist_mlp"
-    """task whose network the checkpoints are of"""
+    """the task whose networks these are"""
     num_test_runs: Annotated[int, Ge(0)] = 500
     """runs in the test split, the last ones by name; released: 500 for MNIST, 2050 for the others"""
     checkpoints: Annotated[int, Ge(2)] = 200
@@ -197,12 +185,12 @@ class ImportConfig(Options):
 
 
 class Released(NamedTuple):
-    """What a released model's file does not say. scale: parameters are multiplied by it to be normalised; task: by name."""
+    """What a released model's file does not hold."""
 
-    scale: float
+    scale: float  # parameters are multiplied by it to be normalised
     metric: str
     better: Literal["lower", "higher"]
-    task: str
+    task: str  # its name
 
 
 RELEASED = {

@@ -25,59 +25,56 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     model.safetensors is the averaged model that followed prompts best on validation runs, last.safetensors the one at the end.
     Raises ValueError for a config that does not fit zoo, run directory or ranks, Interrupted after a signal.
     """
-    # Scoring needs samplers, tasks and intervals, which the loop itself does not.
+    # Imported here, since scoring needs samplers, tasks and intervals, which the loop itself does not.
     from triptych_gpt.validation import Validation, check
 
     data = TrainingZoo(config)
     check(config, data)
-    flops = training_flops(data.model_config)  # refuses, too, before there is a folder that knows this config
+    # Builds the model, so that a config that does not work is refused before there is a folder.
+    flops = training_flops(data.model_config)
     with process_group(config.device) as ranks, open_run(config, ranks, {"zoo": data.identity()}) as run:
         state, objective = make_state(config, data, ranks), Objective(data)
         save = partial(save_average, config, state, data)
         validation = Validation(config, data, run, ranks, save)
 
+        # A step's loss depends on its range of counters alone, so resuming, ranks and micro-batches change no pair.
         def losses(counters: range) -> dict[str, Tensor]:
             return {"loss": objective.loss(state.parallel_model, objective.draw(counters), ranks.device).total.mean()}
 
         for batch in training_steps(config, state, run, on_step=validation, flops_per_sample=flops):
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save(run.path / LAST, {})
-        kept = validation.finish(run.path / LAST)
-        echo(f"model: {run.path / FILE_NAME} ({kept})")
-        return {"model": str(run.path / FILE_NAME), "kept": kept, **summary(run)}
+        chosen = validation.finish(run.path / LAST)
+        echo(f"model: {run.path / FILE_NAME} ({chosen})")
+        return {"model": str(run.path / FILE_NAME), "kept": chosen, **summary(run)}
 
 
 def make_state(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> TrainState:
-    """A model freshly initialised, its average and AdamW, which decays linear weights only, as the config wants them run."""
+    """A freshly initialised model, its average, and AdamW with weight decay on linear weights only."""
     model = Gpt(data.model_config)
     model.initialize_weights(randomness.generator(config.seed, "init"))
     model = model.to(config.dtype)
 
     def optimizer(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        # Decay would pull norms and positions, which only scale and label tokens, towards zero.
         with_decay, without = decayed(model)
         groups = [{"params": with_decay, "weight_decay": config.weight_decay}, {"params": without, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), fused=True)
 
-    return TrainState(
-        model,
-        optimizer,
-        ranks,
-        **config.state_options(),
-    )
+    return TrainState(model, optimizer, ranks, **config.state_options())
 
 
 def save_average(
     config: GptTrainConfig, state: TrainState, data: TrainingZoo, path: Path, facts: dict[str, Any]
 ) -> None:
-    """Write the averaged model; every rank must call it."""
-    tensors = state.averaged()
+    """Write the averaged model with all that prompting needs; every rank must call it."""
+    tensors = state.averaged()  # gathers shards, so that it waits for all ranks
     if state.ranks.is_main:
-        low, high = float(data.values.min()), float(data.values.max())
         known = {
             "scale": data.scale,
             "metric": data.metric,
             "better": data.zoo.better[data.metric],
-            "trained_range": [low, high],
+            "trained_range": [float(data.values.min()), float(data.values.max())],
             "task": asdict(data.spec),
             "zoo": data.identity(),
             "seed": config.seed,

@@ -1,4 +1,4 @@
-"""Settings of a G.pt's training, and their presets."""
+"""Settings of a G.pt's training, and presets of the published runs."""
 
 import math
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ class GptTrainConfig(TransformerSettings):
     zoo: Annotated[Path, FREE] = Path("runs/zoo")
     """folder of the zoo, as triptych-gpt collect makes it"""
     task: Annotated[str | None, FREE] = None
-    """the zoo's task where the zoo does not name it: a name, or file.py:NAME"""
+    """the zoo's task if the zoo does not name it: a name, or file.py:NAME"""
     metric: str | None = None
     """what the model is prompted with; default: the zoo's first metric"""
     tokenizer: Literal["layer", "chunk", "neuron"] = "neuron"
-    """a token a parameter tensor (thesis), a chunk of one, or a hidden unit"""
+    """a token for each parameter tensor (thesis), chunk of one, or hidden unit"""
     chunk_size: int | None = None
     """most parameters of a token (chunk only)"""
     width: Annotated[int, Gt(0)] = 256
@@ -44,7 +44,7 @@ class GptTrainConfig(TransformerSettings):
     canonicalise: bool = False
     """bring each run's units into the order of one reference network (Git Re-Basin)"""
     runs: Annotated[int | None, Ge(1)] = None
-    """train on the first so many training runs only"""
+    """train only on this many training runs, the first ones"""
     total_pairs: Annotated[int, Gt(0)] = 320_000
     """pairs of checkpoints to train on"""
     batch_size: int = 64
@@ -66,7 +66,7 @@ class GptTrainConfig(TransformerSettings):
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
     """arithmetic of the network; bf16 keeps weights, average and loss in float32"""
     validation_every: Annotated[int, Ge(0, "a number of steps, or 0 for none")] = 2500
-    """steps between validations, which decide what model is kept; 0: none, the last is kept"""
+    """steps between validations, which decide which model is saved; 0: none, the last is saved"""
     validation_networks: Annotated[int, Gt(0)] = 16
     """untrained networks of validation runs to prompt"""
     validation_inference_steps: Annotated[int, Interval(ge=1, le=1000)] = 25
@@ -84,7 +84,8 @@ class GptTrainConfig(TransformerSettings):
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
 
 
-_RELEASED = GptTrainConfig(  # reference: AdamW (0.9, 0.999), decay 0.1 on linear weights, EMA 0.9999, cosine, plain pairs
+# The released code: AdamW (0.9, 0.999), decay 0.1 on linear weights, EMA 0.9999 a step, cosine, plain pairs.
+_RELEASED = GptTrainConfig(
     tokenizer="chunk", scalars="raw", pairs="released", depth=12, num_heads=16, adam_beta2=0.999, ema_rampup=None,
     log_every=100, checkpoint_every=5_000, validation_every=5_000, validation_inference_steps=1000,
 )  # fmt: skip
@@ -93,9 +94,9 @@ _RELEASED = GptTrainConfig(  # reference: AdamW (0.9, 0.999), decay 0.1 on linea
 def _released(
     metric: str, runs: int, pairs_a_run: int, epochs: int, warmup_epochs: int, **settings: Any
 ) -> GptTrainConfig:
-    """A released run: an epoch there takes so many pairs from each training run."""
+    """A released run; pairs_a_run: taken from each training run in one of its epochs."""
     batch, epoch = settings["batch_size"], runs * pairs_a_run
-    half_life = round(math.log(0.5) / math.log(0.9999) * batch)
+    half_life = round(math.log(0.5) / math.log(0.9999) * batch)  # of an average that decays by 0.9999 every step
     return replace(
         _RELEASED, metric=metric, total_pairs=epoch * epochs, warmup_pairs=epoch * warmup_epochs,
         ema_half_life_pairs=half_life, **settings,

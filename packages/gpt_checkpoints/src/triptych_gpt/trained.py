@@ -24,40 +24,32 @@ from triptych_gpt.zoo.source import TaskSpec
 
 @dataclass
 class TrainedGpt:
-    """A trained model with what is needed to use it.
-
-    scale: parameters are multiplied by it to be normalised. metric, better: what the model is prompted with, and whether lower or
-    higher is better. trained_range: of the metric over all training checkpoints; None if unknown. spec: how its task is opened.
-    facts: all that the model file says of its training.
-    """
+    """A trained model with what is needed to use it."""
 
     model: Gpt
-    scale: float
-    metric: str
-    better: str
-    trained_range: tuple[float, float] | None
-    spec: TaskSpec
-    facts: Mapping[str, Any]
+    scale: float  # parameters are multiplied by it to be normalised
+    metric: str  # that prompts the model
+    better: str  # "lower" or "higher"
+    trained_range: tuple[float, float] | None  # of the metric over all training checkpoints; None if unknown
+    spec: TaskSpec  # how its task is opened
+    facts: Mapping[str, Any]  # everything in the model file about its training
 
     @cached_property
     def task(self) -> Task:
-        """The task that scores networks; opened, with its data, when first needed.
+        """The task that scores networks, opened with its data when first needed.
 
-        Raises ValueError for one whose networks are not those that the model was trained on, or that cannot be found.
+        Raises ValueError for one that cannot be found, or whose networks are not those that the model was trained on.
         """
         from triptych_gpt.tasks.registry import TASKS  # imports every task's networks
 
         if self.spec.task not in TASKS and ".py:" not in self.spec.task:  # of a converted model
-            raise ValueError(
-                f"task {self.spec.task}: the model's networks are scored by it, but it is none of {', '.join(TASKS)}; give one of "
-                "your own, triptych-gpt prompt --task file.py:NAME"
-            )
-        task = self.spec.open()
-        if task.layout != self.model.config.symmetry.layout:
-            raise ValueError(
-                f"task {self.spec.task}: networks of {task.layout.size:,} parameters, the model was trained on "
-                f"{self.model.config.symmetry.layout.size:,}; open the task that it was trained on"
-            )
+            problem = f"the model's networks are scored by it, but it is none of {', '.join(TASKS)}"
+            remedy = "give one of your own, triptych-gpt prompt --task file.py:NAME"
+            raise ValueError(f"task {self.spec.task}: {problem}; {remedy}")
+        task, layout = self.spec.open(), self.model.config.symmetry.layout
+        if task.layout != layout:
+            sizes = f"networks of {task.layout.size:,} parameters, the model was trained on {layout.size:,}"
+            raise ValueError(f"task {self.spec.task}: {sizes}; open the task that it was trained on")
         return task
 
     @cached_property
@@ -83,51 +75,41 @@ class TrainedGpt:
         indices: Sequence[int] | None = None,
         progress: Callable[[], None] = lambda: None,
     ) -> Float[Tensor, "n D"]:
-        """One update of each network, towards its own target.
+        """One update of each network, towards its own target.  [thesis 3.2.2, sampling]
 
-        theta, and what is returned, in the networks' own units, on the CPU or the model's device; metric: what theta scores.
-        The noise of each follows from seed and its index (default: its place), not from the batch. progress: called after
-        every denoising step of every batch.  [thesis 3.2.2, sampling]
+        theta: unnormalised, like the result, on the CPU or the model's device. metric: what theta scores. indices: a network's
+        noise follows from the seed and its index, by default its row. progress: called after every denoising step of every batch.
         """
         settings, weight = settings or SamplerSettings(), next(self.model.parameters())
         indices = range(len(theta)) if indices is None else indices
         parts = []
         for first in range(0, len(theta), settings.networks_at_once):
             here = slice(first, first + settings.networks_at_once)
-            start, before, asked = (
-                x[here].to(weight.device, weight.dtype) for x in (theta * self.scale, metric, target)
-            )
+            given = tuple(x[here].to(weight.device, weight.dtype) for x in (theta * self.scale, metric, target))
             noise = SampleNoise(seed, indices[here], theta.shape[1:], device=weight.device, dtype=weight.dtype)
-            # a DTensor, whose class takes a second to import; it is gathered as needed, which inference mode forbids
-            sharded = hasattr(weight, "full_tensor")
-            with torch.no_grad() if sharded else torch.inference_mode():
-                found = self._sampled(start, before, asked, noise, settings, progress)
-            parts.append(found.to(theta.device, theta.dtype))
+
+            def denoise(noised: Tensor, t: Tensor, given: tuple[Tensor, ...] = given) -> Tensor:
+                return self.model(noised, t, *given)
+
+            # Sharded weights are gathered as needed, which inference mode forbids. A DTensor is recognised by its attribute, since
+            # its class takes a second to import.
+            with torch.no_grad() if hasattr(weight, "full_tensor") else torch.inference_mode():
+                theta_star = final(sampling(settings, denoise, self.diffusion, noise, device=weight.device), progress)
+            parts.append(theta_star.to(theta.device, theta.dtype))
         return torch.cat(parts) / self.scale if parts else theta.clone()
-
-    def _sampled(
-        self, theta: Tensor, metric: Tensor, target: Tensor, noise: SampleNoise, settings: SamplerSettings,
-        progress: Callable[[], None],
-    ) -> Tensor:  # fmt: skip
-        def denoise(noised: Tensor, t: Tensor) -> Tensor:
-            return self.model(noised, t, theta, metric, target)
-
-        steps = sampling(settings, denoise, self.diffusion, noise, device=theta.device)
-        return final(steps, progress)
 
     def update(
         self, settings: SamplerSettings | None = None, seed: int = 0, progress: Callable[[], None] = lambda: None
     ) -> Update:
         """`sample` as an `Update`, for everything in `triptych_gpt.evaluation`."""
-        return lambda theta, metric, target, indices: self.sample(
-            theta, metric, target, settings=settings, seed=seed, indices=indices, progress=progress
-        )
+        options: dict[str, Any] = {"settings": settings, "seed": seed, "progress": progress}
+        return lambda theta, metric, target, indices: self.sample(theta, metric, target, indices=indices, **options)
 
 
 def load(path: str | Path) -> TrainedGpt:
     """Read a model file, or the one in a run's folder, onto the CPU in evaluation mode.
 
-    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
+    Raises FileNotFoundError if there is none, ValueError for a file of another kind.
     """
     return FORMAT.read(path, _build)
 

@@ -1,4 +1,4 @@
-"""Prompt alignment on validation runs, by which the model to keep is chosen.  [thesis 3.4.4]"""
+"""Prompt alignment on validation runs, by which the saved model is chosen.  [thesis 3.4.4]"""
 
 import os
 from collections.abc import Callable
@@ -20,27 +20,22 @@ from triptych_gpt.tasks.task import Metric
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import TrainedGpt
 
-SEED = 3_022  # of every run's validation, so that runs compare
+SEED = 3_022  # of every run's validation, so that runs can be compared
 PROMPTS = 20
 SCORE = "validation/alignment"
 
 
 class Validation:
-    """A callback that logs "validation/alignment" every `validation_every` steps and at the end, and keeps the averaged model
-    that scored best.
+    """A callback that logs "validation/alignment" every `validation_every` steps, and saves the averaged model if it is the best.
 
-    Every time, the same untrained networks of validation runs are updated with the same prompts and the same noise. save(path,
-    facts) writes the averaged model. `check` must have been called before.
+    save(path, facts) writes the averaged model. `check` must have been called before.
     """
 
     def __init__(
-        self,
-        config: GptTrainConfig,
-        data: TrainingZoo,
-        run: RunDirectory,
-        ranks: Ranks,
+        self, config: GptTrainConfig, data: TrainingZoo, run: RunDirectory, ranks: Ranks,
         save: Callable[[Path, dict[str, Any]], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
+        # The same untrained networks are updated every time, with the same prompts and the same noise.
         self.config, self.data, self.run, self.ranks, self.save = config, data, run, ranks, save
         if config.validation_every == 0:
             return
@@ -56,35 +51,33 @@ class Validation:
             return
         score = self.score(state)
         best = self.best(before=state.step)
+        # Rank 0 decides: the others may read the log before it is written, or round differently.
         if self.ranks.gather(best is None or score >= best[0])[0]:
             self.save(self.run.path / FILE_NAME, {"validation": {"alignment": score, "step": state.step}})
         self.run.log({"step": state.step, "pairs": state.samples_seen, SCORE: score})
 
     def score(self, state: TrainState) -> float:
-        """R^2 of the averaged model, the mean over all ranks' networks."""
+        """R^2 of the averaged model, mean over all ranks' networks."""
         data = self.data
         trained = TrainedGpt(
             cast("Gpt", state.ema), data.scale, self.metric.name, self.metric.better,
             (float(data.values.min()), float(data.values.max())), data.spec, {},
         )  # fmt: skip
         settings = SamplerSettings("ddpm", self.config.validation_inference_steps, PROMPTS * len(self.mine))
-        prompts = self.metric.prompts
-        assert prompts is not None  # metric_of has added them
-        found = prompt_alignment(
-            trained.update(settings, SEED), data.task, self.metric, self.theta, best=prompts.best,
-            worst_fraction=prompts.worst, prompts=PROMPTS, networks_at_once=settings.networks_at_once,
-            first_index=PROMPTS * self.mine.start,
+        alignment = prompt_alignment(
+            trained.update(settings, SEED), data.task, self.metric, self.theta, prompts=PROMPTS,
+            networks_at_once=settings.networks_at_once, first_index=PROMPTS * self.mine.start,
         )  # fmt: skip
-        means = self.ranks.gather(sum(found.r2_each) / len(found.r2_each))
+        means = self.ranks.gather(sum(alignment.r2_each) / len(alignment.r2_each))
         return sum(means) / len(means)
 
     def best(self, before: int | None = None) -> tuple[float, int] | None:
-        """The best score so far and its step, the later one of equals; None before the first."""
+        """The best score so far and its step, the later of equals; None before the first."""
         rows = [row for row in self.run.metrics() if SCORE in row and (before is None or row["step"] < before)]
         return max(((row[SCORE], row["step"]) for row in rows), default=None)
 
     def finish(self, last: Path) -> str:
-        """Make sure that there is a model; returns what it is, in words."""
+        """Make sure that there is a model; returns which one it is, in words."""
         best = self.best()
         if best is not None:
             return f"prompt alignment R^2 {best[0]:.3f} on validation runs, at step {best[1]:,}"
@@ -94,27 +87,22 @@ class Validation:
 
 
 def check(config: GptTrainConfig, data: TrainingZoo) -> None:
-    """Raises ValueError where the zoo has too few validation runs, or the task does not score the metric; to be called before
-    a run's folder knows the config, or the remedy would not fit it.
-    """
+    """Raises ValueError if the zoo has too few validation runs, or the task does not score the metric."""
+    # Called before there is a run's folder, which would refuse the settings that the messages recommend.
     if config.validation_every == 0:
         return
     metric_of(data)
     held, ranks = data.zoo.splits.get("validation", 0), int(os.environ.get("WORLD_SIZE", 1))
     if held < ranks:
-        raise ValueError(
-            f"{data.zoo.path}: {held:,} validation runs, too few to choose a model by (a rank needs one); collect more, or "
-            "--validation-every 0"
-        )
+        problem = f"{held:,} validation runs, too few to choose a model by (a rank needs one)"
+        raise ValueError(f"{data.zoo.path}: {problem}; collect more, or --validation-every 0")
     if not ranks <= config.validation_networks <= held:
-        raise ValueError(
-            f"validation_networks {config.validation_networks}: expected {ranks} to {held:,}, a rank each and no more than "
-            "the zoo has validation runs; choose so, or --validation-every 0"
-        )
+        expected = f"{ranks} to {held:,} (one a rank, at most the zoo's runs), or --validation-every 0"
+        raise ValueError(f"validation_networks {config.validation_networks}: expected {expected}")
 
 
 def metric_of(data: TrainingZoo) -> Metric:
-    """The metric that the model is prompted with, with prompts. Raises ValueError where the task does not score it."""
+    """The metric that the model is prompted with, with prompts. Raises ValueError if the task does not score it."""
     best = float(data.values.min() if data.zoo.better[data.metric] == "lower" else data.values.max())
     try:
         return with_prompts(data.metric, data.task.metrics, best)

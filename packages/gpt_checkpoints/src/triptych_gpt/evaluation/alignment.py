@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,29 +11,20 @@ from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate, bootstrap
 
 from triptych_gpt.evaluation.prompted import Update, prompted, starting_metrics
-from triptych_gpt.evaluation.records import plain
 from triptych_gpt.tasks.task import Metric, Task
 from triptych_gpt.zoo.zoo import Zoo
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """For each network, prompts of one metric and every metric that its updates achieved.  [thesis Fig. 3.5]
-
-    Prompts run from the best to the worst. achieved: NaN where an update gave a network that is not finite. start: metrics before
-    the update. trained_best: the best value of each metric among the training checkpoints, where known.
-    """
+    """Prompts of one metric for each network, and every metric that its updates achieved.  [thesis Fig. 3.5]"""
 
     metric: str
     better: str
-    prompts: Float[Tensor, "networks prompts"]
-    achieved: Mapping[str, Float[Tensor, "networks prompts"]]
-    start: Mapping[str, Float[Tensor, " networks"]]
-    trained_best: Mapping[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, tensors as lists of rows, None where not finite: JSON-able."""
-        return plain(self)
+    prompts: Float[Tensor, "networks prompts"]  # from the best to the worst
+    achieved: Mapping[str, Float[Tensor, "networks prompts"]]  # NaN if an update is not finite
+    start: Mapping[str, Float[Tensor, " networks"]]  # before the update
+    trained_best: Mapping[str, float]  # of the training checkpoints, where known
 
 
 def prompt_sweep(
@@ -42,33 +33,25 @@ def prompt_sweep(
     metric: Metric,
     theta: Float[Tensor, "networks D"],
     *,
-    best: float | None = None,
-    worst_fraction: float | None = None,
     prompts: int = 20,
     trained_best: Mapping[str, float] | None = None,
     networks_at_once: int = 256,
     first_index: int = 0,
 ) -> Sweep:
-    """One update of each network to each of `prompts` values, evenly spaced from `best` to worst_fraction x the network's metric.
+    """One update of each network to each of `prompts` values, evenly spaced over the range that the metric declares.
 
-    best, worst_fraction: those of the metric's own `prompts` if left out. Prompt j of network i draws the noise of index
-    first_index + i * prompts + j. Raises ValueError if a network's worst prompt is no worse than the best, for a metric without
-    prompts, and for networks that are not finite.
+    first_index: prompt j of network i samples with the noise of index first_index + i * prompts + j.
+    Raises ValueError if a network's worst prompt is no worse than the best, or for a metric without prompts or a NaN network.
     """
-    best, worst_fraction = _ends(metric, best, worst_fraction)
+    if metric.prompts is None:
+        raise ValueError(f"metric {metric.name} has no prompts of its own; give it a best and a worst one")
     if prompts < 2:
         raise ValueError(f"prompts {prompts}: expected at least 2, from the best to the worst")
     start = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)
-    targets = swept(metric, start[metric.name], best, worst_fraction, prompts)
-    updated = prompted(
-        update,
-        task,
-        theta.repeat_interleave(prompts, dim=0),
-        start[metric.name].repeat_interleave(prompts),
-        targets.flatten(),
-        range(first_index, first_index + targets.numel()),
-        networks_at_once=networks_at_once,
-    )
+    targets = swept(metric, start[metric.name], metric.prompts.best, metric.prompts.worst, prompts)
+    before, indices = start[metric.name].repeat_interleave(prompts), range(first_index, first_index + targets.numel())
+    repeated = theta.repeat_interleave(prompts, dim=0)  # prompts of a network side by side
+    updated = prompted(update, task, repeated, before, targets.flatten(), indices, networks_at_once=networks_at_once)
     achieved = {name: values.view(targets.shape) for name, values in updated.metrics.items()}
     return Sweep(metric.name, metric.better, targets, achieved, start, dict(trained_best or {}))
 
@@ -76,24 +59,23 @@ def prompt_sweep(
 def swept(
     metric: Metric, start: Float[Tensor, " networks"], best: float, worst_fraction: float, prompts: int
 ) -> Float[Tensor, "networks prompts"]:
-    """Prompts for networks that start from these metrics, float64; where higher is better they fall from `best`.
+    """Prompts in float64 from `best` to worst_fraction x the metric that each network starts from.
 
-    Raises ValueError where a network's worst prompt would be no worse than the best.
+    Raises ValueError if a network's worst prompt would be no worse than the best.
     """
     worst = start.double() * worst_fraction
     room = worst - best if metric.better == "lower" else best - worst
     if not (room > 0).all():
         network = int((~(room > 0)).nonzero()[0])
-        raise ValueError(
-            f"network {network}: {worst_fraction:g} x its {metric.name} of {float(start[network]):.4g} is no worse than the best "
-            f"prompt {best:g}; give untrained networks or another best prompt"
-        )
+        own = f"{worst_fraction:g} x its {metric.name} of {float(start[network]):.4g}"
+        remedy = "give untrained networks or another best prompt"
+        raise ValueError(f"network {network}: {own} is no worse than the best prompt {best:g}; {remedy}")
     return best + (worst - best)[:, None] * torch.linspace(0, 1, prompts, dtype=torch.float64)
 
 
-def trained_best(zoo: Zoo, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> dict[str, float]:
-    """The best value of every metric among the checkpoints of a split, or of the runs at `rows` alone."""
-    best, chosen = dict[str, float](), torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+def trained_best(zoo: Zoo, rows: Int[np.ndarray, " runs"]) -> dict[str, float]:
+    """The best value of every metric over the checkpoints of the runs at these rows."""
+    best, chosen = dict[str, float](), torch.as_tensor(rows)
     for name, better in zoo.better.items():
         values = zoo.metrics(name)[chosen]
         values = values[values.isfinite()]
@@ -101,22 +83,12 @@ def trained_best(zoo: Zoo, split: str = "train", rows: Int[np.ndarray, " runs"] 
     return best
 
 
-def _ends(metric: Metric, best: float | None, worst_fraction: float | None) -> tuple[float, float]:
-    if best is not None and worst_fraction is not None:
-        return best, worst_fraction
-    if metric.prompts is None:
-        raise ValueError(f"metric {metric.name} has no prompts of its own; give best and worst_fraction")
-    best = metric.prompts.best if best is None else best
-    return best, metric.prompts.worst if worst_fraction is None else worst_fraction
-
-
 @dataclass(frozen=True)
 class Alignment:
     """Prompt alignment: R^2 between a network's prompts and achieved values, averaged over networks.  [thesis 3.4.4]
 
-    1 means that every prompt is achieved exactly; the identity, prompted with values from 0 to a network's own metric, scores about
-    -2.7. Intervals are 95%, by bootstrap over networks. An update that is not finite counts as the worst value that its network
-    has in the sweep, before or after updates.
+    1 if every prompt is achieved exactly; about -2.7 for the identity, prompted from 0 to a network's own metric. Intervals are
+    95%, by bootstrap over networks. An update that is not finite counts as its network's worst value in the sweep, see `filled`.
     """
 
     metric: str
@@ -125,9 +97,8 @@ class Alignment:
     prompts: int
     r2: Estimate
     r2_median: float
-    r2_reachable: (
-        Estimate | None
-    )  # over prompts no better than the best training checkpoint; None if unknown or fewer than two
+    # over prompts no better than the best training checkpoint; None if that is unknown or there are fewer than two
+    r2_reachable: Estimate | None
     r2_each: tuple[float, ...]  # of every network
     spearman: float  # rank correlation of prompts and achieved values, averaged over networks; 0 for constant values
     mean_gap: float  # mean of |achieved - prompt|
@@ -135,37 +106,32 @@ class Alignment:
     prompt_range: tuple[float, float]  # lowest and highest
     achieved_at_best: Estimate  # value achieved with the best prompt, mean over networks
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, estimates as {"value", "low", "high"}: JSON-able."""
-        return plain(self)
-
 
 def prompt_alignment(
     update: Update, task: Task, metric: Metric, theta: Float[Tensor, "networks D"], **options: Any
 ) -> Alignment:
-    """Prompt alignment of an update on (unseen) networks; takes the options of `prompt_sweep` and raises what it raises."""
+    """Prompt alignment of an update on networks; takes the options of `prompt_sweep` and raises what it raises."""
     return alignment_of(prompt_sweep(update, task, metric, theta, **options))
 
 
-def alignment_of(sweep: Sweep, *, repeats: int = 1000, seed: int = 0) -> Alignment:
-    """How well a sweep's achieved values follow its prompts; `repeats` bootstrap samples of its networks."""
-    prompts = sweep.prompts
-    achieved = filled(sweep)
+def alignment_of(sweep: Sweep) -> Alignment:
+    """How well a sweep's achieved values follow its prompts."""
+    prompts, achieved = sweep.prompts, filled(sweep)
     r2 = r_squared(prompts, achieved)
     return Alignment(
         metric=sweep.metric,
         better=sweep.better,
         networks=len(prompts),
         prompts=prompts.shape[1],
-        r2=_average(r2, repeats, seed),
+        r2=_average(r2),
         r2_median=float(r2.quantile(0.5)),
-        r2_reachable=_reachable(sweep, achieved, repeats, seed),
+        r2_reachable=_reachable(sweep, achieved),
         r2_each=tuple(r2.tolist()),
         spearman=_spearman(prompts, achieved),
         mean_gap=float((achieved - prompts).abs().mean()),
         non_finite=int(sweep.achieved[sweep.metric].isnan().sum()),
         prompt_range=(float(prompts.min()), float(prompts.max())),
-        achieved_at_best=_average(achieved[:, 0], repeats, seed),
+        achieved_at_best=_average(achieved[:, 0]),
     )
 
 
@@ -186,25 +152,25 @@ def r_squared(
 
 
 def filled(sweep: Sweep) -> Float[Tensor, "networks prompts"]:
-    """Achieved values of the prompted metric; the worst that the network has, its start included, where one is not finite."""
+    """Achieved values of the prompted metric, those that are not finite replaced by the network's worst, its start included."""
     achieved, start = sweep.achieved[sweep.metric], sweep.start[sweep.metric][:, None]
     seen = torch.where(achieved.isnan(), start, achieved)
     worst = torch.maximum(seen, start).amax(1) if sweep.better == "lower" else torch.minimum(seen, start).amin(1)
     return torch.where(achieved.isnan(), worst[:, None], achieved)
 
 
-def _reachable(sweep: Sweep, achieved: Float[Tensor, "networks prompts"], repeats: int, seed: int) -> Estimate | None:
+def _reachable(sweep: Sweep, achieved: Float[Tensor, "networks prompts"]) -> Estimate | None:
     limit = sweep.trained_best.get(sweep.metric)
     if limit is None:
         return None
     within = sweep.prompts >= limit if sweep.better == "lower" else sweep.prompts <= limit
     r2 = r_squared(sweep.prompts, achieved, within)
     r2 = r2[~r2.isnan()]
-    return _average(r2, repeats, seed) if len(r2) else None
+    return _average(r2) if len(r2) else None
 
 
-def _average(values: Float[Tensor, " n"], repeats: int, seed: int) -> Estimate:
-    return bootstrap(lambda some: float(some.mean()), values, repeats=repeats if len(values) > 1 else 0, seed=seed)
+def _average(values: Float[Tensor, " n"]) -> Estimate:
+    return bootstrap(lambda some: float(some.mean()), values, repeats=1000 if len(values) > 1 else 0)
 
 
 def _spearman(prompts: Float[Tensor, "networks prompts"], achieved: Float[Tensor, "networks prompts"]) -> float:
@@ -216,17 +182,12 @@ def _spearman(prompts: Float[Tensor, "networks prompts"], achieved: Float[Tensor
     return float(torch.where(spread > 0, (a * b).sum(1) / spread.clamp(min=1e-30), 0.0).mean())
 
 
-@dataclass(frozen=True)
-class Quality:
+class Quality(NamedTuple):
     """Prompt alignment of a model's updates with one sampler at one number of model evaluations."""
 
     sampler: str
     model_evaluations: int
     alignment: Alignment
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, the alignment's within "alignment": JSON-able."""
-        return plain(self)
 
 
 def quality_against_steps(
@@ -238,8 +199,8 @@ def quality_against_steps(
 ) -> list[Quality]:
     """Prompt alignment of each update, on the same networks with the same prompts and noise.
 
-    updates: by (sampler, model evaluations for one update). options are `prompt_sweep`'s, and so is what it raises. Returned by
-    sampler in the order given, fewest evaluations first.
+    updates: by sampler and model evaluations for one update. options are `prompt_sweep`'s. Returned by sampler in the order
+    given, fewest evaluations first.
     """
     samplers = list(dict.fromkeys(sampler for sampler, _ in updates))
     order = sorted(updates, key=lambda key: (samplers.index(key[0]), key[1]))

@@ -26,21 +26,16 @@ class Checkpoints(NamedTuple):
 
 
 def nearest_in_metric(
-    zoo: Zoo,
-    metric: str,
-    targets: Float[Tensor, " n"],
-    split: str = "train",
-    rows: Int[np.ndarray, " runs"] | None = None,
+    zoo: Zoo, metric: str, targets: Float[Tensor, " n"], rows: Int[np.ndarray, " runs"] | None = None
 ) -> Checkpoints:
-    """The checkpoint of a split whose metric is nearest to each target; among equals, that of the lowest run, then checkpoint.
+    """The training checkpoint whose metric is nearest to each target; of equals, that of the lowest run, then checkpoint.
 
-    rows: of the runs to search; all of the split if left out. Raises ValueError for a metric that is not recorded or a split
-    without runs.
+    rows: of the runs to search, by default all training runs. Raises ValueError for a metric that is not recorded.
     """
-    chosen = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    chosen = torch.as_tensor(zoo.runs_in("train") if rows is None else rows)
     values = zoo.metrics(metric)[chosen].flatten().double()
     values = values.where(values.isfinite(), math.inf)
-    # argmin may return any of several equal entries; the first one is wanted
+    # argmin may return any of several equal entries; this takes the first.
     off = torch.stack([(values - target).abs().eq((values - target).abs().min()).byte().argmax() for target in targets])
     return Checkpoints(chosen[off // zoo.checkpoints], off % zoo.checkpoints)
 
@@ -61,36 +56,31 @@ def identity() -> Update:
     return update
 
 
-def retrieval(zoo: Zoo, metric: str, split: str = "train", rows: Int[np.ndarray, " runs"] | None = None) -> Update:
+def retrieval(zoo: Zoo, metric: str, rows: Int[np.ndarray, " runs"] | None = None) -> Update:
     """Returns the training checkpoint whose metric is nearest to the prompt, whatever the network given.
 
-    rows: of the runs to search, such as those that a model was trained on; all of the split if left out.
+    rows: of the runs to search, such as those that a model was trained on; by default all training runs.
     """
 
     def update(theta: Tensor, metric_now: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:
-        return zoo.theta(*nearest_in_metric(zoo, metric, target.detach().cpu(), split, rows)).to(theta)
+        return zoo.theta(*nearest_in_metric(zoo, metric, target.detach().cpu(), rows)).to(theta)
 
     return update
 
 
 def mean_of_finals(
-    zoo: Zoo,
-    spec: PermutationSpec | None = None,
-    split: str = "train",
-    seed: int = 0,
-    rows: Int[np.ndarray, " runs"] | None = None,
+    zoo: Zoo, spec: PermutationSpec | None = None, rows: Int[np.ndarray, " runs"] | None = None
 ) -> Update:
-    """Returns the average of all training runs' final checkpoints, whatever the prompt.
+    """Returns the average of training runs' final checkpoints, whatever the prompt.
 
-    spec: the symmetry under which units are first matched to those of the first run. rows: of the runs to average; all of the
-    split if left out.
+    spec: the symmetry under which units are first matched to those of the first run. rows: of the runs, by default all of training.
     """
-    chosen = torch.as_tensor(zoo.runs_in(split) if rows is None else rows)
+    chosen = torch.as_tensor(zoo.runs_in("train") if rows is None else rows)
     reference = zoo.theta(chosen[:1], [zoo.checkpoints - 1])[0]
     total = torch.zeros(zoo.layout.size, dtype=torch.float64)
     for some in chosen.split(256):
         finals = zoo.theta(some, [zoo.checkpoints - 1] * len(some))
-        total += (finals if spec is None else canonicalise(spec, finals, reference, seed)).double().sum(0)
+        total += (finals if spec is None else canonicalise(spec, finals, reference)).double().sum(0)
     mean: Float[Tensor, " D"] = total / len(chosen)
 
     def update(theta: Tensor, metric: Tensor, target: Tensor, indices: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Results as JSON holds them (numbers, text, lists, objects and null), and as a table on the console."""
+"""Results as JSON holds them, and as a table on the console."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,8 @@ from triptych_common.metrics.bootstrap import Estimate
 
 
 def plain(value: Any) -> Any:
-    """A result, or any part of one, as JSON can hold it: tensors as nested lists, records as objects, what is not finite as None.
-
-    Takes dataclasses, named tuples, mappings, sequences, tensors, numbers, text and None; TypeError for anything else.
-    """
+    """A result as JSON can hold it: tensors and sequences as lists, dataclasses, named tuples and mappings as objects, numbers that
+    are not finite as None. Raises TypeError for anything else."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -32,7 +30,7 @@ def plain(value: Any) -> Any:
 
 
 def interval(estimate: Mapping[str, float | None]) -> str:
-    """An estimate as `plain` gives it, for people: the value and its 95% interval, where it has one."""
+    """An estimate as `plain` returns it, as text: the value and its 95% interval, if it has one."""
     value = estimate["value"]
     return "not finite" if value is None else str(Estimate(value, estimate["low"], estimate["high"]))
 

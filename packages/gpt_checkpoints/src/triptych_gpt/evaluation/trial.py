@@ -1,8 +1,9 @@
-"""A trained model on trial: the zoo it learned from, networks it never saw, and the baselines that could fake its scores."""
+"""A trained model on trial: the zoo that it was trained on, networks it never saw, and baselines that could fake its scores."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from triptych_common.parallel import process_group
 from triptych_gpt.evaluation.alignment import alignment_of, prompt_sweep, quality_against_steps, trained_best
 from triptych_gpt.evaluation.baselines import identity, mean_of_finals, retrieval
 from triptych_gpt.evaluation.prompted import Update, Updated, prompted, starting_metrics, with_prompts
+from triptych_gpt.evaluation.records import plain
 from triptych_gpt.memorization import audit
 from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Metric, Task
@@ -31,10 +33,7 @@ MODEL = "G.pt"  # the model's name beside those of the baselines
 
 @dataclass
 class Trial:
-    """A trained model, the zoo it was trained on, and how its updates are sampled.
-
-    Raises ValueError where zoo and model do not belong together.
-    """
+    """A trained model, its zoo, and how its updates are sampled. Raises ValueError if zoo and model do not belong together."""
 
     trained: TrainedGpt
     zoo: Zoo
@@ -42,27 +41,20 @@ class Trial:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.zoo.layout != self.trained.model.config.symmetry.layout:
-            raise ValueError(
-                f"{self.zoo.path}: networks of {self.zoo.layout.size:,} parameters, the model was trained on "
-                f"{self.trained.model.config.symmetry.layout.size:,}; give the zoo that it was trained on"
-            )
-        known = self.trained.facts.get("zoo")
-        if known and known["recipe"] != recipe_of(self.zoo):  # a converted model's file does not have this fact
-            raise ValueError(
-                f"{self.zoo.path}: collected by another recipe than the zoo of the model, whose training runs it cannot hold; "
-                "give the zoo that it was trained on"
-            )
+        layout, known, problem = self.trained.model.config.symmetry.layout, self.trained.facts.get("zoo"), ""
+        if self.zoo.layout != layout:
+            problem = f"networks of {self.zoo.layout.size:,} parameters, the model was trained on {layout.size:,}"
+        elif known and known["recipe"] != recipe_of(self.zoo):  # a converted model's file does not have this fact
+            problem = "collected by another recipe than the zoo of the model, whose training runs it cannot hold"
+        if problem:
+            raise ValueError(f"{self.zoo.path}: {problem}; give the zoo that it was trained on")
         self.metric  # noqa: B018 - refused now if the zoo or the task does not have it
 
     @classmethod
     def open(
         cls, model: str | Path, zoo: str | Path, settings: SamplerSettings, seed: int = 0, device: str = "auto"
     ) -> "Trial":
-        """The model of a run folder or model file, on a device, with its zoo.
-
-        Raises FileNotFoundError or ValueError for what cannot be read or does not belong together.
-        """
+        """The model of a run folder or model file, on a device, with its zoo. Raises what `load` and `Zoo` raise."""
         trained = load(model)
         with process_group(device) as ranks:
             trained.to(ranks.device)
@@ -74,12 +66,10 @@ class Trial:
 
     @cached_property
     def metric(self) -> Metric:
-        """The prompted metric, with prompts. Raises ValueError where the zoo or the task does not score it."""
+        """The prompted metric, with prompts. Raises ValueError if the zoo or the task does not score it."""
         if self.trained.metric not in self.zoo.better:
-            raise ValueError(
-                f"metric {self.trained.metric!r}: {self.zoo.path} records {', '.join(self.zoo.better)}; give the zoo that the "
-                "model was trained on"
-            )
+            held = f"{self.zoo.path} records {', '.join(self.zoo.better)}"
+            raise ValueError(f"metric {self.trained.metric!r}: {held}; give the zoo that the model was trained on")
         return with_prompts(self.trained.metric, self.task.metrics, self.trained_best[self.trained.metric])
 
     @cached_property
@@ -90,20 +80,18 @@ class Trial:
 
     @cached_property
     def trained_best(self) -> dict[str, float]:
-        """The best value of every metric among the training checkpoints."""
-        return trained_best(self.zoo, rows=self.training)
+        """The best value of every metric over the training checkpoints."""
+        return trained_best(self.zoo, self.training)
 
     def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
-        """Untrained networks of the first runs of a split, on the model's device. Raises ValueError where it has fewer."""
+        """Untrained networks of the first runs of a split, on the model's device. Raises ValueError if it has fewer."""
         return self.zoo.theta(self.rows(split, count), [0] * count).to(self.trained.device)
 
     def rows(self, split: str, count: int) -> Int[np.ndarray, " count"]:
-        """Rows of the first runs of a split. Raises ValueError where it has fewer."""
+        """Rows of the first runs of a split. Raises ValueError if it has fewer."""
         held = len(self.training) if split == "train" else self.zoo.splits.get(split, 0)
         if count > held:
-            raise ValueError(
-                f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; ask for fewer, or collect more"
-            )
+            raise ValueError(f"{count:,} networks of {split} runs: {self.zoo.path} has {held:,}; use fewer")
         return (self.training if split == "train" else self.zoo.runs_in(split))[:count]
 
     @property
@@ -122,25 +110,23 @@ class Trial:
 
     @cached_property
     def best_prompt(self) -> float:
-        """The prompt that gives the best networks.
+        """The prompt whose updates of validation networks score best.  [thesis 3.4.1]
 
-        Candidates are the task's own best prompt, the best of the zoo and quantiles of the values at which training runs end;
-        the one whose updates of validation networks score best is taken. The thesis, too, prompts with a value near the
-        best.  [thesis 3.4.1]
+        Candidates are the task's own best prompt, the zoo's best value, and quantiles of the values at which training runs end.
         """
         finals = self.zoo.metrics(self.metric.name)[torch.from_numpy(self.training), -1].double()
         levels = torch.tensor(CANDIDATES, dtype=torch.float64)
         values = [self.trained_best[self.metric.name], *torch.quantile(finals, levels).tolist()]
-        assert self.metric.prompts is not None  # with_prompts has added them
+        assert self.metric.prompts is not None  # added by with_prompts
         candidates = list(dict.fromkeys([float(self.metric.prompts.best), *values]))
         theta = self.starts("validation", min(16, len(self.zoo.runs_in("validation"))))
         before = starting_metrics(self.task, theta, self.metric)[self.metric.name]
         n = len(theta)
+        each = list(range(n)) * len(candidates)
         target = torch.tensor(candidates, dtype=torch.float64).repeat_interleave(n)
-        achieved = prompted(
-            self.update, self.task, theta.repeat(len(candidates), 1), before.repeat(len(candidates)), target,
-            list(range(n)) * len(candidates),
-        ).metrics[self.metric.name]  # fmt: skip
+        updated = prompted(self.update, self.task, theta[each], before[each], target, each)
+        achieved = updated.metrics[self.metric.name]
+        # The thesis, too, prompts with a value near the best: lower ones may be beyond what the model was trained on.
         worst = torch.inf if self.metric.better == "lower" else -torch.inf
         means = achieved.nan_to_num(worst).view(len(candidates), n).mean(1)
         return candidates[int(means.argmin() if self.metric.better == "lower" else means.argmax())]
@@ -159,10 +145,9 @@ class Trial:
 
 
 def alignment_beside_baselines(trial: Trial, *, networks: int, prompts: int = 20) -> dict[str, Any]:
-    """Sweeps over prompts on unseen networks, and R^2, of the model and of the baselines.  [Fig. 3.5, thesis 3.4.4]
+    """Sweeps over prompts on unseen networks, and R^2, of the model and of the baselines.  [thesis 3.4.4]
 
-    JSON-able: "sweeps" and "alignment" by the update's name, as `Sweep.as_dict` and `Alignment.as_dict`, and "kl_last_step".
-    Raises ValueError where the zoo has fewer test runs than `networks`.
+    JSON-able: "sweeps" and "alignment" by the update's name, and "kl_last_step". Raises ValueError for too few test runs.
     """
     theta = trial.starts("test", networks)
     sweeps = {
@@ -173,8 +158,8 @@ def alignment_beside_baselines(trial: Trial, *, networks: int, prompts: int = 20
         for name, update in {MODEL: trial.update, **trial.baselines}.items()
     }  # fmt: skip
     return {
-        "sweeps": {name: sweep.as_dict() for name, sweep in sweeps.items()},
-        "alignment": {name: alignment_of(sweep).as_dict() for name, sweep in sweeps.items()},
+        "sweeps": plain(sweeps),
+        "alignment": {name: plain(alignment_of(sweep)) for name, sweep in sweeps.items()},
         "kl_last_step": _kl_last_step(trial),
     }
 
@@ -182,33 +167,29 @@ def alignment_beside_baselines(trial: Trial, *, networks: int, prompts: int = 20
 def quality_against_sampler_steps(
     trial: Trial, steps: Sequence[int], *, networks: int, prompts: int = 20
 ) -> dict[str, Any]:
-    """Prompt alignment on validation networks, at most 16, and the best that is achieved, against denoising steps.
+    """Prompt alignment on at most 16 validation networks against denoising steps, for each sampler; "rows" are JSON-able.
 
-    For each sampler: ours and, where diffusers is installed, UniPC as an example of its fast ones. JSON-able: "rows" as
-    `Quality.as_dict`.
+    The samplers are ours and, if diffusers is installed, UniPC as an example of its fast ones.
     """
     samplers = ("ddpm", "ddim", *(("unipc",) if find_spec("diffusers") else ()))
-    updates = {
-        (sampler, count): trial.trained.update(
-            SamplerSettings(sampler, count, trial.settings.networks_at_once), trial.seed
-        )
-        for sampler in samplers
-        for count in steps
-        if sampler in ("ddpm", "ddim") or count >= 5  # with fewer, diffusers' would not begin at noise
-    }
+    updates = {}
+    for sampler, count in itertools.product(samplers, steps):
+        if sampler in ("ddpm", "ddim") or count >= 5:  # with fewer, those of diffusers would not start from noise
+            settings = replace(trial.settings, sampler=sampler, num_inference_steps=count)
+            updates[sampler, count] = trial.trained.update(settings, trial.seed)
     theta = trial.starts("validation", min(networks, 16))
     rows = quality_against_steps(
         updates, trial.task, trial.metric, theta, prompts=prompts, trained_best=trial.trained_best,
         networks_at_once=trial.settings.networks_at_once,
     )  # fmt: skip
-    return {"rows": [row.as_dict() for row in rows]}
+    return {"rows": plain(rows)}
 
 
 def memorization(trial: Trial, *, samples: int, prompt: float | None = None, every: int = 1) -> dict[str, Any]:
-    """The memorisation audit of one update each of unseen networks, `samples` of them where the zoo has as many.
+    """The memorisation audit of one update each of unseen networks, `samples` of them if the zoo has as many; JSON-able.
 
-    prompt: by default the one that gives the best networks. every: searches each k-th training checkpoint only. JSON-able:
-    `Audit.as_dict` with "prompt" and "non_finite". Raises ValueError where no update is finite.
+    prompt: by default the one that gives the best networks. every: search each k-th training checkpoint only.
+    Raises ValueError if no update is finite.
     """
     prompt = trial.best_prompt if prompt is None else float(prompt)
     count = min(samples, len(trial.zoo.runs_in("test")))
@@ -226,7 +207,7 @@ def memorization(trial: Trial, *, samples: int, prompt: float | None = None, eve
 
 
 def _kl_last_step(trial: Trial) -> float:
-    """Of the last diffusion step, bits per dimension, on final and other checkpoints of test runs.  [thesis 3.3]"""
+    """`kl_last_step` on final and other checkpoints of test runs.  [thesis 3.3]"""
     rows = torch.from_numpy(trial.zoo.runs_in("test"))[:32].repeat_interleave(8)
     places = torch.linspace(0, trial.zoo.checkpoints - 1, 8).long().repeat(len(rows) // 8)
     theta_star = trial.zoo.theta(rows, places) * trial.trained.scale
@@ -234,10 +215,7 @@ def _kl_last_step(trial: Trial) -> float:
 
 
 def kl_last_step(alpha_bar_last: float | Float[Tensor, ""], theta_star: Float[Tensor, "n D"]) -> float:
-    """KL(q(x_T | x_0) || N(0, I)) of normalised networks, mean over networks, bits per dimension: thesis 3.3 has about 8e-6.
-
-    alpha_bar_last: the noise schedule's last alpha_bar. In closed form, float64.
-    """
+    """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, mean over normalised networks: about 8e-6 in thesis 3.3."""
     alpha_bar = torch.as_tensor(alpha_bar_last, dtype=torch.float64)
     mean = alpha_bar.sqrt() * theta_star.detach().to("cpu", torch.float64)
     zero = torch.zeros((), dtype=torch.float64)

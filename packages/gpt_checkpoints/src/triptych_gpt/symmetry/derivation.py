@@ -1,9 +1,9 @@
-"""The permutation symmetry of a network of known layers, found by walking through it.
+"""The permutation symmetry of a network of known layers, derived by walking through it.
 
-The walk carries what may be permuted of the current activations: their channel axis, which is dimension 1 of
-[batch, channels, *spatial] and of [batch, features]. Every Linear and convolution starts a new group of units; layers
-that add or multiply two axes tie their groups; the network's inputs and outputs are fixed, and with them all that is tied
-to them. Leaving an axis fixed is always sound, so a coarser group than the finest possible is no error.
+The walk tracks what may be permuted in the current activations: their channel axis, dimension 1 of [batch, channels, *spatial] and
+of [batch, features]. Every Linear and convolution starts a new group of units; layers that add or multiply two axes tie their
+groups; the network's inputs and outputs are fixed, and so is everything tied to them. To leave an axis fixed is always sound: a
+coarser symmetry than the finest is no error.
 """
 
 import math
@@ -18,7 +18,7 @@ from triptych_gpt.symmetry.spec import Axis, PermutationSpec
 
 
 class Residual(nn.Module):
-    """x + body(x). The units of body's output are those of x, the residual stream, and share its permutation."""
+    """x + body(x). The units of body's output are those of x, the residual stream, and share their permutation."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -31,13 +31,11 @@ class Residual(nn.Module):
 def derive(network: nn.Module) -> PermutationSpec:
     """The permutation symmetry of an nn.Sequential, nested or not, between fixed inputs and outputs.
 
-    Understands Linear, (transposed) convolutions, batch, instance, layer and RMS normalisation, GroupNorm of one group,
-    elementwise activations, softmax, PReLU, pooling, Flatten, dropout, Identity and `Residual`. Groups are named after
-    the layer that first produces them. Of a grouped convolution whole groups of channels move, so a depthwise one ties
-    its output to its input. Inputs are [batch, features] or [batch, channels, *spatial]. Parameters that a Sequential
-    holds itself, such as a policy's log_std, take no part in its forward and are fixed.
+    Known layers are Linear, (transposed) convolutions, batch, instance, layer and RMS normalisation, GroupNorm of one group,
+    elementwise activations, softmax, PReLU, pooling, Flatten, dropout, Identity and `Residual`. Groups are named after the layer
+    that first produces them. Inputs are [batch, features] or [batch, channels, *spatial].
 
-    Raises ValueError naming the first layer that is not understood, or a tensor that the network holds twice.
+    Raises ValueError naming the first layer that is not known, or a tensor that the network holds twice.
     """
     layout = ParameterLayout.of(network)
     walk = _Walk(layout)
@@ -47,28 +45,26 @@ def derive(network: nn.Module) -> PermutationSpec:
 
 @dataclass(frozen=True)
 class _Value:
-    """What is known of activations [batch, length, *spatial]. Unknown (None) are those of the input, and after Flatten
-    the length: each unit then covers length / units entries, once a layer says what the length is.
-    """
+    """What is known of activations [batch, length, *spatial]."""
 
     node: int | None = None  # whose units the channel axis consists of; None: fixed
+    # Unknown after a Flatten, too, until a layer fixes it: each unit then covers length / units entries.
     length: int | None = None
-    rank: int | None = None  # spatial dimensions
+    rank: int | None = None  # number of spatial dimensions
 
 
 class _Walk:
     """Groups of units as a union-find, and the axes of the parameters passed so far.
 
-    A node is a set of units that some axis consists of; nodes tied together have one root and move in as many units as
-    divide both.
+    A node is a set of units that some axis consists of. Nodes tied together have one root, and as many units as divide both.
     """
 
     def __init__(self, layout: ParameterLayout) -> None:
         self.layout = layout
         self.names: list[str] = []
-        self.units: list[int] = []  # right at roots
+        self.units: list[int] = []  # valid at roots
         self.parents: list[int] = []
-        self.fixed: set[int] = set()  # right at roots
+        self.fixed: set[int] = set()  # valid at roots
         self.axes: dict[str, tuple[int | None, ...]] = {}
 
     def new(self, name: str, units: int) -> int:
@@ -99,16 +95,15 @@ class _Walk:
 
     def resolve(self, name: str) -> tuple[Axis | None, ...]:
         """A parameter's axes, now that all ties are known."""
-        axes: list[Axis | None] = []
-        for node, length in zip(self.axes[name], self.layout.shapes[name], strict=True):
-            root = None if node is None else self.root(node)
-            axes.append(
-                None if root is None or root in self.fixed else Axis(self.names[root], length // self.units[root])
-            )
-        return tuple(axes)
+        return tuple(map(self._axis, self.axes[name], self.layout.shapes[name]))
+
+    def _axis(self, node: int | None, length: int) -> Axis | None:
+        root = None if node is None else self.root(node)
+        return None if root is None or root in self.fixed else Axis(self.names[root], length // self.units[root])
 
     def visit(self, module: nn.Module, name: str, value: _Value) -> _Value:
-        """The activations behind a module, its parameters' axes noted."""
+        """The activations after a module; notes the axes of its parameters."""
+        # A subclass with its own forward may compute anything, so only unmodified layers are known.
         kind = next((base for base in type(module).__mro__ if base in _RULES), None)
         if kind is None or getattr(module.forward, "__func__", None) is not kind.forward:
             _refuse(name, module, "not a layer whose symmetry is known")
@@ -119,23 +114,21 @@ class _Walk:
         return value
 
     def note(self, name: str, module: nn.Module, **axes: tuple[int | None, ...]) -> None:
-        """Axes of those of these parameters that the module has."""
+        """Note the axes of those of these parameters that the module has."""
         mine = module.state_dict()
         self.axes |= {join(name, own): nodes for own, nodes in axes.items() if own in mine}
 
     def ranked(self, name: str, module: nn.Module, value: _Value, *ranks: int) -> _Value:
-        """The value, where a layer acts on channels of this many spatial dimensions, one of `ranks`."""
+        """The value for a layer that acts on channels of this many spatial dimensions, one of `ranks`."""
         if value.rank is None:
             return replace(value, rank=ranks[0]) if len(ranks) == 1 else value
         if value.rank not in ranks:
-            found = ", ".join(["batch", "channels", *["spatial"] * value.rank])
-            _refuse(
-                name, module, f"does not act on the channels of [{found}], which it gets (a Flatten may be missing)"
-            )
+            shape = ", ".join(["batch", "channels", *["spatial"] * value.rank])
+            _refuse(name, module, f"does not act on the channels of its input [{shape}] (a Flatten may be missing)")
         return value
 
     def sized(self, name: str, module: nn.Module, value: _Value, length: int) -> _Value:
-        """The value, where a layer takes this number of channels."""
+        """The value for a layer that takes this number of channels."""
         if value.length not in (None, length):
             _refuse(name, module, f"takes {length} channels, but gets {value.length}")
         units = 1 if value.node is None else self.units[self.root(value.node)]
@@ -149,6 +142,7 @@ def _elementwise(walk: _Walk, module: nn.Module, name: str, value: _Value) -> _V
 
 
 def _sequential(walk: _Walk, module: nn.Sequential, name: str, value: _Value) -> _Value:
+    # Parameters of a Sequential's own, such as a policy's log_std, take no part in its forward, and are fixed.
     for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         walk.axes[join(name, own)] = (None,) * tensor.ndim
     for own, child in module._modules.items():  # named_children leaves out what comes twice
@@ -179,7 +173,7 @@ def _convolution(rank: int, transposed: bool = False) -> "_Rule":
         if module.groups == 1:
             node = walk.new(name, module.out_channels)
             channels = (value.node, node) if transposed else (node, value.node)
-        else:  # output group i sees input group i alone: both move as one
+        else:  # output group i sees input group i alone, so both move as one; a depthwise layer ties output to input
             node = walk.new(name, module.groups)
             walk.tie(node, value.node)
             channels = (node, None)
@@ -248,18 +242,19 @@ def _refuse(name: str, module: nn.Module, reason: str) -> NoReturn:
 
 
 def join(name: str, own: str) -> str:
-    """Name of a part within the network."""
+    """The name of a part within the network."""
     return f"{name}.{own}" if name else own
 
 
 _Rule = Callable[[_Walk, Any, str, _Value], _Value]
 
-_ELEMENTWISE = """
-    Identity ReLU ReLU6 LeakyReLU RReLU ELU SELU CELU GELU SiLU Mish Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign
-    Hardtanh Hardswish Hardsigmoid Softshrink Hardshrink Threshold Dropout Dropout1d Dropout2d Dropout3d AlphaDropout
-    FeatureAlphaDropout Softmax Softmax2d LogSoftmax Softmin
-"""  # softmax over channels reorders as they do, over another dimension acts on each alone
-_POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
+ELEMENTWISE = """
+    Identity ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign Hardtanh
+    Hardswish Hardsigmoid Softshrink Hardshrink Threshold Dropout
+"""
+POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
+# Softmax over channels is reordered as they are; over another dimension it acts on each channel alone.
+_ALSO = "RReLU Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Softmax Softmax2d LogSoftmax Softmin"
 
 _RULES: dict[type[nn.Module], _Rule] = {
     nn.Sequential: _sequential,
@@ -273,9 +268,9 @@ _RULES: dict[type[nn.Module], _Rule] = {
     nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
     nn.Flatten: _flatten,
-    **{getattr(nn, name): _elementwise for name in _ELEMENTWISE.split()},
+    **{getattr(nn, name): _elementwise for name in f"{ELEMENTWISE} {_ALSO}".split()},
     **{getattr(nn, f"Conv{rank}d"): _convolution(rank) for rank in (1, 2, 3)},
     **{getattr(nn, f"ConvTranspose{rank}d"): _convolution(rank, transposed=True) for rank in (1, 2, 3)},
     **{getattr(nn, f"InstanceNorm{rank}d"): _channel_norm(rank) for rank in (1, 2, 3)},
-    **{getattr(nn, f"{kind}{rank}d"): _pooling(rank) for kind in _POOLING.split() for rank in (1, 2, 3)},
+    **{getattr(nn, f"{kind}{rank}d"): _pooling(rank) for kind in POOLING.split() for rank in (1, 2, 3)},
 }

@@ -1,7 +1,6 @@
-"""Matching a network's units to those of a reference: Git Re-Basin's weight matching.
+"""Matching a network's units to those of a reference, by Git Re-Basin's weight matching.
 
-Source: Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging models modulo permutation symmetries" (ICLR 2023),
-Algorithm 1.
+Source: Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging models modulo permutation symmetries" (ICLR 2023), Algorithm 1.
 """
 
 import numpy as np
@@ -16,11 +15,11 @@ from triptych_gpt.symmetry.spec import PermutationSpec
 def match(
     spec: PermutationSpec, theta: Float[Tensor, "*batch D"], reference: Float[Tensor, " D"], seed: int = 0
 ) -> dict[str, Int[Tensor, "*batch _"]]:
-    """Permutations [*batch, units] of every group that bring theta close to the reference: `spec.apply(theta, them)`.
+    """Permutations [*batch, units] of every group that, applied to each theta, bring it close to the reference.
 
-    Coordinate ascent on the inner product of the two: one group after another, in random order, takes its best
-    permutation given the others (a linear assignment), until none improves. The product never falls. The end is a local
-    optimum; with a single group that no parameter has twice, the global one. In float64 on the CPU, each theta alone.
+    Coordinate ascent on their inner product: one group after another, in random order, takes its best permutation given the
+    others (a linear assignment), until none improves. The result is a local optimum; the global one for a single group that no
+    parameter has twice.
     Raises ValueError for vectors that are not of this spec or not finite.
     """
     for name, vectors in (("theta", theta), ("the reference", reference)):
@@ -30,20 +29,20 @@ def match(
     reference = reference.detach().to("cpu", torch.float64)
     current = theta.detach().to("cpu", torch.float64).reshape(-1, spec.layout.size).clone()
     groups, rows = list(spec.groups), torch.arange(len(current))
-    found = {group: torch.arange(units).repeat(len(rows), 1) for group, units in spec.groups.items()}
+    orders = {group: torch.arange(units).repeat(len(rows), 1) for group, units in spec.groups.items()}
     sweep = 0
     while len(rows):
         improved = torch.zeros(len(rows), dtype=torch.bool)
         for i in randomness.permutation(seed, "match", sweep, len(groups)).tolist():
-            improved |= _improve(spec, groups[i], current, reference, found, rows)
+            improved |= _improve(spec, groups[i], current, reference, orders, rows)
         rows, sweep = rows[improved], sweep + 1
-    return {group: order.view(*theta.shape[:-1], -1) for group, order in found.items()}
+    return {group: order.view(*theta.shape[:-1], -1) for group, order in orders.items()}
 
 
 def canonicalise(
     spec: PermutationSpec, thetas: Float[Tensor, "n D"], reference: Float[Tensor, " D"], seed: int = 0
 ) -> Float[Tensor, "n D"]:
-    """Every theta with its units in the order of the reference's that they match best; type and device are kept."""
+    """Every theta with its units in the order of the reference's that they match best, of the same type and device."""
     return torch.cat([spec.apply(some, match(spec, some, reference, seed)) for some in thetas.split(256)])
 
 
@@ -52,27 +51,28 @@ def _improve(
     group: str,
     current: Float[Tensor, "n D"],
     reference: Float[Tensor, " D"],
-    found: dict[str, Int[Tensor, "n _"]],
+    orders: dict[str, Int[Tensor, "n _"]],
     rows: Int[Tensor, " active"],
 ) -> Bool[Tensor, " active"]:
-    """Reorder a group's units in those rows of `current` and `found` where that brings them closer; returns which."""
+    """Reorder a group's units in those rows of `current` and `orders` that it brings closer; returns which."""
     before = current[rows]
     order = _best_order(spec, group, before, reference)
     stay = {other: torch.arange(units).repeat(len(rows), 1) for other, units in spec.groups.items()}
     after = spec.apply(before, {**stay, group: order})
-    # Where a parameter has the group twice the assignment is only the best to first order, and may lose.
-    least = 1e-12 * before.norm(dim=1) * reference.norm()  # a tie's rounding must not go round in circles
+    # If a parameter has the group twice, the assignment is the best to first order only and may lose. The threshold keeps ties from
+    # being reordered for ever by rounding.
+    least = 1e-12 * before.norm(dim=1) * reference.norm()
     gains = (after - before) @ reference > least
     current[rows[gains]] = after[gains]
-    found[group][rows[gains]] = found[group][rows[gains]].gather(1, order[gains])
+    orders[group][rows[gains]] = orders[group][rows[gains]].gather(1, order[gains])
     return gains
 
 
 def _best_order(
     spec: PermutationSpec, group: str, current: Float[Tensor, "n D"], reference: Float[Tensor, " D"]
 ) -> Int[Tensor, "n units"]:
-    """The assignment of current units to reference units with the largest inner product, other axes held."""
-    from scipy.optimize import linear_sum_assignment  # here: slow to import, and most commands match nothing
+    """The assignment of current units to reference units with the largest inner product, all other groups fixed."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, and most commands match nothing
 
     units = spec.groups[group]
     products = torch.zeros(len(current), units, units, dtype=current.dtype)
@@ -83,5 +83,4 @@ def _best_order(
                 a = theirs[name].movedim(dim, 0).reshape(units, axis.block, -1).flatten(1)
                 b = ours[name].movedim(dim + 1, 1).reshape(len(current), units, axis.block, -1).flatten(2)
                 products += a @ b.mT
-    found = [linear_sum_assignment(matrix, maximize=True)[1] for matrix in products.numpy()]
-    return torch.from_numpy(np.stack(found))
+    return torch.from_numpy(np.stack([linear_sum_assignment(each, maximize=True)[1] for each in products.numpy()]))

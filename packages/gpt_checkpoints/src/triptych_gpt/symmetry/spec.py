@@ -1,15 +1,13 @@
-"""Permutation symmetry of a network: which axes of its parameters may be reordered together without a change of function.
+"""Permutation symmetry of a network: which axes of its parameters may be reordered together without changing its function.
 
-One declaration serves augmentation, matching and the test that it holds. `triptych_gpt.symmetry.derivation` derives it from a
-network;
-one of an unusual network is written by hand:
+`triptych_gpt.symmetry.derivation` derives a spec from a network of known layers. For other networks it is written by hand:
 
     spec = PermutationSpec(layout, {
         "hidden.weight": (Axis("hidden"), None), "hidden.bias": (Axis("hidden"),),
         "out.weight": (None, Axis("hidden")), "out.bias": (None,),
     })
 
-G.pt's augmentation reorders theta and theta* alike, afresh for every sample:
+G.pt's augmentation permutes theta and theta* alike, afresh for every sample:
 
     pairs = torch.stack([theta, theta_star], dim=1)                      # (n, 2, D)
     theta, theta_star = spec.apply(pairs, spec.draw(seed, indices)).unbind(1)
@@ -34,22 +32,18 @@ from triptych_gpt.layout import ParameterLayout
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension whose entries move with a group's units: unit i is entries i*block .. (i+1)*block - 1.
-
-    Block is 1 unless a feature map was flattened, where a channel's height x width columns move as one.
-    """
+    """A dimension whose entries move with a group's units: unit i is entries i*block .. (i+1)*block - 1."""
 
     group: str
-    block: int = 1
+    block: int = 1  # more after a feature map was flattened: a channel's height x width columns move as one
 
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """The axes of a network's parameters that share permutations.
+    """The axes of a network's parameters that share permutations.  [thesis 3.2.1]
 
-    axes: for every parameter of the layout an entry for each of its dimensions; None: fixed.
-    Raises ValueError where parameters or dimensions lack an entry, or where sizes do not agree within a group.
-    Source: thesis section 3.2.1.
+    axes: an entry for each dimension of every parameter, None if it is fixed.
+    Raises ValueError if parameters or dimensions lack an entry, or if sizes do not agree within a group.
     """
 
     layout: ParameterLayout
@@ -58,7 +52,8 @@ class PermutationSpec:
     def __post_init__(self) -> None:
         for name in self.axes:
             if name not in self.layout.shapes:
-                raise ValueError(f"{name}: axes for a parameter that the layout lacks; expected {self._some_names()}")
+                some = ", ".join(self.layout.names[:3])
+                raise ValueError(f"{name}: axes for a parameter that the layout lacks; expected names such as {some}")
         for name, shape in self.layout.shapes.items():
             if name not in self.axes:
                 raise ValueError(f"{name}: no axes given; declare {len(shape)}, None for those that stay fixed")
@@ -67,13 +62,9 @@ class PermutationSpec:
         object.__setattr__(self, "axes", {name: tuple(self.axes[name]) for name in self.layout.shapes})
         _ = self.groups  # checks sizes
 
-    def _some_names(self) -> str:
-        names = self.layout.names
-        return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
     @cached_property
     def groups(self) -> dict[str, int]:
-        """Number of units of every group, in the order in which they appear."""
+        """Number of units of every group, in order of appearance."""
         groups: dict[str, int] = {}
         first: dict[str, str] = {}
         for name, axes in self.axes.items():
@@ -81,30 +72,23 @@ class PermutationSpec:
                 if axis is None:
                     continue
                 if axis.block < 1 or length % axis.block:
-                    raise ValueError(
-                        f"{name}: a dimension of {length} in blocks of {axis.block}; blocks must divide it"
-                    )
+                    raise ValueError(f"{name}: a dimension of {length} in blocks of {axis.block}; they must divide it")
                 units = length // axis.block
                 if groups.setdefault(axis.group, units) != units:
-                    raise ValueError(
-                        f"{name}: {units} units in group {axis.group!r}, which has {groups[axis.group]} in "
-                        f"{first[axis.group]}; give them different groups or another block"
-                    )
+                    known = f"{groups[axis.group]} in {first[axis.group]}; give them different groups or another block"
+                    raise ValueError(f"{name}: {units} units in group {axis.group!r}, which has {known}")
                 first.setdefault(axis.group, name)
         return groups
 
     def draw(
         self, seed: int, indices: Sequence[int] | Int[Tensor, " n"], stream: str = "permute"
     ) -> dict[str, Int[Tensor, "n _"]]:
-        """Uniformly random permutations of every group, one for each index, on the CPU.
-
-        Those of an index depend on seed, stream and that index alone, not on what they are drawn with.
-        """
+        """Uniformly random permutations of every group on the CPU, a function of the seed, the stream and each index alone."""
         samples = np.asarray(indices, dtype=np.uint64)[:, None]
         drawn = {}
         for group, units in self.groups.items():
             counters = (samples * np.uint64(units) + np.arange(units, dtype=np.uint64)).reshape(-1)
-            # a memoryview: a Sequence of integers that numpy takes as it is, where a list would cost more than the draw
+            # A memoryview is a sequence of integers that numpy takes as it is; a list would cost more than the sampling.
             keys = randomness.uniform(seed, f"{stream}/{group}", counters.data)
             drawn[group] = torch.from_numpy(keys.numpy().reshape(-1, units).argsort(axis=-1, kind="stable"))
         return drawn
@@ -114,25 +98,22 @@ class PermutationSpec:
     ) -> Float[Tensor, "*batch D"]:
         """theta with its units reordered, in a new tensor: unit i of a group is unit permutations[group][..., i] of theta.
 
-        theta [*n, *more, D], of any floating type on any device; permutations [*n, units] for every group, each for all
-        of *more: one permutation moves theta and theta* of [n, 2, D], those without dimensions *n move all rows alike.
-        Raises ValueError for groups, sizes or batches that do not fit, or for what is no permutation.
+        theta: [*n, *more, D], of any floating type on any device. permutations: [*n, units] for every group, each for all of *more;
+        so one permutation moves theta and theta* of [n, 2, D].
+        Raises ValueError for groups, sizes or batches that do not fit, or for indices that are no permutation.
         """
         self.layout.check(theta)
         inverse = self.inverse(permutations)
         batch = next((tuple(p.shape[:-1]) for p in inverse.values()), ())
         if tuple(theta.shape[:-1])[: len(batch)] != batch:
-            raise ValueError(
-                f"theta of shape {tuple(theta.shape)}, permutations for {batch} of them; draw one for each"
-            )
+            raise ValueError(f"theta of shape {tuple(theta.shape)}, permutations for {batch}; draw one for each")
         out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
         if not theta.numel():
             return out
-        source, target = (
-            x.view(math.prod(batch), -1, self.layout.size).movedim(1, 0) for x in (theta.contiguous(), out)
-        )
+        n = math.prod(batch)
+        source, target = (x.view(n, -1, self.layout.size).movedim(1, 0) for x in (theta.contiguous(), out))  # more n D
         tables = [
-            {group: p.reshape(math.prod(batch), -1).to(theta.device, torch.long) for group, p in each.items()}
+            {group: p.reshape(n, -1).to(theta.device, torch.long) for group, p in each.items()}
             for each in (permutations, inverse)
         ]
         for span, dims in self._moves:
@@ -140,27 +121,30 @@ class PermutationSpec:
         return out
 
     def inverse(self, permutations: Mapping[str, Int[Tensor, "*n _"]]) -> dict[str, Int[Tensor, "*n _"]]:
-        """The permutations that undo these.
-
-        Raises ValueError for groups or sizes that are not this spec's; where they lie on the CPU, also for what is no
-        permutation (a device would have to be waited for).
-        """
+        """The permutations that undo these. Raises ValueError for groups or sizes that are not this spec's, and on the CPU also
+        for indices that are no permutation."""
         if permutations.keys() != self.groups.keys():
-            raise ValueError(
-                f"permutations of {sorted(permutations)}, expected those of {sorted(self.groups)}; draw them from this spec"
-            )
-        inverse, batch = {}, None
+            expected = f"expected those of {sorted(self.groups)}; draw them from this spec"
+            raise ValueError(f"permutations of {sorted(permutations)}, {expected}")
+        inverses, batch = {}, None
         for group, units in self.groups.items():
             forward = permutations[group].long()
             batch = forward.shape[:-1] if batch is None else batch
             if tuple(forward.shape) != (*batch, units):
                 raise ValueError(f"{group}: permutations of shape {tuple(forward.shape)}, expected {(*batch, units)}")
-            inverse[group] = _inverse(group, forward)
-        return inverse
+            # Checked on the CPU alone: a device would have to be waited for.
+            checkable = forward.device.type == "cpu"
+            if checkable and ((forward < 0) | (forward >= units)).any():
+                raise ValueError(f"{group}: an index outside 0..{units - 1}; give permutations of {units} units")
+            places = torch.arange(units, device=forward.device).expand_as(forward)
+            inverses[group] = torch.full_like(forward, -1).scatter_(-1, forward, places)
+            if checkable and (inverses[group] < 0).any():
+                raise ValueError(f"{group}: a unit that comes twice; give permutations of {units} units")
+        return inverses
 
     @cached_property
     def _moves(self) -> list[tuple[slice, list[tuple[int, str | None]]]]:
-        """Stretches of theta to move at once, each as dimensions (length, group or None), fixed neighbours merged."""
+        """Stretches of theta to move at once, each as dimensions (length, group or None); neighbours that stay are merged."""
         moves: list[tuple[slice, list[tuple[int, str | None]]]] = []
         for name, axes in self.axes.items():
             span, dims = self.layout.spans[name], list[tuple[int, str | None]]()
@@ -179,21 +163,16 @@ class PermutationSpec:
 
     def to_json(self) -> dict[str, Any]:
         """{"layout": ..., "axes": {name: [null or [group, block], ...]}}."""
-        axes = {
-            name: [axis and [axis.group, axis.block] for axis in axes]  # None stays None
-            for name, axes in self.axes.items()
-        }
+        axes = {name: [axis and [axis.group, axis.block] for axis in axes] for name, axes in self.axes.items()}
         return {"layout": self.layout.to_json(), "axes": axes}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "PermutationSpec":
-        """The spec that `to_json` described. Raises ValueError for anything else."""
+        """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
-            axes = {
-                name: tuple(None if axis is None else Axis(str(axis[0]), int(axis[1])) for axis in axes)
-                for name, axes in content["axes"].items()
-            }
-            layout = content["layout"]
+            axes, layout = {}, content["layout"]
+            for name, entries in content["axes"].items():
+                axes[name] = tuple(None if axis is None else Axis(str(axis[0]), int(axis[1])) for axis in entries)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError('not a permutation spec; expected {"layout": ..., "axes": {name: [...]}}') from error
         return cls(ParameterLayout.from_json(layout), axes)
@@ -211,39 +190,21 @@ def forward_of(network: nn.Module) -> Callable[[Tensor, Any], Tensor]:
 
 
 def check_invariance(
-    forward: Callable[[Tensor, Any], Tensor],
-    spec: PermutationSpec,
-    thetas: Float[Tensor, "n D"],
-    inputs: Any,
-    seed: int = 0,
+    forward: Callable[[Tensor, Any], Tensor], spec: PermutationSpec, thetas: Float[Tensor, "n D"], inputs: Any
 ) -> float:
-    """Largest absolute change of an output when each theta's units are permuted at random; NaN where an output is.
+    """Largest absolute change of an output when each theta's units are permuted at random; NaN if an output is.
 
-    forward: outputs of (theta [D] in float64, inputs), such as `forward_of` a network. Tensors of floating-point inputs
-    are made float64. A spec that holds stays below 1e-12 for outputs about 1; give several thetas, since of a small
-    group some draws are the identity.
+    forward: outputs of (theta [D] in float64, inputs), such as `forward_of` a network. A right spec stays below 1e-12 for outputs
+    of about 1. Several thetas are needed: a small group's random permutation may be the identity.
     """
     thetas = thetas.double()
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
         inputs = inputs.double()
-    permuted = spec.apply(thetas, spec.draw(seed, range(len(thetas)), "check-invariance"))
+    permuted = spec.apply(thetas, spec.draw(0, range(len(thetas)), "check-invariance"))
     with torch.no_grad():
-        changes = [
-            (forward(before, inputs) - forward(after, inputs)).abs().max()
-            for before, after in zip(thetas, permuted, strict=True)
-        ]
-    return torch.stack(changes).max().item()  # torch's max, unlike Python's, hands on a NaN
-
-
-def _inverse(group: str, forward: Int[Tensor, "*n units"]) -> Int[Tensor, "*n units"]:
-    units, checkable = forward.shape[-1], forward.device.type == "cpu"
-    if checkable and ((forward < 0) | (forward >= units)).any():
-        raise ValueError(f"{group}: an index outside 0..{units - 1}; give permutations of {units} units")
-    places = torch.arange(units, device=forward.device).expand_as(forward)
-    inverse = torch.full_like(forward, -1).scatter_(-1, forward, places)
-    if checkable and (inverse < 0).any():
-        raise ValueError(f"{group}: a unit that comes twice; give permutations of {units} units")
-    return inverse
+        pairs = ((forward(a, inputs), forward(b, inputs)) for a, b in zip(thetas, permuted, strict=True))
+        changes = [(before - after).abs().max() for before, after in pairs]
+    return torch.stack(changes).max().item()  # torch's max, unlike Python's, returns NaN if there is one
 
 
 def _move(
@@ -253,11 +214,9 @@ def _move(
     forward: Mapping[str, Int[Tensor, "n _"]],
     backward: Mapping[str, Int[Tensor, "n _"]],
 ) -> None:
-    """Copy a stretch of theta into its reordered place.
-
-    Contiguous runs are written where they belong, whole: as fast as a plain copy, where gather takes an index an entry.
-    Only a last dimension that is permuted itself, with runs of one, is gathered first.
-    """
+    """Copy a stretch of theta into its reordered place."""
+    # Contiguous runs are written whole where they belong, as fast as a plain copy; gather takes an index for each entry. Only a
+    # last dimension that is permuted itself, so that runs have one entry, is gathered first.
     lengths, groups = [length for length, _ in dims], [group for _, group in dims]
     if dims:
         source, target = source.unflatten(-1, lengths), target.unflatten(-1, lengths)

@@ -2,6 +2,5 @@
 
 import lazy_loader
 
-# What is exported stands in __init__.pyi, and is imported when first used: a model is trained without the networks of any
-# task but its own.
+# The exports are listed in __init__.pyi and imported when first used: a model is trained without the networks of other tasks.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -28,37 +28,32 @@ class Pictures:
         if images.images.shape[1:] != (3, 32, 32):
             raise ValueError(f"data {self.name!r}: images of {tuple(images.images.shape[1:])}; expected cifar10")
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-        pixels = images.images.float().sub_(mean).div_(std)  # in place: 600 MB, not three times as much
+        pixels = images.images.float().sub_(mean).div_(std)  # in place: 600 MB instead of three times as much
         return Items(pixels, images.labels)
 
 
 @dataclass(frozen=True)
 class FlipAndCrop:
-    """Mirrors half of the images and moves each by up to `padding` pixels, zeros where nothing was.
+    """Mirrors half of the images and shifts each by up to `padding` pixels, filling with zeros.
 
-    offsets: of the 2 padding + 1 possible offsets on each axis, how many are drawn from. The released recipe's random numbers
-    leave out the last, 8 of 9; it was kept, being what the published networks saw.
+    offsets: how many of the 2 padding + 1 possible offsets on each axis are sampled.
     """
 
     padding: int = 4
+    # Of 9 offsets the released recipe's random numbers never reach the last, so the published networks saw 8.
     offsets: int = 8
 
     def __post_init__(self) -> None:
         if self.padding < 0 or not 1 <= self.offsets <= 2 * self.padding + 1:
-            raise ValueError(
-                f"offsets {self.offsets}: with padding {self.padding} expected 1 to {2 * self.padding + 1}"
-            )
+            most = 2 * self.padding + 1
+            raise ValueError(f"offsets {self.offsets}: with padding {self.padding} expected 1 to {most}")
 
     def __call__(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
         items, _, height, width = inputs.shape
         mirrored = torch.rand(items, generator=rng) < 0.5
         top, left = torch.randint(self.offsets, (2, items), generator=rng)
-        columns = torch.arange(width).expand(items, -1)
-        columns = torch.where(
-            mirrored[:, None],
-            width - 1 - (columns + left[:, None] - self.padding),
-            columns + left[:, None] - self.padding,
-        )
+        columns = torch.arange(width) + left[:, None] - self.padding
+        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
         rows = torch.arange(height) + top[:, None] - self.padding
         return _pixels(inputs, rows.to(inputs.device), columns.to(inputs.device))
 
@@ -93,11 +88,6 @@ class SmallConvNet:
         return nn.Sequential(OrderedDict(layers))
 
 
-CIFAR_CNN = SupervisedTask(
-    name="cifar_cnn",
-    network=SmallConvNet(),
-    data=Pictures(),
-    epochs=50,
-    augment=FlipAndCrop(),
-    scores=classification(Prompts(1.2, 1.4), Prompts(0.35, 0.45)),
-)
+_SCORES = classification(Prompts(1.2, 1.4), Prompts(0.35, 0.45))
+
+CIFAR_CNN = SupervisedTask("cifar_cnn", SmallConvNet(), Pictures(), epochs=50, augment=FlipAndCrop(), scores=_SCORES)

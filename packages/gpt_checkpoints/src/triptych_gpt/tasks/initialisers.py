@@ -1,7 +1,7 @@
-"""Ways to draw the weights of a network before training.  [thesis 3.4.3]
+"""Initialisers of a network's weights.  [thesis 3.4.3]
 
-Apart from a network's own ("default"), all draw every weight of two or more dimensions and set its layer's biases to zero, as
-the papers that introduced them do: Glorot and Bengio 2010 (Xavier), He et al. 2015 (Kaiming), Saxe et al. 2014 (orthogonal).
+All but the network's own ("default") sample every weight of two or more dimensions and set its layer's biases to zero, as the
+papers that introduced them do: Glorot and Bengio 2010 (Xavier), He et al. 2015 (Kaiming), Saxe et al. 2014 (orthogonal).
 Normalisation, and other layers without such a weight, start as they always do.
 """
 
@@ -16,13 +16,13 @@ from triptych_gpt.layout import ParameterLayout
 
 
 def _orthogonal_uniform(weight: Tensor) -> None:
-    """The orthogonal factor of a matrix of uniform entries, signs fixed as `nn.init.orthogonal_` does for normal ones."""
+    """The orthogonal factor of a matrix of uniform entries, with signs as `nn.init.orthogonal_` fixes them for normal ones."""
     rows = weight.flatten(1)
-    tall = torch.empty_like(rows if rows.shape[0] >= rows.shape[1] else rows.T).uniform_(-1, 1)
-    q, r = torch.linalg.qr(tall)
+    wide = rows.shape[0] < rows.shape[1]
+    q, r = torch.linalg.qr(torch.empty_like(rows.T if wide else rows).uniform_(-1, 1))
     q = q * r.diagonal().sign()
     with torch.no_grad():
-        weight.copy_((q if rows.shape[0] >= rows.shape[1] else q.T).view_as(weight))
+        weight.copy_((q.T if wide else q).view_as(weight))
 
 
 _DRAWS: dict[str, Callable[[Tensor], object]] = {
@@ -39,16 +39,13 @@ INITIALISERS = ("default", *_DRAWS)
 def initial_networks(
     network: Callable[[], nn.Module], seed: int, runs: Sequence[int], initialiser: str = "default"
 ) -> Float[Tensor, "runs D"]:
-    """theta of a new network for each run, drawn from the generator that belongs to (seed, run).
-
-    Raises ValueError for an unknown initialiser.
-    """
+    """theta of a new network for each run, a function of (seed, run). Raises ValueError for an unknown initialiser."""
     if initialiser not in INITIALISERS:
         raise ValueError(f"initialiser {initialiser!r}: expected one of {', '.join(INITIALISERS)}")
     thetas = []
-    with torch.random.fork_rng(devices=[]):  # modules draw from the global generator
+    with torch.random.fork_rng(devices=[]):  # modules use the global generator
         for run in runs:
-            # not torch.manual_seed, which would seed every GPU's generator, too
+            # Not torch.manual_seed, which would also seed every GPU's generator.
             torch.default_generator.manual_seed(generator(seed, f"init-{initialiser}", run).initial_seed())
             built = network()
             if initialiser != "default":
@@ -57,13 +54,11 @@ def initial_networks(
     return torch.stack(thetas).float()
 
 
-_NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # their weights may have two dimensions
-
-
 def _draw(network: nn.Module, draw: Callable[[Tensor], object]) -> None:
     for module in network.modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, _NORMALISATIONS) or all(parameter.ndim < 2 for parameter in own):
+        # The weights of these norms may have two dimensions, too.
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) or all(parameter.ndim < 2 for parameter in own):
             continue
         for parameter in own:
             if parameter.ndim > 1:

@@ -14,10 +14,7 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the relea
 
 @dataclass(frozen=True)
 class Digits:
-    """A named set of digits, normalised; side 14 averages 2x2 pixels.
-
-    Raises ValueError, when called, for images that are no digits.
-    """
+    """A named set of digits, normalised; side 14 averages 2x2 pixels. Raises ValueError, when called, for other images."""
 
     name: str = "mnist"
     side: int = 28
@@ -33,25 +30,20 @@ class Digits:
         images = load(self.name, "train" if part == "train" else "held_out")
         pixels = images.images.float() / 255
         if pixels.shape[1:] != (1, 28, 28):
-            raise ValueError(
-                f"data {self.name!r}: images of {tuple(pixels.shape[1:])}; expected digits, mnist or mnist5k"
-            )
+            shape = tuple(pixels.shape[1:])
+            raise ValueError(f"data {self.name!r}: images of {shape}; expected digits, mnist or mnist5k")
         return Items(((F.avg_pool2d(pixels, 28 // self.side) - MEAN) / STD).flatten(1), images.labels)
 
 
 @dataclass(frozen=True)
 class Perceptron:
-    """Builds inputs-hidden-10 with ReLU; every layer as PyTorch draws it, U(+-1/sqrt(fan-in))."""
+    """Builds inputs-hidden-10 with ReLU; every layer starts as in PyTorch, U(+-1/sqrt(fan-in))."""
 
     inputs: int
     hidden: int = 10
 
     def __call__(self) -> nn.Sequential:
-        layers = {
-            "fc1": nn.Linear(self.inputs, self.hidden),
-            "relu": nn.ReLU(),
-            "fc2": nn.Linear(self.hidden, 10),
-        }
+        layers = {"fc1": nn.Linear(self.inputs, self.hidden), "relu": nn.ReLU(), "fc2": nn.Linear(self.hidden, 10)}
         return nn.Sequential(OrderedDict(layers))
 
 

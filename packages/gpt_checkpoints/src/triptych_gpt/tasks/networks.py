@@ -11,7 +11,7 @@ from triptych_gpt.tasks.optimizers import OptimizerSettings
 from triptych_gpt.tasks.stack import Stack, computes
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [networks, items, out], targets [items] or [networks, items]) -> one number an item: [networks, items]."""
+"""(outputs [networks, items, out], targets [items] or [networks, items]) -> one number for each item [networks, items]."""
 
 
 def train_networks(
@@ -26,15 +26,13 @@ def train_networks(
     *,
     shared: bool = True,
 ) -> Float[Tensor, "networks checkpoints"]:
-    """Train networks from theta, one optimiser step a minibatch at that step's learning rate.
+    """Train networks from theta, one optimiser step for each minibatch, at that step's learning rate.
 
-    record: after how many steps each network's checkpoints are taken, ascending; they are written to `out`. Returns the
-    mean loss of each checkpoint's last minibatch, before its step (its first one for step 0).
+    record: numbers of steps after which each network's checkpoints are taken, ascending; they are written to `out`.
+    Returns the mean loss of each checkpoint's last minibatch, before its step (of the first minibatch for step 0).
     """
-    parameters = {
-        name: value.clone(memory_format=torch.contiguous_format)
-        for name, value in stack.layout.unflatten(theta).items()
-    }
+    views, contiguous = stack.layout.unflatten(theta), torch.contiguous_format
+    parameters = {name: value.clone(memory_format=contiguous) for name, value in views.items()}
     trained = [parameters[name].requires_grad_() for name in stack.trainable]
     steps = optimizer.make(trained)
     due = _by_step(record)
@@ -45,9 +43,10 @@ def train_networks(
             group["lr"] = rates[step - 1]
         outputs = stack(parameters, inputs, shared=shared, training=True)
         each = loss(outputs, targets).mean(1)
-        gradients = torch.autograd.grad(each.sum(), trained, allow_unused=True)  # None: left alone
+        # The sum over networks: each network's gradient is what it would be alone.
+        gradients = torch.autograd.grad(each.sum(), trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
-            # fused optimisers read memory in order, and gradients of channels-last inputs come in another
+            # Fused optimisers read memory in order, and gradients of channels-last inputs have another.
             parameter.grad = None if gradient is None else gradient.contiguous()
         steps.step()
         for at in (due.get(0), due.get(1)) if step == 1 else (due.get(step),):
@@ -64,11 +63,8 @@ def _by_step(record: Tensor) -> dict[int, _At]:
     """For each step, the networks with a checkpoint after it, and which one."""
     steps, order = record.flatten().sort()
     values, counts = steps.unique_consecutive(return_counts=True)
-    per_network = record.shape[1]
-    return {
-        step: (at.div(per_network, rounding_mode="floor"), at % per_network)
-        for step, at in zip(values.tolist(), order.split(counts.tolist()), strict=True)
-    }
+    parts = zip(values.tolist(), order.split(counts.tolist()), strict=True)
+    return {step: (at // record.shape[1], at % record.shape[1]) for step, at in parts}
 
 
 def _take(at: _At | None, parameters: Mapping[str, Tensor], stack: Stack, out: Tensor) -> None:
@@ -90,18 +86,12 @@ class Scored(NamedTuple):
 
 
 def score_networks(
-    stack: Stack,
-    theta: Float[Tensor, "n D"],
-    parts: Sequence[Scored],
-    *,
-    networks_at_once: int,
-    items_at_once: int,
+    stack: Stack, theta: Float[Tensor, "n D"], parts: Sequence[Scored], *, networks_at_once: int, items_at_once: int
 ) -> dict[str, Float[Tensor, " n"]]:
     """Mean of each measure over all items of its part, for each network, on theta's device."""
-    totals = {
-        name: torch.zeros(len(theta), dtype=torch.float64, device=theta.device) for p in parts for name in p.measures
-    }
-    with torch.inference_mode():  # the totals, made outside, stay ordinary tensors
+    names = [name for part in parts for name in part.measures]
+    totals = {name: torch.zeros(len(theta), dtype=torch.float64, device=theta.device) for name in names}
+    with torch.inference_mode():  # totals were made outside, and so stay ordinary tensors
         folding = Folding(stack.network, [part.inputs for part in parts])
         blocks = [
             (folding.inputs(inputs), targets, part.measures, len(part.inputs))
@@ -119,11 +109,11 @@ def score_networks(
     return {name: total.to(theta.dtype) for name, total in totals.items()}
 
 
-_GAP = 4  # fewer columns in a row are not worth a copy of their own
+_GAP = 4  # shorter gaps between columns are copied along
 
 
 class Folding:
-    """Which input features of a network vary over some items, and the same network on those alone.
+    """A network on those input features alone that vary over the items: border pixels of digits are the same in all.
 
     Does nothing unless inputs are flat and the network begins with a Linear that has a bias.
     """
@@ -135,33 +125,30 @@ class Folding:
         first = parts[0][0]
         varies = torch.stack([(part != first).any(0) for part in parts]).any(0)
         self._spans = _spans(varies.nonzero().flatten().tolist())
-        kept = torch.zeros_like(varies)
+        self._constants = first.clone()[:, None]
         for start, stop in self._spans:
-            kept[start:stop] = True
-        self._constants = first.masked_fill(kept, 0)[:, None]
+            self._constants[start:stop] = 0
 
     def inputs(self, inputs: Float[Tensor, "items *shape"]) -> Tensor:
-        """The features that vary, laid out as a product of weights and inputs reads them."""
-        if self.layer is None:
-            return inputs
-        return self._kept(inputs).T.contiguous().T
+        """The features that vary, in the memory order in which a product of weights and inputs reads them."""
+        return inputs if self.layer is None else self._varying(inputs).T.contiguous().T
 
     def parameters(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters [networks, *shape] for these inputs: the first bias takes over what the others contribute."""
+        """Parameters [networks, *shape] for these inputs; the first bias takes over what constant features contribute."""
         parameters = dict(parameters)
         if self.layer is not None:
             weight, bias = f"{self.layer}.weight".lstrip("."), f"{self.layer}.bias".lstrip(".")
             full = parameters[weight]
             parameters[bias] = parameters[bias] + (full @ self._constants.to(full.dtype)).squeeze(-1)
-            parameters[weight] = self._kept(full)
+            parameters[weight] = self._varying(full)
         return parameters
 
-    def _kept(self, values: Tensor) -> Tensor:
+    def _varying(self, values: Tensor) -> Tensor:
         return torch.cat([values[..., start:stop] for start, stop in self._spans], -1)
 
 
 def _first_linear(network: nn.Module) -> str | None:
-    """Name of the layer that meets the inputs, where it is a Linear with a bias."""
+    """Name of the layer that takes the inputs, if it is a Linear with a bias."""
     path = []
     while isinstance(network, nn.Sequential) and computes(network, nn.Sequential) and len(network):
         name, network = next(iter(network.named_children()))

@@ -1,4 +1,4 @@
-"""Optimisers that treat every parameter entry on its own, and so may train a whole stack of networks as if each were alone."""
+"""Elementwise optimisers, which therefore train a stack of networks as if each were alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ ELEMENTWISE_OPTIMIZERS = (
 class OptimizerSettings:
     """An optimiser of `torch.optim` by name, its keyword arguments, and the schedule of its learning rate.
 
-    schedule: "cosine" multiplies the rate of epoch e of E by (1 + cos(pi e / E)) / 2 and keeps it through the epoch, as the
-    released recipes do; "constant" leaves it. Raises ValueError for an optimiser that mixes networks (LBFGS, say).
+    schedule: "cosine" multiplies the rate of epoch e of E by (1 + cos(pi e / E)) / 2, as in the released recipes.
+    Raises ValueError for an optimiser that mixes networks, such as LBFGS.
     """
 
     name: str = "SGD"
@@ -34,32 +34,25 @@ class OptimizerSettings:
         known = signature(getattr(torch.optim, self.name)).parameters
         unknown = [name for name in self.arguments if name not in known or name == "params"]
         if unknown or "lr" not in self.arguments:
-            raise ValueError(
-                f"arguments of {self.name}: " + (f"unknown {unknown[0]!r}" if unknown else "lr is missing; give it")
-            )
+            problem = f"unknown {unknown[0]!r}" if unknown else "lr is missing; give it"
+            raise ValueError(f"arguments of {self.name}: {problem}")
         if not (isinstance(self.arguments["lr"], float | int) and self.arguments["lr"] > 0):
             raise ValueError(f"arguments of {self.name}: lr {self.arguments['lr']!r}; expected a number above 0")
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.arguments["lr"])
-
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of some parameters, in its fused form where there is one.
-
-        Raises ValueError for arguments that it refuses.
-        """
+        """The optimiser of some parameters, fused if possible. Raises ValueError for arguments that it refuses."""
         kind = getattr(torch.optim, self.name)
         chosen = {"fused", "foreach", "differentiable"} & self.arguments.keys()
         fused = {"fused": True} if "fused" in signature(kind).parameters and not chosen else {}
-        try:  # not in __post_init__: the first optimiser of a process takes seconds of imports
+        try:  # not in __post_init__, since the first optimiser of a process takes seconds of imports
             return kind(list(parameters), **self.arguments, **fused)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"arguments of {self.name}: {error}") from error
 
     def rate(self, epoch: int, epochs: int) -> float:
         """Learning rate of an epoch, counted from 0."""
-        return self.learning_rate * (0.5 * (1 + cos(pi * epoch / epochs)) if self.schedule == "cosine" else 1.0)
+        factor = 0.5 * (1 + cos(pi * epoch / epochs)) if self.schedule == "cosine" else 1.0
+        return float(self.arguments["lr"]) * factor
 
 
 def momentum_sgd(lr: float = 0.1, weight_decay: float = 5e-4) -> OptimizerSettings:

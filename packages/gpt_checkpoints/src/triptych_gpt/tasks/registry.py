@@ -1,4 +1,4 @@
-"""The tasks that have names, and how any task is opened: by its name, or from a file of the user's."""
+"""The named tasks, and opening a task by its name or from a user's file."""
 
 import importlib.util
 import sys
@@ -17,8 +17,8 @@ TASKS: dict[str, Task] = {task.name: task for task in (MNIST_MLP, MNIST_MLP_14, 
 def open_task(spec: str, *, data: str | None = None, epochs: int | None = None) -> Task:
     """A registered task by name, or `file.py:NAME`: a Task, or a function without arguments that returns one.
 
-    data, epochs: put in place of the task's own; only supervised tasks have them. Opening a file runs it. Raises ValueError for
-    what cannot be found or is no task, FileNotFoundError for an absent file.
+    data, epochs: replace the task's own; only supervised tasks have them. Opening a file runs it. Raises ValueError for what cannot
+    be found or is no task, FileNotFoundError for an absent file.
     """
     path, colon, name = spec.rpartition(":")
     if colon and path.endswith(".py"):
@@ -47,9 +47,9 @@ def _from_file(path: Path, name: str) -> Task:
     assert module_spec is not None
     assert module_spec.loader is not None  # a file ending in .py has one
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module  # dataclasses look their module up
+    sys.modules[module_name] = module  # where dataclasses look up their module
     if str(path.resolve().parent) not in sys.path:
-        sys.path.insert(0, str(path.resolve().parent))  # it may import its neighbours, as a script may
+        sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbours, as a script can
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -64,16 +64,11 @@ def _from_file(path: Path, name: str) -> Task:
         except Exception as error:
             raise ValueError(f"{path}: {name}() fails ({_line(error)})") from error
     if not isinstance(task, Task):
-        missing = [part for part in _PARTS if not hasattr(task, part)]
+        parts = ("name", *(part for part in vars(Task) if not part.startswith("_")))
+        missing = [part for part in parts if not hasattr(task, part)]
         raise ValueError(f"{path}: {name} is a {type(task).__name__}, no Task (it lacks {', '.join(missing)})")
     return task
 
 
 def _line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-_PARTS = (
-    "name", "layout", "symmetry", "metrics", "initialisers", "steps", "recipe", "settings", "initial", "train_cohort",
-    "evaluate", "measure",
-)  # fmt: skip

@@ -1,7 +1,7 @@
 """One network's forward pass for many parameter vectors at once.
 
-An `nn.Sequential` of common layers is computed by batched products and grouped convolutions; a minibatch that all networks
-share enters the first layer as one large product. Any other module goes through `torch.func.vmap`: right, but slower.
+An `nn.Sequential` of common layers is computed by batched products and grouped convolutions; a minibatch that all networks share
+enters the first layer as one large product. Any other module goes through `torch.func.vmap`, with the same results but slower.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,14 +15,14 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.symmetry.derivation import Residual, join
+from triptych_gpt.symmetry.derivation import ELEMENTWISE, POOLING, Residual, join
 
 Parameters = Mapping[str, Tensor]  # each [networks, *shape]
 
 
 @dataclass(frozen=True)
 class _Activations:
-    """What stands between two layers, in one of three layouts.
+    """Activations between two layers, in one of three layouts.
 
     kind "input": [items, *shape], the same for every network; "maps": [items, networks x channels, *spatial];
     "features": [networks, features, items], so that products and losses run along items.
@@ -40,7 +40,7 @@ _Layer = Callable[[Parameters, _Activations, bool], _Activations]
 
 
 class _NoBatchedForm(Exception):
-    """A layer meets activations that only vmap knows how to give it."""
+    """A layer meets activations for which only vmap works."""
 
 
 class Stack:
@@ -48,8 +48,7 @@ class Stack:
 
     Inputs are [items, *shape], shared by all networks, or [networks, items, *shape]; outputs are [networks, items, out].
     In training mode BatchNorm normalises by each network's own minibatch and updates its running statistics in place.
-    Raises ValueError for a layer whose training draws random numbers (dropout), which no two orders of work would share, and
-    for a BatchNorm whose statistics theta does not hold.
+    Raises ValueError for a layer whose training is random, such as dropout, and for a BatchNorm with statistics outside theta.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -64,11 +63,11 @@ class Stack:
 
     @property
     def batched(self) -> bool:
-        """Whether every layer has its own batched form for all inputs so far; otherwise vmap runs the network."""
+        """Whether every layer has a batched form for all inputs so far; otherwise vmap runs the network."""
         return self._layer is not None and all(self._batchable.values())
 
     def widest(self, inputs: Float[Tensor, "one *shape"]) -> int:
-        """Numbers in the largest output of a layer for one item and one network: what limits how much fits at once."""
+        """Numbers in the largest output of a layer for one item and one network, which limits how many fit at once."""
         sizes = [1]
 
         def note(module: nn.Module, args: tuple, output: object) -> None:
@@ -88,7 +87,7 @@ class Stack:
         self, parameters: Parameters, inputs: Tensor, *, shared: bool = True, training: bool = False
     ) -> Float[Tensor, "networks items out"]:
         if self._writes:
-            inputs = inputs.clone()  # which in-place layers may change
+            inputs = inputs.clone()  # in-place layers may change them
         kind = shared, inputs.ndim
         if kind not in self._batchable:
             self._batchable[kind] = self._layer is not None and self._fits(parameters, inputs, shared)
@@ -96,7 +95,7 @@ class Stack:
         return run(parameters, inputs, shared, training)
 
     def _fits(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
-        """Whether all layers can batch what they get: one network, one item, out of training so that nothing is changed."""
+        """Whether all layers can batch these activations; tried on one network and item, in evaluation so that nothing changes."""
         one = {name: value[:1] for name, value in parameters.items()}
         try:
             with torch.no_grad():
@@ -119,7 +118,7 @@ class Stack:
 
     def _vmapped(self, parameters: Parameters, inputs: Tensor, shared: bool, training: bool) -> Tensor:
         any_of_them = next(iter(parameters.values()))
-        with torch.inference_mode(False):  # buffers that theta does not hold outlive this call
+        with torch.inference_mode(False):  # since buffers that theta does not hold outlive this call
             self.network.train(training).to(any_of_them.device, any_of_them.dtype)
         dims = (dict.fromkeys(parameters, 0), None if shared else 0)
         return vmap(lambda p, x: functional_call(self.network, p, x), in_dims=dims)(dict(parameters), inputs)
@@ -127,25 +126,23 @@ class Stack:
 
 def _check(name: str, module: nn.Module) -> None:
     """Raises ValueError for a layer whose training or statistics are not a function of theta and minibatches."""
+    problem, norm = "", isinstance(module, nn.modules.batchnorm._BatchNorm)
     if (isinstance(module, nn.modules.dropout._DropoutNd) and module.p) or isinstance(module, nn.RReLU):
         problem = "runs would depend on ambient randomness; leave it out"
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-        module.momentum is None or not module.track_running_stats
-    ):
+    elif norm and (module.momentum is None or not module.track_running_stats):
         problem = "theta does not hold all of its statistics; give it a momentum and let it track running statistics"
-    else:
-        return
-    raise ValueError(f"layer {name!r} ({type(module).__name__}): {problem}")
+    if problem:
+        raise ValueError(f"layer {name!r} ({type(module).__name__}): {problem}")
 
 
 def _compile(module: nn.Module, name: str) -> _Layer | None:
-    """The batched form of a layer, None where there is none."""
+    """The batched form of a layer, None if there is none."""
     kind = next((base for base in type(module).__mro__ if base in _MAKERS), None)
     return _MAKERS[kind](module, name) if kind is not None and computes(module, kind) else None
 
 
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module of this kind computes what others do: no forward pass of its own, no hooks, nothing parametrised."""
+    """Whether a module computes what its kind does: it has no forward of its own, no hooks and no parametrisations."""
     own_forward = getattr(module.forward, "__func__", None) is not kind.forward
     parametrised = module._modules and kind not in (nn.Sequential, Residual)
     return not (own_forward or parametrised or module._forward_hooks or module._forward_pre_hooks)
@@ -182,7 +179,7 @@ def _residual(module: Residual, name: str) -> _Layer | None:
 
 
 def _stacked(state: _Activations) -> _Activations:
-    """The input repeated for each network, where it still stands alone."""
+    """The input repeated for each network, if it is still shared."""
     if state.kind != "input":
         return state
     if state.values.ndim == 2:
@@ -191,12 +188,12 @@ def _stacked(state: _Activations) -> _Activations:
 
 
 def _features(state: _Activations) -> _Activations:
-    """Flattened: [networks, features, items]; the input stays as it is but for its shape."""
+    """Flattened activations, [networks, features, items]; a shared input stays shared."""
     if state.kind == "input":
         return state.replaced(state.values.flatten(1))
     if state.kind == "features":
         return state
-    values = state.values.unflatten(1, (state.networks, -1)).flatten(2)  # [items, networks, features]
+    values = state.values.unflatten(1, (state.networks, -1)).flatten(2)  # items networks features
     return state.replaced(values.permute(1, 2, 0).contiguous(), "features")
 
 
@@ -207,7 +204,7 @@ def _linear(module: nn.Linear, name: str) -> _Layer:
     def run(parameters: Parameters, state: _Activations, training: bool) -> _Activations:
         if state.kind == "maps" or state.values.ndim != (2 if state.kind == "input" else 3):
             raise _NoBatchedForm
-        weight = parameters[weight_name]  # [networks, out, in]
+        weight = parameters[weight_name]  # networks out in
         bias = parameters[bias_name][..., None] if has_bias else None
         if state.kind == "input":  # one product for all networks
             values = (weight.flatten(0, 1) @ state.values.T.contiguous()).unflatten(0, weight.shape[:2])
@@ -237,6 +234,7 @@ def _conv(module: Any, name: str) -> _Layer | None:
         bias = parameters[bias_name].flatten() if has_bias else None
         if state.kind == "input" and groups > 1:
             state = _stacked(state)
+        # A shared input meets all networks' filters at once; otherwise each network is a group of channels.
         split = groups if state.kind == "input" else groups * state.networks
         return state.replaced(convolve(state.values, weight, bias, groups=split, **fixed), "maps")
 
@@ -282,12 +280,6 @@ def _flatten(module: nn.Flatten, name: str) -> _Layer | None:
     return lambda parameters, state, training: _features(state)
 
 
-_ELEMENTWISE = """
-    Identity ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign Hardtanh
-    Hardswish Hardsigmoid Softshrink Hardshrink Threshold Dropout
-"""
-_POOLING = "MaxPool AvgPool LPPool AdaptiveMaxPool AdaptiveAvgPool"
-
 _MAKERS: dict[type[nn.Module], Callable[[Any, str], _Layer | None]] = {
     nn.Sequential: _sequential,
     Residual: _residual,
@@ -295,6 +287,6 @@ _MAKERS: dict[type[nn.Module], Callable[[Any, str], _Layer | None]] = {
     nn.Flatten: _flatten,
     **{getattr(nn, f"Conv{rank}d"): _conv for rank in (1, 2, 3)},
     **{getattr(nn, f"BatchNorm{rank}d"): _batch_norm for rank in (1, 2, 3)},
-    **{getattr(nn, name): _elementwise for name in _ELEMENTWISE.split()},
-    **{getattr(nn, f"{kind}{rank}d"): _pooling for kind in _POOLING.split() for rank in (1, 2, 3)},
+    **{getattr(nn, name): _elementwise for name in ELEMENTWISE.split()},
+    **{getattr(nn, f"{kind}{rank}d"): _pooling for kind in POOLING.split() for rank in (1, 2, 3)},
 }

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property, partial
 from itertools import islice, pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from triptych_common.fields import Checked, Ge, check_fields
 from triptych_common.randomness import generator, permutation
 from triptych_common.storage.checkpoint import digest
 
@@ -26,24 +27,20 @@ from triptych_gpt.tasks.task import Cohort, Metric, Prompts, Speed, Task, Trajec
 
 @dataclass(frozen=True)
 class Items:
-    """One part of a data set, in memory.
-
-    Raises ValueError for inputs that are not floating-point, or not as many as targets.
-    """
+    """One part of a data set. Raises ValueError for inputs that are not floating-point, or not as many as targets."""
 
     inputs: Float[Tensor, "items *shape"]
     targets: Tensor
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets) or not len(self.inputs):
-            raise ValueError(
-                f"{len(self.inputs)} inputs and {len(self.targets)} targets: expected as many, at least one"
-            )
+            counts = f"{len(self.inputs)} inputs and {len(self.targets)} targets"
+            raise ValueError(f"{counts}: expected as many, at least one")
         if not self.inputs.is_floating_point():
             raise ValueError(f"inputs of {self.inputs.dtype}: expected floating-point, normalised; use .float()")
 
     def spread(self, count: int) -> "Items":
-        """Items spread evenly over all, `count` at most."""
+        """At most `count` items, evenly spread over all."""
         count = min(count, len(self.inputs))
         chosen = torch.arange(count) * len(self.inputs) // count
         return Items(self.inputs[chosen], self.targets[chosen])
@@ -53,9 +50,9 @@ class Items:
 
 
 def describe(thing: Any) -> str:
-    """A callable as a recipe notes it, alike in every process: a function by its name, anything else with its settings.
+    """A callable as text, the same in every process: a function's name, or an object's type and settings.
 
-    Raises ValueError for what has neither.
+    Raises ValueError for an object whose settings are unknown.
     """
     if isinstance(thing, partial):
         parts = [*map(describe, thing.args), *(f"{name}={describe(value)}" for name, value in thing.keywords.items())]
@@ -71,16 +68,12 @@ def describe(thing: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Checked):
     """A metric that is the mean of a measure over one part of the data."""
 
     metric: Metric
     part: Literal["train", "test"]
     measure: Measure
-
-    def __post_init__(self) -> None:
-        if self.part not in ("train", "test"):
-            raise ValueError(f"part {self.part!r} of metric {self.metric.name}: expected train or test")
 
 
 def classification(loss: Prompts | None = None, error: Prompts | None = None) -> tuple[Score, ...]:
@@ -89,9 +82,7 @@ def classification(loss: Prompts | None = None, error: Prompts | None = None) ->
         Score(Metric("test_loss", "lower", loss, "mean cross-entropy of the test items, nats"), "test", cross_entropy),
         Score(Metric("test_error", "lower", error, "fraction of test items misclassified"), "test", zero_one),
         Score(
-            Metric("train_loss", "lower", loss, "mean cross-entropy of some training items, nats"),
-            "train",
-            cross_entropy,
+            Metric("train_loss", "lower", loss, "mean cross-entropy of training items, nats"), "train", cross_entropy
         ),
     )
 
@@ -104,10 +95,9 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class SupervisedTask(Task):
     """Networks trained by minibatches of labelled items.  [thesis 3.3, Algorithm 1]
 
-    network: builds one, freshly drawn, anything from an `nn.Sequential` (fast, and its symmetry is derived) to any module
-    whose forward pass takes a batch (give `permutations` where derivation fails). data: the "train" and "test" items.
-    augment: what training inputs go through each time. scored_train_items: how many training items `train_loss` is the
-    mean over, spread evenly over the set. Epochs reshuffle the items and drop the last, smaller batch.
+    network: builds a freshly initialised one: best an `nn.Sequential`, which is fast and whose symmetry is derived, or any module
+    whose forward pass takes a batch. permutations: the symmetry of one for which derivation fails. data: the "train" and "test"
+    items. scored_train_items: number of training items, evenly spread over the set, that `train_loss` is the mean of.
 
     Raises ValueError, when used, for a batch larger than the data or a network whose symmetry cannot be derived.
     """
@@ -115,19 +105,17 @@ class SupervisedTask(Task):
     name: str
     network: Callable[[], nn.Module]
     data: Callable[[str], Items]
-    epochs: int
-    batch_size: int = 128
+    epochs: Annotated[int, Ge(1)]  # each reshuffles the items and drops the last, smaller batch
+    batch_size: Annotated[int, Ge(1)] = 128
     optimizer: OptimizerSettings = field(default_factory=momentum_sgd)
     loss: Measure = cross_entropy
     scores: tuple[Score, ...] = field(default_factory=classification)
     augment: Augment | None = None
-    scored_train_items: int = 500
+    scored_train_items: Annotated[int, Ge(1)] = 500
     permutations: PermutationSpec | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "scored_train_items"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        check_fields(self)
         names = [score.metric.name for score in self.scores]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"scores {', '.join(names) or 'missing'}: expected at least one, each of another name")
@@ -146,16 +134,13 @@ class SupervisedTask(Task):
         return self.permutations or derive(self.stack.network)
 
     def check_symmetry(self) -> None:
-        """Raises ValueError where permuted networks compute something else on the task's own items: derivation knows nothing
-        of the shape of inputs, and a spec declared by hand may be wrong.
-        """
+        """Raises ValueError if permuted networks compute something else on the task's own items."""
+        # Derivation does not know the shape of inputs, and a spec declared by hand may be wrong.
         theta, inputs = self.initial(0, range(3)), self.items["test"].inputs[:8]
         difference = check_invariance(forward_of(self.stack.network), self.symmetry, theta.double(), inputs.double())
         if not difference < 1e-8:
-            raise ValueError(
-                f"task {self.name}: permuting hidden units changes outputs by {difference:.2g}; declare permutations= that "
-                "leave them as they are"
-            )
+            problem = f"permuting hidden units changes outputs by {difference:.2g}"
+            raise ValueError(f"task {self.name}: {problem}; declare permutations= that leave them as they are")
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -172,7 +157,7 @@ class SupervisedTask(Task):
 
     @cached_property
     def scored(self) -> Mapping[str, Items]:
-        """What networks are scored on."""
+        """The items that networks are scored on."""
         return {"train": self.items["train"].spread(self.scored_train_items), "test": self.items["test"]}
 
     @property
@@ -187,14 +172,15 @@ class SupervisedTask(Task):
         return self.epochs * self.steps_per_epoch
 
     def recipe(self) -> dict[str, Any]:
-        parts = {part: {"inputs": items.inputs.contiguous(), "targets": items.targets.contiguous()}
-                 for part, items in self.items.items()}  # fmt: skip
+        data = {"name": describe(self.data)}
+        for part, items in self.items.items():
+            data[part] = digest({"inputs": items.inputs.contiguous(), "targets": items.targets.contiguous()})[:16]
         return {
             "network": str(self.stack.network),
-            "builder": describe(self.network),  # how it is drawn is not in its layers' names
+            "builder": describe(self.network),  # layers' names do not say how they are initialised
             "trained": list(self.stack.trainable),
             "layout": self.layout.to_json(),
-            "data": {"name": describe(self.data), **{part: digest(items)[:16] for part, items in parts.items()}},
+            "data": data,
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "loss": describe(self.loss),
@@ -229,29 +215,29 @@ class SupervisedTask(Task):
         return Trajectories(theta.cpu(), record, {"minibatch_loss": losses})
 
     def minibatches(self, train: Items, cohort: Cohort, runs: range) -> Iterator[tuple[Tensor, Tensor]]:
-        """What some runs of a cohort see, step by step: [items, ...] shared, or [runs, items, ...]."""
+        """The minibatches of some runs of a cohort, step by step: [items, ...] if shared, else [runs, items, ...]."""
         orders = [f"cohort-{cohort.number}"] if cohort.shared_batches else [f"run-{run}" for run in runs]
         for step in range(self.steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if batch == 0:
                 shuffled = self._shuffled(cohort.seed, orders, epoch).to(train.targets.device)
             chosen = shuffled[:, batch * self.batch_size : (batch + 1) * self.batch_size]
-            seen = (train.inputs.index_select(0, rows) for rows in chosen)
-            inputs = [self._seen(x, cohort.seed, order, step) for x, order in zip(seen, orders, strict=True)]
+            inputs = [train.inputs.index_select(0, rows) for rows in chosen]
+            if self.augment is not None:
+                sources = [generator(cohort.seed, f"augment/{order}", step) for order in orders]
+                inputs = [self.augment(x, source) for x, source in zip(inputs, sources, strict=True)]
             if cohort.shared_batches:
                 yield inputs[0], train.targets[chosen[0]]
             else:
                 yield torch.stack(inputs), train.targets[chosen]
 
     def _shuffled(self, seed: int, orders: Sequence[str], epoch: int) -> Int[Tensor, "orders items"]:
-        """The items each order sees in an epoch; 32 bits, since a thousand runs have a thousand orders of all items."""
+        """The items of each order in an epoch, without the last, smaller batch."""
+        # 32 bits, since a thousand runs may have a thousand orders of all items.
         shuffled = torch.empty(len(orders), self.steps_per_epoch * self.batch_size, dtype=torch.int32)
         for row, order in zip(shuffled, orders, strict=True):
             row.copy_(permutation(seed, f"batches/{order}", epoch, len(self.items["train"].inputs))[: len(row)])
         return shuffled
-
-    def _seen(self, inputs: Tensor, seed: int, order: str, step: int) -> Tensor:
-        return inputs if self.augment is None else self.augment(inputs, generator(seed, f"augment/{order}", step))
 
     def evaluate(self, theta: Float[Tensor, "n D"]) -> dict[str, Float[Tensor, " n"]]:
         parts = []
@@ -261,13 +247,12 @@ class SupervisedTask(Task):
             parts += [Scored(items.inputs, items.targets, measures)] if measures else []
         room = (1 << (20 if theta.device.type == "cpu" else 28)) // self.stack.widest(parts[0].inputs[:1])
         items_at_once = min(1000, max(16, room))
-        found = score_networks(
-            self.stack, theta, parts, networks_at_once=max(1, room // items_at_once), items_at_once=items_at_once
-        )
-        return {metric.name: found[metric.name] for metric in self.metrics}
+        at_once = max(1, room // items_at_once)
+        scores = score_networks(self.stack, theta, parts, networks_at_once=at_once, items_at_once=items_at_once)
+        return {metric.name: scores[metric.name] for metric in self.metrics}
 
     def measure(self, device: torch.device, cohort_runs: int, shared_batches: bool = True) -> Speed:
-        """Times some steps of as many networks as the cohort has, or of fewer, and the scoring of their first state."""
+        """Time some steps of various numbers of networks, the cohort's at most, and the scoring of their first state."""
         train, theta = self.items["train"].to(device, torch.float32), self.initial(0, range(cohort_runs)).to(device)
 
         def take(networks: int, steps: int) -> None:
@@ -287,7 +272,7 @@ class SupervisedTask(Task):
 
 
 def seconds_each(work: Callable[[int], object], most: int) -> float:
-    """How long one of several equal pieces of work takes, when as many are done at once as a quarter of a second has time for."""
+    """Seconds for one of several equal pieces of work, with as many done at once as fit into a quarter of a second."""
     work(1)  # warm-up
 
     def timed(count: int) -> float:
@@ -301,7 +286,7 @@ def seconds_each(work: Callable[[int], object], most: int) -> float:
 
 
 def candidate_counts(cohort_runs: int) -> list[int]:
-    """Numbers of networks worth timing, the whole cohort and its halves down to eight."""
+    """Numbers of networks worth timing: the whole cohort and repeated halves down to eight."""
     counts = [cohort_runs]
     while counts[-1] > 8:
         counts.append(-(-counts[-1] // 2))
@@ -309,33 +294,32 @@ def candidate_counts(cohort_runs: int) -> list[int]:
 
 
 def even_slices(total: int, at_most: int) -> list[slice]:
-    """As few slices of 0 .. total-1 as that size permits, about equally long."""
+    """As few slices of 0 .. total-1 as the size permits, about equally long."""
     parts = -(-total // at_most)
     bounds = [total * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def recorded_steps(cohort: Cohort, steps: int) -> Int[Tensor, "runs checkpoints"]:
-    """After how many steps each run is recorded: none, random ones without replacement, all.  [thesis 3.3]
+    """Numbers of steps after which each run is recorded: 0, random ones without replacement, and all.  [thesis 3.3]
 
-    All steps between are equally likely; `cohort.early` draws half of them (of an odd number the smaller half) with a
-    probability that falls as 1 / step. Raises ValueError where the run has too few steps, or fewer than two checkpoints are wanted.
+    Every step in between is equally likely; with `cohort.early`, half of them (the smaller half of an odd number) are sampled with
+    a probability that falls as 1 / step. Raises ValueError for fewer than two checkpoints, or more than the run has.
     """
     if not 2 <= cohort.checkpoints <= steps + 1:
-        raise ValueError(
-            f"checkpoints {cohort.checkpoints}: expected 2 to {steps + 1:,}, one before each of the {steps:,} steps and a last"
-        )
-    inner = cohort.checkpoints - 2
-    drawn = [_drawn_steps(cohort, run, steps, inner) for run in cohort.runs]
+        expected = f"2 to {steps + 1:,}, one before each of the {steps:,} steps and a last"
+        raise ValueError(f"checkpoints {cohort.checkpoints}: expected {expected}")
+    inner = [_inner_steps(cohort, run, steps, cohort.checkpoints - 2) for run in cohort.runs]
     ends = torch.tensor([0, steps]).expand(len(cohort.runs), 2)
-    return torch.cat([ends, torch.stack(drawn)], dim=1).sort(1).values
+    return torch.cat([ends, torch.stack(inner)], dim=1).sort(1).values
 
 
-def _drawn_steps(cohort: Cohort, run: int, steps: int, count: int) -> Int[Tensor, " count"]:
+def _inner_steps(cohort: Cohort, run: int, steps: int, count: int) -> Int[Tensor, " count"]:
     order = torch.randperm(steps - 1, generator=generator(cohort.seed, "recorded", run)) + 1
     if not cohort.early or count == 0:
         return order[:count]
-    # The largest of u^(1 / weight), u uniform, are a draw without replacement by weight (Efraimidis and Spirakis 2006).
+    # The largest of u^(1 / weight), u uniform, are a sample without replacement by weight (Efraimidis and Spirakis 2006). Here the
+    # weight is 1 / step, so that log u is multiplied by the step.
     u = torch.rand(steps - 1, generator=generator(cohort.seed, "recorded early", run), dtype=torch.float64)
     first = (u.log() * torch.arange(1, steps)).topk(count // 2).indices + 1
     rest = order[~torch.isin(order, first)]

@@ -1,7 +1,6 @@
-"""What a task is: networks that are trained in many runs, and the metrics their checkpoints are scored by.
+"""What a task is: networks that are trained in many runs, and the metrics that score their checkpoints.
 
-A task need not be supervised. All it promises is a layout of theta, its symmetry, metrics, initial networks, cohorts of
-training runs and scores; how it trains is its own affair.
+A task need not be supervised: how it trains is its own affair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +17,11 @@ from triptych_gpt.symmetry.spec import PermutationSpec
 
 @dataclass(frozen=True)
 class Prompts:
-    """Which values of a metric to ask a generative model for.  [thesis 3.4]
+    """Which values of a metric to prompt a generative model with.  [thesis 3.4]"""
 
-    best: what one-step prompting asks for; recursive: what recursive prompting asks for; worst: the largest (smallest, where
-    higher is better) value of a sweep, as a fraction of a random network's.
-    """
-
-    best: float
-    recursive: float
-    worst: float = 1.0
+    best: float  # for one update
+    recursive: float  # for recursive updates
+    worst: float = 1.0  # end of a sweep, as a fraction of a random network's value
 
 
 @dataclass(frozen=True)
@@ -41,11 +36,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Cohort:
-    """A unit of work: consecutive runs that are trained together, lie in one shard and never in two splits.
+    """A unit of work: consecutive runs that are trained together, and lie in one shard and one split.
 
-    number: of the cohort; its runs share minibatches unless `shared_batches` is off. Everything a run does is a function of
-    (seed, run), and of the cohort's number where minibatches are shared: how many networks are trained at once changes rounding
-    only. early: half of the checkpoints between the first and the last crowd the beginning of a run, where metrics change fast.
+    Everything in a run is a function of (seed, run), and of the cohort's number if minibatches are shared; how many networks are
+    trained at once changes rounding only.
     """
 
     seed: int
@@ -54,15 +48,15 @@ class Cohort:
     checkpoints: int = 200
     initialiser: str = "default"
     shared_batches: bool = True
+    # Half of the inner checkpoints are then mostly from the beginning of a run, where metrics change fast.
     early: bool = False
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Checkpoints of some runs: `steps` optimiser steps after the start of each.
+    """Checkpoints of some runs, `steps` optimiser steps after the start of each.
 
-    metrics holds what is measured while training, for each checkpoint: beyond `Task.metrics`, or in place of some of them where
-    scoring theta alone cannot give them.
+    metrics: measured during training, besides `Task.metrics`, or in place of those that theta alone does not determine.
     """
 
     theta: Float[Tensor, "runs checkpoints D"]
@@ -72,7 +66,7 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a short measurement says: the best number of networks to train at once, and what a run then takes."""
+    """Result of a short measurement: the best number of networks to train at once, and what a run then takes."""
 
     networks_at_once: int
     seconds_per_run: float
@@ -80,7 +74,9 @@ class Speed:
 
 
 class _Nominal(type(Protocol)):  # type: ignore[misc]
-    """A class that inherits from the protocol is an instance of it: Python 3.11 would read its properties, and so load its data."""
+    """Makes instances of a class that inherits from the protocol instances of it without a look at their attributes."""
+
+    # Python 3.11 would read a task's properties, and so load its data.
 
     def __instancecheck__(cls, instance: object) -> bool:
         return cls in type(instance).__mro__ or super().__instancecheck__(instance)
@@ -88,55 +84,44 @@ class _Nominal(type(Protocol)):  # type: ignore[misc]
 
 @runtime_checkable
 class Task(Protocol, metaclass=_Nominal):
-    """What collecting, training and scoring ask of a task."""
+    """What collecting, training and scoring need of a task."""
 
     name: str
 
     @property
     def layout(self) -> ParameterLayout:
         """Order of the parameters in theta."""
-        ...
 
     @property
     def symmetry(self) -> PermutationSpec:
         """Permutations of theta that leave the network's function as it is."""
-        ...
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """What `evaluate` scores, the one to prompt for first."""
-        ...
+        """What `evaluate` scores, the metric to prompt for first."""
 
     @property
     def initialisers(self) -> tuple[str, ...]:
-        """Ways to draw a network before training, the task's own first."""
-        ...
+        """Names of ways to initialise a network, the task's own first."""
 
     @property
     def steps(self) -> int:
         """Optimiser steps of a run."""
-        ...
 
     def recipe(self) -> dict[str, Any]:
-        """Everything that decides what a run is, JSON-able: two zoos of one recipe are the same zoo."""
-        ...
+        """Everything that decides what a run is, JSON-able: zoos of one recipe are the same zoo."""
 
     def settings(self) -> dict[str, Any]:
-        """What the index notes of every run: the optimiser's settings."""
-        ...
+        """Settings of every run for the index, such as the optimiser's."""
 
     def initial(self, seed: int, runs: Sequence[int], initialiser: str = "default") -> Float[Tensor, "runs D"]:
         """Networks before training, float32 on the CPU; a function of (seed, run) and the initialiser alone."""
-        ...
 
     def train_cohort(self, cohort: Cohort, device: torch.device, networks_at_once: int) -> Trajectories:
         """Train the cohort's runs; returns their checkpoints on the CPU."""
-        ...
 
     def evaluate(self, theta: Float[Tensor, "n D"]) -> dict[str, Float[Tensor, " n"]]:
         """Every metric of some networks, scored on theta's device."""
-        ...
 
     def measure(self, device: torch.device, cohort_runs: int, shared_batches: bool = True) -> Speed:
         """How fast this machine trains and scores, `cohort_runs` networks at once at most."""
-        ...

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -26,14 +25,13 @@ from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig
 from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
 from triptych_gpt.zoo.store import DTYPES, MANIFEST, OWN_COLUMNS, SHARDS, Manifest, to_repair
 
-RECIPE_VERSION = 1  # raised whenever the same recipe would give other runs
+RECIPE_VERSION = 1  # raised whenever the same recipe gives other runs
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Make the zoo in `config.out`, or what is missing of it; returns where it is and what it holds.
 
-    Raises ValueError for a request that does not fit the task or the zoo that is there, OSError when the disk refuses: all
-    cohorts written before are kept.
+    Raises ValueError for a request that does not fit the task or the existing zoo, OSError if files cannot be written.
     """
     task, identity = request(config)
     _refuse_another(config.out, identity)
@@ -42,41 +40,33 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         again, missing = _damaged(manifest, config), _missing(manifest, config)
         if missing or again:
             _collect(manifest, [*again, *missing], {work.shard for work in again}, config)
+        elif config.runs_asked:
+            echo(f"{config.out} has its {config.runs_asked:,} runs already")
         else:
-            echo(
-                f"{config.out} has its {config.runs_asked:,} runs already"
-                if config.runs_asked
-                else "nothing is damaged"
-            )
+            echo("nothing is damaged")
     return _summary(manifest, config)
 
 
 def spec_of(config: CollectConfig) -> TaskSpec:
-    """The task as workers open it: the path of a user's own file is made absolute."""
+    """The task as workers open it, with the absolute path of a user's file."""
     path, colon, name = config.task.rpartition(":")
     own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else config.task
     return TaskSpec(own, config.data, config.epochs)
 
 
 def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
-    """The task to collect, and everything that decides what its zoo is.
-
-    Raises ValueError or OSError where this command could not collect it.
-    """
-    task = spec_of(config).open()
+    """The task to collect, and all that decides what its zoo is. Raises ValueError or OSError if it cannot be collected."""
+    spec = spec_of(config)
+    task = spec.open()
     with one_line(f"task {task.name}"):
         task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
-        identity: dict[str, Any] = {
-            "recipe_version": RECIPE_VERSION,
-            "task": task.name,
-            "recipe": task.recipe(),
-            **spec_of(config).source(),
-        }
-        recipe_digest(identity["recipe"])  # JSON, that is
+        identity: dict[str, Any] = {"recipe_version": RECIPE_VERSION, "task": task.name, "recipe": task.recipe()}
+        identity |= spec.source()
+        recipe_digest(identity["recipe"])  # refuses one that is not JSON-able
         _check(config, task)
         if isinstance(task, SupervisedTask):
             task.check_symmetry()
-    early = {"early": True} if config.early else {}  # left out otherwise: older zoos know nothing of it
+    early = {"early": True} if config.early else {}  # left out otherwise, as in zoos that are older than the option
     return task, identity | {name: getattr(config, name) for name in IDENTITY} | early
 
 
@@ -84,22 +74,19 @@ def _check(config: CollectConfig, task: Task) -> None:
     if config.initialiser not in task.initialisers:
         raise ValueError(f"initialiser {config.initialiser!r}: expected one of {', '.join(task.initialisers)}")
     if config.checkpoints > task.steps + 1:
-        raise ValueError(
-            f"checkpoints {config.checkpoints}: a run of {task.name} takes {task.steps:,} steps, so expected 2 to "
-            f"{task.steps + 1:,}"
-        )
+        steps = f"a run of {task.name} takes {task.steps:,} steps"
+        raise ValueError(f"checkpoints {config.checkpoints}: {steps}, so expected 2 to {task.steps + 1:,}")
     names = [*OWN_COLUMNS, *SETTINGS, "minibatch_loss", *(metric.name for metric in task.metrics), *task.settings()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"task {task.name}: {twice[0]!r} would name two columns of the index; rename its metric or setting"
-        )
+        problem = f"{twice[0]!r} would name two columns of the index; rename its metric or setting"
+        raise ValueError(f"task {task.name}: {problem}")
     _device(config.device)
 
 
 @cache
 def _device(name: str) -> torch.device:
-    """The device to collect on. Raises ValueError for one that is not here."""
-    with process_group(name) as ranks:
+    """The device to collect on. Raises ValueError for one that is not available."""
+    with process_group(name) as ranks:  # of "cuda", the first GPU; here it means all of them
         return torch.device("cuda") if name in ("auto", "cuda") and ranks.device.type == "cuda" else ranks.device
 
 
@@ -108,15 +95,13 @@ def _processes(config: CollectConfig) -> int:
         return 1
     if config.workers is not None:
         return config.workers
-    return torch.cuda.device_count() if _device(config.device).type == "cuda" else _cores()
-
-
-def _cores() -> int:
+    if _device(config.device).type == "cuda":
+        return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def preview(config: CollectConfig) -> dict[str, Any]:
-    """What --dry-run prints: cost of the requested runs, as if the zoo held none yet."""
+    """What --dry-run prints: the cost of the requested runs, as if the zoo had none yet."""
     (task, identity), runs, processes = request(config), config.runs_asked, _processes(config)
     speed = _measured(task, config)
     seconds = speed.seconds_per_run + config.checkpoints * speed.seconds_per_score
@@ -139,7 +124,7 @@ def preview(config: CollectConfig) -> dict[str, Any]:
 
 
 def _measured(task: Task, config: CollectConfig) -> Speed:
-    """A short measurement on one thread, as a worker has it."""
+    """A short measurement on one thread, as in a worker."""
     device, threads = _device(config.device), torch.get_num_threads()
     torch.set_num_threads(1)
     most = 4096 if device.type == "cuda" else 256  # more was never faster
@@ -151,7 +136,7 @@ def _measured(task: Task, config: CollectConfig) -> Speed:
 
 
 def _refuse_another(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Raises ValueError for a zoo of another recipe, or shards that have lost their manifest."""
+    """Raises ValueError for a zoo of another recipe, or shards without their manifest."""
     if (folder / MANIFEST).exists():
         if changed := differences(Manifest.read(folder).facts.get("recipe"), json.loads(json.dumps(identity))):
             raise ValueError(f"{folder}: a zoo of another recipe, {changed}; repeat its settings, or use another --out")
@@ -160,9 +145,10 @@ def _refuse_another(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) -> Manifest:
-    """The zoo's manifest, founded where there is none."""
+    """The zoo's manifest, created if there is none."""
     if (config.out / MANIFEST).exists():
         return Manifest.read(config.out)
+    # Measured only now, and saved: with another number, rounding would make the rest of the zoo differ.
     at_once = config.networks_at_once or _measured(task, config).networks_at_once
     facts = {
         "task": task.name,
@@ -180,7 +166,7 @@ def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) ->
 
 
 def _words(config: CollectConfig) -> list[str]:
-    """The command line that says what the zoo is."""
+    """The command line with every setting that decides what the zoo is."""
     words = [config.task]
     for name in ("data", "epochs", "early", *IDENTITY):
         value, flag = getattr(config, name), name.replace("_", "-")
@@ -196,34 +182,27 @@ def _work(runs: range, manifest: Manifest, config: CollectConfig) -> Work:
     )
     at_once = config.networks_at_once or manifest.facts["networks_at_once"]
     recipe = recipe_digest(manifest.facts["recipe"]["recipe"])
-    return Work(
-        spec_of(config),
-        recipe,
-        config.out.resolve(),
-        cohort,
-        split_of(number, config.split_every),
-        config.dtype,
-        at_once,
-    )
+    split = split_of(number, config.split_every)
+    return Work(spec_of(config), recipe, config.out.resolve(), cohort, split, config.dtype, at_once)
 
 
 def _missing(manifest: Manifest, config: CollectConfig) -> list[Work]:
     """Work for the requested runs that no shard covers."""
     have = {run for record in manifest.shards for run in range(record.first, record.stop)}
-    found = []
+    units = []
     for _, runs in cohorts(0, config.runs_asked, config.cohort_runs):
         absent = [run for run in runs if run not in have]
-        if absent:  # consecutive: a shard holds the first runs of a cohort, or the rest
-            found.append(_work(range(absent[0], absent[-1] + 1), manifest, config))
-    return found
+        if absent:  # consecutive, since a shard holds the first runs of a cohort, or the rest
+            units.append(_work(range(absent[0], absent[-1] + 1), manifest, config))
+    return units
 
 
 def _damaged(manifest: Manifest, config: CollectConfig) -> list[Work]:
     """Work for the shards whose files are not as they were written. Raises ValueError for them without --repair."""
-    found = to_repair(manifest, repair=config.repair)
-    for damage in found:
+    damaged = to_repair(manifest, repair=config.repair)
+    for damage in damaged:
         echo(f"{damage}; collecting it again")
-    names = {damage.shard for damage in found}
+    names = {damage.shard for damage in damaged}
     records = [record for record in manifest.shards if record.name in names]
     return [_work(range(record.first, record.stop), manifest, config) for record in records]
 
@@ -232,9 +211,8 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
     total = sum(len(unit.cohort.runs) for unit in units)
     processes = min(_processes(config), len(units))
     at_once = min(units[0].networks_at_once, max(len(unit.cohort.runs) for unit in units))
-    echo(
-        f"{total:,} runs in {_count(len(units), 'cohort')}, {at_once} networks at once in each of {_count(processes, 'process')}"
-    )
+    each = f"{at_once} networks at once in each of {_count(processes, 'process')}"
+    echo(f"{total:,} runs in {_count(len(units), 'cohort')}, {each}")
     results = workers.run(
         config.engine, collect_cohort, units, workers.devices(_device(config.device), processes), preload=PRELOAD,
         remedy="use fewer --workers or a smaller --cohort-runs, and repeat", extra="triptych-gpt[ray]",
@@ -251,26 +229,19 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
 
 
 def _summary(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
-    """Print and return what the zoo holds now. Raises ValueError where every run was dropped."""
-    kept, dropped = Counter(train=0, validation=0, test=0), Counter[str]()
-    for record in manifest.shards:
-        kept[record.split] += len(record.runs)
-        dropped.update(record.dropped.values())
-    if not kept.total():
+    """Print and return what the zoo holds now. Raises ValueError if every run was dropped."""
+    counts, dropped = manifest.counts()
+    kept = {"train": 0, "validation": 0, "test": 0, **counts}
+    if not sum(kept.values()):
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common(3))
         raise ValueError(f"{config.out}: every run was dropped ({reasons}); train otherwise, into another --out")
     splits = {record.split for record in manifest.shards}
     for split, cohort in (("test", "second"), ("validation", "third")):
         if split not in splits:
             echo(f"no {split} runs: they would be the {cohort} cohort of {config.cohort_runs:,}; raise --runs")
-    echo(f"{kept.total():,} runs ({dropped.total():,} dropped), {manifest.bytes / 1e9:,.3f} GB: {config.out}")
-    return {
-        "zoo": config.out,
-        "manifest": config.out / MANIFEST,
-        "runs": dict(kept),
-        "dropped": dropped.total(),
-        "bytes": manifest.bytes,
-    }
+    echo(f"{sum(kept.values()):,} runs ({dropped.total():,} dropped), {manifest.bytes / 1e9:,.3f} GB: {config.out}")
+    held = {"runs": kept, "dropped": dropped.total(), "bytes": manifest.bytes}
+    return {"zoo": config.out, "manifest": config.out / MANIFEST, **held}
 
 
 def _count(n: int, noun: str) -> str:

@@ -14,12 +14,12 @@ NEW_ZOO_RUNS = 1000
 
 @dataclass(frozen=True)
 class CollectConfig(CommonOptions):
-    """Train networks in many runs and keep their checkpoints. Repeating the command resumes; more --runs extend the zoo."""
+    """Train networks in many runs and save their checkpoints. Repeating the command resumes; more --runs extend the zoo."""
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")] = tyro.MISSING
     """mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME for a task of your own"""
     runs: Annotated[int | None, Ge(1)] = None
-    """training runs the zoo shall have, those dropped included; default: 1,000, or none more with --repair"""
+    """training runs of the finished zoo, including dropped ones; default: 1,000, or none more with --repair"""
     out: Path = Path("runs/zoo")
     """folder of the zoo"""
     data: str | None = None
@@ -29,16 +29,16 @@ class CollectConfig(CommonOptions):
     checkpoints: Annotated[int, Ge(2)] = 200
     """of each run: before training, after random steps, and after the last"""
     early: bool = False
-    """draw half of those steps mostly from the beginning of a run (by 1 / step), where metrics change fast"""
+    """sample half of those steps mostly from the beginning of a run (by 1 / step), where metrics change fast"""
     initialiser: str = "default"
-    """how networks are drawn: default, or xavier, kaiming, orthogonal with _uniform or _normal"""
+    """how networks are initialised: default, or xavier, kaiming, orthogonal with _uniform or _normal"""
     cohort_runs: Annotated[int, Ge(1)] = 100
     """runs that share their minibatches (which makes them faster, and correlates them), a shard and a split; what an
     interruption costs each process at most"""
     shared_batches: bool = True
     """off: every run has its own minibatches"""
     split_every: Annotated[int, Ge(3)] = 10
-    """of so many cohorts one is for testing and one for validation"""
+    """one of this many cohorts is for testing and one for validation"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of stored parameters; bfloat16 takes half the bytes, and metrics are of what is stored"""
     engine: Literal["local", "ray", "here"] = "local"
@@ -57,11 +57,11 @@ class CollectConfig(CommonOptions):
 
     @property
     def runs_asked(self) -> int:
-        """Runs the zoo shall have, 0 where it shall only be repaired."""
+        """Runs of the finished zoo, 0 if it is only to be repaired."""
         return self.runs if self.runs is not None else 0 if self.repair else NEW_ZOO_RUNS
 
 
-PRESETS = {  # thesis 3.3: the released data sets' numbers of runs
+PRESETS = {  # the released data sets' numbers of runs, thesis 3.3
     "mnist": CollectConfig(task="mnist_mlp", runs=10_728),
     "cifar10": CollectConfig(task="cifar_cnn", runs=56_840),
     "laptop": CollectConfig(task="mnist_mlp_14", runs=6000, checkpoints=40, early=True, split_every=20),

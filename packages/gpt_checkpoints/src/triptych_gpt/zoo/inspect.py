@@ -1,15 +1,13 @@
-"""Commands that read a zoo: what it holds, whether it is whole, and one checkpoint of it as a plain state dict."""
+"""Commands that read a zoo: describe it, verify it, and export one of its checkpoints as a plain state dict."""
 
-from collections import Counter
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from triptych_common.cli import echo
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint, foreign
 
+from triptych_gpt.evaluation.records import plain
 from triptych_gpt.settings import PICKLE_SUFFIXES, ExportConfig, InfoConfig, VerifyConfig
 from triptych_gpt.zoo.store import Manifest, damages
 from triptych_gpt.zoo.zoo import Zoo
@@ -18,10 +16,7 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 
 def info(config: InfoConfig) -> dict[str, Any]:
-    """What the zoo holds.
-
-    Raises FileNotFoundError where there is none, ValueError for a damaged one.
-    """
+    """Describe what the zoo holds. Raises FileNotFoundError if there is none, ValueError for a damaged one."""
     zoo = Zoo(config.zoo)
     result = facts_of(zoo)
     rows = {
@@ -46,15 +41,14 @@ def info(config: InfoConfig) -> dict[str, Any]:
 
 def facts_of(zoo: Zoo) -> dict[str, Any]:
     """Counts, sizes and quantiles of the metrics over all runs, JSON-able."""
-    size = zoo.manifest.bytes
-    count = len(zoo) * zoo.checkpoints
+    size, count = zoo.manifest.bytes, len(zoo) * zoo.checkpoints
     return {
         "zoo": str(zoo.path),
         "task": zoo.task,
         "parameters": zoo.layout.size,
         "dtype": zoo.facts["dtype"],
         "runs": zoo.splits,
-        "dropped": dict(Counter(zoo.dropped.values()).most_common()),
+        "dropped": dict(zoo.manifest.counts()[1].most_common()),
         "checkpoints_per_run": zoo.checkpoints,
         "checkpoints": count,
         "shards": len(zoo.manifest.shards),
@@ -69,32 +63,25 @@ def _moments(zoo: Zoo, name: str) -> dict[str, Any]:
     values = zoo.metrics(name)
     best = values.amin(1) if zoo.better[name] == "lower" else values.amax(1)
     moments = {"initial": values[:, 0], "final": values[:, -1], "best": best}
-    return {"better": zoo.better[name], **{moment: _quantiles(found) for moment, found in moments.items()}}
-
-
-def _quantiles(values: Float[Tensor, " runs"]) -> list[float | None]:
-    """None where there is no number: JSON has no NaN."""
-    found = torch.quantile(values.double(), torch.tensor(QUANTILES, dtype=torch.float64))
-    return [value if value == value else None for value in found.tolist()]
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    quantiles = {moment: torch.quantile(found.double(), levels) for moment, found in moments.items()}
+    return {"better": zoo.better[name], **plain(quantiles)}
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
     """Compare every file with its checksum and report all that are damaged.
 
-    Raises FileNotFoundError where there is no zoo, ValueError where anything is damaged.
+    Raises FileNotFoundError if there is no zoo, ValueError if anything is damaged.
     """
     manifest = Manifest.read(config.zoo)
-    size = manifest.bytes
-    found = []
+    size, damaged = manifest.bytes, set()
     with Progress("verify", size, "bytes") as progress:
         for damage in damages(manifest, progress=progress.advance):
-            found.append(damage)
+            damaged.add(damage.shard)
             echo(str(damage))
-    if found:
-        shards = len({damage.shard for damage in found})
-        raise ValueError(
-            f"{config.zoo}: {shards:,} of {len(manifest.shards):,} shards damaged; run {manifest.remedy()}"
-        )
+    if damaged:
+        counts = f"{len(damaged):,} of {len(manifest.shards):,} shards damaged"
+        raise ValueError(f"{config.zoo}: {counts}; run {manifest.remedy()}")
     echo(f"{config.zoo}: {len(manifest.shards):,} shards, {size:,} bytes, all as they were written")
     return {"zoo": str(config.zoo), "shards": len(manifest.shards), "bytes": size, "damaged": 0}
 
@@ -102,34 +89,26 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write one checkpoint; returns what it is.
 
-    Raises FileNotFoundError where there is no zoo; ValueError for a run or checkpoint it does not hold, listing what it
-    does; OSError when the disk refuses.
+    Raises FileNotFoundError if there is no zoo, ValueError for a run or checkpoint that it lacks, OSError if writing fails.
     """
     zoo = Zoo(config.zoo)
     row = zoo.row_of(config.run)
     place = _checkpoint(zoo, row, config.checkpoint)
-    theta = zoo.theta([row], [place])[0]
-    state_dict = zoo.layout.unflatten(theta)
+    state_dict = zoo.layout.unflatten(zoo.theta([row], [place])[0])
     metrics = {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names}
-    facts = {
-        "task": zoo.task,
-        "run": config.run,
-        "split": str(zoo.runs.split[row]),
-        "checkpoint": place,
-        "step": int(zoo.steps[row, place]),
-        "metrics": metrics,
-    }
+    split, step = str(zoo.runs.split[row]), int(zoo.steps[row, place])
+    facts = {"task": zoo.task, "run": config.run, "split": split, "checkpoint": place, "step": step, "metrics": metrics}
     if config.out.suffix in PICKLE_SUFFIXES:
         foreign.write(config.out, state_dict)
     else:
         checkpoint.write(config.out, state_dict, {"kind": "state dict", **facts})
     scored = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-    echo(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {facts['step']:,} ({scored})")
+    echo(f"wrote {config.out}: {zoo.task}, run {config.run}, checkpoint {place} at step {step:,} ({scored})")
     return {"out": str(config.out), **facts}
 
 
 def _checkpoint(zoo: Zoo, row: int, text: str) -> int:
-    """Number of the checkpoint of a run that `text` asks for."""
+    """Number of the checkpoint of a run that `text` names, see `ExportConfig.checkpoint`."""
     if text.startswith("best:"):
         name = text.removeprefix("best:")
         values = zoo.metrics(name)[row]
@@ -140,7 +119,6 @@ def _checkpoint(zoo: Zoo, row: int, text: str) -> int:
         place = zoo.checkpoints
     if not -zoo.checkpoints <= place < zoo.checkpoints:
         metrics = ", ".join(f"best:{name}" for name in zoo.metric_names)
-        raise ValueError(
-            f"checkpoint {text!r}: expected 0..{zoo.checkpoints - 1}, -{zoo.checkpoints}..-1 from the end, or {metrics}"
-        )
+        places = f"0..{zoo.checkpoints - 1}, -{zoo.checkpoints}..-1 from the end"
+        raise ValueError(f"checkpoint {text!r}: expected {places}, or {metrics}")
     return place % zoo.checkpoints

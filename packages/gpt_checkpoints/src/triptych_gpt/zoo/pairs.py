@@ -1,7 +1,7 @@
 """Pairs of checkpoints of one run, as G.pt trains on them: theta and a later theta*, with the metrics of both.
 
-How they are drawn is a plain function of (seed, counters, number of runs, checkpoints of a run), a `Sampling`; row n of
-a batch depends on the seed and on counter n alone, so neither batch size nor interruptions change what is drawn.
+They are sampled by a function of (seed, counters, number of runs, checkpoints of a run), a `Sampling`. Each pair depends on the
+seed and its counter alone, so neither batch size nor interruptions change it.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from triptych_gpt.zoo.zoo import Zoo
 
 
 class Draw(NamedTuple):
-    """What a sampling draws: 0 <= run < runs, and two of its checkpoints, start < target."""
+    """The result of a sampling: 0 <= run < runs, and two of its checkpoints, start < target."""
 
     run: Int[Tensor, " n"]
     start: Int[Tensor, " n"]
@@ -36,12 +36,8 @@ def thesis(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> D
 
 
 def released(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
-    """As the released code draws: runs in turn, reshuffled every epoch; a spacing uniformly in 1 .. C-1, then a start
-    uniformly among those it leaves.
-
-    A start at the initialisation is then sum(1/s for s in 1 .. C-1) times as frequent as among uniform starts: 5.9 times
-    for 200 checkpoints.
-    """
+    """As in the released code: runs in turn, reshuffled every epoch; a spacing uniformly in 1 .. C-1, then a start uniformly."""
+    # The initialisation is thus the start sum(1/s for s in 1 .. C-1) times as often as in uniform starts: 5.9 times for C = 200.
     run = shuffled(seed, "pairs released run", counters, runs)
     spacing = 1 + _below(checkpoints - 1, seed, "pairs released spacing", counters)
     start = _below(checkpoints - spacing, seed, "pairs released start", counters)
@@ -58,13 +54,13 @@ SAMPLINGS: dict[str, Sampling] = {"thesis": thesis, "released": released, "ends"
 
 
 def stratified(metric: Float[Tensor, "runs checkpoints"], better: str = "lower") -> Sampling:
-    """A sampling that sees all of a metric's range, and much of its good end: among uniform pairs hardly a target is bad, since
-    a run is through its bad values in a few steps.
+    """A sampling of the whole range of a metric, and often of its good end.
 
-    Three tenths of the pairs are those that prompting asks for: from the initialisation to the checkpoint whose metric comes
-    nearest to a value drawn uniformly between the run's best and worst. Half lead from the initialisation to one of the run's
-    better half of checkpoints, a fifth are as in the thesis.
+    Three tenths of the pairs are what prompting needs: from the initialisation to the checkpoint whose metric is nearest to a value
+    uniform between the run's best and worst. Half lead from the initialisation to one of the run's better half of checkpoints, a
+    fifth are as in the thesis.
     """
+    # Uniform pairs hardly ever have a bad target, since a run passes through its bad values in a few steps.
     low, high = metric.amin(1), metric.amax(1)
     later = metric[:, 1:].argsort(dim=1, descending=better == "higher", stable=True) + 1  # the best first
     good = max(1, later.shape[1] // 2)
@@ -72,28 +68,25 @@ def stratified(metric: Float[Tensor, "runs checkpoints"], better: str = "lower")
     def draw(seed: int, counters: Sequence[int], runs: int, checkpoints: int) -> Draw:
         any_pair = thesis(seed, counters, runs, checkpoints)
         run, kind = any_pair.run, uniform(seed, "pairs stratified kind", counters)
-        asked = low[run] + (high - low)[run] * uniform(seed, "pairs stratified value", counters).float()
-        nearest = 1 + (metric[run, 1:] - asked[:, None]).abs().argmin(1)
-        among_good = later[run, _below(good, seed, "pairs stratified rank", counters)]
+        value = low[run] + (high - low)[run] * uniform(seed, "pairs stratified value", counters).float()
+        nearest = 1 + (metric[run, 1:] - value[:, None]).abs().argmin(1)
+        better_half = later[run, _below(good, seed, "pairs stratified rank", counters)]
         start = torch.where(kind < 0.8, 0, any_pair.start)
-        target = torch.where(kind < 0.3, nearest, torch.where(kind < 0.8, among_good, any_pair.target))
+        target = torch.where(kind < 0.3, nearest, torch.where(kind < 0.8, better_half, any_pair.target))
         return Draw(run, start, target)
 
     return draw
 
 
 class PairBatch(NamedTuple):
-    """n pairs: theta at `checkpoints` of `runs` (numbers), theta_star at the later `checkpoints_star` of the same runs.
-
-    places: of these runs among all that pairs are drawn from.
-    """
+    """n pairs: theta at `checkpoints` of `runs`, theta_star at the later `checkpoints_star` of the same runs."""
 
     theta: Float[Tensor, "n D"]
     theta_star: Float[Tensor, "n D"]
     metrics: dict[str, Float[Tensor, " n"]]
     metrics_star: dict[str, Float[Tensor, " n"]]
-    runs: Int[Tensor, " n"]
-    places: Int[Tensor, " n"]
+    runs: Int[Tensor, " n"]  # their numbers
+    places: Int[Tensor, " n"]  # their indices in `Pairs.rows`
     checkpoints: Int[Tensor, " n"]
     checkpoints_star: Int[Tensor, " n"]
 
@@ -101,8 +94,8 @@ class PairBatch(NamedTuple):
 class Pairs:
     """An endless sequence of pairs from the runs of one split of a zoo.
 
-    sampling: a name in SAMPLINGS, or a function of that kind. runs: only the first so many. Raises ValueError for another name,
-    or a split without runs.
+    sampling: a name in SAMPLINGS, or a function of that kind. runs: use only this many, the first ones. Raises ValueError for
+    another name, or a split without runs.
     """
 
     def __init__(
@@ -123,24 +116,21 @@ class Pairs:
     def draw(
         self, counters: Sequence[int], out: tuple[Float[Tensor, "n D"], Float[Tensor, "n D"]] | None = None
     ) -> PairBatch:
-        """The pairs at these counters, on the CPU; theta and theta_star are written into `out` where given.
-
-        Raises ValueError for a negative counter.
-        """
+        """The pairs at these counters, on the CPU, thetas in `out` if given. Raises ValueError for a negative counter."""
         if len(counters) and min(counters) < 0:
             raise ValueError(f"counter {min(counters)}: expected 0 or more")
-        drawn = self.sampling(self.seed, counters, len(self.rows), self.zoo.checkpoints)
-        rows, (theta, theta_star) = self.rows[drawn.run], out or (None, None)
+        run, start, target = self.sampling(self.seed, counters, len(self.rows), self.zoo.checkpoints)
+        rows, (theta, theta_star) = self.rows[run], out or (None, None)
         metrics = {name: self.zoo.metrics(name) for name in self.zoo.metric_names}
         return PairBatch(
-            theta=self.zoo.theta(rows, drawn.start, theta),
-            theta_star=self.zoo.theta(rows, drawn.target, theta_star),
-            metrics={name: values[rows, drawn.start] for name, values in metrics.items()},
-            metrics_star={name: values[rows, drawn.target] for name, values in metrics.items()},
+            theta=self.zoo.theta(rows, start, theta),
+            theta_star=self.zoo.theta(rows, target, theta_star),
+            metrics={name: values[rows, start] for name, values in metrics.items()},
+            metrics_star={name: values[rows, target] for name, values in metrics.items()},
             runs=torch.from_numpy(self.zoo.runs.run)[rows],
-            places=drawn.run,
-            checkpoints=drawn.start,
-            checkpoints_star=drawn.target,
+            places=run,
+            checkpoints=start,
+            checkpoints_star=target,
         )
 
 

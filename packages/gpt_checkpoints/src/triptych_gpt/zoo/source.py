@@ -1,4 +1,4 @@
-"""Which task a zoo is of: named, hashed, and opened again, as what trains on a zoo also has to score networks."""
+"""The task of a zoo, by name and hash, and opening it again: what trains on a zoo also has to score networks."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task as a process that has not opened it needs it: what `open_task` takes."""
+    """A task by the arguments of `open_task`, for processes that have not opened it."""
 
     task: str
     data: str | None = None
@@ -31,7 +31,7 @@ class TaskSpec:
         return open_task(self.task, data=self.data, epochs=self.epochs)
 
     def source(self) -> dict[str, str]:
-        """A hash of the file that a task of the user's own stands in: its functions are only names in the recipe."""
+        """A hash of a user's task file, since its functions are only names in the recipe."""
         path, _, _ = self.task.rpartition(":")
         return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
 
@@ -42,15 +42,15 @@ def recipe_digest(recipe: Mapping[str, Any]) -> str:
 
 
 def recipe_of(zoo: Zoo) -> str:
-    """What the zoo's runs are, as a short hash that models and results remember."""
+    """A short hash of the zoo's recipe, which models and results save."""
     return recipe_digest(zoo.facts.get("recipe", {}))[:16]
 
 
 def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
     """The zoo's task, and how it was opened.
 
-    task: a name or file.py:NAME in place of what the zoo tells, for a file that has moved or a zoo that was imported.
-    Raises ValueError for a task of another architecture, recipe or metrics than the zoo's.
+    task: a name or file.py:NAME instead of the zoo's own, for a file that has moved or a zoo that was imported.
+    Raises ValueError for a task of another architecture or recipe than the zoo's.
     """
     known = zoo.facts.get("opened_by") or {"task": zoo.task}
     spec = TaskSpec(**{**known, "task": task or known["task"]})
@@ -58,22 +58,18 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
         opened = spec.open()
         recipe = opened.recipe()
     if opened.layout != zoo.layout:
-        raise ValueError(
-            f"task {spec.task}: networks of {opened.layout.size:,} parameters, the zoo's have {zoo.layout.size:,}; give the "
-            "zoo's own with --task"
-        )
+        sizes = f"networks of {opened.layout.size:,} parameters, the zoo's have {zoo.layout.size:,}"
+        raise ValueError(f"task {spec.task}: {sizes}; give the zoo's own with --task")
     collected = zoo.facts.get("recipe", {}).get("recipe")
     if collected is not None and recipe_digest(collected) != recipe_digest(recipe):
-        raise ValueError(
-            f"task {spec.task}: another recipe than {zoo.path} was collected by (its data or settings changed); give the "
-            "same with --task, or collect again"
-        )
+        problem = f"another recipe than that of {zoo.path} (its data or settings changed)"
+        raise ValueError(f"task {spec.task}: {problem}; give the same with --task, or collect again")
     return opened, spec
 
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Errors in a user's own functions as one line, like any other of theirs; TRIPTYCH_DEBUG=1 shows where."""
+    """Turns any exception in a user's functions into an error of one line."""
     try:
         yield
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):

@@ -1,15 +1,16 @@
-"""The files of a zoo: shards, and the manifest that says which of them count.
+"""The files of a zoo: shards, and the manifest that lists them.
 
-`shards/NAME.safetensors` holds one tensor, "theta" [runs, checkpoints, D]; `shards/NAME.parquet` one row a checkpoint, run
-by run: run, checkpoint, step, the metrics, the settings. Both are written whole or not at all. A shard counts once its
-record stands in the manifest.
+`shards/NAME.safetensors` holds one tensor, "theta" [runs, checkpoints, D], and `shards/NAME.parquet` one row for each checkpoint,
+run by run: run, checkpoint, step, the metrics, the settings. Both are written whole or not at all.
 
-Only one process writes the manifest, whole and atomically, one shard at a time: a process killed anywhere leaves the zoo as
-it was after the last commit. Files that the manifest does not list were left by such a process; they are ignored.
+Only one process writes the manifest, whole and atomically, one shard at a time. A process killed anywhere leaves the zoo as it was
+after the last commit; files that the manifest does not list were left by such a process, and are ignored.
 """
 
+import hashlib
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,35 +27,28 @@ from triptych_gpt.layout import ParameterLayout
 
 SHARDS, THETA, INDEX = "shards", ".safetensors", ".parquet"
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
-_ALIGNMENT = 64  # bytes; the rows of a mapped shard then start where vector instructions like it
-MAX_WEIGHT = 10.0
+_ALIGNMENT = 64  # bytes of theta's start in a file, as fits vector instructions
+MAX_WEIGHT = 10.0  # of the released data, too
 OWN_COLUMNS = ("run", "checkpoint", "step")
 
 
 @dataclass(frozen=True)
 class CohortData:
-    """What training a cohort gives, ready to write.
+    """The result of training a cohort, ready to write. Raises ValueError if its parts do not fit together."""
 
-    runs: numbers of those kept, ascending; with `dropped` they are consecutive. theta: float32 on the CPU. steps:
-    optimiser steps taken before each checkpoint. settings: columns that are constant in the cohort ("split" must be ranks
-    them), or numpy arrays of one value for each run kept. dropped: run -> reason.
-
-    Raises ValueError where the parts do not fit together.
-    """
-
-    runs: Sequence[int]
-    theta: Float[Tensor, "runs checkpoints D"]
-    steps: Int[Tensor, "runs checkpoints"]
+    runs: Sequence[int]  # numbers of those not dropped, ascending; consecutive together with the dropped ones
+    theta: Float[Tensor, "runs checkpoints D"]  # float32 on the CPU
+    steps: Int[Tensor, "runs checkpoints"]  # optimiser steps before each checkpoint
     metrics: Mapping[str, Float[Tensor, "runs checkpoints"]]
-    settings: Mapping[str, Any]
-    dropped: Mapping[int, str]
+    settings: Mapping[str, Any]  # columns of one value, including "split", or numpy arrays of one value for each run
+    dropped: Mapping[int, str]  # run -> reason
 
     def __post_init__(self) -> None:
         numbers = sorted([*self.runs, *self.dropped])
         if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)) or list(self.runs) != sorted(self.runs):
             raise ValueError(f"runs {list(self.runs)[:8]}: expected ascending numbers, consecutive with those dropped")
         if "split" not in self.settings:
-            raise ValueError(f"settings {sorted(self.settings)}: expected a split among them")
+            raise ValueError(f"settings {sorted(self.settings)}: expected a split, too")
         rows = (len(self.runs), self.theta.shape[1])
         for name, tensor in {"theta": self.theta[..., 0], "steps": self.steps, **self.metrics}.items():
             if tuple(tensor.shape) != rows:
@@ -77,7 +71,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of a shard: runs first .. stop-1 but those dropped; no files where all of them were."""
+    """A shard in the manifest: runs first .. stop-1 but for dropped ones; without files if all of them were."""
 
     name: str
     first: int
@@ -89,38 +83,37 @@ class ShardRecord:
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """Numbers of the runs kept, ascending."""
+        """Numbers of the runs that were not dropped, ascending."""
         return tuple(run for run in range(self.first, self.stop) if run not in self.dropped)
 
     def files(self) -> dict[str, FileRecord]:
         """Path within the zoo and record of each file."""
-        found = {THETA: self.theta, INDEX: self.index}
-        return {f"{SHARDS}/{self.name}{suffix}": record for suffix, record in found.items() if record is not None}
+        files = {THETA: self.theta, INDEX: self.index}
+        return {f"{SHARDS}/{self.name}{suffix}": record for suffix, record in files.items() if record is not None}
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "dropped": {str(run): reason for run, reason in self.dropped.items()}}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ShardRecord":
-        """The record that `to_json` described."""
+        """The inverse of `to_json`."""
         theta, index = (content[name] and FileRecord(**content[name]) for name in ("theta", "index"))
         dropped = {int(run): reason for run, reason in content["dropped"].items()}
         return cls(**{**content, "dropped": dropped, "theta": theta, "index": index})
 
 
 def shard_name(runs: Sequence[int]) -> str:
-    """Name of the shard of consecutive runs, dropped ones included."""
+    """Name of the shard of consecutive runs, including dropped ones."""
     return f"runs-{runs[0]:08d}-{runs[-1]:08d}"
 
 
 def write_shard(
     folder: Path, name: str, data: CohortData, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> ShardRecord:
-    """Write a cohort's two files into the zoo at `folder`, theta first; returns the record to commit to its manifest.
+    """Write a cohort's two files into the zoo at `folder`, in any process; returns the record to commit to its manifest.
 
-    Runs in any process. Files of this name are replaced, each atomically; it is the manifest that waits for the disk, when it
-    commits them. theta is converted run by run, so nothing as large as it is allocated. Raises OSError, the old file intact,
-    when the disk refuses; ValueError for another dtype.
+    Files of this name are replaced, each atomically; `Manifest.commit` waits for the disk. Raises OSError, the old file intact, if
+    writing fails; ValueError for another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -134,24 +127,16 @@ def write_shard(
 
 
 def unsound(theta: Float[Tensor, "checkpoints D"]) -> str | None:
-    """Why a run is dropped, if it is: weights that are not finite or too large, as from the released data."""
+    """Why a run is dropped, if it is: weights that are not finite or too large."""
     largest = max(theta.max().item(), -theta.min().item())  # NaN where any is
     if not largest < float("inf"):
         return "weights that are not finite"
     return f"weights beyond {MAX_WEIGHT:g}" if largest > MAX_WEIGHT else None
 
 
-def file_digest(path: Path, chunk_bytes: int = 1 << 22) -> str:
-    """xxh3_128 of a whole file, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(chunk_bytes):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _write(path: Path, blocks: Iterable[Any]) -> FileRecord:
-    """Write what the blocks hold; the checksum is of what was meant to be written, not of what the disk made of it."""
+    """Write a file's blocks."""
+    # The checksum is of what was meant to be written, not of what the disk made of it.
     digest, size = xxhash.xxh3_128(), 0
     with writing(path, flush=False) as file:
         for block in blocks:
@@ -162,9 +147,8 @@ def _write(path: Path, blocks: Iterable[Any]) -> FileRecord:
 
 
 def _theta_file(theta: Float[Tensor, "runs checkpoints D"], dtype: str) -> Iterable[Any]:
-    """Blocks of a safetensors file: length of the header, header, runs. safetensors' own writer wants a whole tensor of
-    the right dtype, a second copy where that is bfloat16.
-    """
+    """Blocks of a safetensors file: length of the header, header, runs."""
+    # Written by hand, since safetensors takes a whole tensor of the right dtype: a second copy of theta if that is bfloat16.
     code, torch_dtype = DTYPES[dtype]
     entry = {"dtype": code, "shape": list(theta.shape), "data_offsets": [0, theta.numel() * torch_dtype.itemsize]}
     header = json.dumps({"__metadata__": {"format": "pt"}, "theta": entry}).encode()
@@ -192,7 +176,7 @@ def _index_file(data: CohortData) -> memoryview:
 
 
 def _setting(value: Any, runs: int, checkpoints: int) -> Any:
-    """A setting's column, text as a dictionary: thousands of rows share a few words."""
+    """A setting's column; text is encoded as a dictionary, since thousands of rows share a few words."""
     import pyarrow as pa
 
     if isinstance(value, np.ndarray):
@@ -210,27 +194,23 @@ _OWN = {"kind", "format", "shards", "xxh3_128"}
 
 
 class Manifest:
-    """Facts and shards of the zoo at `folder`, as one process reads or writes them.
+    """Facts and shards of the zoo at `folder`.
 
-    facts: "task" (name), "layout" (ParameterLayout.to_json()), "checkpoints" (of each run), "dtype", "metrics" (name ->
-    "lower" or "higher", which is better), and whatever else explains the zoo; "repair" is the command that makes damaged shards
-    again, less its --out.
+    facts: "task" (name), "layout" (ParameterLayout.to_json()), "checkpoints" (of each run), "dtype", "metrics" (name -> "lower" or
+    "higher", which is better), and others; "repair" is the command that makes damaged shards again, without its --out.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], shards: list[ShardRecord]) -> None:
         self.folder, self.facts, self.shards = Path(folder), dict(facts), list(shards)
-        self._lines = [json.dumps(record.to_json()) for record in shards]  # written again with every commit
+        self._lines = [json.dumps(record.to_json()) for record in shards]  # all are written again with every commit
 
     @classmethod
     def create(cls, folder: Path, facts: Mapping[str, Any]) -> "Manifest":
-        """Found a zoo without shards.
-
-        Raises ValueError where there is one already, or for facts that are wrong; OSError when the disk refuses.
-        """
+        """Create a zoo without shards. Raises ValueError if there is one already, or for wrong facts; OSError if writing fails."""
         path = Path(folder) / MANIFEST
         if path.exists():
             raise ValueError(f"{path}: a zoo is there already; use another --out")
-        content = json.loads(json.dumps(facts))  # as it will be read again
+        content = json.loads(json.dumps(facts))  # as it will be read
         _check(content)
         made = cls(folder, content, [])
         made._write()
@@ -238,15 +218,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The zoo at `folder`, finished or growing.
-
-        Raises FileNotFoundError where there is none, ValueError for one that is damaged or that this version cannot read.
-        """
+        """The zoo at `folder`. Raises FileNotFoundError if there is none, ValueError if it is damaged or of another version."""
         path = Path(folder) / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder}: no zoo (it holds no {MANIFEST}); make one with triptych-gpt collect --out {folder}"
-            )
+            remedy = f"make one with triptych-gpt collect --out {folder}"
+            raise FileNotFoundError(f"{folder}: no zoo (it holds no {MANIFEST}); {remedy}")
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
@@ -254,10 +230,8 @@ class Manifest:
         if not isinstance(content, dict) or content.get("kind") != _KIND:
             raise ValueError(f"{path}: not the manifest of a {_KIND}; expected a folder that triptych-gpt collect made")
         if content.get("format") != FORMAT:
-            raise ValueError(
-                f"{path}: format {content.get('format')!r}, this version reads {FORMAT}; "
-                "use the version of triptych-gpt that wrote it, or collect again"
-            )
+            remedy = "use the version of triptych-gpt that wrote it, or collect again"
+            raise ValueError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}; {remedy}")
         records, checksum = content.pop("shards", None), content.pop("xxh3_128", None)
         if not isinstance(records, list) or checksum != _digest(content, map(json.dumps, records)):
             raise ValueError(f"{path}: altered since it was written (its checksum differs); {_LOST}")
@@ -271,28 +245,31 @@ class Manifest:
         return ParameterLayout.from_json(self.facts["layout"])
 
     @property
-    def names(self) -> set[str]:
-        """Names of the shards that are there."""
-        return {record.name for record in self.shards}
-
-    @property
     def bytes(self) -> int:
-        """Of all files that count."""
+        """Of all files in the manifest."""
         return sum(file.bytes for record in self.shards for file in record.files().values())
 
-    def commit(self, record: ShardRecord, *, replace: bool = False) -> None:
-        """Make a shard count, atomically, once its files are on the disk. `replace`: in place of the record of the same runs,
-        whose files were damaged.
+    def counts(self) -> tuple[Counter[str], Counter[str]]:
+        """Numbers of runs by split, and of dropped ones by reason."""
+        runs, dropped = Counter[str](), Counter[str]()
+        for record in self.shards:
+            runs[record.split] += len(record.runs)
+            dropped.update(record.dropped.values())
+        return runs, dropped
 
-        Raises ValueError for runs that are there already; OSError, the zoo as it was, when the disk refuses.
+    def commit(self, record: ShardRecord, *, replace: bool = False) -> None:
+        """Add a shard to the zoo, atomically, once its files are on the disk.
+
+        replace: the record of the same runs, whose files were damaged.
+        Raises ValueError for runs that are there already; OSError, with the zoo as it was, if writing fails.
         """
         clash = [old for old in self.shards if record.first < old.stop and old.first < record.stop]
         same = [old for old in clash if (old.name, old.split) == (record.name, record.split)]
         if clash and not (replace and clash == same):
-            raise ValueError(
-                f"{self.folder / MANIFEST}: runs {record.first}..{record.stop - 1} are there already, in "
-                f"{clash[0].name} ({clash[0].split}); a zoo only grows, use another --out for other runs"
-            )
+            there = f"runs {record.first}..{record.stop - 1} are there already, in {clash[0].name} ({clash[0].split})"
+            remedy = "a zoo only grows, use another --out for other runs"
+            raise ValueError(f"{self.folder / MANIFEST}: {there}; {remedy}")
+        # The files first: the manifest must not list what a crash could still lose.
         for name in record.files():
             flush_file(self.folder / name)
         before = self.shards, self._lines
@@ -323,7 +300,7 @@ _LOST = "copy the zoo again from where it is whole, or collect into another --ou
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what the manifest says."""
+    """A file that differs from the manifest."""
 
     shard: str
     path: Path
@@ -336,9 +313,9 @@ class Damage:
 def damages(
     manifest: Manifest, *, contents: bool = True, progress: Callable[[int], None] = lambda n: None
 ) -> Iterator[Damage]:
-    """Every damaged file of a zoo: missing, of another size or, where `contents` are read, of another checksum.
+    """Every damaged file of a zoo: missing, of another size or, if `contents` are read, of another checksum.
 
-    `progress` is called with the bytes of each file looked at.
+    progress: called with the number of bytes of each file.
     """
     for record in manifest.shards:
         for name, file in record.files().items():
@@ -349,13 +326,11 @@ def damages(
 
 
 def to_repair(manifest: Manifest, *, repair: bool) -> list[Damage]:
-    """All damage by checksum, to be made good. Raises ValueError for a wrong size where nothing shall be repaired."""
-    found = []
-    for damage in damages(manifest, contents=repair):
-        if not repair:
-            raise ValueError(f"{damage}; run {manifest.remedy()}")
-        found.append(damage)
-    return found
+    """All damage by checksum, to be repaired. Raises ValueError for a missing file or wrong size if nothing is to be repaired."""
+    damaged = list(damages(manifest, contents=repair))
+    if damaged and not repair:
+        raise ValueError(f"{damaged[0]}; run {manifest.remedy()}")
+    return damaged
 
 
 def _problem(path: Path, size: int, checksum: str | None) -> str | None:
@@ -363,8 +338,10 @@ def _problem(path: Path, size: int, checksum: str | None) -> str | None:
         found = path.stat().st_size
         if found != size:
             return f"{found:,} bytes, the manifest says {size:,}"
-        if checksum is not None and file_digest(path) != checksum:
-            return "contents differ from the manifest's checksum"
+        if checksum is not None:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() != checksum:
+                    return "contents differ from the manifest's checksum"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
@@ -377,17 +354,14 @@ def _digest(content: Mapping[str, Any], records: Iterable[str]) -> str:
 
 
 def _check(facts: Mapping[str, Any]) -> None:
-    missing = [name for name in _FACTS if name not in facts]
-    if missing:
+    if missing := [name for name in _FACTS if name not in facts]:
         raise ValueError(f"facts of a zoo without {missing[0]!r}: expected {', '.join(_FACTS)}")
     if taken := sorted(_OWN & facts.keys()):
         raise ValueError(f"fact {taken[0]!r}: the manifest's own name; give it another")
     if facts["dtype"] not in DTYPES:
         raise ValueError(f"dtype {facts['dtype']!r}: expected one of {', '.join(DTYPES)}")
     if facts["checkpoints"] < 2:
-        raise ValueError(
-            f"checkpoints {facts['checkpoints']}: expected at least 2 of each run, pairs are drawn from them"
-        )
+        raise ValueError(f"checkpoints {facts['checkpoints']}: expected at least 2 of each run, to make pairs of them")
     for name, better in facts["metrics"].items():
         if better not in ("lower", "higher"):
             raise ValueError(f"metric {name}: better {better!r}, expected lower or higher")

@@ -1,4 +1,4 @@
-"""Reading a zoo: its runs as a table, metrics and steps as matrices, theta row by row from mapped files."""
+"""Reading a zoo: its runs as a table, metrics and steps as matrices, theta row by row from memory-mapped files."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 Indices = Int[Tensor, " n"] | Int[np.ndarray, " n"] | Sequence[int]
-_BLOCK_ROWS = 64  # bfloat16 rows widened at a time, while they are still in the cache
+_BLOCK_ROWS = 64  # bfloat16 rows converted at a time, while they are still in the cache
 
 
 class RunTable(NamedTuple):
-    """The runs of a zoo by number, without dropped ones: which split each is in, and where it lies."""
+    """The runs of a zoo by number, without dropped ones, with their splits and places."""
 
     run: Int[np.ndarray, " runs"]
     split: Shaped[np.ndarray, " runs"]  # text
@@ -31,11 +31,10 @@ class RunTable(NamedTuple):
 
 
 class Zoo:
-    """A zoo, finished or growing, as it stood when it was opened.
+    """A zoo, finished or growing, as it was when it was opened.
 
-    Files are mapped when their rows are first read. A "row" below is a row of `runs`, not a run's number. Raises
-    FileNotFoundError where there is no zoo, ValueError for a file that is missing or truncated; contents are only compared
-    with their checksums by `verify`.
+    A "row" below is a row of `runs`, not a run's number. Raises FileNotFoundError if there is no zoo, ValueError for a file that is
+    missing or truncated; only `verify` compares contents with their checksums.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,7 +65,7 @@ class Zoo:
 
     @property
     def dropped(self) -> dict[int, str]:
-        """Runs that were trained but not kept, and why."""
+        """Runs that were trained but dropped, and why."""
         return {run: reason for record in self.manifest.shards for run, reason in record.dropped.items()}
 
     def runs_in(self, split: str) -> Int[np.ndarray, " rows"]:
@@ -77,7 +76,7 @@ class Zoo:
         return np.nonzero(self.runs.split == split)[0]
 
     def row_of(self, run: int) -> int:
-        """Row of the run of this number. Raises ValueError for a run that is not kept."""
+        """Row of the run of this number. Raises ValueError for a run that is dropped or absent."""
         row = int(np.searchsorted(self.runs.run, run))
         if row < len(self) and self.runs.run[row] == run:
             return row
@@ -94,16 +93,16 @@ class Zoo:
 
     @property
     def steps(self) -> Int[Tensor, "runs checkpoints"]:
-        """Optimiser steps taken before every checkpoint; read once."""
+        """Optimiser steps before every checkpoint; read once."""
         return self._column("step")
 
     def theta(
         self, rows: Indices, checkpoints: Indices, out: Float[Tensor, "n D"] | None = None
     ) -> Float[Tensor, "n D"]:
-        """Checkpoint `checkpoints[i]` of the run at row `rows[i]`, for each i: float32 on the CPU, nothing else is copied.
+        """Checkpoint `checkpoints[i]` of the run at row `rows[i]`, for each i: float32 on the CPU.
 
-        `out` (contiguous; pinned, say) is filled and returned where given; for batches above some 30 MB that is several
-        times faster than fresh memory, which the system clears page by page. Raises IndexError outside the zoo.
+        out: filled and returned if given; contiguous. Above some 30 MB that is several times faster than fresh memory, which the
+        system clears page by page. Raises IndexError outside the zoo.
         """
         rows, checkpoints = _checked(rows, len(self), "row"), _checked(checkpoints, self.checkpoints, "checkpoint")
         if out is None:
@@ -134,7 +133,7 @@ class Zoo:
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
 
     def verify(self) -> list[Damage]:
-        """Read every file; all that are not as they were written."""
+        """All files that are not as they were written; reads every one."""
         return list(damages(self.manifest))
 
     def _run_table(self) -> RunTable:
@@ -149,9 +148,8 @@ class Zoo:
         )
 
     def _map(self, shard: int) -> np.ndarray:
-        """A shard's checkpoints [runs * checkpoints, D] where they lie in the file. safetensors maps it without keeping
-        it open, as numpy would: a thousand shards exhaust a process's file descriptors.
-        """
+        """A shard's checkpoints [runs * checkpoints, D], mapped from its file."""
+        # By safetensors, which does not keep the file open as numpy would: a thousand shards exhaust the file descriptors.
         if shard not in self._maps:
             record = self.manifest.shards[shard]
             path = self.path / SHARDS / (record.name + THETA)
