@@ -146,7 +146,7 @@ def test_align_takes_tensors_pictures_and_folders(tmp_path, folder):
     assert found.select(torch.tensor([3, 0])).names == ("more/c.png", "a.png")
 
 
-def test_align_looks_as_in_training_unless_told_otherwise(tmp_path):
+def test_align_defaults_to_the_options_of_training(tmp_path):
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     twice = load_aligner(written(tmp_path / "twice", aligner_of(rotation=0.3), iterations=2))
     for found, iterations in ((align(images, twice), 2), (align(images, twice, iterations=1), 1)):
@@ -258,7 +258,7 @@ def test_every_picture_has_a_png_of_its_own():
 
 
 def test_a_folder_is_read_twice_one_picture_at_a_time(folder):
-    """What went, or became another, meanwhile is told and left out."""
+    """Pictures that vanish or change in between are reported and left out."""
     (folder / "broken.png").write_bytes(b"no picture")
     found = Folder(folder)
     assert [picture.name for picture in found] == ["a.png", "b.png", "d.png", "more/c.png"]
@@ -298,7 +298,7 @@ def test_no_two_whole_pictures_are_held_at_once(tmp_path, folder, monkeypatch):
 # --- commands
 
 
-def test_align_writes_what_it_found_and_lists_what_it_could_not_read(tmp_path, folder):
+def test_align_writes_its_results_and_lists_unreadable_pictures(tmp_path, folder):
     (folder / "broken.png").write_bytes(b"no picture")
     aligner = written(tmp_path, aligner_of(shift=(0.25, 0.0)))
     done = succeeds("align", "--aligner", aligner, "--images", folder, "--out", tmp_path / "out", "--json")
@@ -326,7 +326,7 @@ def test_two_pictures_never_become_one(tmp_path, folder):
     assert {row["picture"]: row["aligned"] for row in rows}["a.jpg"] == "a.jpg.png"
 
 
-def test_a_picture_that_goes_meanwhile_is_listed(tmp_path, folder, monkeypatch):
+def test_a_picture_that_vanishes_meanwhile_is_listed(tmp_path, folder, monkeypatch):
     aligner = written(tmp_path, aligner_of())
     found = commands.align_pictures
 
@@ -368,7 +368,7 @@ def test_a_part_by_smoothness_needs_a_flow(tmp_path, folder):
 
 
 @pytest.mark.parametrize("name", ["align", "average", "propagate"])
-def test_nothing_is_written_among_the_pictures(tmp_path, folder, name):
+def test_output_inside_the_pictures_folder_is_refused(tmp_path, folder, name):
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
     Image.new("RGBA", (SIZE, SIZE)).save(tmp_path / "edit.png")
     (tmp_path / "link").symlink_to(folder)
@@ -444,7 +444,7 @@ def test_propagate_lays_an_edit_over_every_picture(tmp_path, folder):
     assert (tall[:, 0] != [255, 0, 0]).any(1).all()
 
 
-def test_propagate_says_where_points_are_in_every_picture(tmp_path, folder):
+def test_propagate_maps_points_to_every_picture(tmp_path, folder):
     (tmp_path / "points.json").write_text("[[7.5, 7.5], [0, 0]]")
     words = ["--images", folder, "--out", tmp_path / "out", "--points", tmp_path / "points.json"]
     succeeds("propagate", "--aligner", written(tmp_path, aligner_of()), *words)
@@ -474,7 +474,7 @@ def test_correspond_draws_and_lists_matches(tmp_path, folder):
     assert read(tmp_path / "out/matches.png").std() > 10
 
 
-def test_pictures_are_looked_at_as_in_training_unless_told_otherwise(tmp_path, folder):
+def test_commands_default_to_the_iterations_of_training(tmp_path, folder):
     """Once more turned by 20 degrees a look: corners tell how often it looked."""
 
     def corners(out: str, *options: str) -> list:

@@ -192,7 +192,7 @@ def blob(x, y, width, height):
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (36, 50)])
 @pytest.mark.parametrize("names", [(name,) for name in GEOMETRIC[3:]] + [GEOMETRIC], ids=lambda names: names[0])
-def test_geometry_moves_an_analytic_function_where_the_paper_says(names, height, width):
+def test_geometry_moves_an_analytic_function_as_published(names, height, width):
     n, p = 24, 0.7
     px, py = np.meshgrid(np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2)
     x = torch.from_numpy(blob(px, py, width, height))[None, None].repeat(n, 1, 1, 1)

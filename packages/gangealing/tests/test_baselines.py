@@ -73,7 +73,7 @@ def measured(image: Tensor) -> tuple[Tensor, Tensor]:
     return centroid, second / mass - centroid[:, None] * centroid
 
 
-def test_ink_is_what_was_drawn_with_whatever_the_colours() -> None:
+def test_ink_is_independent_of_colours() -> None:
     digits, jitters = items(200)
     drawn = render(digits, white_on_black(jitters))[:, :1].double() / 255
     coloured = render(digits, jitters)

@@ -39,7 +39,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
-def test_files_of_ours_are_written_and_say_where_they_come_from(tmp_path):
+def test_files_of_ours_record_their_source(tmp_path):
     result = convert(ConvertConfig(checkpoint=source(tmp_path / "a.pt"), out=tmp_path / "out"))
     generator, discriminator = networks()
     assert same(load_generator(tmp_path / "out"), generator)

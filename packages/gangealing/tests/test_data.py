@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_digits_are_drawn_as_the_data_set_draws_them() -> None:
+def test_digits_equal_those_of_the_data_set() -> None:
     images, digits = open_images("digits32", 32), Digits32()
     assert isinstance(images, TrainingImages)
     assert images.name == "digits32"
@@ -81,7 +81,7 @@ def test_pictures_are_cropped_to_their_central_square_and_reduced(tmp_path: Path
     torch.testing.assert_close(found[0, 8, 1:-1], expected[1:-1], atol=2, rtol=0)
 
 
-def test_pictures_of_several_sizes_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_several_sizes_of_pictures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     save(tmp_path / "mixed" / "a.png", 20, 16)
     save(tmp_path / "mixed" / "b.png", 16, 40)
     images = open_images(str(tmp_path / "mixed"), 16)
@@ -91,7 +91,7 @@ def test_pictures_of_several_sizes_are_told_of(tmp_path: Path, capsys: pytest.Ca
     assert images.batch([0, 1]).shape == (2, 3, 16, 16)
 
 
-def test_pictures_of_one_size_go_without_saying(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_one_size_of_pictures_is_not_reported(folder: Path, capsys: pytest.CaptureFixture) -> None:
     open_images(str(folder), 16)
     assert capsys.readouterr().out == ""
 
@@ -109,7 +109,7 @@ def test_flips_double_the_data(spec: str, folder: Path) -> None:
     assert torch.equal(mixed[[1, 2]], plain.batch([1, 5]).flip(3))
 
 
-def test_fingerprint_goes_with_content_size_and_flips(folder: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_size_and_flips(folder: Path, tmp_path: Path) -> None:
     specs = [
         {"spec": "digits32", "resolution": 32},
         {"spec": "digits32", "resolution": 64},

@@ -126,7 +126,7 @@ def test_views_are_functions_of_seed_and_index_and_move_things() -> None:
     assert float(slender.quantile(0.9) / slender.quantile(0.1)) > 1.4
 
 
-def test_groups_are_those_of_k_means_and_are_kept(
+def test_groups_are_those_of_k_means_and_are_cached(
     generator: Generator, distance: PerceptualDistance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = groups_in(tmp_path, generator, distance)

@@ -68,7 +68,7 @@ def test_pixels_stay_those_that_generators_were_trained_on(digits: Digits32) -> 
     torch.testing.assert_close(mean, torch.tensor([126.1600, 128.0563, 129.5224]).double(), atol=0.02, rtol=0)
 
 
-def test_the_recorded_digit_is_the_one_drawn_from(digits: Digits32) -> None:
+def test_the_recorded_digit_is_the_rendered_one(digits: Digits32) -> None:
     data, jitters = load("mnist5k"), digits.jitters(ITEMS)
     assert jitters.item.tolist() == ITEMS
     assert jitters.digit.tolist() == [item % 4_000 for item in ITEMS]
@@ -171,7 +171,7 @@ def test_the_centroid_moves_with_the_shift(two: Tensor, size: int) -> None:
     torch.testing.assert_close(moved, torch.tensor([3.0, -2.5]).double() * size / 32, atol=0.02, rtol=0)
 
 
-def test_the_amount_of_ink_goes_with_the_scale_squared(two: Tensor) -> None:
+def test_the_amount_of_ink_grows_with_the_scale_squared(two: Tensor) -> None:
     full = ink(two, placed()).sum()
     torch.testing.assert_close(full, two.double().sum() / 255, atol=0, rtol=0.03)
     torch.testing.assert_close(ink(two, placed(1.0, 0.6)).sum(), 0.36 * full, atol=0, rtol=0.01)
@@ -204,7 +204,7 @@ def test_splits_share_neither_digits_nor_jitters() -> None:
     assert sum(digit.numpy().tobytes() in seen for digit in held_out.digits) == 0
 
 
-def test_fingerprint_tells_settings_apart() -> None:
+def test_fingerprint_distinguishes_settings() -> None:
     settings = [{}, {"split": "held_out"}, {"digit": 3}, {"digit": 4}, {"copies": 24}, {"seed": 1}, {"size": 64}]
     assert len({Digits32(**each).fingerprint() for each in settings}) == len(settings)
     assert Digits32().fingerprint() == Digits32().fingerprint()

@@ -120,7 +120,7 @@ def test_a_cutoff_truncates_only_the_first_layers(files, tmp_path):
     assert np.abs(cut - none).max() > 5
 
 
-def test_classes_come_in_turn_or_as_asked_for(files, tmp_path):
+def test_classes_alternate_or_are_the_given_label(files, tmp_path):
     turn = generated(files["classes"], tmp_path / "turn", "--num-samples", "6", "--batch-size", "4")
     assert np.abs(turn - np.stack([drawn(files["classes"], i, label=i % 3) for i in range(6)])).max() <= 1
     two = generated(files["classes"], tmp_path / "two", "--num-samples", "6", "--batch-size", "4", "--label", "2")
@@ -185,7 +185,7 @@ def test_without_pyav_the_remedy_is_named_before_the_work(files, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-# --- what may be asked for
+# --- options
 
 
 @pytest.mark.parametrize(("network", "options", "status", "message"), [
@@ -236,7 +236,7 @@ def test_an_embedded_generator_is_small_knows_its_origin_and_draws(tmp_path, nam
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_an_embedded_generator_draws_digits_as_well_as_it_says(name):
+def test_an_embedded_generator_has_its_recorded_scores(name):
     """Other images than were scored: their interval meets the recorded one, and flat colours are much farther away."""
     _, facts = read_network(EMBEDDED / f"{name}.safetensors")
     recorded = facts["scores"]["frechet"]

@@ -33,7 +33,9 @@ def train() -> Tensor:
     return Digits32("train", seed=124).batch(range(0, 4 * N, 4))
 
 
-def test_reads_what_was_drawn(instrument: Digits32Instrument, held_out: tuple[Tensor, Jitters]) -> None:
+def test_the_instrument_reads_digit_pose_and_colours(
+    instrument: Digits32Instrument, held_out: tuple[Tensor, Jitters]
+) -> None:
     """On digits and jitters it was not trained on, each far better than guessing."""
     images, truth = held_out
     found = instrument.read(images)
@@ -135,7 +137,7 @@ def test_scores_compare_equal_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [2_600] * 3
 
 
-def test_record_tells_where_it_comes_from() -> None:
+def test_record_has_its_origin() -> None:
     record = json.loads((EMBEDDED / "instruments.json").read_text())[NAME]
     assert {"sha256", "held_out", "trained_on", "command", "seed", "commit", "torch"} <= record.keys()
     assert record["held_out"]["digit_accuracy"] > 0.93

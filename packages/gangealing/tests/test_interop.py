@@ -275,7 +275,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(tmp_path):
     assert f"{name}.conv_clamp is 256, here it is None" in broken(7, lambda s: s.update(conv_clamp=256))
 
 
-def test_a_learning_rate_of_the_mapping_that_only_its_modules_tell_is_refused(tmp_path):
+def test_a_learning_rate_of_the_mapping_in_its_modules_alone_is_refused(tmp_path):
     g = generator()
     pickle_of = their(g, _init_kwargs={})
     inner(pickle_of, "mapping.fc1")["bias_gain"] = 1.0
@@ -312,7 +312,7 @@ def test_our_own_files_are_read(tmp_path):
         load_generator(tmp_path / "discriminator.safetensors")
 
 
-def test_nothing_there_is_said_so(tmp_path):
+def test_absent_files_are_named(tmp_path):
     for path in (tmp_path / "a.pkl", tmp_path / "a.pt", tmp_path / "a.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match=path.name):
             load_generator(path)
@@ -345,7 +345,7 @@ def test_a_network_whose_outputs_differ_is_refused():
             difference(network, broken)
 
 
-def test_a_config_is_told_by_shapes_alone():
+def test_a_config_is_inferred_from_shapes_alone():
     for shape in ({}, {"resolution": 64, "channel_base": 512}, {"channel_base": 1000, "channel_max": 40}, {"c_dim": 4}):
         for network, infer in ((generator(**shape), generator_config), (discriminator(**shape), discriminator_config)):
             state = network.state_dict()

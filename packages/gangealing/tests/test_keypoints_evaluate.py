@@ -32,14 +32,14 @@ def knowing(several):
     return method
 
 
-def test_one_who_knows_the_jitters_finds_every_point():
+def test_known_jitters_transfer_every_point():
     several = pairs(30, seed=1, digit=3, elastic_px=0.0)
     table, apart = score_pairs(knowing(several), several)
     assert table["target box", "per point", 0.01].value == 1.0
     assert apart == 0
 
 
-def test_elastic_deformations_are_what_is_left_then():
+def test_known_jitters_leave_the_elastic_deformations():
     """No point moves by more than `elastic_px` in either image: the radius within which all are found."""
     several = pairs(40, seed=1, digit=3, elastic_px=1.0)
     table, _ = score_pairs(knowing(several), several)
@@ -84,7 +84,7 @@ def written(path, *, heads: int = 1, **facts):
     return path
 
 
-def test_an_aligner_looks_as_in_training_unless_told_otherwise(tmp_path):
+def test_pck_defaults_to_the_options_of_training(tmp_path):
     def scores(name, aligner, **options):
         config = PckConfig(out=tmp_path / name, aligner=aligner, pairs=4, baselines="none", device="cpu", **options)
         evaluate(config)
@@ -99,7 +99,7 @@ def test_an_aligner_looks_as_in_training_unless_told_otherwise(tmp_path):
     assert scores("e", mirrored, flips="no") == scores("c", once)
 
 
-def test_pairs_in_two_clusters_are_counted_on_the_console(tmp_path):
+def test_pairs_in_two_clusters_are_reported(tmp_path):
     words = ["--digit", "None", "--pairs", "20", "--baselines", "none"]
     aligner = written(tmp_path / "three", heads=3)
     done = command("pck", "--aligner", aligner, *words, "--out", tmp_path / "pck", "--json")

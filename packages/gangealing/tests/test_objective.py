@@ -224,7 +224,7 @@ def styles_of(objective, counters):
     return objective.generated("generator", counters)[2].detach()
 
 
-def test_style_mixing_replaces_later_layers_as_often_as_asked_from_a_cut_drawn_evenly():
+def test_style_mixing_replaces_later_layers_at_its_rate_from_a_uniform_cut():
     counters = range(4000)
     objective = linear(config_of(style_mixing=0.9))
     ws = styles_of(objective, counters)
@@ -274,16 +274,16 @@ def test_a_sample_is_the_same_in_any_batch():
         assert not torch.equal(other, whole[0])  # the two players see other samples
 
 
-def test_classes_are_as_frequent_as_in_the_data_and_both_networks_are_told_the_same():
+def test_classes_are_as_frequent_as_in_the_data_and_the_same_for_both_networks():
     images = few_images((0,) * 70 + (1,) * 20 + (2,) * 10)
     config = config_of(conditional=True)
     objective, counters = linear(config, c_dim=3, images=images), range(3000)
     objective.generator_loss(counters, 0.0)
-    told = objective.discriminator.seen[0][1]
-    counts = told.sum(0).tolist()
+    classes = objective.discriminator.seen[0][1]
+    counts = classes.sum(0).tolist()
     assert sum(counts) == 3000
     assert stats.chisquare(counts, [2100, 600, 300]).pvalue > 0.001
-    assert all(torch.equal(c, told) for c in objective.generator.given)
+    assert all(torch.equal(c, classes) for c in objective.generator.given)
     assert objective.generator.given != []
 
 
@@ -374,7 +374,7 @@ def test_a_step_has_up_to_four_passes_and_lazy_ones_weigh_as_much_more(monkeypat
     assert float(statistics.path_length) > 0
 
 
-def test_means_kept_are_of_w_and_of_path_lengths(monkeypatch):
+def test_running_means_are_of_w_and_of_path_lengths(monkeypatch):
     objective, state = real_networks(config_of())
     statistics, w_avg, length = state.model["statistics"], torch.zeros(5, dtype=torch.float64), 0.0
     monkeypatch.setattr(state, "optimise", lambda: (state.optimizer.zero_grad(), (torch.zeros(()), True))[1])
@@ -392,7 +392,7 @@ def test_means_kept_are_of_w_and_of_path_lengths(monkeypatch):
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, None), (2, None), (4, None), (8, None), (1, 4), (1, 1), (2, 1)])
-def test_path_lengths_are_of_every_second_sample_however_a_batch_is_dealt(ranks, micro_batch):
+def test_path_lengths_are_of_every_second_sample_however_a_batch_is_divided(ranks, micro_batch):
     """Ranks one after the other here; the mean of their gradients is what the whole batch gives."""
     scale = torch.nn.Linear(1, 1, bias=False).double()
     values = torch.arange(100, dtype=torch.float64).square()

@@ -283,7 +283,7 @@ def nothing_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_offline_lpips_says_what_to_do(nothing_fetched: Path) -> None:
+def test_offline_lpips_names_the_remedy(nothing_fetched: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot be fetched .* pass its path as weights") as caught:
         open_distance("lpips")
     assert "\n" not in str(caught.value)
@@ -307,7 +307,7 @@ def test_fetched_vgg_is_used_if_it_is_the_one_of_its_name(
         open_distance("lpips")
 
 
-def test_lpips_without_its_package_says_what_to_install(vgg_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_without_its_package_names_it(vgg_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perceptual, "find_spec", lambda name: None if name == "lpips" else find_spec(name))
     with pytest.raises(ImportError, match=r"pip install 'triptych-gangealing\[lpips\]'"):
         open_distance("lpips", weights=vgg_file)

@@ -339,7 +339,7 @@ def test_any_flipped_byte_is_read_or_refused(tmp_path):
     assert set(sys.modules) == before
 
 
-def test_no_file_is_said_so(tmp_path):
+def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_pickle(tmp_path / "a.pkl")
 

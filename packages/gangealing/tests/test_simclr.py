@@ -99,7 +99,7 @@ def test_every_map_counts() -> None:
 
 
 def ramps(n: int, height: int, width: int) -> Tensor:
-    """The first channel tells x, the second y, in pixels."""
+    """The first channel is x, the second y, in pixels."""
     y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
     return torch.stack([x, y, torch.zeros(height, width)]).expand(n, -1, -1, -1)
 
@@ -273,7 +273,7 @@ def test_resumed_equals_uninterrupted(
     assert torch.equal(encoder.stages[0][0].weight, whole[1].stages[0][0].weight)
 
 
-def test_run_reads_a_generator_file_and_tells_what_it_wrote(whole: tuple[Path, Encoder], tmp_path: Path) -> None:
+def test_run_reads_a_generator_file_and_reports_what_it_wrote(whole: tuple[Path, Encoder], tmp_path: Path) -> None:
     write_network(tmp_path / "generator.safetensors", tiny_generator(), {})
     result = run(tiny(tmp_path / "run", generator=str(tmp_path / "generator.safetensors")))
     assert result["last"]["step"] == STEPS
@@ -331,11 +331,11 @@ def test_configs_are_checked(name: str, value: object, message: str) -> None:
 
 def test_dry_run_and_learning_rate() -> None:
     config = EncoderTrainConfig(total_images=1000, batch_size=10, lr=0.5)
-    told = config.resolved()
-    assert told["steps"] == 100
+    resolved = config.resolved()
+    assert resolved["steps"] == 100
     weights = 3 * 16 * 9 + sum((a + b) * b * 9 for a, b in ((16, 32), (32, 64), (64, 128)))
-    assert told["parameters"] == weights + 2 * (16 + 2 * (32 + 64 + 128))
-    assert told["parameters"] <= 400_000
+    assert resolved["parameters"] == weights + 2 * (16 + 2 * (32 + 64 + 128))
+    assert resolved["parameters"] <= 400_000
     assert config.learning_rate(0) == pytest.approx(0.5 / 5)
     assert config.learning_rate(500) == pytest.approx(0.25)
     assert config.learning_rate(1000) == pytest.approx(0)

@@ -50,7 +50,7 @@ def peak(image: Tensor, near: Tensor, radius: float) -> Tensor:
 
 
 @pytest.mark.parametrize("elastic_px", [0.0, 2.5])
-def test_marked_dots_are_where_their_points_say(elastic_px: float) -> None:
+def test_marked_dots_are_at_their_points(elastic_px: float) -> None:
     """To 0.05 px of a 32-pixel canvas: measured on 256 pixels, where a dot is many pixels wide."""
     n, size = 12, 256
     images, centres = dotted(n)

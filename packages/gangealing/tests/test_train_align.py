@@ -133,7 +133,7 @@ def test_the_published_schedule_ends_where_the_rate_is_zero():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_says_what_it_would_train(name):
+def test_every_preset_has_a_dry_run(name):
     done = succeeds("train", "--preset", name, "--dry-run", "--json")
     parameters = json.loads(done.stdout.splitlines()[-1])["parameters"]
     assert parameters < 1_000_000 if name.startswith(("digits", "smoke")) else parameters >= 43_000_000

@@ -121,13 +121,13 @@ def test_a_run_leaves_networks_rows_and_pictures(pictures, whole):
     )
 
 
-def test_dry_run_tells_sizes_and_writes_nothing(pictures, whole, tmp_path):
+def test_dry_run_reports_sizes_and_writes_nothing(pictures, whole, tmp_path):
     done = train_gan(pictures, tmp_path / "run", "--dry-run", "--json")
-    told = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     for name in ("generator", "discriminator"):
         network = read_network(whole / f"{name}.safetensors").network
-        assert told[f"{name}_parameters"] == sum(p.numel() for p in network.parameters())
-    assert told["steps"] == STEPS
+        assert printed[f"{name}_parameters"] == sum(p.numel() for p in network.parameters())
+    assert printed["steps"] == STEPS
     assert not (tmp_path / "run").exists()
 
 
@@ -291,7 +291,7 @@ def test_a_run_starts_from_another_runs_networks(pictures, whole, tmp_path):
     assert logged(tmp_path)[-1]["images"] == 8
 
 
-def test_a_generator_alone_gets_a_fresh_discriminator_and_says_so(pictures, whole, tmp_path):
+def test_a_generator_alone_gets_a_fresh_discriminator_which_is_reported(pictures, whole, tmp_path):
     source = whole / "generator.safetensors"
     done = train_gan(pictures, tmp_path / "tuned", "--init-from", source, *SHORT)
     assert done.returncode == 0, done.stderr
@@ -409,7 +409,7 @@ def test_the_corrected_command_runs_in_the_folder_of_the_refused_one(pictures, t
     trained(pictures, tmp_path / "run", *SHORT)
 
 
-def test_pictures_of_several_sizes_and_modes_are_cropped_and_said_to_be_so(tmp_path):
+def test_cropping_of_pictures_of_several_sizes_and_modes_is_reported(tmp_path):
     data = write_pictures(tmp_path / "data", 12)
     write_pictures(data / "larger", 4, size=20, mode="L")
     done = train_gan(data, tmp_path / "run", *SHORT)

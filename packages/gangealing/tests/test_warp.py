@@ -81,7 +81,7 @@ def sampled_by_definition(image: np.ndarray, grid: np.ndarray, padding: str) -> 
 
 @pytest.mark.parametrize("padding", list(SCIPYS))
 @pytest.mark.parametrize(("size", "out"), SIZES)
-def test_sampling_is_what_the_definition_says(size, out, padding):
+def test_sampling_equals_its_definition(size, out, padding):
     images, warp = drawn(2, 2, *size, seed=3), warps(2)
     grid = warp.grid(out)
     for antialias in (True, False):
@@ -269,7 +269,7 @@ def test_inverse_of_a_flow_that_expands_too_much_for_plain_iteration():
     torch.testing.assert_close(mapped.points[..., 0], points[..., 0] / 3.5, rtol=0, atol=1e-6)
 
 
-def test_where_a_flow_folds_is_said():
+def test_folds_of_a_flow_are_reported():
     x = centres((1, 64), torch.empty(0, dtype=F64))[..., 0]
     flow = Flow(torch.stack((-1.6 * x.clamp(-0.5, 0.5), 0 * x))[None])  # -0.6 p in the middle
     points = torch.zeros(1, 121, 2, dtype=F64)

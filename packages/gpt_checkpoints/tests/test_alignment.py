@@ -14,6 +14,7 @@ from triptych_gpt.evaluation.alignment import (
     alignment_of,
     prompt_alignment,
     prompt_sweep,
+    quality_against_steps,
     r_squared,
     swept,
     trained_best,
@@ -137,7 +138,7 @@ def test_batches_change_nothing(at_once):
         assert torch.allclose(parts.achieved[name], whole.achieved[name], rtol=1e-12, atol=0)
 
 
-def test_a_share_of_the_networks_gives_its_rows():
+def test_a_part_of_the_networks_gives_the_same_rows():
     whole = prompt_sweep(noisy, TASK, SIZE, networks(5), prompts=6)
     share = prompt_sweep(noisy, TASK, SIZE, networks(5)[3:], prompts=6, first_index=18)
     assert torch.allclose(share.achieved["size"], whole.achieved["size"][3:], rtol=1e-12, atol=0)
@@ -260,9 +261,27 @@ def test_alignment_reads_a_sweep_made_by_hand():
     assert alignment_of(sweep).r2.value == pytest.approx(1 - 0.5 / 2)
 
 
-def test_a_metrics_own_prompts_are_kept():
+def test_a_metrics_own_prompts_are_used():
     own, none = Metric("loss", "lower", Prompts(0.1, 0.2, 0.9)), Metric("error", "lower")
     assert with_prompts("loss", (own, none), 0.5) is own
     assert with_prompts("error", (own, none), 0.5).prompts == Prompts(0.5, 0.5, 1.0)
     with pytest.raises(ValueError, match="metric 'return': the task scores loss, error"):
         with_prompts("return", (own, none), 0.5)
+
+
+def test_alignment_against_steps_has_a_row_for_each_update_in_order():
+    def off_by(scale):
+        def update(theta, metric, target, indices):
+            size = target + scale * metric
+            return theta * (size / theta.square().mean(1)).sqrt()[:, None]
+
+        return update
+
+    updates = {("slow", 100): off_by(0.0), ("slow", 5): off_by(0.3), ("fast", 1): off_by(0.1)}
+    rows = quality_against_steps(updates, TASK, SIZE, networks(3), prompts=5)
+    assert [(row.sampler, row.model_evaluations) for row in rows] == [("slow", 5), ("slow", 100), ("fast", 1)]
+    start = TASK.evaluate(networks(3))["size"].mean()
+    assert rows[0].alignment.mean_gap == pytest.approx(0.3 * float(start))
+    assert rows[1].alignment.r2.value == pytest.approx(1)
+    assert rows[0].alignment.r2.value < rows[2].alignment.r2.value < 1
+    json.dumps(plain(rows), allow_nan=False)

@@ -1,7 +1,6 @@
 """`triptych-gpt collect` at a tiny size, as a user would run it: repeated, extended, interrupted, killed, spoiled."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -13,12 +12,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from triptych_common import workers
-from triptych_common.testing import run_cli
+from triptych_common import testing, workers
+from triptych_common.testing import run_cli, run_here
 from triptych_gpt import cli
 from triptych_gpt.tasks import Cohort, open_task
 from triptych_gpt.zoo import PRELOAD
@@ -122,39 +120,16 @@ def tasks(tmp_path_factory) -> Path:
     return path
 
 
-class Done(NamedTuple):
-    """What a command line left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+command = partial(run_here, cli.run)
+fails_with = partial(testing.fails_with, quiet=("collecting:",))
 
 
-def command(*words: str) -> Done:
-    """`triptych-gpt WORDS` in this process: every new one takes seconds to import torch."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            status = cli.run(words)
-        except SystemExit as stop:
-            status = stop.code
-    return Done(status, out.getvalue(), errors.getvalue())
-
-
-def collect(tasks: Path, out: Path, *options: str, name: str = "TINY") -> Done:
+def collect(tasks: Path, out: Path, *options: str, name: str = "TINY") -> "subprocess.CompletedProcess[str]":
     return command("collect", f"{tasks}:{name}", *OPTIONS, "--engine", "here", "--out", str(out), *options)
 
 
 def processes(tasks: Path, out: Path, *options: str, name: str = "TINY") -> "subprocess.CompletedProcess[str]":
     return run_cli("triptych_gpt.cli", "collect", f"{tasks}:{name}", *OPTIONS, "--out", str(out), *options)
-
-
-def fails_with(done: "Done | subprocess.CompletedProcess[str]", message: str, status: int = 1) -> None:
-    """One clear line, progress aside, and a status that is not zero."""
-    assert done.returncode == status, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("collecting:")]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
 
 
 def shards(zoo: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Derived symmetry: permuted networks compute the same in float64, and what is not understood is refused by name."""
+"""Derived symmetry: permuted networks compute the same in float64, and unknown layers are refused by name."""
 
 import contextlib
 import itertools
@@ -150,7 +150,7 @@ def test_permuted_networks_compute_the_same(name):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, groups) in FOUND.items() if groups])
-def test_half_a_permutation_does_change_the_function(name):
+def test_half_a_permutation_changes_the_function(name):
     """Freeing any one parameter from any one group shows, so a sound spec is not sound because nothing can be seen."""
     network, shape, _ = FOUND[name]
     spec, forward = derive(network), forward_of(FOUND[name][0])
@@ -197,7 +197,7 @@ def random_network(x: Tensor, choose: random.Random, depth: int) -> nn.Sequentia
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_whatever_random_network_is_accepted_is_unchanged():
+def test_permuted_random_networks_compute_the_same():
     accepted = 0
     for seed in range(400):
         choose = random.Random(seed)
@@ -229,7 +229,7 @@ def test_blocks_of_a_flattened_map_are_its_channels():
     assert residual.axes["2.body.2.weight"] == (Axis("0", 36), Axis("2.body.0"))
 
 
-def test_the_symmetry_found_in_an_mlp_is_the_one_declared_by_hand():
+def test_the_derived_symmetry_of_an_mlp_is_the_one_written_by_hand():
     hidden = Axis("0")
     spec = derive(mlp(784, 10, 10))
     axes = {"0.weight": (hidden, None), "0.bias": (hidden,), "2.weight": (None, hidden), "2.bias": (None,)}
@@ -287,7 +287,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_understood_is_refused_by_name(name):
+def test_unknown_layers_are_refused_by_name(name):
     layers, message = REFUSED[name]
     with pytest.raises(ValueError, match=message) as caught:
         derive(nn.Sequential(*layers))

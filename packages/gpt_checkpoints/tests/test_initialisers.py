@@ -1,4 +1,4 @@
-"""Initial networks: distributions against closed forms, reproducible run by run, nobody else's randomness touched."""
+"""Initial networks: distributions against closed forms, reproducible run by run, without touching global randomness."""
 
 import math
 

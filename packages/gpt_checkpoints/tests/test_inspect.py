@@ -11,7 +11,7 @@ from triptych_common.cli import Command, main
 from triptych_common.storage import checkpoint
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.inspect import ExportConfig, InfoConfig, VerifyConfig, export, info, verify
-from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest
 
 COMMANDS = {
     "info": Command("", InfoConfig, info),
@@ -28,25 +28,19 @@ def network():
 LAYOUT = ParameterLayout.of(network())
 
 
+def cohort(runs: range, split: str, dropped: dict[int, str]) -> CohortData:
+    kept = torch.tensor([run for run in runs if run not in dropped])
+    loss = kept.view(-1, 1) + torch.tensor([9.0, 5.0, 2.0, 1.0, 3.0])
+    metrics = {"loss": loss, "return": 100 * kept.view(-1, 1) - loss}
+    steps = torch.arange(CHECKPOINTS).expand(len(kept), -1) * 10
+    return CohortData(kept.tolist(), theta_of(kept), steps, metrics, {"split": split}, dropped)
+
+
 @pytest.fixture
-def zoo(tmp_path):
+def zoo(tmp_path, write_zoo):
     """Runs 0..5 in two shards, 2 dropped; losses fall but for the last checkpoint, returns rise."""
-    folder = tmp_path / "zoo"
-    facts = {"task": "tiny", "layout": LAYOUT.to_json(), "checkpoints": CHECKPOINTS, "dtype": "float32"}
-    manifest = Manifest.create(folder, {**facts, "metrics": {"loss": "lower", "return": "higher"}})
-    for runs, split, dropped in ((range(4), "train", {2: "|theta| > 10"}), (range(4, 6), "test", {})):
-        kept = torch.tensor([run for run in runs if run not in dropped])
-        loss = kept.view(-1, 1) + torch.tensor([9.0, 5.0, 2.0, 1.0, 3.0])
-        data = CohortData(
-            runs=kept.tolist(),
-            theta=theta_of(kept),
-            steps=torch.arange(CHECKPOINTS).expand(len(kept), -1) * 10,
-            metrics={"loss": loss, "return": 100 * kept.view(-1, 1) - loss},
-            settings={"split": split},
-            dropped=dropped,
-        )
-        manifest.commit(write_shard(folder, shard_name(runs), data, "float32"))
-    return folder
+    cohorts = cohort(range(4), "train", {2: "|theta| > 10"}), cohort(range(4, 6), "test", {})
+    return write_zoo(tmp_path / "zoo", LAYOUT, {"loss": "lower", "return": "higher"}, *cohorts).folder
 
 
 def theta_of(runs):

@@ -1,4 +1,4 @@
-"""theta's layout: the order of state_dict, there and back, and what does not fit."""
+"""theta's layout: the order of state_dict, its inverse, and what does not fit."""
 
 import json
 import pickle

@@ -217,7 +217,7 @@ def test_a_pickled_runs_json_is_one_line_and_is_never_run(data, tmp_path):
         ('{"checkpoints": {"4/last.pt": {}}}', "checkpoint '4/last.pt', expected RUN/epEEE_itIIIII.pt"),
     ],
 )
-def test_a_runs_json_that_is_none_is_one_line(data, content, message):
+def test_another_runs_json_is_one_line(data, content, message):
     (write_run(data, "4") / "runs.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         import_lmdb(config(data), LAYOUT)

@@ -91,7 +91,7 @@ def _swap(units: int, i: int, j: int) -> torch.Tensor:
     return order
 
 
-def test_a_theta_is_matched_the_same_alone_and_among_others():
+def test_a_theta_is_matched_the_same_alone_and_in_a_batch():
     spec = derive(mlp())
     theta, reference = random_theta(spec, 4, 3, 2), random_theta(spec, 5)
     together = match(spec, theta, reference)
@@ -101,7 +101,7 @@ def test_a_theta_is_matched_the_same_alone_and_among_others():
             assert torch.equal(order, together[group][i, j])
 
 
-def test_networks_matched_to_one_reference_lie_closer_and_compute_the_same():
+def test_networks_matched_to_one_reference_are_closer_and_compute_the_same():
     network = mlp().double()
     spec = derive(network)
     theta, reference = random_theta(spec, 6, 300).double(), random_theta(spec, 7).double()

@@ -22,7 +22,7 @@ from triptych_gpt.memorization import (
 )
 from triptych_gpt.nearest import Nearest
 from triptych_gpt.tasks import Cohort, Items, SupervisedTask
-from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData
 from triptych_gpt.zoo.zoo import Zoo
 
 SCALE = 2.0
@@ -44,16 +44,14 @@ TASK = SupervisedTask("tiny", mlp, Points(), epochs=6, batch_size=16)
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zoo")
-    metrics = {metric.name: metric.better for metric in TASK.metrics}
-    facts = {"task": "tiny", "layout": TASK.layout.to_json(), "dtype": "float32", "metrics": metrics, "checkpoints": 8}
-    manifest = Manifest.create(folder, facts)
+def zoo(tmp_path_factory, write_zoo):
+    cohorts = []
     for number, (split, runs) in enumerate(RUNS.items()):
         made = TASK.train_cohort(Cohort(3, number, runs, checkpoints=8), torch.device("cpu"), len(runs))
         scores = {k: v.view(len(runs), -1) for k, v in TASK.evaluate(made.theta.flatten(0, 1)).items()}
-        data = CohortData(runs, made.theta, made.steps, scores, {"split": split}, {})
-        manifest.commit(write_shard(folder, shard_name(runs), data, "float32"))
+        cohorts.append(CohortData(runs, made.theta, made.steps, scores, {"split": split}, {}))
+    folder = tmp_path_factory.mktemp("zoo")
+    write_zoo(folder, TASK.layout, {metric.name: metric.better for metric in TASK.metrics}, *cohorts)
     return Zoo(folder)
 
 
@@ -94,7 +92,7 @@ def test_copies_are_called_memorised_and_fresh_networks_are_not(zoo, targets):
     assert any(line.startswith("Does not beat noised") for line in copied.verdict)
 
 
-def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targets):
+def test_every_group_has_its_own_nearest_training_networks(zoo, targets):
     result = audit(fresh(), zoo, TASK, "test_loss", targets, SCALE)
     names = [group.name for group in result.groups]
     assert names == [
@@ -120,7 +118,7 @@ def test_every_group_is_beside_the_nearest_training_network_of_its_own(zoo, targ
     assert written["searched"] == "320 checkpoints of 40 training runs"
 
 
-def test_a_search_of_some_checkpoints_says_so_and_is_never_nearer(zoo, targets):
+def test_a_search_of_some_checkpoints_is_reported_and_never_nearer(zoo, targets):
     whole = audit(fresh(4), zoo, TASK, "test_loss", targets[:4], SCALE)
     some = audit(fresh(4), zoo, TASK, "test_loss", targets[:4], SCALE, every=4)
     assert "every 4th" in some.searched

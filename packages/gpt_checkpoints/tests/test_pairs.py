@@ -1,4 +1,4 @@
-"""The pair loader: who is drawn how often, in closed form, and that rows are those of the zoo."""
+"""Pairs: how often each is sampled, in closed form, and that rows are those of the zoo."""
 
 from itertools import combinations
 
@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.pairs import SAMPLINGS, Draw, Pairs, ends, released, stratified, thesis
-from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, write_shard
+from triptych_gpt.zoo.store import CohortData
 from triptych_gpt.zoo.zoo import Zoo
 
 LAYOUT = ParameterLayout({"weight": (2, 5)})
@@ -17,28 +17,24 @@ COUNTERS = range(200_000)
 SPLITS = {"train": [0, 1, 2, 6, 7], "test": [3, 4]}  # run 5 is dropped
 
 
+def cohort(runs: range, split: str, dropped: dict[int, str]) -> CohortData:
+    kept = [run for run in runs if run not in dropped]
+    number = torch.tensor(kept).view(-1, 1) * 100.0 + torch.arange(CHECKPOINTS)
+    theta = number.unsqueeze(-1) + torch.arange(LAYOUT.size) / 16
+    steps = torch.arange(CHECKPOINTS).expand(len(kept), -1)
+    return CohortData(kept, theta, steps, {"loss": number, "error": -number}, {"split": split}, dropped)
+
+
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
+def zoo(tmp_path_factory, write_zoo):
     folder = tmp_path_factory.mktemp("zoo")
-    metrics = {"loss": "lower", "error": "lower"}
-    facts = {"task": "tiny", "layout": LAYOUT.to_json(), "dtype": "float32", "metrics": metrics}
-    manifest = Manifest.create(folder, {**facts, "checkpoints": CHECKPOINTS})
-    for runs, split, dropped in (
-        (range(3), "train", {}),
-        (range(3, 6), "test", {5: "bad"}),
-        (range(6, 8), "train", {}),
-    ):
-        kept = [run for run in runs if run not in dropped]
-        number = torch.tensor(kept).view(-1, 1) * 100.0 + torch.arange(CHECKPOINTS)
-        theta = number.unsqueeze(-1) + torch.arange(LAYOUT.size) / 16
-        steps = torch.arange(CHECKPOINTS).expand(len(kept), -1)
-        data = CohortData(kept, theta, steps, {"loss": number, "error": -number}, {"split": split}, dropped)
-        manifest.commit(write_shard(folder, shard_name(runs), data, "float32"))
+    cohorts = cohort(range(3), "train", {}), cohort(range(3, 6), "test", {5: "bad"}), cohort(range(6, 8), "train", {})
+    write_zoo(folder, LAYOUT, {"loss": "lower", "error": "lower"}, *cohorts)
     return Zoo(folder)
 
 
 def frequencies(draw, runs, checkpoints):
-    """How often each (run, start, target) was drawn."""
+    """How often each (run, start, target) was sampled."""
     counts = torch.zeros(runs, checkpoints, checkpoints, dtype=torch.float64)
     counts.index_put_((draw.run, draw.start, draw.target), torch.ones(1, dtype=torch.float64), accumulate=True)
     return counts.numpy()
@@ -96,7 +92,7 @@ def test_rows_are_the_zoos_and_of_the_split_alone(zoo, sampling, split):
         (batch.theta, batch.metrics, batch.checkpoints),
         (batch.theta_star, batch.metrics_star, batch.checkpoints_star),
     ):
-        number = batch.runs * 100.0 + checkpoints  # theta tells its run: both halves of a pair are of one
+        number = batch.runs * 100.0 + checkpoints  # identifies the run of theta: both halves of a pair are of one
         assert torch.equal(theta, number.unsqueeze(1) + entries)
         assert torch.equal(metrics["loss"], number)
         assert torch.equal(metrics["error"], -number)
@@ -148,7 +144,7 @@ def test_stratified_pairs_reach_evenly_over_the_metric_and_often_its_good_end(be
     assert chisquare(even.run.bincount().numpy()).pvalue > 1e-3
 
 
-def test_any_function_can_draw(zoo):
+def test_any_function_can_be_a_sampling(zoo):
     def first_run(seed, counters, runs, checkpoints):
         n = len(counters)
         return Draw(

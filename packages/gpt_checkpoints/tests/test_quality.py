@@ -1,4 +1,4 @@
-"""Figures of an evaluation carry the data that they were given; alignment against denoising steps, the last step, records."""
+"""Figures of an evaluation carry the data that they were given; the divergence of the last step; records."""
 
 import io
 import json
@@ -14,32 +14,10 @@ from triptych_common.diffusion import NoiseSchedule
 from triptych_common.metrics.bootstrap import Estimate
 from triptych_common.plots import figure_png, panels, thousands
 from triptych_gpt.evaluation import plots
-from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep, quality_against_steps
+from triptych_gpt.evaluation.alignment import Alignment, Quality, Sweep
 from triptych_gpt.evaluation.plots import measure, words
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import kl_last_step
-from triptych_gpt.symmetry.derivation import derive
-from triptych_gpt.tasks.task import Metric, Prompts, Task
-
-SIZE = Metric("size", "lower", Prompts(0.0, 0.1, 0.9))
-
-
-class Sizes(Task):
-    """Scores networks by the mean square of their weights."""
-
-    name, metrics, steps = "sizes", (SIZE,), 1
-    symmetry = derive(torch.nn.Linear(4, 2))
-    layout = symmetry.layout
-
-    def evaluate(self, theta):
-        return {"size": theta.square().mean(1)}
-
-
-TASK = Sizes()
-
-
-def networks(n: int) -> torch.Tensor:
-    return torch.randn(n, TASK.layout.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def read_back(result):
@@ -157,24 +135,6 @@ def test_words_and_numbers_of_axes():
     measure(axes.yaxis, "test_error")
     assert axes.yaxis.get_major_formatter()(0.1) == "10"
     assert [axes.yaxis.get_minor_formatter()(value) for value in (0.2, 0.3, 0.5)] == ["20", "", "50"]
-
-
-def test_quality_has_a_row_for_each_update_in_order():
-    def off_by(scale):
-        def update(theta, metric, target, indices):
-            size = target + scale * metric
-            return theta * (size / theta.square().mean(1)).sqrt()[:, None]
-
-        return update
-
-    updates = {("slow", 100): off_by(0.0), ("slow", 5): off_by(0.3), ("fast", 1): off_by(0.1)}
-    rows = quality_against_steps(updates, TASK, SIZE, networks(3), prompts=5)
-    assert [(row.sampler, row.model_evaluations) for row in rows] == [("slow", 5), ("slow", 100), ("fast", 1)]
-    start = TASK.evaluate(networks(3))["size"].mean()
-    assert rows[0].alignment.mean_gap == pytest.approx(0.3 * float(start))
-    assert rows[1].alignment.r2.value == pytest.approx(1)
-    assert rows[0].alignment.r2.value < rows[2].alignment.r2.value < 1
-    read_back(rows)
 
 
 def test_the_last_steps_divergence_equals_torchs_and_an_integral():

@@ -1,4 +1,4 @@
-"""After which steps a run is recorded: uniformly, or crowding its beginning."""
+"""The steps after which a run is recorded: uniform, or mostly from its beginning."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ FACTS = {
 
 
 def cohort(runs, *, dropped=(), split="train", **settings):
-    """Data in which every number tells its run and checkpoint."""
+    """Data whose every number identifies its run and checkpoint."""
     kept = [run for run in runs if run not in dropped]
     number = torch.tensor(kept).view(-1, 1) * 100.0 + torch.arange(CHECKPOINTS)
     theta = number.unsqueeze(-1) + torch.arange(D) / 32
@@ -108,7 +108,7 @@ def test_theta_gathers_any_rows_in_any_order(tmp_path, dtype):
     assert zoo.theta([], []).shape == (0, D)
 
 
-def test_theta_copies_only_what_is_asked_for(tmp_path):
+def test_theta_copies_only_the_given_rows(tmp_path):
     layout = ParameterLayout({"weight": (1000, 100)})
     manifest = Manifest.create(tmp_path, {**FACTS, "layout": layout.to_json(), "metrics": {}})
     theta = torch.zeros(20, CHECKPOINTS, layout.size)
@@ -244,7 +244,7 @@ def test_a_truncated_or_missing_file_is_reported_at_opening(folder, suffix):
 
 @pytest.mark.parametrize("at", [3, 60, -1])
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
-def test_one_altered_byte_is_found_and_its_file_named(folder, suffix, at):
+def test_one_altered_byte_is_detected_and_its_file_named(folder, suffix, at):
     path = folder / "shards" / f"runs-00000000-00000005.{suffix}"
     flip(path, at)
     other = folder / "shards" / "runs-00000006-00000009.safetensors"

@@ -1,4 +1,4 @@
-"""Cohorts train exactly as PyTorch trains their networks one by one; scores are those of a plain loop; recipes tell all."""
+"""Cohorts train exactly as PyTorch trains their networks one by one; scores are those of a plain loop; recipes are complete."""
 
 import json
 import math
@@ -291,7 +291,7 @@ def test_learning_rates_are_cosine_by_epoch_or_constant():
         (("SGD", {"lr": "fast"}), "lr 'fast'; expected a number above 0"),
     ],
 )
-def test_optimizer_settings_refuse(arguments, message):
+def test_bad_optimizer_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         OptimizerSettings(*arguments)
     assert "\n" not in str(error.value)
@@ -320,7 +320,7 @@ def test_recorded_steps_are_start_end_and_distinct_between():
 
 
 @pytest.mark.parametrize("checkpoints", [1, 102])
-def test_recorded_steps_refuse(checkpoints):
+def test_recorded_steps_refuse_impossible_numbers(checkpoints):
     with pytest.raises(ValueError, match=f"checkpoints {checkpoints}: expected 2 to 101"):
         recorded_steps(Cohort(0, 0, range(1), checkpoints), 100)
 
@@ -385,7 +385,7 @@ def test_inputs_that_never_vary_count_all_the_same(layer):
 
 
 def test_ties_and_dead_networks_are_errors():
-    """A network that says the same of every class is wrong everywhere, however argmax breaks ties."""
+    """A network whose scores are equal is wrong everywhere, however argmax breaks ties."""
     outputs = torch.tensor([[[1.0, 1.0, 0.0], [2.0, 1.0, 1.0], [float("nan"), 1.0, 0.0], [0.0, float("inf"), 1.0]]])
     assert zero_one(outputs, torch.tensor([0, 0, 0, 1])).tolist() == [[1.0, 0.0, 1.0, 0.0]]
     assert zero_one(outputs, torch.tensor([[1, 1, 1, 2]])).tolist() == [[1.0, 1.0, 1.0, 1.0]]
@@ -440,7 +440,7 @@ def test_slices_and_counts():
         assert len(slices) == math.ceil(total / at_most)
 
 
-def test_items_refuse():
+def test_items_that_do_not_fit_are_refused():
     for inputs, targets, message in (
         (torch.zeros(3, 2), torch.zeros(4), "3 inputs and 4 targets: expected as many, at least one"),
         (torch.zeros(0, 2), torch.zeros(0), "0 inputs and 0 targets"),
@@ -458,7 +458,7 @@ def test_spread_items_are_distinct_and_even():
         assert torch.equal(found.inputs[:, 0].long(), found.targets)
 
 
-def test_tasks_refuse():
+def test_impossible_tasks_are_refused():
     score = Score(Metric("loss", "lower"), "test", cross_entropy)
     for settings, message in (
         ({"epochs": 0}, "epochs 0: expected at least 1"),

@@ -162,7 +162,7 @@ def test_without_groups_nothing_moves():
     assert torch.equal(spec.apply(theta, {}), theta)
 
 
-def test_check_invariance_tells_right_from_wrong_and_from_nan():
+def test_check_invariance_distinguishes_right_wrong_and_nan():
     network = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4))
     right = mlp_spec()
     wrong = PermutationSpec(right.layout, {**right.axes, "0.bias": (None,)})

@@ -1,4 +1,4 @@
-"""Registered tasks follow the published recipe; users' own are found, or refused in a line."""
+"""Registered tasks follow the published recipe; users' own are opened, or refused in one line."""
 
 import json
 import math
@@ -153,7 +153,7 @@ def test_flip_and_crop_equals_flipping_padding_and_cutting(offsets):
 
 
 @pytest.mark.parametrize(("padding", "offsets"), [(4, 0), (4, 10), (-1, 1)])
-def test_flip_and_crop_refuses(padding, offsets):
+def test_impossible_offsets_are_refused(padding, offsets):
     with pytest.raises(ValueError, match=f"offsets {offsets}: with padding {padding} expected 1 to"):
         FlipAndCrop(padding, offsets)
 
@@ -226,7 +226,7 @@ def test_open_task_with_other_data_and_epochs(own):
         ("{own}:TASK", {"data": "mnist5k"}, "data 'mnist5k': task points has data of its own; leave out --data"),
     ],
 )
-def test_open_task_refuses(own, spec, options, message):
+def test_tasks_that_cannot_be_opened_are_refused(own, spec, options, message):
     with pytest.raises(ValueError, match=message) as error:
         open_task(spec.format(own=own), **options)
     assert "\n" not in str(error.value)

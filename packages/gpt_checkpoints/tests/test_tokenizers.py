@@ -200,7 +200,7 @@ def test_the_update_of_an_edge_is_the_pairwise_formula():
 
 
 @pytest.mark.parametrize("name", ["mnist_mlp_14", "residual", "cifar_cnn"])
-def test_a_network_is_read_alone(name):
+def test_networks_of_a_batch_are_independent(name):
     model, inputs = random_model(SPECS[name]), random_inputs(SPECS[name])
     with torch.no_grad():
         together = model(**inputs)
@@ -243,7 +243,7 @@ def test_more_than_two_permuting_axes_are_refused():
 
 
 @pytest.mark.parametrize(("tokenizer", "largest"), [("layer", "1,960"), ("chunk", "300"), ("neuron", "207")])
-def test_tokens_larger_than_the_width_are_warned_of(tokenizer, largest):
+def test_tokens_larger_than_the_width_give_a_warning(tokenizer, largest):
     options = {"chunk_size": 300} if tokenizer == "chunk" else {}
     with pytest.warns(UserWarning, match=f"tokens of up to {largest} parameters do not fit a width of 64"):
         make_tokenizer(GptConfig(SPECS["mnist_mlp_14"], tokenizer, width=64, **options))

@@ -68,13 +68,11 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory) -> Path:
+def zoo(tmp_path_factory, collect_zoo) -> Path:
     """Fifteen runs of the laptop's task, five a split."""
-    out = tmp_path_factory.mktemp("zoo") / "zoo"
-    with contextlib.redirect_stderr(io.StringIO()):
-        collect(CollectConfig(task="mnist_mlp_14", runs=15, epochs=1, checkpoints=8, cohort_runs=5, split_every=3,
-                              engine="here", networks_at_once=5, out=out))  # fmt: skip
-    return out
+    return collect_zoo(
+        tmp_path_factory.mktemp("zoo") / "zoo", runs=15, checkpoints=8, cohort_runs=5, networks_at_once=5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +83,7 @@ def whole(zoo, tmp_path_factory) -> Path:
     return out
 
 
-# --- learning, validating, keeping
+# --- learning and validating
 
 
 def test_training_denoises_better_than_the_identity_it_starts_from(zoo, whole):
@@ -97,7 +95,7 @@ def test_training_denoises_better_than_the_identity_it_starts_from(zoo, whole):
     assert ours < 0.9 * identity
 
 
-def test_the_model_kept_is_the_one_that_scored_best(zoo, whole):
+def test_the_saved_model_is_the_one_that_scored_best(zoo, whole):
     rows = scores(whole)
     assert list(rows) == VALIDATED
     best = max(rows, key=lambda step: (rows[step], step))
@@ -125,7 +123,7 @@ def alignment_by_hand(gpt: TrainedGpt, zoo: Zoo) -> float:
     return sum(found) / len(found)
 
 
-def test_every_validation_asks_the_same_of_the_same_networks(zoo, tmp_path):
+def test_every_validation_has_the_same_networks_and_prompts(zoo, tmp_path):
     trained(zoo, tmp_path, "--lr", "1e-30", "--weight-decay", "0")
     rows = scores(tmp_path)
     assert list(rows) == VALIDATED
@@ -247,7 +245,7 @@ def test_parts_of_a_batch_give_what_the_whole_does(zoo, exact, tmp_path):
     assert_equal_to_rounding(exact, tmp_path)
 
 
-# --- what can be asked for
+# --- settings
 
 
 @pytest.mark.parametrize(
@@ -273,7 +271,7 @@ def test_every_kind_of_model_trains_and_loads(zoo, tmp_path, options):
     assert gpt.trained_range == (float(values.min()), float(values.max()))
 
 
-def test_without_validation_the_last_model_is_kept(zoo, tmp_path):
+def test_without_validation_the_last_model_is_saved(zoo, tmp_path):
     one_split = tmp_path / "zoo"
     with contextlib.redirect_stderr(io.StringIO()):
         collect(CollectConfig(task="mnist_mlp_14", runs=2, epochs=1, checkpoints=3, cohort_runs=2, engine="here",
@@ -287,7 +285,7 @@ def test_without_validation_the_last_model_is_kept(zoo, tmp_path):
     assert scores(out) == {}
 
 
-def test_dry_run_tells_parameters_and_cost_and_writes_nothing(zoo, whole, tmp_path):
+def test_dry_run_shows_parameters_and_cost_and_writes_nothing(zoo, whole, tmp_path):
     done = train(zoo, tmp_path / "run", "--dry-run", "--json")
     printed = json.loads(done.stdout)
     tensors, _ = checkpoint.read(whole / "last.safetensors")

@@ -9,7 +9,7 @@ from triptych_common.fields import Checked, Ge, Interval
 
 Flips = Literal["trained", "yes", "no"]  # mirror images whose flow is smoother then; trained: where the training did
 SMALLEST = 4  # pixels of the feature maps that the similarity network ends with
-DESCRIPTOR_POOL = 8_000  # generated images, at most, that a descriptor is trained on and groups are sought among
+DESCRIPTOR_POOL = 8_000  # most generated images that a descriptor is trained on and groups are formed of
 
 
 @dataclass(frozen=True)

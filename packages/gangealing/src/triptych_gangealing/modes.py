@@ -18,7 +18,7 @@ from triptych_common.storage import checkpoint
 from triptych_gangealing.stylegan2.generator import Generator, classes_of
 
 Style = Float[Tensor, "n w"]
-CHUNK = 4096  # latents drawn from one generator: part of what a seed means
+CHUNK = 4096  # latents per random generator: changing it changes the samples of a seed
 FITTED = 32_768  # styles decomposed at once: 128 MiB in float64 at 512 dimensions
 RECIPE = 1  # part of a cached result's key: to be raised with any change to samples or decomposition
 

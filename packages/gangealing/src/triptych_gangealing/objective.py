@@ -73,6 +73,7 @@ class Objective:
 
     def targets(self, samples: Samples, c: Float[Tensor, "n w"], psi: float) -> Images:
         """Targets: the pose of c, or of a point on the way to it, with the appearance of w, reduced to the input size."""
+        # With gradients, unlike the samples: through its targets c is learned.
         # Fresh noise: shared with the input, its fixed pattern would give away where things were.
         ws = mixed(samples.w, c, num_ws=self.generator.num_ws, cutoff=self.config.cutoff, psi=psi)
         images = self._images(ws, samples.counters, f"{samples.stream}/target-noise")

@@ -199,7 +199,7 @@ def correspond(
     iterations: int | None = None,
     flips: bool | None = None,
 ) -> Transferred:
-    """Where points of one picture lie in another: through congealed space.  [thesis 4.4.2]
+    """Transfer points of one picture to another, through congealed space.  [thesis 4.4.2]
 
     points: (x, y) in pixels of the source, the centre of the first pixel at (0, 0). source, target: pictures or their files.
     aligner, iterations, flips: as for `align`.

@@ -114,7 +114,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
         self.transformer()
 
     def rate(self, images: int) -> float:
-        """The transformer's learning rate after so many images: constant, then cosines with warm restarts."""
+        """The transformer's learning rate after some images: constant, then cosines with warm restarts."""
         images, period, peak = images - self.constant_images, self.restart_images, self.lr
         if images < 0:
             return self.lr

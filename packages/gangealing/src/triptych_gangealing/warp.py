@@ -152,10 +152,9 @@ class Warp:
 
     def map_points(self, points: Points) -> Mapped:
         """Points of the output images, normalised, to where they come from in the input; the other way by `inverse()`."""
-        if len(points) != len(self):
-            raise ValueError(
-                f"points of {len(points)} images for {len(self)} warps: expected one each; select or repeat"
-            )
+        images, warps = len(points), len(self)
+        if images != warps:
+            raise ValueError(f"points of {images} images for {warps} warps: expected one each; select or repeat")
         at = points.to(self.stages[0].tensor.dtype)
         residual = torch.zeros_like(at[..., 0])
         for stage in self.stages:

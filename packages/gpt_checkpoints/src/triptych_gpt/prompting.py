@@ -120,7 +120,7 @@ def prompt(
 def theta_of(network: Network, layout: ParameterLayout) -> Float[Tensor, " D"]:
     """The parameters of a network as one float32 vector on the CPU.
 
-    A state dict that is one entry of a file, as training scripts save it, is taken with a warning. Raises ValueError naming the
+    A state dict that is one entry of a file, as training scripts save it, is used with a warning. Raises ValueError naming the
     first tensor that differs from the layout, or is not finite; FileNotFoundError for an absent file.
     """
     where = ""
@@ -138,7 +138,7 @@ def theta_of(network: Network, layout: ParameterLayout) -> Float[Tensor, " D"]:
     if theta.ndim != 1:
         raise ValueError(f"{where}several networks stacked ({tuple(theta.shape)}); give one")
     if entry is not None:
-        warnings.warn(f"{where}the network is its entry {entry!r}, which is taken", UserWarning, stacklevel=3)
+        warnings.warn(f"{where}the network is its entry {entry!r}, which is used", UserWarning, stacklevel=3)
     return theta.detach().float().cpu()
 
 
@@ -163,8 +163,8 @@ def _state_dict(content: Any, where: str) -> tuple[Mapping[str, Tensor], str | N
             return content[named[0]], named[0]
         if named:
             raise ValueError(f"{where}holds several state dicts ({', '.join(map(str, named))}); save the one to use")
-    expected = "a mapping of names to tensors, nor has it an entry of one, such as 'state_dict'"
-    raise ValueError(f"{where}not a state dict ({expected}); save one with torch.save(network.state_dict(), PATH)")
+    problem = "not a state dict (a mapping of names to tensors), nor a file with one as an entry"
+    raise ValueError(f"{where}{problem}; save one with torch.save(network.state_dict(), PATH)")
 
 
 def _holds_tensors(content: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Ways to align images, each behind one call and by its name: baselines beside which a learned alignment is scored."""
+"""Methods of alignment by name: the baselines that a learned alignment is compared with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,9 @@ Method = Callable[[Images], Alignment]
 
 
 def baselines(training: UInt8[Tensor, "m 3 size size"]) -> dict[str, Method]:
-    """What a learned alignment must beat: no alignment, moments, moments kept upright, and classical Congealing.
+    """Baselines: no alignment, moments, moments with the smaller rotation, and classical Congealing.
 
-    training: the stack that Congealing is fitted to; the others learn nothing.
+    training: the stack that Congealing is fitted to.
     """
     congealing = Congealing.fit(training)
     return {

@@ -70,8 +70,8 @@ def make_views(images: Images, config: EncoderTrainConfig, indices: Sequence[int
     columns = _resampling(width, side, draw("left"), blur_px)
     views = rows[:, None] @ images @ columns[:, None].mT
     # A random 3 x 3 matrix mixes colours, and may turn light into dark; gray uses its first row for all channels.
-    drawn = normal(config.seed, "simclr/colours", indices, (3, 4)).to(images)
-    mix, place = drawn[:, :, :3], torch.special.ndtr(drawn[:, :, 3]) * 2 - 1
+    numbers = normal(config.seed, "simclr/colours", indices, (3, 4)).to(images)
+    mix, place = numbers[:, :, :3], torch.special.ndtr(numbers[:, :, 3]) * 2 - 1
     gray = choose("gray", config.gray)[:, None]
     mix, place = torch.where(gray[:, None], mix[:, :1], mix), torch.where(gray, place[:, :1], place)
     changed = choose("recolour", config.recolour)[:, None, None, None]
@@ -160,7 +160,7 @@ def fit(
     views: Callable[[Images, EncoderTrainConfig, list[int]], Images],
     contrast: Callable[[nn.Module, Images, Images, float], LossAndShare],
 ) -> None:
-    """Train a network on two views of each of a pool's images, from where the run stands; frozen in the end.
+    """Train a network on two views of each of a pool's images, resuming the run; frozen in the end.
 
     views: images at some indices to their views. contrast: loss of two views, and the share that is recognised.
     """

@@ -185,8 +185,8 @@ def posed_digits(
     row = torch.arange(n)
     jitters = items.jitters(row - row % len(order) + order[row % len(order)])
     digits = items.digits[jitters.digit]
-    drawn = render(digits, white_on_black(jitters) if grey else jitters)
-    return Posed(drawn, jitters, digits)
+    images = render(digits, white_on_black(jitters) if grey else jitters)
+    return Posed(images, jitters, digits)
 
 
 def _alternating(labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -204,7 +204,7 @@ def on_canvas(points: Float[Tensor, "n k 2"], jitters: Jitters, size: int = CANV
 
 
 def shown(points: Float[Tensor, "n k 2"], size: int) -> Bool[Tensor, "n k"]:
-    """Which points lie within a square image, its outermost half pixels included."""
+    """Which points are inside a square image, its outermost half pixels included."""
     return ((points >= -0.5) & (points <= size - 0.5)).all(dim=-1)
 
 

@@ -1,1 +1,1 @@
-"""StyleGAN2: generator and discriminator, their training, and everybody's files of them."""
+"""StyleGAN2: generator and discriminator, their training, and files of theirs in all common formats."""

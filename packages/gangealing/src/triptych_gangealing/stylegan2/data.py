@@ -12,7 +12,7 @@ from triptych_common.data import DATASETS, ImageDataset, ImageSource, ImageTooSm
 
 from triptych_gangealing.digits32 import Digits32
 
-Batches = Callable[[Tensor], UInt8[Tensor, "n channels height width"]]  # pixels by item number: indexed, or drawn
+Batches = Callable[[Tensor], UInt8[Tensor, "n channels height width"]]  # pixels of items by number
 
 
 class TrainingImages:

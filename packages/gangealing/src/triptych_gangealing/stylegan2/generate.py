@@ -1,4 +1,4 @@
-"""Draw images from a generator: a grid, one PNG an image, a film through its styles."""
+"""Sample images from a generator: a grid, a PNG for each image, a film of walks through its styles."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ from triptych_gangealing.settings import GenerateConfig
 from triptych_gangealing.stylegan2.generator import Generator, classes_of, latents_of, sample_images
 from triptych_gangealing.stylegan2.weights import load_generator
 
-GRID = 100  # images in grid.png
-VIDEO_SIDE = 4  # walks side by side, and one above another
+GRID = 100  # most images in grid.png
+VIDEO_SIDE = 4  # rows and columns of walks
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class Machine:
             return call(*arguments)
         except Refused:
             raise
-        except Exception as error:  # of whatever kind: the arguments are anyone's
+        except Exception as error:  # of any kind, as arguments may be anything
             raise Refused(f"calls {function.text} with arguments that make nothing") from error
 
 

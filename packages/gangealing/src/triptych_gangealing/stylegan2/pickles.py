@@ -136,9 +136,9 @@ def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     if not (isinstance(flat, Tensor) and flat.ndim == 1 and _is_shape(size) and _is_shape(stride)):
         raise ValueError("no storage or no shape")
     if len(size) != len(stride) or type(offset) is not int or offset < 0 or math.prod(size) > len(flat):
-        raise ValueError("does not lie in its storage")
+        raise ValueError("beyond its storage")
     if math.prod(size) and offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= len(flat):
-        raise ValueError("does not lie in its storage")
+        raise ValueError("beyond its storage")
     return flat.as_strided(size, stride, offset)
 
 

@@ -72,8 +72,8 @@ def to_rosinality(generator: Generator, discriminator: Discriminator | None = No
 
 def fixed_widths(config: GeneratorConfig) -> bool:
     """Whether their code can build this network as it is: 512 feature maps up to 32x32, halved from there or from 64x64."""
-    widths = ({r: 512 if r <= 32 else 16384 * multiplier // r for r in config.resolutions} for multiplier in (1, 2))
-    return {r: config.channels_at(r) for r in config.resolutions} in list(widths)
+    widths = [{r: 512 if r <= 32 else 16384 * multiplier // r for r in config.resolutions} for multiplier in (1, 2)]
+    return {r: config.channels_at(r) for r in config.resolutions} in widths
 
 
 def _exported(discriminator: Discriminator) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> N
         if batch.step % play.every == 0 and play.weight > 0:
             losses[name], observed[name] = _pass(state, batch, play, config.micro_batch)
             finite &= state.optimise()[1]
-    # Means over all ranks, so that their number does not change what is learned. After a non-finite gradient nothing is kept.
+    # Means over all ranks, so that their number does not change what is learned. After a non-finite gradient they are discarded.
     seen = {name: ranks.sum(value) / ranks.world_size for name, value in observed.items()}
     if finite:
         generator.mapping.w_avg.lerp_(seen["generator"], 1 - W_AVG_DECAY)

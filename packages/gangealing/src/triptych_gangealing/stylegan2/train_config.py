@@ -169,7 +169,7 @@ def start(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
         try:
             resolution = int(words[words.index("--resolution") + 1])
             GeneratorConfig(resolution=resolution)
-        except (ValueError, IndexError):  # what parses the options will say so
+        except (ValueError, IndexError):  # reported when the options are parsed
             return preset
     return auto(resolution, int(os.environ.get("WORLD_SIZE", 1)))
 

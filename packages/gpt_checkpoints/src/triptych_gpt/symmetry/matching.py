@@ -26,7 +26,7 @@ def match(
         spec.layout.check(vectors)
         if not vectors.isfinite().all():
             raise ValueError(f"{name} has entries that are not finite; leave such networks out")
-    reference = reference.detach().to("cpu", torch.float64)  # ties and small gains are decided the same way everywhere
+    reference = reference.detach().to("cpu", torch.float64)
     current = theta.detach().to("cpu", torch.float64).reshape(-1, spec.layout.size).clone()
     groups, rows = list(spec.groups), torch.arange(len(current))
     orders = {group: torch.arange(units).repeat(len(rows), 1) for group, units in spec.groups.items()}

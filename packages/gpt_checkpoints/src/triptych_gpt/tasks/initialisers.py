@@ -54,13 +54,11 @@ def initial_networks(
     return torch.stack(thetas).float()
 
 
-_NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # their weights may have two dimensions
-
-
 def _draw(network: nn.Module, draw: Callable[[Tensor], object]) -> None:
     for module in network.modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, _NORMALISATIONS) or all(parameter.ndim < 2 for parameter in own):
+        # The weights of these norms may have two dimensions, too.
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) or all(parameter.ndim < 2 for parameter in own):
             continue
         for parameter in own:
             if parameter.ndim > 1:

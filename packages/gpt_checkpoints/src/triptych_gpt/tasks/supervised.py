@@ -82,9 +82,7 @@ def classification(loss: Prompts | None = None, error: Prompts | None = None) ->
         Score(Metric("test_loss", "lower", loss, "mean cross-entropy of the test items, nats"), "test", cross_entropy),
         Score(Metric("test_error", "lower", error, "fraction of test items misclassified"), "test", zero_one),
         Score(
-            Metric("train_loss", "lower", loss, "mean cross-entropy of some training items, nats"),
-            "train",
-            cross_entropy,
+            Metric("train_loss", "lower", loss, "mean cross-entropy of training items, nats"), "train", cross_entropy
         ),
     )
 

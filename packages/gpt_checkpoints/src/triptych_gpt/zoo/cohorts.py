@@ -12,8 +12,8 @@ from triptych_gpt.tasks.task import Cohort, Task, Trajectories
 from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
 from triptych_gpt.zoo.store import CohortData, ShardRecord, shard_name, unsound, write_shard
 
+# Columns of the index that describe a run, besides the task's own settings.
 SETTINGS = ("split", "cohort", "seed", "initialiser", "shared_batches")
-"""columns of the index that describe a run, besides the task's own settings"""
 _SCORED_AT_ONCE = 4000  # checkpoints on the device
 
 
