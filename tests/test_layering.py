@@ -104,8 +104,10 @@ def test_what_every_user_of_one_library_must_install():
         "lazy_loader",
         "numpy",
         "pillow",
+        "pydantic",
         "rich",
         "safetensors",
+        "typing_extensions",
         "tyro",
     }
     assert required <= light | {"torch"}

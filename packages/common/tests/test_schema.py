@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triptych_common.cli import printable
-from triptych_common.fields import Checked, Ge, Gt
+from triptych_common.fields import Checked, Ge, Gt, printable
 from triptych_common.storage.schema import FileName, check, parse, read_json, rows
 from typing_extensions import TypedDict
 

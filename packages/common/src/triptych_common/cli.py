@@ -10,14 +10,13 @@ import io
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from triptych_common.fields import FREE, Checked, one_of
+from triptych_common.fields import FREE, Checked, one_of, printable
 
 
 class Interrupted(Exception):
@@ -94,19 +93,6 @@ def echo(text: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         lines = map(printable, text.split("\n"))
         print("\n".join(lines), file=sys.stderr if _to_stderr else sys.stdout, flush=True)
-
-
-def printable(text: str) -> str:
-    """A text in which characters that a terminal acts on are escaped: controls, marks of direction, ends of lines.
-
-    Names of files, tensors and classes come from others, and may hold them.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
-        for c in text
-    )
 
 
 Commands = Mapping[str, Command]

@@ -13,6 +13,7 @@ A subclass that declares a field again, for another default or help text, keeps 
 
 import operator
 import types
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -32,9 +33,9 @@ class Constraint:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """The protocol by which pydantic takes a constraint of another library's from `Annotated`."""
-        from pydantic_core.core_schema import no_info_after_validator_function
+        from pydantic import AfterValidator
 
-        return no_info_after_validator_function(self._checked, handler(source))
+        return AfterValidator(self._checked).__get_pydantic_core_schema__(source, handler)
 
     def _checked(self, value: Any) -> Any:
         if value is not None and value not in self:
@@ -99,6 +100,19 @@ class OneOf(Constraint):
 
     def expected(self, value: Any) -> str:
         return one_of(value, self.names)
+
+
+def printable(text: str) -> str:
+    """A text in which characters that a terminal acts on are escaped: controls, marks of direction, ends of lines.
+
+    Names of files, tensors and classes come from others, and may hold them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+        for c in text
+    )
 
 
 def one_of(word: object, names: Iterable[object]) -> str:

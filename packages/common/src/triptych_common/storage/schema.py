@@ -18,8 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from triptych_common.cli import printable
-from triptych_common.fields import Constraint, OutOfBounds
+from triptych_common.fields import Constraint, OutOfBounds, printable
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
