@@ -19,9 +19,9 @@ from triptych_thesis import cli
 from triptych_thesis.study import runner
 from triptych_thesis.study.claims import FOUND, load_claims, record, record_results
 from triptych_thesis.study.estimates import Estimate, interval, mean_estimate, quantile, ratio
-from triptych_thesis.study.experiment import Experiment, Links, Picture, Section, Table
+from triptych_thesis.study.experiment import Experiment, Links, Opening, Picture, Section, Study, Table
 from triptych_thesis.study.report import Report, publish
-from triptych_thesis.study.runner import Opening, Stopwatch, Study
+from triptych_thesis.study.runner import Stopwatch
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, merged, overall, sign
 
 ROOT = Path(__file__).parents[3]
@@ -172,7 +172,7 @@ def test_what_comes_out_as_before_keeps_its_command_and_commit(tmp_path, monkeyp
 
     def made(**options):
         study = tiny(tmp_path, experiment(value=value), **options)
-        runner.measure(study, {}, study.experiments["one"])
+        runner.measure(study.experiments["one"], {}, file, tmp_path / "figures", study.command)
         return runner.read_result(file)["made"]
 
     first = {"command": "triptych reproduce ch9 --size laptop --all --seed 0", "commit": "before"}

@@ -6,6 +6,7 @@ precision and recall keep each manifold's radii and leave out of it what was not
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +25,11 @@ from triptych_dit.sample import read_npz
 from triptych_thesis.chapter2.comparisons import Score
 from triptych_thesis.chapter2.digits import without_margin
 
+_DIVERGENCE = "exp of the mean KL divergence from all samples' classes to one's"
 METRICS = {  # of the thesis, and what stands for each here
     "frechet": ("FID", "Fréchet distance in 64 features of the frozen digit network"),
     "spatial_frechet": ("sFID", "Fréchet distance of that network's last 4x4 maps, first 7 of 64 channels"),
-    "digit_score": (
-        "IS",
-        "exp of the mean KL divergence from all samples' classes to one's, by the frozen classifier (1 to 10)",
-    ),
+    "digit_score": ("IS", f"{_DIVERGENCE}, by the frozen classifier (1 to 10)"),
     "precision": ("precision", "samples within the k = 3 manifold of real digits, in the same 64 features"),
     "recall": ("recall", "real digits within the k = 3 manifold of samples"),
 }
@@ -79,40 +78,34 @@ class StudyScorer:
             return Features(pool, spatial, self.digits.classifier(images).softmax(1))
 
     def __call__(self, samples: Path) -> dict[str, Any]:
-        """Scores of a samples file, JSON-able: {"n", "accuracy", and each of METRICS: {"value", "replicates"}}; kept beside it.
+        """Scores of a samples file, JSON-able: {"n", "accuracy", and each of METRICS: {"value", "replicates"}}; saved beside it.
 
         Raises what reading the file raises.
         """
-        kept = samples.with_name("scores.json")
-        asked = {
-            "version": VERSION,
-            "dataset": self.dataset,
-            "seed": self.seed,
-            "repeats": self.repeats,
-            "metrics": [*METRICS, "accuracy"],
-        }
-        if kept.exists() and (known := read_scores(kept))["asked"] == asked:
-            return known["scores"]
-        images, labels = read_npz(samples)
-        if labels is None:
-            raise ValueError(f"{samples}: holds no labels, expected samples of classes of digits")
-        scores = self.score(without_margin(images), labels)
-        write_json(kept, {"asked": asked, "scores": scores})
-        return scores
+        settings = {"version": VERSION, "dataset": self.dataset, "seed": self.seed, "repeats": self.repeats,
+                    "metrics": [*METRICS, "accuracy"]}  # fmt: skip
+
+        def scores() -> dict[str, Any]:
+            images, labels = read_npz(samples)
+            if labels is None:
+                raise ValueError(f"{samples}: holds no labels, expected samples of classes of digits")
+            return self.score(without_margin(images), labels)
+
+        return saved_scores(samples, settings, scores)
 
     def score(self, images: UInt8[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict[str, Any]:
         """Every metric of labelled digits with its replicates, as `__call__` returns them."""
-        found, real = self.features(images), self.reference
-        n, m = len(found.pool), len(real.pool)
-        rows, real_rows = self._rows(n, m)
-        precise, recalled = precision_recall(real.pool, found.pool, k=NEIGHBOURS)
-        correct = (found.probabilities.argmax(1) == labels).float()
+        ours, real = self.features(images), self.reference
+        n = len(ours.pool)
+        rows, real_rows = self._rows(n, len(real.pool))
+        precise, recalled = precision_recall(real.pool, ours.pool, k=NEIGHBOURS)
+        correct = (ours.probabilities.argmax(1) == labels).float()
         scored = {
-            "frechet": _frechet(found.pool, real.pool, rows, real_rows),
-            "spatial_frechet": _frechet(found.spatial, real.spatial, rows, real_rows),
-            "digit_score": (_digit_score(found.probabilities), [_digit_score(found.probabilities[r]) for r in rows]),
-            "precision": (float(precise.mean()), _shares(found.pool, real.pool, rows, real_rows)),
-            "recall": (float(recalled.mean()), _shares(real.pool, found.pool, real_rows, rows)),
+            "frechet": _frechet(ours.pool, real.pool, rows, real_rows),
+            "spatial_frechet": _frechet(ours.spatial, real.spatial, rows, real_rows),
+            "digit_score": (_digit_score(ours.probabilities), [_digit_score(ours.probabilities[r]) for r in rows]),
+            "precision": (float(precise.mean()), _shares(ours.pool, real.pool, rows, real_rows)),
+            "recall": (float(recalled.mean()), _shares(real.pool, ours.pool, real_rows, rows)),
             "accuracy": (float(correct.mean()), correct[rows].mean(1).tolist()),
         }
         return {"n": n} | {
@@ -129,15 +122,16 @@ class StudyScorer:
 
 
 def _frechet(
-    found: Float[Tensor, "n dim"],
+    features: Float[Tensor, "n dim"],
     real: Float[Tensor, "m dim"],
     rows: Int[Tensor, "repeats n"],
     real_rows: Int[Tensor, "repeats m"],
 ) -> tuple[float, list[float]]:
     """Distance and replicates."""
-    ours, theirs = fit_gaussian(found), fit_gaussian(real)
-    value, sway = frechet_influence(found, ours, theirs)
+    ours, theirs = fit_gaussian(features), fit_gaussian(real)
+    value, sway = frechet_influence(features, ours, theirs)
     _, real_sway = frechet_influence(real, theirs, ours)
+    # Resampling moves the distance by the mean influence of what was drawn, less that of the whole set.
     moved = (sway - sway.mean())[rows].mean(1) + (real_sway - real_sway.mean())[real_rows].mean(1)
     return value, (value + moved).tolist()
 
@@ -169,15 +163,25 @@ def _reference(scorer: StudyScorer) -> Features:
 
 
 def score_of(scores: dict[str, Any], metric: str) -> Score:
-    """One metric of what a scorer gave."""
-    found = scores[metric]
-    return Score(found["value"], tuple(found["replicates"]), found.get("deviation", 0.0), found.get("trials", 0))
+    """One metric of a scorer's result."""
+    score = scores[metric]
+    return Score(score["value"], tuple(score["replicates"]), score.get("deviation", 0.0), score.get("trials", 0))
 
 
-def read_scores(path: Path) -> dict[str, Any]:
-    """What a scorer kept. Raises ValueError for a damaged file."""
-    try:
-        known = json.loads(path.read_text())
-        return {name: known[name] for name in ("asked", "scores")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged, expected a scorer's JSON; delete it, and it is made again") from error
+def saved_scores(samples: Path, settings: dict[str, Any], score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The scores that lie beside a samples file, made where they are missing or of other settings.
+
+    Raises ValueError for a damaged file, and what `score` raises.
+    """
+    path = samples.with_name("scores.json")
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())
+            made_with, scores = known["asked"], known["scores"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged, expected a scorer's JSON; delete it, and it is made again") from error
+        if made_with == settings:
+            return scores
+    scores = score()
+    write_json(path, {"asked": settings, "scores": scores})
+    return scores

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from triptych_common.plots import figure_png, legend, panels
 
+from triptych_thesis.chapter2.comparisons import LOWER_IS_BETTER
 from triptych_thesis.chapter2.scoring import METRICS
 from triptych_thesis.study.estimates import interval, ratio
-from triptych_thesis.study.experiment import Links, Table
+from triptych_thesis.study.experiment import Links, Picture, Section, Study, Table
 from triptych_thesis.study.plots import interval_lines, plain_ticks
-from triptych_thesis.study.verdicts import CONFIRMED, MARKS, REFUTED, Evidence, sign
-
-if TYPE_CHECKING:
-    from triptych_thesis.study.runner import Study
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, Evidence, marked, overall, sign
 
 Rows = Sequence[Mapping[str, Any]]
 FRECHET = "Fréchet distance"
@@ -32,9 +30,25 @@ def metric_name(metric: str) -> str:
     return NAMES.get(metric, metric)
 
 
-def marked(verdict: str) -> str:
-    """A verdict in a table's cell: "✓ confirmed"."""
-    return f"{MARKS[verdict]} {verdict}"
+def factor(comparison: Mapping[str, Any]) -> str:
+    """The worse distance over the better one, with its interval."""
+    return ratio(comparison["difference"])
+
+
+def difference(comparison: Mapping[str, Any]) -> str:
+    """A difference by any metric, with its interval: of distances as a factor, of others as it is."""
+    metric = comparison["about"]["of"]
+    return factor(comparison) if metric in LOWER_IS_BETTER else interval(comparison["difference"])
+
+
+def decided(comparison: Mapping[str, Any]) -> str:
+    """The verdict on a comparison, in a table's cell."""
+    return marked(sign(comparison["difference"]))
+
+
+def all_better(comparisons: Rows) -> str:
+    """The verdict on "each is better than what it is compared with"."""
+    return overall(sign(c["difference"]) for c in comparisons)
 
 
 def cell(value: Any) -> str:
@@ -44,33 +58,36 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def scores_table(rows: Rows, columns: Mapping[str, str] | Sequence[str], caption: str) -> Table:
-    """Rows of scores under the given columns and every metric that they have; it opens on request."""
+def scored_section(
+    study: Study,
+    title: str,
+    pictures: Sequence[Picture],
+    tables: Sequence[Table],
+    rows: Rows,
+    columns: Mapping[str, str] | Sequence[str],
+    note: str = "",
+) -> Section:
+    """A section that ends with every score of `rows`, under the given columns, and with links to their samples."""
     titles = columns if isinstance(columns, Mapping) else {name: COLUMNS.get(name, name) for name in columns}
     metrics = [metric for metric in (*METRICS, "accuracy") if metric in rows[0]]
-    return Table(
+    scores = Table(
         (*titles.values(), *map(metric_name, metrics)),
         [(*(cell(row[name]) for name in titles), *(interval(row[metric]) for metric in metrics)) for row in rows],
-        f"Every score. {caption}".strip(),
+        f"Every score. {note}{INSTRUMENTS}",
         folded=True,
     )
+    return Section(title, pictures, [*tables, scores], links=sample_links(study, [row["samples"] for row in rows]))
 
 
 def comparisons_table(comparisons: Rows, caption: str, summary: str) -> Table:
     """Comparisons of Fréchet distances with their verdicts; it opens on request, under its summary."""
-    return Table(
-        ("claimed better", "than", "images", f"the second's {FRECHET} over the first's", "verdict"),
-        [
-            (c["better"], c["worse"], cell(c["about"]["images"]), ratio(c["difference"]), marked(sign(c["difference"])))
-            for c in comparisons
-        ],
-        f"{summary}. {caption}",
-        folded=True,
-    )
+    header = ("claimed better", "than", "images", f"the second's {FRECHET} over the first's", "verdict")
+    rows = [(c["better"], c["worse"], cell(c["about"]["images"]), factor(c), decided(c)) for c in comparisons]
+    return Table(header, rows, f"{summary}. {caption}", folded=True)
 
 
 def counted(what: str, comparisons: Rows) -> list[Evidence]:
-    """How many comparisons go as the thesis has them, and which go the other way."""
+    """How many comparisons agree with the thesis, and which are reversed."""
     if not comparisons:
         return [Evidence(what, "nothing comparable was measured")]
     verdicts = [sign(c["difference"]) for c in comparisons]
@@ -85,7 +102,7 @@ def last_of(comparisons: Rows) -> list[Mapping[str, Any]]:
     return [c for c in comparisons if c["about"]["images"] == last]
 
 
-def sample_links(study: "Study", places: Sequence[str]) -> list[Links]:
+def sample_links(study: Study, places: Sequence[str]) -> list[Links]:
     """Links to sets of samples, by their paths in the study's folder, each with its grid and scores."""
     rows = []
     for place in map(Path, sorted(set(places))):

@@ -1,9 +1,9 @@
-"""What the experiments of chapter 3 are given: a trained G.pt beside the zoo that it was trained on."""
+"""What the experiments of chapter 3 share: a trained G.pt beside its zoo, and how its metrics are averaged and named."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,6 @@ from triptych_common.storage.checkpoint import digest
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import Trial
 from triptych_gpt.settings import SamplerSettings
-from triptych_gpt.tasks.task import Metric
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.source import recipe_of
 
@@ -22,7 +21,7 @@ from triptych_thesis.study.estimates import quantile
 
 @dataclass
 class Context:
-    """A trained G.pt and the zoo that it was trained on; both are opened when first asked for."""
+    """A trained G.pt and the zoo that it was trained on; both are opened on first use."""
 
     model: Path  # run folder or model file
     zoo: Path
@@ -30,16 +29,16 @@ class Context:
     amounts: Amounts
     seed: int = 0
     device: str = "auto"
-    folder: Path | None = None  # where further models and example networks are kept, if anywhere
-    training: GptTrainConfig | None = None  # None for a model from elsewhere
+    folder: Path | None = None  # of the study; like the rest, None for a model from elsewhere
+    training: GptTrainConfig | None = None
     variants: Variants | None = None
 
     @cached_property
     def trial(self) -> Trial:
         """The model with its zoo.
 
-        Raises FileNotFoundError or ValueError for what cannot be read or does not belong together, ValueError for a zoo with
-        fewer unseen runs than the amounts ask for.
+        Raises FileNotFoundError or ValueError for files that cannot be read or do not belong together, ValueError for a zoo with
+        fewer unseen runs than the amounts need.
         """
         trial = Trial.open(self.model, self.zoo, self.settings, self.seed, self.device)
         trial.rows("test", max(self.amounts.networks, self.amounts.baseline_networks))
@@ -74,10 +73,11 @@ def mean_over_networks(values: Float[Tensor, " n"]) -> dict[str, Any]:
     return plain({**bounds, "networks": n, "non_finite": len(values) - n})
 
 
-def prompt_of(metric: Metric, prompt: float | None, kind: Literal["best", "recursive"]) -> float:
-    """The prompt given, or the metric's own. Raises ValueError where there is neither."""
-    if prompt is None:
-        if metric.prompts is None:
-            raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
-        prompt = getattr(metric.prompts, kind)
-    return prompt
+def named(metric: str) -> str:
+    """A metric in running text, "test loss"; axes are labelled by `triptych_gpt.evaluation.plots`."""
+    return metric.replace("_", " ")
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A value of a metric to three digits, errors in per cent as axes have them; a dash where there is none."""
+    return "–" if value is None else f"{(100 if metric.endswith('error') else 1) * value:.3g}"

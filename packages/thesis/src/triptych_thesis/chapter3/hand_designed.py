@@ -9,7 +9,7 @@ validation networks, and reported on others. All networks see the same minibatch
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
@@ -46,30 +46,24 @@ class GridPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks; NaN where networks diverged.
-
-    `chosen` are the points of the grid that are best at each step by `validation`, the mean over validation networks; `tuned` is
-    the metric at the point that is best after the last step, `envelope` at the one that is best after exactly so many steps.
-    """
+    """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks; NaN where networks diverged."""
 
     optimizer: str
     metric: str
     better: str
     steps: tuple[int, ...]
     grid: tuple[GridPoint, ...]
-    chosen: tuple[int, ...]
-    tuned: Float[Tensor, "steps networks"]
-    envelope: Float[Tensor, "steps networks"]
-    validation: Float[Tensor, "grid steps"]
+    chosen: tuple[int, ...]  # points of the grid that are best at each step by `validation`
+    tuned: Float[Tensor, "steps networks"]  # the metric at the point that is best after the last step
+    envelope: Float[
+        Tensor, "steps networks"
+    ]  # at the one that is best after exactly so many steps: favours the optimiser
+    validation: Float[Tensor, "grid steps"]  # mean over validation networks
 
-    def steps_to_reach(self, value: float, *, envelope: bool = True) -> tuple[int | None, int]:
-        """First scored step whose mean over networks is at this value or better, None for never, and the step scored before it.
-
-        The envelope favours the optimiser.
-        """
-        means = (self.envelope if envelope else self.tuned).double().mean(1).tolist()
+    def steps_to_reach(self, value: float) -> tuple[int | None, int]:
+        """First scored step at which the envelope's mean is at this value or better, None for never, and the step before it."""
         after = 0
-        for step, mean in zip(self.steps, means, strict=True):
+        for step, mean in zip(self.steps, self.envelope.double().mean(1).tolist(), strict=True):
             if mean <= value if self.better == "lower" else mean >= value:
                 return step, after
             after = step
@@ -77,18 +71,13 @@ class Curve:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: means and standard errors over networks; None for what is not finite."""
+        scored = zip(self.grid, self.validation, strict=True)
         return {
-            "optimizer": self.optimizer,
-            "metric": self.metric,
-            "networks": self.tuned.shape[1],
-            "steps": list(self.steps),
+            "optimizer": self.optimizer, "metric": self.metric, "networks": self.tuned.shape[1], "steps": list(self.steps),
             "tuned": {**self.grid[self.chosen[-1]]._asdict(), **_moments(self.tuned)},
             "envelope": {"points": [self.grid[i]._asdict() for i in self.chosen], **_moments(self.envelope)},
-            "grid": [
-                {**point._asdict(), "validation": plain(values)}
-                for point, values in zip(self.grid, self.validation, strict=True)
-            ],
-        }
+            "grid": [{**point._asdict(), "validation": plain(values)} for point, values in scored],
+        }  # fmt: skip
 
 
 def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:
@@ -122,10 +111,8 @@ def optimise(
 ) -> Curve:
     """Train networks with an optimiser of OPTIMIZERS at every point of its grid, scoring them after `steps` updates.
 
-    Args:
-        test: networks that the curves are of; they choose nothing.
-        validation: networks by whose mean grid points are chosen.
-        seed: of the order of minibatches, which go on beyond the task's own number of epochs.
+    test: networks that the curves are of; they choose nothing. validation: networks by whose mean grid points are chosen. seed: of
+    the order of minibatches, which go on beyond the task's own number of epochs.
 
     Raises ValueError for an unknown optimiser or metric, or steps that are not ascending from 1.
     """
@@ -162,7 +149,7 @@ class _GridSettings(OptimizerSettings):
 
     grid: tuple[GridPoint, ...] = ()
 
-    def make(self, parameters: Sequence[Tensor]) -> "_Shares":  # type: ignore[override]  # it steps, and no more is asked
+    def make(self, parameters: Sequence[Tensor]) -> "_Shares":  # type: ignore[override]  # the loop calls nothing but step()
         shares = [[part.detach() for part in parameter.chunk(len(self.grid))] for parameter in parameters]
         optimizer = super().make([part for parts in shares for part in parts])
         (group,) = optimizer.param_groups
@@ -176,7 +163,7 @@ class _GridSettings(OptimizerSettings):
 @dataclass(frozen=True)
 class _Shares:
     parameters: Sequence[Tensor]
-    shares: Sequence[Sequence[Tensor]]  # the same memory
+    shares: Sequence[Sequence[Tensor]]  # views of the parameters: a step on them moves the stack
     optimizer: torch.optim.Optimizer
     param_groups: tuple[()] = ()  # whose rate the training loop would set
 
@@ -189,29 +176,21 @@ class _Shares:
 
 
 def _trained(
-    task: SupervisedTask,
-    optimizer: str,
-    grid: tuple[GridPoint, ...],
-    initial: Tensor,
-    steps: tuple[int, ...],
-    seed: int,
-) -> Float[Tensor, "grid networks steps D"]:
+    task: SupervisedTask, optimizer: str, grid: tuple[GridPoint, ...], initial: Tensor, steps: tuple[int, ...], seed: int
+) -> Float[Tensor, "grid networks steps D"]:  # fmt: skip
     name, fixed = OPTIMIZERS[optimizer]
     settings = _GridSettings(name, {**fixed, "lr": grid[0].learning_rate}, "constant", grid)
     start = initial.repeat(len(grid), 1)
     out = start.new_empty(len(start), len(steps), start.shape[1])
     record = torch.tensor(steps, device=start.device).expand(len(start), -1)
-    batches = _minibatches(task, start, steps[-1], seed)
-    train_networks(task.stack, start, batches, [math.nan] * steps[-1], task.loss, settings, record, out)
-    return out.unflatten(0, (len(grid), -1))
-
-
-def _minibatches(task: SupervisedTask, like: Tensor, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    train = task.items["train"].to(like.device, like.dtype)
+    train, count = task.items["train"].to(start.device, start.dtype), steps[-1]
+    longer = task
     if count > task.steps:
-        items = dict(task.items)
-        task = replace(task, epochs=-(-count // task.steps_per_epoch), data=items.__getitem__)
-    return islice(task.minibatches(train, Cohort(seed, 0, range(1)), range(1)), count)
+        longer = replace(task, epochs=math.ceil(count / task.steps_per_epoch), data=dict(task.items).__getitem__)
+    batches = islice(longer.minibatches(train, Cohort(seed, 0, range(1)), range(1)), count)
+    # The rates are the grid's own: the schedule's, one a step, are set on no parameter group.
+    train_networks(task.stack, start, batches, [math.nan] * count, task.loss, settings, record, out)
+    return out.unflatten(0, (len(grid), -1))
 
 
 def _scored(task: SupervisedTask, metric: str, theta: Float[Tensor, "*any D"]) -> Float[Tensor, "*any"]:

@@ -12,6 +12,10 @@ from triptych_thesis.study.estimates import apart
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, NOT_APPLICABLE = VERDICTS = (
     "confirmed", "refuted", "undecided", "not run", "not applicable",
 )  # fmt: skip
+INTERVALS_DECIDE = (
+    "Confirmed: every comparison that the claim consists of has its whole 95% interval on the claimed side; refuted: one lies "
+    "wholly on the other side; undecided otherwise. Comparisons are not corrected for their number."
+)
 MARKS = {CONFIRMED: "✓", REFUTED: "✗", UNDECIDED: "?", NOT_RUN: "–", NOT_APPLICABLE: "–"}
 
 
@@ -79,6 +83,11 @@ class Verdict:
     def measured(self) -> str:
         """All evidence on one line, for the ledger."""
         return "; ".join([*(each.line for each in self.evidence), *[self.why] * bool(self.why)])
+
+
+def marked(verdict: str) -> str:
+    """A verdict in a table's cell: "✓ confirmed"."""
+    return f"{MARKS[verdict]} {verdict}"
 
 
 def sign(difference: "Estimate | Mapping[str, Any]") -> str:

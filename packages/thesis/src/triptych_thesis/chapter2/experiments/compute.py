@@ -6,12 +6,10 @@ from typing import Any
 from triptych_dit.flops import gflops
 
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import INSTRUMENTS, lines, marked, sample_links, scores_table
+from triptych_thesis.chapter2.showing import all_better, decided, factor, lines, scored_section
 from triptych_thesis.chapter2.sizes import Model
-from triptych_thesis.study.estimates import ratio
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.runner import Study
-from triptych_thesis.study.verdicts import Evidence, Verdict, overall, sign
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
+from triptych_thesis.study.verdicts import Evidence, Verdict
 
 THESIS = "L/2, 1000 steps (80.7 Tflops): 25.9; XL/2, 128 steps (15.2 Tflops): 23.7"
 
@@ -20,10 +18,13 @@ def _samples(context: Context, name: str, steps: int) -> SampleSet:
     return context.after(Model(name), n=context.size.compute_samples, num_inference_steps=steps)
 
 
-def needs(context: Context) -> list[SampleSet]:
+def _every(context: Context) -> list[SampleSet]:
     size = context.size
-    samples = [_samples(context, name, steps) for name in size.compute for steps in size.compute_steps]
-    return [*samples, *context.repeated()]
+    return [_samples(context, name, steps) for name in size.compute for steps in size.compute_steps]
+
+
+def needs(context: Context) -> list[SampleSet]:
+    return [*_every(context), *context.repeated()]
 
 
 def measure(context: Context) -> dict[str, Any]:
@@ -34,17 +35,17 @@ def measure(context: Context) -> dict[str, Any]:
         if within:
             ours, theirs = _samples(context, large, max(within)), _samples(context, small, most)
             comparisons.append(context.compare(ours, theirs, steps=max(within), steps_of_smaller=most))
-    rows = [context.row(_samples(context, name, steps)) for name in size.compute for steps in size.compute_steps]
+    rows = [context.row(samples) for samples in _every(context)]
     for row in rows:
         row["sampling_gflops"] = row["gflops"] * row["steps"]
-    return {"rows": rows, "comparisons": [c.as_dict() for c in comparisons]}
+    return {"rows": rows, "comparisons": comparisons}
 
 
 def verdicts(result: Result) -> list[Verdict]:
     comparisons = result["comparisons"]
-    evidence = [Evidence(f"Fréchet distance of {_pair(c)}, ratio", ratio(c["difference"])) for c in comparisons]
+    evidence = [Evidence(f"Fréchet distance of {_pair(c)}, ratio", factor(c)) for c in comparisons]
     why = "" if comparisons else "no model's most steps cost what the next one's fewest do"
-    return [Verdict("dit.fig-2.11", overall(sign(c["difference"]) for c in comparisons), evidence, why)]
+    return [Verdict("dit.fig-2.11", all_better(comparisons), evidence, why)]
 
 
 def _pair(c: Result) -> str:
@@ -57,17 +58,14 @@ def figures(result: Result) -> dict[str, bytes]:
 
 
 def section(study: Study, result: Result) -> Section:
-    comparisons = Table(
+    table = Table(
         ("our setting", "the smaller's Fréchet distance over the larger's", "the larger is better"),
-        [(_pair(c), ratio(c["difference"]), marked(sign(c["difference"]))) for c in result["comparisons"]],
+        [(_pair(c), factor(c), decided(c)) for c in result["comparisons"]],
         f"Models that spend at least as much on sampling as larger ones. Thesis (FID-10K): {THESIS}.",
     )
-    return Section(
-        "Sampling compute against model compute (Figure 2.11)",
-        [study.figure("sampling-compute", "Denoising steps grow from left to right along each line.")],
-        [comparisons, scores_table(result["rows"], ("model", "steps", "sampling_gflops"), INSTRUMENTS)],
-        links=sample_links(study, [row["samples"] for row in result["rows"]]),
-    )
+    picture = study.figure("sampling-compute", "Denoising steps grow from left to right along each line.")
+    title, columns = "Sampling compute against model compute (Figure 2.11)", ("model", "steps", "sampling_gflops")
+    return scored_section(study, title, [picture], [table], result["rows"], columns)
 
 
 EXPERIMENT = Experiment("compute", 6, measure, section, verdicts, figures, needs)

@@ -10,8 +10,7 @@ from triptych_dit.sample import read_batches
 
 from triptych_thesis.chapter2.context import Context, SampleSet
 from triptych_thesis.chapter2.sizes import Model
-from triptych_thesis.study.experiment import Experiment, Result, Section
-from triptych_thesis.study.runner import Study
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study
 from triptych_thesis.study.verdicts import UNDECIDED, Verdict
 
 FIRST = 10  # samples of each model in the picture

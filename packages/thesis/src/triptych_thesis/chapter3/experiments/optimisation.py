@@ -6,25 +6,22 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from triptych_common.plots import BLUE, PALETTE, figure_png, legend, numbers, panels, thousands
-from triptych_gpt.evaluation.plots import best_line, measure, words
+from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import starting_metrics
 
-from triptych_thesis.chapter3.context import Context, mean_over_networks
+from triptych_thesis.chapter3.context import Context, mean_over_networks, named
 from triptych_thesis.chapter3.hand_designed import optimise_with_all, spaced_steps
-from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number, quantile
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.plots import distinct
-from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import NOT_RUN, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
 CLAIM, CLAIMED, THOUSAND = "gpt.fig-3.4", ("SGD", "Adam"), 1000
 
 
-def run(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> dict[str, Any]:
     """Curves of every optimiser, and the level that one update of the same networks reaches."""
-    trial, n = context.trial, context.amounts.baseline_networks
-    metric = trial.metric.name
+    trial, n, metric = context.trial, context.amounts.baseline_networks, context.trial.metric.name
     test, tuning = trial.starts("test", n), trial.starts("validation", n)
     start = starting_metrics(trial.task, test, trial.metric)
     level = mean_over_networks(trial.prompted(test, start).metrics[metric])
@@ -37,8 +34,8 @@ def run(context: Context) -> dict[str, Any]:
         curves.append({**shown, "caught_up": step, "not_yet_after": after, "at_edge": at_edge})
     return {
         "metric": metric, "better": trial.metric.better, "networks": n, "prompt": trial.best_prompt,
-        "start": float(start[metric].mean()),
-        "one_step": level, "trained_best": trial.trained_best[metric], "curves": curves, "budget": steps[-1],
+        "start": float(start[metric].mean()), "one_step": level, "trained_best": trial.trained_best[metric],
+        "curves": curves, "budget": steps[-1],
     }  # fmt: skip
 
 
@@ -46,7 +43,7 @@ def verdicts(result: Result) -> list[Verdict]:
     """Whether SGD and Adam need thousands of steps to equal one update, and end up better.
 
     An optimiser is compared with the update at every scored step, at the grid point that is best after exactly so many steps,
-    which favours it; both means have 95% intervals over networks by Student's t.
+    which favours it.
 
     - Late: confirmed where the update is wholly better than the optimiser at every scored step below 1,000, refuted where the
       optimiser is wholly better at one of them. Training runs of fewer than 1,000 steps cannot show thousands: there only an
@@ -106,9 +103,8 @@ def figure(data: Mapping[str, Any]) -> Figure:
 
     Drawn is the mean at the grid point that is best at each step, with its standard error.
 
-    Args:
-        data: {"metric", "start": mean before any step, "one_step": {"mean", "low", "high"}, "trained_best": or None, "curves":
-            of each optimiser `hand_designed.Curve.as_dict()` with "caught_up": the step at which it equals the model, or None}.
+    data: {"metric", "start": mean before any step, "one_step": {"mean", "low", "high"}, "trained_best": or None, "curves": of each
+    optimiser `hand_designed.Curve.as_dict()` with "caught_up": the step at which it equals the model, or None}.
     """
     figure, (axes,) = panels()
     metric, level, lowest = data["metric"], data["one_step"], data["start"]
@@ -124,19 +120,18 @@ def figure(data: Mapping[str, Any]) -> Figure:
         axes.axhline(level["mean"], color=BLUE, linewidth=2, label="one update of G.pt")
     if level.get("low") is not None:
         axes.axhspan(level["low"], level["high"], color=BLUE, alpha=0.15, linewidth=0)
-    best_line(axes, data.get("trained_best"))
+    plots.best_line(axes, data.get("trained_best"))
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
     if 0 < lowest < data["start"] / 5:
         axes.set_yscale("log")
-    axes.set(xlabel="optimiser steps", ylabel=words(metric), xlim=(0, None))
+    axes.set(xlabel="optimiser steps", ylabel=plots.words(metric), xlim=(0, None))
     axes.xaxis.set_major_formatter(thousands)
-    measure(axes.yaxis, metric)
+    plots.measure(axes.yaxis, metric)
     legend(axes, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def section(study: Study, result: Result) -> Section:
-    """The curves, and where each ends."""
     rows = [
         (curve["optimizer"], _reach(curve, result), number(curve["envelope"]["mean"][-1]),
          f"{curve['tuned']['learning_rate']:g}" + (" (largest of the grid)" if curve["at_edge"] else ""))
@@ -158,6 +153,5 @@ def section(study: Study, result: Result) -> Section:
 
 
 EXPERIMENT = Experiment(
-    name="fig-3.4", order=3, measure=run, verdicts=verdicts, section=section, kept=True,
-    figures=lambda result: {"fig-3.4": figure_png(figure(result))},
-)  # fmt: skip
+    "fig-3.4", 3, measure, section, verdicts, lambda result: {"fig-3.4": figure_png(figure(result))}, kept=True
+)
