@@ -158,26 +158,20 @@ class Context:
         cost, settings = gflops(self.size.shape(samples.model)), samples.settings
         scores = self.scorer(self.path(samples))
         return {
-            "model": samples.model.title,
-            "images": samples.images,
-            "gflops": cost,
+            "model": samples.model.title, "images": samples.images, "gflops": cost,
             "training_gflops": cost * samples.images * FORWARDS_PER_STEP,
-            "sampler": settings.sampler,
-            "steps": settings.num_inference_steps,
-            "guidance": settings.guidance_scale,
-            "n": samples.n,
-            "samples": self.place(samples),
+            "sampler": settings.sampler, "steps": settings.num_inference_steps, "guidance": settings.guidance_scale,
+            "n": samples.n, "samples": self.place(samples),
             **{name: score_of(scores, name).estimate._asdict() for name in (*METRICS, "accuracy") if name in scores},
-        }
+        }  # fmt: skip
 
     def compare(
         self, better: SampleSet, worse: SampleSet, metric: str = FRECHET, *, seeds: bool = True, **about: Any
     ) -> dict[str, Any]:
-        """Compare two sets of samples, as results.json holds it. seeds: whether their models were trained apart, so that the noise
-        of training seeds counts, each side's at its own stage."""
+        """Compare two sets of samples. seeds: whether their models were trained apart, so that training noise counts."""
         noises = (self.noise(better.images, metric), self.noise(worse.images, metric)) if seeds else NO_NOISES
         ours, theirs = ((each.model.title, self.score(each, metric)) for each in (better, worse))
-        return compare(ours, theirs, metric, noises, **about).as_dict()
+        return compare(ours, theirs, metric, noises, **about)
 
     def compare_stages(self, better: Model, worse: Model, **about: Any) -> list[dict[str, Any]]:
         """Compare two models after equally many images, stage by stage."""
@@ -196,12 +190,11 @@ class Context:
     @cached_property
     def _seed_pairs(self) -> dict[int, list[tuple[SampleSet, SampleSet]]]:
         """By images seen, samples of each repeated model and of its second seed."""
-
-        def pair(name: str, stage: float) -> tuple[SampleSet, SampleSet]:
-            return self.after(Model(name), stage), self.after(Model(name, seed=1), stage)
-
-        size = self.size
-        return {size.count(stage): [pair(name, stage) for name in size.repeated] for stage in size.stages}
+        models = [(Model(name), Model(name, seed=1)) for name in self.size.repeated]
+        return {
+            self.size.count(stage): [(self.after(one, stage), self.after(other, stage)) for one, other in models]
+            for stage in self.size.stages
+        }
 
     def repeated(self) -> list[SampleSet]:
         """The samples that the noise of training seeds is computed from."""

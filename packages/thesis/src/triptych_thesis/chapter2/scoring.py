@@ -1,8 +1,6 @@
 """Five metrics of a set of digits, each with bootstrap replicates that pair with those of other sets.
 
-Replicates resample samples and real digits both. Those of Fréchet distances are of first order, by the vectors' influences:
-resampled sets hold duplicates, which deflate covariances, so that distances of them spread up to twice too far. Those of
-precision and recall keep each manifold's radii and leave out of it what was not drawn.
+Replicates resample samples and real digits both.
 """
 
 import json
@@ -50,24 +48,15 @@ class Features:
 
 @dataclass(frozen=True)
 class StudyScorer:
-    """Scores files of samples, 32 x 32 with a margin, against held-out digits of a named data set.
-
-    repeats: bootstrap resamples; each draws sample numbers and real digits that follow from (seed, repeat) and the counts alone.
-    Instruments and what they see of real digits are loaded once a process, for all equal scorers.
-    """
+    """Scores files of samples, 32 x 32 with a margin, against held-out digits of a named data set."""
 
     dataset: str
     seed: int
-    repeats: int
+    repeats: int  # bootstrap resamples; each follows from (seed, repeat) and the counts alone
 
     @property
     def digits(self) -> DigitScorer:
         return _digits(self.dataset, self.seed)
-
-    @property
-    def reference(self) -> Features:
-        """Of all held-out digits, whatever the number of samples: sets of one size compare, and no others."""
-        return _reference(self)
 
     def features(self, images: UInt8[Tensor, "n 1 28 28"]) -> Features:
         layers: Any = self.digits.features.network
@@ -78,10 +67,7 @@ class StudyScorer:
             return Features(pool, spatial, self.digits.classifier(images).softmax(1))
 
     def __call__(self, samples: Path) -> dict[str, Any]:
-        """Scores of a samples file, JSON-able: {"n", "accuracy", and each of METRICS: {"value", "replicates"}}; saved beside it.
-
-        Raises what reading the file raises.
-        """
+        """Scores of a samples file, JSON-able: {"n", "accuracy", and each of METRICS: {"value", "replicates"}}; saved beside it."""
         settings = {"version": VERSION, "dataset": self.dataset, "seed": self.seed, "repeats": self.repeats,
                     "metrics": [*METRICS, "accuracy"]}  # fmt: skip
 
@@ -95,7 +81,8 @@ class StudyScorer:
 
     def score(self, images: UInt8[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict[str, Any]:
         """Every metric of labelled digits with its replicates, as `__call__` returns them."""
-        ours, real = self.features(images), self.reference
+        # All held-out digits, whatever the number of samples: sets of one size compare, and no others.
+        ours, real = self.features(images), _reference(self)
         n = len(ours.pool)
         rows, real_rows = self._rows(n, len(real.pool))
         precise, recalled = precision_recall(real.pool, ours.pool, k=NEIGHBOURS)
@@ -127,7 +114,11 @@ def _frechet(
     rows: Int[Tensor, "repeats n"],
     real_rows: Int[Tensor, "repeats m"],
 ) -> tuple[float, list[float]]:
-    """Distance and replicates."""
+    """Distance and replicates.
+
+    Replicates are of first order, by the vectors' influences: resampled sets hold duplicates, which deflate covariances, so that
+    distances of them spread up to twice too far.
+    """
     ours, theirs = fit_gaussian(features), fit_gaussian(real)
     value, sway = frechet_influence(features, ours, theirs)
     _, real_sway = frechet_influence(real, theirs, ours)
@@ -146,12 +137,13 @@ def _shares(
     rows: Int[Tensor, "repeats n"],
     by_rows: Int[Tensor, "repeats m"],
 ) -> list[float]:
-    """Replicates of the share of points in the manifold of `by`."""
+    """Replicates of the share of points in the manifold of `by`, which keeps its radii and leaves out what was not drawn."""
     drawn = torch.zeros(len(by_rows), len(by)).scatter_(1, by_rows, 1.0)
     covered = coverage(points, by, k=NEIGHBOURS).float() @ drawn.T > 0  # points, repeats
     return covered.float().gather(0, rows.T).mean(0).tolist()
 
 
+# Instruments and what they see of real digits are loaded once a process, for all equal scorers.
 @lru_cache(maxsize=1)
 def _digits(dataset: str, seed: int) -> DigitScorer:
     return DigitScorer(data.load(dataset, "train"), data.load(dataset, "held_out"), seed=seed)
@@ -169,10 +161,7 @@ def score_of(scores: dict[str, Any], metric: str) -> Score:
 
 
 def saved_scores(samples: Path, settings: dict[str, Any], score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The scores that lie beside a samples file, made where they are missing or of other settings.
-
-    Raises ValueError for a damaged file, and what `score` raises.
-    """
+    """The scores beside a samples file, made where they are missing or of other settings. ValueError for a damaged file."""
     path = samples.with_name("scores.json")
     if path.exists():
         try:

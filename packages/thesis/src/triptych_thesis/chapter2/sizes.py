@@ -30,27 +30,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, on how much, and how it is sampled and scored.
-
-    models: by name, "SIZE/PATCH"; more: those that --all adds. base: what all their training runs have in common.
-    main: the model of the gallery, guidance and samplers, trained on `main_images` in all. stages: shares of
-    `base.total_images` at which quality is measured. repeated: models trained with a second seed, for the noise of seeds.
-    Every model is wider than its patches hold values, as in the thesis: the noise it predicts could not pass through a
-    narrower one, whose samples then explode.
-    """
+    """What is trained, on how much, and how it is sampled and scored."""
 
     data: str
-    base: TrainConfig
-    models: dict[str, DiTConfig]
-    more: dict[str, DiTConfig]
-    main: str
-    main_images: int
+    base: TrainConfig  # what all training runs have in common
+    models: dict[str, DiTConfig]  # by name, "SIZE/PATCH"
+    more: dict[str, DiTConfig]  # those that --all adds
+    main: str  # the model of the gallery, guidance and samplers
+    main_images: int  # it is trained on, in all
     designs: str
     unet: str
-    repeated: tuple[str, ...]
+    repeated: tuple[str, ...]  # models trained with a second seed, for the noise of seeds
     compute: tuple[str, ...]
     autoencoder: AutoencoderTrainConfig | None = None
-    stages: tuple[float, ...] = (0.25, 0.5, 1.0)
+    stages: tuple[float, ...] = (0.25, 0.5, 1.0)  # shares of base.total_images at which quality is measured
     samples: int = 500
     sampler: SamplerSettings = field(default_factory=lambda: SamplerSettings("ddpm", 20))
     gallery_samples: int = 1000
@@ -75,8 +68,8 @@ class Size:
                 raise ValueError(f"{name} {images}: expected whole batches of {self.base.batch_size}, as stages are")
         for name, shape in self.grid(True).items():
             if not _passes_noise(shape):
-                values = f"{_values(shape)} values a patch"
-                raise ValueError(f"{name}: {values}, expected fewer than its width {shape.hidden_size}")
+                width = f"expected fewer than its width {shape.hidden_size}"
+                raise ValueError(f"{name}: {_values(shape)} values a patch, {width}")
 
     def grid(self, everything: bool) -> dict[str, DiTConfig]:
         return self.models | self.more if everything else self.models
@@ -113,6 +106,8 @@ def _values(shape: DiTConfig) -> int:
 
 
 def _passes_noise(shape: DiTConfig) -> bool:
+    # As in the thesis: the noise that a model predicts could not pass through one narrower than its patches hold values, whose
+    # samples then explode.
     return _values(shape) < shape.hidden_size
 
 

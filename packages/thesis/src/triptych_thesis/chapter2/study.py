@@ -67,11 +67,7 @@ class Chapter2(Study):
         return Context(self)
 
     def identity(self) -> dict[str, Any]:
-        """The size's settings, the seed, and at paper sizes what was made or fetched beforehand: latents and reference by content,
-        autoencoder and decoder by name.
-
-        Raises what reading the latents' index or the reference raises, at paper sizes.
-        """
+        """The size's settings, the seed, and at paper sizes what was made beforehand, which may be missing or damaged."""
         identity = {"size": self.size, "seed": self.seed, **self.settings()}
         if not self.at_paper_size:
             return identity
@@ -80,6 +76,7 @@ class Chapter2(Study):
 
         context = self.context()
         facts = identity_of(LatentCache(Path(context.data)).facts)
+        # Latents and reference are identified by content, autoencoder and decoder by name.
         latents = {name: value for name, value in facts.items() if name not in MADE_BY}
         reference = context.scorer.digest
         return identity | {"latents": latents, "vae": context.vae, "decoder": context.decoder, "reference": reference}
@@ -101,21 +98,16 @@ class Chapter2(Study):
         trainings, samplings = self.units(context, sets).values()
         models = {
             unit.title: {
-                "gflops_per_forward": round(gflops(unit.config.model), 6),
-                "parameters": parameter_count(unit.config.model),
-                "images": unit.config.total_images,
-                "done": unit.done,
+                "gflops_per_forward": round(gflops(unit.config.model), 6), "parameters": parameter_count(unit.config.model),
+                "images": unit.config.total_images, "done": unit.done,
             }
             for unit in trainings
-        }
+        }  # fmt: skip
         plan = {
-            "experiments": self.chosen,
-            "models": models,
-            "training_gflops": round(sum(3 * unit.cost for unit in trainings), 1),
-            "sampling_gflops": round(sum(unit.cost for unit in samplings), 1),
-            "sets_of_samples": len(sets),
+            "experiments": self.chosen, "models": models, "training_gflops": round(sum(3 * unit.cost for unit in trainings), 1),
+            "sampling_gflops": round(sum(unit.cost for unit in samplings), 1), "sets_of_samples": len(sets),
             "settings": self.settings(),
-        }
+        }  # fmt: skip
         return plan | ({"run_first": commands(context, trainings, samplings)} if self.at_paper_size else {})
 
     def check(self) -> None:
@@ -171,20 +163,15 @@ class Chapter2(Study):
         logs = sorted(self.folder.glob("models/*/metrics.jsonl"))
         runs = [*self.folder.glob("models/*/config.json"), *self.folder.glob("samples/*/*/config.json")]
         return {
-            "model": {
-                "name": main.name,
-                "config": asdict(training.model),
-                "parameters": parameter_count(training.model),
-                "gflops_per_forward": gflops(training.model),
-                "images": training.total_images,
-            },
+            "model": {"name": main.name, "config": asdict(training.model), "parameters": parameter_count(training.model),
+                      "gflops_per_forward": gflops(training.model), "images": training.total_images},
             "space": "pixels" if context.vae is None else f"latents of {context.vae}" if size.reference else "latents",
             "decoder": context.decoder if size.reference else None,
             "training": settings["base"] | {"data": size.data},
             "autoencoder": settings["autoencoder"],
             "models": {log.parent.name: round(_seconds(log), 1) for log in logs},
             "commits": sorted({read_result(run)["made"]["commit"] for run in runs}),
-        }
+        }  # fmt: skip
 
     def opening(self, results: Mapping[str, Any]) -> Opening:
         subject = "ImageNet" if self.at_paper_size else "digits"

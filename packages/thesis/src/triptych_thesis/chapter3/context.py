@@ -35,11 +35,7 @@ class Context:
 
     @cached_property
     def trial(self) -> Trial:
-        """The model with its zoo.
-
-        Raises FileNotFoundError or ValueError for files that cannot be read or do not belong together, ValueError for a zoo with
-        fewer unseen runs than the amounts need.
-        """
+        """The model with its zoo. Raises as `Trial.open`, and ValueError for a zoo with fewer unseen runs than the amounts need."""
         trial = Trial.open(self.model, self.zoo, self.settings, self.seed, self.device)
         trial.rows("test", max(self.amounts.networks, self.amounts.baseline_networks))
         trial.rows("validation", self.amounts.baseline_networks)
@@ -49,22 +45,15 @@ class Context:
         """What decides the results; a folder that holds another model's results is refused by it."""
         trained, zoo = self.trial.trained, self.trial.zoo
         return {
-            "model": trained.facts.get("zoo"),
-            "weights": digest(trained.model.state_dict())[:16],
-            "pairs_seen": trained.facts.get("pairs_seen"),
-            "validation": trained.facts.get("validation"),
-            "zoo": {"recipe": recipe_of(zoo), "runs": zoo.splits},
-            "sampler": asdict(self.settings),
-            "amounts": asdict(self.amounts),
-            "seed": self.seed,
-        }
+            "model": trained.facts.get("zoo"), "weights": digest(trained.model.state_dict())[:16],
+            "pairs_seen": trained.facts.get("pairs_seen"), "validation": trained.facts.get("validation"),
+            "zoo": {"recipe": recipe_of(zoo), "runs": zoo.splits}, "sampler": asdict(self.settings),
+            "amounts": asdict(self.amounts), "seed": self.seed,
+        }  # fmt: skip
 
 
 def mean_over_networks(values: Float[Tensor, " n"]) -> dict[str, Any]:
-    """Mean and 95% interval by Student's t, which is honest about few networks, JSON-able.
-
-    Networks whose value is not finite are left out and counted as "non_finite".
-    """
+    """Mean and 95% interval by Student's t, JSON-able; networks whose value is not finite are left out and counted."""
     finite = values.double()[values.isfinite()]
     n, mean, margin = len(finite), finite.mean() if len(finite) else torch.nan, torch.nan
     if n > 1:

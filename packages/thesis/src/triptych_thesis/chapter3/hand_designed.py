@@ -1,9 +1,5 @@
 """Hand-designed optimisers, tuned: what one update of a generative model is compared with.  [thesis 3.4.1, Fig 3.3, 3.4]
 
-    curves = [optimise(task, name, test, validation, "test_loss", steps=(1,)) for name in OPTIMIZERS]        # Fig 3.3
-    curves = [optimise(task, name, test, validation, "test_loss", spaced_steps(775)) for name in OPTIMIZERS] # Fig 3.4
-    curves[0].steps_to_reach(0.4)
-
 Every optimiser is tried at each point of a grid of learning rates and weight decays, at a constant rate. Points are chosen on
 validation networks, and reported on others. All networks see the same minibatches, the task's own.
 """
@@ -55,9 +51,7 @@ class Curve:
     grid: tuple[GridPoint, ...]
     chosen: tuple[int, ...]  # points of the grid that are best at each step by `validation`
     tuned: Float[Tensor, "steps networks"]  # the metric at the point that is best after the last step
-    envelope: Float[
-        Tensor, "steps networks"
-    ]  # at the one that is best after exactly so many steps: favours the optimiser
+    envelope: Float[Tensor, "steps networks"]  # at the point that is best after exactly so many steps
     validation: Float[Tensor, "grid steps"]  # mean over validation networks
 
     def steps_to_reach(self, value: float) -> tuple[int | None, int]:
@@ -89,10 +83,7 @@ def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:
 
 
 def grid_of(optimizer: str) -> tuple[GridPoint, ...]:
-    """PyTorch's default learning rate and ten times less and more, with each weight decay.  [thesis 3.4.1]
-
-    Raises ValueError for an optimiser that is not in OPTIMIZERS.
-    """
+    """PyTorch's default learning rate and ten times less and more, with each weight decay.  [thesis 3.4.1]"""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer {optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
     default = signature(getattr(torch.optim, OPTIMIZERS[optimizer][0])).parameters["lr"].default
@@ -111,9 +102,7 @@ def optimise(
 ) -> Curve:
     """Train networks with an optimiser of OPTIMIZERS at every point of its grid, scoring them after `steps` updates.
 
-    test: networks that the curves are of; they choose nothing. validation: networks by whose mean grid points are chosen. seed: of
-    the order of minibatches, which go on beyond the task's own number of epochs.
-
+    test: networks that the curves are of; they choose nothing. validation: networks by whose mean grid points are chosen.
     Raises ValueError for an unknown optimiser or metric, or steps that are not ascending from 1.
     """
     steps, better = tuple(steps), {m.name: m.better for m in task.metrics}
@@ -142,11 +131,9 @@ def optimise_with_all(task: Task, *arguments: Any, **options: Any) -> list[Curve
 
 @dataclass(frozen=True)
 class _GridSettings(OptimizerSettings):
-    """One optimiser for equal shares of a stack of networks, each share at its own point of a grid.
+    """One optimiser for equal shares of a stack of networks, each share at its own point of a grid."""
 
-    All points in one stack take a quarter of the time that they take one by one.
-    """
-
+    # All points in one stack take a quarter of the time that they take one by one.
     grid: tuple[GridPoint, ...] = ()
 
     def make(self, parameters: Sequence[Tensor]) -> "_Shares":  # type: ignore[override]  # the loop calls nothing but step()

@@ -74,10 +74,7 @@ class Chapter3(Study):
         )  # fmt: skip
 
     def prepare(self, context: "Context", clock: Stopwatch) -> None:
-        """Collect the zoo and train the model, as far as that is not done.
-
-        Raises ValueError where the folder holds results of another model, sampler or amounts.
-        """
+        """Collect the zoo and train the model. Raises ValueError for a folder with results of another model or amounts."""
         from triptych_gpt.train import train
         from triptych_gpt.zoo.collect import collect
 

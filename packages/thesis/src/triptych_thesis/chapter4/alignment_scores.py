@@ -46,10 +46,8 @@ class Scores:
 
 
 def score(method: Method, several: Pairs, posed: Posed, seed: int = 0) -> Scores:
-    """Score a method that aligns images, on pairs and on posed digits.
-
-    Errors of pose are beside each cluster's own mode, near which the images of a small cluster lie in any case.
-    """
+    """Score a method that aligns images, on pairs and on posed digits."""
+    # Errors of pose are beside each cluster's own mode, near which the images of a small cluster lie in any case.
     table, apart = score_pairs(method, several, seed=seed)
     aligned, jitters = method(posed.images), posed.jitters
     shared = pose_errors(jitters, aligned.warp, aligned.cluster, seed=seed)

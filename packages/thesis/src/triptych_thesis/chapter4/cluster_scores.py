@@ -51,8 +51,7 @@ def cluster_scores(
 ) -> ClusterScores:
     """Score an assignment of images to clusters against their labels.
 
-    One cluster for each image would be pure, so compare equal numbers of clusters only. groups: images of one group show one
-    object and are resampled together.
+    Compare equal numbers of clusters: one for each image would be pure. groups: images of one object, resampled together.
     """
     from sklearn.metrics import normalized_mutual_info_score
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,13 +87,8 @@ class Context:
             restart_images=max(1, round(share * complete.restart_images)),
             ema_half_life_images=max(1, round(share * complete.ema_half_life_images)),
         )
-        num_ws, w_dim = self._latents
-        return sizes.ablation(row, shorter, num_ws=num_ws, w_dim=w_dim, vgg=self.study.lpips_weights)
-
-    @cached_property
-    def _latents(self) -> tuple[int, int]:
-        generator = load_generator(self.study.digit_generator)
-        return generator.num_ws, generator.config.w_dim
+        digits = load_generator(self.study.digit_generator)
+        return sizes.ablation(row, shorter, digits.num_ws, digits.config.w_dim, self.study.lpips_weights)
 
     def training(self, name: str) -> Training:
         """The training of `ONE`, `CLUSTERED`, or of a row of Table 4.3."""
@@ -136,10 +130,7 @@ class Context:
         return _scores(self.score_config(grey=grey))
 
     def row_scores(self, row: str) -> dict[str, Any]:
-        """Scores of a row of Table 4.3.
-
-        Raises ValueError for an LPIPS row that was trained with other VGG weights than those given.
-        """
+        """Scores of a row of Table 4.3. Raises ValueError for an LPIPS row of other VGG weights than those given."""
         folder, weights = self.row_folder(row), self.study.lpips_weights
         if row in sizes.LPIPS_ROWS and weights is not None and (folder / FILE).exists():
             given = digest_of(open_distance("lpips", weights=weights))

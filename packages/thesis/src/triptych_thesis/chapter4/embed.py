@@ -1,7 +1,6 @@
 """Make a run's averaged generator one that ships with the library: `python -m triptych_thesis.chapter4.embed RUN NAME`.
 
-The file's facts record command, seed, commit and length of its training, and how far its images are from held-out digits in
-the frozen instrument's features, beside what real digits score.
+The file's facts record how it was trained, and how far its images are from held-out digits, beside what real digits score.
 """
 
 import json

@@ -99,7 +99,7 @@ class Paper:
                 continue
             lpips = row in LPIPS_ROWS
             vgg = lpips_weights if lpips else self.study.generators / SSL_VGG
-            config = ablation(row, PRESETS["cat-ssl"], num_ws=NUM_WS, w_dim=W_DIM, vgg=vgg)
+            config = ablation(row, PRESETS["cat-ssl"], NUM_WS, W_DIM, vgg)
             config = self._placed(config, folder / "ablations" / folder_name(row), "cat", vgg)
             runs.append(PaperRun(f"Table 4.3, {row}", "cat" if lpips else "cat-ssl", config))
         return runs

@@ -34,12 +34,10 @@ class Pose(NamedTuple):
 
 
 def poses(jitters: Jitters, warp: Warp) -> Pose:
-    """Poses of digits in the aligned images; for the identity warp, the jitters themselves.
-
-    Each warp, followed by the known map from canvas to digit, takes 32 x 32 points of the aligned image into the digit's image.
-    The pose is the similarity nearest to that map in least squares, over the points that land within the 20 x 20 pixels that
-    digits fill (over all points, where fewer than 10 do). So what a flow does to the background does not count.
-    """
+    """Poses of digits in the aligned images; for the identity warp, the jitters themselves."""
+    # Each warp, followed by the known map from canvas to digit, takes 32 x 32 points of the aligned image into the digit's image.
+    # The pose is the similarity nearest to that map in least squares, over the points that land within the 20 x 20 pixels that
+    # digits fill (over all points, where fewer than 10 do). So what a flow does to the background does not count.
     like = torch.empty((), dtype=torch.float64)
     aligned = centres((POINTS, POINTS), like).view(1, -1, 2).expand(len(jitters.angle), -1, -1)
     canvas = warp.to(dtype=torch.float64).map_points(aligned).points
@@ -62,11 +60,9 @@ def poses(jitters: Jitters, warp: Warp) -> Pose:
 
 
 def mode(pose: Pose) -> Pose:
-    """The pose that most images share, as one row.
-
-    Shift and log scale are medians. The angle is the circular mean of the half of the angles that is nearest to the circular
-    mean of all, so that a minority of upside-down digits does not move it.
-    """
+    """The pose that most images share, as one row."""
+    # The circular mean of the half of the angles that is nearest to the circular mean of all: a minority of upside-down digits does
+    # not move it.
     first = torch.polar(torch.ones_like(pose.angle), pose.angle).mean().angle()
     away = wrapped(pose.angle - first)
     near = away.abs().argsort()[: (len(away) + 1) // 2]
@@ -79,15 +75,14 @@ def mode(pose: Pose) -> Pose:
 def residuals(pose: Pose, groups: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n 3"]:
     """Each image's deviation from the mode: degrees of rotation, |log scale|, and pixels of shift.
 
-    Shifts are divided by the mode's scale, so that a method gains nothing by showing digits small: they are pixels of a
-    32-pixel canvas on which the digit has its full size. groups: images of one group, such as a cluster or class, are compared
-    with their own mode; by default all with one.
+    groups: images of one group, such as a cluster or class, are compared with their own mode; by default all with one.
     """
     groups = torch.zeros(len(pose.angle), dtype=torch.long) if groups is None else groups
     errors = pose.angle.new_zeros(len(pose.angle), 3)
     for group in groups.unique():
         here = Pose(*(values[groups == group] for values in pose))
         shared = mode(here)
+        # Pixels of a canvas on which the digit has its full size: a method gains nothing by showing digits small.
         shift = (here.shift_px - shared.shift_px).norm(dim=1) / shared.log_scale.exp()
         turned, scaled = wrapped(here.angle - shared.angle).rad2deg().abs(), (here.log_scale - shared.log_scale).abs()
         errors[groups == group] = torch.stack([turned, scaled, shift], dim=1)
@@ -116,10 +111,7 @@ def pose_errors(
 ) -> PoseErrors:
     """Mean and median errors of n warps that align n images of known jitters, beside the mode of each of `groups`.
 
-    Intervals resample digits, each with all of its images. Modes are not recomputed for a resample: medians minimise the mean
-    distance from themselves, so that to first order nothing would change. Writers slant and size their digits differently, which
-    no jitter records, so that even a perfect alignment of what is visible leaves some degrees.
-
+    Writers slant and size their digits differently, which no jitter records, so that even a perfect alignment leaves some degrees.
     Raises ValueError for fewer than two images, or another number of warps.
     """
     n = len(jitters.angle)
@@ -127,6 +119,8 @@ def pose_errors(
         raise ValueError(f"{n} images and {len(warp)} warps: expected at least 2, one warp an image")
     errors = residuals(poses(jitters, warp), groups)
 
+    # Intervals resample digits, each with all of its images. Modes are not recomputed for a resample: medians minimise the mean
+    # distance from themselves, so that to first order nothing would change.
     def estimate(score: Callable[[Tensor], Tensor], some: Tensor) -> Estimate:
         found = bootstrap(lambda part: float(score(part)), some, repeats=repeats, seed=seed, groups=jitters.digit)
         return found if found.low is None else found._replace(low=max(found.low, 0.0))
@@ -143,9 +137,9 @@ def own_pose_errors(
 ) -> PoseErrors | None:
     """`pose_errors` beside each digit's own mode, for digits that were drawn at least three times; None without such digits.
 
-    Writers' slant and size drop out, so that only the jitters are left. The mode of a few views lies near each of them, which
-    favours all methods alike. groups: a digit has its own mode in each group in which it was drawn at least three times.
+    Writers' slant and size drop out, so that only the jitters are left. groups: a digit has its own mode in each group.
     """
+    # The mode of a few views lies near each of them, which favours all methods alike.
     own = jitters.digit
     if groups is not None:
         own = torch.stack([own, groups], 1).unique(dim=0, return_inverse=True)[1]
@@ -179,12 +173,10 @@ class Sharpness(NamedTuple):
 def sharpness(
     digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, warp: Warp, *, repeats: int = 100, seed: int = 0
 ) -> Sharpness:
-    """How sharp the average of aligned images is, compared with that of the same digits never jittered.
-
-    Both averages are of ink, white on black, whatever colours the aligned images had: half of all digits are darker than their
-    ground, so their average in colour is grey however well they are aligned. Larger digits have longer outlines, so the ratio
-    is to digits drawn without jitters in the pose that the aligned ones share. The interval resamples digits.
-    """
+    """How sharp the average of aligned images is, compared with that of the same digits never jittered."""
+    # Both averages are of ink, white on black, whatever colours the aligned images had: half of all digits are darker than their
+    # ground, so their average in colour is grey however well they are aligned. Larger digits have longer outlines, so the ratio is
+    # to digits drawn without jitters in the pose that the aligned ones share.
     n, shared = len(digits), mode(poses(jitters, warp))
 
     def drawn(jitters: Jitters) -> Float[Tensor, "n 1 height width"]:

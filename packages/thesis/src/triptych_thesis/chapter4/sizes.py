@@ -71,13 +71,10 @@ REMAINING_ROWS = tuple(row for row in TABLE_4_3 if row not in (*FIRST_ROWS, *LPI
 LPIPS_TV = 2.5  # its weight of total variation over that of the self-supervised distance: 2,500 over 1,000
 
 
-def ablation(
-    name: str, config: AlignTrainConfig, *, num_ws: int, w_dim: int, vgg: Path | None = None
-) -> AlignTrainConfig:
-    """The settings of one row of Table 4.3, from those of the complete method with a self-supervised distance.
+def ablation(name: str, config: AlignTrainConfig, num_ws: int, w_dim: int, vgg: Path | None = None) -> AlignTrainConfig:
+    """A row of Table 4.3, from the settings of the complete method with a self-supervised distance.
 
-    num_ws, w_dim: number and dimension of the generator's latent vectors, one a layer. vgg: file of LPIPS's VGG weights, for its
-    rows. Raises ValueError for an unknown row.
+    num_ws, w_dim: number and dimension of the generator's latent vectors. vgg: LPIPS's weights. ValueError for an unknown row.
     """
     lpips: dict[str, Any] = {"distance": "lpips", "distance_weights": vgg}
     changes: dict[str, dict[str, Any]] = {

@@ -1,7 +1,6 @@
 """Train the frozen digit instruments: `python -m triptych_thesis.instruments.digits [FOLDER]`.
 
-Three minutes on two cores. Run once; the results are committed, since a score means something only while its
-instrument stays the same.
+Three minutes on two cores. Run once: a score means something only while its instrument stays the same.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """Train the frozen instrument for coloured digits: `python -m triptych_thesis.instruments.digits32 [FOLDER]`.
 
-Some minutes on two cores. Run once; the result is committed, since a score means something only while its instrument
-stays the same.
+Some minutes on two cores. Run once: a score means something only while its instrument stays the same.
 """
 
 import sys
@@ -31,9 +30,7 @@ def wanted(truth: Jitters) -> Float[Tensor, "n 13"]:
 
 
 def whitening(truth: Jitters) -> Float[Tensor, "13 13"]:
-    """Takes what is wanted to unit covariance: hues, small beside brightness, count as much, and so does each colour where the
-    other is known.
-    """
+    """Takes what is wanted to unit covariance, so that hues, which vary less than brightness, count as much."""
     covariance = torch.cov(wanted(truth).double().T)
     return torch.linalg.inv(torch.linalg.cholesky(covariance)).T.float()
 

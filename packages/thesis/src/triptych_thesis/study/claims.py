@@ -45,10 +45,7 @@ class Claim:
 
 
 def load_claims(path: Path) -> dict[str, Claim]:
-    """Rows of the ledger by id.
-
-    Raises ValueError for a file of another kind, and for a row that lacks a key, has one too many, or repeats an id.
-    """
+    """Rows of the ledger by id. Raises ValueError for a file of another kind, other keys, or an id that appears twice."""
     names = {field.name for field in fields(Claim)}
     claims: dict[str, Claim] = {}
     try:
@@ -68,10 +65,7 @@ def load_claims(path: Path) -> dict[str, Claim]:
 
 
 def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
-    """Write results into the ledger's rows; all else in the file stays as it is.
-
-    Raises ValueError for a claim that the ledger lacks, or values that it does not take.
-    """
+    """Write results into the ledger's rows, and leave all else in the file. Raises ValueError for a claim that it lacks."""
     known = load_claims(ledger)
     if missing := sorted(found.keys() - known.keys()):
         raise ValueError(f"{ledger}: has no claim {missing[0]!r}; expected a ledger with {', '.join(found)}")
@@ -90,8 +84,7 @@ def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
 def record_results(results: Path, ledger: Path) -> list[str]:
     """Write the verdicts of a run's results.json into the ledger; returns the ids of their claims.
 
-    Raises ValueError for a file of another kind, for results of another chapter than their claims, and for those of a smoke
-    run, which decide nothing.
+    Raises ValueError for a file of another kind, results of another chapter than their claims, and smoke runs.
     """
     verdicts, chapter = _verdicts(results)
     claims = load_claims(ledger)

@@ -22,11 +22,12 @@ from triptych_thesis.study.claims import load_claims
 from triptych_thesis.study.verdicts import INTERVALS_DECIDE, Verdict
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from triptych_common.workers import Unit
 
     from triptych_thesis.study.runner import Stopwatch
 
-Result = Mapping[str, Any]  # what an experiment measured, as JSON holds it
+Result = Mapping[str, Any]  # what an experiment measured, or a part of it, as JSON holds it
 
 
 @dataclass(frozen=True)
@@ -80,52 +81,38 @@ class Section:
 
 @dataclass(frozen=True)
 class Opening:
-    """A report's first screen: title, the sentence to take away, and one picture, or two that belong together.
-
-    rule: how the verdicts follow from the evidence.
-    """
+    """A report's first screen."""
 
     title: str
-    headline: str
-    pictures: Sequence[Picture] = ()
-    rule: str = INTERVALS_DECIDE
+    headline: str  # the sentence to take away
+    pictures: Sequence[Picture] = ()  # one, or two that belong together
+    rule: str = INTERVALS_DECIDE  # how the verdicts follow from the evidence
 
 
 @dataclass(frozen=True)
 class Experiment:
     """One experiment.
 
-    Args:
-        name: its key in results.json, and what `--only` takes.
-        order: its place in the report.
-        measure: from the chapter's context to a JSON-able result.
-        section: from the study and the result alone to its part of the report, so that a report is drawn again without a model.
-        verdicts: from the result to verdicts on claims.
-        figures: from the result to PNG files by title; they are written beside the result too.
-        needs: what must be trained or sampled first; experiments share what they need.
-        kept: an existing result is not measured again (what it depends on is part of the study's identity).
-        extra: only with --all.
-        offered: whether the experiment makes sense for a study's size.
+    Sections and figures are made from the result and the files beside it alone, so that a report is drawn again without a model.
     """
 
-    name: str
-    order: float
-    measure: Callable[[Any], dict[str, Any]]
-    section: Callable[[Any, Result], Section]
+    name: str  # its key in results.json, and what `--only` takes
+    order: float  # its place in the report
+    measure: Callable[[Any], Result]  # with the chapter's context
+    section: Callable[[Any, Result], Section]  # its part of the study's report
     verdicts: Callable[[Result], list[Verdict]] = lambda result: []
-    figures: Callable[[Result], dict[str, bytes]] = lambda result: {}
-    needs: Callable[[Any], Sequence[Any]] = lambda context: ()
-    kept: bool = False
-    extra: bool = False
-    offered: Callable[[Any], bool] = lambda study: True
+    figures: Callable[[Result], Mapping[str, "Figure"]] = lambda result: {}  # by title, for PNG files beside the result
+    needs: Callable[[Any], Sequence[Any]] = (
+        lambda context: ()
+    )  # what must be trained or sampled first, by any experiment
+    kept: bool = False  # an existing result is not measured again: what it depends on is part of the study's identity
+    extra: bool = False  # only with --all
+    offered: Callable[[Any], bool] = lambda study: True  # whether it makes sense for a study's size
 
 
 @cache
 def discover(package: str) -> dict[str, Experiment]:
-    """The experiments of a package's modules by name, in their order; the modules are imported on the first call.
-
-    Raises ValueError for two experiments of one name.
-    """
+    """The experiments of a package's modules by name, in their order. Raises ValueError for two of one name."""
     modules = pkgutil.iter_modules(import_module(package).__path__, f"{package}.")
     experiments = [getattr(import_module(module.name), "EXPERIMENT", None) for module in modules]
     found = sorted(filter(None, experiments), key=lambda each: each.order)

@@ -1,7 +1,6 @@
 """The report of a study: one self-contained HTML page.
 
-Its first screen is one sentence, one picture and one table of verdicts. Sections follow, an experiment each; what explains
-how numbers were made folds out.
+Its first screen is one sentence, one picture and one table of verdicts. Sections follow, an experiment each.
 """
 
 import base64
@@ -25,21 +24,15 @@ WIDE = 2  # width over height from which on a picture takes the page's whole wid
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Opening):
-    """A page.
+    """A page."""
 
-    Args:
-        setting: size, seed, commit, time and hardware, on one line.
-        command: what a reader types to make this page.
-        verdicts: each with the item of the thesis that makes the claim, such as "Figure 2.5: adaLN-Zero is the best design".
-        sections: the experiments.
-        facts: settings, versions, times: rows of name and value.
-    """
-
-    setting: str
-    command: str
-    verdicts: Sequence[tuple[Verdict, str]] = ()
-    sections: Sequence[Section] = ()
-    facts: Table | None = None
+    setting: str  # size, seed, commit, time and hardware, on one line
+    command: str  # what a reader types to make this page
+    verdicts: Sequence[
+        tuple[Verdict, str]
+    ] = ()  # each with its claim, such as "Figure 2.5: adaLN-Zero is the best design"
+    sections: Sequence[Section] = ()  # the experiments
+    facts: Table | None = None  # settings, versions, times: rows of name and value
 
     @property
     def beside(self) -> bool:

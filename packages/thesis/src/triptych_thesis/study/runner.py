@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import echo
+from triptych_common.plots import figure_png
 from triptych_common.storage.atomic import write_bytes, write_json
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory
@@ -26,10 +27,8 @@ from triptych_thesis.study.verdicts import Verdict, merged
 class Stopwatch:
     """Seconds spent in each stage, saved in a JSON file and summed over all the times the study was resumed.
 
-        with clock("training"):
-            train(config)
-
-    finished: the study was done before, and stages that have their seconds keep them: finding work done is no work.
+    with clock("training"):
+        train(config)
     """
 
     def __init__(self, path: Path, *, finished: bool = False) -> None:
@@ -47,6 +46,7 @@ class Stopwatch:
         try:
             yield
         finally:
+            # Stages of a finished study keep their seconds: finding work done is no work.
             if not (self.finished and stage in self.seconds):
                 before = 0.0 if afresh else self.seconds.get(stage, 0.0)
                 self.seconds[stage] = round(before + time.perf_counter() - began, 2)
@@ -79,9 +79,12 @@ def run(study: Study) -> dict[str, Any]:
                 run_all(stage, units, workers, one_thread=not on_gpu(study.device))
         # Kept results are resumed, so the times add up; what is measured again counts once.
         with clock("measuring and drawing", afresh=not any(each.kept for each in chosen)):
+            figures = study.folder / "figures"
             for each in chosen:
-                measure(each, context, study.result_path(each.name), study.folder / "figures", study.command)
-            draw_others(study)
+                measure(each, context, study.result_path(each.name), figures, study.command)
+            for name in study.offered:  # the report shows the results of other times too
+                if name not in study.chosen and study.result_path(name).exists():
+                    draw(study.experiments[name], read_result(study.result_path(name))["result"], figures)
         results = assemble(study, context, clock.seconds)
         write_json(directory.path / "results.json", results)
         write_report(study, results)
@@ -94,17 +97,14 @@ def run(study: Study) -> dict[str, Any]:
 
 
 def measure(experiment: Experiment, context: Any, path: Path, figures: Path, command: str) -> Any:
-    """Write an experiment's result to `path` and its figures into a folder; returns the result.
-
-    A kept result is not measured again. One that comes out as it did before keeps the command and commit that it was first made
-    with; otherwise `command` is what made it.
-    """
+    """Write an experiment's result to `path`, as made by `command`, and its figures into a folder; returns the result."""
     before = read_result(path) if path.exists() else None
     if before is not None and experiment.kept:
         result = before["result"]
     else:
         result = json.loads(json.dumps(experiment.measure(context), allow_nan=False))
         made = {"command": command, "commit": git_commit()}
+        # What comes out as before keeps the command and commit that it was first made with.
         if before is not None and alike(before["result"], result):
             result, made = before["result"], before["made"]
         write_json(path, {"experiment": experiment.name, "made": made, "result": result})
@@ -114,24 +114,14 @@ def measure(experiment: Experiment, context: Any, path: Path, figures: Path, com
 
 def draw(experiment: Experiment, result: Any, figures: Path) -> None:
     """Write an experiment's figures into a folder."""
-    for title, png in experiment.figures(result).items():
-        write_bytes(figures / f"{title}.png", png)
-
-
-def draw_others(study: Study) -> None:
-    """Draw figures of results in the folder that were not chosen this time: the report shows them too."""
-    for name in study.offered:
-        if name not in study.chosen and study.result_path(name).exists():
-            result = read_result(study.result_path(name))["result"]
-            draw(study.experiments[name], result, study.folder / "figures")
+    for title, figure in experiment.figures(result).items():
+        write_bytes(figures / f"{title}.png", figure_png(figure))
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `measure` wrote: {"made": {"command", "commit"}, "result"}; earlier versions had the result at the top.
-
-    Raises ValueError for a damaged file.
-    """
+    """What `measure` wrote: {"made": {"command", "commit"}, "result"}. Raises ValueError for a damaged file."""
     try:
+        # Earlier versions had the result, or command and commit, at the top.
         content = json.loads(path.read_text())
         made = content.pop("made", None) or {name: content.get(name, "unknown") for name in ("command", "commit")}
         return {"made": made, "result": content.get("result", content)}

@@ -1,7 +1,5 @@
 """Figure 2.5: adaLN-Zero against the three other block designs, after equally many images."""
 
-from typing import Any
-
 from triptych_thesis.chapter2 import showing
 from triptych_thesis.chapter2.context import Context, SampleSet
 from triptych_thesis.chapter2.showing import factor, last_of
@@ -20,7 +18,7 @@ def needs(context: Context) -> list[SampleSet]:
     return [*_samples(context), *context.repeated()]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     ours, others = Model(context.size.designs), context.size.others()
     return {
         "rows": [context.row(samples) for samples in _samples(context)],
@@ -48,8 +46,8 @@ def section(study: Study, result: Result) -> Section:
     )
     every = showing.comparisons_table(result["comparisons"], "At equally many training images.", "Every comparison")
     picture = study.figure("block-designs", "Four designs of the same size, trained on the same examples.")
-    title, columns = "Block designs (Figure 2.5)", ("model", "images", "gflops")
-    return showing.scored_section(study, title, [picture], [final, every], result["rows"], columns)
+    section = Section("Block designs (Figure 2.5)", [picture], [final, every])
+    return showing.with_scores(study, section, result["rows"], ("model", "images", "gflops"))
 
 
 def _design(comparison: Result) -> str:

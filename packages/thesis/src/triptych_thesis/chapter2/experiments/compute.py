@@ -1,12 +1,12 @@
 """Figure 2.11: each model at its most denoising steps against a larger one at no more compute an image."""
 
 from itertools import combinations
-from typing import Any
 
+from matplotlib.figure import Figure
 from triptych_dit.flops import gflops
 
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import all_better, decided, factor, lines, scored_section
+from triptych_thesis.chapter2.showing import all_better, decided, factor, lines, with_scores
 from triptych_thesis.chapter2.sizes import Model
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.verdicts import Evidence, Verdict
@@ -27,7 +27,7 @@ def needs(context: Context) -> list[SampleSet]:
     return [*_every(context), *context.repeated()]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     size, most, comparisons = context.size, max(context.size.compute_steps), []
     for small, large in combinations(size.compute, 2):
         budget = gflops(size.models[small]) * most
@@ -52,7 +52,7 @@ def _pair(c: Result) -> str:
     return f"{c['worse']} in {c['about']['steps_of_smaller']} steps over {c['better']} in {c['about']['steps']}"
 
 
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     labels = {"xlabel": "GFLOPs to sample one image", "xscale": "log"}
     return {"sampling-compute": lines(result["rows"], "sampling_gflops", **labels)}
 
@@ -64,8 +64,8 @@ def section(study: Study, result: Result) -> Section:
         f"Models that spend at least as much on sampling as larger ones. Thesis (FID-10K): {THESIS}.",
     )
     picture = study.figure("sampling-compute", "Denoising steps grow from left to right along each line.")
-    title, columns = "Sampling compute against model compute (Figure 2.11)", ("model", "steps", "sampling_gflops")
-    return scored_section(study, title, [picture], [table], result["rows"], columns)
+    section = Section("Sampling compute against model compute (Figure 2.11)", [picture], [table])
+    return with_scores(study, section, result["rows"], ("model", "steps", "sampling_gflops"))
 
 
 EXPERIMENT = Experiment("compute", 6, measure, section, verdicts, figures, needs)

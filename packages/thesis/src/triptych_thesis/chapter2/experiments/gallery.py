@@ -41,24 +41,19 @@ TITLES = {
 }  # fmt: skip
 
 
-def _guided(context: Context) -> SampleSet:
+def _sets(context: Context) -> dict[str, SampleSet]:
     size = context.size
-    settings = {"num_inference_steps": size.gallery_steps, "guidance_scale": size.guidance_scale}
-    return context.of_main(size.gallery_samples, **settings)
-
-
-def _unguided(context: Context) -> SampleSet:
-    return context.of_main(context.size.gallery_samples, num_inference_steps=context.size.gallery_steps)
+    steps = {"num_inference_steps": size.gallery_steps}
+    guided = context.of_main(size.gallery_samples, guidance_scale=size.guidance_scale, **steps)
+    return {"guided": guided, "unguided": context.of_main(size.gallery_samples, **steps)}
 
 
 def needs(context: Context) -> list[SampleSet]:
-    return [_guided(context), _unguided(context)]
+    return list(_sets(context).values())
 
 
-def measure(context: Context) -> dict[str, Any]:
-    scorer, size = context.scorer.digits, context.size
-    sets = {"guided": _guided(context), "unguided": _unguided(context)}
-    rows = {}
+def measure(context: Context) -> Result:
+    scorer, size, sets, rows = context.scorer.digits, context.size, _sets(context), {}
     for name, samples in sets.items():
         images, labels = read_npz(context.path(samples))
         rows[name] = scorer(without_margin(images), labels)
@@ -67,15 +62,13 @@ def measure(context: Context) -> dict[str, Any]:
     floor = scorer.floor(rows["guided"].n)
     draw_pictures(context)
     return {
-        "n": rows["guided"].n,
-        "rows": {name: row.as_dict() for name, row in rows.items()},
+        "n": rows["guided"].n, "rows": {name: row.as_dict() for name, row in rows.items()},
         "samples": {name: context.place(samples) for name, samples in sets.items()},
         "floor": {"frechet": float(floor.mean()), "sets": floor.tolist()},
         "held_out": {"accuracy": scorer.held_out_accuracy()._asdict(), "near_duplicates": NEAR_DUPLICATE_QUANTILE},
         "instruments": scorer.instruments(),
-        "guidance_scale": size.guidance_scale,
-        "num_inference_steps": size.gallery_steps,
-    }
+        "guidance_scale": size.guidance_scale, "num_inference_steps": size.gallery_steps,
+    }  # fmt: skip
 
 
 def verdicts(result: Result) -> list[Verdict]:
@@ -168,7 +161,7 @@ def draw_pictures(context: Context) -> None:
     config = context.train_config(main)
     counts = [*config.snapshots, config.total_images]
     models = [load_model(context.weights(main, count)) for count in counts]
-    settings, labels = _guided(context).settings, torch.arange(10)
+    settings, labels = _sets(context)["guided"].settings, torch.arange(10)
     over_training = [sample_images(m, labels, settings, seed=context.seed, vae=context.decoder) for m in models]
     guided, unguided = (read_npz(context.path(samples))[0][:100] for samples in needs(context))
     strip = denoising_strip(models[-1], settings, seed=context.seed, vae=context.decoder)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from triptych_common.plots import figure_png, legend, panels
+from matplotlib.figure import Figure
+from triptych_common.plots import legend, panels
 
 from triptych_thesis.chapter2.comparisons import LOWER_IS_BETTER
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import FRECHET, decided, difference, factor, metric_name, scored_section
+from triptych_thesis.chapter2.showing import FRECHET, decided, difference, factor, metric_name, with_scores
 from triptych_thesis.chapter2.sizes import Model
 from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
@@ -50,7 +51,7 @@ def needs(context: Context) -> list[SampleSet]:
     return [*samples, *(SampleSet(Model(size.main), images, settings, size.guidance_samples) for images in size.kept)]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     size, channels = context.size, _fewer_channels(context)
     guided, plain = _guided(context, size.guidance_scale, _headline(context)), _guided(context, 1.0)
     pairs = {
@@ -113,7 +114,7 @@ def _effect(c: Result) -> str:
     return f"{metric_name(metric)} {'without less with' if metric == 'recall' else 'with less without'} guidance"
 
 
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     """Fréchet distance over scales, and precision against recall."""
     total = result["channels"]
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -131,7 +132,7 @@ def figures(result: Result) -> dict[str, bytes]:
             right.annotate(f"{row['guidance']:g}", at, fontsize=7, xytext=(3, 3), textcoords="offset points")
     legend(left)
     right.set(xlabel="recall", ylabel="precision")
-    return {"guidance": figure_png(figure)}
+    return {"guidance": figure}
 
 
 def section(study: Study, result: Result) -> Section:
@@ -155,10 +156,8 @@ def section(study: Study, result: Result) -> Section:
     rows = [{**row, "scale": f"{row['guidance']:g}", "thesis": thesis(row)} for row in result["rows"]]
     columns = {"scale": "scale", "channels": "channels", "images": "images", "n": "samples", "thesis": PUBLISHED_COLUMN}
     table = "2.3, 3M steps at 512" if result["side"] == 512 else "2.2, 7M steps at 256"
-    return scored_section(
-        study, "Guidance (Tables 2.2 and 2.3)", [picture], [effects, *_fewer_table(result)], rows, columns,
-        f"Thesis: Table {table}, guided on 3 of 4 channels. ",
-    )  # fmt: skip
+    section = Section("Guidance (Tables 2.2 and 2.3)", [picture], [effects, *_fewer_table(result)])
+    return with_scores(study, section, rows, columns, f"Thesis: Table {table}, guided on 3 of 4 channels. ")
 
 
 def _fewer_table(result: Result) -> list[Table]:

@@ -1,9 +1,9 @@
 """Quality of the main model against denoising steps, sampler by sampler: do more steps, or faster samplers in few, help?"""
 
-from typing import Any
+from matplotlib.figure import Figure
 
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import decided, difference, lines, metric_name, scored_section
+from triptych_thesis.chapter2.showing import decided, difference, lines, metric_name, with_scores
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 
 
@@ -16,7 +16,7 @@ def needs(context: Context) -> list[SampleSet]:
     return [_samples(context, sampler, steps) for sampler in size.samplers for steps in size.sampler_steps]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     first, *others = context.size.samplers
     few, many = min(context.size.sampler_steps), max(context.size.sampler_steps)
     pairs = [((name, many), (name, few)) for name in context.size.samplers]
@@ -32,7 +32,7 @@ def measure(context: Context) -> dict[str, Any]:
     return {"rows": [context.row(samples) for samples in needs(context)], "comparisons": comparisons}
 
 
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     return {"samplers": lines(result["rows"], "steps", by="sampler", xlabel="denoising steps", xscale="log")}
 
 
@@ -47,7 +47,7 @@ def section(study: Study, result: Result) -> Section:
         f"starting noises, {result['rows'][0]['n']:,} samples each. The thesis uses DDPM with 250 steps alone.",
     )
     picture = study.figure("samplers", "The main model without guidance.")
-    return scored_section(study, "Samplers", [picture], [table], result["rows"], ("sampler", "steps", "n"))
+    return with_scores(study, Section("Samplers", [picture], [table]), result["rows"], ("sampler", "steps", "n"))
 
 
 EXPERIMENT = Experiment("samplers", 8, measure, section, figures=figures, needs=needs)

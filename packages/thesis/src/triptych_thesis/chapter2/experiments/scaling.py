@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 from typing import Any
 
-from triptych_common.plots import figure_png, legend, panels, thousands
+from matplotlib.figure import Figure
+from triptych_common.plots import legend, panels, thousands
 from triptych_dit.flops import gflops
 
 from triptych_thesis.chapter2 import showing
@@ -31,16 +32,21 @@ def needs(context: Context) -> list[SampleSet]:
     return [*_samples(context), *context.repeated()]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     comparisons = [
         c
         for grows, large, small in neighbours(context)
         for c in context.compare_stages(Model(large), Model(small), grows=grows)
     ]
+    logs, last = (
+        [math.log(gflops(shape)) for shape in context.grid.values()],
+        [context.after(Model(n)) for n in context.grid],
+    )
+    scores = {metric: [context.score(samples, metric) for samples in last] for metric in METRICS}
     return {
         "rows": [context.row(samples) for samples in _samples(context)],
         "comparisons": comparisons,
-        "correlations": {metric: _correlation(context, metric) for metric in METRICS},
+        "correlations": {metric: correlation(logs, scores[metric])._asdict() for metric in METRICS},
         "similar": _similar(context),
         "budgets": _at_equal_training_compute(context),
         "noise": context.noises(),
@@ -57,12 +63,6 @@ def neighbours(context: Context) -> Iterator[tuple[str, str, str]]:
     for grows, names in rows:
         for smaller, larger in pairwise(name for name in names if name in context.grid):
             yield grows, larger, smaller
-
-
-def _correlation(context: Context, metric: str) -> dict[str, Any]:
-    """The correlation of log GFLOPs with a metric at the last stage, over the models of the grid."""
-    logs = [math.log(gflops(shape)) for shape in context.grid.values()]
-    return correlation(logs, [context.score(context.after(Model(name)), metric) for name in context.grid])._asdict()
 
 
 def _similar(context: Context) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def _similarity(log_ratio: Result) -> str:
     return CONFIRMED if inside else REFUTED if outside else UNDECIDED
 
 
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     training = {"xlabel": "training compute: GFLOPs x images x 3", "xscale": "log"}
     return {
         "scaling-gflops": _against_gflops(result),
@@ -142,7 +142,7 @@ def figures(result: Result) -> dict[str, bytes]:
     }
 
 
-def _over_training(result: Result) -> bytes:
+def _over_training(result: Result) -> Figure:
     """Figure 2.6: the sizes at each patch in the upper row, the patches at each size in the lower one."""
     rows = [
         {**row, "size": row["model"].split("/")[0], "patch": f"patch {row['model'].split('/')[1]}"}
@@ -163,10 +163,10 @@ def _over_training(result: Result) -> bytes:
             legend(each, fontsize=7)
         for unused in axes[i * columns + len(shown) : (i + 1) * columns]:
             unused.set_visible(False)
-    return figure_png(figure)
+    return figure
 
 
-def _against_gflops(result: Result) -> bytes:
+def _against_gflops(result: Result) -> Figure:
     """Figures 2.2 (left), 2.8 and 2.9 (right): every metric at the last stage."""
     last = max(row["images"] for row in result["rows"])
     rows = [{**row, "size": row["model"].split("/")[0]} for row in result["rows"] if row["images"] == last]
@@ -180,7 +180,7 @@ def _against_gflops(result: Result) -> bytes:
     legend(axes[0])
     for unused in axes[len(METRICS) :]:
         unused.set_visible(False)
-    return figure_png(figure)
+    return figure
 
 
 CAPTIONS = {
@@ -233,8 +233,8 @@ def section(study: Study, result: Result) -> Section:
         within = "Similar: within a factor of 1.5 with the whole interval."
         tables.append(Table(header, similar, f"Models of other widths with similar GFLOPs. {within}"))
     pictures = [study.figure(title, caption) for title, caption in CAPTIONS.items()]
-    title, columns = "Scaling (Figures 2.2 left, 2.6, 2.8, 2.9, 2.10)", ("model", "images", "gflops", "training_gflops")
-    return showing.scored_section(study, title, pictures, tables, result["rows"], columns)
+    section = Section("Scaling (Figures 2.2 left, 2.6, 2.8, 2.9, 2.10)", pictures, tables)
+    return showing.with_scores(study, section, result["rows"], ("model", "images", "gflops", "training_gflops"))
 
 
 EXPERIMENT = Experiment("scaling", 2, measure, section, verdicts, figures, needs)

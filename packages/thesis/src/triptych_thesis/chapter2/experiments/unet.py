@@ -1,9 +1,7 @@
 """Figure 2.2, right: a DiT against a U-Net of equal GFLOPs, trained on the same examples at the same learning rate."""
 
-from typing import Any
-
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import decided, factor, over_training, scored_section
+from triptych_thesis.chapter2.showing import decided, factor, over_training, with_scores
 from triptych_thesis.chapter2.sizes import Model
 from triptych_thesis.chapter2.unet import matched, unet_gflops
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
@@ -20,7 +18,7 @@ def needs(context: Context) -> list[SampleSet]:
     return [*context.over_training(_models(context)), *context.repeated()]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     ours, theirs = _models(context)
     rows = [context.row(samples) for samples in context.over_training((ours, theirs))]
     shape = matched(context.size.shape(theirs))
@@ -46,8 +44,8 @@ def section(study: Study, result: Result) -> Section:
         f"Ours: {comparisons[0]['better']}. The thesis's models are both guided, each trained in its own way; here nothing is "
         "tuned for either.",
     )
-    title, columns = "Against a U-Net (Figure 2.2 right)", ("model", "images", "gflops")
-    return scored_section(study, title, [study.figure("unet", caption)], [table], result["rows"], columns)
+    section = Section("Against a U-Net (Figure 2.2 right)", [study.figure("unet", caption)], [table])
+    return with_scores(study, section, result["rows"], ("model", "images", "gflops"))
 
 
 EXPERIMENT = Experiment("unet", 5, measure, section, verdicts, over_training("unet"), needs)

@@ -1,8 +1,6 @@
 """The memorisation audit: how far are generated networks from the training set, beside real ones and trivial copies?"""
 
-from typing import Any
-
-from triptych_common.plots import figure_png
+from matplotlib.figure import Figure
 from triptych_gpt.evaluation.plots import memorization_figure
 from triptych_gpt.evaluation.trial import memorization
 
@@ -11,13 +9,9 @@ from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """The audit of one update each of unseen networks, towards the best prompt."""
     return memorization(context.trial, samples=context.amounts.audit_samples, every=context.amounts.every)
-
-
-def figures(result: Result) -> dict[str, bytes]:
-    return {"audit": figure_png(memorization_figure(result))}
 
 
 def section(study: Study, result: Result) -> Section:
@@ -44,6 +38,10 @@ def section(study: Study, result: Result) -> Section:
         note="Agreement is the share of test items given the class that the nearest training network gives. Shared errors: of the "
         "items that either gets wrong, the share that both do.",
     )
+
+
+def figures(result: Result) -> dict[str, Figure]:
+    return {"audit": memorization_figure(result)}
 
 
 EXPERIMENT = Experiment("audit", 5, measure, section, figures=figures, kept=True)

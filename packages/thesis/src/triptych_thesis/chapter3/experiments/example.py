@@ -1,7 +1,6 @@
 """What a user does: a file of an untrained network in, networks of the prompted metric out."""
 
 from pathlib import Path
-from typing import Any
 
 from triptych_gpt.prompting import PromptConfig, prompt_command
 from triptych_gpt.zoo.inspect import ExportConfig, export
@@ -11,7 +10,7 @@ from triptych_thesis.study.estimates import number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """One unseen network, prompted four times for the median of what training runs end with."""
     assert context.folder is not None  # `triptych figures`, which has none, does not offer this
     zoo, out = context.trial.zoo, context.folder / "prompted"

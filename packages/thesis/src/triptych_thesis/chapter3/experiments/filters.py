@@ -1,14 +1,12 @@
 """First-layer filters of a perceptron on square images, before and after an update."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
-from triptych_common.plots import figure_png, numbers, panels
+from triptych_common.plots import numbers, panels
 from triptych_gpt.evaluation.plots import words
 from triptych_gpt.evaluation.prompted import starting_metrics
 from triptych_gpt.evaluation.records import plain
@@ -21,10 +19,7 @@ from triptych_thesis.study.experiment import Experiment, Result, Section, Study
 def first_layer_filters(
     layout: ParameterLayout, theta: Float[Tensor, "*batch D"]
 ) -> Float[Tensor, "*batch units side side"] | None:
-    """Each hidden unit's weights as the image they are multiplied with.
-
-    None where the first parameter is no matrix over the pixels of a square, grey image.
-    """
+    """Each hidden unit's weights as the image they are multiplied with; None where no square, grey images come in."""
     name, shape = next(iter(layout.shapes.items()))
     side = math.isqrt(shape[-1])
     if len(shape) != 2 or side < 2 or side**2 != shape[-1]:
@@ -32,7 +27,7 @@ def first_layer_filters(
     return layout.unflatten(theta)[name].unflatten(-1, (side, side))
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Filters of an unseen network before and after one update; {"none": why} for networks that do not see square images."""
     trial, name = context.trial, context.trial.metric.name
     theta = trial.starts("test", 1)
@@ -47,7 +42,7 @@ def measure(context: Context) -> dict[str, Any]:
     return plain({"metric": name, "prompt": trial.best_prompt, **rows})
 
 
-def figure(data: Mapping[str, Any]) -> Figure:
+def figure(data: Result) -> Figure:
     """Weights of each hidden unit as an image, one network above and its update below, in one symmetric range of colours.
 
     data: {"metric", "prompt", "before": {"filters": [units][side][side], "metric": value}, "after": the same}.
@@ -69,8 +64,8 @@ def figure(data: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    return {} if "none" in result else {"filters": figure_png(figure(result))}
+def figures(result: Result) -> dict[str, Figure]:
+    return {} if "none" in result else {"filters": figure(result)}
 
 
 def section(study: Study, result: Result) -> Section:

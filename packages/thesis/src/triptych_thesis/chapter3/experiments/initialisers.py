@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate
-from triptych_common.plots import MARKERS, PALETTE, figure_png, legend, numbers, panels
+from triptych_common.plots import MARKERS, PALETTE, legend, numbers, panels
 from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import Update, advanced, starting_metrics
 from triptych_gpt.evaluation.records import plain
@@ -39,17 +39,9 @@ def recursive_prompting(
 ) -> dict[str, Any]:
     """Prompt each network `updates` times, from its last result and the metric that this has.
 
-    Update k = 0, 1, ... of network i samples the noise of index k * networks + i, whatever its initialiser.
-
-    Args:
-        starts: networks by initialiser, including `known`, the initialiser that the update was trained on.
-        within: the margin of "updates_to_reach", as a fraction of the known initialiser's mean after one update.
-
-    Returns the settings, that mean as "one_update", and by initialiser the "curves": every metric after 0 .. updates updates
-    [networks, updates + 1], mean and standard error of the prompted one, how many updates were "rejected" because they were not
-    finite (the network then stays as it was), and how many bring the mean within the margin (None: more than `updates`).
-
-    Raises ValueError for starts without `known`, or networks that are not finite.
+    starts: networks by initialiser, including `known`, which the update was trained on. within: how near to the known initialiser's
+    mean after one update a mean must come, as a fraction of it. Raises ValueError for starts without `known`, or networks that are
+    not finite.
     """
     if known not in starts:
         raise ValueError(
@@ -59,14 +51,16 @@ def recursive_prompting(
     for name, theta in starts.items():
         current: Mapping[str, Tensor] = starting_metrics(task, theta, metric, networks_at_once=networks_at_once)
         history, rejected, networks = [current], 0, len(theta)
+        # Update k = 0, 1, ... of network i samples the noise of index k * networks + i, whatever its initialiser.
         for first in range(0, updates * networks, networks):
             indices = range(first, first + networks)
             theta, current, usable = advanced(
                 update, task, theta, current, metric.name, prompt, indices, networks_at_once=networks_at_once
             )
             history.append(current)
+            # A network whose update is not finite stays as it was.
             rejected += int((~usable).sum())
-        metrics = {key: torch.stack([one[key] for one in history], dim=1) for key in current}
+        metrics = {key: torch.stack([one[key] for one in history], dim=1) for key in current}  # networks updates+1
         values = metrics[metric.name]
         mean = values.mean(0)
         error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.full_like(mean, torch.nan)
@@ -75,14 +69,14 @@ def recursive_prompting(
     for curve in curves.values():
         behind = curve["mean"] - one_update if metric.better == "lower" else one_update - curve["mean"]
         reached = (behind <= within * abs(one_update)).nonzero()
-        curve["updates_to_reach"] = int(reached[0]) if len(reached) else None
+        curve["updates_to_reach"] = int(reached[0]) if len(reached) else None  # None: more than `updates`
     return {
         "metric": metric.name, "better": metric.better, "prompt": prompt, "known": known, "one_update": one_update,
         "within": within, "curves": curves,
     }  # fmt: skip
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Recursion of untrained networks of every initialiser of the task, towards the best prompt."""
     trial, amounts = context.trial, context.amounts
     starts = {
@@ -101,14 +95,6 @@ def verdicts(result: Result) -> list[Verdict]:
     """Whether one update does worse from foreign initialisers, and whether up to ten bring the test error down.
 
     Of the test error where the task has one, of the prompted metric otherwise; both intervals by Student's t over networks.
-
-    - Worse: for each foreign initialiser, confirmed where its mean after one update lies wholly on the worse side of that of the
-      zoo's own initialiser, refuted where wholly on the better side.
-    - Down: for each foreign initialiser, the sign of the mean improvement, network by network, from the first update to the
-      tenth or the last before.
-
-    The claim is confirmed where all comparisons are, and refuted where one is. Networks before any update, which the identity
-    returns, stand in the evidence.
     """
     curves = result["curves"]
     has_error = "test_error" in curves[result["known"]]["metrics"]
@@ -122,6 +108,8 @@ def verdicts(result: Result) -> list[Verdict]:
     what = f"{named(metric)} after one update from"
     parts, evidence = [], []
     for name in foreign:
+        # Worse: than the zoo's own initialiser after one update. Down: the mean improvement, network by network, from the first
+        # update to the tenth or the last before, is positive.
         change = _improvement(curves[name], metric, last, direction)
         parts += [better(after_one[result["known"]], after_one[name], direction), sign(change) if change else UNDECIDED]
         others = [f"{interval(after_last[name], '.3f')} after {last}",
@@ -134,7 +122,7 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall(parts), evidence, why)]
 
 
-def _at(curve: Mapping[str, Any], metric: str, update: int) -> dict[str, float | None]:
+def _at(curve: Result, metric: str, update: int) -> dict[str, float | None]:
     """The mean over networks after an update, with its interval; None for all three where no network is finite."""
     values = [row[update] for row in curve["metrics"][metric] if row[update] is not None]
     return mean_estimate(values)._asdict() if values else dict.fromkeys(Estimate._fields)
@@ -146,7 +134,7 @@ def _range(estimates: Sequence[Mapping[str, float | None]]) -> str:
     return f"{min(values):.3f} to {max(values):.3f}" if values else number(None)
 
 
-def _improvement(curve: Mapping[str, Any], metric: str, last: int, direction: str) -> Estimate | None:
+def _improvement(curve: Result, metric: str, last: int, direction: str) -> Estimate | None:
     """The mean gain of networks from the first update to the last; None where there is no later one, or no finite network."""
     rows = [row for row in curve["metrics"][metric] if row[1] is not None and row[last] is not None]
     if last < 2 or not rows:
@@ -154,7 +142,7 @@ def _improvement(curve: Mapping[str, Any], metric: str, last: int, direction: st
     return mean_estimate([(row[1] - row[last]) * (1 if direction == "lower" else -1) for row in rows])
 
 
-def figure(data: Mapping[str, Any], *, metric: str | None = None) -> Figure:
+def figure(data: Result, *, metric: str | None = None) -> Figure:
     """Mean and standard error over networks after each update, a curve for each initialiser.  [Fig. 3.6]
 
     data: `recursive_prompting`, as JSON holds it. metric: another of the task's than the prompted one.
@@ -189,8 +177,8 @@ def _drawn(result: Result) -> list[str]:
     return list(dict.fromkeys(metric for metric in (result["metric"], "test_error") if metric in metrics))
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    return {f"fig-3.6-{metric}": figure_png(figure(result, metric=metric)) for metric in _drawn(result)}
+def figures(result: Result) -> dict[str, Figure]:
+    return {f"fig-3.6-{metric}": figure(result, metric=metric) for metric in _drawn(result)}
 
 
 def section(study: Study, result: Result) -> Section:

@@ -1,11 +1,8 @@
 """One update of G.pt beside one step of tuned optimisers and beside updates that learn nothing.  [thesis 3.4.1, Fig. 3.3]"""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
-from triptych_common.plots import GREY, INK, figure_png, intervals, numbers, panels
+from triptych_common.plots import GREY, INK, intervals, numbers, panels
 from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import starting_metrics
 from triptych_gpt.evaluation.trial import MODEL
@@ -21,7 +18,7 @@ WORDS = {"model": MODEL, "optimiser": "hand-designed optimisers", "baseline": "b
 IN_THESIS = {"test_loss": "0.2 when prompted for 0 (MNIST, 784-10-10)"}
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Every metric of the task after one update, prompted for the value that did best on validation networks."""
     trial, n = context.trial, context.amounts.baseline_networks
     test, tuning = trial.starts("test", n), trial.starts("validation", n)
@@ -44,7 +41,7 @@ def measure(context: Context) -> dict[str, Any]:
     return {"networks": n, "asked": trial.metric.name, "prompt": trial.best_prompt, "figures": shown}
 
 
-def best_optimiser(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def best_optimiser(data: Result) -> Result | None:
     """The optimiser whose one step was best; None where there is none."""
     finite = [method for method in data["methods"] if method["kind"] == "optimiser" and method["mean"] is not None]
     choose = min if data["better"] == "lower" else max
@@ -54,12 +51,11 @@ def best_optimiser(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def verdicts(result: Result) -> list[Verdict]:
     """Whether one update is better than one step of every tuned optimiser.
 
-    The claim names return, test loss and test error, so training losses and errors do not count. The claim is confirmed where the
-    update is `better` than every optimiser by every metric, and refuted where it is worse than one. An update that is not finite
-    for one of the networks decides nothing. Baselines take no part: they stand in the evidence.
+    An update that is not finite for one of the networks decides nothing. Baselines take no part: they stand in the evidence.
     """
     parts, evidence = [], []
     for metric, data in result["figures"].items():
+        # The claim names return, test loss and test error, so training losses and errors do not count.
         if metric.startswith("train_") and not metric.endswith("return"):
             continue
         methods = {method["name"]: method for method in data["methods"]}
@@ -74,7 +70,7 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall(parts) if parts else NOT_RUN, evidence, why)]
 
 
-def figure(data: Mapping[str, Any]) -> Figure:
+def figure(data: Result) -> Figure:
     """What one update gives, a bar for each method from the top in the order given.  [Fig. 3.3]
 
     data: of one metric: {"metric", "start": mean before the update or None, "trained_best": or None, "methods": [{"name",
@@ -104,8 +100,8 @@ def figure(data: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    return {f"fig-3.3-{metric}": figure_png(figure(data)) for metric, data in result["figures"].items()}
+def figures(result: Result) -> dict[str, Figure]:
+    return {f"fig-3.3-{metric}": figure(data) for metric, data in result["figures"].items()}
 
 
 def section(study: Study, result: Result) -> Section:

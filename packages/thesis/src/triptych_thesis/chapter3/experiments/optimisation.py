@@ -1,11 +1,8 @@
 """Tuned optimisers over a training run's steps, and when each catches up with one update of G.pt.  [thesis 3.4.1, Fig. 3.4]"""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
-from triptych_common.plots import BLUE, PALETTE, figure_png, legend, numbers, panels, thousands
+from triptych_common.plots import BLUE, PALETTE, legend, numbers, panels, thousands
 from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import starting_metrics
 
@@ -19,7 +16,7 @@ from triptych_thesis.study.verdicts import NOT_RUN, REFUTED, UNDECIDED, Evidence
 CLAIM, CLAIMED, THOUSAND = "gpt.fig-3.4", ("SGD", "Adam"), 1000
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Curves of every optimiser, and the level that one update of the same networks reaches."""
     trial, n, metric = context.trial, context.amounts.baseline_networks, context.trial.metric.name
     test, tuning = trial.starts("test", n), trial.starts("validation", n)
@@ -42,16 +39,7 @@ def measure(context: Context) -> dict[str, Any]:
 def verdicts(result: Result) -> list[Verdict]:
     """Whether SGD and Adam need thousands of steps to equal one update, and end up better.
 
-    An optimiser is compared with the update at every scored step, at the grid point that is best after exactly so many steps,
-    which favours it.
-
-    - Late: confirmed where the update is wholly better than the optimiser at every scored step below 1,000, refuted where the
-      optimiser is wholly better at one of them. Training runs of fewer than 1,000 steps cannot show thousands: there only an
-      optimiser that is wholly better after its first step refutes the claim, and nothing confirms it.
-    - Better in the end: confirmed where the optimiser is wholly better after the last step. "Given enough iterations" is refuted
-      by no number of steps.
-
-    The claim is confirmed where both parts are for both optimisers, and refuted where a part is for one.
+    An optimiser is compared at every scored step, at the grid point that is best after exactly so many steps, which favours it.
     """
     level, curves = result["one_step"], {curve["optimizer"]: curve for curve in result["curves"]}
     metric = named(result["metric"])
@@ -72,24 +60,26 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall(parts), evidence, why)]
 
 
-def _reach(curve: Mapping[str, Any], result: Result) -> str:
+def _reach(curve: Result, result: Result) -> str:
     return f"{curve['caught_up']:,}" if curve["caught_up"] else f"more than {result['budget']:,}"
 
 
-def _late(curve: Mapping[str, Any], result: Result) -> str:
+def _late(curve: Result, result: Result) -> str:
+    """Whether the update is better than the optimiser at every scored step below 1,000."""
     steps = [i for i, step in enumerate(curve["steps"]) if step < THOUSAND]
     compared = [better(result["one_step"], _at(curve, i), result["better"]) for i in steps]
     if result["budget"] < THOUSAND:
+        # So few steps cannot show thousands: only an optimiser that is better after its first step refutes the claim.
         return REFUTED if compared[:1] == [REFUTED] else UNDECIDED
     return overall(compared)
 
 
-def _ends_better(curve: Mapping[str, Any], result: Result) -> str:
+def _ends_better(curve: Result, result: Result) -> str:
     ahead = better(_at(curve, -1), result["one_step"], result["better"])
-    return UNDECIDED if ahead == REFUTED else ahead
+    return UNDECIDED if ahead == REFUTED else ahead  # no number of steps refutes "given enough iterations"
 
 
-def _at(curve: Mapping[str, Any], i: int) -> dict[str, float | None]:
+def _at(curve: Result, i: int) -> dict[str, float | None]:
     """The mean after step i with its interval over networks; without one where it is not finite."""
     mean, error = curve["envelope"]["mean"][i], curve["envelope"]["standard_error"][i]
     if mean is None or error is None:
@@ -98,10 +88,8 @@ def _at(curve: Mapping[str, Any], i: int) -> dict[str, float | None]:
     return {"low": mean - margin, "high": mean + margin}
 
 
-def figure(data: Mapping[str, Any]) -> Figure:
-    """Optimisers over many steps, with the level that one update of the model reaches.  [Fig. 3.4]
-
-    Drawn is the mean at the grid point that is best at each step, with its standard error.
+def figure(data: Result) -> Figure:
+    """Optimisers over many steps, with standard errors, and the level that one update of the model reaches.  [Fig. 3.4]
 
     data: {"metric", "start": mean before any step, "one_step": {"mean", "low", "high"}, "trained_best": or None, "curves": of each
     optimiser `hand_designed.Curve.as_dict()` with "caught_up": the step at which it equals the model, or None}.
@@ -152,6 +140,8 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(
-    "fig-3.4", 3, measure, section, verdicts, lambda result: {"fig-3.4": figure_png(figure(result))}, kept=True
-)
+def figures(result: Result) -> dict[str, Figure]:
+    return {"fig-3.4": figure(result)}
+
+
+EXPERIMENT = Experiment("fig-3.4", 3, measure, section, verdicts, figures, kept=True)

@@ -1,9 +1,6 @@
 """Prompt sweeps of unseen networks: does an update achieve what it is prompted for?  [thesis 3.4.4, Fig. 3.5]"""
 
-from collections.abc import Mapping
-from typing import Any
-
-from triptych_common.plots import figure_png
+from matplotlib.figure import Figure
 from triptych_gpt.evaluation.plots import alignment_figure
 from triptych_gpt.evaluation.trial import MODEL, alignment_beside_baselines
 
@@ -16,30 +13,25 @@ CLAIM = "gpt.fig-3.5"
 LITTLE = 0.5  # of what is prompted beyond the best training checkpoint
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Sweeps and alignment of the model and of the baselines, by name."""
     amounts = context.amounts
     return alignment_beside_baselines(context.trial, networks=amounts.networks, prompts=amounts.prompts)
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """Whether achieved values follow the prompts, and prompts beyond the best training checkpoint gain little.
-
-    - Follow: the sign of R^2 between achieved values and prompts, over the prompts that some training checkpoint achieves. The
-      best constant has R^2 = 0, so prompts that are ignored, or missed by more than they differ, refute the claim.
-    - Little: of what a prompt asks for beyond the reachable prompt nearest to the best training checkpoint, the share that is
-      gained, mean over networks with its interval by Student's t. Confirmed where it lies below one half, refuted where above.
-      Undecided where no prompt, or only one, lies on either side.
-
-    Retrieval copies training checkpoints, whatever network it is given, and can have an R^2 close to 1: it stands in the evidence.
-    """
+    """Whether achieved values follow the prompts, and prompts beyond the best training checkpoint gain little."""
     alignment = result["alignment"]
     ours, sweep = alignment[MODEL], result["sweeps"][MODEL]
+    # Over the prompts that some training checkpoint achieves. The best constant has R^2 = 0, so prompts that are ignored, or missed
+    # by more than they differ, refute the claim.
     follow = sign(ours["r2_reachable"]) if ours["r2_reachable"] else UNDECIDED
+    # The mean share gained over networks, by Student's t; undecided where no prompt, or only one, lies on either side of the best.
     gains = beyond_best(sweep)
     gain = mean_estimate(gains) if gains else None
     little = better(gain._asdict(), {"low": LITTLE, "high": LITTLE}, "lower") if gain else UNDECIDED
     what = f"R² between prompted and achieved {named(ours['metric'])}, where training checkpoints reach"
+    # Retrieval copies training checkpoints, whatever network it is given, and can have an R^2 close to 1.
     beside = [f"{interval(one['r2_reachable'], '.3f')} of {name}" for name, one in alignment.items() if name != MODEL]
     evidence = [
         Evidence(what, interval(ours["r2_reachable"], ".3f"), "", beside[0], beside[1:]),
@@ -49,12 +41,12 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall([follow, little]), evidence)]
 
 
-def beyond_best(sweep: Mapping[str, Any]) -> list[float]:
-    """Of each network: what the best prompt achieves beyond the last reachable prompt, over what it asks for beyond it.
+def beyond_best(sweep: Result) -> list[float]:
+    """Of each network: what the best prompt achieves beyond the last reachable prompt, over what it demands beyond it.
 
-    Reachable are prompts no better than the best training checkpoint. Networks without a prompt on either side, or with one of
-    the two updates not finite, are left out.
+    Networks without a prompt on either side, or with one of the two updates not finite, are left out.
     """
+    # Reachable are prompts no better than the best training checkpoint.
     limit = sweep["trained_best"].get(sweep["metric"])
     gains = []
     for prompts, achieved in zip(sweep["prompts"], sweep["achieved"][sweep["metric"]], strict=True):
@@ -109,12 +101,8 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(
-    "fig-3.5",
-    1,
-    measure,
-    section,
-    verdicts,
-    lambda result: {"fig-3.5": figure_png(alignment_figure(result))},
-    kept=True,
-)
+def figures(result: Result) -> dict[str, Figure]:
+    return {"fig-3.5": alignment_figure(result)}
+
+
+EXPERIMENT = Experiment("fig-3.5", 1, measure, section, verdicts, figures, kept=True)

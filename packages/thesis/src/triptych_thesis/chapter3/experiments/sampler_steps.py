@@ -1,8 +1,6 @@
 """Prompt alignment against denoising steps, for each sampler, on validation networks."""
 
-from typing import Any
-
-from triptych_common.plots import figure_png
+from matplotlib.figure import Figure
 from triptych_gpt.evaluation.plots import quality
 from triptych_gpt.evaluation.trial import quality_against_sampler_steps
 
@@ -11,15 +9,15 @@ from triptych_thesis.study.estimates import interval
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """A row for each sampler and number of steps."""
     amounts, trial = context.amounts, context.trial
     steps = amounts.sampler_steps
     return quality_against_sampler_steps(trial, steps, networks=amounts.networks, prompts=amounts.prompts)
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    return {"sampler-steps": figure_png(quality(result["rows"]))}
+def figures(result: Result) -> dict[str, Figure]:
+    return {"sampler-steps": quality(result["rows"])}
 
 
 def section(study: Study, result: Result) -> Section:

@@ -1,13 +1,13 @@
 """Further trained models: prompt alignment against scale (Fig. 3.7), and the ablations of thesis 3.4.6."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from triptych_common.plots import BLUE, ORANGE, figure_png, intervals, legend, panels, thousands
+from triptych_common.plots import BLUE, ORANGE, intervals, legend, panels, thousands
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import differences
 from triptych_gpt.evaluation.alignment import prompt_alignment
@@ -109,7 +109,7 @@ def needs(context: Context) -> list[FurtherModel]:
     return [model for variants in further_models(context).values() for model in variants.values()]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """For each comparison a row a variant, and the panels of Fig. 3.7 made of them: alignment on unseen and training runs."""
     variants = {
         comparison: [{"name": name, "folder": f"study/{one.title}", **one.row()} for name, one in models.items()]
@@ -128,18 +128,10 @@ def measure(context: Context) -> dict[str, Any]:
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """Whether alignment on unseen runs rises with the size of G.pt and of its data, and flattens at last.
-
-    - Rises, for each panel: confirmed where the interval of the largest lies wholly above that of the smallest, refuted where it
-      lies wholly below that of any smaller one. Data rise up to 25,000 runs of 200 checkpoints, the thesis's 5 million.
-    - Flattens: of runs from there on, confirmed where the largest is not wholly above the first; refuted where it is; undecided
-      where fewer than two numbers of runs are that large.
-
-    Every variant stands beside its alignment on its own training runs, and beside the -2.7 of a model that changes nothing.
-    """
+    """Whether alignment on unseen runs rises with the size of G.pt and of its data, and flattens at last."""
     size, data = (panel["points"] for panel in result["panels"])
     large = [point for point in data if point["x"] >= FLAT_FROM]
-    flat = UNDECIDED
+    flat = UNDECIDED  # of the runs from there on, the largest must not be wholly above the first
     if len(large) > 1:
         flat = REFUTED if better(large[-1], large[0]) == CONFIRMED else CONFIRMED
     rising = [point for point in data if point["x"] <= FLAT_FROM] if large else data
@@ -155,13 +147,14 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall([_rises(size), _rises(rising), flat]), evidence, why)]
 
 
-def _rises(points: Sequence[Mapping[str, Any]]) -> str:
+def _rises(points: Sequence[Result]) -> str:
+    """Whether the largest is wholly above the smallest, and wholly below none."""
     if any(better(point, points[-1]) == CONFIRMED for point in points[:-1]):
         return REFUTED
     return CONFIRMED if better(points[-1], points[0]) == CONFIRMED else UNDECIDED
 
 
-def figure(data: Sequence[Mapping[str, Any]]) -> Figure:
+def figure(data: Sequence[Result]) -> Figure:
     """Prompt alignment against scale, a panel for each thing scaled.  [Fig. 3.7]
 
     data: [{"label": what is scaled, "points": [{"x", "r2", "low", "high"}], "train": the same on training runs, optional}], points
@@ -204,8 +197,8 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-def figures(result: Result) -> dict[str, bytes]:
-    return {"fig-3.7": figure_png(figure(result["panels"]))}
+def figures(result: Result) -> dict[str, Figure]:
+    return {"fig-3.7": figure(result["panels"])}
 
 
 EXPERIMENT = Experiment("fig-3.7", 11, measure, section, verdicts, figures, needs, extra=True)

@@ -1,10 +1,9 @@
 """How the chapter's G.pt was trained: loss, and prompt alignment on validation runs."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from triptych_common.plots import BLUE, MARKERS, ORANGE, figure_png, panels, thousands
+from triptych_common.plots import BLUE, MARKERS, ORANGE, panels, thousands
 from triptych_common.storage.run import RunDirectory
 from triptych_gpt.evaluation import plots
 
@@ -14,18 +13,15 @@ from triptych_thesis.study.experiment import Experiment, Result, Section, Study
 LOSS, SCORE = "loss", "validation/alignment"
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """The rows of the training run's log, as far as the figure needs them."""
     rows = RunDirectory(context.model, {}).metrics()
     drawn = ("step", "pairs", LOSS, SCORE)
     return {"rows": [{key: row[key] for key in drawn if key in row} for row in rows if LOSS in row or SCORE in row]}
 
 
-def figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss, and prompt alignment on validation runs, over training.
-
-    rows: of metrics.jsonl; a row that lacks a key is not a point of that curve.
-    """
+def figure(rows: Sequence[Result]) -> Figure:
+    """Training loss, and prompt alignment on validation runs, over training, from rows of metrics.jsonl."""
     figure, (left, right) = panels(2, size=(8.4, 3.2))
     line, dots = (
         {"color": BLUE, "linewidth": 1},
@@ -53,6 +49,8 @@ def section(study: Study, result: Result) -> Section:
     return Section("Training", [study.figure("training", caption)], note=note)
 
 
-EXPERIMENT = Experiment(
-    "training", 12, measure, section, figures=lambda result: {"training": figure_png(figure(result["rows"]))}
-)
+def figures(result: Result) -> dict[str, Figure]:
+    return {"training": figure(result["rows"])}
+
+
+EXPERIMENT = Experiment("training", 12, measure, section, figures=figures)

@@ -16,7 +16,7 @@ def needs(context: Context) -> list[Any]:
     return [context.training(row) for row in context.rows if not context.was_scored(row)]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Scores of every row that was asked for, now or before."""
     return {
         "rows": {row: context.row_scores(row) for row in context.rows},

@@ -1,8 +1,5 @@
 """Figures 4.1 and 4.3: how well digits of one class are aligned, beside moments and classical Congealing."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from triptych_common.images import from_uint8
 from triptych_gangealing.baselines.moments import ink
@@ -41,7 +38,7 @@ TABLES: tuple[tuple[str, bool, dict[str, tuple[str, str]]], ...] = (  # title, f
 )  # fmt: skip
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Scores of every method on coloured and grey held-out digits; pictures of digits and their average, before and after."""
     scores = {kind: context.scores(grey=kind == "grey") for kind in ("coloured", "grey")}
     aligner, folder = context.aligner(ONE), context.study.folder
@@ -62,7 +59,7 @@ def verdicts(result: Result) -> list[Verdict]:
     return [*(_beats(name, scores) for name in AIMS), _sharp(scores)]
 
 
-def _beats(name: str, scores: Mapping[str, Any]) -> Verdict:
+def _beats(name: str, scores: Result) -> Verdict:
     claim, what, direction = AIMS[name]
     parts = {method: score["pck"][AT] if name == "pck" else score["pose"][name] for method, score in scores.items()}
     ours = parts[OURS]
@@ -78,7 +75,7 @@ def _beats(name: str, scores: Mapping[str, Any]) -> Verdict:
     return Verdict(claim, REFUTED if reasons else CONFIRMED, [evidence], why, AIMS_OF[claim])
 
 
-def _sharp(scores: Mapping[str, Any]) -> Verdict:
+def _sharp(scores: Result) -> Verdict:
     ratio, before = (scores[method]["sharpness"]["ratio"] for method in (OURS, "none"))
     what = f"sharpness: gradient of the average (the aim is at least {SHARP})"
     evidence = Evidence(what, interval(ratio), beside=f"no alignment {interval(before)}")
@@ -100,7 +97,7 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-def _tables(kind: str, scores: Mapping[str, Any]) -> list[Table]:
+def _tables(kind: str, scores: Result) -> list[Table]:
     """Scores of every method; no table of what was not measured, as digits' own poses where each was drawn once."""
     tables = []
     for title, folded, columns in TABLES:

@@ -1,7 +1,5 @@
 """Figure 4.3: clusters of all digits, found without a label, beside k-means on pixels brought upright."""
 
-from typing import Any
-
 import torch
 from triptych_common.images import from_uint8
 from triptych_gangealing.aligner import Aligner
@@ -15,7 +13,7 @@ from triptych_thesis.study.experiment import Experiment, Result, Section, Study,
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, Evidence, Verdict
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Scores of the clusters of held-out digits, and a picture of them."""
     aligner = context.aligner(CLUSTERED)
     scores = compare_clusters(aligner, context.size.cluster_images, context.study.seed)

@@ -1,7 +1,5 @@
 """Correspondence and edits: points of one digit found in another, and a disc drawn on the average, carried to digits."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +18,7 @@ from triptych_thesis.study.experiment import Experiment, Result, Section, Study
 SPACING = 6  # points a side of the grid that is carried over
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Draw both pictures, on held-out digits; the result is how many were edited."""
     posed = posed_digits(context.size.shown, context.study.seed + 2, DIGIT)
     images = from_uint8(posed.images)
