@@ -63,7 +63,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Sampling:
-    """A unit of work: one set of samples, drawn and scored."""
+    """A unit of work: one set of samples, drawn under torchrun or here, and scored."""
 
     title: str
     config: SampleConfig
@@ -125,6 +125,7 @@ class Context:
             out=path.parent, checkpoint=str(self.weights(samples.model, samples.images)), vae=self.decoder, num_samples=samples.n,
             seed=self.seed, device=self.device, batch_size=1000 if on_gpu(self.device) else 100,
         )  # fmt: skip
+        # A guided step is two passes: with the class and without.
         passes = samples.n * settings.num_inference_steps * (1 + (settings.guidance_scale != 1))
         title, cost = f"{samples.model.title}, {path.parent.name}", gflops(self.size.shape(samples.model)) * passes
         return Sampling(title, config, samples.model.unet, self.scorer, cost)

@@ -95,6 +95,7 @@ class StudyScorer:
             "recall": (float(recalled.mean()), _shares(real.pool, ours.pool, real_rows, rows)),
             "accuracy": (float(correct.mean()), correct[rows].mean(1).tolist()),
         }
+        # Eight digits of a replicate are more than float32 holds, and keep the file small.
         return {"n": n} | {
             name: {"value": value, "replicates": [float(f"{one:.8g}") for one in replicates]}
             | ({"trials": n} if name in RATES else {})
@@ -138,8 +139,8 @@ def _shares(
     by_rows: Int[Tensor, "repeats m"],
 ) -> list[float]:
     """Replicates of the share of points in the manifold of `by`, which keeps its radii and leaves out what was not drawn."""
-    drawn = torch.zeros(len(by_rows), len(by)).scatter_(1, by_rows, 1.0)
-    covered = coverage(points, by, k=NEIGHBOURS).float() @ drawn.T > 0  # points, repeats
+    drawn = torch.zeros(len(by_rows), len(by)).scatter_(1, by_rows, 1.0)  # repeats m: 1 where `by` was drawn
+    covered = coverage(points, by, k=NEIGHBOURS).float() @ drawn.T > 0  # n repeats
     return covered.float().gather(0, rows.T).mean(0).tolist()
 
 
@@ -172,5 +173,5 @@ def saved_scores(samples: Path, settings: dict[str, Any], score: Callable[[], di
         if made_with == settings:
             return scores
     scores = score()
-    write_json(path, {"asked": settings, "scores": scores})
+    write_json(path, {"asked": settings, "scores": scores})  # the settings' name in files of earlier versions
     return scores

@@ -1,4 +1,4 @@
-"""Chapter 2 (DiT) as a study: digits drawn, block designs, scaling, guidance and samplers over models that are trained once."""
+"""Chapter 2 (DiT) as a study: digits, block designs, scaling, guidance and samplers over models that are trained once."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -82,7 +82,7 @@ class Chapter2(Study):
         return identity | {"latents": latents, "vae": context.vae, "decoder": context.decoder, "reference": reference}
 
     def settings(self) -> dict[str, Any]:
-        """The size, without what only says where and how to run."""
+        """The size, without what only decides where and how to run."""
         size = SIZES[self.size]
         base = {key: value for key, value in size.base.identity().items() if key not in ("model", "data", "seed")}
         return asdict(size) | {"base": base, "autoencoder": size.autoencoder and size.autoencoder.identity()}

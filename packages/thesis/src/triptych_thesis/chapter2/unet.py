@@ -67,7 +67,7 @@ class UNet(nn.Module):
             block_out_channels=config.channels, layers_per_block=1, norm_num_groups=GROUPS,
             down_block_types=("DownBlock2D",) * rest + ("AttnDownBlock2D",),
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * rest,
-            attention_head_dim=2 * config.width,  # one head
+            attention_head_dim=2 * config.width,  # the lowest resolution's channels: one head
             num_class_embeds=config.num_embeddings,
         )  # fmt: skip
 
@@ -102,6 +102,7 @@ def unet_gflops(config: UNetConfig) -> float:
     with torch.device("meta"):
         model = UNet(config).eval()
         x, one = torch.empty(1, config.in_channels, config.side, config.side), torch.zeros(1, dtype=torch.long)
+        # Fused attention is opaque to the counter: the plain form has its two products.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model(x, one, one)
     return counter.get_total_flops() / 2 / 1e9
@@ -118,10 +119,12 @@ def train_unet(config: TrainConfig) -> None:
     facts = {"data": training_data.identity, "unet": asdict(shape)}
     with process_group(config.device) as ranks, open_run(config, ranks, facts) as run:
         with torch.random.fork_rng(devices=[]):
+            # diffusers initialises from torch's global generator, which other code may have used.
             torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
             model = UNet(shape)
+        # The objective asks a DiT which labels are dropped; on the meta device it costs no memory.
         with torch.device("meta"):
-            labels_of = DiT(config.model)  # which labels are dropped is DiT's affair
+            labels_of = DiT(config.model)
         state = TrainState(
             model.to(config.dtype),
             partial(torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay),
@@ -197,6 +200,7 @@ def sample_unet(
     config, device = unet.config, next(unet.parameters()).device
     indices = range(first_index, first_index + len(labels))
     noise = SampleNoise(seed, indices, (config.in_channels, config.side, config.side), device=device)
+    # Pixels lie in [-1, 1], and predictions of them are clipped; latents have no such range.
     clip = trained.facts.get("autoencoder") is None
     steps = sampling(settings, lambda x, t: unet(x, t, labels.to(device)), trained.diffusion, noise, clip_x_0=clip)
     x = final(steps)

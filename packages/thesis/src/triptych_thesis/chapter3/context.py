@@ -56,6 +56,7 @@ def mean_over_networks(values: Float[Tensor, " n"]) -> dict[str, Any]:
     """Mean and 95% interval by Student's t, JSON-able; networks whose value is not finite are left out and counted."""
     finite = values.double()[values.isfinite()]
     n, mean, margin = len(finite), finite.mean() if len(finite) else torch.nan, torch.nan
+    # Student's t is honest about few networks.
     if n > 1:
         margin = quantile(n - 1) * float(finite.std()) / n**0.5
     bounds = {"mean": float(mean), "low": float(mean) - margin, "high": float(mean) + margin}

@@ -112,7 +112,8 @@ def optimise(
         raise ValueError(f"steps {steps}: expected ascending numbers of updates, the first at least 1")
     grid = grid_of(optimizer)
     trained = _trained(task, optimizer, grid, torch.cat([test, validation]), steps, seed)
-    means = _scored(task, metric, trained[:, len(test) :]).mean(1)  # [grid, steps]
+    # Points are chosen by the mean over validation networks alone, and diverged ones are never chosen.
+    means = _scored(task, metric, trained[:, len(test) :]).mean(1)  # grid steps
     worst = math.inf if better[metric] == "lower" else -math.inf
     comparable = means.where(means.isfinite(), worst)
     chosen = comparable.argmin(0) if better[metric] == "lower" else comparable.argmax(0)
@@ -137,6 +138,7 @@ class _GridSettings(OptimizerSettings):
     grid: tuple[GridPoint, ...] = ()
 
     def make(self, parameters: Sequence[Tensor]) -> "_Shares":  # type: ignore[override]  # the loop calls nothing but step()
+        # One parameter group a point: torch.optim then steps every share at its own rate and decay, in one call.
         shares = [[part.detach() for part in parameter.chunk(len(self.grid))] for parameter in parameters]
         optimizer = super().make([part for parts in shares for part in parts])
         (group,) = optimizer.param_groups
@@ -166,6 +168,7 @@ def _trained(
     task: SupervisedTask, optimizer: str, grid: tuple[GridPoint, ...], initial: Tensor, steps: tuple[int, ...], seed: int
 ) -> Float[Tensor, "grid networks steps D"]:  # fmt: skip
     name, fixed = OPTIMIZERS[optimizer]
+    # networks of the stack: all networks at the first point, then all at the second, ...
     settings = _GridSettings(name, {**fixed, "lr": grid[0].learning_rate}, "constant", grid)
     start = initial.repeat(len(grid), 1)
     out = start.new_empty(len(start), len(steps), start.shape[1])

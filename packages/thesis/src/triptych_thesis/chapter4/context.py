@@ -100,13 +100,13 @@ class Context:
 
     @property
     def wanted_rows(self) -> tuple[str, ...]:
-        """Rows of Table 4.3 that the options ask for."""
+        """Rows of Table 4.3 that the options select."""
         remaining = sizes.REMAINING_ROWS if self.study.all else ()
         return (*sizes.FIRST_ROWS, *remaining, *(sizes.LPIPS_ROWS if self.study.lpips_weights is not None else ()))
 
     @property
     def rows(self) -> list[str]:
-        """Rows of Table 4.3 to report: those asked for, and those that were scored before."""
+        """Rows of Table 4.3 to report: those selected, and those that were scored before."""
         return [row for row in sizes.TABLE_4_3 if row in self.wanted_rows or self.was_scored(row)]
 
     def row_folder(self, row: str) -> Path:

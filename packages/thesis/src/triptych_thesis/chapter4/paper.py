@@ -80,7 +80,7 @@ class PaperRun:
 
 @dataclass(frozen=True)
 class Paper:
-    """The thesis's runs that a study asks for."""
+    """The thesis's runs that a study covers."""
 
     study: "Chapter4"
 

@@ -49,7 +49,7 @@ class Report(Opening):
             for i, each in enumerate(verdict.evidence)
         ]
         rows += [(name, MARKS[v.verdict], v.why, "", "", "") for v, name in self.verdicts if v.why]
-        caption = f"A verdict speaks of this size alone, never of the thesis's. {self.rule}"
+        caption = f"A verdict holds for this size alone, never for the thesis's. {self.rule}"
         return Table(("claim", "", "quantity", "ours", "against", "thesis"), rows, caption)
 
     def html(self) -> str:

@@ -130,7 +130,8 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def alike(before: Any, now: Any) -> bool:
-    """Whether two JSON trees agree to rounding: linear algebra on several threads may differ in the last digit."""
+    """Whether two JSON trees agree to rounding."""
+    # Linear algebra on several threads may differ in the last digit.
     if isinstance(before, dict) and isinstance(now, dict):
         return before.keys() == now.keys() and all(alike(value, now[key]) for key, value in before.items())
     if isinstance(before, list) and isinstance(now, list):

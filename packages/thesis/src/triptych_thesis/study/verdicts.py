@@ -47,7 +47,7 @@ class Verdict:
 
     claim: str  # id in `claims.toml`, such as "dit.fig-2.5"
     verdict: str  # one of `VERDICTS`
-    evidence: Sequence[Evidence] = ()  # the quantities it rests on, the most telling one first
+    evidence: Sequence[Evidence] = ()  # the quantities it rests on, the most informative one first
     why: str = ""  # a few words where the evidence does not explain the verdict by itself
     aims: int = (
         0  # how many aims, this one included, stand together for a claim that no number measures, such as a picture
@@ -60,7 +60,7 @@ class Verdict:
 
     @property
     def shown(self) -> Sequence[Evidence]:
-        """What a first screen has room for: the quantities with a verdict of their own, or the most telling one."""
+        """What a first screen has room for: the quantities with a verdict of their own, or the most informative one."""
         return [each for each in self.evidence if each.verdict] or self.evidence[:1]
 
     @property

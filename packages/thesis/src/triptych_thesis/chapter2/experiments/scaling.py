@@ -38,10 +38,8 @@ def measure(context: Context) -> Result:
         for grows, large, small in neighbours(context)
         for c in context.compare_stages(Model(large), Model(small), grows=grows)
     ]
-    logs, last = (
-        [math.log(gflops(shape)) for shape in context.grid.values()],
-        [context.after(Model(n)) for n in context.grid],
-    )
+    logs = [math.log(gflops(shape)) for shape in context.grid.values()]
+    last = [context.after(Model(name)) for name in context.grid]
     scores = {metric: [context.score(samples, metric) for samples in last] for metric in METRICS}
     return {
         "rows": [context.row(samples) for samples in _samples(context)],

@@ -175,10 +175,9 @@ def regions(data: Result) -> list[list[int]]:
     sign = 1.0 if data["better"] == "lower" else -1.0
     values, (x, y) = sign * numbers(data["values"]), (numbers(data[axis]) for axis in ("x", "y"))
     places, own, start = numbers(data["samples"]), sign * numbers(data["projected_metric"]), sign * data["start_metric"]
+    # Only samples that improved on their start, and score alike in the plane, have a place there.
     kept = [i for i, accurate in enumerate(data["accurate"]) if accurate and own[i] < start]
-    groups = [
-        [i] for i in kept
-    ]  # only samples that improved on their start and score alike in the plane have a place there
+    groups = [[i] for i in kept]
     for a, b in combinations(kept, 2):
         line = places[a] + np.linspace(0, 1, 2 * len(x))[:, None] * (places[b] - places[a])
         columns, rows = (np.abs(axis - line[:, [i]]).argmin(axis=1) for i, axis in enumerate((x, y)))
@@ -246,8 +245,8 @@ def figure(data: Sequence[Result]) -> Figure:
         panel.grid(False)
     bar = figure.colorbar(filled, ax=axes, label=plots.words(metric), shrink=0.9)
     plots.measure(bar.ax.yaxis, metric)
-    named = {label: dot for one in axes for dot, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    dots = {label: dot for one in axes for dot, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(dots.values(), dots.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 

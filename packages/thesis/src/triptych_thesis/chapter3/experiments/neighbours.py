@@ -84,9 +84,8 @@ def nearest_neighbour_scores(
     by_prompt: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for matched, near in KINDS:
         in_training = search(torch.arange(len(targets)), training, every, matched, near)
-        distances = torch.full(
-            (2, len(samples)), math.inf, dtype=torch.float64
-        )  # own and training, infinite where not finite
+        # To the run's own checkpoints and to training ones, infinite for samples that are not finite.
+        distances = torch.full((2, len(samples)), math.inf, dtype=torch.float64)
         distances[1, finite] = in_training.distance
         places = finite.nonzero()[:, 0]
         for row in np.unique(run_of):
@@ -130,7 +129,7 @@ def measure(context: Context) -> Result:
         for name, update in updates.items()
     }  # fmt: skip
     for score in (score for of_update in scores.values() for score in of_update):
-        del score["own"], score["training"]  # every run's distance: the medians are kept
+        del score["own"], score["training"]  # every run's distance: the medians are saved
     return {"metric": metric, "tolerance": tolerance, "scores": scores}
 
 

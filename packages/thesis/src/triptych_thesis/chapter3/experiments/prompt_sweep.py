@@ -35,7 +35,9 @@ def verdicts(result: Result) -> list[Verdict]:
     beside = [f"{interval(one['r2_reachable'], '.3f')} of {name}" for name, one in alignment.items() if name != MODEL]
     evidence = [
         Evidence(what, interval(ours["r2_reachable"], ".3f"), "", beside[0], beside[1:]),
-        Evidence("share gained of what is asked beyond the best training checkpoint", interval(gain, ".2f"), "", "0.5"),
+        Evidence(
+            "share gained of what is prompted beyond the best training checkpoint", interval(gain, ".2f"), "", "0.5"
+        ),
         Evidence("R² over all prompts", interval(ours["r2"], ".3f"), "drawn in Figure 3.7 only"),
     ]
     return [Verdict(CLAIM, overall([follow, little]), evidence)]

@@ -80,7 +80,7 @@ class FurtherModel:
         parameters = sum(p.numel() for p in trial.trained.model.parameters())
         sizes = {"parameters": parameters, "training_runs": len(trial.training), "pairs": self.config.total_pairs}
         row = {**sizes, **alignments}
-        write_json(self.path, {"row": row, "asked": self.identity})
+        write_json(self.path, {"row": row, "asked": self.identity})  # its name in files of earlier versions
 
     def row(self) -> dict[str, Any]:
         """The alignment as it was measured. Raises ValueError where it was measured with other settings."""
@@ -143,7 +143,7 @@ def verdicts(result: Result) -> list[Verdict]:
         others = [f"{interval(panel['train'][-1], '.3f', 'r2')} on its training runs", "-2.7 of the identity"]
         thesis = "random G.pt about -2.7, at best 1"
         evidence.append(Evidence(what, interval(last, ".3f", "r2"), thesis, beside, others))
-    why = "" if len(large) > 1 else f"flattening beyond {FLAT_FROM:,} training runs was not put to the test"
+    why = "" if len(large) > 1 else f"flattening beyond {FLAT_FROM:,} training runs was not tested"
     return [Verdict(CLAIM, overall([_rises(size), _rises(rising), flat]), evidence, why)]
 
 

@@ -17,7 +17,7 @@ def needs(context: Context) -> list[Any]:
 
 
 def measure(context: Context) -> Result:
-    """Scores of every row that was asked for, now or before."""
+    """Scores of every row that the options select, now or before."""
     return {
         "rows": {row: context.row_scores(row) for row in context.rows},
         "ablation_images": context.size.ablation_images,

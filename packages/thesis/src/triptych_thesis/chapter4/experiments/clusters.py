@@ -27,7 +27,7 @@ def _draw(context: Context, aligner: Aligner) -> None:
     found = aligner.align(images)
     grid = torch.zeros(aligner.config.heads, COLUMNS, *images.shape[1:])
     grid[:, 0] = -1.0  # black, the average of a cluster without members
-    for cluster, row in enumerate(grid):
+    for cluster, row in enumerate(grid):  # a view: what is written into it is in the grid
         members = (found.cluster == cluster).nonzero().flatten()
         if len(members):
             row[0] = as_grey(inked(images[members], found.warp.select(members)).mean(0))
