@@ -18,7 +18,7 @@ from triptych_common.storage.model_file import ModelFormat
 from triptych_common.training import TrainState, open_run, training_steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
-from triptych_dit.objective import Objective, check_fits, open_training_data
+from triptych_dit.objective import Objective, open_training_data
 from triptych_dit.sampling import decoded
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.train import snapshot_path
@@ -118,7 +118,6 @@ def train_unet(config: TrainConfig) -> None:
     Raises as `triptych_dit.train.train` does.
     """
     training_data = open_training_data(config.data, config.model)
-    check_fits(config.model, training_data)
     shape = matched(config.model)
     facts = {"data": training_data.identity, "unet": asdict(shape)}
     with process_group(config.device) as ranks, open_run(config, ranks, facts) as run:
