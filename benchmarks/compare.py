@@ -41,7 +41,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> list[Chan
 
     A job that was measured against others in both is compared by its time over that of the first of them, turn by turn,
     which takes out how fast the machine was that day; other jobs by seconds. "slower" and "faster" mean that the whole
-    interval lies beyond the tolerance, "same" that it lies within, "unclear" that it does neither.
+    interval is beyond the tolerance, "same" that it is within, "unclear" that it is neither.
     """
     rows_a, rows_b = ({row["name"]: row for row in result["jobs"]} for result in (a, b))
     changes = []

@@ -30,7 +30,7 @@ def peak_memory(job: Job, seed: int) -> int | None:
     theirs.close()
     try:
         return ours.recv()
-    except EOFError:  # it raised; timing it will tell
+    except EOFError:  # it raised; timing it will report why
         return None
     finally:
         process.join()

@@ -3,7 +3,7 @@
 Every job is set up from a seed, warmed up, and timed many times; jobs of a suite take turns, so that a drifting machine
 drifts under all of them alike. Reported are median and spread of each job, the memory it needs and, against each job it
 names, the median and spread of the ratio of times for one item, taken turn by turn, whether it flatters us or not. Where two
-jobs claim the same result, that is checked first. Every single time, hardware, versions, commit and seeds stand in the same
+jobs claim the same result, that is checked first. Every single time, hardware, versions, commit and seeds are in the same
 strict JSON. A job that fails is recorded and fails the run; one that this machine cannot run is recorded with the reason.
 """
 

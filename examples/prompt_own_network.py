@@ -24,7 +24,7 @@ def network() -> nn.Sequential:
 
 
 def circles(part: str) -> Items:
-    """Points in the plane, labelled by whether they lie within the unit circle."""
+    """Points in the plane, labelled by whether they are within the unit circle."""
     points = 2 * torch.randn(256, 2, generator=torch.Generator().manual_seed(int(part == "test")))
     return Items(points, (points.norm(dim=1) < 1).long())
 

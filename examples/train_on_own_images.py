@@ -12,33 +12,26 @@ from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from triptych_common.data import load_folder
+from triptych_common.data import ImageFolder, in_memory
 from triptych_dit import DiT, DiTConfig
+from triptych_dit.model import drop_labels
 from triptych_dit.weights import make_diffusion, save_model
 
 
 def main(images: Path, out: Path, steps: int, size: int, batch_size: int = 32) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dataset = load_folder(images, size)
+    dataset = in_memory(ImageFolder(images), size)
     config = DiTConfig(
-        (size, size),
-        in_channels=3,
-        patch_size=4,
-        hidden_size=192,
-        depth=6,
-        num_heads=3,
-        num_classes=dataset.num_classes,
+        (size, size), 3, patch_size=4, hidden_size=192, depth=6, num_heads=3, num_classes=dataset.num_classes
     )
     model, diffusion = DiT(config).to(device), make_diffusion(config, predict="noise")
-    average = AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(0.999)
-    )  # samples are drawn from the averaged weights
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))  # the weights to sample with
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0)
 
     for step in range(1, steps + 1):
         items = torch.randint(len(dataset), (batch_size,))
         x_0 = dataset.scaled(items).to(device)  # (batch, 3, size, size), in [-1, 1]
-        labels = model.drop_labels(dataset.labels[items], torch.rand(batch_size)).to(device)  # for guidance
+        labels = drop_labels(config, dataset.labels[items], torch.rand(batch_size)).to(device)  # for guidance
         t, noise = torch.randint(1000, (batch_size,), device=device), torch.randn_like(x_0)
         x_t = diffusion.q_sample(x_0, t, noise)
         loss = diffusion.loss(model(x_t, t, labels), x_0, x_t, t, noise).total.mean()

@@ -39,6 +39,10 @@ def imports_of(folder: Path, *, when_run: bool = False) -> dict[str, set[str]]:
                 names = [node.module]
             for name in names:
                 imported.setdefault(name.split(".")[0], set()).add(str(path.relative_to(ROOT)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_extra":
+                name = ast.literal_eval(node.args[0])
+                imported.setdefault(name.split(".")[0], set()).add(str(path.relative_to(ROOT)))
     return imported
 
 

@@ -47,7 +47,7 @@ def training(compiled: bool) -> Callable[[int], Callable[[], None]]:
         )
         ranks = Ranks(0, 1, torch.device("cuda"))
         state = make_state(config, ranks)
-        objective = Objective(config, state.model, data)
+        objective = Objective(config, data)
         drawn = prefetch((range(start, start + BATCH) for start in count(0, BATCH)), objective.draw)
 
         def once(_folder: TemporaryDirectory = folder) -> None:  # which lives as long as this function

@@ -19,7 +19,7 @@ from benchmarks.runner import Job
 from benchmarks.suites.dit_models import Diffusers, config_of, floor, random_model
 
 GUIDANCE = 1.5
-PREDICT = "sample"  # predicted noise, which the first step multiplies by 157, would tell two roundings apart
+PREDICT = "sample"  # predicted noise, which the first step multiplies by 157, would magnify differences of rounding
 
 
 class Size(NamedTuple):

@@ -24,7 +24,7 @@ Operation = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """An operation in two versions and its floor; inputs are drawn by `inputs(shape)`, the first in a memory format."""
+    """An operation in two versions and its floor; inputs are sampled by `inputs(shape)`, the first in a memory format."""
 
     name: str
     ours: Operation

@@ -65,7 +65,7 @@ def vmapped(task: SupervisedTask, cohort: Cohort, device: torch.device) -> Tenso
     theta[:, 0] = start.cpu()
     for step, inputs, targets in _minibatches(task, train, cohort, cohort.runs, optimizer):
         for name, gradient in gradients(parameters, inputs, targets).items():
-            parameters[name].grad = gradient.contiguous()  # fused SGD reads whatever lies there, in order
+            parameters[name].grad = gradient.contiguous()  # fused SGD reads memory in order, whatever the strides
         optimizer.step()
         networks, checkpoints = (record == step).nonzero(as_tuple=True)
         if len(networks):

@@ -10,7 +10,9 @@ import os
 import resource
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -19,11 +21,20 @@ from triptych_common.cli import Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync, process_group
 from triptych_common.storage import checkpoint, sharded
 from triptych_common.storage.run import RunDirectory
-from triptych_common.training import TrainState, steps
+from triptych_common.training import TrainState, loop, training_steps
+from triptych_common.training.settings import LoopSettings
 from triptych_common.transformer import Block
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STEPS, BATCH = 10, 12
+
+
+@dataclass(frozen=True)
+class Settings(LoopSettings):
+    total_images: int = STEPS * BATCH
+    batch_size: int = BATCH
+    checkpoint_every: int = 4
+    log_every: int = 3
 
 
 class Tiny(nn.Module):
@@ -47,29 +58,31 @@ class Tiny(nn.Module):
         return self.out(x).mean(1)[:, 0] * self.scale
 
 
+def weight_dtype(execution: Execution) -> torch.dtype:
+    return torch.float64 if execution.precision == "float64" else torch.float32
+
+
 def make_state(ranks: Ranks, execution: Execution, **options) -> TrainState:
     def adamw(parameters):
         return torch.optim.AdamW(parameters, lr=0.01, fused=True)
 
-    model = Tiny().to(execution.weight_dtype)
+    model = Tiny().to(weight_dtype(execution))
     return TrainState(model, adamw, ranks, ema_half_life=40.0, execution=execution, **options)
 
 
 def inputs(state: TrainState, counters: range) -> tuple[torch.Tensor, torch.Tensor]:
-    x = randomness.normal(0, "x", counters, (5, 6), dtype=state.execution.weight_dtype)
+    x = randomness.normal(0, "x", counters, (5, 6), dtype=weight_dtype(state.execution))
     return x, randomness.shuffled(0, "y", counters, 7)
 
 
 def run(out, ranks=ALONE, execution=None, *, micro=None, stop_at=(), spoil=(), total=STEPS, **options) -> TrainState:
     """Train to the end or to a signal at a step of `stop_at`; `spoil`: steps whose loss is not a number."""
     state = make_state(ranks, execution or Execution(precision="float64"), **options)
-    with RunDirectory(out, {"test": 1}, is_main=ranks.is_main) as folder:
+    fastest = patch.object(loop, "peak_flops", lambda device, precision: 1e12)
+    with fastest, RunDirectory(out, {"test": 1}, is_main=ranks.is_main) as folder:
         try:
-            plan = steps(
-                state, folder, total_samples=total * BATCH, batch_size=BATCH, checkpoint_every=4, log_every=3,
-                flops_per_sample=1e6, peak_flops=1e12,
-            )  # fmt: skip
-            for batch in plan:
+            settings = Settings(total_images=total * BATCH)
+            for batch in training_steps(settings, state, folder, flops_per_sample=1e6):
                 total_loss = 0.0
                 for counters, last in batch.micro_batches(micro):
                     with gradient_sync(state.parallel_model, last):

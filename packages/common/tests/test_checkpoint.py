@@ -67,7 +67,7 @@ def test_damage_is_found_and_the_remedy_named(tmp_path, damage):
         checkpoint.read(path)
 
 
-def test_foreign_safetensors_are_told_apart(tmp_path):
+def test_foreign_safetensors_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")

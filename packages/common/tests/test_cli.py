@@ -64,7 +64,7 @@ def test_flags_override_the_preset_wherever_it_stands(argv, capsys):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 4])
-def test_what_is_said_after_a_command_goes_to_stdout_again(seed, capsys):
+def test_output_after_a_command_goes_to_stdout_again(seed, capsys):
     """Output is restored however a --json command ends: the program that calls main may continue."""
     call("work", "--json", "--seed", str(seed))
     capsys.readouterr()

@@ -18,7 +18,6 @@ from triptych_common.data import (
     ImageTooSmall,
     UnreadableImage,
     in_memory,
-    load_folder,
     open_source,
 )
 
@@ -59,7 +58,7 @@ def test_classes_and_files_come_in_the_order_of_their_names(animals, capsys):
     assert source.read(2, 16, channels=1, allow_upscale=True).shape == (1, 16, 16)
 
 
-def test_a_folder_without_subfolders_or_asked_for_is_one_class(animals):
+def test_a_folder_is_one_class_without_subfolders_or_on_request(animals):
     flat = ImageFolder(animals / "dog")
     assert (flat.class_names, flat.labels.tolist()) == (("dog",), [0, 0])
     everything = open_source(str(animals), unconditional=True)
@@ -83,7 +82,7 @@ def test_a_divided_folder_is_entered_at_its_split(animals, tmp_path):
 
 def test_what_would_shift_labels_or_drop_images_is_refused(animals, tmp_path):
     write_image(animals / "loose.png", 7)
-    with pytest.raises(ValueError, match=r"1 images, such as loose.png, lie beside the class folders"):
+    with pytest.raises(ValueError, match=r"1 images, such as loose.png, are beside the class folders"):
         ImageFolder(animals)
     assert len(ImageFolder(animals, unconditional=True)) == 6
     (animals / "loose.png").unlink()
@@ -146,24 +145,24 @@ def test_a_pickled_folder_reads_the_same(animals):
 
 
 def test_a_small_folder_fits_in_memory(animals, monkeypatch):
-    dataset = load_folder(animals, (6, 8))
     source = ImageFolder(animals)
+    dataset = in_memory(source, (6, 8))
     assert isinstance(dataset, ImageDataset)
     assert torch.equal(dataset.images, torch.stack([source.read(i, (6, 8)) for i in range(5)]))
     assert dataset.labels.tolist() == [0, 1, 1, 2, 2]
     assert (dataset.class_names, dataset.name, dataset.split) == (source.class_names, "animals", "train")
-    assert load_folder(animals, 6, channels=1).images.shape == (5, 1, 6, 6)
+    assert in_memory(source, 6, channels=1).images.shape == (5, 1, 6, 6)
     with pytest.raises(ImageTooSmall, match="allow upscaling"):
-        load_folder(animals, 64)
+        in_memory(source, 64)
     (animals / "cat/b.png").write_bytes(b"junk")
     with pytest.raises(UnreadableImage, match=r"cat/b.png: not an image"):
-        load_folder(animals, 6)
+        in_memory(source, 6)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)  # a machine of 10,000 bytes
     with pytest.raises(ValueError, match=r"5 images of 32x32 would take .* encode them to latents"):
         in_memory(source, 32)
 
 
-def test_open_source_knows_names_folders_and_says_what_it_takes(animals):
+def test_open_source_takes_names_and_folders_and_lists_them_in_its_error(animals):
     assert isinstance(open_source("mnist5k", "held_out"), ImageDataset)
     one_class = open_source("mnist5k", "held_out", unconditional=True)
     assert (one_class.num_classes, one_class.class_names, int(one_class.labels.max())) == (1, ("mnist5k",), 0)

@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from triptych_common.diffusion import (
-    GaussianDiffusion,
-    NoiseSchedule,
-    discretized_log_likelihood,
-    gather,
-    normal_kl,
-)
+from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule, discretized_log_likelihood, gather, normal_kl
 
 SCHEDULE = NoiseSchedule.linear()
 T = torch.tensor([0, 1, 2, 17, 500, 998, 999])

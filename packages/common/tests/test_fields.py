@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 import tyro
-from triptych_common.fields import FREE, Checked, Ge, Gt, Interval, OneOf, check_fields, identity
+from triptych_common.fields import FREE, Checked, Ge, Gt, Interval, OneOf, identity
 from triptych_common.training.settings import AdamWSettings, LoopSettings, TransformerSettings
 
 
@@ -52,7 +52,7 @@ def test_an_error_names_field_value_and_expectation(values, message):
     for name, value in values.items():
         object.__setattr__(settings, name, value)  # bypasses the type checks of the test run
     with pytest.raises(ValueError if message else TypeError, match=message and f"^{message}".replace("?", r"\?")):
-        check_fields(settings)
+        settings.__post_init__()
 
 
 def test_what_is_within_its_bounds_passes():
@@ -154,7 +154,7 @@ def test_loops_share_their_checks(cls, values, message):
         cls(**values)
 
 
-def test_a_loop_knows_its_length_its_warmup_and_its_state():
+def test_a_loop_has_a_length_a_warmup_and_options_for_its_state():
     loop = PairLoop(lr=1.0, precision="tf32", parallel="fsdp")
     assert loop.resolved()["steps"] == 10
     assert loop.resolved()["config"]["out"] == "runs/pairs"

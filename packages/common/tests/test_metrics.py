@@ -99,7 +99,7 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     assert 0.88 <= hits / 200 <= 0.99
 
 
-def test_copies_of_a_row_say_no_more_than_the_row():
+def test_copies_of_a_row_carry_no_more_information_than_the_row():
     """Groups of five copies give the interval of single rows, independent copies one narrower by sqrt(5)."""
     sample = torch.randn(80, generator=torch.Generator().manual_seed(3))
 

@@ -159,7 +159,7 @@ def test_a_kill_in_the_middle_of_a_shard_loses_nothing_for_one_process_or_three(
         assert not list((run / "checkpoints").glob("*.partial"))
 
 
-def test_a_full_disk_of_one_rank_is_told_by_all_and_leaves_nothing(on_two):
+def test_a_full_disk_of_one_rank_is_reported_by_all_and_leaves_nothing(on_two):
     for rank in range(2):
         reported = json.loads((on_two / f"full-disk/reported-{rank}.json").read_text())
         assert "step-00000001: cannot be written by rank 1" in reported

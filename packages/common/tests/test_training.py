@@ -2,6 +2,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,9 +12,18 @@ from triptych_common.cli import Diverged, Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
-from triptych_common.training import Batch, TrainState, is_due, steps
+from triptych_common.training import Batch, TrainState, is_due, loop, training_steps
+from triptych_common.training.settings import LoopSettings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Settings(LoopSettings):
+    total_images: int = 80
+    batch_size: int = 8
+    checkpoint_every: int = 4
+    log_every: int = 3
 
 
 def make_state(**kwargs):
@@ -39,12 +49,11 @@ def run_loop(
     micro=None,
     spoil=lambda step: False,
     dtype=torch.float64,
-    **kwargs,
+    flops=None,
 ):
     """A complete small training loop; returns its metrics except those of time and memory."""
-    options = {"total_samples": total, "batch_size": 8, "checkpoint_every": 4, "log_every": 3, **kwargs}
     with RunDirectory(path, {"test": 1}) as run:
-        for batch in steps(state, run, **options):
+        for batch in training_steps(Settings(total_images=total), state, run, flops_per_sample=flops):
             total_loss = 0.0
             for counters, last in batch.micro_batches(micro):
                 with gradient_sync(state.parallel_model, last):
@@ -262,7 +271,7 @@ def test_a_batch_that_ranks_do_not_divide_is_refused(tmp_path):
         RunDirectory(tmp_path, {}) as run,
         pytest.raises(ValueError, match="batch_size 8 does not divide over 3 ranks"),
     ):
-        next(steps(state, run, total_samples=8, batch_size=8, checkpoint_every=1, log_every=1))
+        next(training_steps(Settings(), state, run))
 
 
 def test_learning_rate_follows_samples_seen(tmp_path):
@@ -296,9 +305,10 @@ def test_a_run_in_bfloat16_resumes_bit_identical(tmp_path):
     assert all(p.dtype == torch.float32 for p in [*whole.model.parameters(), *whole.ema.parameters()])
 
 
-def test_rows_tell_throughput_and_memory(tmp_path):
+def test_rows_hold_throughput_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda device, precision: 1e12)
     run_loop(make_state(), tmp_path / "plain", total=24)
-    run_loop(make_state(), tmp_path / "reported", total=24, flops_per_sample=3e9, peak_flops=1e12)
+    run_loop(make_state(), tmp_path / "reported", total=24, flops=3e9)
     plain, reported = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("plain", "reported"))
     assert not {"time/tflops", "time/mfu"} & plain.keys()
     assert plain["memory/peak_bytes"] > 1e7
@@ -390,7 +400,7 @@ def test_several_passes_resume_bit_identical(tmp_path):
     def run(path, stop_at=None):
         state = two_players()
         with RunDirectory(path, {}) as folder:
-            for batch in steps(state, folder, total_samples=64, batch_size=8, checkpoint_every=3, log_every=2):
+            for batch in training_steps(Settings(total_images=64, checkpoint_every=3, log_every=2), state, folder):
                 play(state, batch, spoil=("critic",) if batch.step == 4 else ())
                 if batch.step == stop_at:
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -421,7 +431,7 @@ def test_weights_laid_out_channels_last_resume_bit_identical(tmp_path, fused):
                 p.copy_(randomness.normal(1, "weights", [p.ndim], p.shape)[0])
         state = TrainState(model, torch.optim.Adam(model.parameters(), lr=0.1, fused=fused), ALONE, ema_half_life=16)
         with RunDirectory(path, {}) as folder:
-            for batch in steps(state, folder, total_samples=64, batch_size=8, checkpoint_every=3, log_every=8):
+            for batch in training_steps(Settings(total_images=64, checkpoint_every=3, log_every=8), state, folder):
                 state.model(randomness.normal(0, "x", batch.counters, (3, 5, 5))).square().mean().backward()
                 state.update(batch, {})
                 if batch.step == stop_at:

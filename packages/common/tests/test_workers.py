@@ -79,7 +79,7 @@ def test_an_error_of_a_unit_is_raised(tmp_path, workers):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_process_that_dies_is_told(tmp_path):
+def test_a_process_that_dies_is_reported(tmp_path):
     done = done_by(tmp_path, 2, "a9die", "b1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("MemoryError: a worker process died")

@@ -126,7 +126,7 @@ def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load_autoencoder("someone/pipeline").latent_channels == 4
     for absent in ("someone/else", "not/a/hub/name"):
-        with pytest.raises(OSError, match=rf"autoencoder {absent}: no such folder here, and not to be had") as caught:
+        with pytest.raises(OSError, match=rf"autoencoder {absent}: no such folder here, and not available") as caught:
             load_autoencoder(absent)
         assert "\n" not in str(caught.value)
 
@@ -184,7 +184,7 @@ def test_images_and_latents_that_do_not_fit_are_refused(folder):
         load_autoencoder(str(folder), dtype=torch.float64)
 
 
-def test_without_diffusers_it_says_what_to_install(folder, monkeypatch):
+def test_without_diffusers_the_error_names_the_package(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"pip install 'triptych-dit\[latents\]'"):
         load_autoencoder(str(folder))
@@ -218,11 +218,11 @@ def whole(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     done = train(out, "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["vae"] == str(out / "vae")
-    assert told["last"]["step"] == STEPS
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["vae"] == str(out / "vae")
+    assert printed["last"]["step"] == STEPS
     written = json.loads((out / "vae" / "config.json").read_text())
-    assert told["autoencoder"]["scale_factor"] == written["scaling_factor"]
+    assert printed["autoencoder"]["scale_factor"] == written["scaling_factor"]
     return out
 
 

@@ -156,7 +156,7 @@ def test_an_unconditional_model_needs_no_labels_and_ignores_them(design):
     assert not torch.equal(model(x, t), model(x, t + 1))
 
 
-def test_a_conditional_model_without_labels_says_so():
+def test_a_conditional_model_needs_labels():
     with pytest.raises(ValueError, match=r"labels are missing.*num_classes=5"):
         random_model(SMALL)(*inputs()[:2])
 

@@ -148,7 +148,7 @@ def test_any_size_and_class_count_goes_there_and_back(tmp_path, change):
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 1005, 0])
-def test_without_the_side_file_the_label_table_tells(tmp_path, classes):
+def test_without_the_side_file_classes_follow_from_the_label_table(tmp_path, classes):
     model = random_model(replace(SAME, num_classes=classes))
     to_diffusers(model, tmp_path / "out")
     (tmp_path / "out" / "triptych.json").unlink()
@@ -160,7 +160,7 @@ def test_without_the_side_file_the_label_table_tells(tmp_path, classes):
 
 
 def test_a_table_of_foreign_origin_is_read_as_diffusers_means_it(tmp_path):
-    """num_embeds_ada_norm classes and a null row; told otherwise, no null row."""
+    """num_embeds_ada_norm classes and a null row; with another number of classes, no null row."""
     torch.manual_seed(0)
     theirs = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=3, sample_size=8, num_embeds_ada_norm=6
@@ -176,8 +176,8 @@ def test_a_table_of_foreign_origin_is_read_as_diffusers_means_it(tmp_path):
     assert (model.config.num_classes, model.config.null_label, model.config.mlp_norm_eps) == (6, 6, 1e-5)
     ours, other = outputs(model.double(), theirs.double().eval(), [0, 5, 6, 2], [0, 5, 6, 2])
     torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
-    told = from_diffusers(tmp_path, num_classes=7).config
-    assert (told.num_classes, told.null_label) == (7, None)
+    config = from_diffusers(tmp_path, num_classes=7).config
+    assert (config.num_classes, config.null_label) == (7, None)
 
 
 def test_padding_keeps_the_null_row_last_and_at_1000():
@@ -189,18 +189,13 @@ def test_padding_keeps_the_null_row_last_and_at_1000():
         assert torch.equal(padded[-1], table[-1])
         for label in {0, classes // 2, classes - 1, min(NULL, classes - 1)}:
             assert torch.equal(padded[pipeline_label(label, config)], table[label])
-        assert torch.equal(unpadded_table(padded).rows, table)
+        assert torch.equal(unpadded_table(padded)[0], table)
 
 
 def test_the_stock_pipeline_guides_ten_classes_to_our_own_images(tmp_path):
     """Same timesteps, same starting noise: what DiTPipeline makes is what our sampler makes."""
     model = random_model(SAME, std=0.1)
-    to_diffusers(
-        model,
-        tmp_path / "out",
-        vae=tiny_vae(scaling_factor=0.4),
-        id2label={3: "three, tres", 9: "nine"},
-    )
+    to_diffusers(model, tmp_path / "out", vae=tiny_vae(scaling_factor=0.4), id2label={3: "three, tres", 9: "nine"})
     pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     labels = pipeline.get_label_ids(["tres", "nine"])
@@ -432,7 +427,7 @@ def test_a_model_from_anywhere_carries_the_facts_of_its_origin(tmp_path):
         load_any(tmp_path / "ours")
 
 
-def test_specs_that_lead_nowhere_are_told_in_one_line(tmp_path, monkeypatch):
+def test_missing_sources_are_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 
     def unreachable(*args, **kwargs):
@@ -447,7 +442,7 @@ def test_specs_that_lead_nowhere_are_told_in_one_line(tmp_path, monkeypatch):
         ("runs/dit", "runs/dit: no such file or folder, and no published model; expected a model file"),
         ("DiT-B/2", "DiT-B/2: .*no published model; expected .* DiT-XL/2@256, DiT-XL/2@512"),
         ("absent.pt", "no such file"),
-        ("someone/dit", r"not to be had from the Hugging Face hub \(we are offline\)"),
+        ("someone/dit", r"not available from the Hugging Face hub \(we are offline\)"),
         ("run", "no finished model"),
     ]
     for spec, message in cases:

@@ -117,8 +117,8 @@ def test_a_models_own_memory_is_not_the_file(tmp_path):
 def test_classes_and_heads_come_from_args_options_or_the_rule(tmp_path):
     bare = saved(tmp_path / "bare.pt", released_state())
     assert load_released(bare).config.null_label == CLASSES
-    told = load_released(bare, num_classes=CLASSES + 1, num_heads=8).config
-    assert (told.num_classes, told.null_label, told.num_heads) == (CLASSES + 1, None, 8)
+    config = load_released(bare, num_classes=CLASSES + 1, num_heads=8).config
+    assert (config.num_classes, config.null_label, config.num_heads) == (CLASSES + 1, None, 8)
     without = saved(
         tmp_path / "args.pt", {"ema": released_state(), "args": argparse.Namespace(num_classes=CLASSES + 1)}
     )
@@ -158,7 +158,7 @@ def test_an_unconditional_table_is_folded_into_the_timestep(tmp_path):
     torch.testing.assert_close(model(x, t), expected, rtol=0, atol=1e-6)  # the sum is rounded to float32
 
 
-def test_another_position_embedding_is_kept_and_told(tmp_path, capsys):
+def test_another_position_embedding_is_kept_and_reported(tmp_path, capsys):
     state = released_state()
     state["pos_embed"] = state["pos_embed"] + 0.25
     assert_holds(load_released(saved(tmp_path / "file.pt", state)), state)
@@ -301,7 +301,7 @@ def test_a_file_without_published_size_must_at_least_hold_the_weights(offered, t
         load_released("DiT-X")
 
 
-def test_offline_says_where_to_fetch_and_where_to_put(tmp_path, monkeypatch):
+def test_offline_the_error_names_the_address_and_the_path(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIPTYCH_DATA", str(tmp_path))
     entry = released.PUBLISHED["DiT-XL/2@512"]._replace(url="http://127.0.0.1:9/DiT-XL-2-512x512.pt")
     monkeypatch.setitem(released.PUBLISHED, "DiT-XL/2@512", entry)

@@ -10,6 +10,7 @@ from triptych_common.randomness import generator
 from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_torchrun
 from triptych_dit import load_model
+from triptych_dit.testing import run_dit
 from triptych_dit.train_config import TRAIN_PRESETS
 
 SHAPE = [
@@ -26,7 +27,7 @@ def train(out: Path, *options: str) -> dict:
 
 
 def refused(*options: str, status: int = 1) -> str:
-    done = run_cli("triptych_dit.cli", "train", *options)
+    done = run_dit("train", *options)
     assert done.returncode == status, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     return line
@@ -84,7 +85,7 @@ def test_validation_equals_the_loss_computed_by_hand(digits):
     assert last["validation/mse"] == pytest.approx(float(error), rel=1e-4)
 
 
-def test_the_log_tells_throughput_arithmetic_and_memory(digits):
+def test_the_log_holds_throughput_arithmetic_and_memory(digits):
     row = [row for row in rows(digits) if "loss" in row][-1]
     assert row["time/images_per_second"] > 0
     assert row["time/tflops"] > 0
@@ -111,7 +112,7 @@ def test_fine_tuning_takes_shape_from_the_file_and_classes_from_the_data(digits,
     assert (model.config.num_classes, model.config.input_size, model.config.hidden_size) == (2, (14, 28), 16)
     fates = json.loads((tmp_path / "tuned" / "init.json").read_text())["tensors"]
     assert fates["pos_embed"] == "computed for 2x4 tokens"
-    assert fates["y_embedder.embedding_table.weight"] == "2 classes drawn afresh, null row copied"
+    assert fates["y_embedder.embedding_table.weight"] == "2 classes initialised, null row copied"
     assert fates["blocks.1.mlp.fc1.weight"] == "copied"
 
 

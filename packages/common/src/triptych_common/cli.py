@@ -4,13 +4,14 @@ A package lists its commands and calls `main`. Each command consists of a frozen
 and a function that takes an instance of it and returns a result that JSON can hold.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,8 @@ class CommonOptions(Checked):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""
-        raise ValueError(f"--dry-run is not for {type(self).__name__}")
+        config = asdict(self)
+        return {"config": {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Command:
 
     summary: its line in the program's overview.
     config: the class of its options. run: takes the options and returns the result.
-    presets: named instances of `config`, of which `default` is used unless --preset names another.
+    presets: named instances of `config`. default: the name of the one that is used without --preset.
     start: computes the defaults from the preset and the command line, for defaults that depend on other options.
     preview: takes the options and returns what --dry-run prints.
     """
@@ -108,7 +110,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     try:
         command = commands[argv[0]]
         config = parse(f"{prog} {argv[0]}", command, argv[1:])
-        with _stdout_kept(config.json):
+        with _stdout_reserved(config.json):
             return _run(command, config)
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code, prefix="")
@@ -119,6 +121,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
             raise
         return _fail(_one_line(error), 1)
     except RuntimeError as error:
+        # By name, as only torch has that class, and importing torch takes seconds.
         if type(error).__name__ != "OutOfMemoryError" or os.environ.get("TRIPTYCH_DEBUG"):
             raise
         return _fail(f"{_one_line(error)}; use a smaller batch", 1)
@@ -132,7 +135,9 @@ def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
     import tyro
 
     kind, presets = located(command.config), located(command.presets)
-    argv, preset = _take_preset(list(argv), presets, command.default)
+    preset, argv = option(argv, "preset", command.default)
+    if preset is not None and preset not in presets:
+        raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, presets or ['none'])}", 2))
     default = located(command.start)(presets[preset] if preset else kind(), argv)
     errors = io.StringIO()
     try:
@@ -146,24 +151,20 @@ def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:
         raise
 
 
-def _take_preset(argv: list[str], presets: Mapping[str, Any], default: str | None) -> tuple[list[str], str | None]:
-    rest, preset = [], default
-    while argv:
-        word = argv.pop(0)
-        if word == "--preset" or word.startswith("--preset="):
-            preset = word.partition("=")[2] if "=" in word else argv.pop(0) if argv else ""
-            if preset not in presets:
-                raise SystemExit(_fail(f"preset {preset!r}: expected {one_of(preset, presets or ['none'])}", 2))
-        else:
-            rest.append(word)
-    return rest, preset
+def option(argv: Sequence[str], name: str, default: str | None = None) -> tuple[str | None, list[str]]:
+    """The value of an option in a command line that is not parsed yet ("" if it has none), and the other words."""
+    # By argparse: tyro needs the defaults, which may depend on this option.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?", const="", default=default, dest="value")
+    known, rest = parser.parse_known_args(argv)
+    return known.value, rest
 
 
 @contextlib.contextmanager
-def _stdout_kept(kept: bool) -> Iterator[None]:
+def _stdout_reserved(reserved: bool) -> Iterator[None]:
     """Make `echo` write to stderr while a command runs that reserves stdout for its result."""
     global _to_stderr
-    before, _to_stderr = _to_stderr, kept
+    before, _to_stderr = _to_stderr, reserved
     try:
         yield
     finally:
@@ -184,23 +185,14 @@ def _run(command: Command, config: CommonOptions) -> int:
 
 def _overview(prog: str, commands: Commands) -> str:
     width = 2 + max(map(len, commands))
-    rows = [f"  {name:<{width}}{command.summary}" for name, command in commands.items()]
-    return "\n".join(
-        [
-            f"usage: {prog} COMMAND [--preset NAME] [OPTIONS]",
-            "",
-            *rows,
-            "",
-            f"{prog} COMMAND --help lists a command's options.",
-        ]
-    )
+    rows = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in commands.items())
+    usage = f"usage: {prog} COMMAND [--preset NAME] [OPTIONS]"
+    return f"{usage}\n\n{rows}\n\n{prog} COMMAND --help lists a command's options."
 
 
 def _unboxed(text: str) -> str:
-    """The message inside tyro's boxed error, on one line, followed by the first option that tyro suggests instead.
-
-    The message stands between the box's title and its first rule; tyro draws boxes in two styles.
-    """
+    """The message inside tyro's boxed error, on one line, followed by the first option that tyro suggests instead."""
+    # The message is between the box's title and its first rule; there are boxes of two styles.
     groups: list[list[str]] = [[]]
     for line in text.splitlines():
         inner = line.strip("│╭╮╰╯ ")

@@ -1,11 +1,11 @@
 """Gaussian diffusion: the noise schedule, the forward process, its posterior, and the training loss.
 
-Every coefficient is a float64 table; a lookup gathers in float64 and then casts to the data's dtype. Formulas follow
-"Denoising Diffusion Probabilistic Models" (DDPM, 2020) and "Improved DDPM" (2021), as does section 2.3.1 of the thesis.
+Formulas follow "Denoising Diffusion Probabilistic Models" (DDPM, 2020) and "Improved DDPM" (2021), as does section 2.3.1
+of the thesis. Every coefficient is a float64 table; a lookup gathers in float64 and then casts to the data's dtype.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,10 @@ from torch import Tensor
 Predict = Literal["noise", "sample"]
 Variance = Literal["learned_range", "fixed_large", "fixed_small"]
 DecoderLikelihood = Literal["discretized", "gaussian"]
+Data = Float[Tensor, "batch *dims"]
+Images = Float[Tensor, "batch channels *space"]
+Output = Float[Tensor, "batch outputs *space"]  # of a network: the prediction, then the channels of a learned variance
+Steps = Int[Tensor, " batch"]  # the index t of each sample's step in the schedule
 
 
 class NoiseSchedule:
@@ -27,6 +31,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Float[Tensor, " T"], timesteps: Int[Tensor, " T"] | None = None) -> None:
+        # In float32 the product of a thousand factors, and 1 - alpha_bar at the first steps, would lose digits.
         betas = betas.to(torch.float64)
         if betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all()):
             raise ValueError("betas: expected a vector with every value in (0, 1]")
@@ -52,8 +57,8 @@ class NoiseSchedule:
     def respaced(self, num_inference_steps: int) -> "NoiseSchedule":
         """The process that visits only `num_inference_steps` of this one's steps, first and last included.
 
-        The stride is fractional and steps are rounded (250 of 1000: 0, 4, 8, ..., 995, 999), as in the released DiT
-        sampler. A single step is the last, the noisiest. Raises ValueError for a count outside 1..T.
+        Steps are rounded from a fractional stride (250 of 1000: 0, 4, 8, ..., 995, 999), as in the released DiT sampler; a
+        single step is the last, the noisiest. Raises ValueError for a count outside 1..T.
         """
         total = len(self)
         if not 1 <= num_inference_steps <= total:
@@ -69,6 +74,7 @@ class NoiseSchedule:
 
     def visiting(self, steps: Int[Tensor, " S"]) -> "NoiseSchedule":
         """The process that visits the given increasing steps of this one, with the same alpha_bar at each."""
+        # beta is whatever leads from one visited step's alpha_bar to the next one's.  [Improved DDPM eq. 19]
         alpha_bar = self.alpha_bar[steps]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         return NoiseSchedule(1 - alpha_bar / previous, self.timesteps[steps])
@@ -112,32 +118,24 @@ class GaussianDiffusion:
 
     def respaced(self, num_inference_steps: int) -> "GaussianDiffusion":
         """The same diffusion over fewer steps; see `NoiseSchedule.respaced`."""
-        return GaussianDiffusion(self.schedule.respaced(num_inference_steps), self.predict, self.variance, self.decoder)
+        return replace(self, schedule=self.schedule.respaced(num_inference_steps))
 
-    def q_sample(
-        self, x_0: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"], noise: Float[Tensor, "batch *dims"]
-    ) -> Float[Tensor, "batch *dims"]:
+    def q_sample(self, x_0: Data, t: Steps, noise: Data) -> Data:
         """Add noise to clean data up to step t: sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.  [thesis 2.3.1]"""
         alpha_bar = self.schedule.alpha_bar
         return gather(alpha_bar.sqrt(), t, x_0) * x_0 + gather((1 - alpha_bar).sqrt(), t, x_0) * noise
 
-    def q_posterior_mean(
-        self, x_0: Float[Tensor, "batch *dims"], x_t: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch *dims"]:
+    def q_posterior_mean(self, x_0: Data, x_t: Data, t: Steps) -> Data:
         """Mean of q(x_{t-1} | x_t, x_0).  [DDPM eq. 7]"""
         s = self.schedule
         return gather(s.posterior_coef_x0, t, x_t) * x_0 + gather(s.posterior_coef_xt, t, x_t) * x_t
 
-    def x_0_from_noise(
-        self, x_t: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"], noise: Float[Tensor, "batch *dims"]
-    ) -> Float[Tensor, "batch *dims"]:
+    def x_0_from_noise(self, x_t: Data, t: Steps, noise: Data) -> Data:
         """Invert `q_sample` for x_0."""
         alpha_bar = self.schedule.alpha_bar
         return gather(alpha_bar.rsqrt(), t, x_t) * x_t - gather((1 / alpha_bar - 1).sqrt(), t, x_t) * noise
 
-    def noise_from_x_0(
-        self, x_t: Float[Tensor, "batch *dims"], t: Int[Tensor, " batch"], x_0: Float[Tensor, "batch *dims"]
-    ) -> Float[Tensor, "batch *dims"]:
+    def noise_from_x_0(self, x_t: Data, t: Steps, x_0: Data) -> Data:
         """Invert `q_sample` for the noise."""
         alpha_bar = self.schedule.alpha_bar
         return (gather(alpha_bar.rsqrt(), t, x_t) * x_t - x_0) / gather((1 / alpha_bar - 1).sqrt(), t, x_t)
@@ -156,7 +154,7 @@ class GaussianDiffusion:
             )
         return (output[:, :channels], output[:, channels:]) if expected != channels else (output, None)
 
-    def log_variance(self, t: Int[Tensor, " batch"], x_t: Tensor, learned: Tensor | None) -> Tensor:
+    def log_variance(self, t: Steps, x_t: Tensor, learned: Tensor | None) -> Tensor:
         """Log-variance of p(x_{t-1} | x_t), broadcastable to x_t; `learned` is v in [-1, 1].  [Improved DDPM eq. 15]"""
         s = self.schedule
         low = gather(s.log_posterior_variance, t, x_t)
@@ -164,18 +162,12 @@ class GaussianDiffusion:
             return low
         if self.variance == "fixed_large":  # beta, with the posterior's value at the last step, as in DDPM
             return gather(torch.cat([s.log_posterior_variance[:1], s.betas[1:].log()]), t, x_t)
-        assert learned is not None  # `split` gives it for a learned variance
+        assert learned is not None  # `split` returns it for a learned variance
+        # Interpolation of logarithms between the two bounds on the optimal variance; nothing keeps v within [-1, 1].
         fraction = (learned + 1) / 2
         return fraction * gather(s.betas.log(), t, x_t) + (1 - fraction) * low
 
-    def p_params(
-        self,
-        output: Float[Tensor, "batch outputs *space"],
-        x_t: Float[Tensor, "batch channels *space"],
-        t: Int[Tensor, " batch"],
-        *,
-        clip_x_0: bool = False,
-    ) -> PosteriorParams:
+    def p_params(self, output: Output, x_t: Images, t: Steps, *, clip_x_0: bool = False) -> PosteriorParams:
         """Parameters of the reverse step, computed from a network output; `clip_x_0` clips the estimate to [-1, 1]."""
         prediction, learned = self.split(output, x_t)
         x_0 = prediction if self.predict == "sample" else self.x_0_from_noise(x_t, t, prediction)
@@ -183,28 +175,21 @@ class GaussianDiffusion:
             x_0 = x_0.clamp(-1, 1)
         return PosteriorParams(self.q_posterior_mean(x_0, x_t, t), self.log_variance(t, x_t, learned), x_0)
 
-    def loss(
-        self,
-        output: Float[Tensor, "batch outputs *space"],
-        x_0: Float[Tensor, "batch channels *space"],
-        x_t: Float[Tensor, "batch channels *space"],
-        t: Int[Tensor, " batch"],
-        noise: Float[Tensor, "batch channels *space"],
-    ) -> Loss:
+    def loss(self, output: Output, x_0: Images, x_t: Images, t: Steps, noise: Images) -> Loss:
         """Mean squared error of the prediction, plus the variational bound when the variance is learned.
 
-        The bound's mean is detached, so it trains the variance alone; its weight is 1 on the full schedule.
-        [thesis 2.3.1; Improved DDPM eq. 16]
+        The weight of the bound is 1 on the full schedule.  [thesis 2.3.1; Improved DDPM eq. 16]
         """
         prediction, learned = self.split(output, x_t)
         target = noise if self.predict == "noise" else x_0
         mse = _mean(torch.square(target - prediction))
         if learned is None:
             return Loss(mse, mse, torch.zeros_like(mse))
+        # The mean is detached, so that the bound, a noisier objective than the error, trains the variance alone.
         vb = self.variational_bound(torch.cat([prediction.detach(), learned], dim=1), x_0, x_t, t)
         return Loss(mse + vb, mse, vb)
 
-    def variational_bound(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
+    def variational_bound(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Steps) -> Tensor:
         """One term of the bound per sample, bits per dimension: KL to the posterior, or at t = 0 the NLL of x_0."""
         p = self.p_params(output, x_t, t)
         true_log_variance = gather(self.schedule.log_posterior_variance, t, x_t)
@@ -216,7 +201,7 @@ class GaussianDiffusion:
         return torch.where((t == 0).to(kl.device), _mean(nll), _mean(kl)) / math.log(2)
 
 
-def gather(table: Float[Tensor, " T"], t: Int[Tensor, " batch"], like: Tensor) -> Tensor:
+def gather(table: Float[Tensor, " T"], t: Steps, like: Tensor) -> Tensor:
     """table[t] with the dtype and device of `like`, shaped (batch, 1, 1, ...) to broadcast against it."""
     values = table[t.to(table.device)].to(like.dtype).to(like.device)
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -11,6 +11,7 @@
 A subclass that declares a field again, for another default or help text, keeps the constraints and marks of its bases.
 """
 
+import operator
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -35,12 +36,8 @@ class Interval:
     def __contains__(self, value: Any) -> bool:
         if isinstance(value, tuple):
             return all(number in self for number in value)
-        return (
-            (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
+        bounds = (self.gt, operator.gt), (self.ge, operator.ge), (self.lt, operator.lt), (self.le, operator.le)
+        return all(bound is None or compare(value, bound) for bound, compare in bounds)
 
     def expected(self, value: Any) -> str:
         """What was expected instead of `value`, for an error."""
@@ -89,40 +86,29 @@ def one_of(word: object, names: Iterable[object]) -> str:
     return f"one of {', '.join(known)}" + "".join(f"; did you mean {name!r}?" for name in near)
 
 
-class Free:
-    """Type of `FREE`."""
-
-
-FREE = Free()  # marks a field that does not affect a run's results
+FREE = object()  # marks a field that does not affect a run's results
 
 
 class Checked:
     """Base of dataclasses whose fields are checked on construction.
 
-    A subclass with further checks calls `super().__post_init__()`. Raises ValueError as `check_fields` does.
+    None passes if the type admits it. A subclass with further checks calls `super().__post_init__()`.
+    Raises ValueError, naming the field, its value and the expectation.
     """
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        cls: Any = type(self)
+        for name, (constraints, optional) in _rules(cls).items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            for constraint in constraints:
+                if value not in constraint:
+                    shown = repr(value) if isinstance(constraint, OneOf) else value
+                    none = ", or None for none" if optional and getattr(constraint, "gt", None) is not None else ""
+                    raise ValueError(f"{name} {shown}: expected {constraint.expected(value)}{none}")
         if hasattr(super(), "__post_init__"):  # that of a further base class, if several are combined
             super().__post_init__()  # type: ignore[misc]
-
-
-def check_fields(settings: object) -> None:
-    """Check every field of a dataclass instance against its annotations; None passes if the type admits it.
-
-    Raises ValueError, naming the field, its value and the expectation.
-    """
-    cls: Any = type(settings)
-    for name, (constraints, optional) in _rules(cls).items():
-        value = getattr(settings, name)
-        if value is None and optional:
-            continue
-        for constraint in constraints:
-            if value not in constraint:
-                shown = repr(value) if isinstance(constraint, OneOf) else value
-                none = ", or None for none" if optional and getattr(constraint, "gt", None) is not None else ""
-                raise ValueError(f"{name} {shown}: expected {constraint.expected(value)}{none}")
 
 
 def identity(settings: Any) -> dict[str, Any]:
@@ -147,6 +133,7 @@ def _rules(cls: type) -> dict[str, tuple[tuple[Interval | OneOf, ...], bool]]:
     """The constraints of each field that has any, and whether the field may be None."""
     rules = {}
     for field in fields(cls):
+        # The type is that of the class that declares the field last; constraints are those of all classes.
         declared = next(a[field.name] for a in map(get_annotations, cls.__mro__) if field.name in a)
         members = list(_members(declared))
         constraints = [m for m in _metadata(cls)[field.name] if isinstance(m, (Interval, OneOf))]

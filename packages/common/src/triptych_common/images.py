@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 
 from triptych_common.storage.atomic import write_bytes
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Map [-1, 1] to 0..255: 127.5 x + 128, clamped and truncated, as the released DiT writes its PNGs."""
+    # Truncation after adding 128 rounds 127.5 (x + 1) to the nearest integer.
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -28,10 +33,8 @@ def image_grid(
     """Images side by side in `columns`, row by row, with `padding` pixels of gray level `background` around each."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    grid = torch.full(
-        (channels, rows * (height + padding) + padding, columns * (width + padding) + padding), background,
-        dtype=torch.uint8,
-    )  # fmt: skip
+    size = rows * (height + padding) + padding, columns * (width + padding) + padding
+    grid = torch.full((channels, *size), background, dtype=torch.uint8)
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
         grid[:, top : top + height, left : left + width] = image
@@ -42,30 +45,30 @@ def png_bytes(
     image: UInt8[Tensor, "channels height width"], *, scale: int = 1, text: Mapping[str, str] | None = None
 ) -> bytes:
     """A gray or RGB image as PNG, each pixel enlarged to `scale` x `scale`; `text` is stored as the file's metadata."""
-    from PIL import Image, PngImagePlugin
+    from PIL import PngImagePlugin
 
-    pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    info = PngImagePlugin.PngInfo()
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
-    picture.save(buffer, "PNG", pnginfo=info)
+    _picture(image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
 def gif_bytes(frames: UInt8[Tensor, "n channels height width"], *, fps: int, loop: bool = False) -> bytes:
-    """Gray or RGB frames as an animated GIF. Its clock counts hundredths of a second; a frame lasts at least two."""
+    """Gray or RGB frames as an animated GIF, at no more than 50 frames a second."""
+    first, *others = map(_picture, frames)
+    forever: dict[str, int] = {"loop": 0} if loop else {}  # without it a GIF plays once
+    buffer = io.BytesIO()
+    # The clock counts hundredths of a second, and browsers slow down frames that last only one.
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=max(20, round(1000 / fps)), **forever)
+    return buffer.getvalue()
+
+
+def _picture(image: UInt8[Tensor, "channels height width"]) -> "Image.Image":
     from PIL import Image
 
-    pixels = frames.permute(0, 2, 3, 1).cpu().numpy()
-    pictures = [Image.fromarray(np.ascontiguousarray(each[..., 0] if each.shape[-1] == 1 else each)) for each in pixels]
-    forever = {"loop": 0} if loop else {}
-    buffer = io.BytesIO()
-    pictures[0].save(
-        buffer, "GIF", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / fps)), **forever
-    )
-    return buffer.getvalue()
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def write_png(path: Path, image: UInt8[Tensor, "channels height width"], *, scale: int = 1) -> None:

@@ -84,10 +84,9 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, chosen)
         return
-    if chosen.type == "cuda":  # without device_id NCCL would guess the GPU from the global rank
-        dist.init_process_group("nccl", device_id=chosen, timeout=LONGEST_WAIT)
-    else:
-        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    on_gpu = chosen.type == "cuda"  # without device_id NCCL would guess the GPU from the global rank
+    backend, device_id = ("nccl", chosen) if on_gpu else ("gloo", None)
+    dist.init_process_group(backend, device_id=device_id, timeout=LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), world_size, chosen)
     finally:
@@ -125,13 +124,11 @@ class Execution(Checked):
 
     parallel: over several ranks, "ddp" keeps a replica on each, "fsdp" a shard of every weight, average and optimiser
         slot (FSDP2, which gathers each block while it computes). With one process they are the same.
-    precision: "float32" and "float64" compute in the weights' own type (`weight_dtype`); "bf16" is autocast with weights,
-        average, optimiser and gradient reduction in float32. Under "fsdp" blocks are then also gathered in bfloat16.
+    precision: "float32" and "float64" compute in the weights' own type; "bf16" is autocast with weights, average, optimiser
+        and gradient reduction in float32. Under "fsdp" blocks are then also gathered in bfloat16.
     activation_checkpointing: keep only the inputs of each block, and recompute its activations in the backward pass.
     compile: `torch.compile` each block.
     blocks: names of the submodules that are one block each; a ModuleList stands for its members.
-
-    Raises ValueError for an unknown choice.
     """
 
     parallel: Annotated[str, OneOf(("ddp", "fsdp"))] = "ddp"
@@ -139,11 +136,6 @@ class Execution(Checked):
     activation_checkpointing: bool = False
     compile: bool = False
     blocks: tuple[str, ...] = ("blocks",)
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """The type that a model's weights must have before `prepare`."""
-        return torch.float64 if self.precision == "float64" else torch.float32
 
     def sharded(self, ranks: Ranks) -> bool:
         """Whether weights are sharded: "fsdp" on more than one rank."""
@@ -158,8 +150,8 @@ def prepare(model: nn.Module, ranks: Ranks, execution: Execution) -> None:
 
     Raises ValueError if the model lacks the blocks.
     """
-    asks_for_blocks = execution.compile or execution.activation_checkpointing or execution.sharded(ranks)
-    blocks = _blocks_of(model, execution.blocks) if asks_for_blocks else []
+    needs_blocks = execution.compile or execution.activation_checkpointing or execution.sharded(ranks)
+    blocks = _blocks_of(model, execution.blocks) if needs_blocks else []
     _wrap_forward(blocks, lambda forward: _block_forward(forward, execution))
     if execution.precision == "bf16":
         _wrap_forward([model], lambda forward: _autocast_forward(forward, ranks.device.type))

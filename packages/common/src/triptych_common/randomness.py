@@ -1,7 +1,8 @@
 """Randomness as a function of (seed, stream name, index).
 
-Data order, noise, timesteps, label dropout and sampling all draw from here. So nothing depends on batch size, the number
-of ranks or interruptions, and resuming needs counters but no generator's state.
+Data order, noise, timesteps, label dropout and sampling all draw from here. The index is a sample's own number, never its
+place in a batch. So nothing depends on batch size, the number of ranks or interruptions, and resuming needs counters but
+no generator's state.
 """
 
 import hashlib
@@ -21,23 +22,19 @@ def _hash64(seed: int, stream: str, index: int = 0) -> int:
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
     """A CPU generator seeded for one index of one named stream."""
-    return torch.Generator().manual_seed(_hash64(seed, stream, index) >> 1)  # manual_seed takes 63 bits safely
+    # Hashed, so that neighbouring seeds, streams and indices are unrelated; manual_seed takes 63 bits.
+    return torch.Generator().manual_seed(_hash64(seed, stream, index) >> 1)
 
 
 def normal(
-    seed: int,
-    stream: str,
-    indices: Sequence[int],
-    shape: Sequence[int],
-    *,
-    dtype: torch.dtype = torch.float32,
+    seed: int, stream: str, indices: Sequence[int], shape: Sequence[int], *, dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Float[Tensor, "batch *shape"]:
+) -> Float[Tensor, "batch *shape"]:  # fmt: skip
     """Standard normal noise: a tensor of `shape` for each index, all drawn from that index's own generator.
 
-    It is drawn in float32 and then cast, so that a float64 run sees the numbers of a float32 run. Each device has its own
-    kind of generator: the numbers on a GPU differ from the CPU's, but depend on nothing else.
+    Each device has its own kind of generator: the numbers on a GPU differ from the CPU's, but depend on nothing else.
     """
+    # Drawn in float32 and then cast, so that a float64 run sees the numbers of a float32 run.
     out = torch.empty(len(indices), *shape, device=device)
     source = torch.Generator(device)
     for row, index in zip(out, indices, strict=True):
@@ -47,23 +44,24 @@ def normal(
 
 def uniform(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " batch"]:
     """One float64 in [0, 1) for each index: 53 bits of splitmix64, with the stream's key as its seed.  [Steele et al. 2014]"""
-    key = np.uint64(_hash64(seed, stream))
-    with np.errstate(over="ignore"):
-        z = key + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    z = _weyl(seed, stream, indices)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return _fraction(z ^ (z >> np.uint64(31)))
 
 
 def evenly_spread(seed: int, stream: str, indices: Sequence[int]) -> Float[Tensor, " batch"]:
-    """One float64 in [0, 1) for each index, such that those of consecutive indices are evenly spread.
+    """One float64 in [0, 1) for each index, evenly spread over consecutive indices: the golden-ratio sequence."""
+    return _fraction(_weyl(seed, stream, indices))
 
-    It is the golden-ratio sequence in 64-bit integers, started at the stream's key.
-    """
-    with np.errstate(over="ignore"):
-        z = np.uint64(_hash64(seed, stream)) + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+def _weyl(seed: int, stream: str, indices: Sequence[int]) -> np.ndarray:
+    """The stream's key plus index * 2^64 / golden ratio, modulo 2^64."""
+    return np.uint64(_hash64(seed, stream)) + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def _fraction(z: np.ndarray) -> Float[Tensor, " batch"]:
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)  # float64 has 53 bits
 
 
 def permutation(seed: int, stream: str, index: int, n: int) -> Int[Tensor, " n"]:
@@ -91,16 +89,11 @@ class SampleNoise:
     """
 
     def __init__(
-        self,
-        seed: int,
-        indices: Sequence[int],
-        shape: Sequence[int],
-        *,
-        device: torch.device | str = "cpu",
+        self, seed: int, indices: Sequence[int], shape: Sequence[int], *, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        stream: str = "sample",
-    ) -> None:
-        self.generators = [generator(seed, stream, int(index)) for index in indices]
+    ) -> None:  # fmt: skip
+        # Generators of the CPU, also for a GPU: each keeps its place between draws, and gives the same noise everywhere.
+        self.generators = [generator(seed, "sample", int(index)) for index in indices]
         self.shape, self.device, self.dtype = tuple(shape), device, dtype
 
     def draw(self) -> Float[Tensor, "batch *shape"]:

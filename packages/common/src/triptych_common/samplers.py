@@ -22,7 +22,7 @@ from triptych_common.randomness import SampleNoise
 from triptych_common.sampler_settings import SamplerSettings
 from triptych_common.schedulers import is_ddpm, make_scheduler
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t, timesteps of training) -> output of the network
 GuidanceChannels = int | Literal["all"]
 
 
@@ -49,12 +49,7 @@ def ddpm(
 
 
 def ddim(
-    denoise: Denoise,
-    diffusion: GaussianDiffusion,
-    noise: SampleNoise,
-    *,
-    eta: float = 0.0,
-    clip_x_0: bool = False,
+    denoise: Denoise, diffusion: GaussianDiffusion, noise: SampleNoise, *, eta: float = 0.0, clip_x_0: bool = False
 ) -> Iterator[Step]:
     """Denoising diffusion implicit models: deterministic at eta = 0, the DDPM posterior's variance at eta = 1.
 
@@ -64,6 +59,7 @@ def ddim(
     schedule = diffusion.schedule
     for index in reversed(range(len(schedule))):
         p, t = _reverse(denoise, diffusion, x, index, clip_x_0)
+        # Recomputed from x_0: it differs from the network's prediction if the estimate was clipped.
         epsilon = diffusion.noise_from_x_0(x, t, p.x_0)
         previous = gather(schedule.alpha_bar_prev, t, x)
         sigma = eta * gather(schedule.posterior_variance.sqrt(), t, x)
@@ -93,6 +89,7 @@ def diffusers_steps(
         x_0 = output if diffusion.predict == "sample" else (x_t - deviation * output) / signal
         if clip_x_0:
             x_0 = x_0.clamp(-1, 1)
+        # Schedulers take the noise; where the network predicts it and nothing was clipped, without a round trip by x_0.
         exact = diffusion.predict == "noise" and not clip_x_0
         epsilon = output if exact else (x_t - signal * x_0) / deviation
         given = torch.cat([epsilon, cast(Tensor, learned)], dim=1) if learned_too else epsilon
@@ -109,17 +106,16 @@ def sampling(
     noise: SampleNoise,
     *,
     clip_x_0: bool = False,
-    device: torch.device | str = "cpu",
 ) -> Iterator[Step]:
     """The sampler that the settings name, ready to run: one of ours on a respaced process, or a diffusers scheduler.
 
-    diffusion: the process used in training, not respaced. device: the device of `noise`.
+    diffusion: the process used in training, not respaced.
     Raises ValueError for a number of steps that the scheduler does not support.
     """
     if settings.is_own:
         sampler = {"ddpm": ddpm, "ddim": ddim}[settings.sampler]
         return sampler(denoise, diffusion.respaced(settings.num_inference_steps), noise, clip_x_0=clip_x_0)
-    scheduler = make_scheduler(settings.sampler, diffusion, settings.num_inference_steps, device=device)
+    scheduler = make_scheduler(settings.sampler, diffusion, settings.num_inference_steps, device=noise.device)
     return diffusers_steps(denoise, diffusion, noise, scheduler, clip_x_0=clip_x_0)
 
 
@@ -130,13 +126,9 @@ def evaluations(settings: SamplerSettings, diffusion: GaussianDiffusion) -> int:
     return len(make_scheduler(settings.sampler, diffusion, settings.num_inference_steps).timesteps)
 
 
-def one_step(denoise: Denoise, diffusion: GaussianDiffusion, x_t: Tensor, t: Int[Tensor, " batch"]) -> Tensor:
-    """The model's estimate of the clean data in x_t, from a single evaluation; t indexes the steps of `diffusion`."""
-    return diffusion.p_params(denoise(x_t, diffusion.schedule.timesteps[t.cpu()].to(x_t.device)), x_t, t).x_0
-
-
 def _reverse(denoise: Denoise, diffusion: GaussianDiffusion, x: Tensor, index: int, clip_x_0: bool):
     t = torch.full((len(x),), index, dtype=torch.long)
+    # The network takes the timesteps it was trained on; t counts those that the respaced process visits.
     timesteps = diffusion.schedule.timesteps[t].to(x.device)
     return diffusion.p_params(denoise(x, timesteps), x, t, clip_x_0=clip_x_0), t
 
@@ -162,13 +154,9 @@ def guided(
 
     condition: for each sample a number that `model` understands: a class label, or an index into conditions it holds.
     null: the condition that stands for none. scale: 1 means no guidance and a single evaluation of the model.
-    guidance_channels: how many of the data's first channels are guided ("all"; the released DiT guides 3 of its 4).
-    interval: first and last timestep at which guidance acts; None: at all of them.
-
-    Variance channels are the conditional ones. Conditional and unconditional halves run as one batch.
-    [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
-
-    Raises ValueError for guidance on a model without a null label.
+    guidance_channels: how many of the data's first channels are guided. interval: first and last timestep at which guidance
+        acts; None: at all of them.
+    Raises ValueError for guidance on a model without a null label.  [thesis 2.3.1; Ho and Salimans 2021, eq. 6]
     """
     if scale == 1.0:
         return lambda x, t: model(x, t, condition)
@@ -181,8 +169,10 @@ def guided(
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if interval is not None and not interval[0] <= float(t[0]) <= interval[1]:
             return model(x, t, condition)
-        output = model(torch.cat([x, x]), torch.cat([t, t]), both)
+        output = model(torch.cat([x, x]), torch.cat([t, t]), both)  # one batch of both halves
         conditional, unconditional = output.chunk(2)
+        # The released DiT guides only the first three of its four latent channels, as if they were RGB. What is not guided,
+        # the variance's channels included, stays conditional.
         n = x.shape[1] if guidance_channels == "all" else guidance_channels
         mixed = unconditional[:, :n] + scale * (conditional[:, :n] - unconditional[:, :n])
         return torch.cat([mixed, conditional[:, n:]], dim=1)
@@ -191,7 +181,8 @@ def guided(
 
 
 def _alpha_bar_at(schedule: NoiseSchedule, timesteps: torch.Tensor) -> Sequence[float]:
-    """alpha_bar at possibly fractional timesteps, by linear interpolation of sqrt(1 / alpha_bar - 1)."""
+    """alpha_bar at possibly fractional timesteps."""
+    # sigma = sqrt(1 / alpha_bar - 1) is linear between trained timesteps, as in diffusers' own schedulers.
     sigmas = (1 / schedule.alpha_bar - 1).sqrt().numpy()
     between = np.interp(timesteps.cpu().double().numpy(), np.arange(len(sigmas)), sigmas)
     return (1 / (between**2 + 1)).tolist()

@@ -1,16 +1,14 @@
 """Schedulers of the diffusers library, by name: every one that can run a discrete process with given betas."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from triptych_common.diffusion import GaussianDiffusion
 
-_FOREIGN = {  # arguments of schedulers for another process, or whose noise depends on the batch
-    "snr_shift_scale", "noise_sampler_seed",
-}  # fmt: skip
+# Arguments of schedulers for another process, or whose noise depends on the batch.
+_FOREIGN = {"snr_shift_scale", "noise_sampler_seed"}
 _FOR_DISTILLED_MODELS = ("LCMScheduler", "TCDScheduler")
 
 
@@ -30,14 +28,15 @@ def find(name: str) -> str:
     Raises ValueError if no scheduler or several match, or if diffusers is not installed.
     """
     library = _library()
+    # Full names first: listing every scheduler imports all of their modules.
     if name.endswith("Scheduler") and _fits(name, getattr(library, name, None)):
         return name
     names = available()
     matches = [each for each in names if each.lower().startswith(name.lower())]
     exact = [each for each in matches if each.lower() in (name.lower(), f"{name}scheduler".lower())]
     if len(exact or matches) != 1 or not name:
-        ask = f"one of diffusers' {', '.join(matches or names)}, or a beginning that only one of them has"
-        raise ValueError(f"sampler {name!r}: expected ddpm, ddim, or {ask}")
+        choices = f"one of diffusers' {', '.join(matches or names)}, or a beginning that only one of them has"
+        raise ValueError(f"sampler {name!r}: expected ddpm, ddim, or {choices}")
     return (exact or matches)[0]
 
 
@@ -67,7 +66,7 @@ def make_scheduler(
     }
     if is_ddpm(scheduler_class):
         wanted |= {"variance_type": diffusion.variance, "timestep_spacing": "linspace"}
-    elif _default(parameters, "timestep_spacing") == "leading":
+    elif "timestep_spacing" in parameters and parameters["timestep_spacing"].default == "leading":
         wanted["timestep_spacing"] = "trailing"
     scheduler = scheduler_class(**{key: value for key, value in wanted.items() if key in parameters})
     try:
@@ -103,7 +102,3 @@ def _fits(name: str, scheduler: Any) -> bool:
 def is_ddpm(scheduler_class: type) -> bool:
     """Whether the scheduler is ancestral sampling, which can use a learned variance."""
     return scheduler_class.__name__.startswith("DDPM")
-
-
-def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
-    return parameters[name].default if name in parameters else None

@@ -31,28 +31,37 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 
+Done = subprocess.CompletedProcess
+
+
 def run_cli(
-    module: str,
-    *options: str,
-    env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-    timeout: int = 300,
-) -> "subprocess.CompletedProcess[str]":
+    module: str, *options: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: int = 300
+) -> Done:
     """Run `python -m module options` and capture its output."""
-    command = [sys.executable, "-m", module, *options]
-    merged = {**os.environ, **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=merged, cwd=cwd)
+    return _python(["-m", module, *options], timeout, env, cwd)
 
 
 def run_signalled(
     step: int, signum: signal.Signals, module: str, *options: object, folder: str = "", timeout: int = 300
-) -> "subprocess.CompletedProcess[str]":
+) -> Done:
     """`run_cli` of a process that sends itself a signal once a run directory, whose name ends in `folder`, logs `step`."""
-    words = [sys.executable, "-c", _SIGNALLED, module, step, int(signum), folder, *options]
-    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=timeout)
+    return _python(["-c", _SIGNALLED, module, step, int(signum), folder, *options], timeout)
 
 
-def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess.CompletedProcess[str]":
+def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> Done:
+    """Run a module under torchrun on `ranks` gloo ranks of this machine, with one thread each."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
+    return _python([*launch, *options], timeout, {"OMP_NUM_THREADS": "1"})
+
+
+def _python(
+    words: Sequence[object], timeout: int, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Done:
+    command, merged = [sys.executable, *map(str, words)], {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=merged, cwd=cwd)
+
+
+def run_here(run: Callable[[Sequence[str]], int], *words: object) -> Done:
     """Run a package's command line in this process, as a new one would take seconds to import torch, capturing its output."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
@@ -60,12 +69,10 @@ def run_here(run: Callable[[Sequence[str]], int], *words: object) -> "subprocess
             status = run([str(word) for word in words])
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return subprocess.CompletedProcess([str(word) for word in words], status, out.getvalue(), errors.getvalue())
+    return Done([str(word) for word in words], status, out.getvalue(), errors.getvalue())
 
 
-def fails_with(
-    done: "subprocess.CompletedProcess[str]", message: str, status: int = 1, *, quiet: tuple[str, ...] = ()
-) -> None:
+def fails_with(done: Done, message: str, status: int = 1, *, quiet: tuple[str, ...] = ()) -> None:
     """Assert that a command ended with `status` and one line on stderr with `message`; lines that begin as `quiet` don't count."""
     assert done.returncode == status, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(quiet)]
@@ -97,14 +104,6 @@ def assert_self_contained(page: str, *, pictures: int) -> None:
     assert re.findall(r'href="(?:/|[^"]*:|[^"]*\.\.)[^"]*"', page) == []
 
 
-def run_torchrun(ranks: int, module: str, *options: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":
-    """Run a module under torchrun on `ranks` gloo ranks of this machine, with one thread each."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
-
-
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Make torch use one thread inside the block, as ranks of torchrun do, so that bytes can be compared."""
@@ -118,7 +117,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def random_inception_weights(path: Path, seed: int = 0) -> Path:
+def random_inception_weights(path: Path) -> Path:
     """Random weights of the ADM suite's Inception network, in the published file's format.
 
     Batch norms take the statistics of noise images: otherwise activations would vanish towards the last layer.
@@ -132,7 +131,7 @@ def random_inception_weights(path: Path, seed: int = 0) -> Path:
 
     torch.save({}, path)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         network = Untrained("random", ["2048"], feature_extractor_weights_path=str(path)).train()
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Tokens = Float[Tensor, "batch tokens width"]
+Bias = Float[Tensor, "batch heads tokens tokens"]  # added to attention logits; [..., i, j] is for query i and key j
+
 
 class Modulation(NamedTuple):
     """How conditioning changes one branch of a block.  [thesis 2.3.2, adaLN and adaLN-Zero]
@@ -24,8 +27,9 @@ class Modulation(NamedTuple):
     gate: Tensor | None = None
 
 
-def modulate(x: Float[Tensor, "batch tokens width"], by: Modulation | None) -> Float[Tensor, "batch tokens width"]:
+def modulate(x: Tokens, by: Modulation | None) -> Tokens:
     """x * (1 + scale) + shift, or x itself without modulation."""
+    # 1 + scale, so that a modulation of zeros, as at initialisation, changes nothing.
     return x if by is None else torch.addcmul(by.shift, x, by.scale + 1)
 
 
@@ -52,11 +56,7 @@ def linear(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask, by PyTorch's scaled_dot_product_attention.
-
-    The optional `bias` of the forward pass is added to the attention logits; [..., i, j] is for query i and key j.
-    Raises ValueError for a width that is not a multiple of the number of heads.
-    """
+    """Multi-head self-attention without a mask. Raises ValueError for a width that is not a multiple of the heads."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -66,10 +66,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens width"], bias: Float[Tensor, "batch heads tokens tokens"] | None = None
-    ) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x: Tokens, bias: Bias | None = None) -> Tokens:
         batch, tokens, width = x.shape
+        # The released order of the 3 * width outputs: q of every head, then k, then v.
         qkv = linear(self.qkv, x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (batch, heads, tokens, width / heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
@@ -116,15 +115,12 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, int(width * mlp_ratio), gelu)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch tokens width"],
-        attn: Modulation | None = None,
-        mlp: Modulation | None = None,
-        bias: Float[Tensor, "batch heads tokens tokens"] | None = None,
-    ) -> Float[Tensor, "batch tokens width"]:
+        self, x: Tokens, attn: Modulation | None = None, mlp: Modulation | None = None, bias: Bias | None = None
+    ) -> Tokens:
         x = _residual(x, self.attn(modulate(self.norm1(x), attn), bias), attn)
         return _residual(x, self.mlp(modulate(self.norm2(x), mlp)), mlp)
 
 
-def _residual(x: Tensor, branch: Tensor, by: Modulation | None) -> Tensor:
+def _residual(x: Tokens, branch: Tokens, by: Modulation | None) -> Tokens:
+    # Gates that start at zero (adaLN-Zero) make the block the identity, whatever its other weights.
     return x + branch if by is None or by.gate is None else torch.addcmul(x, by.gate, branch)

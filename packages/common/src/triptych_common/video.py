@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from triptych_common.extras import import_extra
 from triptych_common.images import gif_bytes
 from triptych_common.storage.atomic import write_bytes
 
@@ -42,18 +43,14 @@ def write_video(path: Path, frames: UInt8[Tensor, "n channels height width"], *,
 
 def import_av() -> Any:
     """The module of PyAV. Raises ImportError, saying what to install, if it is absent."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("mp4 needs a package: pip install 'triptych-common[video]'; gif needs none") from error
-    return av
+    return import_extra("av", "mp4 needs a package: pip install 'triptych-common[video]'; gif needs none")
 
 
 def _mp4(frames: UInt8[Tensor, "n channels height width"], fps: int) -> bytes:
     av = import_av()
     rgb = frames.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    even = [(0, 0), (0, rgb.shape[1] % 2), (0, rgb.shape[2] % 2), (0, 0)]  # chroma has half the resolution
-    rgb = np.pad(rgb, even, mode="edge")
+    # Sides must be even, as chroma has half the resolution.
+    rgb = np.pad(rgb, [(0, 0), (0, rgb.shape[1] % 2), (0, rgb.shape[2] % 2), (0, 0)], mode="edge")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from triptych_common.cli import Interrupted, echo
+from triptych_common.extras import import_extra
 from triptych_common.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
+Results = Generator[Result, None, None]
 Work = Callable[[Any, str], Result]  # takes a unit and the name of a torch device; must be picklable, like the unit
 
 _ENVIRONMENT = {
@@ -62,15 +64,9 @@ def devices(device: "torch.device", workers: int) -> list[str]:
 
 
 def run(
-    engine: Literal["here", "local", "ray"],
-    function: Work[Result],
-    units: Sequence[Any],
-    devices: Sequence[str],
-    *,
-    preload: Sequence[str] | None = None,
-    remedy: str = "use --workers 1",
-    extra: str = "triptych-common[ray]",
-) -> Generator[Result, None, None]:
+    engine: Literal["here", "local", "ray"], function: Work[Result], units: Sequence[Any], devices: Sequence[str], *,
+    preload: Sequence[str] | None = None, remedy: str = "use --workers 1", extra: str = "triptych-common[ray]",
+) -> Results[Result]:  # fmt: skip
     """Yield `function(unit, device)` for every unit, in the order of completion, with one worker per device.
 
     engine: "here" runs the units one after another in this process; "local" uses processes of this machine; "ray" uses the
@@ -137,6 +133,7 @@ def start_server(preload: Sequence[str]) -> BaseContext:
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 
+    # Forking a process that has run threads, as torch does, may deadlock. The server imports torch and runs nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     with _environment(_ENVIRONMENT):
@@ -144,28 +141,25 @@ def start_server(preload: Sequence[str]) -> BaseContext:
     return context
 
 
-def _run_here(
-    function: Work[Result], units: Sequence[Any], device: str, *, one_thread: bool
-) -> Generator[Result, None, None]:
+def _run_here(function: Work[Result], units: Sequence[Any], device: str, *, one_thread: bool) -> Results[Result]:
     import torch
 
     threads = torch.get_num_threads()
     try:
         for unit in units:
-            if one_thread:
-                torch.set_num_threads(1)
-            yield function(unit, device)
+            yield _call_here(function, unit, device) if one_thread else function(unit, device)
     finally:
         torch.set_num_threads(threads)
 
 
 def _run_local(
     function: Work[Result], units: Sequence[Any], devices: Sequence[str], preload: Sequence[str] | None, remedy: str
-) -> Generator[Result, None, None]:
+) -> Results[Result]:
     context = multiprocessing.get_context("spawn") if preload is None else start_server(preload)
-    waiting = context.SimpleQueue()
+    waiting = context.SimpleQueue()  # a device for each worker to take
     for device in devices:
         waiting.put(device)
+    # Workers started here are terminated below, and no other child of this process.
     others = set(multiprocessing.active_children())
     with _environment({} if preload is None else _ENVIRONMENT):
         pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_become_worker, initargs=(waiting,))
@@ -177,22 +171,16 @@ def _run_local(
         raise MemoryError(f"a worker process died, most likely for want of memory; {remedy}") from error
     finally:
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # a training loop saves and stops on this signal
+            process.terminate()  # a training loop saves and stops on SIGTERM
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run_ray(
-    function: Work[Result], units: Sequence[Any], devices: Sequence[str], extra: str
-) -> Generator[Result, None, None]:
+def _run_ray(function: Work[Result], units: Sequence[Any], devices: Sequence[str], extra: str) -> Results[Result]:
     """All machines must share the folder that units write to. Without a cluster, Ray gets one CPU per device here."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(f"--engine ray needs a package: pip install '{extra}'") from error
+    ray = import_extra("ray", f"--engine ray needs a package: pip install '{extra}'")
     on_gpu = devices[0].startswith("cuda")
-    cluster: dict[str, Any] = (
-        {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": len(devices), "include_dashboard": False}
-    )
+    alone: dict[str, Any] = {"num_cpus": len(devices), "include_dashboard": False}
+    cluster = {} if os.environ.get("RAY_ADDRESS") else alone
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _ENVIRONMENT}, **cluster)
     except (ConnectionError, RuntimeError) as error:
@@ -200,7 +188,7 @@ def _run_ray(
             f"--engine ray: {error}; check RAY_ADDRESS, or unset it for this machine alone"
         ) from error
     try:
-        remote: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=1)(_on_one_thread)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=1)(_call_here)
         pending = [remote.remote(function, unit, "cuda" if on_gpu else devices[0]) for unit in units]
         while pending:
             done, pending = ray.wait(pending)
@@ -251,7 +239,7 @@ def _call(function: Work[Result], unit: Any) -> Result:
         os._exit(1)  # the parent is stopping: do not start another unit
 
 
-def _on_one_thread(function: Work[Result], unit: Any, device: str) -> Result:
+def _call_here(function: Work[Result], unit: Any, device: str) -> Result:
     import torch
 
     torch.set_num_threads(1)

@@ -43,10 +43,8 @@ class DiTConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(side < 1 or side % self.patch_size for side in self.input_size):
-            raise ValueError(
-                f"input_size {self.input_size[0]}x{self.input_size[1]} is not a multiple of patch_size "
-                f"{self.patch_size}; change one of them"
-            )
+            size = f"{self.input_size[0]}x{self.input_size[1]}"
+            raise ValueError(f"input_size {size} is not a multiple of patch_size {self.patch_size}; change one of them")
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size}: expected a multiple of 4 and of num_heads ({self.num_heads})"
@@ -74,28 +72,31 @@ class DiTConfig(Checked):
         return 2 if self.num_classes else 1
 
 
-_SIZES = {  # thesis Table 2.1: depth, width, heads
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 _DESIGNS: dict[str, BlockDesign] = {
     "": "adaln_zero", "-adaln": "adaln", "-cross-attention": "cross_attention", "-in-context": "in_context",
 }  # fmt: skip
 _DIGITS = DiTConfig((28, 28), 1, patch_size=4, depth=4, hidden_size=80, num_heads=2, num_classes=10)
 
-PRESETS: dict[str, DiTConfig] = {  # latents of 256 x 256 or 512 x 512 images, one channel grid of 1/8 the side
-    f"DiT-{size}/{patch}{design}{resolution}": DiTConfig(
-        (side, side), patch_size=patch, depth=depth, hidden_size=width, num_heads=heads, block_design=_DESIGNS[design]
-    )
-    for size, (depth, width, heads) in _SIZES.items()
-    for patch in (2, 4, 8)
-    for design in _DESIGNS
-    for resolution, side in (("", 32), ("@512", 64))
-} | {  # digits of 28 x 28, in pixels and in latents of 7 x 7
-    "digits": _DIGITS,
-    "digits-tiny": replace(_DIGITS, depth=2, hidden_size=32),
-    "digits-latent": replace(_DIGITS, input_size=(7, 7), in_channels=4, patch_size=1),
-    "digits-latent-tiny": replace(_DIGITS, input_size=(7, 7), in_channels=4, patch_size=1, depth=2, hidden_size=32),
-}
+PRESETS: dict[str, DiTConfig] = (
+    {  # thesis Table 2.1, on latents of 256 x 256 or 512 x 512 images, one channel grid of 1/8 the side
+        f"DiT-{size}/{patch}{design}{resolution}": DiTConfig(
+            (side, side),
+            patch_size=patch,
+            depth=depth,
+            hidden_size=width,
+            num_heads=heads,
+            block_design=_DESIGNS[design],
+        )
+        for size, (depth, width, heads) in _SIZES.items()
+        for patch in (2, 4, 8)
+        for design in _DESIGNS
+        for resolution, side in (("", 32), ("@512", 64))
+    }
+    | {  # digits of 28 x 28, in pixels and in latents of 7 x 7
+        "digits": _DIGITS,
+        "digits-tiny": replace(_DIGITS, depth=2, hidden_size=32),
+        "digits-latent": replace(_DIGITS, input_size=(7, 7), in_channels=4, patch_size=1),
+        "digits-latent-tiny": replace(_DIGITS, input_size=(7, 7), in_channels=4, patch_size=1, depth=2, hidden_size=32),
+    }
+)

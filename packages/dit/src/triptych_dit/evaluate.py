@@ -16,19 +16,25 @@ from triptych_common.storage.provenance import provenance
 from triptych_dit.sample import read_npz
 from triptych_dit.settings import EvaluateConfig
 
-ADM_TITLES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
-ADM_DIGITS = {"fid": 3, "sfid": 3, "inception_score": 2, "precision": 4, "recall": 4}
+ADM_SCORES = {  # title, and digits after the point
+    "fid": ("FID", 3), "sfid": ("sFID", 3), "inception_score": ("IS", 2), "precision": ("precision", 4), "recall": ("recall", 4),
+}  # fmt: skip
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Write scores.json and return its content.
+    """Write scores.json and return its content without the provenance.
 
     Raises ValueError for files that cannot be scored, FileNotFoundError for absent ones.
     """
-    return _evaluate_adm(config) if config.files else _evaluate_digits(config)
+    path = config.out / "scores.json"
+    result, lines = _score_files(config) if config.files else _score_digits(config)
+    write_json(path, {**result, **provenance()})
+    for line in (*lines, f"wrote {path}"):
+        echo(line)
+    return result
 
 
-def _evaluate_digits(config: EvaluateConfig) -> dict[str, Any]:
+def _score_digits(config: EvaluateConfig) -> tuple[dict[str, Any], list[str]]:
     images, labels = read_npz(config.samples)
     config.out.mkdir(parents=True, exist_ok=True)
     scorer = DigitScorer(data.load(config.data, "train"), data.load(config.data, "held_out"), seed=config.seed)
@@ -42,34 +48,24 @@ def _evaluate_digits(config: EvaluateConfig) -> dict[str, Any]:
         "near_duplicates_among_held_out": NEAR_DUPLICATE_QUANTILE,
         "instruments": scorer.instruments(),
     }
-    path = config.out / "scores.json"
-    write_json(path, {**result, **provenance()})
-    for name, value in vars(scores).items():
-        echo(f"{name:<16}{value}")
-    echo(f"{'frechet floor':<16}{floor.mean():.3g} ({len(floor)} sets of {scores.n} training digits)")
+    lines = [f"{name:<16}{value}" for name, value in vars(scores).items()]
+    lines.append(f"{'frechet floor':<16}{floor.mean():.3g} ({len(floor)} sets of {scores.n} training digits)")
     if scores.n < 1000:
-        echo(f"note: n={scores.n} is below 1,000; distances are inflated, compare them with the floor only")
-    echo(f"wrote {path}")
-    return result
+        lines.append(f"note: n={scores.n} is below 1,000; distances are inflated, compare them with the floor only")
+    return result, lines
 
 
-def _evaluate_adm(config: EvaluateConfig) -> dict[str, Any]:
+def _score_files(config: EvaluateConfig) -> tuple[dict[str, Any], list[str]]:
     reference, samples = (NpzImages(path) for path in config.files)
     for source in (reference, samples):
         if 0 < source.count <= NEIGHBOURS:
-            raise ValueError(
-                f"{source.path}: {source.count} images; precision and recall with k={NEIGHBOURS} need more than {NEIGHBOURS}"
-            )
+            need = f"precision and recall with k={NEIGHBOURS} need more than {NEIGHBOURS}"
+            raise ValueError(f"{source.path}: {source.count} images; {need}")
     with process_group(config.device) as ranks:
         inception = load_inception(config.inception, device=ranks.device)
-        reference_features = _features(reference, inception, config.batch_size)
-        sample_features = _features(samples, inception, config.batch_size)
-        pool = sample_features.pool.vectors
-        probabilities = None if pool is None else inception.probabilities(pool)
-        scores = adm_scores(
-            reference_features, sample_features, probabilities,
-            device=ranks.device, repeats=config.repeats, seed=config.seed,
-        )  # fmt: skip
+        real, fake = (_features(source, inception, config.batch_size) for source in (reference, samples))
+        probabilities = None if fake.pool.vectors is None else inception.probabilities(fake.pool.vectors)
+        scores = adm_scores(real, fake, probabilities, device=ranks.device, repeats=config.repeats, seed=config.seed)
     notes = list(scores.notes)
     if not inception.is_published:
         notes.append(f"the Inception weights are not the published {FILE_NAME}: compare with no published score")
@@ -83,11 +79,7 @@ def _evaluate_adm(config: EvaluateConfig) -> dict[str, Any]:
         "repeats": config.repeats,
         "instruments": {"inception": inception.sha256},
     }
-    path = config.out / "scores.json"
-    write_json(path, {**result, **provenance()})
-    _print_scores(result, scores)
-    echo(f"wrote {path}")
-    return result
+    return result, _score_lines(result, scores)
 
 
 def _features(source: NpzImages, inception: Inception, batch_size: int) -> ImageFeatures:
@@ -97,25 +89,21 @@ def _features(source: NpzImages, inception: Inception, batch_size: int) -> Image
 
 
 def _described(source: NpzImages) -> dict[str, Any]:
-    return {
-        "path": str(source.path),
-        "images": source.count,
-        "statistics": source.pool is not None,
-        "arr_0_crc32": source.crc32,
-    }
+    facts = {"path": str(source.path), "images": source.count, "statistics": source.pool is not None}
+    return facts | {"arr_0_crc32": source.crc32}
 
 
-def _print_scores(result: dict[str, Any], scores: AdmScores) -> None:
+def _score_lines(result: dict[str, Any], scores: AdmScores) -> list[str]:
+    lines = []
     for role in ("reference", "samples"):
         file = result[role]
         held = [f"{file['images']:,} images"] * bool(file["images"]) + ["statistics"] * file["statistics"]
-        echo(f"{role:<12}{file['path']}: {' and '.join(held)}")
+        lines.append(f"{role:<12}{file['path']}: {' and '.join(held)}")
     for name, estimate in scores.estimates().items():
-        digits, title = ADM_DIGITS[name], ADM_TITLES[name]
+        title, digits = ADM_SCORES[name]
         if estimate is None:
-            echo(f"{title:<12}not available: {scores.unavailable[name]}")
+            lines.append(f"{title:<12}not available: {scores.unavailable[name]}")
         else:
             interval = "" if estimate.low is None else f"  [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-            echo(f"{title:<12}{estimate.value:.{digits}f}{interval}")
-    for note in result["notes"]:
-        echo(f"note: {note}")
+            lines.append(f"{title:<12}{estimate.value:.{digits}f}{interval}")
+    return lines + [f"note: {note}" for note in result["notes"]]

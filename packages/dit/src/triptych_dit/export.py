@@ -22,16 +22,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
         config.checkpoint, weights=config.weights, num_heads=config.num_heads, num_classes=config.num_classes
     )
     model, facts = trained.model, {**trained.facts, "source": config.checkpoint}
-    notes = []
+    written = config.out / {"diffusers": "", "released": "model.pt", "triptych": FILE_NAME}[config.format]
+    notes: list[str] = []
     if config.format == "diffusers":
-        to_diffusers(model, config.out, vae=config.vae, scheduler=config.scheduler, id2label=names, facts=facts)
-        written = config.out
+        to_diffusers(model, written, vae=config.vae, scheduler=config.scheduler, id2label=names, facts=facts)
         notes = _diffusers_notes(trained, config.vae)
     elif config.format == "released":
-        written = config.out / "model.pt"
         export_released(model, written)
     else:
-        written = config.out / FILE_NAME
         save_model(written, model, facts)
     for line in notes:
         echo(f"note: {line}")
@@ -65,6 +63,5 @@ def _names(path: Path) -> dict[int, str]:
         names = json.loads(path.read_text())
         return {int(label): name for label, name in names.items()}
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f'{path}: expected a JSON object of labels and names, {{"0": "tench", ...}} ({error})'
-        ) from error
+        expected = 'a JSON object of labels and names, {"0": "tench", ...}'
+        raise ValueError(f"{path}: expected {expected} ({error})") from error

@@ -1,14 +1,12 @@
 """Start a model from the weights of another one, with a new class table or resolution if needed."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT
+from triptych_dit.train_config import TrainConfig
 
 TABLE = "y_embedder.embedding_table.weight"
 _MAY_DIFFER = {"input_size", "num_classes", "class_dropout_prob"}
@@ -21,12 +19,10 @@ def fitted_config(source: DiTConfig, *, input_size: tuple[int, int], num_classes
 
 @torch.no_grad()
 def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dict[str, str]:
-    """Copy the weights of `source` into `model`, in place; returns what became of each tensor, by name.
+    """Copy the weights of `source` into `model`, in place; returns what happened to each tensor, by name.
 
-    Everything is copied except two: the position embedding, which keeps its closed form if the grids differ, and the class
-    table, if the number of classes differs or `new_class_table` asks for it. Its rows stay as `model` drew them, but the null
-    row is copied, so that what the source knows without a label is kept.
-
+    Not copied are the position embedding, if the grids differ, and the class table, if the number of classes differs or
+    `new_class_table` is set, except for its null row.
     Raises ValueError, listing both sides, if the models differ in anything else.
     """
     _check_same_shape(model.config, source.config)
@@ -35,14 +31,15 @@ def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dic
         if name == "pos_embed" and model.config.grid != source.config.grid:
             became[name] = f"computed for {model.config.grid[0]}x{model.config.grid[1]} tokens"
         elif name == TABLE and (new_class_table or model.config.num_classes != source.config.num_classes):
-            became[name] = f"{model.config.num_classes} classes drawn afresh"
+            became[name] = f"{model.config.num_classes} classes initialised"
             if model.config.null_label is not None and source.config.null_label is not None:
+                # What the source knows without a label is the same for other classes.
                 tensor[model.config.null_label] = found[name][source.config.null_label]
                 became[name] += ", null row copied"
         elif name == TABLE and tensor.shape != found[name].shape:  # one of the two has no null row
             rows = min(len(tensor), len(found[name]))
             tensor[:rows] = found[name][:rows]
-            became[name] = f"{rows} classes copied" + (", null row drawn afresh" if rows < len(tensor) else "")
+            became[name] = f"{rows} classes copied" + (", null row initialised" if rows < len(tensor) else "")
         else:
             tensor.copy_(found[name])
             became[name] = "copied"
@@ -50,7 +47,7 @@ def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dic
 
 
 def by_layer(became: dict[str, str]) -> dict[str, str]:
-    """The same in one line per layer: what became of its tensors, and how many there are."""
+    """The same in one line per layer: what happened to its tensors, and how many there are."""
     layers: dict[str, list[str]] = {}
     for name, fate in became.items():
         parts = name.split(".")
@@ -71,31 +68,11 @@ def _check_same_shape(wanted: DiTConfig, found: DiTConfig) -> None:
         )
 
 
-def peek(argv: Sequence[str], option: str) -> str | None:
-    """The value of an option in a command line that is not parsed yet; None if it is absent."""
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
-        name, _, value = word.partition("=")
-        if name.replace("_", "-") == option:
-            return value if "=" in word else following
-    return None
-
-
-def settings_from(config: Any, argv: Sequence[str]) -> Any:
-    """The training preset with the model that `--init-from` names, fitted to the data that `--data` names.
-
-    These are the defaults that the command's other options override. Without `--init-from`, the preset as it is.
-    """
+def settings_from(init_from: str, config: TrainConfig, data: str) -> TrainConfig:
+    """A training preset with the model of `init_from`, fitted to the data: defaults that other options override."""
     from triptych_dit.interop import load_any
     from triptych_dit.objective import shape_and_classes
 
-    init_from = peek(argv, "--init-from")
-    if init_from is None:
-        return config
     source = load_any(init_from).model.config
-    (_, height, width), num_classes = shape_and_classes(peek(argv, "--data") or config.data, source)
+    (_, height, width), num_classes = shape_and_classes(data, source)
     return replace(config, model=fitted_config(source, input_size=(height, width), num_classes=num_classes))
-
-
-def report_lines(source: str, became: dict[str, str]) -> list[str]:
-    """What a person reads of it."""
-    return [f"start from {Path(source).name}:", *(f"  {layer}: {fate}" for layer, fate in by_layer(became).items())]

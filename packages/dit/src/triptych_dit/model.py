@@ -5,13 +5,13 @@ Module names are those of the released state dict, so that published weights loa
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triptych_common.transformer import Block, Modulation, modulate
+from triptych_common.transformer import Block, Modulation, Tokens, modulate
 
 from triptych_dit.config import DiTConfig
 
@@ -36,13 +36,10 @@ def sincos_position_embedding(height: int, width: int, dim: int) -> Float[Tensor
     return torch.cat([encode(columns.flatten()), encode(rows.flatten())], dim=1).to(torch.float32)
 
 
-def frequency_embedding(
-    values: Float[Tensor, " batch"], dim: int, *, max_period: float = 10000.0, shift: int = 0
-) -> Float[Tensor, "batch dim"]:
-    """[cos, sin] of values * max_period^(-i / (dim / 2 - shift)), i = 0 .. dim/2 - 1.  [thesis 2.3.2]
+def frequency_embedding(values: Float[Tensor, " batch"], dim: int, *, shift: int = 0) -> Float[Tensor, "batch dim"]:
+    """[cos, sin] of values * 10000^(-i / (dim / 2 - shift)), i = 0 .. dim/2 - 1.  [thesis 2.3.2]
 
     shift: 0 as in the released DiT, 1 as in diffusers' ("downscale_freq_shift").
-
     Raises ValueError for an odd dim.
     """
     if dim % 2:
@@ -50,7 +47,7 @@ def frequency_embedding(
     half = dim // 2
     indices = torch.arange(half, dtype=torch.float32, device=values.device)
     # Divided last, as in diffusers: at t = 999 the other order's rounding moves angles by 1e-4 where shift is 1.
-    angles = values[:, None].float() * torch.exp(-math.log(max_period) * indices / (half - shift))
+    angles = values[:, None].float() * torch.exp(-math.log(10000.0) * indices / (half - shift))
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(values.dtype)
 
 
@@ -65,6 +62,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Num[Tensor, " conditions"]) -> Float[Tensor, "conditions width"]:
+        # Angles in float32 whatever the weights' type: bfloat16 cannot tell timestep 998 from 999.
         angles = frequency_embedding(t.float(), self.frequencies, shift=self.frequency_shift)
         return self.mlp(angles.to(next(self.mlp.parameters()).dtype))
 
@@ -99,7 +97,8 @@ class PatchEmbedder(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-Tokens = Float[Tensor, "batch tokens width"]
+Embeddings = Float[Tensor, "conditions embeddings width"]  # of the timestep, and of the class where there is one
+Summed = Float[Tensor, "conditions width"]  # their sum
 ConditionOf = Int[Tensor, " batch"] | None  # the index of each sample's condition; None: sample i has condition i
 
 
@@ -120,9 +119,7 @@ class AdaLNBlock(Block):
         super().__init__(width, config.num_heads, config.mlp_ratio, mlp_norm_eps=config.mlp_norm_eps)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.modulations * width))
 
-    def forward(  # type: ignore[override]  # takes a condition, from which it computes the modulations
-        self, x: Tokens, c: Float[Tensor, "conditions width"], condition_of: ConditionOf = None
-    ) -> Tokens:
+    def forward(self, x: Tokens, c: Summed, condition_of: ConditionOf = None) -> Tokens:  # type: ignore[override]
         modulation = per_sample(self.adaLN_modulation(c), condition_of)[:, None]
         parts = modulation.chunk(self.modulations, dim=-1)  # each (batch, 1, width)
         half = self.modulations // 2
@@ -130,9 +127,7 @@ class AdaLNBlock(Block):
 
 
 class AdaLNZeroBlock(AdaLNBlock):
-    """adaLN with a gate on each branch. The gates start at zero, so an untrained block is the identity.
-    [thesis 2.3.2, adaLN-Zero]
-    """
+    """adaLN with a gate on each branch, which starts at zero.  [thesis 2.3.2, adaLN-Zero]"""
 
     modulations = 6
 
@@ -145,9 +140,7 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
-    def forward(
-        self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
-    ) -> Tokens:
+    def forward(self, x: Tokens, c: Embeddings, condition_of: ConditionOf = None) -> Tokens:
         def heads(z: Tensor) -> Tensor:  # (batch, heads, tokens, width / heads)
             return z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
@@ -157,9 +150,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionBlock(Block):
-    """Plain transformer block with cross-attention to the embeddings between its two branches.
-    [thesis 2.3.2, cross-attention]
-    """
+    """Plain block with cross-attention to the embeddings between its two branches.  [thesis 2.3.2, cross-attention]"""
 
     modulations = 0
 
@@ -169,29 +160,22 @@ class CrossAttentionBlock(Block):
         self.norm_cross = nn.LayerNorm(width, eps=1e-6)
         self.cross_attn = CrossAttention(width, heads)
 
-    def forward(  # type: ignore[override]
-        self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
-    ) -> Tokens:
+    def forward(self, x: Tokens, c: Embeddings, condition_of: ConditionOf = None) -> Tokens:  # type: ignore[override]
         x = x + self.attn(self.norm1(x))
         x = x + self.cross_attn(self.norm_cross(x), c, condition_of)
         return x + self.mlp(self.norm2(x))
 
 
 class InContextBlock(Block):
-    """Plain transformer block: `DiT.forward` appends the embeddings to the image's tokens.
-    [thesis 2.3.2, in-context conditioning]
-    """
+    """Plain block: `DiT.forward` appends the embeddings to the image's tokens.  [thesis 2.3.2, in-context conditioning]"""
 
     modulations = 0
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__(
-            config.hidden_size, config.num_heads, config.mlp_ratio, affine_norm=True, mlp_norm_eps=config.mlp_norm_eps
-        )
+        width, heads = config.hidden_size, config.num_heads
+        super().__init__(width, heads, config.mlp_ratio, affine_norm=True, mlp_norm_eps=config.mlp_norm_eps)
 
-    def forward(  # type: ignore[override]
-        self, x: Tokens, c: Float[Tensor, "conditions embeddings width"], condition_of: ConditionOf = None
-    ) -> Tokens:
+    def forward(self, x: Tokens, c: Embeddings, condition_of: ConditionOf = None) -> Tokens:  # type: ignore[override]
         return super().forward(x)
 
 
@@ -226,25 +210,19 @@ class DiT(nn.Module):
 
     Call it as `model(x, t, y)`; without classes (`num_classes=0`), as `model(x, t)`.
 
-    Args:
-        x: noisy images or latents (batch, in_channels, height, width).
-        t: timesteps (batch,), 0 (almost clean) to 999 (almost pure noise).
-        y: class labels (batch,), or mixtures of classes, float weights (batch, labels). The null label of
-            classifier-free guidance is `config.null_label`. A model without classes ignores them.
-        condition_of: with it, `t` and `y` hold the distinct conditions only, and `condition_of[i]` is the index of
-            sample i's. Each condition is then embedded once, however many samples share it.
+        model = DiT(PRESETS["digits"])
+        model(torch.randn(2, 1, 28, 28), torch.tensor([10, 999]), torch.tensor([3, 7]))  # (2, 2, 28, 28)
+
+    x: noisy images or latents (batch, in_channels, height, width).
+    t: timesteps (batch,), 0 (almost clean) to 999 (almost pure noise).
+    y: class labels (batch,), or mixtures of classes, float weights (batch, labels). The null label of classifier-free
+        guidance is `config.null_label`. A model without classes ignores them.
+    condition_of: with it, `t` and `y` hold the distinct conditions only, and `condition_of[i]` is the index of sample i's.
+        Each condition is then embedded once, however many samples share it.
 
     Returns (batch, out_channels, height, width): the predicted noise (or clean image), then, with `learn_sigma`, as many
-    channels again for the variance.
-
-    The model draws nothing at random: dropping labels in training is the caller's part (`drop_labels`).
-
+    channels again for the variance. Nothing is random: labels are dropped by the training loop (`drop_labels`).
     Raises ValueError if a model with classes gets no labels.
-
-    Example:
-        >>> model = DiT(PRESETS["digits"])
-        >>> model(torch.randn(2, 1, 28, 28), torch.tensor([10, 999]), torch.tensor([3, 7])).shape
-        torch.Size([2, 2, 28, 28])
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -263,28 +241,27 @@ class DiT(nn.Module):
     def initialize_weights(
         self, generator: torch.Generator | None = None, *, embeddings: Literal["released", "unit"] = "released"
     ) -> None:
-        """Draw fresh weights: Xavier-uniform for linear layers, zero for biases, for the output layer and, with adaLN-Zero,
-        for the modulations.
+        """Initialise the weights: Xavier-uniform for linear layers, zero for biases, for the output layer and, with
+        adaLN-Zero, for the modulations.
 
-        Args:
-            generator: source of the random draws; by default torch's global one.
-            embeddings: "released" draws the timestep MLP and the label table from N(0, 0.02), as the released model does.
-                "unit" scales them to give vectors of about unit variance. With "released", the modulations need about a
-                thousand optimiser steps before they can tell timesteps apart, which a short run does not have.
+        generator: source of the random numbers; by default torch's global one.
+        embeddings: "released" draws the timestep MLP and the label table from N(0, 0.02), as the released model does; "unit"
+            scales them to give vectors of about unit variance.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        embedders: list[nn.Linear | nn.Embedding] = [
-            layer for layer in self.t_embedder.mlp if isinstance(layer, nn.Linear)
-        ]
+        linear: list[Any] = [module for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        for layer in linear:
+            # As a matrix: the patch embedding is a linear map of patches, although stored as a convolution.
+            nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1), generator=generator)
+            nn.init.zeros_(layer.bias)
+        embedders: list[Any] = [*self.t_embedder.mlp[::2]]  # its two linear layers
         if self.y_embedder is not None:
             embedders.append(self.y_embedder.embedding_table)
         for layer in embedders:
+            # From embeddings as small as the released ones, the modulations need about a thousand optimiser steps before they
+            # can tell timesteps apart, which a short run does not have.
             unit = math.sqrt(2 / layer.in_features) if isinstance(layer, nn.Linear) else 1.0
             nn.init.normal_(layer.weight, std=unit if embeddings == "unit" else 0.02, generator=generator)
+        # The untrained model predicts zero. With adaLN-Zero its gates are zero too, so every block starts as the identity.
         zero = [self.final_layer.linear]
         if self.config.block_design == "adaln_zero":
             zero += [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
@@ -309,10 +286,8 @@ class DiT(nn.Module):
         return self.unpatchify(x)
 
     def embed_conditions(self, t: Num[Tensor, " conditions"], y: Num[Tensor, "conditions *labels"] | None) -> Tensor:
-        """Embed timesteps and classes.
-
-        Returns the sum of the two embeddings (conditions, width) for the adaLN designs; for the others, the embeddings
-        themselves, (conditions, 2, width), or (conditions, 1, width) without classes.
+        """Embeddings of timesteps and classes: for the adaLN designs their sum (conditions, width), for the others both,
+        (conditions, 2, width), or (conditions, 1, width) without classes.
         """
         embeddings = [self.t_embedder(t)]
         if self.y_embedder is not None:
@@ -326,14 +301,15 @@ class DiT(nn.Module):
     def unpatchify(self, x: Float[Tensor, "batch tokens patch"]) -> Float[Tensor, "batch channels height width"]:
         """Put the patches, one per token, back together as an image."""
         p, (rows, columns) = self.config.patch_size, self.config.grid
-        x = x.view(len(x), rows, columns, p, p, -1)  # the last axis: channels
+        x = x.view(
+            len(x), rows, columns, p, p, -1
+        )  # the channel is last here, but first in the patches embedded, as released
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, rows * p, columns * p)
 
-    def drop_labels(self, y: Int[Tensor, " batch"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """Replace labels by the null label where `uniform`, draws from [0, 1), is below `class_dropout_prob`.
 
-        A model without a null label returns them unchanged.  [thesis 2.3.1, classifier-free guidance]
-        """
-        if self.config.null_label is None:
-            return y
-        return torch.where(uniform.to(y.device) < self.config.class_dropout_prob, self.config.null_label, y)
+def drop_labels(config: DiTConfig, y: Int[Tensor, " batch"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Replace labels by the null label, if there is one, where `uniform`, in [0, 1), is below `class_dropout_prob`.
+    [thesis 2.3.1, classifier-free guidance]
+    """
+    null = config.null_label
+    return y if null is None else torch.where(uniform.to(y.device) < config.class_dropout_prob, null, y)

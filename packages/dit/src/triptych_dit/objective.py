@@ -1,6 +1,6 @@
-"""What a DiT is trained on and for: examples drawn for each sample counter, their loss, and the same loss on held-out data.
+"""The training objective: examples sampled for each counter, their loss, and the same loss on held-out data.
 
-Read `Objective` first. Behind it, `TrainingData` is images in memory or latents drawn from cached posteriors.
+Read `Objective` first. Behind it, `TrainingData` is images in memory or latents sampled from cached posteriors.
 """
 
 from collections import deque
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +20,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
 
 from triptych_dit.config import DiTConfig
-from triptych_dit.model import DiT
+from triptych_dit.model import DiT, drop_labels
 from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import make_diffusion
 
@@ -31,7 +31,7 @@ VALIDATION_SEED = 2_022  # the same for every run, so that runs can be compared
 
 
 class Examples(NamedTuple):
-    """What a loss needs besides the network, on the CPU."""
+    """The inputs of a loss besides the network, on the CPU."""
 
     x_0: Float[Tensor, "batch channels height width"]
     t: Int[Tensor, " batch"]
@@ -44,19 +44,15 @@ class Objective:
 
     Everything random about an example (its image, timestep, noise, whether its label is dropped) follows from the seed and
     its counter, so that a resumed run, or one on more ranks, sees the same examples.
-
-    Args:
-        config: seed, flips, distribution of timesteps, what is predicted.
-        model: the model to train; only its `drop_labels` is used.
-        training_data: numbered examples with labels.
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, training_data: "TrainingData") -> None:
-        self.config, self.training_data, self.drop_labels = config, training_data, cast(DiT, model).drop_labels
+    def __init__(self, config: TrainConfig, training_data: "TrainingData") -> None:
+        self.config, self.training_data = config, training_data
         self.diffusion: GaussianDiffusion = make_diffusion(config.model, config.predict)
 
     def draw(self, counters: Sequence[int]) -> Examples:
-        """Draw the examples with these counters. Counters run on without end; the data are reshuffled every epoch."""
+        """Sample the examples with these counters. Counters run on without end; the data are reshuffled every epoch."""
+        # A stream for each quantity: a run without flips, say, sees the same noise and timesteps as one with them.
         config, seed = self.config, self.config.seed
         items = randomness.shuffled(seed, "order", counters, len(self.training_data))
         flipped = torch.zeros(len(items), dtype=torch.bool)
@@ -64,7 +60,8 @@ class Objective:
             flipped = randomness.uniform(seed, "flip", counters) < 0.5
         x_0 = self.training_data.examples(items, flipped, seed, counters).to(config.dtype)
         noise = randomness.normal(seed, "noise", counters, x_0.shape[1:], dtype=config.dtype)
-        labels = self.drop_labels(self.training_data.labels[items], randomness.uniform(seed, "label-drop", counters))
+        drop = randomness.uniform(seed, "label-drop", counters)
+        labels = drop_labels(config.model, self.training_data.labels[items], drop)
         return Examples(x_0, draw_timesteps(config, counters, len(self.diffusion.schedule)), noise, labels)
 
     def loss(self, network: nn.Module, examples: Examples, device: torch.device) -> Loss:
@@ -77,8 +74,8 @@ class Objective:
 def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int) -> Int[Tensor, " batch"]:
     """Timestep, 0 to num_steps - 1, of each sample counter.
 
-    "uniform" draws each one independently. "uniform_spread" is uniform too, but spreads consecutive counters evenly over
-    the timesteps. "logit_normal" draws one in five uniformly and the others as num_steps * sigmoid(-0.6 + 0.8 z) with z
+    "uniform" samples each one independently. "uniform_spread" is uniform too, but spreads consecutive counters evenly over
+    the timesteps. "logit_normal" samples one in five uniformly and the others as num_steps * sigmoid(-0.6 + 0.8 z) with z
     normal, likewise spread evenly.  [Esser et al. 2024, "Scaling Rectified Flow Transformers"]
     """
     if config.timesteps == "uniform":
@@ -86,17 +83,17 @@ def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int)
     else:
         share = u = randomness.evenly_spread(config.seed, "timestep", counters)
         if config.timesteps == "logit_normal":
+            # One uniform number decides both: below 0.2 it is rescaled, the rest goes through the inverse normal CDF.
             peaked = torch.sigmoid(0.8 * torch.special.ndtri((u - 0.2) / 0.8) - 0.6)
             share = torch.where(u < 0.2, u / 0.2, peaked)
     return (share * num_steps).long().clamp(max=num_steps - 1)
 
 
 def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Callable[[TrainState], None]:
-    """Make the callback that logs "validation/mse" and "validation/vb" every `validation_every` steps and at the end.
+    """The callback that logs "validation/mse" and "validation/vb" every `validation_every` steps and at the end.
 
     These are losses of the averaged weights on held-out images, always with the same noise, labels and timesteps; the
     timesteps are spread evenly over the whole process, whatever training uses.
-
     Raises ValueError or FileNotFoundError if there is nothing to validate on.
     """
     if config.validation_every == 0:
@@ -105,20 +102,18 @@ def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Cal
         held_out = open_training_data(config.validation_data or config.data, config.model, "held_out")
     except (ValueError, OSError) as error:
         raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
-    check_fits(config.model, held_out)
     # The same number on every rank: under FSDP, all of them must make the same forward passes.
     n = min(config.validation_images, len(held_out)) // ranks.world_size
     mine = range(ranks.rank * n, (ranks.rank + 1) * n)
     part = config.micro_batch or config.batch_size // ranks.world_size
     fixed = replace(config, seed=VALIDATION_SEED, horizontal_flip=False, timesteps="uniform_spread", snapshots=())
+    objective = Objective(fixed, held_out)
 
     def validate(state: TrainState) -> None:
         if state.step % config.validation_every and state.samples_seen < config.total_images:
             return
-        objective = Objective(fixed, state.model, held_out)
-        mse, vb = (
-            ranks.sum(_loss_sums(state.ema, objective, mine, part, ranks.device)) / (n * ranks.world_size)
-        ).tolist()
+        sums = ranks.sum(_loss_sums(state.ema, objective, mine, part, ranks.device))
+        mse, vb = (sums / (n * ranks.world_size)).tolist()
         run.log({"step": state.step, "images": state.samples_seen, "validation/mse": mse, "validation/vb": vb})
 
     return validate
@@ -127,9 +122,8 @@ def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Cal
 def mean_mse(config: TrainConfig, model: DiT, training_data: "TrainingData", n: int) -> float:
     """Mean squared error of the prediction on the first n examples: timesteps as in training, noise that training never saw."""
     n = min(n, len(training_data))
-    objective = Objective(
-        replace(config, seed=VALIDATION_SEED, horizontal_flip=False, precision="float32"), model, training_data
-    )
+    fixed = replace(config, seed=VALIDATION_SEED, horizontal_flip=False, precision="float32")
+    objective = Objective(fixed, training_data)
     return float(_loss_sums(model, objective, range(n), 250, torch.device("cpu"))[0]) / n
 
 
@@ -146,16 +140,14 @@ def _loss_sums(network: nn.Module, objective: Objective, counters: range, part: 
 class TrainingData(Protocol):
     """Numbered examples with labels."""
 
-    name: str
-    """as messages call it"""
-    identity: str
-    """what the data are, wherever they lie: a resumed run must have the same"""
-    shape: tuple[int, int, int]
-    """channels, height and width of an example"""
+    name: str  # in messages
+    identity: str  # of the content, wherever it is stored: a resumed run must have the same
+    shape: tuple[int, int, int]  # channels, height and width of an example
     labels: Int[Tensor, " items"]
     num_classes: int
-    facts: dict[str, Any]
-    """what the file of a model trained on it must say: the autoencoder of its latents (or None), class names"""
+    facts: dict[
+        str, Any
+    ]  # for the file of a model trained on it: the autoencoder of its latents (or None), class names
 
     def __len__(self) -> int: ...
 
@@ -194,13 +186,7 @@ class PixelData:
 def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> TrainingData:
     """Open a latent cache, a named data set, a folder of images, or a data set of the hub ("hub:OWNER/NAME").
 
-    Images are cropped to the model's input size, except those of named data sets.
-
-    Args:
-        spec: name or path of the data.
-        model: the model that is to be trained: its input size, channels, and whether it has classes.
-        split: "train" or "held_out".
-
+    Images are cropped to the input size of `model`, except those of named data sets. split: "train" or "held_out".
     Raises ValueError or FileNotFoundError if there is no such data, or if it does not fit the model.
     """
     # Imported here: reading images takes Pillow, and training on latents reads none.
@@ -208,12 +194,16 @@ def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> Tra
 
     from triptych_dit.autoencoder.cache import LatentCache, LatentData, is_latent_cache
 
+    opened: TrainingData
     if is_latent_cache(Path(spec)):
-        return LatentData(LatentCache(Path(spec)))
-    if spec in data.DATASETS:
-        return PixelData(data.load(spec, split))
-    source = data.open_source(spec, split, unconditional=model.num_classes == 0)
-    return PixelData(data.in_memory(source, model.input_size, channels=model.in_channels, split=split))
+        opened = LatentData(LatentCache(Path(spec)))
+    elif spec in data.DATASETS:
+        opened = PixelData(data.load(spec, split))
+    else:
+        source = data.open_source(spec, split, unconditional=model.num_classes == 0)
+        opened = PixelData(data.in_memory(source, model.input_size, channels=model.in_channels, split=split))
+    _check_fits(model, opened)
+    return opened
 
 
 def shape_and_classes(spec: str, model: DiTConfig) -> tuple[tuple[int, int, int], int]:
@@ -232,7 +222,7 @@ def shape_and_classes(spec: str, model: DiTConfig) -> tuple[tuple[int, int, int]
     return (model.in_channels, *model.input_size), source.num_classes
 
 
-def check_fits(model: DiTConfig, training_data: "TrainingData") -> None:
+def _check_fits(model: DiTConfig, training_data: TrainingData) -> None:
     """Raise ValueError unless the model takes examples of this shape, and has all of their classes."""
     expected = (model.in_channels, *model.input_size)
     if training_data.shape != expected:
@@ -252,19 +242,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prefetch(
-    items: Iterable[Item], function: Callable[[Item], Result], *, depth: int = 2, threads: int = 1
-) -> Iterator[Result]:
-    """`map(function, items)` with up to `depth` results computed ahead by background threads, in order.
+def prefetch(items: Iterable[Item], function: Callable[[Item], Result], *, depth: int = 2) -> Iterator[Result]:
+    """`map(function, items)` with up to `depth` results computed ahead by a background thread; with depth 0, without one.
 
-    Items are taken in the caller's thread, as late as possible. An exception of `function` is raised when its result is
-    asked for. Close the iterator to end the threads early. With depth 0 there are no threads: if training itself runs on
-    the CPU, they would only compete with it.
+    Items are taken in the caller's thread, as late as possible. An exception of `function` is raised when its result is due.
+    Close the iterator to end the thread early.
     """
     if depth == 0:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     ahead: deque[Future[Result]] = deque()
     try:
         for item in items:

@@ -1,4 +1,4 @@
-"""Sample from a trained DiT: an npz file, a grid, and, if asked for, one PNG an image."""
+"""Sample from a trained DiT: an npz file, a grid and, with `images`, a PNG for each image."""
 
 import re
 import shutil
@@ -26,23 +26,19 @@ from triptych_common.storage.atomic import write_json, writing
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any
-from triptych_dit.sampling import (
-    autoencoder_of,
-    check_labels,
-    sample_images,
-    trajectory,
-)
+from triptych_dit.sampling import autoencoder_of, check_labels, sample_images, trajectory
 from triptych_dit.settings import SampleConfig, SamplerSettings
 from triptych_dit.weights import TrainedModel
 
 __all__ = ["SampleConfig", "SamplerSettings", "read_npz", "sample", "sample_images", "trajectory"]
 GRID = 100  # images in grid.png
+Images = UInt8[Tensor, "batch channels height width"]
 
 
 def sample(config: SampleConfig) -> dict[str, Any]:
     """Write samples.npz, grid.png and samples.json to `config.out`, in parts that any rank can resume.
 
-    Raises ValueError for a model or request that does not fit, or not what `out` already holds.
+    Raises ValueError for a request that does not fit the model, or what `out` already holds.
     """
     trained = load_any(config.checkpoint)
     labels = labels_of(config, trained)
@@ -54,13 +50,12 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     finished = (config.out / "samples.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
-            place(trained, ranks, config)
-            request |= other_decoder(trained, ranks, config)
+            request |= place(trained, ranks, config)
         with RunDirectory(config.out, request, is_main=ranks.is_main) as run:
             ranks.barrier()  # the main rank has checked the folder
             if not finished:
 
-                def draw(batch: range, step: Callable[[], None]) -> UInt8[Tensor, "batch channels height width"]:
+                def draw(batch: range, step: Callable[[], None]) -> Images:
                     some = None if labels is None else labels[batch.start : batch.stop]
                     images = sample_images(
                         trained, some, config, count=len(batch), seed=config.seed, first_index=batch.start,
@@ -103,7 +98,7 @@ def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] 
 
 
 def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
-    """What decides the images: sampler settings, seed and precision, with defaults resolved for this model."""
+    """The settings that decide the images: sampler, seed and precision, with defaults resolved for this model."""
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
     settings["sampler"] = config.sampler_name()
     if config.clip_x_0 is None:
@@ -111,35 +106,31 @@ def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
     return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})
 
 
-def place(trained: TrainedModel, ranks: Ranks, config: Any) -> None:
-    """Put the model on its device, in the requested precision.
+def place(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
+    """Put the model on its device, in the requested precision, and load the autoencoder of its latents.
 
-    Raises ValueError if the autoencoder of its latents cannot be had.
+    Returns what identifies the decoder, if it is another one than in training. Raises ValueError if it cannot be loaded.
     """
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
     prepare(trained.model, ranks, Execution(precision=config.precision or stored, compile=config.compile_blocks))
-    autoencoder_of(trained, ranks.device, config.vae)
-
-
-def other_decoder(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
-    """What a request says besides if another decoder is used than the one of training."""
     autoencoder = autoencoder_of(trained, ranks.device, config.vae)
     if autoencoder is None:
         return {}
     facts = trained.facts["autoencoder"]
-    released = facts["sha256"] is None  # which only has a name
-    same = autoencoder.spec == facts["spec"] if released else autoencoder.sha256 == facts["sha256"]
+    # Released models know only the name of their autoencoder.
+    same = autoencoder.sha256 == facts["sha256"] if facts["sha256"] else autoencoder.spec == facts["spec"]
     return {} if same else {"decoder": autoencoder.sha256}
 
 
 def draw_missing(
-    config: SampleConfig, draw: Callable[[range, Callable[[], None]], Tensor], steps: int, ranks: Ranks
+    config: SampleConfig, draw: Callable[[range, Callable[[], None]], Images], steps: int, ranks: Ranks
 ) -> None:
     """Make the samples that no part file holds yet; ranks take turns at batches of consecutive indices.
 
-    draw: called with indices and a progress callback; returns images (batch, channels, height, width), uint8, and calls the
-    callback after each of its `steps` steps.
+    draw: maps indices and a progress callback, to be called after each of `steps` steps, to uint8 images (batch, channels,
+        height, width).
     """
+    # A sample depends on its index alone, so an interrupted run may be resumed with other batches, on any number of ranks.
     done = {index for start, end, _ in _parts(config.out) for index in range(start, end)}
     missing = [index for index in range(config.num_samples) if index not in done]
     batches = list(_consecutive(missing, config.batch_size))
@@ -166,7 +157,7 @@ def _parts(out: Path) -> list[tuple[int, int, Path]]:
 
 
 def gather(config: SampleConfig, labels: Int[Tensor, " n"] | None) -> None:
-    """Join the part files into samples.npz, holding one at a time in memory, and remove them once it is written."""
+    """Join the part files into samples.npz, one at a time, and remove them once it is written."""
     path = config.out / "samples.npz"
     if not path.exists():
         batches = (read_npz(part)[0] for _, _, part in _parts(config.out))
@@ -200,23 +191,13 @@ def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
     return f"{index:06d}-{name or label}.png"
 
 
-def write_npz(
-    path: Path,
-    batches: Iterable[UInt8[Tensor, "batch channels height width"]],
-    count: int,
-    labels: Int[Tensor, " n"] | None = None,
-) -> None:
+def write_npz(path: Path, batches: Iterable[Images], count: int, labels: Int[Tensor, " n"] | None = None) -> None:
     """Write a samples file, atomically: an npz with images as `arr_0` (NHWC, uint8) and labels as `arr_1`, the format of the
-    ADM evaluation suite. One batch at a time is in memory.
-
-    Args:
-        path: the file.
-        batches: the images, in batches of any size.
-        count: number of images in all batches together.
-        labels: one for each image.
+    ADM evaluation suite.
 
     Raises ValueError unless the batches hold `count` images of one shape, OSError if the disk refuses.
     """
+    # Written as a stream, so that one batch at a time is in memory; numpy.savez would need all images.
     with writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             _write_pixels(member, batches, count, path)
@@ -234,34 +215,29 @@ def _write_pixels(file: Any, batches: Iterable[Tensor], count: int, path: Path) 
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
             np.lib.format.write_array_header_1_0(file, header)
         if pixels.shape[1:] != shape:
-            raise ValueError(f"{path}: images of {pixels.shape[1:]} among images of {shape}")
+            raise ValueError(f"{path}: images of both {shape} and {pixels.shape[1:]}")
         file.write(pixels.data)
         written += len(pixels)
     if written != count:
         raise ValueError(f"{path}: {written} images came for {count}")
 
 
-def read_npz(path: Path) -> tuple[UInt8[Tensor, "n channels height width"], Int[Tensor, " n"] | None]:
+def read_npz(path: Path) -> tuple[Images, Int[Tensor, " n"] | None]:
     """Read the images of a samples file and, if it has them, the labels.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not a samples file.
+    Raises FileNotFoundError for an absent file, ValueError for another or a damaged one.
     """
     path = Path(path)
     with _intact(path), np.load(path, allow_pickle=False) as arrays:
         images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, channels)")
-    return (
-        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-    )
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return pixels, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
-def read_batches(path: Path, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-    """The images of a file written by `write_npz`, in order, never more than `size` in memory.
-
-    Raises ValueError for a damaged file.
-    """
+def read_batches(path: Path, size: int) -> Iterator[Images]:
+    """The images of a file written by `write_npz`, in order, `size` at a time. Raises as `read_npz` does."""
     with _intact(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
         np.lib.format.read_magic(member)
         (count, *shape), _, _ = np.lib.format.read_array_header_1_0(member)

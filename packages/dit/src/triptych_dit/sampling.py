@@ -1,7 +1,6 @@
 """From noise to images by a trained DiT: every step of a batch, and images from latents."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -20,32 +19,22 @@ from triptych_dit.weights import TrainedModel
 if TYPE_CHECKING:
     from triptych_dit.autoencoder.model import Autoencoder
 
-Labels = Num[Tensor, "batch *classes"] | None  # a class each, or a mixture of classes each; None: unconditional
+# Classes (batch,), or mixtures of classes: float weights (batch, num_classes) of the label embeddings. None: unconditional.
+Labels = Num[Tensor, "batch *classes"] | None
+Images = Float[Tensor, "batch channels height width"]
 
 
 def trajectory(
-    trained: TrainedModel,
-    labels: Labels,
-    indices: Sequence[int],
-    settings: SamplerSettings,
-    *,
-    seed: int = 0,
+    trained: TrainedModel, labels: Labels, indices: Sequence[int], settings: SamplerSettings, *, seed: int = 0,
     noise: SampleNoise | None = None,
-) -> Iterator[Step]:
+) -> Iterator[Step]:  # fmt: skip
     """Sample a batch, step by step, in the model's space; `decoded` turns it into images.
 
-    Args:
-        trained: a loaded model.
-        labels: classes (batch,), or mixtures of classes: float weights (batch, num_classes) of the label embeddings. None for a
-            model without classes.
-        indices: number of each sample. Sample i's noise follows from (seed, i) alone, whatever the batch.
-        settings: sampler, number of steps, guidance.
-        seed: of the noise.
-        noise: used instead of the noise that follows from seed and indices.
+    indices: number of each sample. Sample i's noise follows from (seed, i) alone, whatever the batch.
+    noise: used instead of the noise that follows from seed and indices.
 
     Yields a `Step` with x and predicted x_0, each (batch, channels, height, width), for every step.
-
-    Raises ValueError for a label outside the model's classes, or guidance that the model cannot do.
+    Raises ValueError for a label outside the model's classes, or guidance that the model does not support.
     """
     config, weight = trained.model.config, trained.model.pos_embed
     settings.check(config)
@@ -54,45 +43,9 @@ def trajectory(
         shape = (config.in_channels, *config.input_size)
         noise = SampleNoise(seed, indices, shape, device=weight.device, dtype=weight.dtype)
     denoise = bind(trained.model, labels, len(indices), settings)
+    # Latents exceed [-1, 1], pixels do not.
     clip = settings.clip_x_0 if settings.clip_x_0 is not None else trained.facts.get("autoencoder") is None
-    return sampling(settings, denoise, trained.diffusion, noise, clip_x_0=clip, device=weight.device)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """The distinct classes of a batch, and which of them each sample has.
-
-    Sampling has one timestep for the whole batch, so whatever the network computes from timestep and class alone is the
-    same for all samples of a class: `DiT` computes it once for each of these classes rather than once for each sample.
-    """
-
-    classes: Num[Tensor, "conditions *labels"] | None
-    """labels, or mixtures of them; None: a model without classes, whose samples all have the same condition"""
-    condition_of: Int[Tensor, " batch"]
-    """for each sample, the index of its class in `classes`"""
-
-    @classmethod
-    def of(cls, model: DiT, labels: Labels, batch: int) -> "Conditions":
-        """The conditions of a batch with these labels."""
-        device = model.pos_embed.device
-        if labels is None:
-            return cls(None, torch.zeros(batch, dtype=torch.long, device=device))
-        classes, condition_of = torch.unique(labels.cpu(), dim=0, return_inverse=True)
-        if classes.is_floating_point() and model.config.null_label is not None:
-            classes = F.pad(classes, (0, 1))  # mixtures have no share of the null label
-        return cls(classes.to(device), condition_of.to(device))
-
-    def with_null(self, null_label: int) -> "Conditions":
-        """The same with the null label as a last condition, which no sample has yet."""
-        if self.classes is None:
-            raise ValueError("a model without classes has no null label")
-        null = torch.tensor([null_label], device=self.classes.device)
-        if self.classes.is_floating_point():
-            null = F.one_hot(null, null_label + 1).to(self.classes.dtype)
-        return replace(self, classes=torch.cat([self.classes, null]))
-
-    def __len__(self) -> int:
-        return 1 if self.classes is None else len(self.classes)
+    return sampling(settings, denoise, trained.diffusion, noise, clip_x_0=clip)
 
 
 def bind(model: DiT, labels: Labels, batch: int, settings: SamplerSettings) -> Denoise:
@@ -100,54 +53,47 @@ def bind(model: DiT, labels: Labels, batch: int, settings: SamplerSettings) -> D
 
     Raises ValueError for guidance by a model without a null label.
     """
-    conditions, null_label = Conditions.of(model, labels, batch), model.config.null_label
-    if settings.guidance_scale != 1 and null_label is not None:
-        conditions = conditions.with_null(null_label)
+    # Whatever the network computes from timestep and class alone is then the same for all samples of a class. So it gets
+    # each distinct class once, the null label last, and for each sample the index of its class.
+    device, null_label = model.pos_embed.device, model.config.null_label
+    classes, condition_of = None, torch.zeros(batch, dtype=torch.long)
+    if labels is not None:
+        classes, condition_of = torch.unique(labels.cpu(), dim=0, return_inverse=True)
+        if classes.is_floating_point() and null_label is not None:
+            classes = F.pad(classes, (0, 1))  # mixtures have no share of the null label
+        if settings.guidance_scale != 1 and null_label is not None:
+            null = torch.tensor([null_label])
+            null = F.one_hot(null, null_label + 1).to(classes.dtype) if classes.is_floating_point() else null
+            classes = torch.cat([classes, null])
+        classes = classes.to(device)
+    count = 1 if classes is None else len(classes)
 
     def network(x: Tensor, t: Tensor, condition_of: Int[Tensor, " batch"]) -> Tensor:
-        return model(x, t[:1].expand(len(conditions)), conditions.classes, condition_of)
+        return model(x, t[:1].expand(count), classes, condition_of)
 
     everywhere = settings.guidance_interval == (0, TIMESTEPS - 1)
     return guided(
-        network,
-        conditions.condition_of,
-        None if null_label is None else len(conditions) - 1,
-        settings.guidance_scale,
-        guidance_channels=settings.guidance_channels,
-        interval=None if everywhere else settings.guidance_interval,
-    )
+        network, condition_of.to(device), None if null_label is None else count - 1, settings.guidance_scale,
+        guidance_channels=settings.guidance_channels, interval=None if everywhere else settings.guidance_interval,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
 def sample_images(
-    trained: TrainedModel,
-    labels: Labels,
-    settings: SamplerSettings | None = None,
-    *,
-    count: int | None = None,
-    seed: int = 0,
-    first_index: int = 0,
-    noise: SampleNoise | None = None,
-    vae: str | None = None,
+    trained: TrainedModel, labels: Labels, settings: SamplerSettings | None = None, *, count: int | None = None,
+    seed: int = 0, first_index: int = 0, noise: SampleNoise | None = None, vae: str | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> Float[Tensor, "batch channels height width"]:
+) -> Images:  # fmt: skip
     """Sample a batch of images, in [-1, 1].
 
-    Args:
-        trained: a loaded model.
-        labels: as for `trajectory`: one class for each image.
-        settings: sampler, number of steps, guidance; by default 250 steps of DDPM without guidance.
-        count: number of images, for a model without classes.
-        seed, noise: as for `trajectory`.
-        first_index: number of the first image: image i is the same in every batch that holds it.
-        vae: autoencoder of a latent model, if it no longer lies where training had it.
-        progress: called after each step.
+        trained = load_model("runs/dit")
+        images = sample_images(trained, torch.tensor([3, 7]), SamplerSettings(sampler="ddim", num_inference_steps=50))
 
+    labels: one class for each image, or a mixture. count: number of images, for a model without classes.
+    settings: sampler, number of steps, guidance; by default 250 steps of DDPM without guidance.
+    first_index: number of the first image: image i is the same in every batch that holds it. seed, noise: as for `trajectory`.
+    vae: autoencoder of a latent model, if it has moved since training. progress: called after each step.
     Raises ValueError as `trajectory` and `decoded` do, and if the images come out as NaN.
-
-    Example:
-        >>> trained = load_model("runs/dit")
-        >>> images = sample_images(trained, torch.tensor([3, 7]), SamplerSettings(sampler="ddim", num_inference_steps=50))
     """
     count = len(labels) if labels is not None else count
     if count is None:
@@ -164,12 +110,9 @@ def sample_images(
 
 
 def decoded(
-    trained: TrainedModel, x: Float[Tensor, "batch channels height width"], *, vae: str | None = None
+    trained: TrainedModel, x: Images, *, vae: str | None = None
 ) -> Float[Tensor, "batch image_channels image_height image_width"]:
-    """Turn what a model draws into images: latents go through their autoencoder, pixels stay as they are.
-
-    vae: as for `autoencoder_of`, whose errors this raises too.
-    """
+    """Samples as images: latents are decoded, pixels stay as they are. vae, and errors: as for `autoencoder_of`."""
     autoencoder = autoencoder_of(trained, x.device, vae)
     return x if autoencoder is None else autoencoder.decode(x)
 
@@ -177,9 +120,7 @@ def decoded(
 def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None = None) -> "Autoencoder | None":
     """The autoencoder of a model's latents, loaded once; None for a model of pixels.
 
-    vae: a folder or a name on the hub; by default where the autoencoder lay in training. Another decoder is accepted if its
-    encoder is the same, as those of stabilityai's ft-MSE and ft-EMA are.
-
+    vae: a folder or a name on the hub; by default where training found the autoencoder.
     Raises ValueError for another autoencoder, or for one given to a model of pixels, and whatever `load_autoencoder` raises.
     """
     facts = trained.facts.get("autoencoder")
@@ -191,7 +132,7 @@ def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None 
                 raise ValueError(f"autoencoder {found.spec}: {name} is {theirs}, the model's is {ours}; {_REMEDY}")
         return found
     if vae is not None:
-        raise ValueError(f"vae {vae}: this model draws pixels and needs none; leave --vae out")
+        raise ValueError(f"vae {vae}: this model generates pixels and needs none; leave --vae out")
     return None
 
 
@@ -206,6 +147,7 @@ def _autoencoder(spec: str, sha256: str | None, encoder_sha256: str | None, devi
         found = load_autoencoder(spec, device=device)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; or {_REMEDY}") from error
+    # Latents depend on the encoder alone: stabilityai's ft-MSE and ft-EMA are decoders fine-tuned for the same one.
     same = found.sha256 == sha256 or found.encoder_sha256 == encoder_sha256
     if sha256 is not None and not same:  # released checkpoints name theirs without a hash
         raise ValueError(f"autoencoder {spec}: sha256 is {found.sha256[:12]}, the model's is {sha256[:12]}; {_REMEDY}")
@@ -213,9 +155,7 @@ def _autoencoder(spec: str, sha256: str | None, encoder_sha256: str | None, devi
 
 
 def check_labels(labels: Labels, num_classes: int) -> None:
-    """Raise ValueError for a label outside 0 .. num_classes-1, for labels given to a model without classes, and for a model
-    with classes that gets none.
-    """
+    """Raise ValueError for a label outside 0 .. num_classes-1, unneeded labels, and missing ones."""
     if (labels is None) == bool(num_classes):
         expected = "one a sample" if num_classes else "none, it is unconditional"
         raise ValueError(f"labels: the model has num_classes={num_classes} and takes {expected}")

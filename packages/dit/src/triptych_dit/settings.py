@@ -1,10 +1,10 @@
-"""The settings of sampling, walks, evaluation and export: what a person types, checked. Imports no torch, so --help is quick."""
+"""Settings of sampling, walks, evaluation and export. Imports no torch, so that --help is quick."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from triptych_common import sampler_settings
@@ -20,7 +20,7 @@ _SCALE = Interval(ge=0, lt=math.inf, wanted="a number of at least 0; 1 is no gui
 
 @dataclass(frozen=True)
 class SamplerSettings(sampler_settings.SamplerSettings):
-    """How to turn noise into images: a sampler, and guidance."""
+    """Sampler and guidance."""
 
     guidance_scale: Annotated[float, _SCALE] = 1.0
     """classifier-free guidance; 1: none"""
@@ -40,16 +40,11 @@ class SamplerSettings(sampler_settings.SamplerSettings):
             raise ValueError(f"guidance_interval {first} {last}: expected two timesteps, 0 <= first <= last <= 999")
 
     def check(self, model: DiTConfig) -> None:
-        """Raises ValueError for guidance that this model cannot do."""
-        if self.guidance_scale != 1 and not model.num_classes:
-            raise ValueError(
-                f"guidance_scale {self.guidance_scale}: this model is unconditional (num_classes=0); use 1.0"
-            )
+        """Raise ValueError for guidance that this model does not support."""
         if self.guidance_scale != 1 and model.null_label is None:
-            raise ValueError(
-                f"guidance_scale {self.guidance_scale}: this model was trained without label dropout and has no null "
-                "label; use 1.0"
-            )
+            untrained = "was trained without label dropout and has no null label"
+            reason = untrained if model.num_classes else "is unconditional (num_classes=0)"
+            raise ValueError(f"guidance_scale {self.guidance_scale}: this model {reason}; use 1.0")
         if self.guidance_channels != "all" and self.guidance_channels > model.in_channels:
             raise ValueError(
                 f"guidance_channels {self.guidance_channels}: expected 'all' or at most {model.in_channels}, the model's"
@@ -64,7 +59,7 @@ class ModelOptions:
     """a model file, the folder of a finished training run, a released checkpoint or its name (DiT-XL/2@256), or a folder of
     diffusers"""
     vae: str | None = None
-    """models of latents: where their autoencoder lies now, a folder or a hub name; by default where training had it"""
+    """models of latents: their autoencoder, a folder or a hub name, if it has moved since training"""
     precision: Literal["float32", "bf16", "float64"] | None = None
     """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
     compile_blocks: bool = False
@@ -85,9 +80,6 @@ class SampleConfig(CommonOptions, SamplerSettings, ModelOptions):
     """write each image to OUT/images too, as 000123-CLASS.png"""
     batch_size: Annotated[int, Ge(1)] = 100
     """images at once on each rank; changes speed, not results"""
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -127,9 +119,6 @@ class WalkConfig(CommonOptions, SamplerSettings, ModelOptions):
             raise ValueError("one label and one noise: nothing to walk between; pass more of one")
         blended(self.blend)
 
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
-
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommonOptions):
@@ -148,12 +137,13 @@ class EvaluateConfig(CommonOptions):
     """digits: data set the model was trained on; its held-out split is the reference"""
     inception: Path | None = None
     """two files: Inception weights of torch-fidelity; None: from the cache, or downloaded there"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """two files: images a forward pass of Inception"""
     repeats: int = 100
     """two files: bootstrap repeats of the 95% intervals, 0: no intervals"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.files) not in (0, 2):
             raise ValueError(
                 f"files given: {len(self.files)}, expected REFERENCE.npz SAMPLES.npz, or --samples for digits"
@@ -163,13 +153,8 @@ class EvaluateConfig(CommonOptions):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 case = "without REFERENCE.npz SAMPLES.npz" if self.files else "with REFERENCE.npz SAMPLES.npz"
                 raise ValueError(f"--{name.replace('_', '-')} has a meaning only {case}; see --help")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size}: expected at least 1")
         if self.repeats < 0 or self.repeats == 1:
             raise ValueError(f"repeats {self.repeats}: expected at least 2, or 0 for no intervals")
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -196,21 +181,15 @@ class ExportConfig(CommonOptions):
     """released files and diffusers: classes, where the label table leaves them open"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in ("vae", "scheduler", "labels_file") if getattr(self, name) is not None]
         if self.format != "diffusers" and given:
-            raise ValueError(
-                f"--{given[0].replace('_', '-')} is for --format diffusers, not {self.format}; leave it out"
-            )
-
-    def resolved(self) -> dict[str, Any]:
-        return {"config": asdict(self)}
+            option = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{option} is for --format diffusers, not {self.format}; leave it out")
 
 
 def blended(blend: Sequence[str]) -> dict[int, float]:
-    """LABEL:WEIGHT words as weights of labels, scaled to add up to 1.
-
-    Raises ValueError for anything else.
-    """
+    """LABEL:WEIGHT words as weights of labels, scaled to add up to 1. Raises ValueError for anything else."""
     weights: dict[int, float] = {}
     for word in blend:
         label, _, weight = word.partition(":")

@@ -16,33 +16,23 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
 from triptych_dit.model import DiT
-from triptych_dit.objective import (
-    Examples,
-    Objective,
-    TrainingData,
-    check_fits,
-    make_validation,
-    open_training_data,
-    prefetch,
-)
+from triptych_dit.objective import Examples, Objective, TrainingData, make_validation, open_training_data, prefetch
 from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import FILE_NAME, write_model
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train to the end, or resume a run that was stopped.
+    """Train to the end, or resume an interrupted run.
 
-    Returns where the model file and the metrics are, and the last row of the metrics.
-
+    Returns the paths of the model file and the metrics, and the last row of the metrics.
     Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
     training_data = open_training_data(config.data, config.model)
-    check_fits(config.model, training_data)
     if config.horizontal_flip:
         training_data.check_flips()
     with process_group(config.device) as ranks, open_run(config, ranks, {"data": training_data.identity}) as run:
         state = make_state(config, ranks, run)
-        objective = Objective(config, state.model, training_data)
+        objective = Objective(config, training_data)
         validate, keep_snapshot = make_validation(config, run, ranks), make_snapshots(config, run, training_data)
 
         def on_step(state: TrainState) -> None:
@@ -50,7 +40,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             keep_snapshot(state)
 
         drawn: Iterator[Examples] | None = None
-        ahead = 0 if ranks.device.type == "cpu" else 2
+        ahead = 0 if ranks.device.type == "cpu" else 2  # on a CPU the thread would only compete with training
 
         def losses(counters: range) -> dict[str, Tensor]:
             assert drawn is not None
@@ -58,6 +48,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return {"loss": total.mean(), "mse": mse.mean(), "vb": vb.mean()}
 
         for batch in training_steps(config, state, run, on_step=on_step, flops_per_sample=config.flops_per_image):
+            # Begun here rather than before the loop, which first restores the checkpoint and so knows where it stands.
             drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / FILE_NAME, config, state, training_data)
@@ -76,36 +67,29 @@ def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
 def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = None) -> TrainState:
     """The model, freshly initialised or started from another one, with its moving average and AdamW.
 
-    Fine-tuning prints what became of each layer of the other model, and writes it to the run directory as init.json.
+    Fine-tuning reports what happened to each layer of the other model, and writes it to the run directory as init.json.
     """
     model = DiT(config.model)
     model.initialize_weights(randomness.generator(config.seed, "init"), embeddings=config.embedding_init)
     if config.init_from is not None:
-        from triptych_dit.fine_tune import report_lines, start_from
+        from triptych_dit.fine_tune import by_layer, start_from
         from triptych_dit.interop import load_any
 
         source = load_any(config.init_from)
         became = start_from(model, source.model, new_class_table=config.new_class_table)
         if run is not None and ranks.is_main and not run.metrics_path.exists():
-            for line in report_lines(config.init_from, became):
-                echo(line)
+            echo(f"start from {Path(config.init_from).name}:")
+            for layer, fate in by_layer(became).items():
+                echo(f"  {layer}: {fate}")
             write_json(run.path / "init.json", {"init_from": config.init_from, "tensors": became})
-    return TrainState(
-        model.to(config.dtype),
-        partial(
-            torch.optim.AdamW,
-            lr=config.lr,
-            betas=(0.9, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        ),
-        ranks,
-        **config.state_options(),
+    adamw = partial(
+        torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
     )
+    return TrainState(model.to(config.dtype), adamw, ranks, **config.state_options())
 
 
 def make_snapshots(config: TrainConfig, run: RunDirectory, training_data: TrainingData) -> Callable[[TrainState], None]:
-    """Make the callback that keeps the averaged model whenever one of the counts in `snapshots` is passed."""
+    """The callback that saves the averaged model whenever one of the counts in `snapshots` is passed."""
 
     def keep(state: TrainState) -> None:
         before = state.samples_seen - config.batch_size
@@ -120,13 +104,9 @@ def save_average(path: Path, config: TrainConfig, state: TrainState, training_da
     """Write the model file of the averaged weights; every rank must call it."""
     tensors = state.averaged()
     if state.ranks.is_main:
-        facts = {
-            "predict": config.predict,
-            "data": training_data.identity,
-            "seed": config.seed,
-            "images_seen": state.samples_seen,
-        }
-        write_model(path, config.model, tensors, {**facts, **training_data.facts})
+        facts = {"predict": config.predict, "data": training_data.identity, "seed": config.seed}
+        facts |= {"images_seen": state.samples_seen, **training_data.facts}
+        write_model(path, config.model, tensors, facts)
 
 
 def snapshot_path(run: Path, images: int) -> Path:

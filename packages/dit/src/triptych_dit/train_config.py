@@ -40,21 +40,21 @@ class TrainConfig(TransformerSettings):
     """how often each timestep is trained: equally, as in the thesis; equally, consecutive samples spread evenly over all; or
     most around a third of the way to noise"""
     embedding_init: Literal["released", "unit"] = "released"
-    """initial timestep and label embeddings: N(0, 0.02), or of unit variance, so that a short run feels them at once"""
+    """initial timestep and label embeddings: N(0, 0.02), or of unit variance, so that a short run uses them at once"""
     horizontal_flip: bool = False
     """mirror half of the images; never for digits"""
     init_from: str | None = None
     """fine-tune: a model file, run folder, released checkpoint or diffusers folder to start from"""
     new_class_table: bool = False
-    """with init_from: draw all class embeddings afresh, also where the number of classes is the same"""
+    """with init_from: initialise all class embeddings, even if the number of classes is the same"""
     validation_data: str | None = None
-    """what the averaged weights are validated on, as `data`; by default the held-out part of a named data set"""
+    """data to validate the averaged weights on, as `data`; by default the held-out part of a named data set"""
     validation_every: Annotated[int, Ge(0, "a number of steps, or 0 for none")] = 0
     """steps between validations, always on the same images, noise and timesteps; 0: none"""
     validation_images: Annotated[int, Gt(0)] = 1_000
     """images to validate on"""
     snapshots: tuple[int, ...] = ()
-    """image counts at which the averaged model is kept, for looking at training afterwards"""
+    """image counts at which the averaged model is saved, to study training afterwards"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,21 +83,19 @@ class TrainConfig(TransformerSettings):
 
         cost = gflops(self.model)
         return super().resolved() | {
-            "parameters": parameter_count(self.model),
-            "gflops_per_forward": round(cost, 6),
+            "parameters": parameter_count(self.model), "gflops_per_forward": round(cost, 6),
             "training_gflops": round(cost * FORWARDS_PER_STEP * self.total_images, 1),
-        }
+        }  # fmt: skip
 
 
-_IMAGENET = TrainConfig(  # thesis 2.4: AdamW, constant rate, no decay, no warmup, no clipping, flips, EMA 0.9999
-    data="latents/imagenet-256",
-    total_images=400_000 * 256,
-    batch_size=256,
-    lr=1e-4,
-    ema_half_life_images=1_774_000,
-    horizontal_flip=True,
-    log_every=100,
-    checkpoint_every=5_000,
+_IMAGENET = (
+    TrainConfig(  # thesis 2.4: flips, and the defaults: AdamW, constant rate, no decay, warmup or clipping, EMA 0.9999
+        data="latents/imagenet-256",
+        total_images=400_000 * 256,
+        horizontal_flip=True,
+        log_every=100,
+        checkpoint_every=5_000,
+    )
 )
 _IMAGENET_STEPS = {  # thesis 2.5: twelve models and three more designs for 400,000 steps; 2.5.1: the best go on
     **{f"DiT-{size}/{patch}": 400_000 for size in ("S", "B", "L", "XL") for patch in (8, 4, 2)},
@@ -107,50 +105,22 @@ _IMAGENET_STEPS = {  # thesis 2.5: twelve models and three more designs for 400,
 }
 
 _DIGITS = TrainConfig(  # a short run: what is constant in the thesis warms up, decays and is scaled to its length here
-    model=PRESETS["digits"],
-    total_images=288_000,
-    batch_size=64,
-    lr=5e-3,
-    lr_schedule="cosine",
-    warmup_images=3_200,
-    adam_beta2=0.99,
-    grad_clip=1.0,
-    ema_half_life_images=15_000,
-    ema_rampup=0.1,
-    timesteps="logit_normal",
-    embedding_init="unit",
+    total_images=288_000, batch_size=64, lr=5e-3, lr_schedule="cosine", warmup_images=3_200, adam_beta2=0.99, grad_clip=1.0,
+    ema_half_life_images=15_000, ema_rampup=0.1, timesteps="logit_normal", embedding_init="unit",
     snapshots=(6_400, 25_600, 76_800, 160_000),
-)
-
+)  # fmt: skip
 _SMOKE = replace(
-    _DIGITS,
-    model=PRESETS["digits-tiny"],
-    total_images=16_000,
-    warmup_images=1_280,
-    ema_half_life_images=1_000,
-    log_every=10,
-    checkpoint_every=100,
-    snapshots=(1_280, 6_400),
-)
+    _DIGITS, model=PRESETS["digits-tiny"], total_images=16_000, warmup_images=1_280, ema_half_life_images=1_000,
+    log_every=10, checkpoint_every=100, snapshots=(1_280, 6_400),
+)  # fmt: skip
 
-TRAIN_PRESETS: dict[str, TrainConfig] = (
-    {
-        "digits": _DIGITS,
-        "digits-smoke": _SMOKE,
-    }
-    | {  # latents of an autoencoder trained on the digits
-        "digits-latent": replace(
-            _DIGITS, model=PRESETS["digits-latent"], total_images=240_000
-        ),  # less the autoencoder's time
-        "digits-latent-smoke": replace(_SMOKE, model=PRESETS["digits-latent-tiny"]),
-    }
-    | {
-        name: replace(
-            _IMAGENET,
-            model=PRESETS[name],
-            total_images=256 * num_steps,
-            data="latents/imagenet-512" if name.endswith("@512") else _IMAGENET.data,
-        )
-        for name, num_steps in _IMAGENET_STEPS.items()
-    }
-)
+TRAIN_PRESETS: dict[str, TrainConfig] = {
+    "digits": _DIGITS,
+    "digits-smoke": _SMOKE,
+    # On latents of an autoencoder trained on the digits, shorter by the time that its training takes.
+    "digits-latent": replace(_DIGITS, model=PRESETS["digits-latent"], total_images=240_000),
+    "digits-latent-smoke": replace(_SMOKE, model=PRESETS["digits-latent-tiny"]),
+}
+for _name, _steps in _IMAGENET_STEPS.items():
+    _data = "latents/imagenet-512" if _name.endswith("@512") else _IMAGENET.data
+    TRAIN_PRESETS[_name] = replace(_IMAGENET, model=PRESETS[_name], total_images=256 * _steps, data=_data)

@@ -1,4 +1,4 @@
-"""Films through what a model can draw: from noise to noise at a fixed class, or from class to class with the noise fixed."""
+"""Films of a walk through a model's samples: between noises at a fixed class, or between classes with the noise fixed."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from triptych_common.video import course, ends, import_av, write_video
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
-from triptych_dit.sample import identity, other_decoder, place, read_npz, write_npz
+from triptych_dit.sample import identity, place, read_npz, write_npz
 from triptych_dit.sampling import check_labels, sample_images
 from triptych_dit.settings import WalkConfig, blended
 from triptych_dit.weights import TrainedModel
@@ -31,7 +31,7 @@ STRIP_LENGTH = 10
 
 
 def walk(config: WalkConfig) -> dict[str, Any]:
-    """Write walk.mp4 (or walk.gif), walk.png and walk.npz to `config.out`. Frames that are already there are only filmed again.
+    """Write walk.mp4 (or walk.gif), walk.png and walk.npz to `config.out`, from the frames of walk.npz if it exists.
 
     Raises ValueError for a request that does not fit the model, or what `out` already holds, and under torchrun.
     """
@@ -51,8 +51,7 @@ def walk(config: WalkConfig) -> dict[str, Any]:
     finished = (config.out / "walk.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
-            place(trained, ranks, config)
-            request |= other_decoder(trained, ranks, config)
+            request |= place(trained, ranks, config)
         with RunDirectory(config.out, request) as run:
             if not finished:
                 images = film(trained, config, noises, mixtures, steps)
@@ -64,7 +63,7 @@ def walk(config: WalkConfig) -> dict[str, Any]:
 
 
 def show(out: Path, config: WalkConfig) -> dict[str, Any]:
-    """Write film and strip of the frames in OUT/walk.npz; returns where all three are."""
+    """Write film and strip of the frames in OUT/walk.npz; returns the paths of all three."""
     images, _ = read_npz(out / "walk.npz")
     video, strip = out / f"walk.{config.format}", out / "walk.png"
     write_video(video, images, fps=config.fps, loop=config.loop)
@@ -90,13 +89,10 @@ def stops_between_classes(config: WalkConfig, model: DiTConfig) -> Float[Tensor,
 
 
 def film(
-    trained: TrainedModel,
-    config: WalkConfig,
-    noises: Sequence[int],
-    mixtures: Float[Tensor, "stops classes"] | None,
+    trained: TrainedModel, config: WalkConfig, noises: Sequence[int], mixtures: Float[Tensor, "stops classes"] | None,
     steps: int,
-) -> UInt8[Tensor, "frames channels height width"]:
-    """Sample the frames of the walk. Noise that a sampler draws after x_T is the same for all frames.
+) -> UInt8[Tensor, "frames channels height width"]:  # fmt: skip
+    """Sample the frames of the walk.
 
     noises: numbers of the samples whose x_T the walk passes through. mixtures: the classes it passes through, as weights of all
     classes. steps: evaluations of the model for one frame.
@@ -127,7 +123,7 @@ def film(
 
 
 class FrameNoise(SampleNoise):
-    """Noise of frames: x_T is given, one for each frame; later draws are those of one sample, the same for every frame."""
+    """Noise of frames: a given x_T for each; what a sampler adds later is that of one sample, the same for every frame."""
 
     def __init__(self, x_T: Float[Tensor, "frames *shape"], seed: int, index: int, **kwargs: Any) -> None:
         super().__init__(seed, [index] * len(x_T), x_T.shape[1:], **kwargs)
@@ -142,9 +138,8 @@ class FrameNoise(SampleNoise):
 def slerp(
     a: Float[Tensor, "n *shape"], b: Float[Tensor, "n *shape"], share: Float[Tensor, " n"]
 ) -> Float[Tensor, "n *shape"]:
-    """Interpolate along the arc from each a to its b. A straight line would leave the shell on which Gaussian noise lies.
-    [Shoemake 1985]
-    """
+    """Interpolate along the arc from each a to its b.  [Shoemake 1985]"""
+    # A straight line would leave the shell on which Gaussian noise lies: its midpoint is too short by a factor of sqrt(2).
     x, y = a.double().flatten(1), b.double().flatten(1)
     angle = torch.acos(F.cosine_similarity(x, y).clamp(-1, 1))[:, None]
     share = share.double()[:, None]

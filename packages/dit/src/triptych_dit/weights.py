@@ -14,13 +14,10 @@ from triptych_dit.model import DiT
 
 FILE_NAME = "model.safetensors"
 _FORMAT = ModelFormat(
-    kinds=("DiT",),
-    file_name=FILE_NAME,
-    expected="a trained DiT",
-    mismatch="not a DiT's model file",
+    kinds=("DiT",), file_name=FILE_NAME, expected="a trained DiT", mismatch="not a DiT's model file",
     made=f"triptych-dit train --out FOLDER makes {FILE_NAME}",
     absent="no finished model; train one with triptych-dit train --out {folder}",
-)
+)  # fmt: skip
 
 
 class TrainedModel(NamedTuple):
@@ -32,15 +29,13 @@ class TrainedModel(NamedTuple):
 
 
 def make_diffusion(config: DiTConfig, predict: Literal["noise", "sample"]) -> GaussianDiffusion:
-    """The diffusion process of the thesis: 1000 steps, linear noise schedule; the variance is learned if the model has
-    channels for it.  [thesis 2.3.1, 2.4]
-    """
+    """The thesis's process: 1000 steps, linear schedule, learned variance with `learn_sigma`.  [thesis 2.3.1, 2.4]"""
     variance: Literal["learned_range", "fixed_large"] = "learned_range" if config.learn_sigma else "fixed_large"
     return GaussianDiffusion(NoiseSchedule.linear(), predict=predict, variance=variance)
 
 
 def save_model(path: Path, model: DiT, facts: dict[str, Any]) -> None:
-    """Write a model file. `facts` must be JSON-able and say what the model predicts: {"predict": "noise"}."""
+    """Write a model file; facts, as JSON can hold them, must include the prediction: {"predict": "noise"}."""
     write_model(path, model.config, model.state_dict(), facts)
 
 
@@ -50,18 +45,12 @@ def write_model(path: Path, config: DiTConfig, tensors: Mapping[str, Tensor], fa
 
 
 def load_model(path: str | Path) -> TrainedModel:
-    """Read a model file, onto the CPU and in evaluation mode.
+    """Read a model file, or that in a run's folder, onto the CPU and in evaluation mode.
 
-    Args:
-        path: the file, or the folder of the run that wrote it.
+        model, diffusion, facts = load_model("runs/dit")
 
     Returns the model, its diffusion process, and the facts of its training (what it predicts, the autoencoder of its latents,
-    names of its classes).
-
-    Raises FileNotFoundError if there is none, ValueError for a file of another kind.
-
-    Example:
-        >>> model, diffusion, facts = load_model("runs/dit")
+    names of its classes). Raises FileNotFoundError if there is none, ValueError for a file of another kind.
     """
     return _FORMAT.read(Path(path), _build)
 

@@ -94,7 +94,7 @@ class TrainedGpt:
             # Sharded weights are gathered as needed, which inference mode forbids. A DTensor is recognised by its attribute, since
             # its class takes a second to import.
             with torch.no_grad() if hasattr(weight, "full_tensor") else torch.inference_mode():
-                theta_star = final(sampling(settings, denoise, self.diffusion, noise, device=weight.device), progress)
+                theta_star = final(sampling(settings, denoise, self.diffusion, noise), progress)
             parts.append(theta_star.to(theta.device, theta.dtype))
         return torch.cat(parts) / self.scale if parts else theta.clone()
 

@@ -3,7 +3,6 @@ from .datasets import (
     ImageDataset as ImageDataset,
     in_memory as in_memory,
     load as load,
-    load_folder as load_folder,
     open_source as open_source,
 )
 from .decoding import (

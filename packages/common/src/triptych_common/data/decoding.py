@@ -55,6 +55,7 @@ def decode(content: bytes, path: str) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white; save it with 8 or 16 bits")
+    # Pillow's own conversion of integer pixels clips them at 255, which makes nearly everything white.
     if image.mode.startswith("I"):
         values = np.array(image)
         if values.min() < 0 or values.max() > 65535:
@@ -73,18 +74,15 @@ def center_crop(
 ) -> Image.Image:
     """Resize an image until it just covers `size`, and crop its centre, as ADM and DiT prepare ImageNet.
 
-    A box filter halves it while it is at least twice too large, then a bicubic one resizes it.
     Raises ImageTooSmall, naming `path`, for an image smaller than `size`, unless `allow_upscale`.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"crop {size}: expected a height and width of at least 1")
     if (image.height < height or image.width < width) and not allow_upscale:
-        raise ImageTooSmall(
-            path,
-            f"{image.width}x{image.height} pixels are fewer than the crop's {width}x{height} (width x height); "
-            "choose a smaller size or allow upscaling",
-        )
+        sizes = f"{image.width}x{image.height} pixels are fewer than the crop's {width}x{height} (width x height)"
+        raise ImageTooSmall(path, f"{sizes}; choose a smaller size or allow upscaling")
+    # A box filter halves it while it is at least twice too large; bicubic interpolation alone would alias.
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)

@@ -33,23 +33,17 @@ def read_mnist(
 
     Raises FileNotFoundError if a download fails, ValueError if a checksum differs.
     """
-    images = _mnist_file(folder, f"{part}-images-idx3-ubyte", url)
-    labels = _mnist_file(folder, f"{part}-labels-idx1-ubyte", url)
-    return (
-        np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28).copy(),
-        np.frombuffer(labels, np.uint8, offset=8).copy(),
-    )
+    # IDX files: a magic number and the size of each axis, 4 bytes each, then the values.
+    images = np.frombuffer(_mnist_file(folder, f"{part}-images-idx3-ubyte", url), np.uint8, offset=16)
+    labels = np.frombuffer(_mnist_file(folder, f"{part}-labels-idx1-ubyte", url), np.uint8, offset=8)
+    return images.reshape(-1, 28, 28).copy(), labels.copy()
 
 
 def _mnist_file(folder: Path, name: str, url: str) -> bytes:
     plain, packed = folder / name, folder / f"{name}.gz"
     if not plain.exists():
-        fetch(
-            "data set mnist",
-            f"{url}{name}.gz",
-            packed,
-            f"point TRIPTYCH_DATA at a folder that has mnist/{name}.gz, or use mnist5k, which needs no download",
-        )
+        remedy = f"point TRIPTYCH_DATA at a folder that has mnist/{name}.gz, or use mnist5k, which needs no download"
+        fetch("data set mnist", f"{url}{name}.gz", packed, remedy)
     path = plain if plain.exists() else packed
     try:
         content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
@@ -89,6 +83,7 @@ def download(url: str, path: Path) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
+            # A server may ignore the range and send everything again.
             resumed = response.status == 206
             expected = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
             with (

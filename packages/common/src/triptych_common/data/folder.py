@@ -90,13 +90,14 @@ def _list_images(root: Path) -> tuple[list[str], list[str]]:
     if others:
         kinds = ", ".join(f"{suffix}: {n:,}" for suffix, n in sorted(others.items()))
         echo(f"{root}: {others.total():,} files are not images by their names and are left out ({kinds})")
+    # By folder, then by name: as strings, a-b/ would come before a/, since "-" comes before "/".
     return sorted(files, key=lambda file: file.split("/")), classes
 
 
 def _labels(root: Path, files: list[str], classes: list[str]) -> list[int]:
     if loose := [file for file in files if "/" not in file]:
         raise ValueError(
-            f"{root}: {len(loose):,} images, such as {loose[0]}, lie beside the class folders; "
+            f"{root}: {len(loose):,} images, such as {loose[0]}, are beside the class folders; "
             "move them into one, or read the folder as unconditional"
         )
     label_of = {name: label for label, name in enumerate(classes)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from triptych_common.cli import echo
 from triptych_common.data.decoding import UnreadableImage, decode
 from triptych_common.data.source import ImageSource, choose_split
+from triptych_common.extras import import_extra
 
 Dataset = Any  # datasets.Dataset: the library takes seconds to import, so that happens where it is used
 
@@ -27,15 +28,9 @@ class HubImages(ImageSource):
     lossy = False
 
     def __init__(
-        self,
-        name: str | Path,
-        split: str = "train",
-        image_column: str = "auto",
-        label_column: str = "auto",
-        *,
-        config: str | None = None,
-        unconditional: bool = False,
-    ) -> None:
+        self, name: str | Path, split: str = "train", image_column: str = "auto", label_column: str = "auto", *,
+        config: str | None = None, unconditional: bool = False,
+    ) -> None:  # fmt: skip
         self.name = str(name)
         table = _load(self.name, config, split)
         from datasets import features
@@ -56,8 +51,8 @@ class HubImages(ImageSource):
         content, path = row.get("bytes"), row.get("path")
         if content is None and path is None:
             raise UnreadableImage(where, "the row has no image")
-        if content is None:
-            content = Path(str(path)).read_bytes()
+        # A data set that was never saved may refer to files on this machine instead of holding their content.
+        content = Path(str(path)).read_bytes() if content is None else content
         return decode(content, f"{where} ({path})" if path else where)
 
     def locate(self, index: int) -> str:
@@ -84,10 +79,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def _load(name: str, config: str | None, split: str) -> Dataset:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Hugging Face data sets need a package: pip install 'triptych-common[hub]'") from error
+    datasets = import_extra("datasets", "Hugging Face data sets need a package: pip install 'triptych-common[hub]'")
     try:
         loaded = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name, config)
     except ValueError as error:  # for instance for a missing config

@@ -37,7 +37,7 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash that identifies the data, for provenance; its prefix says what was hashed."""
+        """A hash that identifies the data, for provenance; its prefix names what was hashed."""
         ...
 
     def read(

@@ -14,7 +14,6 @@ from .bootstrap import (
 )
 from .distances import (
     Gaussian as Gaussian,
-    Moments as Moments,
     fit_gaussian as fit_gaussian,
     frechet_distance as frechet_distance,
     frechet_influence as frechet_influence,

@@ -6,9 +6,9 @@ Samples are scored against a reference, as the suite's `evaluator.py REFERENCE S
   (mu, sigma, mu_s, sigma_s) take precedence over those of its images.
 - Inception score: the mean of exp(mean KL(p(y|x) | p(y))) over consecutive splits of 5,000 samples.
 - Precision and recall: pool_3 of the files' images, with k = 3. The suite rounds distances to half precision, whose ties
-  widen the balls a little: its figures exceed the exact ones computed here by about 0.001 and 0.003.
+  widen the balls a little: its scores exceed the exact ones computed here by about 0.001 and 0.003.
 
-Published figures use 50,000 samples and a reference with 10,000 images and the statistics of the whole training set.
+Published scores use 50,000 samples and a reference with 10,000 images and the statistics of the whole training set.
 Check value: admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz gives
 IS 215.84, FID 3.943, sFID 6.140, precision 0.8265, recall 0.5309. No test runs it, as both files need downloading.
 """
@@ -60,7 +60,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class AdmScores:
-    """The suite's scores; `unavailable` says why one is None, `notes` says how to read them."""
+    """The suite's scores, the reason why each that is None is `unavailable`, and `notes` for interpreting them."""
 
     fid: Estimate | None
     sfid: Estimate | None
@@ -72,7 +72,7 @@ class AdmScores:
 
     def estimates(self) -> dict[str, Estimate | None]:
         """The scores by name."""
-        return {name: getattr(self, name) for name in ("fid", "sfid", "inception_score", "precision", "recall")}
+        return {name: value for name, value in vars(self).items() if name not in ("unavailable", "notes")}
 
 
 def image_features(
@@ -100,14 +100,9 @@ def image_features(
 
 
 def adm_scores(
-    reference: ImageFeatures,
-    samples: ImageFeatures,
-    probabilities: Float[Tensor, "n classes"] | None,
-    *,
-    device: torch.device | str = "cpu",
-    repeats: int = 100,
-    seed: int = 0,
-) -> AdmScores:
+    reference: ImageFeatures, samples: ImageFeatures, probabilities: Float[Tensor, "n classes"] | None, *,
+    device: torch.device | str = "cpu", repeats: int = 100, seed: int = 0,
+) -> AdmScores:  # fmt: skip
     """Every score that the two sets permit.
 
     probabilities: of the samples' classes, for the Inception score. device: on which distances and covariances are computed.
@@ -118,13 +113,14 @@ def adm_scores(
     Raises ValueError for too few images, or features that are not finite.
     """
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # MPS has no float64
+    scores: dict[str, Estimate | None] = {}
     unavailable: dict[str, str] = {}
-    fid = _frechet(reference.pool, samples.pool, device, repeats, seed)
-    sfid = _frechet(reference.spatial, samples.spatial, device, repeats, seed)
-    if fid is None:
-        unavailable["fid"] = f"{_lacking(reference.pool, samples.pool)} neither images nor mu and sigma"
-    if sfid is None:
-        unavailable["sfid"] = f"{_lacking(reference.spatial, samples.spatial)} neither images nor mu_s and sigma_s"
+    for name, kind, names in (("fid", "pool", "mu and sigma"), ("sfid", "spatial", "mu_s and sigma_s")):
+        real, fake = getattr(reference, kind), getattr(samples, kind)
+        scores[name] = _frechet(real, fake, device, repeats, seed)
+        if scores[name] is None:
+            whose = "the reference holds" if real.vectors is None and real.statistics is None else "the samples hold"
+            unavailable[name] = f"{whose} neither images nor {names}"
 
     inception = precision = recall = None
     if probabilities is None:
@@ -139,7 +135,9 @@ def adm_scores(
     else:
         hits = precision_recall(real.to(device), fake.to(device), k=NEIGHBOURS)
         precision, recall = (bootstrap_rate(x.cpu(), repeats=repeats, seed=seed) for x in hits)
-    return AdmScores(fid, sfid, inception, precision, recall, unavailable, tuple(_notes(reference, samples)))
+    return AdmScores(
+        scores["fid"], scores["sfid"], inception, precision, recall, unavailable, _notes(reference, samples)
+    )
 
 
 def inception_score(
@@ -171,18 +169,14 @@ def _frechet(
         return None
     if repeats == 0 or samples.vectors is None or samples.statistics is not None:
         return Estimate(gaussian_frechet(target, fitted))
-    value, sway = frechet_influence(samples.vectors, fitted, target)
-    mean = bootstrap(lambda rows: float(rows.mean()), sway, repeats=repeats, seed=seed)
-    assert mean.low is not None, "repeats give an interval"
-    assert mean.high is not None
-    return Estimate(value, max(value + mean.low - mean.value, 0.0), value + mean.high - mean.value)
+    value, influence = frechet_influence(samples.vectors, fitted, target)
+    mean, low, high = bootstrap(lambda rows: float(rows.mean()), influence, repeats=repeats, seed=seed)
+    assert low is not None, "repeats give an interval"
+    assert high is not None
+    return Estimate(value, max(value + low - mean, 0.0), value + high - mean)
 
 
-def _lacking(reference: FeatureSet, samples: FeatureSet) -> str:
-    return "the reference holds" if reference.vectors is None and reference.statistics is None else "the samples hold"
-
-
-def _notes(reference: ImageFeatures, samples: ImageFeatures) -> list[str]:
+def _notes(reference: ImageFeatures, samples: ImageFeatures) -> tuple[str, ...]:
     notes = []
     named = {"reference images": reference, "samples": samples}
     few = [f"{x.pool.count:,} {name}" for name, x in named.items() if x.pool.statistics is None and x.pool.count < FEW]
@@ -193,7 +187,6 @@ def _notes(reference: ImageFeatures, samples: ImageFeatures) -> list[str]:
         if x.pool.count and given:
             notes.append(f"{' and '.join(given)}: by the statistics that came with the {x.pool.count:,} {name}")
     if (rest := samples.pool.count % SPLIT_SIZE) and samples.pool.count > SPLIT_SIZE:
-        notes.append(
-            f"Inception score: the last split of {SPLIT_SIZE:,} holds {rest:,} of {samples.pool.count:,} samples"
-        )
-    return notes
+        samples_of = f"{rest:,} of {samples.pool.count:,} samples"
+        notes.append(f"Inception score: the last split of {SPLIT_SIZE:,} holds {samples_of}")
+    return tuple(notes)

@@ -23,11 +23,8 @@ def bootstrap(
 
     samples: tensors whose rows are resampled with replacement, each independently of the others.
     repeats: number of resamples; 0 gives no interval.
-    groups: the group of each row; all samples must then have equally many rows. Groups are drawn as a whole, since rows of
-        one group, such as several pictures of one object, are not independent.
-
-    The interval is centred on the score instead of using percentiles of the resampled scores: duplicates in a resample
-    shift biased scores, such as the Fréchet distance, upward, while their spread is at worst too wide.
+    groups: the group of each row; all samples must then have equally many rows. Groups are resampled as a whole, since rows
+        of one group, such as several pictures of one object, are not independent.
     Raises ValueError for a single repeat, which has no spread.
     """
     if repeats < 0 or repeats == 1:
@@ -46,6 +43,8 @@ def bootstrap(
         return [s[rows] for s in samples]
 
     scores = torch.tensor([score(*resampled()) for _ in range(repeats)], dtype=torch.float64)
+    # Centred on the score instead of using percentiles of the resampled scores: duplicates in a resample shift biased
+    # scores, such as the Fréchet distance, upward, while their spread is at worst too wide.
     margin = 1.96 * float(scores.std())
     return Estimate(value, value - margin, value + margin)
 

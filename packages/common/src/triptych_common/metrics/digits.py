@@ -45,8 +45,8 @@ class DigitScorer:
     near_duplicates: share of digits closer in pixels to some training digit than 95% of held-out digits are. So held-out
         digits score 5% by definition, and copies of training digits 100%.
 
-    `real()` scores training digits themselves. Their distance is the floor, which copies would reach too, but copies are
-    exposed by near_duplicates. `class_means()` scores the mean image of each class, a trivial baseline.
+    `real()` scores training digits themselves: the floor of the distances. Copies would reach it too, but near_duplicates
+    exposes them. `class_means()` scores the mean image of each class, a trivial baseline.
     """
 
     def __init__(self, train: ImageDataset, held_out: ImageDataset, *, seed: int = 0) -> None:
@@ -74,6 +74,7 @@ class DigitScorer:
                 raise ValueError(f"{len(labels)} labels for {len(images)} images: expected as many")
             if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 raise ValueError(f"labels {int(labels.min())}..{int(labels.max())}: expected 0..{classes - 1}")
+        # At equal counts: Fréchet distance falls with n, and precision and recall depend on both counts.
         n = min(len(images), len(self.held_out))
         images, labels = images[:n], None if labels is None else labels[:n]
         real = self._matching(self.held_out, labels, n, "held-out")
@@ -81,11 +82,10 @@ class DigitScorer:
         precise, recalled = precision_recall(real_features, fake_features, k=NEIGHBOURS)
         near = nearest_distances(_pixels(images), self._train_pixels) < self.near_duplicate_distance
         correct = None if labels is None else self.classifier(images).argmax(1) == labels
-        distances: list[Estimate] = [
+        frechet, kernel = (
             bootstrap(distance, fake_features, real_features, repeats=50, seed=self.seed)
             for distance in (frechet_distance, kernel_distance)
-        ]
-        frechet, kernel = distances
+        )
         assert frechet.low is not None  # fifty repeats give an interval
         frechet = frechet._replace(low=max(frechet.low, 0.0))  # a distance is not negative
         return DigitScores(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
+from triptych_common.extras import import_extra
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAME}"
@@ -39,11 +40,10 @@ class Inception:
 
         The first are pool_3. The second are the first 7 of 192 channels of mixed_6/conv in the graph, Mixed_6d.branch1x1 in
         the port, after batch norm and ReLU, flattened as (height, width, channel).  [Nash et al. 2021]
-        The network resizes to 299 x 299 as TensorFlow 1 did, bilinear without half-pixel centres, and maps x to
-        (x - 128) / 128.
-
         Raises ValueError for images of another shape or type.
         """
+        # The network itself resizes to 299 x 299 as TensorFlow 1 did, bilinear without half-pixel centres, and maps x to
+        # (x - 128) / 128: images resized elsewhere get other scores.
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"Inception: images are {images.dtype} {tuple(images.shape)}, expected uint8 (n, 3, height, width)"
@@ -69,7 +69,8 @@ def load_inception(path: Path | None = None, *, device: torch.device | str = "cp
     Raises ImportError without torch-fidelity, FileNotFoundError for an absent file that cannot be downloaded, ValueError
     for one that does not hold such weights, or for a cached one whose hash is not the published one.
     """
-    network_class = _network_class()
+    needs = "FID, sFID, IS, precision and recall need a package (torch_fidelity): pip install 'triptych-common[fid]'"
+    network_class = import_extra("torch_fidelity.feature_extractor_inceptionv3", needs).FeatureExtractorInceptionV3
     content = _read(path) if path is not None else _published(url)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -91,16 +92,6 @@ def cached_path() -> Path:
     theirs = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
     ours = data_root() / "inception" / FILE_NAME
     return theirs if theirs.exists() and not ours.exists() else ours
-
-
-def _network_class() -> type[nn.Module]:
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"FID, sFID, IS, precision and recall need a package ({error.name}): pip install 'triptych-common[fid]'"
-        ) from error
-    return FeatureExtractorInceptionV3
 
 
 def _read(path: Path) -> bytes:

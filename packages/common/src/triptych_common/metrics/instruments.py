@@ -22,11 +22,8 @@ def feature_network() -> nn.Sequential:
     """A network from 28x28 digits to 64 features, then to 10 logits; without its last two layers it gives the features."""
     layers: list[nn.Module] = []
     for channels_in, channels_out, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)):
-        layers += [
-            nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.SiLU(),
-        ]
+        convolution = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(channels_out), nn.SiLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.SiLU(), nn.Linear(64, 10))
 
 

@@ -1,8 +1,8 @@
 """Scores based on nearest neighbours: precision and recall, and near-duplicates.
 
 Distances are computed in blocks of both sets, so that memory does not grow with them. A float32 matrix product proposes
-neighbours, of centred vectors, as a common offset costs |a|^2 + |b|^2 - 2ab precision; float64 differences of the proposed
-pairs decide. So results do not depend on block size or device, and copies are at distance exactly 0.
+neighbours; float64 differences of the proposed pairs decide. So results do not depend on block size or device, and copies
+are at distance exactly 0.
 """
 
 import torch
@@ -70,7 +70,7 @@ def _proposed(
     queries: Tensor, references: Tensor, count: int, chunk: int, radii: Tensor | None = None
 ) -> Int[Tensor, "n proposals"]:
     """Up to `count` references per query of smallest |q - r|^2, less their squared radius if given, in float32."""
-    centre = references.mean(0)
+    centre = references.mean(0)  # a common offset would cost |a|^2 + |b|^2 - 2ab its precision
     found = []
     for part in queries.split(chunk):
         part = (part - centre).to(torch.float32)
@@ -90,8 +90,8 @@ def _proposed(
 
 
 def _squared_distances(
-    queries: Tensor, references: Tensor, near: Int[Tensor, "n proposals"], chunk: int = 256
+    queries: Tensor, references: Tensor, near: Int[Tensor, "n proposals"]
 ) -> Float[Tensor, "n proposals"]:
     """Squared distances from each query to the references indexed by `near`, from float64 differences."""
-    parts = zip(queries.split(chunk), near.split(chunk), strict=True)
+    parts = zip(queries.split(256), near.split(256), strict=True)
     return torch.cat([(q[:, None].double() - references[i].double()).square().sum(-1) for q, i in parts])

@@ -32,6 +32,7 @@ class NpzImages:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such npz file")
         with self._intact(), zipfile.ZipFile(self.path) as archive:
+            # The archive's directory and the array's header give size and type; the images are not read yet.
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             images = members.get("arr_0")
             if images is not None:

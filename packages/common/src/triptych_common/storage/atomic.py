@@ -1,4 +1,7 @@
-"""Atomic writing of files and folders: under a temporary name, which replaces the old content only once complete."""
+"""Atomic writing of files and folders: under a temporary name, which replaces the old content only once complete.
+
+When the disk refuses, every writer raises an OSError that names the file and a remedy, and the old content is intact.
+"""
 
 import contextlib
 import json
@@ -25,10 +28,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically.
-
-    Raises OSError, the old file intact, when the disk refuses.
-    """
+    """Write a file atomically."""
     with writing(path) as file:
         file.write(content)
 
@@ -37,8 +37,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def writing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file for writing that replaces `path` at the end of the block.
 
-    flush: wait until it is on the disk, so that a power cut cannot undo it; otherwise call `flush_file` before relying on
-    the file. Raises OSError, the old file intact, when the disk refuses.
+    flush: wait until it is on the disk, so that a power cut cannot undo it; otherwise call `flush_file` before relying on it.
     """
     with replacing(path, flush=flush) as partial, partial.open("wb") as file:
         yield file
@@ -49,13 +48,12 @@ def replacing(path: Path, *, flush: bool = True, refusals: tuple[type[Exception]
     """Yield a temporary path for the block to write a file to; it replaces `path` at the end unless the block fails.
 
     flush: as in `writing`. refusals: the exceptions by which the writer reports that the disk refused.
-    Raises OSError, the old file intact, when the disk refuses.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        if flush:
+        if flush:  # before the rename: a file system may otherwise put the name on the disk before the content
             sync(partial)
         os.replace(partial, path)
     except BaseException as error:
@@ -71,7 +69,7 @@ def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
     """Yield a temporary folder for the block to fill; it is moved to `path` at the end unless the block fails.
 
     replaces: an existing folder at `path` is replaced if it is empty or holds a file of this name.
-    Raises ValueError if anything else exists at `path`, OSError when the disk refuses.
+    Raises ValueError if anything else exists at `path`.
     """
     if path.exists() and not (path.is_dir() and ((path / replaces).is_file() or not any(path.iterdir()))):
         raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")

@@ -31,11 +31,9 @@ _NAME = re.compile(rf"step-(\d+)({_EXTRA})?({re.escape(_SUFFIX)})?")
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write tensors and a state that JSON can hold to `path`, atomically.
-
-    Raises OSError, the old file intact, when the disk refuses.
-    """
+    """Write tensors and a state that JSON can hold to `path`, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # The state is text in the file's metadata: there it can neither get lost nor belong to another step's tensors.
     text = json.dumps(state, sort_keys=True)
     metadata = {"state": text, "sha256": digest(contiguous, text)}
     with replacing(path, refusals=(SafetensorError, RuntimeError)) as partial:  # a full disk can raise either
@@ -66,10 +64,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Unsharded tensors (on the CPU) and state of a sharded run's folder; works on a single rank.
-
-    Raises ValueError when a file is missing, altered or no checkpoint's.
-    """
+    """Unsharded tensors (on the CPU) and state of a sharded run's folder; works on a single rank."""
     index = index_of(folder)
     verify_files(folder, sorted(index["files"]), index)
     part, tensors = part_reader(folder), {}
@@ -86,8 +81,7 @@ def index_of(folder: Path) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_text())
         recorded = index.pop("sha256")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{folder}: incomplete, or not one of triptych's checkpoints; {remedy(folder)}"
-        raise ValueError(message) from error
+        raise ValueError(f"{folder}: incomplete, or not one of triptych's checkpoints; {remedy(folder)}") from error
     if index_digest(index) != recorded:
         raise ValueError(f"{folder / INDEX}: checksum differs from the recorded one; {remedy(folder)}")
     return index
@@ -121,7 +115,7 @@ def box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
 
 
 def index_digest(index: Mapping[str, Any]) -> str:
-    """The SHA-256 that an index records of its own content."""
+    """SHA-256 of a dictionary that JSON can hold, such as an index, which records that of its own content."""
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
@@ -132,10 +126,8 @@ def file_digest(path: Path) -> str:
 
 
 def content_sha256(path: Path) -> str:
-    """The recorded SHA-256 of a file's tensors and state.
-
-    Unlike the hash of the file it is reproducible: safetensors writes metadata in arbitrary order.
-    """
+    """The recorded SHA-256 of a file's tensors and state."""
+    # Unlike the hash of the file it is reproducible: safetensors writes metadata in arbitrary order.
     with safe_open(path, framework="pt") as file:
         return file.metadata()["sha256"]
 
@@ -194,5 +186,6 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 def _order(path: Path) -> tuple[int, bool]:
     match = _NAME.fullmatch(path.name)
     assert match is not None  # only such paths are listed
+    # Of two checkpoints of one step the scheduled one counts as newer.
     step, extra, _ = match.groups()
     return int(step), extra is None

@@ -49,10 +49,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def write(path: Path, content: Any) -> None:
-    """torch.save, atomically.
-
-    Raises OSError, the old file intact, when the disk refuses.
-    """
+    """torch.save, atomically."""
     # a full disk can raise RuntimeError
     with replacing(path, refusals=(RuntimeError,)) as partial, partial.open("wb") as file:
         torch.save(content, file)

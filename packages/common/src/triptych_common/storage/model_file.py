@@ -32,19 +32,10 @@ class ModelFormat:
     absent: str
 
     def write(
-        self,
-        path: Path,
-        tensors: Mapping[str, Tensor],
-        config: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        *,
+        self, path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], facts: Mapping[str, Any], *,
         kind: str | None = None,
-    ) -> None:
-        """Write a model file, atomically.
-
-        config, facts: anything that JSON can hold. kind: by default the first of `kinds`.
-        Raises OSError, the old file intact, when the disk refuses.
-        """
+    ) -> None:  # fmt: skip
+        """Write a model file, atomically; config and facts as JSON can hold them. kind: by default the first of `kinds`."""
         checkpoint.write(path, tensors, {**facts, "kind": kind or self.kinds[0], "config": dict(config)})
 
     def path(self, path: str | Path) -> Path:
@@ -59,9 +50,8 @@ class ModelFormat:
     def read(self, path: str | Path, build: Callable[[dict[str, Tensor], dict[str, Any]], Model]) -> Model:
         """The result of `build(tensors, facts)` for a model file, or the one in a run's folder.
 
-        Tensors are on the CPU; facts include "kind" and "config".
-        Raises FileNotFoundError for an absent file, ValueError for one that is damaged, of another kind, or that `build`
-        fails on.
+        Tensors are on the CPU; facts include "kind" and "config". Raises FileNotFoundError for an absent file, ValueError for
+        one that is damaged, of another kind, or that `build` fails on.
         """
         path = self.path(path)
         try:

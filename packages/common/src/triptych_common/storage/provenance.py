@@ -1,5 +1,6 @@
 """The provenance of results: command, commit, versions and hardware."""
 
+import contextlib
 import os
 import platform
 import shlex
@@ -43,10 +44,8 @@ def versions() -> dict[str, str]:
     """Versions of Python, torch, numpy and the packages of triptych that are installed."""
     found = {"python": platform.python_version()}
     for name in ("torch", "numpy", "triptych-common", "triptych-dit", "triptych-gpt", "triptych-gangealing"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

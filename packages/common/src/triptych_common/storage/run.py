@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -26,7 +25,7 @@ class RunDirectory:
         self, path: Path, identity: Mapping[str, Any], *, is_main: bool = True, tensorboard: bool = False
     ) -> None:
         self.path, self.is_main = Path(path), is_main
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when config.json is read
         self.checkpoints = self.path / "checkpoints"
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
@@ -53,9 +52,7 @@ class RunDirectory:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.is_main:
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -94,7 +91,10 @@ class RunDirectory:
             raise cannot_write(self.metrics_path, error) from error
         if self._want_tensorboard:
             if self._tensorboard is None:
-                self._tensorboard = _summary_writer(self.path, purge_step=row["step"])
+                from torch.utils.tensorboard import SummaryWriter
+
+                # What an interrupted run logged beyond its checkpoint is hidden, as `truncate_metrics` removes it.
+                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=row["step"])
             for name, value in row.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, row["step"])
@@ -117,11 +117,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries flattened into one, with keys joined by dots."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        name: value
-        for key, child in tree.items()
-        for name, value in flatten(child, f"{prefix}.{key}" if prefix else key).items()
-    }
+    flat: dict[str, Any] = {}
+    for key, child in tree.items():
+        flat |= flatten(child, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 
 def differences(before: Any, now: Any) -> str:
@@ -129,9 +128,3 @@ def differences(before: Any, now: Any) -> str:
     before, now = flatten(before), flatten(now)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     return ", ".join(f"{key}={before.get(key)!r} (now {now.get(key)!r})" for key in changed[:4])
-
-
-def _summary_writer(path: Path, purge_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)

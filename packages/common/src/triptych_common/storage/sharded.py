@@ -57,10 +57,10 @@ def read_like(
     tensors = {}
     for name, entry in index["tensors"].items():
         shape, dtype, template = torch.Size(entry["shape"]), checkpoint.DTYPES[entry["dtype"]], like(name)
-        if template is not None and template.shape == shape:
-            tensors[name] = torch.empty_like(template, dtype=dtype)
-        else:
+        if template is None or template.shape != shape:
             tensors[name] = torch.empty(shape, dtype=dtype)
+        else:
+            tensors[name] = torch.empty_like(template, dtype=dtype)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.load(tensors, storage_reader=_Reader(path, index), planner=planner)
@@ -69,21 +69,30 @@ def read_like(
     return tensors, index["state"]
 
 
-class _Writer(dcp.StorageWriter):
+class _NoStorage:
+    """The steps of a reader's and a writer's protocol that have nothing to do here."""
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False  # constructed for one folder, never looked up by name
+
+
+class _Writer(_NoStorage, dcp.StorageWriter):
     """The writer that torch.distributed.checkpoint calls: on every rank to write, on the main rank to finish."""
 
     def __init__(self, folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
         self.folder, self.state, self.ranks = folder, state, ranks
         self.partial = folder.with_name(folder.name + atomic.PARTIAL)
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
-        return plan
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
 
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
         if self.partial.exists():  # left by a killed run
@@ -113,23 +122,21 @@ class _Writer(dcp.StorageWriter):
         path = self.partial / checkpoint.INDEX
         path.write_text(json.dumps({**index, "sha256": checkpoint.index_digest(index)}, allow_nan=False))
         atomic.sync(path)
+        # The index, written last, says that all files are there; the rename makes the folder appear at once.
         checkpoint.remove(self.folder)
         self.partial.rename(self.folder)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False  # constructed for one folder, never looked up by name
 
-
-class _Reader(dcp.StorageReader):
+class _Reader(_NoStorage, dcp.StorageReader):
     """The reader that torch.distributed.checkpoint calls: for metadata from the index, then for the parts in its plan."""
 
     def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
         self.part, self.index = checkpoint.part_reader(path if path.is_dir() else path.parent), index
         self.chunks: dict[MetadataIndex, Any] = {}
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
+    def set_up_storage_reader(
+        self, metadata: dcp.Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None: ...
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         tensors: dict[str, Any] = {}
@@ -142,25 +149,12 @@ class _Reader(dcp.StorageReader):
             tensors[name] = dcp.TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
         return dcp.Metadata(tensors)
 
-    def set_up_storage_reader(self, metadata: dcp.Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
-        return plans
-
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
             target.copy_(self.part(self.chunks[item.storage_index], checkpoint.box(item.storage_offsets, item.lengths)))
             planner.commit_tensor(item, target)
         return _done(None)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False
 
 
 def _disk_error(failed: dcp.CheckpointException, what: str, remedy: str = "") -> BaseException:

@@ -1,7 +1,6 @@
 from .loop import (
     is_due as is_due,
     open_run as open_run,
-    steps as steps,
     summary as summary,
     training_steps as training_steps,
 )

@@ -31,6 +31,10 @@ from triptych_common.throughput import peak_bytes, peak_flops
 from triptych_common.training.settings import ExecutionSettings, LoopSettings
 from triptych_common.training.state import Batch, TrainState
 
+KEEP = 2  # checkpoints that remain
+PATIENCE = 3  # non-finite steps in a row before a rollback
+MAX_ROLLBACKS = 3
+
 
 def open_run(
     config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *, out: Path | None = None
@@ -40,109 +44,60 @@ def open_run(
     facts: added to the settings' part of the run's identity, such as a digest of the data. out: by default `config.out`.
     Entering raises ValueError for a folder that holds another run or is in use, OSError for one that cannot be written.
     """
+    # A switch of the whole process, unlike the other precisions, which `prepare` applies to a model.
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     return RunDirectory(
-        out or config.out,
-        {**config.identity(), **(facts or {})},
-        is_main=ranks.is_main,
-        tensorboard=config.tensorboard,
+        out or config.out, {**config.identity(), **(facts or {})}, is_main=ranks.is_main, tensorboard=config.tensorboard
     )
 
 
 def training_steps(
-    config: LoopSettings,
-    state: TrainState,
-    run: RunDirectory,
-    *,
-    total_samples: int | None = None,
-    title: str = "training",
-    on_step: Callable[[TrainState], None] = lambda state: None,
+    config: LoopSettings, state: TrainState, run: RunDirectory, *, total_samples: int | None = None,
+    title: str = "training", on_step: Callable[[TrainState], None] = lambda state: None,
     flops_per_sample: float | None = None,
-) -> Iterator[Batch]:
-    """`steps` with the arguments that the settings give, and a progress bar.
-
-    total_samples: by default `config.total_samples`. on_step, flops_per_sample: as for `steps`. Raises as `steps` does.
-    """
-    total = config.total_samples if total_samples is None else total_samples
-    fastest = None
-    if flops_per_sample is not None and isinstance(config, ExecutionSettings):
-        fastest = peak_flops(state.ranks.device, config.arithmetic)
-    plan = steps(
-        state, run, total_samples=total, batch_size=config.batch_size, checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every, on_step=on_step, flops_per_sample=flops_per_sample, peak_flops=fastest,
-        unit=config.unit,
-    )  # fmt: skip
-    name = {"images": "img"}.get(config.unit, config.unit)
-    with Progress(title, total, name, enabled=state.ranks.is_main) as progress:
-        for batch in plan:
-            yield batch
-            progress.at(state.samples_seen)
-
-
-def summary(run: RunDirectory, measured: str = "loss") -> dict[str, Any]:
-    """The part of a training command's result that concerns metrics: their file, and the last row that has `measured`."""
-    rows = [row for row in run.metrics() if measured in row]
-    return {"metrics": str(run.metrics_path), "last": rows[-1] if rows else None}
-
-
-def steps(
-    state: TrainState,
-    run: RunDirectory,
-    *,
-    total_samples: int,
-    batch_size: int,
-    checkpoint_every: int,
-    log_every: int,
-    keep: int = 2,
-    on_step: Callable[[TrainState], None] = lambda state: None,
-    patience: int = 3,
-    max_rollbacks: int = 3,
-    flops_per_sample: float | None = None,
-    peak_flops: float | None = None,
-    unit: str = "images",
-) -> Iterator[Batch]:
+) -> Iterator[Batch]:  # fmt: skip
     """Yield one batch of sample counters per optimiser step, from where the run stands to its end.
 
-        with RunDirectory(out, {"lr": 1e-3}) as run:
-            for batch in steps(state, run, total_samples=60_000, batch_size=64, checkpoint_every=500, log_every=50):
-                means = state.accumulate(batch, None, lambda counters: {"loss": loss_of(counters)})
-                state.update(batch, means)
-
     It first restores the newest checkpoint and cuts metrics.jsonl back to it. It then writes a checkpoint every
-    `checkpoint_every` steps and at the end (the last `keep` remain) and a metrics row every `log_every` steps; on SIGINT or
-    SIGTERM it saves and raises `Interrupted`. After `patience` non-finite steps in a row it rolls the weights (never the
-    counters) back to the last scheduled checkpoint, or to the one before if that did not help.
+    `config.checkpoint_every` steps and at the end and a metrics row every `config.log_every` steps; on SIGINT or SIGTERM it
+    saves and raises `Interrupted`. After three non-finite steps in a row it rolls the weights (never the counters) back to
+    the last scheduled checkpoint, or to the one before if that did not help.
 
+    total_samples: by default `config.total_samples`. title: of the progress bar.
     on_step: called after every step, before its checkpoint is written.
     flops_per_sample: of a forward and a backward pass, counting a multiply-add as 2: six times the model's multiply-adds.
-        Rows then hold `time/tflops`, summed over ranks; what activation checkpointing recomputes is not counted.
-    peak_flops: of one device, per second; rows then hold `time/mfu`, the utilisation of all devices (0 to 1).
-    unit: the name under which rows count samples. Rows also hold throughput and the largest peak memory of any rank.
+        Rows then hold `time/tflops`, summed over ranks, without what activation checkpointing recomputes, and for known
+        devices `time/mfu`, the utilisation of all of them (0 to 1).
 
-    Raises ValueError if the batch does not divide over the ranks or the checkpoint does not fit, Diverged after
-    `max_rollbacks` rollbacks.
+    Raises ValueError if the batch does not divide over the ranks or the checkpoint does not fit, Diverged after three
+    rollbacks.
     """
-    ranks = state.ranks
+    ranks, batch_size = state.ranks, config.batch_size
+    total = config.total_samples if total_samples is None else total_samples
     if batch_size % ranks.world_size:
         raise ValueError(f"batch_size {batch_size} does not divide over {ranks.world_size} ranks; use a multiple")
-    _restore(state, run, keep)
-    total_steps = math.ceil(total_samples / batch_size)
+    _restore(state, run)
+    total_steps = math.ceil(total / batch_size)
     window = time.perf_counter(), state.step
-    with _Signals() as signals:
+    progress = Progress(title, total, {"images": "img"}.get(config.unit, config.unit), enabled=ranks.is_main)
+    with progress, _Signals() as signals:
         while state.step < total_steps:
             counters = range(state.samples_seen, state.samples_seen + batch_size)
             yield Batch(state.step, batch_size, ranks.share(counters))
+            progress.at(state.samples_seen)
             # Checkpoints that follow a non-finite step must not displace good ones.
-            due = state.step % checkpoint_every == 0 and state.skipped_in_a_row == 0 and state.is_finite()
-            if state.skipped_in_a_row >= patience:
-                _roll_back(state, run, patience, max_rollbacks)
-            if state.step % log_every == 0 or state.step == total_steps:
-                window = _log(state, run, batch_size, window, flops_per_sample, peak_flops, unit)
+            due = state.step % config.checkpoint_every == 0 and state.skipped_in_a_row == 0 and state.is_finite()
+            if state.skipped_in_a_row >= PATIENCE:
+                _roll_back(state, run)
+            if state.step % config.log_every == 0 or state.step == total_steps:
+                window = _log(config, state, run, window, flops_per_sample)
             on_step(state)
+            # A signal may reach one rank only, and at another moment than the others: all of them stop at the same step.
             stop = ranks.any(signals.received is not None)
+            # Saved after logging: the checkpoint holds the emptied meters, so that a resumed run repeats no row.
             if due or stop or state.step == total_steps:
-                _save(state, run, keep, extra=not due)
+                _save(state, run, extra=not due)
             if stop:
                 signum = signals.received or signal.SIGTERM
                 raise Interrupted(
@@ -151,17 +106,23 @@ def steps(
                 )
 
 
+def summary(run: RunDirectory, measured: str = "loss") -> dict[str, Any]:
+    """The part of a training command's result that concerns metrics: their file, and the last row that has `measured`."""
+    rows = [row for row in run.metrics() if measured in row]
+    return {"metrics": str(run.metrics_path), "last": rows[-1] if rows else None}
+
+
 def is_due(samples_seen: int, *, every: int, batch_size: int, total_samples: int) -> bool:
     """Whether the step that ended at `samples_seen` samples reached a multiple of `every`, or the end of the run."""
     before = samples_seen - batch_size
     return before // every != samples_seen // every or samples_seen >= total_samples
 
 
-def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
+def _restore(state: TrainState, run: RunDirectory) -> None:
     # Every rank looks before any rank writes; otherwise one could mistake the new step-0 file for an old checkpoint.
     newest = state.ranks.gather(next(reversed(checkpoint.steps_in(run.checkpoints)), None))
     if newest[0] is None:
-        _save(state, run, keep)
+        _save(state, run)  # of step 0, so that there is always one to roll back to
         run.truncate_metrics(-1)
         return
     if any(path != newest[0] for path in newest):
@@ -176,62 +137,53 @@ def _restore(state: TrainState, run: RunDirectory, keep: int) -> None:
     run.truncate_metrics(state.step)
 
 
-def _save(state: TrainState, run: RunDirectory, keep: int, *, extra: bool = False) -> None:
+def _save(state: TrainState, run: RunDirectory, *, extra: bool = False) -> None:
     if state.ranks.world_size > 1:  # meters differ between ranks: the file keeps their mean, and so does every rank
         state.meters = {name: state.ranks.sum(v) / state.ranks.world_size for name, v in state.meters.items()}
     state.write(run.checkpoints, extra=extra)
     if run.is_main:
         # Rollbacks use scheduled checkpoints. If those written on a signal displaced them, results would depend on
         # interruptions.
-        checkpoint.prune(run.checkpoints, keep, spare=checkpoint.scheduled_in(run.checkpoints)[-keep:])
+        checkpoint.prune(run.checkpoints, KEEP, spare=checkpoint.scheduled_in(run.checkpoints)[-KEEP:])
     state.ranks.barrier()
 
 
-def _roll_back(state: TrainState, run: RunDirectory, patience: int, max_rollbacks: int) -> None:
+def _roll_back(state: TrainState, run: RunDirectory) -> None:
     candidates = checkpoint.scheduled_in(run.checkpoints)
     last_good = candidates[max(-1 - state.rollbacks_in_a_row, -len(candidates))]
-    if state.rollbacks >= max_rollbacks:
+    if state.rollbacks >= MAX_ROLLBACKS:
         raise Diverged(
-            f"loss not finite for {patience} steps in a row at step {state.step:,}, after {state.rollbacks} rollbacks "
+            f"loss not finite for {PATIENCE} steps in a row at step {state.step:,}, after {state.rollbacks} rollbacks "
             f"({state.skipped} steps skipped in all); lower --lr. Went back as far as {last_good}"
         )
     tensors, _ = state.read(last_good)
-    state.load(tensors, counters=None)
+    state.load(tensors, counters=None)  # the same samples would only lead to the same place
     state.rollbacks += 1
     state.rollbacks_in_a_row += 1
     state.skipped_in_a_row = 0
 
 
 def _log(
+    config: LoopSettings,
     state: TrainState,
     run: RunDirectory,
-    batch_size: int,
     window: tuple[float, int],
     flops_per_sample: float | None,
-    peak_flops: float | None,
-    unit: str,
 ) -> tuple[float, int]:
-    now = time.perf_counter()
+    """Log a row about the steps since `window`, a time and a step; returns the next window."""
+    now, ranks = time.perf_counter(), state.ranks
     seconds = now - window[0]
     means = {name: value for name, value in state.read_meters().items() if math.isfinite(value)}
-    rate = (state.step - window[1]) * batch_size / seconds
-    speed = {"time/seconds": round(seconds, 3), f"time/{unit}_per_second": round(rate, 2)}
+    rate = (state.step - window[1]) * config.batch_size / seconds
+    speed = {"time/seconds": round(seconds, 3), f"time/{config.unit}_per_second": round(rate, 2)}
     if flops_per_sample is not None:
         speed["time/tflops"] = float(f"{rate * flops_per_sample / 1e12:.4g}")
-        if peak_flops is not None:
-            share = rate * flops_per_sample / (peak_flops * state.ranks.world_size)
-            speed["time/mfu"] = float(f"{share:.4g}")
-    run.log(
-        {
-            "step": state.step,
-            unit: state.samples_seen,
-            **means,
-            "skipped": state.skipped,
-            "rollbacks": state.rollbacks,
-            **speed,
-            "memory/peak_bytes": max(state.ranks.gather(peak_bytes(state.ranks.device))),
-        }
-    )
+        if (peak := peak_flops(ranks.device, state.execution.precision)) is not None:
+            speed["time/mfu"] = float(f"{rate * flops_per_sample / (peak * ranks.world_size):.4g}")
+    run.log({
+        "step": state.step, config.unit: state.samples_seen, **means, "skipped": state.skipped,
+        "rollbacks": state.rollbacks, **speed, "memory/peak_bytes": max(ranks.gather(peak_bytes(ranks.device))),
+    })  # fmt: skip
     return now, state.step
 
 

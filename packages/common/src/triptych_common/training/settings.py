@@ -1,8 +1,7 @@
 """Settings that training loops share. A package's own settings class derives from the one that fits its loop."""
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from triptych_common import fields
@@ -24,7 +23,6 @@ class LoopSettings(CommonOptions):
             total_images: Annotated[int, Gt(0)] = 60_000
             lr: float = 3e-4
 
-    Declaring a field again changes its default and help text; constraints and marks stay those declared here.
     Raises ValueError, naming field, value and expectation, for a value that violates a constraint.
     """
 
@@ -58,8 +56,7 @@ class LoopSettings(CommonOptions):
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints: the settings, and the number of optimiser steps."""
-        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        return {"config": config, "steps": math.ceil(self.total_samples / self.batch_size)}
+        return super().resolved() | {"steps": math.ceil(self.total_samples / self.batch_size)}
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,7 @@ class AdamWSettings(AccumulatingSettings):
     def learning_rate(self, samples_seen: int) -> float:
         """Learning rate of the step that starts after `samples_seen` samples: linear warmup, then constant."""
         warmup = getattr(self, f"warmup_{self.unit}")
+        # Counted to the end of this step, so that the first one does not have a learning rate of 0.
         return self.lr * (min(1.0, (samples_seen + self.batch_size) / warmup) if warmup else 1.0)
 
     def state_options(self) -> dict[str, Any]:

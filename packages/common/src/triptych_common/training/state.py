@@ -57,8 +57,7 @@ class TrainState:
 
     optimizer: an optimiser, or a function that makes one from the trainable parameters, which a sharded run requires.
     ema_half_life: number of samples after which an old weight's share in the average has halved.
-    ema_rampup: limits the half-life to this multiple of the samples seen, so that the average forgets its random start
-        however short the run; None: no limit.  [Karras et al. 2022, EDM]
+    ema_rampup: limits the half-life to this multiple of the samples seen; None: no limit.  [Karras et al. 2022, EDM]
     grad_clip: bound on the global gradient norm; None: no clipping.
     learning_rate: maps the samples seen before a step to its learning rate, which a parameter group may scale by `lr_factor`.
     execution: how `model` and `ema` are run. Leave a model that will be sharded on the CPU. All ranks must then call the
@@ -98,6 +97,7 @@ class TrainState:
             raise ValueError("sharding replaces parameters: pass the function that makes the optimizer from them")
         if self.sharded and (self.several_passes or self.averaged_part):
             raise ValueError("parallel 'fsdp' is not for training in several passes: use 'ddp'")
+        # Copied before `prepare`, which wraps and shards each of the two for itself.
         self.ema = copy.deepcopy(self.model.get_submodule(self.averaged_part)).requires_grad_(False).eval()
         prepare(self.model, self.ranks, self.execution)
         prepare(self.ema, self.ranks, replace(self.execution, activation_checkpointing=False, compile=False))
@@ -120,6 +120,7 @@ class TrainState:
         """
         totals: dict[str, Tensor] = {}
         for counters, last in batch.micro_batches(micro_batch):
+            # Weighted by size: the last part may be smaller, and the sum must be the mean of the whole batch.
             share = len(counters) / len(batch.counters)
             with gradient_sync(self.parallel_model, last):
                 means = losses(counters)
@@ -132,7 +133,6 @@ class TrainState:
         """Finish a step: clip, optimise, update the average, count. Returns whether the gradients were finite and so used.
 
         metered: scalars to log, averaged until the next row.
-        Samples of a skipped step count as seen, since replaying them would give the same non-finite gradients.
         """
         norm, finite = self.optimise()
         self.count(batch, {**metered, "grad_norm": norm}, finite)
@@ -149,6 +149,7 @@ class TrainState:
             average_gradients(parameters, self.ranks)
         bound = math.inf if self.grad_clip is None else self.grad_clip
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, bound))
+        # The norm is finite only if every gradient is, and equal on all ranks: they use or skip a step together.
         finite = bool(torch.isfinite(norm))
         if finite:
             if self.learning_rate is not None:
@@ -166,22 +167,27 @@ class TrainState:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.rollbacks_in_a_row = 0 if finite else self.rollbacks_in_a_row
+        # Those of a skipped step too: replaying them would give the same non-finite gradients.
         self.samples_seen += batch.size
         self.step += 1
 
     @torch.no_grad()
     def _average(self, batch_size: int) -> None:
         half_life = self.ema_half_life
+        # At sample n the average then spans a fixed share of the run so far, so the random start fades like a power of n
+        # rather than being remembered for a whole half-life.
         if self.ema_rampup is not None:
             half_life = min(half_life, max(self.samples_seen, 1) * self.ema_rampup)
-        decay = 0.5 ** (batch_size / half_life)
+        decay = 0.5 ** (batch_size / half_life)  # in samples, so that the batch size does not change the average
         part = self.model.get_submodule(self.averaged_part)
         theirs = [local(p.detach()) for p in part.parameters()]
         torch._foreach_lerp_([local(p) for p in self.ema.parameters()], theirs, 1 - decay)
+        # Buffers, such as the statistics of a batch norm, are averages already.
         for mine, other in zip(self.ema.buffers(), part.buffers(), strict=True):
             mine.copy_(other)
 
     def _meter(self, values: Mapping[str, Tensor]) -> None:
+        # Sums stay on the device until a row is written: reading a number every step would make the GPU wait.
         for name, value in values.items():
             sums = self.meters.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
             sums += value.detach().double()
@@ -211,7 +217,8 @@ class TrainState:
         """All tensors of a checkpoint, by name."""
         out = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         out |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
-        for name, slots in self._optimizer_slots().items():
+        for name, p in self.model.named_parameters():  # by name: positions would depend on how parameters are grouped
+            slots = self.optimizer.state.get(p, {})
             out |= {f"optimizer.{slot}.{name}": value for slot, value in slots.items()}
         return out | {f"meter.{name}": value for name, value in self.meters.items()}
 
@@ -268,19 +275,13 @@ class TrainState:
         for key, value in parts["optimizer"].items():
             slot, name = key.split(".", 1)
             slots.setdefault(position[id(by_name[name])], {})[slot] = _laid_out_as(by_name[name], value)
+        # Groups of this optimiser: learning rates and the like come from this run's settings, not from the file.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})  # it knows which slots go where
         if counters is not None:
             self.meters = {name: value.to(self.ranks.device) for name, value in parts["meter"].items()}
             for name in COUNTERS:
                 setattr(self, name, counters[name])
-
-    def _optimizer_slots(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            name: dict(self.optimizer.state[p])
-            for name, p in self.model.named_parameters()
-            if p in self.optimizer.state
-        }
 
 
 def _laid_out_as(parameter: nn.Parameter, slot: Tensor) -> Tensor:

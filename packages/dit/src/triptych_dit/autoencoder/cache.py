@@ -2,9 +2,9 @@
 
 A cache is a folder. `shard-000000.safetensors` holds images 0 .. shard_size-1 of the source, the next shard those after
 them, each with `moments` (rows, flips, mean and log-variance channels, height, width; unscaled), `labels` and `items`,
-the images' numbers in the source; images that could not be used have no row and stand in `skipped.json`. `manifest.json`
-says what was encoded, how and with which autoencoder; it is written last, so a folder without one is incomplete.
-`config.json` is the request a repeated command must repeat.
+the images' numbers in the source. Images that could not be used have no row and are listed in `skipped.json`.
+`manifest.json` records what was encoded, how and by which autoencoder; it is written last, so a folder without one is
+incomplete. `config.json` holds the settings that a repeated command must have.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from triptych_common.storage.provenance import provenance
 
 from triptych_dit.autoencoder.model import scaled_sample
 
+Moments = Float[Tensor, "n twice_channels height width"]
 MANIFEST, SKIPPED = "manifest.json", "skipped.json"
 _KIND = "latent cache"
 
@@ -32,9 +33,10 @@ _KIND = "latent cache"
 class LatentCache:
     """A finished cache, its shards mapped into memory and read row by row.
 
-    `facts` is the manifest, `labels` and `items` (numbers in the source) belong to rows 0 .. len-1, `latent_shape` is
-    (channels, height, width) of one latent. Raises FileNotFoundError where there is no cache, ValueError for one that is
-    incomplete or damaged; contents are only compared with their checksums by `verify`.
+    facts: the manifest. labels, items: for each row, the class and the number in the source. latent_shape: channels, height
+        and width of a latent.
+    Raises FileNotFoundError if there is no cache, ValueError for one that is incomplete or damaged; only `verify` compares
+    contents with their checksums.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -56,10 +58,8 @@ class LatentCache:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def moments(
-        self, indices: Int[Tensor, " n"], flipped: Bool[Tensor, " n"] | None = None
-    ) -> Float[Tensor, "n twice_channels height width"]:
-        """Mean and log-variance of rows, of their mirror images where `flipped`, in float32 on the CPU.
+    def moments(self, indices: Int[Tensor, " n"], flipped: Bool[Tensor, " n"] | None = None) -> Moments:
+        """Mean and log-variance of rows, or of their mirror images if `flipped`, in float32 on the CPU.
 
         Raises ValueError for mirror images that were not encoded, IndexError for rows outside the cache.
         """
@@ -67,6 +67,7 @@ class LatentCache:
             self.check_flips()
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"{self.folder}: row outside 0..{len(self) - 1}")
+        # In a shard an image's row is followed by that of its mirror image, if there are any.
         shards = torch.searchsorted(self._starts, indices, right=True) - 1
         rows = (indices - self._starts[shards]) * (2 if self.has_flips else 1)
         if flipped is not None:
@@ -75,7 +76,7 @@ class LatentCache:
         return torch.stack(found).float()
 
     def check(self, autoencoder: Mapping[str, Any] | None) -> None:
-        """Raises ValueError unless these facts are those of the autoencoder that encoded the cache, wherever it lies."""
+        """Raise ValueError unless these are the facts of the autoencoder that encoded the cache, wherever it is stored."""
         mine = self.facts["autoencoder"]
         if autoencoder is None:
             raise ValueError(f"{self.folder}: latents of the autoencoder {mine['spec']}, but pixels are expected")
@@ -87,14 +88,14 @@ class LatentCache:
                 )
 
     def check_flips(self) -> None:
-        """Raises ValueError where mirror images were not encoded."""
+        """Raise ValueError if mirror images were not encoded."""
         if not self.has_flips:
             raise ValueError(
                 f"{self.folder}: holds no mirror images; train without horizontal flips, or encode without --no-flips"
             )
 
     def verify(self) -> None:
-        """Read everything. Raises ValueError at the first shard whose contents are not those that were written."""
+        """Read everything. Raises ValueError at the first shard whose checksum differs."""
         for shard in self.facts["shards"]:
             try:
                 checkpoint.read(self.folder / shard["file"])
@@ -102,7 +103,7 @@ class LatentCache:
                 raise ValueError(f"{self.folder / shard['file']}: damaged; {_remedy(self.facts)}") from error
 
     def _open(self, shard: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Tensors that lie in the file until they are read: safetensors maps it and copies nothing."""
+        """The tensors of a shard: safetensors maps the file, and nothing is read before it is used."""
         path = self.folder / shard["file"]
         try:
             with safe_open(path, framework="pt") as file:
@@ -112,6 +113,7 @@ class LatentCache:
             raise ValueError(f"{path}: missing; {_remedy(self.facts)}") from error
         except SafetensorError as error:
             raise ValueError(f"{path}: truncated or of another kind; {_remedy(self.facts)}") from error
+        # By the hash that the shard itself records: reading all of it would take as long as an epoch.
         channels, height, width = self.latent_shape
         shape = (shard["items"], 2 if self.has_flips else 1, 2 * channels, height, width)
         if sha256 != shard["sha256"] or tuple(tensors["moments"].shape) != shape:
@@ -120,7 +122,7 @@ class LatentCache:
 
 
 class LatentData:
-    """A cache as `TrainingData`: a latent is drawn anew from its image's posterior each time it is used.  [thesis 2.4]"""
+    """A cache as `TrainingData`: a latent is sampled from its image's posterior each time it is used.  [thesis 2.4]"""
 
     def __init__(self, cache: LatentCache) -> None:
         self.cache, self.name = cache, str(cache.folder)
@@ -128,16 +130,14 @@ class LatentData:
         digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
         self.identity = f"latents of {cache.facts['source']['spec']}, {len(cache):,} images, {digest}"
         self.shape, self.labels, self.num_classes = cache.latent_shape, cache.labels, cache.num_classes
-        self.facts = {
-            "autoencoder": cache.facts["autoencoder"],
-            "lossy_data": cache.facts["lossy"],
-            "class_names": list(cache.class_names),
-        }
+        self.facts = {"autoencoder": cache.facts["autoencoder"], "lossy_data": cache.facts["lossy"]}
+        self.facts["class_names"] = list(cache.class_names)
 
     def __len__(self) -> int:
         return len(self.cache)
 
     def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
+        # By the sample counter, not the image: every epoch samples the posterior afresh.
         noise = randomness.normal(seed, "posterior", counters, self.shape)
         autoencoder = self.facts["autoencoder"]
         moments = self.cache.moments(items, flipped)
@@ -157,25 +157,17 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(
-    folder: Path,
-    shard: int,
-    moments: Float[Tensor, "rows flips twice_channels height width"],
-    labels: Int[Tensor, " rows"],
-    items: Int[Tensor, " rows"],
-    *,
-    skipped: Sequence[Mapping[str, Any]] = (),
+    folder: Path, shard: int, moments: Float[Tensor, "rows flips twice_channels height width"],
+    labels: Int[Tensor, " rows"], items: Int[Tensor, " rows"], *, skipped: Sequence[Mapping[str, Any]] = (),
     request: str = "",
-) -> None:
-    """Write one shard atomically.
-
-    `skipped` lists the images without a row: item, path, reason; `request` is a hash of what was asked for.
-    """
+) -> None:  # fmt: skip
+    """Write one shard atomically. skipped: item, path and reason of images without a row. request: a hash of the settings."""
     state = {"kind": _KIND, "shard": shard, "request": request, "skipped": list(skipped)}
     checkpoint.write(shard_path(folder, shard), {"moments": moments, "labels": labels, "items": items}, state)
 
 
 def is_finished(folder: Path, shard: int, request: str) -> bool:
-    """Whether a shard is there. Raises ValueError where its contents are damaged or answer another request."""
+    """Whether a shard exists. Raises ValueError if it is damaged or was made with other settings."""
     path = shard_path(folder, shard)
     if not path.exists():
         return False
@@ -186,10 +178,10 @@ def is_finished(folder: Path, shard: int, request: str) -> bool:
 
 
 def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Declare a cache of these shards complete; returns the manifest.
+    """Complete a cache: write its manifest and return it.
 
-    `facts` hold "autoencoder", "source" (with "spec" and "class_names"), "latent_shape" and "flips". Raises ValueError
-    where no image could be used.
+    facts: with "autoencoder", "source" (with "spec" and "class_names"), "latent_shape" and "flips".
+    Raises ValueError if no image could be used.
     """
     shards, skipped = [], []
     for path in (shard_path(folder, shard) for shard in range(num_shards)):
@@ -198,23 +190,21 @@ def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> d
         shards.append({"file": path.name, "items": items, "sha256": metadata["sha256"]})
         skipped += json.loads(metadata["state"])["skipped"]
     counts = {"items": sum(shard["items"] for shard in shards), "skipped": len(skipped)}
+    # Before the manifest, whose existence declares the cache complete.
     write_json(folder / SKIPPED, skipped)
     if not counts["items"]:
-        raise ValueError(
-            f"{facts['source']['spec']}: none of {len(skipped):,} images could be used, "
-            f"such as {skipped[0]['path']}: {skipped[0]['reason']}"
-        )
+        such = f"such as {skipped[0]['path']}: {skipped[0]['reason']}"
+        raise ValueError(f"{facts['source']['spec']}: none of {len(skipped):,} images could be used, {such}")
     manifest = {"kind": _KIND, "format": 1, **facts, **counts, **provenance(), "shards": shards}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    request = folder / "config.json"
     if not (folder / MANIFEST).exists():
-        if not request.exists():
+        if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder}: no latent cache; make one with triptych-dit encode --out {folder}")
-        raise _incomplete(folder, _read_json(request))
+        raise _incomplete(folder, _read_json(folder / "config.json"))
     manifest = _read_json(folder / MANIFEST)
     if manifest.get("kind") != _KIND or manifest.get("format") != 1:
         raise ValueError(

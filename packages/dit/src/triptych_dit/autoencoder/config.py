@@ -1,4 +1,4 @@
-"""How an autoencoder is trained, and its presets; how images are encoded by one."""
+"""Settings of training an autoencoder, with their presets, and of encoding images with one."""
 
 import math
 from dataclasses import dataclass, replace
@@ -47,9 +47,8 @@ class AutoencoderTrainConfig(AdamWSettings):
         super().__post_init__()
         channels = self.block_out_channels
         if not channels or any(c < 1 or c % self.norm_num_groups for c in channels):
-            raise ValueError(
-                f"block_out_channels {channels}: expected multiples of norm_num_groups {self.norm_num_groups}"
-            )
+            groups = self.norm_num_groups
+            raise ValueError(f"block_out_channels {channels}: expected multiples of norm_num_groups {groups}")
 
     @property
     def downsampling(self) -> int:
@@ -71,21 +70,16 @@ _DIGITS = AutoencoderTrainConfig(total_images=12_000, batch_size=16, warmup_imag
 AUTOENCODER_PRESETS: dict[str, AutoencoderTrainConfig] = {
     "digits": _DIGITS,
     "digits-smoke": replace(
-        _DIGITS,
-        block_out_channels=(8, 8, 16),
-        total_images=2_048,
-        warmup_images=256,
-        ema_half_life_images=256,
-        log_every=8,
-        checkpoint_every=16,
+        _DIGITS, block_out_channels=(8, 8, 16), total_images=2_048, warmup_images=256, ema_half_life_images=256,
+        log_every=8, checkpoint_every=16,
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EncodeConfig(CommonOptions):
     """Encode images to a latent cache, under torchrun on any number of ranks. Repeating the command resumes it, checks
-    what is there and encodes damaged shards again."""
+    the existing shards and encodes damaged ones again."""
 
     out: Path = Path("runs/latents")
     """folder of the cache"""
@@ -114,7 +108,7 @@ class EncodeConfig(CommonOptions):
     batch_size: Annotated[int, Ge(1)] = 64
     """images at once on each rank; changes rounding only"""
     shard_size: Annotated[int, Ge(1)] = 4096
-    """images a shard; what is lost at most when a rank is killed"""
+    """images a shard; at most so many are lost when a rank is killed"""
     workers: Annotated[int | None, Ge(0)] = None
     """processes on each rank that read images; 0: none but the rank itself, default: one a core, 8 at most"""
 

@@ -1,12 +1,10 @@
 """Encode images to a cache of posterior moments, once, so that training never runs the autoencoder.  [thesis 2.4]
 
-Shard i holds images i * shard_size .. (i + 1) * shard_size - 1 and is encoded by rank i modulo the number of ranks in
+Shard i holds images i * shard_size .. (i + 1) * shard_size - 1. It is encoded by rank i modulo the number of ranks, in
 batches that begin with the shard, so a cache does not depend on how many ranks made it. (On CPUs the number of threads
-changes the last bits of a convolution: equal bytes take equal OMP_NUM_THREADS, which torchrun sets to 1.)
+changes the last bits of a convolution: for equal bytes OMP_NUM_THREADS must be equal too; torchrun sets it to 1.)
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ from triptych_common.data import ImageSource, UnreadableImage, open_source
 from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.progress import Progress
+from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.autoencoder.cache import MANIFEST, SKIPPED, LatentCache, is_finished, write_manifest, write_shard
@@ -36,16 +35,11 @@ DIGITS = ("mnist5k", "mnist")
 
 
 def open_images(config: EncodeConfig) -> ImageSource:
-    """The source of images. Raises ValueError or OSError where it is not to be had, or has none to encode."""
+    """The source of images. Raises ValueError or OSError if it cannot be opened, or has none to encode."""
     if config.flips and config.source in DIGITS:
         raise ValueError(f"source {config.source}: a mirrored digit is no digit; pass --no-flips")
-    source = open_source(
-        config.source,
-        config.split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        unconditional=config.unconditional,
-    )
+    columns = {"image_column": config.image_column, "label_column": config.label_column}
+    source = open_source(config.source, config.split, unconditional=config.unconditional, **columns)
     _check_usable(source, config)
     return source
 
@@ -58,10 +52,10 @@ def preview(config: EncodeConfig) -> dict[str, Any]:
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
-    """Make, resume or verify the cache in `config.out`; returns where it is and what it holds.
+    """Make, resume or verify the cache in `config.out`; returns its path and contents.
 
-    Raises ValueError for a request that does not fit what `out` already holds, if no image can be used, or for moments that are
-    not finite.
+    Raises ValueError for settings that do not fit the content of `out`, if no image can be used, or for moments that are not
+    finite.
     """
     source = open_images(config)
     with process_group(config.device) as ranks:
@@ -69,7 +63,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         extent = _extent(source, autoencoder, config)
         facts = cache_facts(source, autoencoder, config) if ranks.is_main else {}
         with RunDirectory(config.out, identity(facts), is_main=ranks.is_main) as run:
-            request = ranks.gather(_digest(identity(facts)))[0]  # by now the main rank has checked the folder
+            request = ranks.gather(checkpoint.index_digest(identity(facts)))[
+                0
+            ]  # by now the main rank has checked the folder
             echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
             _encode_missing(source, autoencoder, config, request, ranks)
             ranks.barrier()  # every rank has written its shards
@@ -86,21 +82,19 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
 
 def latent_shape(autoencoder: Autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of images of that height and width.
-
-    Raises ValueError for a size that the autoencoder cannot halve as often as it must.
-    """
+    """Channels, height and width of the latents of images of a height and width. Raises ValueError for odd sizes."""
     factor = autoencoder.downsampling
     if any(side % factor for side in size):
+        larger = "x".join(str(ceil(side / factor) * factor) for side in size)
         raise ValueError(
             f"image_size {size[0]}x{size[1]}: expected multiples of {factor}, the downsampling of {autoencoder.spec}, "
-            f"such as {ceil(size[0] / factor) * factor}x{ceil(size[1] / factor) * factor}"
+            f"such as {larger}"
         )
     return autoencoder.latent_channels, size[0] // factor, size[1] // factor
 
 
 def cache_facts(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig) -> dict[str, Any]:
-    """What the manifest says of a cache's making."""
+    """The manifest's record of how a cache was made."""
     return {
         "autoencoder": autoencoder.facts(),
         "source": {
@@ -118,19 +112,12 @@ def cache_facts(source: ImageSource, autoencoder: Autoencoder, config: EncodeCon
 
 
 def identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts that a repeated command must repeat: all but where source and autoencoder lie, and what follows from the others."""
-    by_place = {
-        "autoencoder": ("spec", "encoder_sha256"),
-        "source": ("spec", "class_names"),
-    }  # the fingerprint covers class names
+    """The facts that a repeated command must share: without the paths of source and autoencoder, and what others imply."""
+    by_place = {"autoencoder": ("spec", "encoder_sha256"), "source": ("spec", "class_names")}
     return facts | {
         part: {key: value for key, value in facts[part].items() if key not in by_place[part]}
         for part in by_place.keys() & facts.keys()
     }
-
-
-def _digest(request: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _row_shape(autoencoder: Autoencoder, config: EncodeConfig) -> tuple[int, int, int, int]:
@@ -145,7 +132,7 @@ def _extent(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig)
 
 
 def _check_usable(source: ImageSource, config: EncodeConfig) -> None:
-    """Fail at the door where images from all over the source are all, say, too small."""
+    """Fail early if a few images from all over the source are all unusable, for instance too small."""
     refused: Exception | str = "it is empty"
     for index in range(0, len(source), max(1, len(source) // 8)):
         try:
@@ -158,7 +145,7 @@ def _check_usable(source: ImageSource, config: EncodeConfig) -> None:
 
 
 class _Batch(NamedTuple):
-    """What a worker process made of a range of images. An error that is no image's fault is left to the parent to raise."""
+    """A worker's result for a range of images. An error that is no image's fault is raised by the parent."""
 
     pixels: UInt8[Tensor, "kept channels height width"] | None = None
     items: Sequence[int] = ()
@@ -174,13 +161,10 @@ class _Batches(Dataset):
 
     def __getitem__(self, items: range) -> _Batch:
         pixels, kept, skipped = [], [], []
+        options: dict[str, Any] = {"channels": self.channels, "allow_upscale": self.config.allow_upscale}
         for item in items:
             try:
-                pixels.append(
-                    self.source.read(
-                        item, self.config.size, channels=self.channels, allow_upscale=self.config.allow_upscale
-                    )
-                )
+                pixels.append(self.source.read(item, self.config.size, **options))
                 kept.append(item)
             except UnreadableImage as error:
                 skipped.append({"item": item, "path": error.path, "reason": error.reason})
@@ -192,7 +176,7 @@ class _Batches(Dataset):
 def _encode_missing(
     source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, request: str, ranks: Ranks
 ) -> None:
-    """Check this rank's shards and encode those that are absent or damaged; no rank touches another's."""
+    """Check this rank's shards and encode those that are absent or damaged."""
     shards = dict(enumerate(_split(range(len(source)), config.shard_size)))
     mine = [i for i in list(shards)[ranks.rank :: ranks.world_size] if not _is_finished(config.out, i, request)]
     loader = DataLoader(
@@ -202,10 +186,12 @@ def _encode_missing(
         num_workers=_workers(config) if mine else 0,
         pin_memory=ranks.device.type == "cuda",
     )
+    # Batches arrive in the sampler's order, whichever worker process finishes first.
     arriving = iter(loader)
     with Progress("encoding", sum(len(shards[i]) for i in mine), "img", enabled=ranks.is_main) as progress:
         for i in mine:
             dtype = getattr(torch, config.dtype)
+            # An empty first part, as all images of a shard may be unusable.
             moments = [torch.empty(0, *_row_shape(autoencoder, config), dtype=dtype, device=ranks.device)]
             items, skipped = [], []
             for batch in islice(arriving, ceil(len(shards[i]) / config.batch_size)):
@@ -226,6 +212,7 @@ def encode_images(
 ) -> Float[Tensor, "n flips moments latent_height latent_width"]:
     """Posterior moments of images and, as a second entry, of their mirror images, on the autoencoder's device."""
     images = from_uint8(pixels.to(autoencoder.device, non_blocking=True))
+    # Convolutions do not commute with mirroring: the mirrored latent is not the latent of the mirrored image.
     views = [images, images.flip(-1)] if flips else [images]
     return torch.stack([autoencoder.moments(view) for view in views], dim=1)
 

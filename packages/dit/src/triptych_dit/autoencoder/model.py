@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from triptych_common.extras import import_extra
 from triptych_common.storage import checkpoint
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+Images = Float[Tensor, "batch channels height width"]
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' bounds; untrained networks can leave them
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _DECODED_PIXELS = 2**20  # at once: 16 images of 256 x 256, about 4 GB with Stable Diffusion's decoder
@@ -25,6 +27,7 @@ class Autoencoder:
 
     Encoding runs in `dtype`, decoding always in full float32; neither depends on the batch beyond float32 rounding.
     Latents are (z - shift_factor) * scale_factor, of about unit variance.  [Rombach et al. 2022, D.1]
+    module: the network itself.
     """
 
     def __init__(
@@ -40,71 +43,58 @@ class Autoencoder:
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.latent_channels, self.image_channels = config.latent_channels, config.in_channels
         self.device, self.dtype = torch.device(device), dtype
-        self._vae = vae.cpu().requires_grad_(False).eval()
-        for part in self._vae.children():
+        self.module = vae.cpu().requires_grad_(False).eval()
+        for part in self.module.children():
             part.float()
-        weights = self._vae.state_dict()
-        self.sha256 = checkpoint.digest(weights)  # names and float32 content: whatever the file's format
+        # Hashed are names and float32 values, so that a copy in another file format is the same autoencoder.
+        weights = self.module.state_dict()
+        self.sha256 = checkpoint.digest(weights)
         encoding = {name: value for name, value in weights.items() if name.split(".")[0] in _ENCODING}
         self.encoder_sha256 = checkpoint.digest(encoding)  # which fine-tuned decoders share
-        for name, part in self._vae.named_children():
+        for name, part in self.module.named_children():
             part.to(self.device, dtype if name in _ENCODING else torch.float32)
 
-    @property
-    def module(self) -> "AutoencoderKL":
-        """The frozen network, as diffusers knows it."""
-        return self._vae
-
     def facts(self) -> dict[str, Any]:
-        """What a cache of latents and a model trained on them must carry; JSON-able."""
+        """The facts recorded in a cache of latents and in models trained on them, as JSON can hold them."""
         names = ("spec", "sha256", "encoder_sha256", "scale_factor", "shift_factor", "downsampling", "latent_channels")
         return {name: getattr(self, name) for name in names}
 
     @torch.inference_mode()
-    def moments(
-        self, images: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch moments latent_height latent_width"]:
+    def moments(self, images: Images) -> Float[Tensor, "batch moments latent_height latent_width"]:
         """Posterior mean, then log-variance, of each latent value: float32, unscaled, on this autoencoder's device.
 
         Raises ValueError for images it does not take.
         """
         channels, *size = images.shape[1:]
         if channels != self.image_channels or any(side % self.downsampling for side in size):
-            raise ValueError(
-                f"images are {tuple(images.shape[1:])}: autoencoder {self.spec} takes {self.image_channels} channels and "
-                f"sides that are multiples of {self.downsampling}; crop to such a size"
-            )
+            takes = f"{self.image_channels} channels and sides that are multiples of {self.downsampling}"
+            given = tuple(images.shape[1:])
+            raise ValueError(f"images are {given}: autoencoder {self.spec} takes {takes}; crop to such a size")
         with _full_float32():
-            parameters = self._vae.encode(images.to(self.device, self.dtype)).latent_dist.parameters
+            parameters = self.module.encode(images.to(self.device, self.dtype)).latent_dist.parameters
+        # The parameters rather than diffusers' mean and std, which would be computed in `dtype`.
         mean, log_variance = parameters.float().chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     @torch.inference_mode()
-    def decode(
-        self, latents: Float[Tensor, "batch latent_channels latent_height latent_width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Images in [-1, 1] of scaled latents, as many at once as fit.
-
-        Raises ValueError for latents of another number of channels.
-        """
-        if latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents have {latents.shape[1]} channels, autoencoder {self.spec} has {self.latent_channels}"
-            )
+    def decode(self, latents: Float[Tensor, "batch latent_channels latent_height latent_width"]) -> Images:
+        """Images in [-1, 1] of scaled latents. Raises ValueError for latents of another number of channels."""
+        channels = latents.shape[1]
+        if channels != self.latent_channels:
+            raise ValueError(f"latents have {channels} channels, autoencoder {self.spec} has {self.latent_channels}")
         height, width = (side * self.downsampling for side in latents.shape[2:])
+        # In parts, since a decoder's activations are hundreds of times larger than its images.
         z = latents.to(self.device, torch.float32) / self.scale_factor + self.shift_factor
         with _full_float32():
-            parts = [self._vae.decode(part).sample for part in z.split(max(1, _DECODED_PIXELS // (height * width)))]
+            parts = [self.module.decode(part).sample for part in z.split(max(1, _DECODED_PIXELS // (height * width)))]
         return torch.cat(parts).clamp(-1, 1)
 
 
 def scaled_sample(
-    moments: Float[Tensor, "batch moments height width"],
-    noise: Float[Tensor, "batch latent_channels height width"],
-    scale_factor: float,
-    shift_factor: float = 0.0,
-) -> Float[Tensor, "batch latent_channels height width"]:
-    """Draw scaled latents from posteriors: (mean + std * noise - shift) * scale."""
+    moments: Float[Tensor, "batch moments height width"], noise: Float[Tensor, "batch latent_channels height width"],
+    scale_factor: float, shift_factor: float = 0.0,
+) -> Float[Tensor, "batch latent_channels height width"]:  # fmt: skip
+    """Sample scaled latents from posteriors: (mean + std * noise - shift) * scale."""
     mean, log_variance = moments.chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance) * noise - shift_factor) * scale_factor
 
@@ -112,17 +102,12 @@ def scaled_sample(
 def load_autoencoder(
     spec: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Load an `AutoencoderKL` of diffusers.
+    """Load an `AutoencoderKL` of diffusers, from safetensors files or, if there are none, from a `.bin` restricted to tensors.
 
-    Args:
-        spec: a folder, or a repository of the Hugging Face hub. If the autoencoder is in a subfolder `vae`, as in a pipeline of
-            diffusers or a run of `triptych-dit autoencoder`, the folder above it will do.
-        device: where it runs.
-        dtype: arithmetic of encoding; decoding is always in float32.
-
-    Weights are read from safetensors files, or, if there are none, from a `.bin` restricted to tensors.
-
-    Raises ValueError or OSError, in one line, for what cannot be used, ImportError without diffusers.
+    spec: a folder, or a repository of the Hugging Face hub. If the autoencoder is in a subfolder `vae`, as in a pipeline of
+        diffusers or a run of `triptych-dit autoencoder`, the folder above it will do.
+    dtype: arithmetic of encoding; decoding is always in float32.
+    Raises ValueError or OSError, in one line, if it cannot be used, ImportError without diffusers.
     """
     kind = import_autoencoder_kl()
     with _quiet("diffusers"), _quiet("huggingface_hub"):
@@ -132,12 +117,8 @@ def load_autoencoder(
 
 
 def import_autoencoder_kl() -> type["AutoencoderKL"]:
-    """diffusers' class. Raises ImportError with what to install."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError("latents need a package: pip install 'triptych-dit[latents]'") from error
-    return AutoencoderKL
+    """The class of diffusers. Raises ImportError, saying what to install, without the library."""
+    return import_extra("diffusers", "latents need a package: pip install 'triptych-dit[latents]'").AutoencoderKL
 
 
 def _local(spec: str) -> Path:
@@ -152,7 +133,7 @@ def _local(spec: str) -> Path:
 
 
 def _fetched(spec: str) -> Path:
-    """Where the hub's cache holds config and weights, downloaded if need be."""
+    """The folder of config and weights in the hub's cache, to which they are downloaded if needed."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -166,7 +147,7 @@ def _fetched(spec: str) -> Path:
                 reason = reason or error
                 offline = offline or isinstance(error, LocalEntryNotFoundError)  # no further waiting for the network
     raise OSError(
-        f"autoencoder {spec}: no such folder here, and not to be had from the Hugging Face hub ({_one_line(reason)}); "
+        f"autoencoder {spec}: no such folder here, and not available from the Hugging Face hub ({_one_line(reason)}); "
         "check name and network, or make one with triptych-dit autoencoder"
     ) from reason
 
@@ -179,14 +160,15 @@ def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderK
         name = kind.load_config(folder).get("_class_name")
         if name != "AutoencoderKL":
             raise ValueError(f"its config says {name}, expected AutoencoderKL")
+        safetensors = found[0] == WEIGHTS[0]  # anything else diffusers reads with weights_only
         vae, info = kind.from_pretrained(
             folder,
             torch_dtype=torch.float32,
-            use_safetensors=found[0] == WEIGHTS[0],  # anything else diffusers reads with weights_only
+            use_safetensors=safetensors,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever a foreign config or file brings about in diffusers
+    except Exception as error:  # a foreign config or file can make diffusers raise anything
         raise ValueError(f"autoencoder {spec}: cannot be read ({_one_line(error)})") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
@@ -211,5 +193,5 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _full_float32() -> AbstractContextManager[None]:
-    """Unless told otherwise, GPUs round the inputs of float32 convolutions to 10 bits of mantissa (TF32)."""
+    """By default GPUs round the inputs of float32 convolutions to 10 bits of mantissa (TF32)."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -4,7 +4,6 @@ The thesis uses Stable Diffusion's autoencoder; digits of 28 x 28 need a smaller
 divergence. There is no perceptual loss: the only network for digits is the one that scores them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -40,9 +39,10 @@ class Reconstruction(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channels height width"], noise: Float[Tensor, "batch latent_channels h w"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Mean squared error of a pixel after one draw from the posterior, and mean KL divergence of a latent value to
-        the standard normal, in nats.  [Kingma & Welling 2014]
+        """Mean squared error of a pixel for one sample of the posterior, and mean KL divergence of a latent value to the
+        standard normal, in nats.  [Kingma & Welling 2014]
         """
+        # With the channels last in memory, convolutions are faster.
         posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
@@ -52,15 +52,25 @@ class Reconstruction(nn.Module):
 def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
     """Train to the end, or resume, and write OUT/vae, OUT/autoencoder.json and OUT/reconstructions.png.
 
-    Returns where the autoencoder is, its facts (scale factor among them), and its error on held-out images.
-
+    Returns the autoencoder's path, its facts (such as the scale factor), and its error on held-out images.
     Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
     train_set = data.load(config.data, "train")
     check_fits(config, train_set)
     with process_group(config.device) as ranks, open_run(config, ranks) as run:
-        state = make_state(config, train_set, ranks)
-        losses = make_losses(config, state, train_set, ranks)
+        model = Reconstruction(make_vae(config, train_set)).to(ranks.device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
+        )
+        state = TrainState(model, optimizer, ranks, **config.state_options())
+        height, width = (side // config.downsampling for side in train_set.images.shape[2:])
+
+        def losses(counters: range) -> dict[str, Tensor]:
+            images = train_set.scaled(randomness.shuffled(config.seed, "order", counters, len(train_set)))
+            noise = randomness.normal(config.seed, "noise", counters, (config.latent_channels, height, width))
+            error, kl = state.parallel_model(images.to(ranks.device), noise.to(ranks.device))
+            return {"loss": error + config.kl_weight * kl, "mse": error, "kl": kl}
+
         for batch in training_steps(config, state, run):
             means = state.accumulate(batch, config.micro_batch, losses)
             state.update(batch, {"mse": means["mse"], "kl": means["kl"]})
@@ -88,61 +98,20 @@ def make_vae(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> "Aut
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
         return import_autoencoder_kl()(
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * depth,
-            up_block_types=("UpDecoderBlock2D",) * depth,
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            latent_channels=config.latent_channels,
-            norm_num_groups=config.norm_num_groups,
-            sample_size=max(height, width),
+            in_channels=channels, out_channels=channels, down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth, block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block, latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_num_groups, sample_size=max(height, width),
             mid_block_add_attention=config.mid_block_attention,
-        )
-
-
-def make_state(config: AutoencoderTrainConfig, dataset: data.ImageDataset, ranks: Ranks) -> TrainState:
-    """The network, its average and AdamW."""
-    model = Reconstruction(make_vae(config, dataset)).to(ranks.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
-    )
-    return TrainState(
-        model,
-        optimizer,
-        ranks,
-        **config.state_options(),
-    )
-
-
-def make_losses(
-    config: AutoencoderTrainConfig, state: TrainState, dataset: data.ImageDataset, ranks: Ranks
-) -> Callable[[range], dict[str, Tensor]]:
-    """Reconstruction error, KL divergence and the loss made of them, of given sample counters."""
-    shape = latent_shape(config, dataset)
-
-    def losses(counters: range) -> dict[str, Tensor]:
-        images = dataset.scaled(randomness.shuffled(config.seed, "order", counters, len(dataset)))
-        noise = randomness.normal(config.seed, "noise", counters, shape)
-        error, kl = state.parallel_model(images.to(ranks.device), noise.to(ranks.device))
-        return {"loss": error + config.kl_weight * kl, "mse": error, "kl": kl}
-
-    return losses
-
-
-def latent_shape(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> tuple[int, int, int]:
-    height, width = dataset.images.shape[2:]
-    return config.latent_channels, height // config.downsampling, width // config.downsampling
+        )  # fmt: skip
 
 
 def finish(
     config: AutoencoderTrainConfig, vae: "AutoencoderKL", dataset: data.ImageDataset, ranks: Ranks
 ) -> dict[str, Any]:
-    """Set the scale factor, write the autoencoder, and measure how well held-out images are reconstructed.
-
-    The scale factor is one over the standard deviation of latents drawn from the posteriors of training images, all values
-    taken together.
-    """
+    """Set the scale factor, write the autoencoder, and measure how well held-out images are reconstructed."""
+    # One over the standard deviation of all values of latents sampled for training images, as for Stable Diffusion's
+    # 0.18215: diffusion assumes data of about unit variance.  [Rombach et al. 2022, D.1]
     folder = config.out / FOLDER
     raw = Autoencoder(vae, str(folder), device=ranks.device)
     latents = draw_latents(raw, some_images(dataset, config.seed), config.seed) / raw.scale_factor
@@ -163,14 +132,12 @@ def finish(
 
 
 def some_images(dataset: data.ImageDataset, seed: int) -> Float[Tensor, "images channels height width"]:
-    """Up to 1,000 images to measure on, all classes mixed."""
+    """Up to 1,000 images for measurements, all classes mixed."""
     return dataset.scaled(randomness.permutation(seed, "measured", 0, len(dataset))[:1000])
 
 
-def draw_latents(
-    autoencoder: Autoencoder, images: Float[Tensor, "images channels height width"], seed: int
-) -> Float[Tensor, "images latent_channels latent_height latent_width"]:
-    """Scaled latents: a draw from each image's posterior."""
+def draw_latents(autoencoder: Autoencoder, images: Tensor, seed: int) -> Float[Tensor, "images channels height width"]:
+    """Scaled latents: a sample from each image's posterior."""
     moments = torch.cat([autoencoder.moments(part).cpu() for part in images.split(256)])
     noise = randomness.normal(seed, "measuring", range(len(images)), (moments.shape[1] // 2, *moments.shape[2:]))
     return scaled_sample(moments, noise, autoencoder.scale_factor, autoencoder.shift_factor)
@@ -184,9 +151,7 @@ def write_vae(folder: Path, vae: "AutoencoderKL") -> None:
             write_bytes(folder / name, (Path(temporary) / name).read_bytes())
 
 
-def side_by_side(
-    images: UInt8[Tensor, "n channels height width"], back: UInt8[Tensor, "n channels height width"], columns: int = 10
-) -> UInt8[Tensor, "channels grid_height grid_width"]:
-    """Three rows of images, each above its reconstructions."""
-    pairs = [part for i in range(0, 3 * columns, columns) for part in (images[i : i + columns], back[i : i + columns])]
-    return image_grid(torch.cat(pairs), columns)
+def side_by_side(images: Tensor, back: Tensor) -> UInt8[Tensor, "channels grid_height grid_width"]:
+    """Three rows of ten uint8 images, each above its reconstructions."""
+    rows = [part for pair in zip(images[:30].split(10), back[:30].split(10), strict=True) for part in pair]
+    return image_grid(torch.cat(rows), columns=10)

@@ -19,15 +19,9 @@ from triptych_dit.interop.released import PUBLISHED, export_released, load_relea
 from triptych_dit.weights import FILE_NAME, TrainedModel, load_model, make_diffusion
 
 __all__ = [
-    "PUBLISHED",
-    "diffusers_transformer",
-    "export_released",
-    "from_diffusers",
-    "load_any",
-    "load_released",
-    "to_diffusers",
+    "PUBLISHED", "diffusers_transformer", "export_released", "from_diffusers", "load_any", "load_released", "to_diffusers",
     "use_released_timesteps",
-]
+]  # fmt: skip
 
 STABLE_DIFFUSION_VAE: dict[str, Any] = {  # what the released models were trained with
     "spec": "stabilityai/sd-vae-ft-ema", "sha256": None, "scale_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8,
@@ -36,20 +30,14 @@ STABLE_DIFFUSION_VAE: dict[str, Any] = {  # what the released models were traine
 
 
 def load_any(
-    spec: str | Path,
-    *,
-    weights: str | None = None,
-    num_heads: int | None = None,
-    num_classes: int | None = None,
+    spec: str | Path, *, weights: str | None = None, num_heads: int | None = None, num_classes: int | None = None
 ) -> TrainedModel:
-    """Load a model from wherever it is, onto the CPU and in evaluation mode.
+    """Load a model of any kind, onto the CPU and in evaluation mode.
 
-    Args:
-        spec: a model file or run folder of this package, a released file or a published name, or a folder or hub repository of
-            diffusers.
-        weights, num_heads, num_classes: as for `load_released` and `from_diffusers`.
-
-    Raises OSError if there is nothing there, ValueError if it is not such a model, or for an option that it has no use for.
+    spec: a model file or run folder of this package, a released file or a published name, or a folder or hub repository of
+        diffusers.
+    weights, num_heads, num_classes: as for `load_released` and `from_diffusers`.
+    Raises OSError if there is no such file, ValueError if it is not such a model, or for an option that it has no use for.
     """
     path, name = Path(spec).expanduser(), str(spec)
     options = {"weights": weights, "num_heads": num_heads, "num_classes": num_classes}
@@ -62,7 +50,7 @@ def load_any(
         facts: dict[str, Any] = {"predict": "noise", "autoencoder": autoencoder, "source": name}
         return TrainedModel(model, make_diffusion(model.config, "noise"), facts)
     if path.is_dir() and not is_of_diffusers(path):
-        return load_model(path)  # a run without a finished model: it says so
+        return load_model(path)  # a run without a finished model, of which this raises
     repository = re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", name) and not path.parent.exists() and name not in PRESETS
     if not path.is_dir() and not repository:
         raise FileNotFoundError(

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -38,62 +38,46 @@ if TYPE_CHECKING:
 
     from triptych_dit.autoencoder.model import Autoencoder
 
+Rows = Float[Tensor, "_ width"]  # of a label table
 SIDE_FILE = "triptych.json"
 NULL_ROW = 1000  # the row of the label table that DiTPipeline takes for "no class", however many classes there are
 
 # Ours -> theirs; qkv is three there, and every block has a copy of the embeddings.
 _OUTER = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
+    "x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1", "final_layer.linear": "proj_out_2",
+}  # fmt: skip
 _INNER = {
-    "adaLN_modulation.1": "norm1.linear",
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
+    "adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
+}  # fmt: skip
 _EMBEDDINGS = {
-    "t_embedder.mlp.0.weight": "norm1.emb.timestep_embedder.linear_1.weight",
-    "t_embedder.mlp.0.bias": "norm1.emb.timestep_embedder.linear_1.bias",
-    "t_embedder.mlp.2.weight": "norm1.emb.timestep_embedder.linear_2.weight",
-    "t_embedder.mlp.2.bias": "norm1.emb.timestep_embedder.linear_2.bias",
-    TABLE: "norm1.emb.class_embedder.embedding_table.weight",
-}
+    f"t_embedder.mlp.{ours}.{end}": f"norm1.emb.timestep_embedder.linear_{theirs}.{end}"
+    for ours, theirs in ((0, 1), (2, 2))
+    for end in ("weight", "bias")
+} | {TABLE: "norm1.emb.class_embedder.embedding_table.weight"}
 
 
 def to_diffusers(
-    model: DiT,
-    folder: str | Path,
-    *,
-    vae: "AutoencoderKL | Autoencoder | str | Path | None" = None,
-    scheduler: "SchedulerMixin | str | None" = None,
-    id2label: Mapping[int, Any] | Mapping[str, Any] | None = None,
+    model: DiT, folder: str | Path, *, vae: "AutoencoderKL | Autoencoder | str | Path | None" = None,
+    scheduler: "SchedulerMixin | str | None" = None, id2label: Mapping[int, Any] | Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a model, in float32, as a folder that `DiTPipeline.from_pretrained` opens.
+) -> None:  # fmt: skip
+    """Write a model, in float32, as a folder that `DiTPipeline.from_pretrained` opens, replacing an earlier export.
 
-    Guidance works there for any number of classes.
+        to_diffusers(load_model("runs/dit").model, "exported")
+        images = DiTPipeline.from_pretrained("exported")(class_labels=[3, 7], guidance_scale=1.5).images
 
-    Args:
-        model: a DiT of square inputs with adaLN-Zero blocks.
-        folder: where to write; an earlier export there is replaced.
-        vae: what decodes the model's latents. Without it, pass one to `DiTPipeline.from_pretrained(folder, vae=...)`.
-        scheduler: an instance, or the name of a class of diffusers, made for the released noise schedule; by default DDIM.
-        id2label: names of the classes by label; synonyms are separated by commas.
-        facts: those of the model's file (what it predicts, its autoencoder); by default it predicts noise.
+    model: a DiT of square inputs with adaLN-Zero blocks.
+    vae: decoder of the model's latents. Without it, pass one to `DiTPipeline.from_pretrained(folder, vae=...)`.
+    scheduler: an instance, or the name of a class of diffusers, made for the released noise schedule; by default DDIM.
+    id2label: names of the classes by label; synonyms are separated by commas.
+    facts: those of the model's file (what it predicts, its autoencoder); by default it predicts noise.
 
     Raises ValueError for a model or parts that the pipeline cannot run, OSError if the folder cannot be written, ImportError
     without diffusers.
-
-    Example:
-        >>> to_diffusers(load_model("runs/dit").model, "exported")
-        >>> images = DiTPipeline.from_pretrained("exported")(class_labels=[3, 7], guidance_scale=1.5).images
     """
     diffusers = import_diffusers()
-    facts = {"predict": "noise"} | {
-        name: fact for name, fact in (facts or {}).items() if name not in ("kind", "config")
-    }
+    kept = {name: fact for name, fact in (facts or {}).items() if name not in ("kind", "config")}
+    facts = {"predict": "noise"} | kept
     folder, names = Path(folder), check_names(id2label, model.config)
     parts: dict[str, Any] = {
         "scheduler": checked_scheduler(scheduler, str(facts["predict"])),
@@ -117,12 +101,10 @@ def from_diffusers(
 ) -> DiT:
     """The transformer of a diffusers folder or hub repository, as a DiT: float32, on the CPU, in evaluation mode.
 
-    Args:
-        source: a pipeline's folder, its transformer's folder, or a hub repository, such as "facebook/DiT-XL-2-256".
-        num_classes: by default what the folder's triptych.json says, else what the rows of its label table say.
-        timestep_frequency_shift: likewise; without triptych.json 1, which is what diffusers computes, except for the
-            repositories of the released weights, which were trained with 0 (and epsilon 1e-6).
-
+    source: a pipeline's folder, its transformer's folder, or a hub repository, such as "facebook/DiT-XL-2-256".
+    num_classes: by default that of the folder's triptych.json, else inferred from the rows of the label table.
+    timestep_frequency_shift: likewise; without triptych.json 1, as diffusers computes, except for the repositories of the
+        released weights, which were trained with 0 (and epsilon 1e-6).
     Raises OSError if there is no such folder or repository, ValueError if it is not of a DiT.
     """
     return _read(source, num_classes, timestep_frequency_shift)[0]
@@ -144,7 +126,7 @@ def read_folder(source: str | Path, *, num_classes: int | None = None) -> tuple[
 def _read(
     source: str | Path, num_classes: int | None, timestep_frequency_shift: int | None = None
 ) -> tuple[DiT, Path, dict[str, Any]]:
-    """The model, where its folder lies, and the facts of its triptych.json."""
+    """The model, its folder, and the facts of its triptych.json."""
     root = Path(source).expanduser()
     if not root.is_dir():
         root = fetched(str(source))
@@ -174,10 +156,8 @@ def _read(
 
 
 def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
-    """A model as diffusers' module, in the model's dtype and sharing some of its memory. The top of this file says when both
-    compute the same function.
-
-    Raises ValueError for a model that diffusers has no module for.
+    """A model as diffusers' module, in the model's dtype and sharing some of its memory; see above for when both compute the
+    same function. Raises ValueError for a model that diffusers has no module for.
     """
     config = model.config
     for name, wanted in (("block_design", "adaln_zero"), ("mlp_ratio", 4)):
@@ -189,26 +169,21 @@ def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
         raise ValueError("export: the position embedding is not the sine-cosine one, the only one of diffusers' DiT")
     table = padded_table(config, None if model.y_embedder is None else model.y_embedder.embedding_table.weight)
     with torch.device("meta"):
+        # Positions are no part of diffusers' state dict, so they are set afterwards.
         transformer = import_diffusers().DiTTransformer2DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.hidden_size // config.num_heads,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            sample_size=config.input_size[0],
-            patch_size=config.patch_size,
-            num_embeds_ada_norm=len(table) - 1,
+            num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
+            in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
+            sample_size=config.input_size[0], patch_size=config.patch_size, num_embeds_ada_norm=len(table) - 1,
             norm_eps=config.mlp_norm_eps,
-        )
-    transformer.load_state_dict(
-        renamed({**model.state_dict(), TABLE: table.to(model.pos_embed)}, config.depth), assign=True
-    )
+        )  # fmt: skip
+    ours = {**model.state_dict(), TABLE: table.to(model.pos_embed)}
+    transformer.load_state_dict(renamed(ours, config.depth), assign=True)
     transformer.pos_embed.pos_embed = model.pos_embed.detach().clone()
     return transformer.eval()
 
 
 def use_released_timesteps(transformer: "DiTTransformer2DModel", shift: int = 0) -> None:
-    """Give an opened diffusers DiT the timestep frequencies that the released models, and ours of shift 0, were trained with."""
+    """Give a diffusers DiT the timestep frequencies with which the released models, and ours of shift 0, were trained."""
     for module in transformer.modules():
         if type(module).__name__ == "Timesteps":
             module.downscale_freq_shift = shift
@@ -243,12 +218,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _pairs(depth: int) -> dict[str, str]:
-    """Names of what is the same tensor in both."""
-    modules = _OUTER | {
-        f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{theirs}"
-        for i in range(depth)
-        for ours, theirs in _INNER.items()
-    }
+    """Our name and theirs of every tensor that is the same in both."""
+    modules = dict(_OUTER)
+    for i in range(depth):
+        modules |= {f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{theirs}" for ours, theirs in _INNER.items()}
     return {f"{ours}.{end}": f"{theirs}.{end}" for ours, theirs in modules.items() for end in ("weight", "bias")}
 
 
@@ -270,23 +243,19 @@ def translated(
     kinds = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in old folders
     if theirs.get("_class_name") not in kinds or theirs.get("norm_type") != "ada_norm_zero":
         raise ValueError(f"a {theirs.get('_class_name')} with norm_type {theirs.get('norm_type')}; expected {kinds[0]}")
-    for name, wanted in (
-        ("activation_fn", "gelu-approximate"),
-        ("attention_bias", True),
-        ("norm_elementwise_affine", False),
-    ):
+    fixed = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False}
+    for name, wanted in fixed.items():
         if theirs.get(name, wanted) != wanted:
             raise ValueError(f"{name} {theirs[name]}: a DiT has {wanted}")
     depth, width = theirs["num_layers"], theirs["num_attention_heads"] * theirs["attention_head_dim"]
-    out_channels = theirs.get("out_channels") or theirs["in_channels"]
-    if out_channels not in (theirs["in_channels"], 2 * theirs["in_channels"]):
-        raise ValueError(
-            f"out_channels {out_channels} for in_channels {theirs['in_channels']}: a DiT has as many or twice"
-        )
+    in_channels = theirs["in_channels"]
+    out_channels = theirs.get("out_channels") or in_channels
+    if out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(f"out_channels {out_channels} for in_channels {in_channels}: a DiT has as many or twice")
     shape = DiTConfig(
-        input_size=(theirs["sample_size"],) * 2, in_channels=theirs["in_channels"], patch_size=theirs["patch_size"],
+        input_size=(theirs["sample_size"],) * 2, in_channels=in_channels, patch_size=theirs["patch_size"],
         hidden_size=width, depth=depth, num_heads=theirs["num_attention_heads"],
-        num_classes=theirs["num_embeds_ada_norm"], learn_sigma=out_channels != theirs["in_channels"],
+        num_classes=theirs["num_embeds_ada_norm"], learn_sigma=out_channels != in_channels,
         timestep_frequency_shift=shift, mlp_norm_eps=theirs.get("norm_eps", 1e-5),
     )  # fmt: skip
     state.pop("pos_embed.pos_embed", None)  # old folders have it; it is the sine-cosine one
@@ -294,11 +263,12 @@ def translated(
         expected = DiT(shape).state_dict()
         expected[TABLE] = torch.empty(theirs["num_embeds_ada_norm"] + 1, width)
     check_keys(state, renamed(expected, depth), "transformer")
+    # Diffusers gives every block a copy of the embedders, which training there lets drift apart.
     for theirs_name in _EMBEDDINGS.values():
         first = state[f"transformer_blocks.0.{theirs_name}"]
         if not all(torch.equal(first, state[f"transformer_blocks.{i}.{theirs_name}"]) for i in range(1, depth)):
             raise ValueError(f"blocks differ in {theirs_name}, which all blocks of a DiT share; trained in diffusers?")
-    table = unpadded_table(state[f"transformer_blocks.0.{_EMBEDDINGS[TABLE]}"], num_classes)
+    rows, num_classes, has_null = unpadded_table(state[f"transformer_blocks.0.{_EMBEDDINGS[TABLE]}"], num_classes)
     ours = {name: state[theirs_name] for name, theirs_name in _pairs(depth).items()}
     ours |= {name: state[f"transformer_blocks.0.{theirs_name}"] for name, theirs_name in _EMBEDDINGS.items()}
     for i in range(depth):
@@ -306,54 +276,40 @@ def translated(
             parts = [state[f"transformer_blocks.{i}.attn1.to_{part}.{end}"] for part in "qkv"]
             ours[f"blocks.{i}.attn.qkv.{end}"] = torch.cat(parts)
     ours["pos_embed"] = sincos_position_embedding(*shape.grid, width)[None]
-    ours[TABLE] = table.rows
-    if not table.num_classes:
+    ours[TABLE] = rows
+    if not num_classes:
         fold_table(ours)
-    dropout = (dropout or 0.1) if table.has_null else 0.0
-    return replace(shape, num_classes=table.num_classes, class_dropout_prob=dropout), ours
+    dropout = (dropout or 0.1) if has_null else 0.0
+    return replace(shape, num_classes=num_classes, class_dropout_prob=dropout), ours
 
 
-class LabelTable(NamedTuple):
-    """Our label table, and what its rows are."""
-
-    rows: Float[
-        Tensor, "labels width"
-    ]  # classes, then the null label if there is one; without classes all rows are equal
-    num_classes: int
-    has_null: bool
-
-
-def padded_table(config: DiTConfig, table: Float[Tensor, "labels width"] | None) -> Float[Tensor, "rows width"]:
-    """The label table with the null row in both places where it is looked for: last by diffusers' model, row 1000 by its pipeline.
-
-    With fewer than 1000 classes, rows up to 1000 repeat the null row. With more, class 1000 makes room: its row becomes the
-    second to last. Without a null label the table stays as it is, so that guidance on up to 1000 classes finds no row rather
-    than a wrong one. Without classes it is all zeros, so that every label and guidance scale gives the same image.
-    """
+def padded_table(config: DiTConfig, table: Rows | None) -> Rows:
+    """The label table with the null row both where diffusers' model expects it, last, and where its pipeline does, in row 1000."""
     n = config.num_classes
-    if table is None:
+    if table is None:  # no classes: every label and guidance scale gives the same image
         return torch.zeros(NULL_ROW + 1, config.hidden_size)
-    if config.null_label is None:
+    if config.null_label is None:  # so that guidance on up to 1000 classes finds no row, rather than a wrong one
         return table
     null = table[n:]
-    if n <= NULL_ROW:
+    if n <= NULL_ROW:  # rows up to 1000 repeat the null row
         return torch.cat([table[:n], null.expand(NULL_ROW + 1 - n, -1)])
+    # Class 1000 makes room: its row becomes the second to last.
     return torch.cat([table[:NULL_ROW], null, table[NULL_ROW + 1 : n], table[NULL_ROW : NULL_ROW + 1], null])
 
 
 def pipeline_label(label: int, config: DiTConfig) -> int:
-    """The label by which the padded table knows a class."""
+    """The row of the padded table that holds a class."""
     return config.num_classes if label == NULL_ROW and config.null_label is not None else label
 
 
-def unpadded_table(table: Float[Tensor, "rows width"], num_classes: int | None = None) -> LabelTable:
-    """Undo `padded_table`, going by the repeated rows alone.
+def unpadded_table(table: Rows, num_classes: int | None = None) -> tuple[Rows, int, bool]:
+    """Undo `padded_table`, judging by repeated rows alone: our table, the number of classes, and whether it has a null label.
 
-    num_classes: by default what the rows say. For a table without a null label it must be given.
-
+    num_classes: by default inferred from the rows. For a table without a null label it must be given.
     Raises ValueError if the rows contradict num_classes.
     """
     rows = len(table)
+    # Trained rows are never equal, so rows equal to the last one are copies of the null row.
     null = (table == table[-1]).all(dim=1)
     if rows > NULL_ROW + 2 and bool(null[NULL_ROW]):
         found = rows - 2
@@ -362,19 +318,16 @@ def unpadded_table(table: Float[Tensor, "rows width"], num_classes: int | None =
         found = rows - int(null.flip(0).cumprod(0).sum())  # where the last run of equal rows begins
         kept = table[: found + 1]
     if num_classes is None or num_classes == found:
-        return LabelTable(kept, found, has_null=True)
+        return kept, found, True
     if num_classes == rows and num_classes:
-        return LabelTable(table, rows, has_null=False)
+        return table, rows, False
     raise ValueError(
         f"num_classes {num_classes}: the label table has {rows} rows, which fits {found} with a null label or {rows} without"
     )
 
 
 def check_names(id2label: Mapping[int, Any] | Mapping[str, Any] | None, config: DiTConfig) -> dict[str, str]:
-    """Names of classes by the label that the pipeline takes, as model_index.json has them.
-
-    Raises ValueError for what names no class.
-    """
+    """Names of classes by the label that the pipeline takes, as in model_index.json. Raises ValueError for other labels."""
     names: dict[str, str] = {}
     for key, name in (id2label or {}).items():
         label = int(key) if str(key).isdecimal() else -1

@@ -1,5 +1,6 @@
-"""What stands beside the transformer in a pipeline of diffusers: scheduler, autoencoder, and the hub it may come from."""
+"""The other parts of a diffusers pipeline: scheduler and autoencoder, and the hub it may come from."""
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from triptych_common import schedulers
 from triptych_common.cli import echo
+from triptych_common.extras import import_extra
 
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
 from triptych_dit.config import DiTConfig
@@ -20,38 +22,28 @@ WEIGHTS = "diffusion_pytorch_model"
 RELEASED_REPOSITORIES = ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512")  # the released weights, converted
 _PREDICTIONS = {"noise": "epsilon", "sample": "sample"}
 _PROCESS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-_FILES = (  # of a hub repository, besides the weights
-    "triptych.json", "model_index.json", "scheduler/scheduler_config.json", "vae/config.json",
-)  # fmt: skip
+# Of a hub repository, besides the weights.
+_FILES = ("triptych.json", "model_index.json", "scheduler/scheduler_config.json", "vae/config.json")
 
 
 def import_diffusers() -> ModuleType:
-    """The library. Raises ImportError with what to install."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError("diffusers' format needs a package: pip install 'triptych-dit[latents]'") from error
-    return diffusers
+    """The library. Raises ImportError, saying what to install, without it."""
+    return import_extra("diffusers", "diffusers' format needs a package: pip install 'triptych-dit[latents]'")
 
 
 def checked_scheduler(scheduler: "SchedulerMixin | str | None", predict: str) -> "SchedulerMixin":
-    """A scheduler on the process the model was trained on. One that is given by name is made without clipping, since latents
-    exceed 1.
-
-    DDIM and DDPM keep diffusers' "leading" timesteps, whose strides are the ones their steps assume; the solvers, whose
-    default is "linspace", get "trailing", which came closer to the exact solution.
-
-    Raises ValueError for an instance on another process.
-    """
-    prediction_type = _PREDICTIONS[predict]
+    """A scheduler, an instance or by name, for the model's process. Raises ValueError for an instance for another one."""
+    # Clipping would spoil latents, which exceed 1.
+    wanted = {**_PROCESS, "prediction_type": _PREDICTIONS[predict], "clip_sample": False}
     if scheduler is None or isinstance(scheduler, str):
         kind = getattr(import_diffusers(), schedulers.find(scheduler or "DDIMScheduler"))
         parameters = inspect.signature(kind.__init__).parameters
-        wanted = {**_PROCESS, "prediction_type": prediction_type, "clip_sample": False}
+        # DDIM and DDPM keep diffusers' "leading" timesteps, whose strides are the ones their steps assume; the solvers, whose
+        # default is "linspace", get "trailing", which came closer to the exact solution.
         if "timestep_spacing" in parameters and parameters["timestep_spacing"].default == "linspace":
             wanted["timestep_spacing"] = "trailing"
         return kind(**{name: value for name, value in wanted.items() if name in parameters})
-    wrong = _differences(scheduler.config, {**_PROCESS, "prediction_type": prediction_type, "clip_sample": False})
+    wrong = _differences(scheduler.config, wanted)
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         wrong.append("variance_type, since the pipeline drops the learned variance (fixed_small will do)")
     if wrong:
@@ -60,7 +52,7 @@ def checked_scheduler(scheduler: "SchedulerMixin | str | None", predict: str) ->
 
 
 def prediction(scheduler: Mapping[str, Any], source: str) -> str:
-    """What a pipeline's model predicts, by its scheduler's config: "noise" or "sample".
+    """The prediction of a pipeline's model according to its scheduler's config: "noise" or "sample".
 
     Raises ValueError for a process other than the released one, the only one that is sampled here.
     """
@@ -75,20 +67,14 @@ def prediction(scheduler: Mapping[str, Any], source: str) -> str:
 
 
 def _differences(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} {config[name]} (expected {value})"
-        for name, value in wanted.items()
-        if config.get(name, value) != value
-    ]
+    different = {name: value for name, value in wanted.items() if config.get(name, value) != value}
+    return [f"{name} {config[name]} (expected {value})" for name, value in different.items()]
 
 
 def checked_vae(
     vae: "AutoencoderKL | Autoencoder | str | Path", config: DiTConfig, facts: Mapping[str, Any]
 ) -> "AutoencoderKL":
-    """The autoencoder, if it decodes what the model generates.
-
-    Raises ValueError if it does not, or if the pipeline would not know how to use it.
-    """
+    """The autoencoder's module. Raises ValueError if it is not that of the model's latents, or the pipeline cannot use it."""
     if isinstance(vae, str | Path):
         vae = load_autoencoder(str(vae))
     known = facts.get("autoencoder") or {}
@@ -96,10 +82,9 @@ def checked_vae(
     theirs = module.config
     if "autoencoder" in facts and not known:
         raise ValueError("export: the model was trained on pixels, which no autoencoder decodes; leave --vae out")
-    if theirs.latent_channels != config.in_channels:
-        raise ValueError(
-            f"export: the autoencoder has {theirs.latent_channels} latent channels, the model {config.in_channels}"
-        )
+    channels = theirs.latent_channels
+    if channels != config.in_channels:
+        raise ValueError(f"export: the autoencoder has {channels} latent channels, the model {config.in_channels}")
     if theirs.shift_factor:
         raise ValueError(f"export: the autoencoder has shift_factor {theirs.shift_factor}, which DiTPipeline ignores")
     if theirs.scaling_factor != known.get("scale_factor", theirs.scaling_factor):
@@ -116,7 +101,7 @@ def checked_vae(
 
 
 def autoencoder_facts(theirs: Mapping[str, Any], source: str, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Facts of the autoencoder in a pipeline's folder, from its config, or those known of one that lies elsewhere.
+    """Facts of the autoencoder in a pipeline's folder, from its config, or those known of one that is stored elsewhere.
 
     Raises ValueError for an autoencoder of another kind.
     """
@@ -125,46 +110,34 @@ def autoencoder_facts(theirs: Mapping[str, Any], source: str, known: Mapping[str
     if theirs.get("_class_name") != "AutoencoderKL" or not {"block_out_channels", "latent_channels"} <= theirs.keys():
         raise ValueError(f"{source}: its vae is a {theirs.get('_class_name')}; expected an AutoencoderKL")
     return {
-        "sha256": None,
-        "scale_factor": theirs.get("scaling_factor", 0.18215),
-        "shift_factor": theirs.get("shift_factor") or 0.0,
-        "downsampling": 2 ** (len(theirs["block_out_channels"]) - 1),
-        "latent_channels": theirs["latent_channels"],
-        **(known or {}),
-        "spec": source,
-    }
+        "sha256": None, "scale_factor": theirs.get("scaling_factor", 0.18215),
+        "shift_factor": theirs.get("shift_factor") or 0.0, "downsampling": 2 ** (len(theirs["block_out_channels"]) - 1),
+        "latent_channels": theirs["latent_channels"], **(known or {}), "spec": source,
+    }  # fmt: skip
 
 
 def fetched(name: str) -> Path:
-    """Where the hub's cache holds a repository's transformer and its configs; they are downloaded if need be.
+    """The folder of a repository's transformer and configs in the hub's cache, to which they are downloaded if needed.
 
-    Raises OSError if they cannot be had, ImportError without the hub's library.
+    Raises OSError if they cannot be downloaded, ImportError without the hub's library.
     """
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise ImportError(
-            f"{name}: no such folder, and the Hugging Face hub needs a package: pip install 'triptych-dit[latents]'"
-        ) from error
+    needs = f"{name}: no such folder, and the Hugging Face hub needs a package: pip install 'triptych-dit[latents]'"
+    download = import_extra("huggingface_hub", needs).hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
     echo(f"looking for {name} on the Hugging Face hub")
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it would report each of its attempts, for half a minute
+    # It would report each of its attempts, for half a minute.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        root = Path(hf_hub_download(name, "transformer/config.json")).parent.parent
+        root = Path(download(name, "transformer/config.json")).parent.parent
         for file in _FILES:
-            try:
-                hf_hub_download(name, file)
-            except EntryNotFoundError:
-                continue
+            with contextlib.suppress(EntryNotFoundError):
+                download(name, file)
         try:
-            hf_hub_download(name, f"transformer/{WEIGHTS}.safetensors")
+            download(name, f"transformer/{WEIGHTS}.safetensors")
         except EntryNotFoundError:
-            hf_hub_download(name, f"transformer/{WEIGHTS}.bin")
+            download(name, f"transformer/{WEIGHTS}.bin")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(
-            f"{name}: no such file or folder here, and not to be had from the Hugging Face hub ({reason}); check name and network"
-        ) from error
+        here = f"{name}: no such file or folder here, and not available from the Hugging Face hub"
+        raise OSError(f"{here} ({' '.join(str(error).split())[:200]}); check name and network") from error
     return root

@@ -4,7 +4,6 @@ Our modules have the released names, so nothing is renamed; a model's shape foll
 """
 
 import argparse
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from torch import Tensor
 from triptych_common.cli import echo
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
-from triptych_common.storage import foreign
+from triptych_common.storage import checkpoint, foreign
 
 from triptych_dit.config import PRESETS, DiTConfig
 from triptych_dit.flops import parameter_count
@@ -55,31 +54,25 @@ def load_released(
 ) -> DiT:
     """Read a released or self-trained file of facebookresearch/DiT: float32, on the CPU, in evaluation mode.
 
-    Args:
-        source: a file (.pt, or its state dict as .safetensors), or a published name ("DiT-XL/2@256", "DiT-XL/2@512"), which
-            is downloaded to `$TRIPTYCH_DATA/dit` once.
-        weights: "ema" or "model" of a training checkpoint; by default "ema" if it is there.
-        num_heads: number of attention heads; needed for widths that were not published.
-        num_classes: by default what the checkpoint's arguments say, else one less than the label table has rows.
-
+    source: a file (.pt, or its state dict as .safetensors), or a published name ("DiT-XL/2@256", "DiT-XL/2@512"), which is
+        downloaded to `$TRIPTYCH_DATA/dit` once.
+    weights: "ema" or "model" of a training checkpoint; by default "ema" if it has them.
+    num_heads: number of attention heads; needed for widths that were not published.
+    num_classes: by default that of the checkpoint's arguments, else one less than the label table has rows.
     Raises FileNotFoundError if there is no such file, ValueError if it is not such a model.
-
-    Example:
-        >>> load_released("DiT-XL/2@256").config.hidden_size
-        1152
     """
     path = Path(source).expanduser()
     if str(source) in PUBLISHED and not path.is_file():
         path = published_file(str(source))
     if "state" in foreign.metadata(path):
         raise ValueError(f"{path}: a model file of triptych's own, not a released one; read it with load_model")
+    # Training checkpoints of the released code pickle their command line's arguments.
     content = foreign.read(path, allow=[argparse.Namespace])
     state, args = _unwrap(content, path, weights)
     _check_family(state, path, args)
-    said = getattr(args, "num_classes", None)
-    rows = len(state[TABLE])
+    argument, rows = getattr(args, "num_classes", None), len(state[TABLE])
     if num_classes is None:
-        num_classes = said if isinstance(said, int) and rows - said in (0, 1) else rows - 1
+        num_classes = argument if isinstance(argument, int) and rows - argument in (0, 1) else rows - 1
     heads = num_heads or getattr(PRESETS.get(getattr(args, "model", "")), "num_heads", None)
     try:
         config = infer_config(state, num_heads=heads, num_classes=num_classes)
@@ -96,9 +89,9 @@ def load_released(
 
 
 def published_file(name: str) -> Path:
-    """The file of a published name, downloaded to `$TRIPTYCH_DATA/dit` once, checked by size and, where one is known, hash.
+    """The file of a published name, downloaded to `$TRIPTYCH_DATA/dit` once, checked by size and, if it is known, hash.
 
-    Raises FileNotFoundError where it cannot be fetched, ValueError for another file in its place.
+    Raises FileNotFoundError if it cannot be downloaded, ValueError for another file in its place.
     """
     entry = PUBLISHED[name]
     path = data_root() / "dit" / entry.file
@@ -106,11 +99,8 @@ def published_file(name: str) -> Path:
     size, least = path.stat().st_size, 4 * parameter_count(entry.config)
     if not least < size < least + 2**20 or size != (entry.size or size):  # tensors, and at most a megabyte of names
         raise ValueError(f"{path}: {size:,} bytes, expected {entry.size or least:,}; delete the file and repeat")
-    if entry.sha256 is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry.sha256:
-            raise ValueError(f"{path}: SHA-256 {found[:16]}, expected {entry.sha256[:16]}; delete the file and repeat")
+    if entry.sha256 is not None and (found := checkpoint.file_digest(path)) != entry.sha256:
+        raise ValueError(f"{path}: SHA-256 {found[:16]}, expected {entry.sha256[:16]}; delete the file and repeat")
     return path
 
 
@@ -118,7 +108,6 @@ def export_released(model: DiT, path: Path) -> None:
     """Write a model's state dict, in float32, as the original code reads it.
 
     A model without classes gets a label table of one row of zeros: pass label 0 there.
-
     Raises ValueError for a model that the original code cannot run, OSError if the file cannot be written.
     """
     config = model.config
@@ -140,6 +129,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_clas
     for name, axes in (("x_embedder.proj.weight", 4), ("pos_embed", 3), (TABLE, 2)):
         if state[name].ndim != axes:
             raise ValueError(f"{name} is {tuple(state[name].shape)}: expected {axes} axes")
+    # The tensors determine everything but the number of heads and whether the label table ends with a null label.
     width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     tokens, rows = state["pos_embed"].shape[1], len(state[TABLE])
     side = math.isqrt(tokens)
@@ -155,6 +145,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_clas
     channels = len(state["final_layer.linear.weight"]) / patch**2
     if channels not in (in_channels, 2 * in_channels):
         raise ValueError(f"{channels:g} output channels for {in_channels} of input: expected as many, or twice as many")
+    # The ratio must give the hidden width again when multiplied and truncated, however the division rounds.
     hidden = len(state["blocks.0.mlp.fc1.weight"])
     ratio = hidden / width
     return DiTConfig(
@@ -172,17 +163,13 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_clas
 
 
 def fold_table(state: dict[str, Tensor]) -> None:
-    """Add the label table of a model without classes, all of whose rows are equal, to the timestep's bias: the condition is their
-    sum.
-    """
+    """Add the label table of a model without classes, all of whose rows are equal, to the timestep's bias."""
+    # The condition is the sum of both embeddings, so a constant one can move into the other's bias.
     state[TIMESTEP_BIAS] = state[TIMESTEP_BIAS] + state.pop(TABLE)[-1]
 
 
 def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
-    """Build the model of a complete state dict: float32, frozen, in evaluation mode.
-
-    Raises ValueError, listing both sides, if it does not fit.
-    """
+    """The model of a complete state dict: float32, frozen, in evaluation mode. Raises ValueError if it does not fit."""
     with torch.device("meta"):
         model = DiT(config)
     check_keys(state, model.state_dict(), source)
@@ -193,15 +180,11 @@ def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> Di
 
 def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError, in one line, for names or shapes that differ."""
-    shapes = [
-        f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
+    shared = [name for name in expected if name in found and found[name].shape != expected[name].shape]
     sides = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
-        "of another shape": shapes,
+        "of another shape": [f"{n} {tuple(found[n].shape)} for {tuple(expected[n].shape)}" for n in shared],
     }
     if any(sides.values()):
         listed = "; ".join(f"{side}: {_first(names)}" for side, names in sides.items() if names)
@@ -209,14 +192,14 @@ def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
 
 
 def require_square(config: DiTConfig, whose: str) -> None:
-    """Raises ValueError for a rectangular model."""
+    """Raise ValueError for a rectangular model."""
     height, width = config.input_size
     if height != width:
         raise ValueError(f"export: input_size {height}x{width}: {whose} knows only squares")
 
 
 def _unwrap(content: Any, path: Path, weights: str | None) -> tuple[dict[str, Tensor], argparse.Namespace | None]:
-    """State dict and, where present, arguments of a checkpoint; wrappers' prefixes are taken off the names."""
+    """State dict and, if present, arguments of a checkpoint, without the prefixes of DDP's and compile's wrappers."""
     if weights not in (None, "ema", "model"):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
     if not isinstance(content, Mapping):
@@ -229,14 +212,9 @@ def _unwrap(content: Any, path: Path, weights: str | None) -> tuple[dict[str, Te
         raise ValueError(f"{path}: has no weights {weights!r}, only {', '.join(inner)}")
     state = content if bare else inner[weights or next(key for key in ("ema", "model", "state_dict") if key in inner)]
     args = content.get("args")
-    return (
-        {
-            re.sub(r"^(module\.|_orig_mod\.)+", "", key): value
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        },
-        args if isinstance(args, argparse.Namespace) else None,
-    )
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
+    return plain, args if isinstance(args, argparse.Namespace) else None
 
 
 _FAMILIES = {  # names that only they have
@@ -255,7 +233,7 @@ _FAMILIES = {  # names that only they have
 
 
 def _check_family(state: Mapping[str, Tensor], path: Path, args: argparse.Namespace | None) -> None:
-    """Raises ValueError for what is not a released DiT, naming what it looks like."""
+    """Raise ValueError if it is not a released DiT, naming the model that it looks like."""
     looks = next((what for names, what in _FAMILIES.items() if any(re.match(names, key) for key in state)), None)
     if hasattr(args, "path_type") or path.name.startswith("SiT"):  # its tensors are named and shaped as a DiT's
         looks = "a SiT, which predicts velocities"
@@ -264,12 +242,9 @@ def _check_family(state: Mapping[str, Tensor], path: Path, args: argparse.Namesp
     needed = ("pos_embed", "x_embedder.proj.weight", TABLE, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
     missing = [name for name in needed if name not in state]
     if missing:
-        raise ValueError(
-            f"{path}: not a model of facebookresearch/DiT; missing: {_first(missing)}; "
-            f"it holds: {_first(list(state)) or 'no tensors'}"
-        )
+        held = f"missing: {_first(missing)}; it holds: {_first(list(state)) or 'no tensors'}"
+        raise ValueError(f"{path}: not a model of facebookresearch/DiT; {held}")
 
 
-def _first(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} others" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")

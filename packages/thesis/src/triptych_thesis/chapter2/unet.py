@@ -22,8 +22,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, open_run, training_steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
-from triptych_dit.model import DiT
-from triptych_dit.objective import Objective, check_fits, open_training_data
+from triptych_dit.objective import Objective, open_training_data
 from triptych_dit.sample import SampleConfig, draw_missing, gather, identity, write_grid
 from triptych_dit.sampling import decoded
 from triptych_dit.settings import SamplerSettings
@@ -114,7 +113,6 @@ def train_unet(config: TrainConfig) -> None:
     Raises as `triptych_dit.train.train` does.
     """
     training_data = open_training_data(config.data, config.model)
-    check_fits(config.model, training_data)
     shape = matched(config.model)
     facts = {"data": training_data.identity, "unet": asdict(shape)}
     with process_group(config.device) as ranks, open_run(config, ranks, facts) as run:
@@ -122,16 +120,13 @@ def train_unet(config: TrainConfig) -> None:
             # diffusers initialises from torch's global generator, which other code may have used.
             torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
             model = UNet(shape)
-        # The objective asks a DiT which labels are dropped; on the meta device it costs no memory.
-        with torch.device("meta"):
-            labels_of = DiT(config.model)
         state = TrainState(
             model.to(config.dtype),
             partial(torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay),
             ranks,
             **config.state_options() | {"execution": Execution(precision=config.arithmetic)},
         )
-        objective = Objective(config, labels_of, training_data)
+        objective = Objective(config, training_data)
 
         def keep(state: TrainState) -> None:
             for count in config.snapshots:
