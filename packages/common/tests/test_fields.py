@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 import tyro
-from triptych_common.fields import FREE, Checked, Ge, Gt, Interval, OneOf, check_fields, identity
+from triptych_common.fields import FREE, Checked, Ge, Gt, Interval, OneOf, identity
 from triptych_common.training.settings import AdamWSettings, LoopSettings, TransformerSettings
 
 
@@ -52,7 +52,7 @@ def test_an_error_names_field_value_and_expectation(values, message):
     for name, value in values.items():
         object.__setattr__(settings, name, value)  # bypasses the type checks of the test run
     with pytest.raises(ValueError if message else TypeError, match=message and f"^{message}".replace("?", r"\?")):
-        check_fields(settings)
+        settings.__post_init__()
 
 
 def test_what_is_within_its_bounds_passes():

@@ -218,11 +218,11 @@ def whole(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     done = train(out, "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["vae"] == str(out / "vae")
-    assert told["last"]["step"] == STEPS
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["vae"] == str(out / "vae")
+    assert printed["last"]["step"] == STEPS
     written = json.loads((out / "vae" / "config.json").read_text())
-    assert told["autoencoder"]["scale_factor"] == written["scaling_factor"]
+    assert printed["autoencoder"]["scale_factor"] == written["scaling_factor"]
     return out
 
 

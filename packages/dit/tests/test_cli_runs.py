@@ -12,7 +12,8 @@ import pytest
 import torch
 from triptych_common import testing
 from triptych_common.storage import checkpoint
-from triptych_common.testing import logged, run_cli, run_signalled, run_torchrun
+from triptych_common.testing import OFFLINE, logged, run_cli, run_signalled, run_torchrun
+from triptych_dit.testing import run_dit
 
 TINY = [
     "--model.depth", "1", "--model.hidden-size", "16", "--model.num-heads", "2", "--model.patch-size", "7",
@@ -279,29 +280,28 @@ def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
     (["evaluate", "--samples", "nowhere.npz"], 1, "nowhere.npz: no such samples file"),
     (["reproduce", "--size", "huge"], 2, "unknown command 'reproduce': expected one of"),
 ])  # fmt: skip
-def test_bad_input_is_one_clear_line(options, status, message, tmp_path):
-    fails_with(run_cli("triptych_dit.cli", *options, cwd=tmp_path), message, status)
+def test_bad_input_is_one_clear_line(options, status, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails_with(run_dit(*options), message, status)
 
 
 def test_an_absent_data_set_offline_names_the_remedy(tmp_path):
-    env = {"TRIPTYCH_DATA": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    env = {**OFFLINE, "TRIPTYCH_DATA": str(tmp_path)}  # for another process: urllib remembers its proxies
     done = run_cli("triptych_dit.cli", "train", "--data", "mnist", "--out", str(tmp_path / "run"), env=env)
     fails_with(done, "or use mnist5k, which needs no download")
 
 
 def test_labels_outside_the_classes_are_refused(whole, tmp_path):
-    done = run_cli(
-        "triptych_dit.cli", "sample", "--checkpoint", str(whole), "--labels", "3", "10", "--out", str(tmp_path)
-    )
+    done = run_dit("sample", "--checkpoint", whole, "--labels", 3, 10, "--out", tmp_path)
     fails_with(done, "label 10 is outside 0..9 (num_classes=10)")
 
 
-def test_dry_run_prints_config_parameters_and_cost(tmp_path):
-    done = run_cli("triptych_dit.cli", "train", "--preset", "digits", "--dry-run", "--json", cwd=tmp_path)
-    told = json.loads(done.stdout)
-    assert told["parameters"] > 100_000
-    assert told["gflops_per_forward"] > 0
-    assert told["config"]["model"]["patch_size"] == 4
+def test_dry_run_prints_config_parameters_and_cost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = json.loads(run_dit("train", "--preset", "digits", "--dry-run", "--json").stdout)
+    assert printed["parameters"] > 100_000
+    assert printed["gflops_per_forward"] > 0
+    assert printed["config"]["model"]["patch_size"] == 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -312,14 +312,12 @@ def test_evaluate_scores_a_samples_file(whole, tmp_path):
     np.savez(
         tmp_path / "copies.npz", arr_0=held_out.images[:200].permute(0, 2, 3, 1).numpy(), arr_1=held_out.labels[:200]
     )
-    done = run_cli(
-        "triptych_dit.cli", "evaluate", "--samples", str(tmp_path / "copies.npz"), "--out", str(tmp_path), "--json"
-    )
+    done = run_dit("evaluate", "--samples", tmp_path / "copies.npz", "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["scores"]["near_duplicates"]["value"] == 1.0
-    assert told["scores"]["n"] == 200
-    assert json.loads((tmp_path / "scores.json").read_text())["instruments"] == told["instruments"]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["scores"]["near_duplicates"]["value"] == 1.0
+    assert printed["scores"]["n"] == 200
+    assert json.loads((tmp_path / "scores.json").read_text())["instruments"] == printed["instruments"]
 
 
 def test_a_damaged_samples_file_is_refused(tmp_path):
@@ -338,5 +336,4 @@ def test_a_damaged_samples_file_is_refused(tmp_path):
 )
 def test_a_file_that_is_no_samples_file_is_refused(arrays, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
-    done = run_cli("triptych_dit.cli", "evaluate", "--samples", str(tmp_path / "x.npz"), "--out", str(tmp_path))
-    fails_with(done, "arr_0")
+    fails_with(run_dit("evaluate", "--samples", tmp_path / "x.npz", "--out", tmp_path), "arr_0")

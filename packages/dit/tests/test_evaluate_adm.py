@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from triptych_common.metrics import load_inception
-from triptych_common.testing import random_inception_weights, run_cli
+from triptych_common.testing import OFFLINE, random_inception_weights, run_cli
 from triptych_dit.evaluate import EvaluateConfig, evaluate
+from triptych_dit.testing import run_dit
 
 REFERENCES, SAMPLES = 8, 7
 
@@ -56,9 +57,9 @@ def covered(points, by, k=3):
 def test_the_command_writes_the_suites_scores(folder, features):
     files = [str(folder / name) for name in ("reference.npz", "samples.npz")]
     options = ["--inception", str(folder / "weights.pth"), "--repeats", "20", "--batch-size", "4", "--device", "cpu"]
-    done = run_cli("triptych_dit.cli", "evaluate", *files, *options, "--out", str(folder / "cli"), "--json")
+    done = run_dit("evaluate", *files, *options, "--out", folder / "cli", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    printed = json.loads(done.stdout.splitlines()[-1])
     inception, found = features
     (real, real_spatial), (fake, fake_spatial) = found["reference"], found["samples"]
     probabilities = (fake @ inception.network.fc.weight.double().T).softmax(1)
@@ -71,19 +72,19 @@ def test_the_command_writes_the_suites_scores(folder, features):
         "recall": covered(real, fake),
     }
     for name, value in expected.items():
-        score = told["scores"][name]
+        score = printed["scores"][name]
         assert score["value"] == pytest.approx(value, rel=2e-3), name
         assert score["low"] <= score["value"] <= score["high"]
-    assert told["scores"]["fid"]["low"] < told["scores"]["fid"]["value"]
-    assert told["reference"] | {"arr_0_crc32": None} == {
+    assert printed["scores"]["fid"]["low"] < printed["scores"]["fid"]["value"]
+    assert printed["reference"] | {"arr_0_crc32": None} == {
         "path": files[0], "images": REFERENCES, "statistics": False, "arr_0_crc32": None
     }  # fmt: skip
-    assert told["samples"]["images"] == SAMPLES
-    assert told["instruments"] == {"inception": inception.sha256}
-    assert any("below 10,000" in note for note in told["notes"])
-    assert any("not the published" in note for note in told["notes"])
+    assert printed["samples"]["images"] == SAMPLES
+    assert printed["instruments"] == {"inception": inception.sha256}
+    assert any("below 10,000" in note for note in printed["notes"])
+    assert any("not the published" in note for note in printed["notes"])
     written = json.loads((folder / "cli" / "scores.json").read_text())
-    assert written["scores"] == told["scores"]
+    assert written["scores"] == printed["scores"]
     assert "evaluate" in written["command"]
     for line in (f"samples     {files[1]}: {SAMPLES} images", "sFID", "precision"):
         assert line in done.stderr
@@ -131,10 +132,7 @@ def test_a_damaged_file_is_refused(folder):
 
 
 def test_absent_weights_offline_are_one_clear_line(folder, tmp_path):
-    offline = {
-        "TRIPTYCH_DATA": str(tmp_path), "TORCH_HOME": str(tmp_path),
-        "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
-    }  # fmt: skip
+    offline = {**OFFLINE, "TRIPTYCH_DATA": str(tmp_path), "TORCH_HOME": str(tmp_path)}
     files = [str(folder / name) for name in ("reference.npz", "samples.npz")]
     done = run_cli("triptych_dit.cli", "evaluate", *files, env=offline)
     where = tmp_path / "inception" / "weights-inception-2015-12-05-6726825d.pth"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from triptych_common.cli import located, main
-from triptych_common.testing import run_cli
 from triptych_dit import PRESETS, DiT, from_diffusers, load_released
 from triptych_dit.cli import COMMANDS
 from triptych_dit.export import ExportConfig
+from triptych_dit.testing import run_dit
 from triptych_dit.weights import load_model, save_model
 
 pytest.importorskip("diffusers")
@@ -42,7 +42,7 @@ def test_a_model_travels_to_diffusers_and_the_released_format_and_back(run, tmp_
     (tmp_path / "names.json").write_text(json.dumps({"0": "zero, nought", "7": "seven"}))
     out = tmp_path / "diffusers"
     options = ["--checkpoint", run, "--out", out, "--labels-file", tmp_path / "names.json", "--json"]
-    done = run_cli("triptych_dit.cli", "export", *map(str, options))
+    done = run_dit("export", *options)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["written"] == str(out)

@@ -160,7 +160,7 @@ def test_without_the_side_file_classes_follow_from_the_label_table(tmp_path, cla
 
 
 def test_a_table_of_foreign_origin_is_read_as_diffusers_means_it(tmp_path):
-    """num_embeds_ada_norm classes and a null row; told otherwise, no null row."""
+    """num_embeds_ada_norm classes and a null row; with another number of classes, no null row."""
     torch.manual_seed(0)
     theirs = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=3, sample_size=8, num_embeds_ada_norm=6
@@ -176,8 +176,8 @@ def test_a_table_of_foreign_origin_is_read_as_diffusers_means_it(tmp_path):
     assert (model.config.num_classes, model.config.null_label, model.config.mlp_norm_eps) == (6, 6, 1e-5)
     ours, other = outputs(model.double(), theirs.double().eval(), [0, 5, 6, 2], [0, 5, 6, 2])
     torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
-    told = from_diffusers(tmp_path, num_classes=7).config
-    assert (told.num_classes, told.null_label) == (7, None)
+    config = from_diffusers(tmp_path, num_classes=7).config
+    assert (config.num_classes, config.null_label) == (7, None)
 
 
 def test_padding_keeps_the_null_row_last_and_at_1000():

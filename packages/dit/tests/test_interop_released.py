@@ -117,8 +117,8 @@ def test_a_models_own_memory_is_not_the_file(tmp_path):
 def test_classes_and_heads_come_from_args_options_or_the_rule(tmp_path):
     bare = saved(tmp_path / "bare.pt", released_state())
     assert load_released(bare).config.null_label == CLASSES
-    told = load_released(bare, num_classes=CLASSES + 1, num_heads=8).config
-    assert (told.num_classes, told.null_label, told.num_heads) == (CLASSES + 1, None, 8)
+    config = load_released(bare, num_classes=CLASSES + 1, num_heads=8).config
+    assert (config.num_classes, config.null_label, config.num_heads) == (CLASSES + 1, None, 8)
     without = saved(
         tmp_path / "args.pt", {"ema": released_state(), "args": argparse.Namespace(num_classes=CLASSES + 1)}
     )

@@ -1,8 +1,6 @@
 """The latent cache: against diffusers, on two ranks, killed, spoiled, refused; and reading ahead."""
 
-import contextlib
 import errno
-import io
 import json
 import multiprocessing
 import os
@@ -22,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from triptych_common import testing
-from triptych_common.cli import main
 from triptych_common.data import ImageFolder, open_source
 from triptych_common.storage import checkpoint
 from triptych_common.storage.atomic import write_json
@@ -30,9 +27,8 @@ from triptych_common.testing import run_torchrun
 from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache, shard_path, write_manifest, write_shard
 from triptych_dit.autoencoder.encode import EncodeConfig, encode, preview
 from triptych_dit.autoencoder.model import load_autoencoder
-from triptych_dit.cli import COMMANDS
 from triptych_dit.objective import prefetch
-from triptych_dit.testing import random_vae
+from triptych_dit.testing import random_vae, run_dit
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -207,10 +203,10 @@ print(mapped() - before)
 def test_two_ranks_write_what_one_writes(images, vae, whole, tmp_path):
     done = run_torchrun(2, "triptych_dit.cli", *options(images, vae, tmp_path, "--json"))
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["items"], told["skipped"]) == (17, 5)
-    assert f"left out 5 images that cannot be used: {told['skipped_list']}" in done.stderr
-    assert told["skipped_list"] == f"{tmp_path}/skipped.json"
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert (printed["items"], printed["skipped"]) == (17, 5)
+    assert f"left out 5 images that cannot be used: {printed['skipped_list']}" in done.stderr
+    assert printed["skipped_list"] == f"{tmp_path}/skipped.json"
     assert contents(tmp_path) == contents(whole)
     assert (tmp_path / "skipped.json").read_bytes() == (whole / "skipped.json").read_bytes()
     facts, others = (LatentCache(out).facts for out in (tmp_path, whole))
@@ -283,8 +279,8 @@ def test_damaged_and_missing_shards_are_named_and_encoded_again(images, vae, who
         LatentCache(copy)
     path.write_bytes(content[:99])
     assert encode(config_of(images, vae, copy))["items"] == 17
-    assert f"{path}: truncated or not a safetensors file" in (told := capfd.readouterr().err)
-    assert "; encoding it again" in told
+    assert f"{path}: truncated or not a safetensors file" in (printed := capfd.readouterr().err)
+    assert "; encoding it again" in printed
     assert contents(copy) == contents(whole)
     shutil.copy(shard_path(copy, 4), path)
     encode(config_of(images, vae, copy))
@@ -377,15 +373,8 @@ def test_a_failing_disk_stops_the_run_and_is_no_skipped_image(images, vae, tmp_p
     (["--out", "/proc/nowhere"], 1, "cannot be written"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(images, vae, tmp_path, more, status, message):
-    """In process, but through the parsing and printing of a user's command."""
-    errors = io.StringIO()
     argv = options(images, vae, tmp_path / "out", *(text.format(empty=tmp_path) for text in more))
-    with contextlib.redirect_stderr(errors):
-        try:
-            code = main("triptych-dit", COMMANDS, argv)
-        except SystemExit as stop:
-            code = stop.code
-    fails_with(subprocess.CompletedProcess(argv, code, "", errors.getvalue()), message, status)
+    fails_with(run_dit(*argv), message, status)
 
 
 def test_moments_beyond_float16_are_refused_with_the_image_named(images, tmp_path):
@@ -401,9 +390,9 @@ def test_moments_beyond_float16_are_refused_with_the_image_named(images, tmp_pat
 
 def test_dry_run_prints_the_extent_and_writes_nothing(images, vae, tmp_path):
     config = config_of(images, vae, tmp_path / "out")
-    told = preview(config)
-    assert (told["images"], told["shards"], told["latent_shape"]) == (IMAGES, 6, (3, 4, 4))
-    assert told["gigabytes"] == pytest.approx(IMAGES * 2 * 6 * 16 * 2 / 1e9)
+    printed = preview(config)
+    assert (printed["images"], printed["shards"], printed["latent_shape"]) == (IMAGES, 6, (3, 4, 4))
+    assert printed["gigabytes"] == pytest.approx(IMAGES * 2 * 6 * 16 * 2 / 1e9)
     assert not (tmp_path / "out").exists()
 
 

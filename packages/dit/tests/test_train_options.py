@@ -10,6 +10,7 @@ from triptych_common.randomness import generator
 from triptych_common.storage import checkpoint
 from triptych_common.testing import run_cli, run_torchrun
 from triptych_dit import load_model
+from triptych_dit.testing import run_dit
 from triptych_dit.train_config import TRAIN_PRESETS
 
 SHAPE = [
@@ -26,7 +27,7 @@ def train(out: Path, *options: str) -> dict:
 
 
 def refused(*options: str, status: int = 1) -> str:
-    done = run_cli("triptych_dit.cli", "train", *options)
+    done = run_dit("train", *options)
     assert done.returncode == status, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     return line

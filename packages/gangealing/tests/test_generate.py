@@ -1,8 +1,8 @@
 """`triptych-gangealing generate`: grids, images and films against images drawn one by one."""
 
-import builtins
 import json
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -170,16 +170,8 @@ def test_an_mp4_has_every_frame_at_its_rate(files, tmp_path):
 
 
 def test_without_pyav_the_remedy_is_named_before_the_work(files, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_av(name, *args, **kwargs):
-        if name == "av":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_av)
+    monkeypatch.setitem(sys.modules, "av", None)
     done = generate(files["plain"], tmp_path / "out", "--video", "mp4")
-    monkeypatch.undo()
     assert done.returncode == 1
     assert "pip install 'triptych-common[video]'; gif needs none" in done.stderr
     assert not (tmp_path / "out").exists()

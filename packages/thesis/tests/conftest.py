@@ -1,13 +1,30 @@
-"""A headless Chromium that looks at reports as people do."""
+"""Studies run as people run them, and a headless Chromium that looks at their reports as people do."""
 
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from triptych_common.testing import OFFLINE, run_cli
 
+ROOT = Path(__file__).parents[3]
 WIDE, NARROW = {"width": 1200, "height": 900}, {"width": 400, "height": 800}
+
+
+@pytest.fixture(scope="session")
+def reproduce() -> Callable[..., CompletedProcess]:
+    """A chapter at size smoke, in a process of its own, without the network."""
+
+    def run(chapter: int, out: Path, *options: object) -> CompletedProcess:
+        words = ["--size", "smoke", "--out", out, "--claims", ROOT / "claims.toml", *options]
+        done = run_cli("triptych_thesis.cli", "reproduce", f"ch{chapter}", *map(str, words), env=OFFLINE, timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert f"wrote {out / 'report.html'} (size smoke)" in done.stdout
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 from triptych_common.storage.run import flatten
-from triptych_common.testing import OFFLINE, assert_self_contained, run_cli, strict_json
+from triptych_common.testing import assert_self_contained, strict_json
 from triptych_thesis.study.claims import load_claims
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED
 
@@ -22,20 +21,16 @@ CLAIMS = {*(f"dit.fig-2.{i}" for i in (1, 2, 5, 6, 7, 8, 9, 10, 11)), "dit.table
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
+def out(tmp_path_factory, reproduce) -> Path:
     folder = tmp_path_factory.mktemp("ch2")
-    options = ["--size", "smoke", "--out", str(folder), "--claims", str(ROOT / "claims.toml")]
-    done = run_cli("triptych_thesis.cli", "reproduce", "ch2", *options, env=OFFLINE, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert f"wrote {folder / 'report.html'} (size smoke)" in done.stdout
+    reproduce(2, folder)
     return folder
 
 
 def test_report_is_self_contained_and_complete(out):
     page = (out / "report.html").read_text()
-    assert_self_contained(
-        page, pictures=2 + 5 + 8 + 1
-    )  # first screen, gallery, figures, the same noise through every model
+    # first screen, gallery, figures, the same noise through every model
+    assert_self_contained(page, pictures=2 + 5 + 8 + 1)
     results = json.loads((out / "results.json").read_text())
     titles = [load_claims(ROOT / "claims.toml")[claim].title for claim in results["claims"]]
     for needed in ("Fréchet distance", *titles, "make reproduce-ch2 SIZE=smoke", "SHA-256", "thesis"):
@@ -93,17 +88,14 @@ def test_a_model_that_goes_on_is_the_shorter_run_on_its_way(out):
     assert kept == ["images-000000640", "images-000001280"]
 
 
-def test_repeating_does_not_train_or_sample_again_and_ends_the_same(out, tmp_path):
+def test_repeating_does_not_train_or_sample_again_and_ends_the_same(out, tmp_path, reproduce):
     shutil.copytree(out, tmp_path / "again")
     before = json.loads((out / "results.json").read_text())
     smoke = tmp_path / "again/smoke"
     made = [*smoke.rglob("metrics.jsonl"), *smoke.rglob("samples.npz"), *smoke.rglob("scores.json")]
     assert len(made) > 40
     stamps = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in made}
-    options = ["--size", "smoke", "--out", str(tmp_path / "again")]
-    done = run_cli("triptych_thesis.cli", "reproduce", "ch2", *options, env=OFFLINE, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert "to do" not in done.stdout
+    assert "to do" not in reproduce(2, tmp_path / "again").stdout
     after = json.loads((tmp_path / "again/results.json").read_text())
     found, expected = flatten(after["experiments"]), flatten(before["experiments"])
     assert found.keys() == expected.keys()
@@ -123,8 +115,3 @@ def test_pictures_open_and_have_ten_columns(out):
     assert Image.open(out / "smoke/figures/overview.png").text.keys() == {"command", "seed", "commit"}
     assert sizes["strip"] == (2 * (10 * 34 + 2), 2 * (2 * 34 + 2))
     assert sizes["visual-scaling"] == (2 * (10 * 34 + 2), 2 * (4 * 34 + 2))  # four models
-
-
-def test_make_knows_the_target():
-    shown = subprocess.run(["make", "-n", "reproduce-ch2", "SIZE=smoke"], capture_output=True, text=True, cwd=ROOT)
-    assert "triptych reproduce ch2 --size smoke" in shown.stdout

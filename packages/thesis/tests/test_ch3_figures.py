@@ -10,6 +10,7 @@ from matplotlib.colors import same_color
 from PIL import Image
 from triptych_common.plots import BLUE, GREY, INK, ORANGE, figure_png
 from triptych_gpt.evaluation.records import plain
+from triptych_thesis.chapter3.context import shown
 from triptych_thesis.chapter3.experiments import (
     filters,
     initialisers,
@@ -20,7 +21,6 @@ from triptych_thesis.chapter3.experiments import (
     scaling,
     training,
 )
-from triptych_thesis.chapter3.naming import shown
 
 torch.manual_seed(0)
 

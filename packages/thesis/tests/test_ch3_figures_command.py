@@ -97,9 +97,6 @@ def test_results_are_those_of_the_model_and_the_zoo(evaluated, place):
     asked = torch.full((2,), step["prompt"])
     new = gpt.sample(theta, losses[test[:2], 0], asked, settings=SamplerSettings(num_inference_steps=2))
     assert methods["G.pt"] == pytest.approx(float(gpt.task.evaluate(new)["test_loss"].mean()), rel=1e-4)
-    alignment = strict_json((evaluated / "fig-3.5.json").read_text())["result"]["alignment"]
-    assert (alignment["G.pt"]["networks"], alignment["G.pt"]["prompts"]) == (3, 3)
-    assert {"identity", "retrieval", "mean of finals", "mean of matched finals"} < alignment.keys()
     audit = strict_json((evaluated / "audit.json").read_text())["result"]
     groups = {group["name"]: group for group in audit["groups"]}
     assert groups["samples"]["networks"] == 4
@@ -135,11 +132,8 @@ def test_another_models_results_are_not_taken_for_this_ones(place, tmp_path):
     (["figures", "--amounts.networks", "0"], 2, "networks 0: expected at least 1"),
     (["figures", "--amounts.sampler-steps", "0"], 2, "expected numbers of 1..1000"),
     (["figures", "--num-inference-steps", "0"], 2, "num_inference_steps 0: expected 1..1000"),
-    (["figures", "--networks-at-once", "0"], 2, "networks_at_once 0: expected at least 1"),
     (["figures", "--amounts.networks", "99", "--experiments", "fig-3.5"], 1, "99 networks of test runs: "),
     (["figures", "--model", "nowhere"], 1, "nowhere: no such"),
-    (["figures", "--zoo", "nowhere"], 1, "nowhere"),
-    (["figures", "--out", "/proc/nowhere", *FEW], 1, "cannot be written"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(place, tmp_path, monkeypatch, options, status, message):
     monkeypatch.chdir(tmp_path)
@@ -153,10 +147,7 @@ def test_a_model_whose_updates_are_not_finite_is_reported_in_words(place, tmp_pa
     wild = {name: torch.full_like(value, torch.nan) if "norm_out" in name else value for name, value in tensors.items()}
     write_model(tmp_path / "gpt" / FILE_NAME, load(place / "gpt").model.config, wild, facts)
     options = ["--model", tmp_path / "gpt", "--zoo", place / "zoo"]
-    nothing_to_show = {
-        "fig-3.8": "0 networks that span no plane",
-        "audit": "none of 4 updates is finite",
-    }
+    nothing_to_show = {"fig-3.8": "0 networks that span no plane", "audit": "none of 4 updates is finite"}
     some = [name for name in offered() if name not in nothing_to_show]
     done = command("figures", *options, *FEW, "--out", tmp_path / "out", "--experiments", *some)
     assert done.returncode == 0, done.stderr
@@ -172,15 +163,5 @@ def test_without_training_runs_facts_a_model_is_still_evaluated(place, tmp_path)
     tensors, facts = checkpoint.read(place / "gpt" / FILE_NAME)
     del facts["zoo"]
     write_model(tmp_path / "gpt" / FILE_NAME, load(place / "gpt").model.config, tensors, facts)
-    options = [
-        "--model",
-        tmp_path / "gpt",
-        "--zoo",
-        place / "zoo",
-        "--out",
-        tmp_path / "out",
-        *FEW,
-        "--experiments",
-        "filters",
-    ]
-    assert command("figures", *options).returncode == 0
+    options = ["--model", tmp_path / "gpt", "--zoo", place / "zoo", "--out", tmp_path / "out"]
+    assert command("figures", *options, *FEW, "--experiments", "filters").returncode == 0

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from html import unescape
 from pathlib import Path
 
@@ -18,32 +17,14 @@ REST = {"fig-3.7", "fig-3.8", "fig-3.9", "sampler-steps"}
 CLAIMS = {f"gpt.fig-3.{number}" for number in range(3, 10)}
 
 
-def reproduce(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    words = [
-        "reproduce",
-        "ch3",
-        "--size",
-        "smoke",
-        "--out",
-        str(folder),
-        "--claims",
-        str(ROOT / "claims.toml"),
-        *options,
-    ]
-    done = run_cli("triptych_thesis.cli", *words, env=OFFLINE, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert f"wrote {folder / 'report.html'} (size smoke)" in done.stdout
-    return done
-
-
 def results_in(folder: Path) -> dict:
     return strict_json((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
+def out(tmp_path_factory, reproduce) -> Path:
     folder = tmp_path_factory.mktemp("ch3")
-    reproduce(folder, "--all")
+    reproduce(3, folder, "--all")
     return folder
 
 
@@ -118,7 +99,7 @@ def test_training_learned_something_even_here(out):
     assert [row["loss"] for row in drawn if "loss" in row] == losses
 
 
-def test_repeating_does_nothing_again_and_ends_the_same(out):
+def test_repeating_does_nothing_again_and_ends_the_same(out, reproduce):
     before = results_in(out)
     rewritten = {"results.json", "seconds.json", "prompt.json", "example.json", "training.json"}  # of what is there
     made = [path for path in (out / "smoke").rglob("*.json") if path.name not in rewritten]
@@ -129,7 +110,7 @@ def test_repeating_does_nothing_again_and_ends_the_same(out):
     assert len(trained) > 10
     for path in pictures:
         path.unlink()
-    done = reproduce(out)  # without --all, whose results stay in the folder
+    done = reproduce(3, out)  # without --all, whose results stay in the folder
     assert "further models" not in done.stdout
     after = results_in(out)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -151,16 +132,3 @@ def test_results_of_other_amounts_are_refused(out):
         config.write_text(content)
     assert done.returncode == 1
     assert "holds a run with amounts.networks=5 (now 4)" in done.stderr
-
-
-def test_make_knows_the_target():
-    make = ["make", "-n", "reproduce-ch3", "SIZE=smoke", "ARGS=--all"]
-    shown = subprocess.run(make, capture_output=True, text=True, cwd=ROOT)
-    assert "triptych reproduce ch3 --size smoke --all" in shown.stdout
-
-
-def test_an_unknown_size_is_one_clear_line(tmp_path):
-    done = run_cli("triptych_thesis.cli", "reproduce", "ch3", "--size", "huge", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "size 'huge': expected one of smoke, laptop" in done.stderr

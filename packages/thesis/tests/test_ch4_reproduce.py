@@ -8,23 +8,13 @@ from shutil import copy
 
 import pytest
 import torch
-from triptych_common.testing import OFFLINE, assert_self_contained, run_cli, strict_json
+from triptych_common.testing import assert_self_contained, strict_json
 from triptych_gangealing.encoders.perceptual import Vgg16
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.weights import write_network
 from triptych_thesis.chapter4.experiments import alignment, clusters
 from triptych_thesis.chapter4.sizes import FIRST_ROWS
-
-ROOT = Path(__file__).parents[3]
-
-
-def reproduce(out: Path, generator: Path, *further: object) -> str:
-    options = ["--size", "smoke", "--out", out, "--claims", ROOT / "claims.toml"]
-    options += ["--generator", generator, "--digit-generator", generator]
-    done = run_cli("triptych_thesis.cli", "reproduce", "ch4", *map(str, [*options, *further]), env=OFFLINE, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +28,15 @@ def generator(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory, generator) -> Path:
+def with_generator(generator) -> list[object]:
+    return ["--generator", generator, "--digit-generator", generator]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, with_generator, reproduce) -> Path:
     """A finished study; `first` holds what it wrote before a test went on with it."""
     folder = tmp_path_factory.mktemp("ch4")
-    assert f"wrote {folder / 'report.html'} (size smoke)" in reproduce(folder, generator)
+    reproduce(4, folder, *with_generator)
     (folder / "first").mkdir()
     for name in ("report.html", "results.json"):
         copy(folder / name, folder / "first")
@@ -110,13 +105,13 @@ def test_the_first_screen_is_a_sentence_a_picture_and_the_verdicts(out):
 
 
 @pytest.mark.skipif(find_spec("lpips") is None, reason="LPIPS needs its package")
-def test_repeating_trains_only_what_is_asked_for_besides(out, generator, tmp_path):
+def test_repeating_trains_only_what_is_asked_for_besides(out, with_generator, reproduce, tmp_path):
     before = json.loads((out / "results.json").read_text())
     stamps = {path: path.stat().st_mtime_ns for path in (out / "smoke").rglob("*.safetensors")}
     assert len(stamps) > 6
     torch.manual_seed(1)
     torch.save(Vgg16().state_dict(), tmp_path / "vgg.pth")
-    reproduce(out, generator, "--lpips-weights", tmp_path / "vgg.pth")
+    reproduce(4, out, *with_generator, "--lpips-weights", tmp_path / "vgg.pth")
     after = json.loads((out / "results.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert after["training"] == before["training"]

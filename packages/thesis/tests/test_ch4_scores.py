@@ -150,9 +150,6 @@ def test_the_command_writes_every_method(tmp_path):
     assert json.loads((tmp_path / "pck.json").read_text())["scores"] == scores
 
 
-def test_bad_settings_get_one_line(tmp_path):
+def test_bad_settings_get_one_line():
     fails_with(command("score-alignment", "--images", "0"), "images 0: expected at least 1", 2)
     fails_with(command("score-clusters", "--images", "1"), "images 1: expected at least 2", 2)
-    fails_with(
-        command("score-alignment", "--aligner", tmp_path, "--baselines", "none"), "aligner.safetensors: no such file"
-    )

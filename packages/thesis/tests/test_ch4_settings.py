@@ -154,7 +154,6 @@ def test_size_paper_writes_commands_and_says_how_far_each_is(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "huge"], "size 'huge': expected one of smoke, laptop, gpu, paper"),
         (["--size", "paper", "--datasets", "cow"], "dataset 'cow': expected some of bicycle, cat"),
         (["--datasets", "cat"], "datasets cat: of size paper; pass --size paper"),
     ],

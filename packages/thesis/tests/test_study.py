@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,15 @@ import pytest
 from PIL import Image
 from scipy import stats
 from triptych_common import testing
+from triptych_common.plots import figure_png, panels
 from triptych_common.storage.run import RunDirectory
 from triptych_thesis import cli
 from triptych_thesis.study import runner
 from triptych_thesis.study.claims import FOUND, load_claims, record, record_results
 from triptych_thesis.study.estimates import Estimate, interval, mean_estimate, quantile, ratio
-from triptych_thesis.study.experiment import Experiment, Links, Picture, Section, Table
+from triptych_thesis.study.experiment import Experiment, Links, Opening, Picture, Section, Study, Table
 from triptych_thesis.study.report import Report, publish
-from triptych_thesis.study.runner import Opening, Stopwatch, Study
+from triptych_thesis.study.runner import Stopwatch
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, merged, overall, sign
 
 ROOT = Path(__file__).parents[3]
@@ -124,7 +126,7 @@ def experiment(name: str = "one", value: list = [1.0], claims: tuple = ("a.fig-1
         lambda context: {"rows": ({"x": value[0]},)},
         lambda study, result: Section(f"Section {name}", tables=[Table(("x",), [(result["rows"][0]["x"],)], "values", True)]),
         lambda result: [Verdict(claim, CONFIRMED, [Evidence(f"x of {name}", str(result["rows"][0]["x"]))]) for claim in claims],
-        lambda result: {f"figure-{name}": png()},
+        lambda result: {f"figure-{name}": panels()[0]},
         **options,
     )  # fmt: skip
 
@@ -142,7 +144,7 @@ def test_a_study_ends_with_results_a_report_and_few_lines(tmp_path, capsys):
     assert results["claims"] == {"a.fig-1": row}
     assert results["made"]["one"]["command"] == command
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert (tmp_path / "laptop/figures/figure-one.png").read_bytes() == png()
+    assert (tmp_path / "laptop/figures/figure-one.png").read_bytes() == figure_png(panels()[0])
     page = (tmp_path / "report.html").read_text()
     for words in (
         "Tiny &amp; small",
@@ -172,7 +174,7 @@ def test_what_comes_out_as_before_keeps_its_command_and_commit(tmp_path, monkeyp
 
     def made(**options):
         study = tiny(tmp_path, experiment(value=value), **options)
-        runner.measure(study, {}, study.experiments["one"])
+        runner.measure(study.experiments["one"], {}, file, tmp_path / "figures", study.command)
         return runner.read_result(file)["made"]
 
     first = {"command": "triptych reproduce ch9 --size laptop --all --seed 0", "commit": "before"}
@@ -231,6 +233,18 @@ def test_a_claims_command_is_that_of_its_experiments(tmp_path):
 def test_what_a_study_is_asked_for_is_checked(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, experiment(), **options)
+
+
+@pytest.mark.parametrize(
+    ("chapter", "known"),
+    [(2, "smoke, smoke-pixels, laptop"), (3, "smoke, laptop, gpu, gpu-cifar10"), (4, "smoke, laptop, gpu, paper")],
+)
+def test_the_command_and_make_know_every_chapter(tmp_path, chapter, known):
+    make = ["make", "-n", f"reproduce-ch{chapter}", "SIZE=smoke", "ARGS=--all"]
+    shown = subprocess.run(make, capture_output=True, text=True, cwd=ROOT)
+    assert f"triptych reproduce ch{chapter} --size smoke --all" in shown.stdout
+    done = testing.run_here(cli.run, "reproduce", f"ch{chapter}", "--size", "huge", "--out", tmp_path)
+    testing.fails_with(done, f"size 'huge': expected one of {known}", 2)
 
 
 def test_another_study_in_the_folder_is_refused(tmp_path):

@@ -130,32 +130,25 @@ FREE = object()  # marks a field that does not affect a run's results
 class Checked:
     """Base of dataclasses whose fields are checked on construction.
 
-    A subclass with further checks calls `super().__post_init__()`. Raises ValueError as `check_fields` does.
+    None passes if the type admits it. A subclass with further checks calls `super().__post_init__()`.
+    Raises ValueError, naming the field, its value and the expectation.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for `storage.schema`
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        cls: Any = type(self)
+        for name, (constraints, optional) in _rules(cls).items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            for constraint in constraints:
+                if value not in constraint:
+                    shown = repr(value) if isinstance(constraint, OneOf) else value
+                    none = ", or None for none" if optional and getattr(constraint, "gt", None) is not None else ""
+                    raise ValueError(f"{name} {shown}: expected {constraint.expected(value)}{none}")
         if hasattr(super(), "__post_init__"):  # that of a further base class, if several are combined
             super().__post_init__()  # type: ignore[misc]
-
-
-def check_fields(settings: object) -> None:
-    """Check every field of a dataclass instance against its annotations; None passes if the type admits it.
-
-    Raises ValueError, naming the field, its value and the expectation.
-    """
-    cls: Any = type(settings)
-    for name, (constraints, optional) in _rules(cls).items():
-        value = getattr(settings, name)
-        if value is None and optional:
-            continue
-        for constraint in constraints:
-            if value not in constraint:
-                shown = repr(value) if isinstance(constraint, OneOf) else value
-                none = ", or None for none" if optional and getattr(constraint, "gt", None) is not None else ""
-                raise ValueError(f"{name} {shown}: expected {constraint.expected(value)}{none}")
 
 
 def identity(settings: Any) -> dict[str, Any]:

@@ -102,7 +102,6 @@ def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Cal
         held_out = open_training_data(config.validation_data or config.data, config.model, "held_out")
     except (ValueError, OSError) as error:
         raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
-    check_fits(config.model, held_out)
     # The same number on every rank: under FSDP, all of them must make the same forward passes.
     n = min(config.validation_images, len(held_out)) // ranks.world_size
     mine = range(ranks.rank * n, (ranks.rank + 1) * n)
@@ -195,12 +194,16 @@ def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> Tra
 
     from triptych_dit.autoencoder.cache import LatentCache, LatentData, is_latent_cache
 
+    opened: TrainingData
     if is_latent_cache(Path(spec)):
-        return LatentData(LatentCache(Path(spec)))
-    if spec in data.DATASETS:
-        return PixelData(data.load(spec, split))
-    source = data.open_source(spec, split, unconditional=model.num_classes == 0)
-    return PixelData(data.in_memory(source, model.input_size, channels=model.in_channels, split=split))
+        opened = LatentData(LatentCache(Path(spec)))
+    elif spec in data.DATASETS:
+        opened = PixelData(data.load(spec, split))
+    else:
+        source = data.open_source(spec, split, unconditional=model.num_classes == 0)
+        opened = PixelData(data.in_memory(source, model.input_size, channels=model.in_channels, split=split))
+    _check_fits(model, opened)
+    return opened
 
 
 def shape_and_classes(spec: str, model: DiTConfig) -> tuple[tuple[int, int, int], int]:
@@ -219,7 +222,7 @@ def shape_and_classes(spec: str, model: DiTConfig) -> tuple[tuple[int, int, int]
     return (model.in_channels, *model.input_size), source.num_classes
 
 
-def check_fits(model: DiTConfig, training_data: "TrainingData") -> None:
+def _check_fits(model: DiTConfig, training_data: TrainingData) -> None:
     """Raise ValueError unless the model takes examples of this shape, and has all of their classes."""
     expected = (model.in_channels, *model.input_size)
     if training_data.shape != expected:

@@ -1,6 +1,7 @@
 """From noise to images by a trained DiT: every step of a batch, and images from latents."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ def trajectory(
 ) -> Iterator[Step]:  # fmt: skip
     """Sample a batch, step by step, in the model's space; `decoded` turns it into images.
 
+    labels: classes (batch,), mixtures of them (batch, num_classes), or None for a model without classes.
     indices: number of each sample. Sample i's noise follows from (seed, i) alone, whatever the batch.
     noise: used instead of the noise that follows from seed and indices.
 
@@ -48,34 +50,62 @@ def trajectory(
     return sampling(settings, denoise, trained.diffusion, noise, clip_x_0=clip)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """The distinct classes of a batch, and which of them each sample has.
+
+    Sampling has one timestep for the whole batch, so whatever the network computes from timestep and class alone is the same
+    for all samples of a class: `DiT` computes it once for each of these classes rather than once for each sample.
+    """
+
+    classes: Num[Tensor, "conditions *labels"] | None  # labels, or mixtures of them; None: of a model without classes
+    condition_of: Int[Tensor, " batch"]  # for each sample, the index of its class in `classes`
+
+    @classmethod
+    def of(cls, model: DiT, labels: Labels, batch: int) -> "Conditions":
+        """The conditions of a batch with these labels."""
+        device = model.pos_embed.device
+        if labels is None:
+            return cls(None, torch.zeros(batch, dtype=torch.long, device=device))
+        classes, condition_of = torch.unique(labels.cpu(), dim=0, return_inverse=True)
+        if classes.is_floating_point() and model.config.null_label is not None:
+            classes = F.pad(classes, (0, 1))  # mixtures have no share of the null label
+        return cls(classes.to(device), condition_of.to(device))
+
+    def with_null(self, null_label: int) -> "Conditions":
+        """The same with the null label as a last condition, which no sample has yet. Raises ValueError without classes."""
+        if self.classes is None:
+            raise ValueError("a model without classes has no null label")
+        null = torch.tensor([null_label], device=self.classes.device)
+        if self.classes.is_floating_point():
+            null = F.one_hot(null, null_label + 1).to(self.classes.dtype)
+        return replace(self, classes=torch.cat([self.classes, null]))
+
+    def __len__(self) -> int:
+        return 1 if self.classes is None else len(self.classes)
+
+
 def bind(model: DiT, labels: Labels, batch: int, settings: SamplerSettings) -> Denoise:
     """The model with its labels and guidance, as samplers call it: with one timestep for the whole batch.
 
     Raises ValueError for guidance by a model without a null label.
     """
-    # Whatever the network computes from timestep and class alone is then the same for all samples of a class. So it gets
-    # each distinct class once, the null label last, and for each sample the index of its class.
-    device, null_label = model.pos_embed.device, model.config.null_label
-    classes, condition_of = None, torch.zeros(batch, dtype=torch.long)
-    if labels is not None:
-        classes, condition_of = torch.unique(labels.cpu(), dim=0, return_inverse=True)
-        if classes.is_floating_point() and null_label is not None:
-            classes = F.pad(classes, (0, 1))  # mixtures have no share of the null label
-        if settings.guidance_scale != 1 and null_label is not None:
-            null = torch.tensor([null_label])
-            null = F.one_hot(null, null_label + 1).to(classes.dtype) if classes.is_floating_point() else null
-            classes = torch.cat([classes, null])
-        classes = classes.to(device)
-    count = 1 if classes is None else len(classes)
+    conditions, null_label = Conditions.of(model, labels, batch), model.config.null_label
+    if settings.guidance_scale != 1 and null_label is not None:
+        conditions = conditions.with_null(null_label)
 
     def network(x: Tensor, t: Tensor, condition_of: Int[Tensor, " batch"]) -> Tensor:
-        return model(x, t[:1].expand(count), classes, condition_of)
+        return model(x, t[:1].expand(len(conditions)), conditions.classes, condition_of)
 
     everywhere = settings.guidance_interval == (0, TIMESTEPS - 1)
     return guided(
-        network, condition_of.to(device), None if null_label is None else count - 1, settings.guidance_scale,
-        guidance_channels=settings.guidance_channels, interval=None if everywhere else settings.guidance_interval,
-    )  # fmt: skip
+        network,
+        conditions.condition_of,
+        None if null_label is None else len(conditions) - 1,
+        settings.guidance_scale,
+        guidance_channels=settings.guidance_channels,
+        interval=None if everywhere else settings.guidance_interval,
+    )
 
 
 @torch.inference_mode()

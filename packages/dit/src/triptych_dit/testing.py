@@ -1,14 +1,23 @@
-"""Small random networks for tests."""
+"""Support for tests: the command line in this process, and small random networks."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triptych_common.cli import main
+from triptych_common.testing import Done, run_here
 
+from triptych_dit.cli import COMMANDS
 from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+
+def run_dit(*words: object) -> Done:
+    """Run `triptych-dit` in this process, capturing its output."""
+    return run_here(partial(main, "triptych-dit", COMMANDS), *words)
 
 
 def random_model(

@@ -16,15 +16,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
 from triptych_dit.model import DiT
-from triptych_dit.objective import (
-    Examples,
-    Objective,
-    TrainingData,
-    check_fits,
-    make_validation,
-    open_training_data,
-    prefetch,
-)
+from triptych_dit.objective import Examples, Objective, TrainingData, make_validation, open_training_data, prefetch
 from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import FILE_NAME, write_model
 
@@ -36,7 +28,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
     training_data = open_training_data(config.data, config.model)
-    check_fits(config.model, training_data)
     if config.horizontal_flip:
         training_data.check_flips()
     with process_group(config.device) as ranks, open_run(config, ranks, {"data": training_data.identity}) as run:

@@ -6,23 +6,14 @@ from dataclasses import replace
 
 from triptych_common.cli import Command, main
 
-CHAPTERS = {
-    "ch2": Command(
-        "DiT: digits, block designs, scaling, guidance",
-        "triptych_thesis.chapter2.study:Chapter2",
-        "triptych_thesis.study.runner:run",
-    ),
-    "ch3": Command(
-        "G.pt: a zoo of checkpoints, prompting, the memorisation audit",
-        "triptych_thesis.chapter3.study:Chapter3",
-        "triptych_thesis.study.runner:run",
-    ),
-    "ch4": Command(
-        "GANgealing: alignment, correspondence, clusters",
-        "triptych_thesis.chapter4.study:Chapter4",
-        "triptych_thesis.chapter4.study:reproduce",
-    ),
+THESIS, RUN = "triptych_thesis", "triptych_thesis.study.runner:run"
+SUBJECTS = {
+    2: "DiT: digits, block designs, scaling, guidance",
+    3: "G.pt: a zoo of checkpoints, prompting, the memorisation audit",
+    4: "GANgealing: alignment, correspondence, clusters",
 }
+CHAPTERS = {f"ch{n}": Command(what, f"{THESIS}.chapter{n}.study:Chapter{n}", RUN) for n, what in SUBJECTS.items()}
+CHAPTERS["ch4"] = replace(CHAPTERS["ch4"], run=f"{THESIS}.chapter4.study:reproduce")
 COMMANDS = {
     "reproduce": replace(
         CHAPTERS["ch2"],
@@ -30,26 +21,21 @@ COMMANDS = {
     ),
     "claims": Command(
         "write verdicts from results into the ledger of the thesis's claims, and render its page",
-        "triptych_thesis.study.claims:ClaimsConfig",
-        "triptych_thesis.study.claims:claims",
-        writes="nothing",
+        f"{THESIS}.study.claims:ClaimsConfig", f"{THESIS}.study.claims:claims", writes="nothing",
     ),
     "figures": Command(
         "chapter 3's figures for one trained G.pt",
-        "triptych_thesis.chapter3.figures:FiguresConfig",
-        "triptych_thesis.chapter3.figures:figures",
+        f"{THESIS}.chapter3.figures:FiguresConfig", f"{THESIS}.chapter3.figures:figures",
     ),
     "score-alignment": Command(
         "PCK, pose errors and sharpness of an aligner on digits, beside baselines",
-        "triptych_thesis.chapter4.options:AlignmentScoreConfig",
-        "triptych_thesis.chapter4.alignment_scores:score_alignment",
+        f"{THESIS}.chapter4.options:AlignmentScoreConfig", f"{THESIS}.chapter4.alignment_scores:score_alignment",
     ),
     "score-clusters": Command(
         "score an aligner's clusters of digits against the true ones, beside k-means",
-        "triptych_thesis.chapter4.options:ClustersConfig",
-        "triptych_thesis.chapter4.cluster_scores:score_clusters",
+        f"{THESIS}.chapter4.options:ClustersConfig", f"{THESIS}.chapter4.cluster_scores:score_clusters",
     ),
-}
+}  # fmt: skip
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -141,7 +141,7 @@ def box(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
 
 
 def index_digest(index: Mapping[str, Any]) -> str:
-    """The SHA-256 that an index records of its own content."""
+    """SHA-256 of a dictionary that JSON can hold, such as an index, which records that of its own content."""
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 

@@ -5,8 +5,6 @@ batches that begin with the shard, so a cache does not depend on how many ranks 
 changes the last bits of a convolution: for equal bytes OMP_NUM_THREADS must be equal too; torchrun sets it to 1.)
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ from triptych_common.data import ImageSource, UnreadableImage, open_source
 from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.progress import Progress
+from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.autoencoder.cache import MANIFEST, SKIPPED, LatentCache, is_finished, write_manifest, write_shard
@@ -64,7 +63,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         extent = _extent(source, autoencoder, config)
         facts = cache_facts(source, autoencoder, config) if ranks.is_main else {}
         with RunDirectory(config.out, identity(facts), is_main=ranks.is_main) as run:
-            request = ranks.gather(_digest(identity(facts)))[0]  # by now the main rank has checked the folder
+            request = ranks.gather(checkpoint.index_digest(identity(facts)))[
+                0
+            ]  # by now the main rank has checked the folder
             echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
             _encode_missing(source, autoencoder, config, request, ranks)
             ranks.barrier()  # every rank has written its shards
@@ -117,10 +118,6 @@ def identity(facts: dict[str, Any]) -> dict[str, Any]:
         part: {key: value for key, value in facts[part].items() if key not in by_place[part]}
         for part in by_place.keys() & facts.keys()
     }
-
-
-def _digest(request: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _row_shape(autoencoder: Autoencoder, config: EncodeConfig) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from triptych_common.fields import Checked, Ge, check_fields
+from triptych_common.fields import Checked, Ge
 from triptych_common.randomness import generator, permutation
 from triptych_common.storage.checkpoint import digest
 
@@ -92,7 +92,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class SupervisedTask(Task):
+class SupervisedTask(Checked, Task):
     """Networks trained by minibatches of labelled items.  [thesis 3.3, Algorithm 1]
 
     network: builds a freshly initialised one: best an `nn.Sequential`, which is fast and whose symmetry is derived, or any module
@@ -115,7 +115,7 @@ class SupervisedTask(Task):
     permutations: PermutationSpec | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         names = [score.metric.name for score in self.scores]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"scores {', '.join(names) or 'missing'}: expected at least one, each of another name")

@@ -1,7 +1,6 @@
 """The study's scorer for photographs: the ADM suite in place of the frozen digit instruments, behind the same call."""
 
 import hashlib
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,10 @@ from typing import Any
 from triptych_common.metrics import Estimate, Inception, NpzImages, adm_scores, image_features, load_inception
 from triptych_common.metrics.adm import ImageFeatures
 from triptych_common.parallel import process_group
-from triptych_common.storage.atomic import write_json
 
-from triptych_thesis.chapter2.scoring import read_scores
+from triptych_thesis.chapter2.scoring import METRICS, saved_scores
 
 NAMES = {"frechet": "fid", "spatial_frechet": "sfid", "digit_score": "inception_score"}  # the others have one name
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    inception: Inception
-    reference: ImageFeatures
 
 
 class AdmScorer:
@@ -38,43 +30,38 @@ class AdmScorer:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
-    def _loaded(self) -> _Loaded:
+    def _loaded(self) -> tuple[Inception, ImageFeatures]:
+        """The network, and what it sees of the reference."""
         with process_group(self.device) as ranks:
             inception = load_inception(None, device=ranks.device)
-        return _Loaded(inception, image_features(NpzImages(self.path), inception))
+        return inception, image_features(NpzImages(self.path), inception)
 
     def __call__(self, samples: Path) -> dict[str, Any]:
-        """As `StudyScorer`, {"n", metric: {"value", "replicates": [], "deviation"}}; kept beside the samples.
+        """As `StudyScorer`, {"n", metric: {"value", "replicates": [], "deviation"}}; saved beside the samples.
 
         Raises OSError for no reference or no Inception weights, ValueError for files that cannot be scored.
         """
-        kept = samples.with_name("scores.json")
-        asked = {"reference": self.digest, "seed": self.seed, "repeats": self.repeats}
-        if kept.exists() and (known := read_scores(kept))["asked"] == asked:
-            return known["scores"]
-        inception, source = self._loaded.inception, NpzImages(samples)
-        found = image_features(source, inception)
-        assert found.pool.vectors is not None  # features of images, not of a file's statistics
-        probabilities = inception.probabilities(found.pool.vectors)
-        suite = adm_scores(
-            self._loaded.reference, found, probabilities, device=self.device_of(inception), repeats=self.repeats,
-            seed=self.seed,
-        ).estimates()  # fmt: skip
-        scores: dict[str, Any] = {"n": source.count}
-        for name in ("frechet", "spatial_frechet", "digit_score", "precision", "recall"):
-            scores[name] = _as_score(self.path, NAMES.get(name, name), suite[NAMES.get(name, name)])
-        write_json(kept, {"asked": asked, "scores": scores})
-        return scores
+        settings = {"reference": self.digest, "seed": self.seed, "repeats": self.repeats}
+        return saved_scores(samples, settings, lambda: self._scores(NpzImages(samples)))
 
-    @staticmethod
-    def device_of(inception: Inception) -> Any:
-        return next(inception.network.parameters()).device
+    def _scores(self, source: NpzImages) -> dict[str, Any]:
+        inception, reference = self._loaded
+        features = image_features(source, inception)
+        assert features.pool.vectors is not None  # of images, not of a file's statistics
+        probabilities, device = (
+            inception.probabilities(features.pool.vectors),
+            next(inception.network.parameters()).device,
+        )
+        suite = adm_scores(
+            reference, features, probabilities, device=device, repeats=self.repeats, seed=self.seed
+        ).estimates()  # fmt: skip
+        scores = {name: _as_score(self.path, NAMES.get(name, name), suite[NAMES.get(name, name)]) for name in METRICS}
+        return {"n": source.count, **scores}
 
 
 def _as_score(reference: Path, name: str, estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
-        raise ValueError(
-            f"{reference}: holds neither images nor statistics enough for {name}; use the ADM reference file"
-        )
+        lacking = f"holds neither images nor statistics enough for {name}"
+        raise ValueError(f"{reference}: {lacking}; use the ADM reference file")
     deviation = 0.0 if estimate.high is None else (estimate.high - estimate.value) / 1.96
     return {"value": estimate.value, "replicates": [], "deviation": deviation}

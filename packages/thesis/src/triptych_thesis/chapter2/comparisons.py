@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +19,13 @@ LOWER_IS_BETTER = ("frechet", "spatial_frechet")
 class Score:
     """One metric of one set of samples.
 
-    Args:
-        replicates: the same metric of bootstrap resamples. Replicate r of two sets of equal size resamples the same sample
-            numbers and the same real digits, so that differences are paired.
-        deviation: one standard deviation, where there are no replicates.
-        trials: for a share, the number it is a share of; its interval then stays within 0..1 and never closes at either end.
+    Replicate r of two sets of equal size resamples the same sample numbers and real digits, so that differences are paired.
     """
 
     value: float
-    replicates: tuple[float, ...] = ()
-    deviation: float = 0.0
-    trials: int = 0
+    replicates: tuple[float, ...] = ()  # the same metric of bootstrap resamples
+    deviation: float = 0.0  # one standard deviation, where there are no replicates
+    trials: int = 0  # of a share: its interval then stays within 0..1 and never closes at either end
 
     @property
     def spread(self) -> float:
@@ -54,61 +50,41 @@ NO_SEEDS = SeedNoise(0.0, 0)
 NO_NOISES = (NO_SEEDS, NO_SEEDS)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Whether `better`, as the thesis claims, beats `worse` by one metric.
-
-    difference: positive where it does. Fréchet distances compare as the logarithm of worse over better, so 0.69 is half the
-    distance; other metrics as better minus worse. The verdict is the difference's sign.
-    """
-
-    better: str
-    worse: str
-    difference: Estimate
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As results.json holds it."""
-        return {**vars(self), "difference": self.difference._asdict(), "about": dict(self.about)}
-
-
 def compare(
     better: tuple[str, Score],
     worse: tuple[str, Score],
     metric: str,
     noises: tuple[SeedNoise, SeedNoise] = NO_NOISES,
     **about: Any,
-) -> Comparison:
-    """Compare two named scores. The 95% interval holds the noise of sampling, paired where both have equally many replicates,
-    and each side's noise of training seeds where it is known, by Student's t with as many degrees of freedom as pairs of runs.
+) -> dict[str, Any]:
+    """Whether `better`, as the thesis claims, beats `worse` by one metric: a positive "difference", with its 95% interval.
+
+    Fréchet distances compare as the logarithm of worse over better, so 0.69 is half the distance; other metrics as better minus
+    worse. The interval holds the noise of sampling, and each side's noise of training seeds where it is known.
     """
     (name, a), (other, b) = better, worse
-    logarithmic = metric in LOWER_IS_BETTER
-    if logarithmic:
+    if metric in LOWER_IS_BETTER:
         value = math.log(max(b.value, 1e-9) / max(a.value, 1e-9))
-        scales = (-1 / max(a.value, 1e-9), 1 / max(b.value, 1e-9))
+        scales = (-1 / max(a.value, 1e-9), 1 / max(b.value, 1e-9))  # of the logarithm, by the delta method
     else:
         value, scales = a.value - b.value, (1.0, -1.0)
-    if a.replicates and len(a.replicates) == len(b.replicates):
+    if a.replicates and len(a.replicates) == len(b.replicates):  # paired: what both sides share cancels
         sampled = _deviation([scales[0] * x + scales[1] * y for x, y in zip(a.replicates, b.replicates, strict=True)])
     else:
         sampled = math.hypot(scales[0] * a.spread, scales[1] * b.spread)
-    pairs = min(noise.pairs for noise in noises)
+    pairs = min(noise.pairs for noise in noises)  # degrees of freedom of Student's t
     margin = quantile(pairs) * math.sqrt(sampled**2 + sum(noise.deviation**2 for noise in noises))
     difference = Estimate(value, value - margin, value + margin)
-    return Comparison(name, other, difference, about)
+    return {"better": name, "worse": other, "difference": difference._asdict(), "about": about}
 
 
 def seed_noise(pairs: Sequence[tuple[Score, Score]], metric: str) -> SeedNoise:
-    """From pairs of runs that differ by their seed alone; Fréchet distances by their logarithms. It includes what is left of the
-    noise of sampling.
-    """
+    """From pairs of runs that differ by their seed alone; includes what is left of the noise of sampling."""
     if not pairs:
         return NO_SEEDS
-    squares = []
-    for a, b in pairs:
-        gap = math.log(a.value / b.value) if metric in LOWER_IS_BETTER else a.value - b.value
-        squares.append(gap**2 / 2)
+    logarithmic = metric in LOWER_IS_BETTER
+    gaps = [math.log(a.value / b.value) if logarithmic else a.value - b.value for a, b in pairs]
+    squares = [gap**2 / 2 for gap in gaps]
     return SeedNoise(math.sqrt(sum(squares) / len(squares)), len(pairs))
 
 
@@ -122,7 +98,7 @@ def correlation(x: Sequence[float], scores: Sequence[Score]) -> Estimate:
         return Estimate(r if math.isfinite(r) else 0.0)
     sampled = 0.0
     if all(score.replicates for score in scores):
-        centred = [[v + s.value - _mean(s.replicates) for v in s.replicates] for s in scores]
+        centred = [[v + s.value - sum(s.replicates) / len(s.replicates) for v in s.replicates] for s in scores]
         sampled = _deviation([_atanh(pearson(x, column)) for column in zip(*centred, strict=True)])
     margin = 1.96 * math.sqrt(1 / (len(x) - 3) + sampled**2)
     return Estimate(r, math.tanh(_atanh(r) - margin), math.tanh(_atanh(r) + margin))
@@ -135,9 +111,9 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def strong(r: Estimate | Mapping[str, Any], sign: int) -> str:
+def strong(r: Mapping[str, Any], sign: int) -> str:
     """The verdict on "this correlation of that sign is strong": its whole interval beyond 0.5 confirms, none of it refutes."""
-    low, high = (r["low"], r["high"]) if isinstance(r, Mapping) else r[1:]
+    low, high = r["low"], r["high"]
     if low is None or high is None:
         return UNDECIDED
     low, high = (low, high) if sign > 0 else (-high, -low)
@@ -146,10 +122,6 @@ def strong(r: Estimate | Mapping[str, Any], sign: int) -> str:
 
 def _atanh(r: float) -> float:
     return math.atanh(max(-0.9999, min(0.9999, r)))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _deviation(values: Sequence[float]) -> float:

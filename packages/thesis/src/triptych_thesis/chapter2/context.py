@@ -1,36 +1,35 @@
 """What the experiments of chapter 2 measure: models by name, samples of them, and their scores, each made once."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import UInt8
-from torch import Tensor
-from triptych_common.parallel import process_group
-from triptych_common.storage import checkpoint
-from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import on_gpu
 from triptych_dit.flops import gflops
-from triptych_dit.sample import SampleConfig, draw_missing, gather, identity, sample, write_grid
+from triptych_dit.sample import SampleConfig, sample
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.train import snapshot_path, train
 from triptych_dit.train_config import FORWARDS_PER_STEP, TrainConfig
 from triptych_dit.weights import FILE_NAME
 
 from triptych_thesis.chapter2.adm import AdmScorer
-from triptych_thesis.chapter2.comparisons import NO_NOISES, Comparison, Score, SeedNoise, compare, seed_noise
+from triptych_thesis.chapter2.comparisons import NO_NOISES, Score, SeedNoise, compare, seed_noise
 from triptych_thesis.chapter2.scoring import METRICS, StudyScorer, score_of
-from triptych_thesis.chapter2.sizes import Model, Size
+from triptych_thesis.chapter2.sizes import SIZES, Model
+from triptych_thesis.chapter2.unet import sample_unet_file, train_unet
+
+if TYPE_CHECKING:
+    from triptych_thesis.chapter2.study import Chapter2
 
 FRECHET = "frechet"
+PAPER_VAE = "stabilityai/sd-vae-ft-mse"
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """`n` samples of a model as it is after so many training images, drawn with some settings."""
+    """`n` samples of a model as it is after so many training images, with some settings of the sampler."""
 
     model: Model
     images: int
@@ -59,17 +58,12 @@ class Training:
         return (self.config.out / FILE_NAME).exists()
 
     def __call__(self) -> None:
-        if self.unet:
-            from triptych_thesis.chapter2.unet import train_unet
-
-            train_unet(self.config)
-        else:
-            train(self.config)
+        (train_unet if self.unet else train)(self.config)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A unit of work: one set of samples drawn and scored."""
+    """A unit of work: one set of samples, drawn under torchrun or here, and scored."""
 
     title: str
     config: SampleConfig
@@ -86,67 +80,26 @@ class Sampling:
         return self.drawn and (self.config.out / "scores.json").exists()
 
     def __call__(self) -> None:
-        if self.unet:
-            _sample_unet(self.config)
-        else:
-            sample(self.config)
+        (sample_unet_file if self.unet else sample)(self.config)
         self.scorer(self.config.out / "samples.npz")
 
 
-def _sample_unet(config: SampleConfig) -> None:
-    from triptych_thesis.chapter2.unet import load_unet, sample_unet
-
-    trained = load_unet(Path(config.checkpoint))
-    unet: Any = trained.model
-    classes = unet.config.num_embeddings - 1
-    labels = torch.arange(config.num_samples) % classes
-    weights = checkpoint.digest(trained.model.state_dict())
-    request = identity(config, trained) | {"num_samples": config.num_samples, "model_sha256": weights}
-    with process_group(config.device) as ranks, RunDirectory(config.out, request, is_main=ranks.is_main):
-        trained.model.to(ranks.device)
-
-        def draw(batch: range, step: Callable[[], None]) -> UInt8[Tensor, "batch channels height width"]:
-            some = labels[batch.start : batch.stop]
-            return sample_unet(trained, some, config, seed=config.seed, first_index=batch.start, vae=config.vae)
-
-        if not (config.out / "samples.npz").exists():
-            draw_missing(config, draw, 1, ranks)
-        gather(config, labels)
-        write_grid(config.out, classes)
-
-
 class Context:
-    """A study's folder: where its models and samples lie, what they cost, and how they score.
+    """A study's models and samples: their files, what they cost, and how they score."""
 
-    Args:
-        size: what is trained and measured.
-        folder: where everything lies.
-        everything: whether the grid has the models that take longest, too.
-        data: what the models are trained on: a folder of images, or a cache of latents.
-        vae: where the autoencoder of the latents lies, None for pixels.
-        decoder: another autoencoder with the same encoder, to draw samples with.
-        reference: an ADM reference file, for photographs; None for digits.
-    """
-
-    def __init__(
-        self,
-        size: Size,
-        folder: Path,
-        *,
-        everything: bool,
-        data: str,
-        vae: str | None,
-        reference: Path | None,
-        seed: int,
-        device: str,
-        decoder: str | None = None,
-    ) -> None:
-        self.size, self.folder, self.data, self.vae, self.seed, self.device = size, folder, data, vae, seed, device
-        self.decoder = decoder or vae
-        self.grid = size.grid(everything)
-        self.scorer: Any = StudyScorer(size.data, seed, size.repeats)
-        if reference is not None:
-            self.scorer = AdmScorer(reference, device, seed, size.repeats)
+    def __init__(self, study: "Chapter2") -> None:
+        self.study, self.folder, self.seed, self.device = study, study.folder, study.seed, study.device
+        self.size = size = SIZES[study.size]
+        self.grid = size.grid(study.all)
+        # The data that models are trained on, and the autoencoder of their latents: None for pixels.
+        self.data, self.vae = str(self.folder / "digits32"), None
+        self.scorer: Any = StudyScorer(size.data, self.seed, size.repeats)
+        if size.reference is not None:
+            self.data, self.vae = study.latents or size.data, study.vae or PAPER_VAE
+            self.scorer = AdmScorer(study.reference or Path(size.reference), self.device, self.seed, size.repeats)
+        elif size.autoencoder is not None:
+            self.data, self.vae = str(self.folder / "latents/train"), str(self.folder / "autoencoder")
+        self.decoder = study.decoder or self.vae
 
     def train_config(self, model: Model) -> TrainConfig:
         size, images = self.size, self.size.images(model)
@@ -166,26 +119,25 @@ class Context:
         return config.out / FILE_NAME if images == config.total_images else snapshot_path(config.out, images)
 
     def sampling(self, samples: SampleSet) -> Sampling:
-        settings = samples.settings
+        settings, path = samples.settings, self.path(samples)
         config = SampleConfig(
             **{field.name: getattr(settings, field.name) for field in fields(SamplerSettings)},
-            out=self.folder / "samples" / samples.folder,
-            checkpoint=str(self.weights(samples.model, samples.images)),
-            vae=self.decoder,
-            num_samples=samples.n,
-            seed=self.seed,
-            device=self.device,
-            batch_size=1000 if on_gpu(self.device) else 100,
-        )
+            out=path.parent, checkpoint=str(self.weights(samples.model, samples.images)), vae=self.decoder, num_samples=samples.n,
+            seed=self.seed, device=self.device, batch_size=1000 if on_gpu(self.device) else 100,
+        )  # fmt: skip
+        # A guided step is two passes: with the class and without.
         passes = samples.n * settings.num_inference_steps * (1 + (settings.guidance_scale != 1))
-        title = f"{samples.model.title}, {samples.folder.split('/')[1]}"
-        cost = gflops(self.size.shape(samples.model)) * passes
+        title, cost = f"{samples.model.title}, {path.parent.name}", gflops(self.size.shape(samples.model)) * passes
         return Sampling(title, config, samples.model.unet, self.scorer, cost)
 
     def after(self, model: Model, stage: float = 1.0, n: int | None = None, **settings: Any) -> SampleSet:
         """Samples of a model after a stage of training, with the study's settings but for those given."""
         size = self.size
         return SampleSet(model, size.count(stage), replace(size.sampler, **settings), n or size.samples)
+
+    def over_training(self, models: Sequence[Model]) -> list[SampleSet]:
+        """Samples of every model after every stage."""
+        return [self.after(model, stage) for model in models for stage in self.size.stages]
 
     def of_main(self, n: int, **settings: Any) -> SampleSet:
         """Samples of the main model at the end of its training."""
@@ -199,37 +151,33 @@ class Context:
         """The path of samples within the study's folder."""
         return str(self.path(samples).relative_to(self.folder))
 
-    def scores(self, samples: SampleSet) -> dict[str, Any]:
-        return self.scorer(self.path(samples))
-
     def score(self, samples: SampleSet, metric: str = FRECHET) -> Score:
-        return score_of(self.scores(samples), metric)
+        return score_of(self.scorer(self.path(samples)), metric)
 
     def row(self, samples: SampleSet) -> dict[str, Any]:
         """A row of a table: what was sampled, what it cost, and every metric with its interval."""
-        cost, scores, settings = gflops(self.size.shape(samples.model)), self.scores(samples), samples.settings
+        cost, settings = gflops(self.size.shape(samples.model)), samples.settings
+        scores = self.scorer(self.path(samples))
         return {
-            "model": samples.model.title,
-            "images": samples.images,
-            "gflops": cost,
+            "model": samples.model.title, "images": samples.images, "gflops": cost,
             "training_gflops": cost * samples.images * FORWARDS_PER_STEP,
-            "sampler": settings.sampler,
-            "steps": settings.num_inference_steps,
-            "guidance": settings.guidance_scale,
-            "n": samples.n,
-            "samples": self.place(samples),
-        } | {
-            metric: score_of(scores, metric).estimate._asdict() for metric in (*METRICS, "accuracy") if metric in scores
-        }
+            "sampler": settings.sampler, "steps": settings.num_inference_steps, "guidance": settings.guidance_scale,
+            "n": samples.n, "samples": self.place(samples),
+            **{name: score_of(scores, name).estimate._asdict() for name in (*METRICS, "accuracy") if name in scores},
+        }  # fmt: skip
 
     def compare(
         self, better: SampleSet, worse: SampleSet, metric: str = FRECHET, *, seeds: bool = True, **about: Any
-    ) -> Comparison:
-        """Compare two sets of samples. seeds: whether their models were trained apart, so that the noise of training seeds
-        counts, each side's at its own stage."""
+    ) -> dict[str, Any]:
+        """Compare two sets of samples. seeds: whether their models were trained apart, so that training noise counts."""
         noises = (self.noise(better.images, metric), self.noise(worse.images, metric)) if seeds else NO_NOISES
         ours, theirs = ((each.model.title, self.score(each, metric)) for each in (better, worse))
         return compare(ours, theirs, metric, noises, **about)
+
+    def compare_stages(self, better: Model, worse: Model, **about: Any) -> list[dict[str, Any]]:
+        """Compare two models after equally many images, stage by stage."""
+        pairs = zip(self.over_training([better]), self.over_training([worse]), strict=True)
+        return [self.compare(ours, theirs, **about, images=ours.images) for ours, theirs in pairs]
 
     def noise(self, images: int, metric: str = FRECHET) -> SeedNoise:
         """The noise of training seeds after so many images, those of a stage."""
@@ -242,14 +190,13 @@ class Context:
 
     @cached_property
     def _seed_pairs(self) -> dict[int, list[tuple[SampleSet, SampleSet]]]:
-        size = self.size
+        """By images seen, samples of each repeated model and of its second seed."""
+        models = [(Model(name), Model(name, seed=1)) for name in self.size.repeated]
         return {
-            size.count(stage): [
-                (self.after(Model(n), stage), self.after(Model(n, seed=1), stage)) for n in size.repeated
-            ]
-            for stage in size.stages
+            self.size.count(stage): [(self.after(one, stage), self.after(other, stage)) for one, other in models]
+            for stage in self.size.stages
         }
 
     def repeated(self) -> list[SampleSet]:
-        """The samples that the noise of training seeds is measured on."""
+        """The samples that the noise of training seeds is computed from."""
         return [samples for pairs in self._seed_pairs.values() for pair in pairs for samples in pair]

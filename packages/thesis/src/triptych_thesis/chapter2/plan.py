@@ -7,34 +7,28 @@ from typing import Any
 from triptych_dit.sample import SampleConfig
 from triptych_dit.train_config import TRAIN_PRESETS, TrainConfig
 
-from triptych_thesis.chapter2.context import Sampling, Training
+from triptych_thesis.chapter2.context import Context, Sampling, Training
 
 LAUNCH = "torchrun --nproc-per-node=8 -m triptych_dit.cli"
 
 
-def commands(data: str, vae: str, side: int, trainings: Sequence[Training], samplings: Sequence[Sampling]) -> list[str]:
-    """Commands that encode the images, train each model that is not there yet, and sample each set that is not."""
-    return [
-        f"{LAUNCH} encode --source ILSVRC2012/train --image-size {side} --vae {vae} --out {data}",
-        *(train_command(unit) for unit in trainings if not unit.done),
-        *(sample_command(unit) for unit in samplings if not unit.drawn),
-    ]
+def encode_command(context: Context) -> str:
+    side = context.size.side
+    return f"{LAUNCH} encode --source ILSVRC2012/train --image-size {side} --vae {context.vae} --out {context.data}"
 
 
-def train_command(unit: Training) -> str:
-    """A training run as a preset and the options that differ from it."""
-    preset = _nearest_preset(unit.config)
-    before, now = asdict(TRAIN_PRESETS[preset]), asdict(unit.config)
-    return " ".join([f"{LAUNCH} train --preset {preset}", *_flags(before, now), "--parallel fsdp"])
+def commands(context: Context, trainings: Sequence[Training], samplings: Sequence[Sampling]) -> list[str]:
+    """Commands that encode the images, train each missing model, and draw each missing set of samples."""
+    trains = [_train_command(unit.config) for unit in trainings if not unit.done]
+    drawings = [_flags(asdict(SampleConfig()), asdict(unit.config)) for unit in samplings if not unit.drawn]
+    return [encode_command(context), *trains, *(" ".join([f"{LAUNCH} sample", *flags]) for flags in drawings)]
 
 
-def sample_command(unit: Sampling) -> str:
-    return " ".join([f"{LAUNCH} sample", *_flags(asdict(SampleConfig()), asdict(unit.config))])
-
-
-def _nearest_preset(config: TrainConfig) -> str:
-    """The published run of this model."""
-    return next((name for name, preset in TRAIN_PRESETS.items() if preset.model == config.model), "DiT-XL/2")
+def _train_command(config: TrainConfig) -> str:
+    """A training run as the published run of its model and the options that differ from it."""
+    preset = next((name for name, known in TRAIN_PRESETS.items() if known.model == config.model), "DiT-XL/2")
+    flags = _flags(asdict(TRAIN_PRESETS[preset]), asdict(config))
+    return " ".join([f"{LAUNCH} train --preset {preset}", *flags, "--parallel fsdp"])
 
 
 def _flags(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,11 +1,10 @@
 """Five metrics of a set of digits, each with bootstrap replicates that pair with those of other sets.
 
-Replicates resample samples and real digits both. Those of Fréchet distances are of first order, by the vectors' influences:
-resampled sets hold duplicates, which deflate covariances, so that distances of them spread up to twice too far. Those of
-precision and recall keep each manifold's radii and leave out of it what was not drawn.
+Replicates resample samples and real digits both.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +23,11 @@ from triptych_dit.sample import read_npz
 from triptych_thesis.chapter2.comparisons import Score
 from triptych_thesis.chapter2.digits import without_margin
 
+_DIVERGENCE = "exp of the mean KL divergence from all samples' classes to one's"
 METRICS = {  # of the thesis, and what stands for each here
     "frechet": ("FID", "Fréchet distance in 64 features of the frozen digit network"),
     "spatial_frechet": ("sFID", "Fréchet distance of that network's last 4x4 maps, first 7 of 64 channels"),
-    "digit_score": (
-        "IS",
-        "exp of the mean KL divergence from all samples' classes to one's, by the frozen classifier (1 to 10)",
-    ),
+    "digit_score": ("IS", f"{_DIVERGENCE}, by the frozen classifier (1 to 10)"),
     "precision": ("precision", "samples within the k = 3 manifold of real digits, in the same 64 features"),
     "recall": ("recall", "real digits within the k = 3 manifold of samples"),
 }
@@ -51,24 +48,15 @@ class Features:
 
 @dataclass(frozen=True)
 class StudyScorer:
-    """Scores files of samples, 32 x 32 with a margin, against held-out digits of a named data set.
-
-    repeats: bootstrap resamples; each draws sample numbers and real digits that follow from (seed, repeat) and the counts alone.
-    Instruments and what they see of real digits are loaded once a process, for all equal scorers.
-    """
+    """Scores files of samples, 32 x 32 with a margin, against held-out digits of a named data set."""
 
     dataset: str
     seed: int
-    repeats: int
+    repeats: int  # bootstrap resamples; each follows from (seed, repeat) and the counts alone
 
     @property
     def digits(self) -> DigitScorer:
         return _digits(self.dataset, self.seed)
-
-    @property
-    def reference(self) -> Features:
-        """Of all held-out digits, whatever the number of samples: sets of one size compare, and no others."""
-        return _reference(self)
 
     def features(self, images: UInt8[Tensor, "n 1 28 28"]) -> Features:
         layers: Any = self.digits.features.network
@@ -79,42 +67,35 @@ class StudyScorer:
             return Features(pool, spatial, self.digits.classifier(images).softmax(1))
 
     def __call__(self, samples: Path) -> dict[str, Any]:
-        """Scores of a samples file, JSON-able: {"n", "accuracy", and each of METRICS: {"value", "replicates"}}; kept beside it.
+        """Scores of a samples file, JSON-able: {"n", "accuracy", and each of METRICS: {"value", "replicates"}}; saved beside it."""
+        settings = {"version": VERSION, "dataset": self.dataset, "seed": self.seed, "repeats": self.repeats,
+                    "metrics": [*METRICS, "accuracy"]}  # fmt: skip
 
-        Raises what reading the file raises.
-        """
-        kept = samples.with_name("scores.json")
-        asked = {
-            "version": VERSION,
-            "dataset": self.dataset,
-            "seed": self.seed,
-            "repeats": self.repeats,
-            "metrics": [*METRICS, "accuracy"],
-        }
-        if kept.exists() and (known := read_scores(kept))["asked"] == asked:
-            return known["scores"]
-        images, labels = read_npz(samples)
-        if labels is None:
-            raise ValueError(f"{samples}: holds no labels, expected samples of classes of digits")
-        scores = self.score(without_margin(images), labels)
-        write_json(kept, {"asked": asked, "scores": scores})
-        return scores
+        def scores() -> dict[str, Any]:
+            images, labels = read_npz(samples)
+            if labels is None:
+                raise ValueError(f"{samples}: holds no labels, expected samples of classes of digits")
+            return self.score(without_margin(images), labels)
+
+        return saved_scores(samples, settings, scores)
 
     def score(self, images: UInt8[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict[str, Any]:
         """Every metric of labelled digits with its replicates, as `__call__` returns them."""
-        found, real = self.features(images), self.reference
-        n, m = len(found.pool), len(real.pool)
-        rows, real_rows = self._rows(n, m)
-        precise, recalled = precision_recall(real.pool, found.pool, k=NEIGHBOURS)
-        correct = (found.probabilities.argmax(1) == labels).float()
+        # All held-out digits, whatever the number of samples: sets of one size compare, and no others.
+        ours, real = self.features(images), _reference(self)
+        n = len(ours.pool)
+        rows, real_rows = self._rows(n, len(real.pool))
+        precise, recalled = precision_recall(real.pool, ours.pool, k=NEIGHBOURS)
+        correct = (ours.probabilities.argmax(1) == labels).float()
         scored = {
-            "frechet": _frechet(found.pool, real.pool, rows, real_rows),
-            "spatial_frechet": _frechet(found.spatial, real.spatial, rows, real_rows),
-            "digit_score": (_digit_score(found.probabilities), [_digit_score(found.probabilities[r]) for r in rows]),
-            "precision": (float(precise.mean()), _shares(found.pool, real.pool, rows, real_rows)),
-            "recall": (float(recalled.mean()), _shares(real.pool, found.pool, real_rows, rows)),
+            "frechet": _frechet(ours.pool, real.pool, rows, real_rows),
+            "spatial_frechet": _frechet(ours.spatial, real.spatial, rows, real_rows),
+            "digit_score": (_digit_score(ours.probabilities), [_digit_score(ours.probabilities[r]) for r in rows]),
+            "precision": (float(precise.mean()), _shares(ours.pool, real.pool, rows, real_rows)),
+            "recall": (float(recalled.mean()), _shares(real.pool, ours.pool, real_rows, rows)),
             "accuracy": (float(correct.mean()), correct[rows].mean(1).tolist()),
         }
+        # Eight digits of a replicate are more than float32 holds, and keep the file small.
         return {"n": n} | {
             name: {"value": value, "replicates": [float(f"{one:.8g}") for one in replicates]}
             | ({"trials": n} if name in RATES else {})
@@ -129,15 +110,20 @@ class StudyScorer:
 
 
 def _frechet(
-    found: Float[Tensor, "n dim"],
+    features: Float[Tensor, "n dim"],
     real: Float[Tensor, "m dim"],
     rows: Int[Tensor, "repeats n"],
     real_rows: Int[Tensor, "repeats m"],
 ) -> tuple[float, list[float]]:
-    """Distance and replicates."""
-    ours, theirs = fit_gaussian(found), fit_gaussian(real)
-    value, sway = frechet_influence(found, ours, theirs)
+    """Distance and replicates.
+
+    Replicates are of first order, by the vectors' influences: resampled sets hold duplicates, which deflate covariances, so that
+    distances of them spread up to twice too far.
+    """
+    ours, theirs = fit_gaussian(features), fit_gaussian(real)
+    value, sway = frechet_influence(features, ours, theirs)
     _, real_sway = frechet_influence(real, theirs, ours)
+    # Resampling moves the distance by the mean influence of what was drawn, less that of the whole set.
     moved = (sway - sway.mean())[rows].mean(1) + (real_sway - real_sway.mean())[real_rows].mean(1)
     return value, (value + moved).tolist()
 
@@ -152,12 +138,13 @@ def _shares(
     rows: Int[Tensor, "repeats n"],
     by_rows: Int[Tensor, "repeats m"],
 ) -> list[float]:
-    """Replicates of the share of points in the manifold of `by`."""
-    drawn = torch.zeros(len(by_rows), len(by)).scatter_(1, by_rows, 1.0)
-    covered = coverage(points, by, k=NEIGHBOURS).float() @ drawn.T > 0  # points, repeats
+    """Replicates of the share of points in the manifold of `by`, which keeps its radii and leaves out what was not drawn."""
+    drawn = torch.zeros(len(by_rows), len(by)).scatter_(1, by_rows, 1.0)  # repeats m: 1 where `by` was drawn
+    covered = coverage(points, by, k=NEIGHBOURS).float() @ drawn.T > 0  # n repeats
     return covered.float().gather(0, rows.T).mean(0).tolist()
 
 
+# Instruments and what they see of real digits are loaded once a process, for all equal scorers.
 @lru_cache(maxsize=1)
 def _digits(dataset: str, seed: int) -> DigitScorer:
     return DigitScorer(data.load(dataset, "train"), data.load(dataset, "held_out"), seed=seed)
@@ -169,15 +156,22 @@ def _reference(scorer: StudyScorer) -> Features:
 
 
 def score_of(scores: dict[str, Any], metric: str) -> Score:
-    """One metric of what a scorer gave."""
-    found = scores[metric]
-    return Score(found["value"], tuple(found["replicates"]), found.get("deviation", 0.0), found.get("trials", 0))
+    """One metric of a scorer's result."""
+    score = scores[metric]
+    return Score(score["value"], tuple(score["replicates"]), score.get("deviation", 0.0), score.get("trials", 0))
 
 
-def read_scores(path: Path) -> dict[str, Any]:
-    """What a scorer kept. Raises ValueError for a damaged file."""
-    try:
-        known = json.loads(path.read_text())
-        return {name: known[name] for name in ("asked", "scores")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged, expected a scorer's JSON; delete it, and it is made again") from error
+def saved_scores(samples: Path, settings: dict[str, Any], score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The scores beside a samples file, made where they are missing or of other settings. ValueError for a damaged file."""
+    path = samples.with_name("scores.json")
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())
+            made_with, scores = known["asked"], known["scores"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged, expected a scorer's JSON; delete it, and it is made again") from error
+        if made_with == settings:
+            return scores
+    scores = score()
+    write_json(path, {"asked": settings, "scores": scores})  # the settings' name in files of earlier versions
+    return scores

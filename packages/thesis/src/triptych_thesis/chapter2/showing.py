@@ -1,21 +1,21 @@
 """What the sections of chapter 2 share: tables of scores and of comparisons, their counts as evidence, links to samples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from triptych_common.plots import figure_png, legend, panels
+from matplotlib.figure import Figure
+from triptych_common.plots import legend, panels
 
+from triptych_thesis.chapter2.comparisons import LOWER_IS_BETTER
 from triptych_thesis.chapter2.scoring import METRICS
 from triptych_thesis.study.estimates import interval, ratio
-from triptych_thesis.study.experiment import Links, Table
+from triptych_thesis.study.experiment import Links, Result, Section, Study, Table
 from triptych_thesis.study.plots import interval_lines, plain_ticks
-from triptych_thesis.study.verdicts import CONFIRMED, MARKS, REFUTED, Evidence, sign
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, Evidence, marked, overall, sign
 
-if TYPE_CHECKING:
-    from triptych_thesis.study.runner import Study
-
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Result]
 FRECHET = "Fréchet distance"
 NAMES = {"frechet": FRECHET, "spatial_frechet": "spatial Fréchet distance", "digit_score": "digit score"}
 COLUMNS = {"gflops": "GFLOPs", "training_gflops": "training GFLOPs", "sampling_gflops": "sampling GFLOPs"}
@@ -32,9 +32,25 @@ def metric_name(metric: str) -> str:
     return NAMES.get(metric, metric)
 
 
-def marked(verdict: str) -> str:
-    """A verdict in a table's cell: "✓ confirmed"."""
-    return f"{MARKS[verdict]} {verdict}"
+def factor(comparison: Result) -> str:
+    """The worse distance over the better one, with its interval."""
+    return ratio(comparison["difference"])
+
+
+def difference(comparison: Result) -> str:
+    """A difference by any metric, with its interval: of distances as a factor, of others as it is."""
+    metric = comparison["about"]["of"]
+    return factor(comparison) if metric in LOWER_IS_BETTER else interval(comparison["difference"])
+
+
+def decided(comparison: Result) -> str:
+    """The verdict on a comparison, in a table's cell."""
+    return marked(sign(comparison["difference"]))
+
+
+def all_better(comparisons: Rows) -> str:
+    """The verdict on "each is better than what it is compared with"."""
+    return overall(sign(c["difference"]) for c in comparisons)
 
 
 def cell(value: Any) -> str:
@@ -44,33 +60,32 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def scores_table(rows: Rows, columns: Mapping[str, str] | Sequence[str], caption: str) -> Table:
-    """Rows of scores under the given columns and every metric that they have; it opens on request."""
+def with_scores(
+    study: Study, section: Section, rows: Rows, columns: Mapping[str, str] | Sequence[str], note: str = ""
+) -> Section:
+    """A section, and behind its tables every score of `rows`, under the given columns, with links to their samples."""
     titles = columns if isinstance(columns, Mapping) else {name: COLUMNS.get(name, name) for name in columns}
     metrics = [metric for metric in (*METRICS, "accuracy") if metric in rows[0]]
-    return Table(
+    scores = Table(
         (*titles.values(), *map(metric_name, metrics)),
         [(*(cell(row[name]) for name in titles), *(interval(row[metric]) for metric in metrics)) for row in rows],
-        f"Every score. {caption}".strip(),
+        f"Every score. {note}{INSTRUMENTS}",
         folded=True,
+    )
+    return replace(
+        section, tables=[*section.tables, scores], links=sample_links(study, [row["samples"] for row in rows])
     )
 
 
 def comparisons_table(comparisons: Rows, caption: str, summary: str) -> Table:
     """Comparisons of Fréchet distances with their verdicts; it opens on request, under its summary."""
-    return Table(
-        ("claimed better", "than", "images", f"the second's {FRECHET} over the first's", "verdict"),
-        [
-            (c["better"], c["worse"], cell(c["about"]["images"]), ratio(c["difference"]), marked(sign(c["difference"])))
-            for c in comparisons
-        ],
-        f"{summary}. {caption}",
-        folded=True,
-    )
+    header = ("claimed better", "than", "images", f"the second's {FRECHET} over the first's", "verdict")
+    rows = [(c["better"], c["worse"], cell(c["about"]["images"]), factor(c), decided(c)) for c in comparisons]
+    return Table(header, rows, f"{summary}. {caption}", folded=True)
 
 
 def counted(what: str, comparisons: Rows) -> list[Evidence]:
-    """How many comparisons go as the thesis has them, and which go the other way."""
+    """How many comparisons agree with the thesis, and which are reversed."""
     if not comparisons:
         return [Evidence(what, "nothing comparable was measured")]
     verdicts = [sign(c["difference"]) for c in comparisons]
@@ -79,13 +94,13 @@ def counted(what: str, comparisons: Rows) -> list[Evidence]:
     return [Evidence(what, count), *[Evidence("reversed", ", ".join(dict.fromkeys(against)))] * bool(against)]
 
 
-def last_of(comparisons: Rows) -> list[Mapping[str, Any]]:
+def last_of(comparisons: Rows) -> list[Result]:
     """The comparisons after the most training images."""
     last = max((c["about"]["images"] for c in comparisons), default=0)
     return [c for c in comparisons if c["about"]["images"] == last]
 
 
-def sample_links(study: "Study", places: Sequence[str]) -> list[Links]:
+def sample_links(study: Study, places: Sequence[str]) -> list[Links]:
     """Links to sets of samples, by their paths in the study's folder, each with its grid and scores."""
     rows = []
     for place in map(Path, sorted(set(places))):
@@ -94,16 +109,16 @@ def sample_links(study: "Study", places: Sequence[str]) -> list[Links]:
     return [Links(f"Samples: {len(rows)} sets, by model / images-sampler-steps-count", rows)] if rows else []
 
 
-def lines(rows: Rows, x: str, *, by: str = "model", **labels: Any) -> bytes:
+def lines(rows: Rows, x: str, *, by: str = "model", **labels: Any) -> Figure:
     """Fréchet distance against one quantity, on a logarithmic axis, a line for each value of `by`."""
     figure, (axes,) = panels(size=(7.2, 3.8))
     interval_lines(axes, rows, x, "frechet", by=by, floor=0.05)
     axes.set(**{"ylabel": FRECHET, "yscale": "log", **labels})
     plain_ticks(axes)
     legend(axes, ncols=2)
-    return figure_png(figure)
+    return figure
 
 
-def over_training(title: str) -> Callable[[Mapping[str, Any]], dict[str, bytes]]:
+def over_training(title: str) -> Callable[[Result], dict[str, Figure]]:
     """An experiment's only figure: Fréchet distance over training, model by model."""
     return lambda result: {title: lines(result["rows"], "images", xlabel="training images seen")}

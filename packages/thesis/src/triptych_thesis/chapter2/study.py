@@ -1,25 +1,20 @@
-"""Chapter 2 (DiT) as a study: digits drawn, block designs, scaling, guidance and samplers over models that are trained once."""
+"""Chapter 2 (DiT) as a study: digits, block designs, scaling, guidance and samplers over models that are trained once."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from triptych_thesis.chapter2.sizes import SIZES, Model, Size
-from triptych_thesis.study.experiment import Picture
-from triptych_thesis.study.runner import Opening, Stopwatch, Study, read_result
+from triptych_thesis.study.experiment import Opening, Picture, Study
+from triptych_thesis.study.runner import Stopwatch, read_result
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, overall, sign
 
 if TYPE_CHECKING:
-    from triptych_common.workers import Unit
-
     from triptych_thesis.chapter2.context import Context, SampleSet
 
-PAPER_VAE = "stabilityai/sd-vae-ft-mse"
 MADE_BY = ("shards", "command", "commit", "versions", "hardware")  # of a cache: how it was made, not what it holds
-GIVEN = ("latents", "vae", "decoder", "reference")  # options of the paper sizes
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Chapter2(Study):
 
     chapter: ClassVar[int] = 2
     sizes: ClassVar[Mapping[str, Size]] = SIZES
-    package: ClassVar[str] = "triptych_thesis.chapter2.experiments"
+    decisive: ClassVar = ("latents", "vae", "decoder", "reference")  # options of the paper sizes
 
     out: Path = Path("runs/ch2")
     """everything goes to OUT/SIZE; OUT/report.html is the latest finished size"""
@@ -53,7 +48,7 @@ class Chapter2(Study):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.at_paper_size:
-            for name in GIVEN:
+            for name in self.decisive:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} {getattr(self, name)}: for the paper sizes alone; leave --{name} out")
 
@@ -66,62 +61,31 @@ class Chapter2(Study):
     def offered(self) -> tuple[str, ...]:
         return tuple(name for name in super().offered if name not in SIZES[self.size].left_out)
 
-    @cached_property
-    def _context(self) -> "Context":
+    def context(self) -> "Context":
         from triptych_thesis.chapter2.context import Context
 
-        size = SIZES[self.size]
-        data, vae = str(self.folder / "digits32"), None
-        if size.reference is not None:
-            data, vae = self.latents or size.data, self.vae or PAPER_VAE
-        elif size.autoencoder is not None:
-            data, vae = str(self.folder / "latents/train"), str(self.folder / "autoencoder")
-        reference = (self.reference or Path(size.reference)) if size.reference else None
-        return Context(
-            size, self.folder, everything=self.all, data=data, vae=vae, decoder=self.decoder, reference=reference,
-            seed=self.seed, device=self.device,
-        )  # fmt: skip
-
-    def context(self) -> "Context":
-        return self._context
+        return Context(self)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the results: the size's settings, the seed, and what a paper size was given.
+        """The size's settings, the seed, and at paper sizes what was made beforehand, which may be missing or damaged."""
+        identity = {"size": self.size, "seed": self.seed, **self.settings()}
+        if not self.at_paper_size:
+            return identity
+        from triptych_dit.autoencoder.cache import LatentCache
+        from triptych_dit.autoencoder.encode import identity as identity_of
 
-        Raises what reading the latents' index or the reference raises, at paper sizes.
-        """
-        return {"size": self.size, "seed": self.seed, **self.settings(), **self._given()}
+        context = self.context()
+        facts = identity_of(LatentCache(Path(context.data)).facts)
+        # Latents and reference are identified by content, autoencoder and decoder by name.
+        latents = {name: value for name, value in facts.items() if name not in MADE_BY}
+        reference = context.scorer.digest
+        return identity | {"latents": latents, "vae": context.vae, "decoder": context.decoder, "reference": reference}
 
     def settings(self) -> dict[str, Any]:
-        """The size, without what only says where and how to run."""
+        """The size, without what only decides where and how to run."""
         size = SIZES[self.size]
         base = {key: value for key, value in size.base.identity().items() if key not in ("model", "data", "seed")}
         return asdict(size) | {"base": base, "autoencoder": size.autoencoder and size.autoencoder.identity()}
-
-    def _given(self) -> dict[str, Any]:
-        """What was made or fetched beforehand: latents and reference by content, autoencoder and decoder by name."""
-        if not self.at_paper_size:
-            return {}
-        from triptych_dit.autoencoder.cache import LatentCache
-        from triptych_dit.autoencoder.encode import identity
-
-        context = self._context
-        facts = identity(LatentCache(Path(context.data)).facts)
-        latents = {name: value for name, value in facts.items() if name not in MADE_BY}
-        return {
-            "latents": latents,
-            "vae": context.vae,
-            "decoder": context.decoder,
-            "reference": context.scorer.digest,
-        }
-
-    def command_options(self) -> list[str]:
-        return [
-            word
-            for name in GIVEN
-            if getattr(self, name) is not None
-            for word in (f"--{name}", str(getattr(self, name)))
-        ]
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints: experiments, models with their cost, and at paper sizes the commands to run first."""
@@ -129,30 +93,22 @@ class Chapter2(Study):
 
         from triptych_thesis.chapter2.plan import commands
 
-        context = self._context
-        sets = self._sets([need for name in self.chosen for need in self.experiments[name].needs(context)])
-        trainings = [context.training(model) for model in dict.fromkeys(each.model for each in sets)]
-        samplings = [context.sampling(each) for each in sets]
+        context = self.context()
+        sets = list(dict.fromkeys(need for name in self.chosen for need in self.experiments[name].needs(context)))
+        trainings, samplings = self.units(context, sets).values()
         models = {
             unit.title: {
-                "gflops_per_forward": round(gflops(unit.config.model), 6),
-                "parameters": parameter_count(unit.config.model),
-                "images": unit.config.total_images,
-                "done": unit.done,
+                "gflops_per_forward": round(gflops(unit.config.model), 6), "parameters": parameter_count(unit.config.model),
+                "images": unit.config.total_images, "done": unit.done,
             }
             for unit in trainings
-        }
+        }  # fmt: skip
         plan = {
-            "experiments": self.chosen,
-            "models": models,
-            "training_gflops": round(sum(3 * unit.cost for unit in trainings), 1),
-            "sampling_gflops": round(sum(unit.cost for unit in samplings), 1),
-            "sets_of_samples": len(sets),
+            "experiments": self.chosen, "models": models, "training_gflops": round(sum(3 * unit.cost for unit in trainings), 1),
+            "sampling_gflops": round(sum(unit.cost for unit in samplings), 1), "sets_of_samples": len(sets),
             "settings": self.settings(),
-        }
-        if self.at_paper_size:
-            plan["run_first"] = commands(context.data, str(context.vae), context.size.side, trainings, samplings)
-        return plan
+        }  # fmt: skip
+        return plan | ({"run_first": commands(context, trainings, samplings)} if self.at_paper_size else {})
 
     def check(self) -> None:
         super().check()
@@ -160,14 +116,15 @@ class Chapter2(Study):
             return
         from triptych_dit.autoencoder.cache import is_latent_cache
 
-        from triptych_thesis.chapter2.plan import commands
+        from triptych_thesis.chapter2.plan import encode_command
 
-        data, scorer = self._context.data, self._context.scorer
-        if not is_latent_cache(Path(data)):
-            remedy = commands(data, str(self._context.vae), SIZES[self.size].side, [], [])[0]
-            raise FileNotFoundError(f"{data}: no latent cache; pass --latents, or make it: {remedy}")
-        if not scorer.path.exists():
-            raise FileNotFoundError(f"{scorer.path}: no such reference; fetch it from the ADM suite, pass --reference")
+        context = self.context()
+        if not is_latent_cache(Path(context.data)):
+            remedy = f"pass --latents, or make it: {encode_command(context)}"
+            raise FileNotFoundError(f"{context.data}: no latent cache; {remedy}")
+        if not context.scorer.path.exists():
+            remedy = "fetch it from the ADM suite, pass --reference"
+            raise FileNotFoundError(f"{context.scorer.path}: no such reference; {remedy}")
 
     def prepare(self, context: "Context", clock: Stopwatch) -> None:
         """Write the digits with a margin; train an autoencoder and encode them, where the size has one."""
@@ -186,80 +143,62 @@ class Chapter2(Study):
         if not (autoencoder.out / "autoencoder.json").exists():
             with clock("autoencoder"):
                 train_autoencoder(autoencoder)
+        latents = EncodeConfig(source=str(digits), vae=str(autoencoder.out), image_size=size.side, flips=False, workers=0,
+                               device=self.device)  # fmt: skip
         with clock("encoding", afresh=True):
             for split in ("train", "held_out"):
-                encode(
-                    EncodeConfig(
-                        out=self.folder / "latents" / split, source=str(digits), split=split, vae=str(autoencoder.out),
-                        image_size=size.side, flips=False, workers=0, device=self.device,
-                    )
-                )  # fmt: skip
+                encode(replace(latents, out=self.folder / "latents" / split, split=split))
 
-    def units(self, context: "Context", needs: Sequence["SampleSet"]) -> Mapping[str, Sequence["Unit"]]:
-        sets = self._sets(needs)
+    def units(self, context: "Context", needs: Sequence["SampleSet"]) -> Mapping[str, Sequence[Any]]:
         return {
-            "training": [context.training(model) for model in dict.fromkeys(each.model for each in sets)],
-            "sampling and scoring": [context.sampling(each) for each in sets],
+            "training": [context.training(model) for model in dict.fromkeys(each.model for each in needs)],
+            "sampling and scoring": [context.sampling(each) for each in needs],
         }
-
-    @staticmethod
-    def _sets(needs: Sequence["SampleSet"]) -> list["SampleSet"]:
-        """Every set of samples once: experiments share them."""
-        return list(dict.fromkeys(needs))
 
     def facts(self, context: "Context") -> dict[str, Any]:
         from triptych_dit.flops import gflops, parameter_count
 
-        main, size = Model(context.size.main), SIZES[self.size]
-        training, settings = context.train_config(main), self.settings()
+        main, size, settings = Model(context.size.main), context.size, self.settings()
+        training = context.train_config(main)
         logs = sorted(self.folder.glob("models/*/metrics.jsonl"))
         runs = [*self.folder.glob("models/*/config.json"), *self.folder.glob("samples/*/*/config.json")]
         return {
-            "model": {
-                "name": main.name,
-                "config": asdict(training.model),
-                "parameters": parameter_count(training.model),
-                "gflops_per_forward": gflops(training.model),
-                "images": training.total_images,
-            },
+            "model": {"name": main.name, "config": asdict(training.model), "parameters": parameter_count(training.model),
+                      "gflops_per_forward": gflops(training.model), "images": training.total_images},
             "space": "pixels" if context.vae is None else f"latents of {context.vae}" if size.reference else "latents",
             "decoder": context.decoder if size.reference else None,
             "training": settings["base"] | {"data": size.data},
             "autoencoder": settings["autoencoder"],
             "models": {log.parent.name: round(_seconds(log), 1) for log in logs},
             "commits": sorted({read_result(run)["made"]["commit"] for run in runs}),
-        }
+        }  # fmt: skip
 
     def opening(self, results: Mapping[str, Any]) -> Opening:
         subject = "ImageNet" if self.at_paper_size else "digits"
         return Opening(f"Diffusion transformers on {subject}", self._headline(results), self._first_pictures(results))
 
     def _headline(self, results: Mapping[str, Any]) -> str:
-        experiments = results["experiments"]
         subject = "photographs" if self.at_paper_size else "handwritten digits"
-        if "scaling" not in experiments:
-            return f"Diffusion transformers learn to draw {subject} out of noise."
-        comparisons = experiments["scaling"]["comparisons"]
+        opening = f"Diffusion transformers learn to draw {subject} out of noise"
+        if "scaling" not in results["experiments"]:
+            return f"{opening}."
+        comparisons = results["experiments"]["scaling"]["comparisons"]
         larger = [c for c in comparisons if c["about"]["grows"] == "model size"]
         last = max((c["about"]["images"] for c in larger), default=0)
-        ending = {
+        verdict = overall(sign(c["difference"]) for c in larger if c["about"]["images"] == last)
+        endings = {
             CONFIRMED: "and the larger the model, the better it draws them",
             REFUTED: "but larger models do not always draw them better",
-        }.get(
-            overall(sign(c["difference"]) for c in larger if c["about"]["images"] == last),
-            "but this run is too small to tell whether larger models draw them better",
-        )
-        return f"Diffusion transformers learn to draw {subject} out of noise, {ending}."
+        }
+        undecided = "but this run is too small to tell whether larger models draw them better"
+        return f"{opening}, {endings.get(verdict, undecided)}."
 
     def _first_pictures(self, results: Mapping[str, Any]) -> list[Picture]:
         """Samples beside real digits; the grid of some samples, where the gallery has not run."""
         if (self.folder / "figures/opening-real.png").exists():
-            drawn = "Drawn from noise, one class a column, nothing selected."
-            real = "Real digits that no model has seen."
-            return [
-                self.figure("opening-drawn", drawn, pixels=True),
-                self.figure("opening-real", real, pixels=True),
-            ]
+            captions = {"opening-drawn": "Drawn from noise, one class a column, nothing selected.",
+                        "opening-real": "Real digits that no model has seen."}  # fmt: skip
+            return [self.figure(name, caption, pixels=True) for name, caption in captions.items()]
         rows = [row for each in results["experiments"].values() for row in each.get("rows", []) if "samples" in row]
         for row in sorted(rows, key=lambda row: -row["images"]):
             grid = (self.folder / row["samples"]).with_name("grid.png")

@@ -1,5 +1,7 @@
 """A U-Net of diffusers in DiT's place, of as many GFLOPs, trained on the same examples.  [thesis Figure 2.2, right]"""
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,11 +16,14 @@ from triptych_common.images import to_uint8
 from triptych_common.parallel import Execution, process_group
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import final, sampling
+from triptych_common.storage import checkpoint
 from triptych_common.storage.model_file import ModelFormat
+from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState, open_run, training_steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
-from triptych_dit.objective import Objective, check_fits, open_training_data
+from triptych_dit.objective import Objective, open_training_data
+from triptych_dit.sample import SampleConfig, draw_missing, gather, identity, write_grid
 from triptych_dit.sampling import decoded
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.train import snapshot_path
@@ -27,13 +32,9 @@ from triptych_dit.weights import FILE_NAME, TrainedModel, make_diffusion
 
 GROUPS, SMALLEST = 2, 4
 _FORMAT = ModelFormat(
-    kinds=("U-Net",),
-    file_name=FILE_NAME,
-    expected="a trained U-Net",
-    mismatch="not a U-Net's model file",
-    made="delete it and repeat the command",
-    absent="no finished model; repeat the command",
-)
+    kinds=("U-Net",), file_name=FILE_NAME, expected="a trained U-Net", mismatch="not a U-Net's model file",
+    made="delete it and repeat the command", absent="no finished model; repeat the command",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,13 @@ class UNet(nn.Module):
         self.config = config
         rest = len(config.channels) - 1
         self.network = _import_unet()(
-            sample_size=config.side,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            block_out_channels=config.channels,
-            layers_per_block=1,
+            sample_size=config.side, in_channels=config.in_channels, out_channels=config.out_channels,
+            block_out_channels=config.channels, layers_per_block=1, norm_num_groups=GROUPS,
             down_block_types=("DownBlock2D",) * rest + ("AttnDownBlock2D",),
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * rest,
-            norm_num_groups=GROUPS,
-            attention_head_dim=2 * config.width,  # one head
+            attention_head_dim=2 * config.width,  # the lowest resolution's channels: one head
             num_class_embeds=config.num_embeddings,
-        )
+        )  # fmt: skip
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], t: Int[Tensor, " batch"], y: Int[Tensor, " batch"]
@@ -89,14 +86,11 @@ def matched(dit: DiTConfig) -> UNetConfig:
     if height != width or height % SMALLEST:
         raise ValueError(f"input_size {height}x{width}: the U-Net takes squares with sides of 4, 8, 16 or more")
     rows = dit.num_classes + (dit.null_label is not None)
-    candidates = [
-        UNetConfig(height, dit.in_channels, dit.out_channels, rows, GROUPS * k) for k in range(1, 257)
-    ]  # the cost rises with the width
-    low, high, target = 0, len(candidates) - 1, gflops(dit)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if unet_gflops(candidates[middle]) <= target else (low, middle)
-    return min(candidates[low], candidates[high], key=lambda config: abs(unet_gflops(config) - target))
+    candidates = [UNetConfig(height, dit.in_channels, dit.out_channels, rows, GROUPS * k) for k in range(1, 257)]
+    target = gflops(dit)
+    # The cost rises with the width: the first candidate that costs more, and the one before it, are on either side.
+    above = min(max(bisect_right(candidates, target, key=unet_gflops), 1), len(candidates) - 1)
+    return min(candidates[above - 1 : above + 1], key=lambda config: abs(unet_gflops(config) - target))
 
 
 def unet_gflops(config: UNetConfig) -> float:
@@ -107,6 +101,7 @@ def unet_gflops(config: UNetConfig) -> float:
     with torch.device("meta"):
         model = UNet(config).eval()
         x, one = torch.empty(1, config.in_channels, config.side, config.side), torch.zeros(1, dtype=torch.long)
+        # Fused attention is opaque to the counter: the plain form has its two products.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model(x, one, one)
     return counter.get_total_flops() / 2 / 1e9
@@ -118,11 +113,11 @@ def train_unet(config: TrainConfig) -> None:
     Raises as `triptych_dit.train.train` does.
     """
     training_data = open_training_data(config.data, config.model)
-    check_fits(config.model, training_data)
     shape = matched(config.model)
     facts = {"data": training_data.identity, "unet": asdict(shape)}
     with process_group(config.device) as ranks, open_run(config, ranks, facts) as run:
         with torch.random.fork_rng(devices=[]):
+            # diffusers initialises from torch's global generator, which other code may have used.
             torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
             model = UNet(shape)
         state = TrainState(
@@ -164,6 +159,27 @@ def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> TrainedModel:
     return TrainedModel(model.requires_grad_(False).eval(), diffusion, facts)
 
 
+def sample_unet_file(config: SampleConfig) -> None:
+    """Write a file of samples of a U-Net, or what is missing of it, as `triptych_dit.sample.sample` does of a DiT."""
+    trained = load_unet(Path(config.checkpoint))
+    unet: Any = trained.model
+    classes = unet.config.num_embeddings - 1
+    labels = torch.arange(config.num_samples) % classes
+    weights = checkpoint.digest(unet.state_dict())
+    request = identity(config, trained) | {"num_samples": config.num_samples, "model_sha256": weights}
+    with process_group(config.device) as ranks, RunDirectory(config.out, request, is_main=ranks.is_main):
+        unet.to(ranks.device)
+
+        def draw(batch: range, step: Callable[[], None]) -> UInt8[Tensor, "batch channels height width"]:
+            some = labels[batch.start : batch.stop]
+            return sample_unet(trained, some, config, seed=config.seed, first_index=batch.start, vae=config.vae)
+
+        if not (config.out / "samples.npz").exists():
+            draw_missing(config, draw, 1, ranks)
+        gather(config, labels)
+        write_grid(config.out, classes)
+
+
 @torch.inference_mode()
 def sample_unet(
     trained: TrainedModel, labels: Int[Tensor, " batch"], settings: SamplerSettings, *, seed: int, first_index: int = 0,
@@ -179,6 +195,7 @@ def sample_unet(
     config, device = unet.config, next(unet.parameters()).device
     indices = range(first_index, first_index + len(labels))
     noise = SampleNoise(seed, indices, (config.in_channels, config.side, config.side), device=device)
+    # Pixels lie in [-1, 1], and predictions of them are clipped; latents have no such range.
     clip = trained.facts.get("autoencoder") is None
     steps = sampling(settings, lambda x, t: unet(x, t, labels.to(device)), trained.diffusion, noise, clip_x_0=clip)
     x = final(steps)

@@ -1,9 +1,9 @@
-"""What the experiments of chapter 3 are given: a trained G.pt beside the zoo that it was trained on."""
+"""What the experiments of chapter 3 share: a trained G.pt beside its zoo, and how its metrics are averaged and named."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,6 @@ from triptych_common.storage.checkpoint import digest
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import Trial
 from triptych_gpt.settings import SamplerSettings
-from triptych_gpt.tasks.task import Metric
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.source import recipe_of
 
@@ -22,7 +21,7 @@ from triptych_thesis.study.estimates import quantile
 
 @dataclass
 class Context:
-    """A trained G.pt and the zoo that it was trained on; both are opened when first asked for."""
+    """A trained G.pt and the zoo that it was trained on; both are opened on first use."""
 
     model: Path  # run folder or model file
     zoo: Path
@@ -30,17 +29,13 @@ class Context:
     amounts: Amounts
     seed: int = 0
     device: str = "auto"
-    folder: Path | None = None  # where further models and example networks are kept, if anywhere
-    training: GptTrainConfig | None = None  # None for a model from elsewhere
+    folder: Path | None = None  # of the study; like the rest, None for a model from elsewhere
+    training: GptTrainConfig | None = None
     variants: Variants | None = None
 
     @cached_property
     def trial(self) -> Trial:
-        """The model with its zoo.
-
-        Raises FileNotFoundError or ValueError for what cannot be read or does not belong together, ValueError for a zoo with
-        fewer unseen runs than the amounts ask for.
-        """
+        """The model with its zoo. Raises as `Trial.open`, and ValueError for a zoo with fewer unseen runs than the amounts need."""
         trial = Trial.open(self.model, self.zoo, self.settings, self.seed, self.device)
         trial.rows("test", max(self.amounts.networks, self.amounts.baseline_networks))
         trial.rows("validation", self.amounts.baseline_networks)
@@ -50,34 +45,29 @@ class Context:
         """What decides the results; a folder that holds another model's results is refused by it."""
         trained, zoo = self.trial.trained, self.trial.zoo
         return {
-            "model": trained.facts.get("zoo"),
-            "weights": digest(trained.model.state_dict())[:16],
-            "pairs_seen": trained.facts.get("pairs_seen"),
-            "validation": trained.facts.get("validation"),
-            "zoo": {"recipe": recipe_of(zoo), "runs": zoo.splits},
-            "sampler": asdict(self.settings),
-            "amounts": asdict(self.amounts),
-            "seed": self.seed,
-        }
+            "model": trained.facts.get("zoo"), "weights": digest(trained.model.state_dict())[:16],
+            "pairs_seen": trained.facts.get("pairs_seen"), "validation": trained.facts.get("validation"),
+            "zoo": {"recipe": recipe_of(zoo), "runs": zoo.splits}, "sampler": asdict(self.settings),
+            "amounts": asdict(self.amounts), "seed": self.seed,
+        }  # fmt: skip
 
 
 def mean_over_networks(values: Float[Tensor, " n"]) -> dict[str, Any]:
-    """Mean and 95% interval by Student's t, which is honest about few networks, JSON-able.
-
-    Networks whose value is not finite are left out and counted as "non_finite".
-    """
+    """Mean and 95% interval by Student's t, JSON-able; networks whose value is not finite are left out and counted."""
     finite = values.double()[values.isfinite()]
     n, mean, margin = len(finite), finite.mean() if len(finite) else torch.nan, torch.nan
+    # Student's t is honest about few networks.
     if n > 1:
         margin = quantile(n - 1) * float(finite.std()) / n**0.5
     bounds = {"mean": float(mean), "low": float(mean) - margin, "high": float(mean) + margin}
     return plain({**bounds, "networks": n, "non_finite": len(values) - n})
 
 
-def prompt_of(metric: Metric, prompt: float | None, kind: Literal["best", "recursive"]) -> float:
-    """The prompt given, or the metric's own. Raises ValueError where there is neither."""
-    if prompt is None:
-        if metric.prompts is None:
-            raise ValueError(f"metric {metric.name} has no prompts of its own; give a prompt")
-        prompt = getattr(metric.prompts, kind)
-    return prompt
+def named(metric: str) -> str:
+    """A metric in running text, "test loss"; axes are labelled by `triptych_gpt.evaluation.plots`."""
+    return metric.replace("_", " ")
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A value of a metric to three digits, errors in per cent as axes have them; a dash where there is none."""
+    return "–" if value is None else f"{(100 if metric.endswith('error') else 1) * value:.3g}"

@@ -11,17 +11,17 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gpt.settings import SamplerSettings
 
 from triptych_thesis.chapter3.sizes import Amounts
-from triptych_thesis.chapter3.study import Chapter3
 from triptych_thesis.study.experiment import Experiment, discover
-from triptych_thesis.study.runner import measure_once
+from triptych_thesis.study.runner import measure
 from triptych_thesis.study.verdicts import merged
 
 OF_ONE_RUN = ("example", "fig-3.7", "training")  # what belongs to a training run of the chapter's own
 
 
 def offered() -> dict[str, Experiment]:
-    """The experiments that any trained model can be put to, by name; they are imported on the first call, and torch with them."""
-    return {name: each for name, each in discover(Chapter3.package).items() if name not in OF_ONE_RUN}
+    """The experiments that any trained model allows, by name; they are imported on the first call, and torch with them."""
+    experiments = discover("triptych_thesis.chapter3.experiments")
+    return {name: each for name, each in experiments.items() if name not in OF_ONE_RUN}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FiguresConfig(CommonOptions):
 
 
 def figures(config: FiguresConfig) -> dict[str, Any]:
-    """Run the experiments that are missing; returns the verdict on each claim that they speak of.
+    """Run the experiments that are missing; returns the verdict on each claim that they decide.
 
     Raises what opening model, task and zoo raises, and ValueError where the folder holds another model's results.
     """
@@ -69,14 +69,11 @@ def figures(config: FiguresConfig) -> dict[str, Any]:
 
     names = config.experiments or tuple(offered())
     context = Context(config.model, config.zoo, config.settings, config.amounts, config.seed, config.device)
-    identity = context.identity()
-    command = shlex.join(["triptych", *sys.argv[1:]])
-    verdicts = []
-    with RunDirectory(config.out, identity):
+    command, verdicts = shlex.join(["triptych", *sys.argv[1:]]), []
+    with RunDirectory(config.out, context.identity()):
         for name in names:
-            experiment = offered()[name]
-            result = measure_once(experiment, context, config.out / f"{name}.json", config.out, command)
-            verdicts += experiment.verdicts(result)
+            result = measure(offered()[name], context, config.out / f"{name}.json", config.out, command)
+            verdicts += offered()[name].verdicts(result)
     decided = merged(verdicts)
     for claim, verdict in decided.items():
         echo(f"{claim}: {verdict.verdict} ({verdict.shown[0].line})")

@@ -1,15 +1,11 @@
 """Hand-designed optimisers, tuned: what one update of a generative model is compared with.  [thesis 3.4.1, Fig 3.3, 3.4]
 
-    curves = [optimise(task, name, test, validation, "test_loss", steps=(1,)) for name in OPTIMIZERS]        # Fig 3.3
-    curves = [optimise(task, name, test, validation, "test_loss", spaced_steps(775)) for name in OPTIMIZERS] # Fig 3.4
-    curves[0].steps_to_reach(0.4)
-
 Every optimiser is tried at each point of a grid of learning rates and weight decays, at a constant rate. Points are chosen on
 validation networks, and reported on others. All networks see the same minibatches, the task's own.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
@@ -46,30 +42,22 @@ class GridPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks; NaN where networks diverged.
-
-    `chosen` are the points of the grid that are best at each step by `validation`, the mean over validation networks; `tuned` is
-    the metric at the point that is best after the last step, `envelope` at the one that is best after exactly so many steps.
-    """
+    """An optimiser's metric after `steps` updates of unseen networks, tuned on other networks; NaN where networks diverged."""
 
     optimizer: str
     metric: str
     better: str
     steps: tuple[int, ...]
     grid: tuple[GridPoint, ...]
-    chosen: tuple[int, ...]
-    tuned: Float[Tensor, "steps networks"]
-    envelope: Float[Tensor, "steps networks"]
-    validation: Float[Tensor, "grid steps"]
+    chosen: tuple[int, ...]  # points of the grid that are best at each step by `validation`
+    tuned: Float[Tensor, "steps networks"]  # the metric at the point that is best after the last step
+    envelope: Float[Tensor, "steps networks"]  # at the point that is best after exactly so many steps
+    validation: Float[Tensor, "grid steps"]  # mean over validation networks
 
-    def steps_to_reach(self, value: float, *, envelope: bool = True) -> tuple[int | None, int]:
-        """First scored step whose mean over networks is at this value or better, None for never, and the step scored before it.
-
-        The envelope favours the optimiser.
-        """
-        means = (self.envelope if envelope else self.tuned).double().mean(1).tolist()
+    def steps_to_reach(self, value: float) -> tuple[int | None, int]:
+        """First scored step at which the envelope's mean is at this value or better, None for never, and the step before it."""
         after = 0
-        for step, mean in zip(self.steps, means, strict=True):
+        for step, mean in zip(self.steps, self.envelope.double().mean(1).tolist(), strict=True):
             if mean <= value if self.better == "lower" else mean >= value:
                 return step, after
             after = step
@@ -77,18 +65,13 @@ class Curve:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: means and standard errors over networks; None for what is not finite."""
+        scored = zip(self.grid, self.validation, strict=True)
         return {
-            "optimizer": self.optimizer,
-            "metric": self.metric,
-            "networks": self.tuned.shape[1],
-            "steps": list(self.steps),
+            "optimizer": self.optimizer, "metric": self.metric, "networks": self.tuned.shape[1], "steps": list(self.steps),
             "tuned": {**self.grid[self.chosen[-1]]._asdict(), **_moments(self.tuned)},
             "envelope": {"points": [self.grid[i]._asdict() for i in self.chosen], **_moments(self.envelope)},
-            "grid": [
-                {**point._asdict(), "validation": plain(values)}
-                for point, values in zip(self.grid, self.validation, strict=True)
-            ],
-        }
+            "grid": [{**point._asdict(), "validation": plain(values)} for point, values in scored],
+        }  # fmt: skip
 
 
 def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:
@@ -100,10 +83,7 @@ def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:
 
 
 def grid_of(optimizer: str) -> tuple[GridPoint, ...]:
-    """PyTorch's default learning rate and ten times less and more, with each weight decay.  [thesis 3.4.1]
-
-    Raises ValueError for an optimiser that is not in OPTIMIZERS.
-    """
+    """PyTorch's default learning rate and ten times less and more, with each weight decay.  [thesis 3.4.1]"""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer {optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
     default = signature(getattr(torch.optim, OPTIMIZERS[optimizer][0])).parameters["lr"].default
@@ -122,11 +102,7 @@ def optimise(
 ) -> Curve:
     """Train networks with an optimiser of OPTIMIZERS at every point of its grid, scoring them after `steps` updates.
 
-    Args:
-        test: networks that the curves are of; they choose nothing.
-        validation: networks by whose mean grid points are chosen.
-        seed: of the order of minibatches, which go on beyond the task's own number of epochs.
-
+    test: networks that the curves are of; they choose nothing. validation: networks by whose mean grid points are chosen.
     Raises ValueError for an unknown optimiser or metric, or steps that are not ascending from 1.
     """
     steps, better = tuple(steps), {m.name: m.better for m in task.metrics}
@@ -136,7 +112,8 @@ def optimise(
         raise ValueError(f"steps {steps}: expected ascending numbers of updates, the first at least 1")
     grid = grid_of(optimizer)
     trained = _trained(task, optimizer, grid, torch.cat([test, validation]), steps, seed)
-    means = _scored(task, metric, trained[:, len(test) :]).mean(1)  # [grid, steps]
+    # Points are chosen by the mean over validation networks alone, and diverged ones are never chosen.
+    means = _scored(task, metric, trained[:, len(test) :]).mean(1)  # grid steps
     worst = math.inf if better[metric] == "lower" else -math.inf
     comparable = means.where(means.isfinite(), worst)
     chosen = comparable.argmin(0) if better[metric] == "lower" else comparable.argmax(0)
@@ -155,14 +132,13 @@ def optimise_with_all(task: Task, *arguments: Any, **options: Any) -> list[Curve
 
 @dataclass(frozen=True)
 class _GridSettings(OptimizerSettings):
-    """One optimiser for equal shares of a stack of networks, each share at its own point of a grid.
+    """One optimiser for equal shares of a stack of networks, each share at its own point of a grid."""
 
-    All points in one stack take a quarter of the time that they take one by one.
-    """
-
+    # All points in one stack take a quarter of the time that they take one by one.
     grid: tuple[GridPoint, ...] = ()
 
-    def make(self, parameters: Sequence[Tensor]) -> "_Shares":  # type: ignore[override]  # it steps, and no more is asked
+    def make(self, parameters: Sequence[Tensor]) -> "_Shares":  # type: ignore[override]  # the loop calls nothing but step()
+        # One parameter group a point: torch.optim then steps every share at its own rate and decay, in one call.
         shares = [[part.detach() for part in parameter.chunk(len(self.grid))] for parameter in parameters]
         optimizer = super().make([part for parts in shares for part in parts])
         (group,) = optimizer.param_groups
@@ -176,7 +152,7 @@ class _GridSettings(OptimizerSettings):
 @dataclass(frozen=True)
 class _Shares:
     parameters: Sequence[Tensor]
-    shares: Sequence[Sequence[Tensor]]  # the same memory
+    shares: Sequence[Sequence[Tensor]]  # views of the parameters: a step on them moves the stack
     optimizer: torch.optim.Optimizer
     param_groups: tuple[()] = ()  # whose rate the training loop would set
 
@@ -189,29 +165,22 @@ class _Shares:
 
 
 def _trained(
-    task: SupervisedTask,
-    optimizer: str,
-    grid: tuple[GridPoint, ...],
-    initial: Tensor,
-    steps: tuple[int, ...],
-    seed: int,
-) -> Float[Tensor, "grid networks steps D"]:
+    task: SupervisedTask, optimizer: str, grid: tuple[GridPoint, ...], initial: Tensor, steps: tuple[int, ...], seed: int
+) -> Float[Tensor, "grid networks steps D"]:  # fmt: skip
     name, fixed = OPTIMIZERS[optimizer]
+    # networks of the stack: all networks at the first point, then all at the second, ...
     settings = _GridSettings(name, {**fixed, "lr": grid[0].learning_rate}, "constant", grid)
     start = initial.repeat(len(grid), 1)
     out = start.new_empty(len(start), len(steps), start.shape[1])
     record = torch.tensor(steps, device=start.device).expand(len(start), -1)
-    batches = _minibatches(task, start, steps[-1], seed)
-    train_networks(task.stack, start, batches, [math.nan] * steps[-1], task.loss, settings, record, out)
-    return out.unflatten(0, (len(grid), -1))
-
-
-def _minibatches(task: SupervisedTask, like: Tensor, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    train = task.items["train"].to(like.device, like.dtype)
+    train, count = task.items["train"].to(start.device, start.dtype), steps[-1]
+    longer = task
     if count > task.steps:
-        items = dict(task.items)
-        task = replace(task, epochs=-(-count // task.steps_per_epoch), data=items.__getitem__)
-    return islice(task.minibatches(train, Cohort(seed, 0, range(1)), range(1)), count)
+        longer = replace(task, epochs=math.ceil(count / task.steps_per_epoch), data=dict(task.items).__getitem__)
+    batches = islice(longer.minibatches(train, Cohort(seed, 0, range(1)), range(1)), count)
+    # The rates are the grid's own: the schedule's, one a step, are set on no parameter group.
+    train_networks(task.stack, start, batches, [math.nan] * count, task.loss, settings, record, out)
+    return out.unflatten(0, (len(grid), -1))
 
 
 def _scored(task: SupervisedTask, metric: str, theta: Float[Tensor, "*any D"]) -> Float[Tensor, "*any"]:

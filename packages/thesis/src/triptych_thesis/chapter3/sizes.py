@@ -49,27 +49,21 @@ class Variants:
     def configs(self, base: GptTrainConfig, checkpoints: int) -> dict[str, dict[str, GptTrainConfig]]:
         """Configurations by comparison and variant; one that several comparisons have is trained once.
 
-        All but the tokenizers are compared with neuron tokens and stratified pairs, whatever `base` has, and layer tokens with
-        its learning rate: none is tuned for itself.
-
-        Args:
-            base: how the chapter's model is trained.
-            checkpoints: how many each training run of the zoo has.
+        All but the tokenizers are compared with neuron tokens and stratified pairs, whatever `base`, the chapter's model, has, and
+        layer tokens with its learning rate: none is tuned for itself. checkpoints: of each training run of the zoo.
         """
         warmup = min(base.warmup_pairs, self.total_pairs // 10)
         base = replace(
             base, total_pairs=self.total_pairs, warmup_pairs=warmup, tokenizer="neuron", chunk_size=None, pairs="stratified"
         )  # fmt: skip
         layer, chunk = replace(base, tokenizer="layer"), replace(base, tokenizer="chunk", chunk_size=self.chunk_size)
+        canonical = replace(layer, augment="off", canonicalise=True)
         return {
             "width": {str(w): replace(base, width=w, num_heads=max(1, w // 64)) for w in self.widths},
             "runs": {str(n): replace(base, runs=n) for n in self.runs},
             "tokenizers": {"neuron": base, "layer": layer, "chunk": chunk},
             "augmentation": {"layer, augmented": layer, "layer, not augmented": replace(layer, augment="off")},
-            "canonicalised zoo": {
-                "layer, augmented": layer,
-                "layer, canonicalised": replace(layer, augment="off", canonicalise=True),
-            },
+            "canonicalised zoo": {"layer, augmented": layer, "layer, canonicalised": canonical},
             "checkpoints": {f"{checkpoints} a run": base, "first and last only": replace(base, pairs="ends")},
             "pairs": {pairs: replace(base, pairs=pairs) for pairs in ("stratified", "thesis", "released")},
         }
@@ -88,7 +82,12 @@ class Size:
 
 
 _LAPTOP_ZOO = COLLECT_PRESETS["laptop"]
-_MNIST_PAPER = Amounts(networks=128, audit_samples=500, recursion_networks=32)
+_PAPER = Variants(20_000_000, widths=(64, 128, 256, 512, 1024, 2048), runs=(500, 2000, 5000, 8500), chunk_size=1000)
+_PAPER_AMOUNTS = Amounts(networks=128, audit_samples=500, recursion_networks=32)
+_GPU = replace(
+    TRAIN_PRESETS["laptop"], width=768, depth=8, num_heads=12, total_pairs=4_000_000, batch_size=512, lr=5e-4,
+    warmup_pairs=100_000, precision="bf16", validation_every=1000, checkpoint_every=500, validation_networks=32,
+)  # fmt: skip
 
 SIZES: dict[str, Size] = {
     "smoke": Size(
@@ -110,20 +109,14 @@ SIZES: dict[str, Size] = {
     ),
     "gpu": Size(
         CollectConfig(task="mnist_mlp", runs=4000),
-        replace(
-            TRAIN_PRESETS["laptop"], width=832, depth=8, num_heads=13, total_pairs=8_000_000, batch_size=1024, lr=5e-4,
-            warmup_pairs=200_000, precision="bf16", validation_every=1000, checkpoint_every=500, validation_networks=32,
-        ),
+        replace(_GPU, width=832, num_heads=13, total_pairs=8_000_000, batch_size=1024, warmup_pairs=200_000),
         Variants(total_pairs=1_000_000, widths=(128, 256, 512, 1024), runs=(100, 400, 1600, 3200), chunk_size=768),
         num_inference_steps=250,
         amounts=Amounts(networks=128, audit_samples=200, recursion_networks=16),
     ),
     "gpu-cifar10": Size(
         CollectConfig(task="cifar_cnn", runs=2000),
-        replace(
-            TRAIN_PRESETS["laptop"], width=768, depth=8, num_heads=12, total_pairs=4_000_000, batch_size=512, lr=5e-4,
-            warmup_pairs=100_000, precision="bf16", validation_every=1000, checkpoint_every=500, validation_networks=32,
-        ),
+        _GPU,
         Variants(total_pairs=500_000, widths=(128, 256, 512, 1024), runs=(100, 400, 1600), chunk_size=576),
         num_inference_steps=250,
         amounts=Amounts(networks=64, audit_samples=100, recursion_networks=16, every=4),
@@ -131,16 +124,15 @@ SIZES: dict[str, Size] = {
     "paper": Size(
         COLLECT_PRESETS["mnist"],
         TRAIN_PRESETS["mnist_loss"],
-        Variants(total_pairs=20_000_000, widths=(64, 128, 256, 512, 1024, 2048), runs=(500, 2000, 5000, 8500), chunk_size=1000),
+        _PAPER,
         num_inference_steps=1000,
-        amounts=_MNIST_PAPER,
+        amounts=_PAPER_AMOUNTS,
     ),
     "paper-cifar10": Size(
         COLLECT_PRESETS["cifar10"],
         TRAIN_PRESETS["cifar10_loss"],
-        Variants(total_pairs=20_000_000, widths=(64, 128, 256, 512, 1024, 2048), runs=(500, 5000, 10_000, 25_000, 45_000),
-              chunk_size=576),
+        replace(_PAPER, runs=(500, 5000, 10_000, 25_000, 45_000), chunk_size=576),
         num_inference_steps=1000,
-        amounts=_MNIST_PAPER,
+        amounts=_PAPER_AMOUNTS,
     ),
 }  # fmt: skip

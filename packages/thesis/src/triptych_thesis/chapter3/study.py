@@ -10,7 +10,8 @@ from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig
 
 from triptych_thesis.chapter3.sizes import SIZES, Size
-from triptych_thesis.study.runner import Opening, Stopwatch, Study
+from triptych_thesis.study.experiment import Opening, Study
+from triptych_thesis.study.runner import Stopwatch
 
 if TYPE_CHECKING:
     from triptych_common.workers import Unit
@@ -24,7 +25,6 @@ class Chapter3(Study):
 
     chapter: ClassVar[int] = 3
     sizes: ClassVar[Mapping[str, Size]] = SIZES
-    package: ClassVar[str] = "triptych_thesis.chapter3.experiments"
     results_folder: ClassVar[str] = "evaluation"
 
     out: Path = Path("runs/ch3")
@@ -74,10 +74,7 @@ class Chapter3(Study):
         )  # fmt: skip
 
     def prepare(self, context: "Context", clock: Stopwatch) -> None:
-        """Collect the zoo and train the model, as far as that is not done.
-
-        Raises ValueError where the folder holds results of another model, sampler or amounts.
-        """
+        """Collect the zoo and train the model. Raises ValueError for a folder with results of another model or amounts."""
         from triptych_gpt.train import train
         from triptych_gpt.zoo.collect import collect
 
@@ -93,22 +90,18 @@ class Chapter3(Study):
 
     def facts(self, context: "Context") -> dict[str, Any]:
         trained, zoo = context.trial.trained, context.trial.zoo
+        parameters = sum(p.numel() for p in trained.model.parameters())
         return {
             "zoo": {"task": zoo.task, "runs": zoo.splits, "checkpoints": zoo.checkpoints, "parameters": zoo.layout.size,
                     "bytes": zoo.manifest.bytes},
-            "model": {
-                "parameters": sum(p.numel() for p in trained.model.parameters()),
-                "scale": trained.scale,
-                "metric": trained.metric,
-                "kept": trained.facts.get("validation"),
-                "trained_range": trained.trained_range,
-            },
+            "model": {"parameters": parameters, "scale": trained.scale, "metric": trained.metric,
+                      "kept": trained.facts.get("validation"), "trained_range": trained.trained_range},
             "training": self.train_config().identity(),
             "sampler": asdict(context.settings),
         }  # fmt: skip
 
     def opening(self, results: Mapping[str, Any]) -> Opening:
-        from triptych_thesis.chapter3.naming import named
+        from triptych_thesis.chapter3.context import named
 
         zoo, model, sampler = results["zoo"], results["model"], results["sampler"]
         made = (
@@ -124,10 +117,9 @@ class Chapter3(Study):
         beside = (
             f"against {r2['identity']:.2f} for doing nothing and {r2['retrieval']:.2f} for copying trained networks"
         )
-        headline = (
-            f"Prompted for a {metric}, G.pt turns networks that it never saw into networks that have it"
-            if r2["G.pt"] > 0.5
-            else f"Prompted for a {metric}, this G.pt does not yet give it to networks that it never saw"
-        ) + f": R² {r2['G.pt']:.2f} between prompted and achieved, {beside}."
+        claim = "this G.pt does not yet give it to networks that it never saw"
+        if r2["G.pt"] > 0.5:
+            claim = "G.pt turns networks that it never saw into networks that have it"
+        headline = f"Prompted for a {metric}, {claim}: R² {r2['G.pt']:.2f} between prompted and achieved, {beside}."
         caption = f"One update of each unseen network, beside updates that learn nothing. The model: {made}."
         return Opening(title, headline, [self.figure("fig-3.5", caption)])

@@ -17,21 +17,13 @@ AT = f"{BOX}, {PER_POINT}, 0.1"  # key of PCK@0.1 in a table of scores
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one method.
+    """Scores of one method."""
 
-    Args:
-        pck: on pairs of images.
-        pose: errors beside the pose that all images of a cluster share.
-        own_pose: errors beside the pose that each digit's images share; None where no digit was drawn several times.
-        sharpness: of the average of all images, whatever their cluster.
-        pairs_apart: pairs whose images fell into different clusters; their points are misses.
-    """
-
-    pck: PckTable
-    pose: PoseErrors
-    own_pose: PoseErrors | None
-    sharpness: Sharpness
-    pairs_apart: int
+    pck: PckTable  # on pairs of images
+    pose: PoseErrors  # beside the pose that all images of a cluster share
+    own_pose: PoseErrors | None  # beside the pose that each digit's images share; None where every digit was drawn once
+    sharpness: Sharpness  # of the average of all images, whatever their cluster
+    pairs_apart: int  # pairs whose images fell into different clusters; their points are misses
 
     @property
     def summary(self) -> str:
@@ -47,22 +39,20 @@ class Scores:
         return {
             "pck": self.pck.as_dict(),
             "pose": self.pose.as_dict(),
-            "own_pose": None if self.own_pose is None else self.own_pose.as_dict(),
+            "own_pose": self.own_pose and self.own_pose.as_dict(),
             "sharpness": {**self.sharpness._asdict(), "ratio": self.sharpness.ratio._asdict()},
             "pairs apart": self.pairs_apart,
         }
 
 
 def score(method: Method, several: Pairs, posed: Posed, seed: int = 0) -> Scores:
-    """Score a method that aligns images, on pairs and on posed digits.
-
-    Errors of pose are beside each cluster's own mode, near which the images of a small cluster lie in any case.
-    """
+    """Score a method that aligns images, on pairs and on posed digits."""
+    # Errors of pose are beside each cluster's own mode, near which the images of a small cluster lie in any case.
     table, apart = score_pairs(method, several, seed=seed)
-    found = method(posed.images)
-    shared = pose_errors(posed.jitters, found.warp, found.cluster, seed=seed)
-    own = own_pose_errors(posed.jitters, found.warp, found.cluster, seed=seed)
-    return Scores(table, shared, own, sharpness(posed.digits, posed.jitters, found.warp, seed=seed), apart)
+    aligned, jitters = method(posed.images), posed.jitters
+    shared = pose_errors(jitters, aligned.warp, aligned.cluster, seed=seed)
+    own = own_pose_errors(jitters, aligned.warp, aligned.cluster, seed=seed)
+    return Scores(table, shared, own, sharpness(posed.digits, jitters, aligned.warp, seed=seed), apart)
 
 
 def score_alignment(config: AlignmentScoreConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """How well clusters found without labels agree with the true digits, beside k-means on pixels; `triptych score-clusters`."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,23 +29,16 @@ TRAINING = 4  # times as many digits for k-means on pixels to learn from
 
 @dataclass(frozen=True)
 class ClusterScores:
-    """Scores of one assignment of n images to clusters; 95% intervals resample digits.
-
-    Args:
-        n: number of images.
-        purity: share of images whose label is the most frequent one of their cluster.
-        nmi: normalised mutual information of clusters and labels.
-        largest: the largest cluster's share of the images.
-    """
+    """Scores of one assignment of n images to clusters; 95% intervals resample digits."""
 
     n: int
-    purity: Estimate
-    nmi: Estimate
-    largest: float
+    purity: Estimate  # share of images whose label is the most frequent one of their cluster
+    nmi: Estimate  # normalised mutual information of clusters and labels
+    largest: float  # the largest cluster's share of the images
 
     def as_dict(self) -> dict[str, Any]:
         """The scores as JSON holds them."""
-        return {"n": self.n, "purity": self.purity._asdict(), "nmi": self.nmi._asdict(), "largest": self.largest}
+        return {**vars(self), "purity": self.purity._asdict(), "nmi": self.nmi._asdict()}
 
 
 def cluster_scores(
@@ -57,14 +51,7 @@ def cluster_scores(
 ) -> ClusterScores:
     """Score an assignment of images to clusters against their labels.
 
-    One cluster for each image would be pure, so compare equal numbers of clusters only.
-
-    Args:
-        clusters: each image's cluster.
-        labels: each image's true class.
-        repeats: resamples for the intervals.
-        seed: of the resampling.
-        groups: images of one group show one object and are resampled together.
+    Compare equal numbers of clusters: one for each image would be pure. groups: images of one object, resampled together.
     """
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -73,12 +60,11 @@ def cluster_scores(
     def mutual(rows: Int[Tensor, "n 2"]) -> float:
         return float(normalized_mutual_info_score(rows[:, 1].numpy(), rows[:, 0].numpy()))
 
-    return ClusterScores(
-        len(labels),
-        bootstrap(lambda rows: purity(rows[:, 0], rows[:, 1]), both, repeats=repeats, seed=seed, groups=groups),
-        bootstrap(mutual, both, repeats=repeats, seed=seed, groups=groups),
-        float(torch.bincount(clusters).max() / len(clusters)),
-    )
+    def estimate(score: Callable[[Tensor], float]) -> Estimate:
+        return bootstrap(score, both, repeats=repeats, seed=seed, groups=groups)
+
+    pure, shared = estimate(lambda rows: purity(rows[:, 0], rows[:, 1])), estimate(mutual)
+    return ClusterScores(len(labels), pure, shared, float(torch.bincount(clusters).max() / len(clusters)))
 
 
 def compare_clusters(aligner: Aligner, images: int, seed: int = 0, source: Data = "mnist5k") -> dict[str, Any]:
@@ -110,10 +96,11 @@ def score_clusters(config: ClustersConfig) -> dict[str, Any]:
     for name, each in scores.items():
         if isinstance(each, dict):
             echo(f"{name}: purity {Estimate(**each['purity'])}, mutual information {Estimate(**each['nmi'])}")
+    file = config.out / "clusters.json"
     settings = {**asdict(config), "out": str(config.out), "aligner": str(config.aligner)}
-    write_json(config.out / "clusters.json", {"config": settings, "scores": scores})
-    echo(f"scores: {config.out / 'clusters.json'}")
-    return {"scores": scores, "file": str(config.out / "clusters.json")}
+    write_json(file, {"config": settings, "scores": scores})
+    echo(f"scores: {file}")
+    return {"scores": scores, "file": str(file)}
 
 
 @torch.inference_mode()

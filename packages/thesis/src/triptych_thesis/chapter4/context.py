@@ -1,32 +1,24 @@
 """What the experiments of chapter 4 share: the settings of every training and scoring, and the trained alignments."""
 
 import json
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triptych_gangealing.aligner import FILE, Aligner, load_aligner
 from triptych_gangealing.encoders.perceptual import open_distance
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig
-from triptych_gangealing.encoders.simclr import run as train_encoder
 from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train import digest_of, train
 from triptych_gangealing.train_config import AlignTrainConfig
 
+from triptych_thesis.chapter4 import sizes
 from triptych_thesis.chapter4.alignment_scores import score_alignment
 from triptych_thesis.chapter4.options import AlignmentScoreConfig
-from triptych_thesis.chapter4.sizes import (
-    DIGIT,
-    FIRST_ROWS,
-    LPIPS_ROWS,
-    REMAINING_ROWS,
-    TABLE_4_3,
-    Size,
-    ablation,
-    folder_name,
-)  # fmt: skip
+
+if TYPE_CHECKING:
+    from triptych_thesis.chapter4.study import Chapter4
 
 ONE, CLUSTERED = "one", "clustered"  # the two alignments that are not ablations, and their folders
 
@@ -54,71 +46,33 @@ class Training:
 
 @dataclass(frozen=True)
 class Context:
-    """Settings and models of one study, derived from its options (see `Chapter4`)."""
+    """Settings and models of one study, derived from its options."""
 
-    folder: Path
-    size: Size
-    seed: int
-    device: str
-    generator: str
-    digit_generator: str
-    lpips_weights: Path | None
-    all_rows: bool
+    study: "Chapter4"
 
-    def check(self) -> None:
-        """Raise ValueError or OSError for a bad file of LPIPS's weights, before an hour of training."""
-        if self.lpips_weights is not None:
-            open_distance("lpips", weights=self.lpips_weights)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the results."""
-        placed = "distance", "generator"  # where they lie decides nothing; generators are identified by their digests
-        alignments = {
-            name: {key: value for key, value in self.align_config(name).identity().items() if key not in placed}
-            for name in (ONE, CLUSTERED)
-        }
-        amounts = {
-            name: getattr(self.size, name)
-            for name in ("ablation_images", "pairs", "images", "cluster_images", "shown", "iterations")
-        }
-        digests = {name: digest_of(load_generator(getattr(self, name))) for name in ("generator", "digit_generator")}
-        return {"encoder": self.encoder_config().identity(), **alignments, **amounts, **digests}
-
-    def facts(self) -> dict[str, Any]:
-        """What results.json says of the trainings."""
-        training = {name: self.align_config(name).identity() for name in (ONE, CLUSTERED)}
-        return {"all": self.all_rows, "digit": DIGIT, "training": training}
-
-    def resolved(self) -> dict[str, Any]:
-        """What --dry-run prints."""
-        return {
-            "encoder": self.encoder_config().resolved(),
-            "one": self.align_config(ONE).resolved(),
-            "clustered": self.align_config(CLUSTERED).resolved(),
-            "scores": asdict(self.score_config(grey=False)),
-            "ablations": self.wanted_rows,
-        }
-
-    def train_encoder(self) -> None:
-        """Train the encoder that images are compared by, or what is missing of it."""
-        train_encoder(self.encoder_config())
+    @property
+    def size(self) -> sizes.Size:
+        return sizes.SIZES[self.study.size]
 
     def encoder_config(self) -> EncoderTrainConfig:
         """Settings of the encoder that images are compared by."""
+        study = self.study
         return replace(
-            self.size.encoder, out=self.folder / "encoder", generator=self.generator, seed=self.seed, device=self.device
-        )
+            self.size.encoder, out=study.folder / "encoder", generator=study.generator, seed=study.seed, device=study.device
+        )  # fmt: skip
 
     def align_config(self, name: str) -> AlignTrainConfig:
         """Settings of the alignment of `ONE` digit, or of all, `CLUSTERED`."""
+        study = self.study
+        generator = study.digit_generator if name == ONE else study.generator
         return replace(
-            getattr(self.size, name),
-            out=self.folder / name,
-            generator=self.digit_generator if name == ONE else self.generator,
-            distance=f"simclr:{self.folder / 'encoder'}",
-            seed=self.seed,
-            device=self.device,
-        )
+            getattr(self.size, name), out=study.folder / name, generator=generator,
+            distance=f"simclr:{study.folder / 'encoder'}", seed=study.seed, device=study.device,
+        )  # fmt: skip
+
+    def trainings(self) -> dict[str, dict[str, Any]]:
+        """The settings that decide both alignments, by name."""
+        return {name: self.align_config(name).identity() for name in (ONE, CLUSTERED)}
 
     def ablation_config(self, row: str) -> AlignTrainConfig:
         """Settings of a row of Table 4.3: fewer images in the same proportions, the average's half-life too."""
@@ -133,13 +87,8 @@ class Context:
             restart_images=max(1, round(share * complete.restart_images)),
             ema_half_life_images=max(1, round(share * complete.ema_half_life_images)),
         )
-        num_ws, w_dim = self._latents
-        return ablation(row, shorter, num_ws=num_ws, w_dim=w_dim, vgg=self.lpips_weights)
-
-    @cached_property
-    def _latents(self) -> tuple[int, int]:
-        generator = load_generator(self.digit_generator)
-        return generator.num_ws, generator.config.w_dim
+        digits = load_generator(self.study.digit_generator)
+        return sizes.ablation(row, shorter, digits.num_ws, digits.config.w_dim, self.study.lpips_weights)
 
     def training(self, name: str) -> Training:
         """The training of `ONE`, `CLUSTERED`, or of a row of Table 4.3."""
@@ -147,32 +96,33 @@ class Context:
 
     def aligner(self, name: str) -> Aligner:
         """The trained `ONE` or `CLUSTERED`."""
-        return load_aligner(self.folder / name)
+        return load_aligner(self.study.folder / name)
 
     @property
     def wanted_rows(self) -> tuple[str, ...]:
-        """Rows of Table 4.3 that the options ask for."""
-        remaining = REMAINING_ROWS if self.all_rows else ()
-        return (*FIRST_ROWS, *remaining, *(LPIPS_ROWS if self.lpips_weights is not None else ()))
+        """Rows of Table 4.3 that the options select."""
+        remaining = sizes.REMAINING_ROWS if self.study.all else ()
+        return (*sizes.FIRST_ROWS, *remaining, *(sizes.LPIPS_ROWS if self.study.lpips_weights is not None else ()))
 
     @property
     def rows(self) -> list[str]:
-        """Rows of Table 4.3 to report: those asked for, and those that were scored before."""
-        return [row for row in TABLE_4_3 if row in self.wanted_rows or self.was_scored(row)]
+        """Rows of Table 4.3 to report: those selected, and those that were scored before."""
+        return [row for row in sizes.TABLE_4_3 if row in self.wanted_rows or self.was_scored(row)]
 
     def row_folder(self, row: str) -> Path:
-        """Where a row of Table 4.3 is trained."""
-        return self.folder / "ablations" / folder_name(row)
+        """The folder in which a row of Table 4.3 is trained."""
+        return self.study.folder / "ablations" / sizes.folder_name(row)
 
     def was_scored(self, row: str) -> bool:
-        """Whether the scores of a row are there; its training is then not needed again."""
+        """Whether the scores of a row exist; its training is then not needed again."""
         return (self.row_folder(row) / "scores" / "pck.json").exists()
 
     def score_config(self, *, grey: bool) -> AlignmentScoreConfig:
         """How the alignment of one digit is scored, on coloured or on grey digits."""
+        folder, size = self.study.folder, self.size
         return AlignmentScoreConfig(
-            out=self.folder / ("scores-grey" if grey else "scores"), aligner=self.folder / ONE, digit=DIGIT,
-            pairs=self.size.pairs, images=self.size.images, grey=grey, iterations=self.size.iterations, seed=self.seed,
+            out=folder / ("scores-grey" if grey else "scores"), aligner=folder / ONE, digit=sizes.DIGIT,
+            pairs=size.pairs, images=size.images, grey=grey, iterations=size.iterations, seed=self.study.seed,
         )  # fmt: skip
 
     def scores(self, *, grey: bool) -> dict[str, Any]:
@@ -180,15 +130,12 @@ class Context:
         return _scores(self.score_config(grey=grey))
 
     def row_scores(self, row: str) -> dict[str, Any]:
-        """Scores of a row of Table 4.3.
-
-        Raises ValueError for an LPIPS row that was trained with other VGG weights than those given.
-        """
-        folder = self.row_folder(row)
-        if row in LPIPS_ROWS and self.lpips_weights is not None and (folder / FILE).exists():
-            distance = open_distance("lpips", weights=self.lpips_weights)
-            if load_aligner(folder).facts["distance"] != digest_of(distance):
-                raise ValueError(f"{folder}: was trained with other weights than {self.lpips_weights}; repeat those")
+        """Scores of a row of Table 4.3. Raises ValueError for an LPIPS row of other VGG weights than those given."""
+        folder, weights = self.row_folder(row), self.study.lpips_weights
+        if row in sizes.LPIPS_ROWS and weights is not None and (folder / FILE).exists():
+            given = digest_of(open_distance("lpips", weights=weights))
+            if load_aligner(folder).facts["distance"] != given:
+                raise ValueError(f"{folder}: was trained with other weights than {weights}; repeat those")
         config = replace(self.score_config(grey=False), aligner=folder, out=folder / "scores", baselines="none")
         return _scores(config)[OURS]
 

@@ -1,7 +1,6 @@
 """Make a run's averaged generator one that ships with the library: `python -m triptych_thesis.chapter4.embed RUN NAME`.
 
-The file's facts record command, seed, commit and length of its training, and how far its images are from held-out digits in
-the frozen instrument's features, beside what real digits score.
+The file's facts record how it was trained, and how far its images are from held-out digits, beside what real digits score.
 """
 
 import json
@@ -32,25 +31,19 @@ def embed(run: Path, name: str, folder: Path = EMBEDDED) -> dict[str, Any]:
     digit = facts["data"].partition(":")[2]
     scores = gan_scores(images, int(digit) if digit else None)
     facts = {
-        "data": facts["data"],
-        "seed": facts["seed"],
-        "images_seen": facts["images_seen"],
+        **{key: facts[key] for key in ("data", "seed", "images_seen")},
         "command": f"triptych-gangealing train-gan --preset {name}" if name in PRESETS else made["command"],
-        "commit": made["commit"],
-        "versions": made["versions"],
-        "hardware": made["hardware"],
+        **{key: made[key] for key in ("commit", "versions", "hardware")},
         "instrument_sha256": load_instrument().sha256,
-        "scores": {
-            key: value if isinstance(value, int) else value._asdict() for key, value in scores._asdict().items()
-        },
-    }
-    write_network(folder / f"{name}.safetensors", generator, facts)
-    size = (folder / f"{name}.safetensors").stat().st_size
+        "scores": {key: value if isinstance(value, int) else value._asdict() for key, value in scores._asdict().items()},
+    }  # fmt: skip
+    file = folder / f"{name}.safetensors"
+    write_network(file, generator, facts)
+    size = file.stat().st_size
     if size > LIMIT_BYTES:
-        checkpoint.remove(folder / f"{name}.safetensors")
-        raise ValueError(
-            f"{run}: its generator takes {size:,} bytes, expected at most {LIMIT_BYTES:,}; train a smaller one"
-        )
+        checkpoint.remove(file)
+        limit = f"expected at most {LIMIT_BYTES:,}; train a smaller one"
+        raise ValueError(f"{run}: its generator takes {size:,} bytes, {limit}")
     write_png(folder / f"{name}.png", image_grid(images[: COLUMNS * 10], columns=COLUMNS), scale=2)
     return facts
 

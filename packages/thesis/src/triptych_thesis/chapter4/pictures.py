@@ -10,19 +10,14 @@ from triptych_gangealing.baselines.moments import ink
 from triptych_gangealing.warp import Warp
 
 COLUMNS = 12
-SCALE = 3  # screen pixels of a pixel
-
-
-def picture_path(folder: Path, name: str) -> Path:
-    """Where a picture of the study in `folder` lies, for `Study.figure`."""
-    return folder / "figures" / f"{name}.png"
 
 
 def save_grid(
-    folder: Path, name: str, images: Float[Tensor, "n 3 height width"], *, columns: int = COLUMNS, scale: int = SCALE
+    folder: Path, name: str, images: Float[Tensor, "n 3 height width"], *, columns: int = COLUMNS, scale: int = 3
 ) -> None:
-    """Write images in [-1, 1] as a grid."""
-    write_bytes(picture_path(folder, name), png_bytes(image_grid(to_uint8(images), columns=columns), scale=scale))
+    """Write images in [-1, 1] as a grid, for `Study.figure` of the study in `folder`; `scale`: screen pixels of a pixel."""
+    grid = image_grid(to_uint8(images), columns=columns)
+    write_bytes(folder / "figures" / f"{name}.png", png_bytes(grid, scale=scale))
 
 
 def inked(images: Float[Tensor, "n 3 height width"], warp: Warp) -> Float[Tensor, "n 1 height width"]:

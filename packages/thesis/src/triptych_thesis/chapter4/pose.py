@@ -6,7 +6,7 @@ should show all digits in one pose; which pose is up to the method, so only the 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,8 @@ from triptych_gangealing.digits32 import CANVAS, DIGIT, Jitters, affine, render
 from triptych_gangealing.keypoints.synthetic import white_on_black
 from triptych_gangealing.warp import Warp, centres
 
-DIGIT_BOX = (
-    20 / DIGIT
-)  # MNIST's digits fill 20 of their image's 28 pixels; in normalised coordinates, from -DIGIT_BOX to DIGIT_BOX
+# MNIST's digits fill 20 of their image's 28 pixels: in normalised coordinates, from -DIGIT_BOX to DIGIT_BOX
+DIGIT_BOX = 20 / DIGIT
 POINTS = 32  # points a side at which a warp is evaluated
 
 
@@ -35,12 +34,10 @@ class Pose(NamedTuple):
 
 
 def poses(jitters: Jitters, warp: Warp) -> Pose:
-    """Poses of digits in the aligned images; for the identity warp, the jitters themselves.
-
-    Each warp, followed by the known map from canvas to digit, takes 32 x 32 points of the aligned image into the digit's image.
-    The pose is the similarity nearest to that map in least squares, over the points that land within the 20 x 20 pixels that
-    digits fill (over all points, where fewer than 10 do). So what a flow does to the background does not count.
-    """
+    """Poses of digits in the aligned images; for the identity warp, the jitters themselves."""
+    # Each warp, followed by the known map from canvas to digit, takes 32 x 32 points of the aligned image into the digit's image.
+    # The pose is the similarity nearest to that map in least squares, over the points that land within the 20 x 20 pixels that
+    # digits fill (over all points, where fewer than 10 do). So what a flow does to the background does not count.
     like = torch.empty((), dtype=torch.float64)
     aligned = centres((POINTS, POINTS), like).view(1, -1, 2).expand(len(jitters.angle), -1, -1)
     canvas = warp.to(dtype=torch.float64).map_points(aligned).points
@@ -50,6 +47,7 @@ def poses(jitters: Jitters, warp: Warp) -> Pose:
     weights = torch.where((inside.sum(1) < 10)[:, None], True, inside).double()
     weights = weights / weights.sum(1, keepdim=True)
 
+    # As complex numbers a similarity is digit = turn * z + offset: one quotient gives its least-squares rotation and scale.
     def complex_and_mean(points: Tensor) -> tuple[Tensor, Tensor]:
         numbers = torch.view_as_complex(points.contiguous())
         return numbers, (weights * numbers).sum(1)
@@ -62,37 +60,29 @@ def poses(jitters: Jitters, warp: Warp) -> Pose:
 
 
 def mode(pose: Pose) -> Pose:
-    """The pose that most images share, as one row.
-
-    Shift and log scale are medians. The angle is the circular mean of the half of the angles that is nearest to the circular
-    mean of all, so that a minority of upside-down digits does not move it.
-    """
+    """The pose that most images share, as one row."""
+    # The circular mean of the half of the angles that is nearest to the circular mean of all: a minority of upside-down digits does
+    # not move it.
     first = torch.polar(torch.ones_like(pose.angle), pose.angle).mean().angle()
     away = wrapped(pose.angle - first)
     near = away.abs().argsort()[: (len(away) + 1) // 2]
     angle = wrapped(first + torch.polar(torch.ones_like(away[near]), away[near]).mean().angle())
-    return Pose(
-        angle.reshape(1),
-        pose.log_scale.quantile(0.5).reshape(1),
-        pose.shift_px.quantile(0.5, dim=0, keepdim=True),
-    )
+    # quantile(0.5) is the mean of the two middle values where median() takes the lower one
+    log_scale, shift_px = (values.quantile(0.5, dim=0, keepdim=True) for values in (pose.log_scale, pose.shift_px))
+    return Pose(angle.reshape(1), log_scale, shift_px)
 
 
 def residuals(pose: Pose, groups: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n 3"]:
     """Each image's deviation from the mode: degrees of rotation, |log scale|, and pixels of shift.
 
-    Shifts are divided by the mode's scale, so that a method gains nothing by showing digits small: they are pixels of a
-    32-pixel canvas on which the digit has its full size.
-
-    Args:
-        pose: poses of n images.
-        groups: images of one group, such as a cluster or class, are compared with their own mode; by default all with one.
+    groups: images of one group, such as a cluster or class, are compared with their own mode; by default all with one.
     """
     groups = torch.zeros(len(pose.angle), dtype=torch.long) if groups is None else groups
     errors = pose.angle.new_zeros(len(pose.angle), 3)
     for group in groups.unique():
         here = Pose(*(values[groups == group] for values in pose))
         shared = mode(here)
+        # Pixels of a canvas on which the digit has its full size: a method gains nothing by showing digits small.
         shift = (here.shift_px - shared.shift_px).norm(dim=1) / shared.log_scale.exp()
         turned, scaled = wrapped(here.angle - shared.angle).rad2deg().abs(), (here.log_scale - shared.log_scale).abs()
         errors[groups == group] = torch.stack([turned, scaled, shift], dim=1)
@@ -113,26 +103,15 @@ class PoseErrors:
 
     def as_dict(self) -> dict[str, Any]:
         """The errors as JSON holds them."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in found.items()}
+        return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
 
 
 def pose_errors(
     jitters: Jitters, warp: Warp, groups: Int[Tensor, " n"] | None = None, *, repeats: int = 100, seed: int = 0
 ) -> PoseErrors:
-    """Mean and median errors of warps of images that were drawn with known jitters.
+    """Mean and median errors of n warps that align n images of known jitters, beside the mode of each of `groups`.
 
-    Intervals resample digits, each with all of its images. Modes are not recomputed for a resample: medians minimise the mean
-    distance from themselves, so that to first order nothing would change. Writers slant and size their digits differently, which
-    no jitter records, so that even a perfect alignment of what is visible leaves some degrees.
-
-    Args:
-        jitters: how the n images were drawn.
-        warp: n warps that align them.
-        groups: images of one group, such as a cluster, are compared with their own mode.
-        repeats: resamples for the intervals.
-        seed: of the resampling.
-
+    Writers slant and size their digits differently, which no jitter records, so that even a perfect alignment leaves some degrees.
     Raises ValueError for fewer than two images, or another number of warps.
     """
     n = len(jitters.angle)
@@ -140,16 +119,17 @@ def pose_errors(
         raise ValueError(f"{n} images and {len(warp)} warps: expected at least 2, one warp an image")
     errors = residuals(poses(jitters, warp), groups)
 
-    def median(some: Tensor) -> Tensor:
-        return some.quantile(0.5)
-
-    def estimate(score: Callable[[Tensor], Tensor], column: int) -> Estimate:
-        some = errors[:, column]
+    # Intervals resample digits, each with all of its images. Modes are not recomputed for a resample: medians minimise the mean
+    # distance from themselves, so that to first order nothing would change.
+    def estimate(score: Callable[[Tensor], Tensor], some: Tensor) -> Estimate:
         found = bootstrap(lambda part: float(score(part)), some, repeats=repeats, seed=seed, groups=jitters.digit)
         return found if found.low is None else found._replace(low=max(found.low, 0.0))
 
-    scores = [estimate(score, column) for score in (torch.mean, median) for column in range(3)]
-    return PoseErrors(n, *scores)
+    return PoseErrors(n, *(estimate(score, some) for score in (torch.mean, _median) for some in errors.unbind(1)))
+
+
+def _median(values: Tensor) -> Tensor:
+    return values.quantile(0.5)
 
 
 def own_pose_errors(
@@ -157,14 +137,12 @@ def own_pose_errors(
 ) -> PoseErrors | None:
     """`pose_errors` beside each digit's own mode, for digits that were drawn at least three times; None without such digits.
 
-    Writers' slant and size drop out, so that only the jitters are left. The mode of a few views lies near each of them, which
-    favours all methods alike. groups: a digit has its own mode in each group in which it was drawn at least three times.
+    Writers' slant and size drop out, so that only the jitters are left. groups: a digit has its own mode in each group.
     """
-    own = (
-        jitters.digit
-        if groups is None
-        else torch.stack([jitters.digit, groups], 1).unique(dim=0, return_inverse=True)[1]
-    )
+    # The mode of a few views lies near each of them, which favours all methods alike.
+    own = jitters.digit
+    if groups is not None:
+        own = torch.stack([own, groups], 1).unique(dim=0, return_inverse=True)[1]
     rows = (torch.bincount(own)[own] >= 3).nonzero().flatten()
     if not len(rows):
         return None
@@ -184,39 +162,33 @@ def mean_gradient(image: Float[Tensor, "channels height width"]) -> Tensor:
 
 
 class Sharpness(NamedTuple):
-    """Mean gradients of averages of ink (0 to 1), per pixel.
+    """Mean gradients of averages of ink (0 to 1), per pixel."""
 
-    aligned: of the aligned images. at_mode: of digits never jittered, in the pose that the aligned ones share. upright: of digits
-    never jittered, as the data set has them. ratio: aligned over at_mode, with its 95% interval.
-    """
-
-    aligned: float
-    at_mode: float
-    upright: float
-    ratio: Estimate
+    aligned: float  # of the aligned images
+    at_mode: float  # of digits never jittered, in the pose that the aligned ones share
+    upright: float  # of digits never jittered, as the data set has them
+    ratio: Estimate  # aligned over at_mode
 
 
 def sharpness(
     digits: UInt8[Tensor, "n 1 28 28"], jitters: Jitters, warp: Warp, *, repeats: int = 100, seed: int = 0
 ) -> Sharpness:
-    """How sharp the average of aligned images is, compared with that of the same digits never jittered.
+    """How sharp the average of aligned images is, compared with that of the same digits never jittered."""
+    # Both averages are of ink, white on black, whatever colours the aligned images had: half of all digits are darker than their
+    # ground, so their average in colour is grey however well they are aligned. Larger digits have longer outlines, so the ratio is
+    # to digits drawn without jitters in the pose that the aligned ones share.
+    n, shared = len(digits), mode(poses(jitters, warp))
 
-    Both averages are of ink, white on black, whatever colours the aligned images had: half of all digits are darker than their
-    ground, so their average in colour is grey however well they are aligned. Larger digits have longer outlines, so the ratio
-    is to digits drawn without jitters in the pose that the aligned ones share. The interval resamples digits.
-    """
-    drawn = render(digits, white_on_black(jitters))[:, :1].float() / 255
-    aligned = warp.to(dtype=torch.float32).sample(drawn, padding="zeros")
-    shared = mode(poses(jitters, warp))
-    n = len(digits)
+    def drawn(jitters: Jitters) -> Float[Tensor, "n 1 height width"]:
+        return render(digits, white_on_black(jitters))[:, :1].float() / 255
 
-    def undone(angle: Tensor, scale: Tensor, shift_px: Tensor) -> Tensor:
-        place = {"angle": angle.expand(n), "scale": scale.expand(n), "shift_px": shift_px.expand(n, 2)}
-        alike = jitters._replace(**{name: values.float() for name, values in place.items()})
-        return render(digits, white_on_black(alike))[:, :1].float() / 255
+    def alike(angle: Tensor, scale: Tensor, shift_px: Tensor) -> Jitters:
+        places = (angle.expand(n).float(), scale.expand(n).float(), shift_px.expand(n, 2).float())
+        return jitters._replace(**dict(zip(("angle", "scale", "shift_px"), places, strict=True)))
 
-    at_mode = undone(shared.angle, shared.log_scale.exp(), shared.shift_px)
-    upright = undone(torch.zeros(1), torch.ones(1), torch.zeros(1, 2))
+    aligned = warp.to(dtype=torch.float32).sample(drawn(jitters), padding="zeros")
+    at_mode = drawn(alike(shared.angle, shared.log_scale.exp(), shared.shift_px))
+    upright = drawn(alike(torch.zeros(1), torch.ones(1), torch.zeros(1, 2)))
 
     def gain(both: Tensor) -> float:
         ours, theirs = both.mean(0).split(1)
@@ -224,5 +196,5 @@ def sharpness(
 
     both = torch.cat([aligned, at_mode], dim=1)
     ratio = bootstrap(gain, both, repeats=repeats, seed=seed, groups=jitters.digit)
-    gradients = [float(mean_gradient(stack.mean(0))) for stack in (aligned, at_mode, upright)]
-    return Sharpness(gradients[0], gradients[1], gradients[2], ratio)
+    ours, theirs, never = (float(mean_gradient(stack.mean(0))) for stack in (aligned, at_mode, upright))
+    return Sharpness(ours, theirs, never, ratio)

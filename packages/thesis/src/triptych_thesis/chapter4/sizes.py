@@ -13,29 +13,17 @@ DIGIT = 3  # the one that is aligned alone
 
 @dataclass(frozen=True)
 class Size:
-    """What one size trains and how it scores that.
+    """What one size trains and how it scores that."""
 
-    Args:
-        encoder: the encoder that images are compared by.
-        one: the alignment of one digit.
-        clustered: the alignment of all digits, in clusters.
-        ablation_images: generated images that each row of Table 4.3 is trained on.
-        pairs: pairs of images for PCK.
-        images: images for errors of pose and sharpness.
-        cluster_images: images whose clusters are scored.
-        shown: images that averages and clusters are drawn from.
-        iterations: passes of the similarity network at test time.
-    """
-
-    encoder: EncoderTrainConfig
-    one: AlignTrainConfig
-    clustered: AlignTrainConfig
-    ablation_images: int
-    pairs: int = 300
-    images: int = 500
-    cluster_images: int = 1_000
-    shown: int = 200
-    iterations: int = 1
+    encoder: EncoderTrainConfig  # of the encoder that images are compared by
+    one: AlignTrainConfig  # the alignment of one digit
+    clustered: AlignTrainConfig  # the alignment of all digits, in clusters
+    ablation_images: int  # generated images that each row of Table 4.3 is trained on
+    pairs: int = 300  # of images, for PCK
+    images: int = 500  # for errors of pose and sharpness
+    cluster_images: int = 1_000  # whose clusters are scored
+    shown: int = 200  # images that averages and clusters are drawn from
+    iterations: int = 1  # passes of the similarity network at test time
 
 
 _ENCODER = EncoderTrainConfig()
@@ -50,22 +38,14 @@ SIZES: dict[str, Size] = {
         _SMOKE_ENCODER,
         PRESETS["smoke"],
         replace(PRESETS["smoke"], clusters=3, assignment="descriptor", descriptor_images=64),
-        ablation_images=16,
-        pairs=8,
-        images=12,
-        cluster_images=40,
-        shown=12,
+        ablation_images=16, pairs=8, images=12, cluster_images=40, shown=12,
     ),
     "laptop": Size(_ENCODER, PRESETS["digits32"], PRESETS["digits32-all"], ablation_images=8_000, iterations=3),
     "gpu": Size(
         replace(_ENCODER, pool_images=50_000, total_images=512_000, batch_size=512),
         replace(PRESETS["digits32"], **_GPU),
         replace(PRESETS["digits32-all"], **_GPU, init_images=20_000, descriptor_images=1_000_000),
-        ablation_images=500_000,
-        pairs=1_000,
-        images=2_000,
-        cluster_images=5_000,
-        shown=1_000,
+        ablation_images=500_000, pairs=1_000, images=2_000, cluster_images=5_000, shown=1_000,
     ),
 }  # fmt: skip
 
@@ -91,19 +71,10 @@ REMAINING_ROWS = tuple(row for row in TABLE_4_3 if row not in (*FIRST_ROWS, *LPI
 LPIPS_TV = 2.5  # its weight of total variation over that of the self-supervised distance: 2,500 over 1,000
 
 
-def ablation(
-    name: str, config: AlignTrainConfig, *, num_ws: int, w_dim: int, vgg: Path | None = None
-) -> AlignTrainConfig:
-    """The settings of one row of Table 4.3.
+def ablation(name: str, config: AlignTrainConfig, num_ws: int, w_dim: int, vgg: Path | None = None) -> AlignTrainConfig:
+    """A row of Table 4.3, from the settings of the complete method with a self-supervised distance.
 
-    Args:
-        name: the row, a key of `TABLE_4_3`.
-        config: settings of the complete method with a self-supervised distance.
-        num_ws: latent vectors that the generator takes, one a layer.
-        w_dim: their dimension.
-        vgg: file of LPIPS's VGG weights, for its rows.
-
-    Raises ValueError for an unknown row.
+    num_ws, w_dim: number and dimension of the generator's latent vectors. vgg: LPIPS's weights. ValueError for an unknown row.
     """
     lpips: dict[str, Any] = {"distance": "lpips", "distance_weights": vgg}
     changes: dict[str, dict[str, Any]] = {
@@ -125,5 +96,5 @@ def ablation(
 
 
 def folder_name(row: str) -> str:
-    """The name of the folder in which a row is trained."""
+    """A row as the name of its folder."""
     return re.sub(r"\W+", "-", row)

@@ -1,11 +1,12 @@
 """Chapter 4 end to end: an encoder, an alignment of one digit, clusters of all, scores beside baselines, ablations, report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from triptych_thesis.study.runner import Opening, Stopwatch, Study, run
+from triptych_thesis.study.experiment import Opening, Study
+from triptych_thesis.study.runner import Stopwatch, run
 
 # What needs torch is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Chapter4(Study):
 
     chapter: ClassVar[int] = 4
     sizes: ClassVar = ("smoke", "laptop", "gpu", PAPER)
-    package: ClassVar[str] = "triptych_thesis.chapter4.experiments"
+    decisive: ClassVar = ("generator", "digit_generator", "lpips_weights")
 
     out: Path = Path("runs/ch4")
     """everything goes to OUT/SIZE; OUT/report.html is the latest finished size"""
@@ -49,35 +50,50 @@ class Chapter4(Study):
             self.paper()
 
     def check(self) -> None:
+        """Raise also for a bad file of LPIPS's weights, before an hour of training."""
+        from triptych_gangealing.encoders.perceptual import open_distance
+
         super().check()
-        self.context().check()
+        if self.lpips_weights is not None:
+            open_distance("lpips", weights=self.lpips_weights)
 
     def context(self) -> "Context":
         from triptych_thesis.chapter4.context import Context
-        from triptych_thesis.chapter4.sizes import SIZES
 
-        return Context(
-            self.folder, SIZES[self.size], self.seed, self.device, self.generator, self.digit_generator,
-            self.lpips_weights, self.all,
-        )  # fmt: skip
+        return Context(self)
 
     def identity(self) -> dict[str, Any]:
-        return {"size": self.size, **self.context().identity()}
+        from triptych_gangealing.stylegan2.weights import load_generator
+        from triptych_gangealing.train import digest_of
+
+        context = self.context()
+        placed = "distance", "generator"  # where they lie decides nothing; generators are identified by their digests
+        alignments = {
+            name: {key: value for key, value in each.items() if key not in placed}
+            for name, each in context.trainings().items()
+        }
+        counts = ("ablation_images", "pairs", "images", "cluster_images", "shown", "iterations")
+        amounts = {name: getattr(context.size, name) for name in counts}
+        digests = {name: digest_of(load_generator(getattr(self, name))) for name in ("generator", "digit_generator")}
+        return {"size": self.size, "encoder": context.encoder_config().identity(), **alignments, **amounts, **digests}
 
     def prepare(self, context: "Context", clock: Stopwatch) -> None:
-        with clock("encoder"):
-            context.train_encoder()
+        from triptych_gangealing.encoders.simclr import run as train_encoder
 
-    def units(self, context: "Context", needs: "Sequence[Training]") -> "dict[str, list[Training]]":
-        return {"alignments": list({each.title: each for each in needs}.values())}
+        with clock("encoder"):
+            train_encoder(context.encoder_config())
+
+    def units(self, context: "Context", needs: "Sequence[Training]") -> "dict[str, Sequence[Training]]":
+        return {"alignments": needs}
 
     def facts(self, context: "Context") -> dict[str, Any]:
-        return context.facts()
+        from triptych_thesis.chapter4.sizes import DIGIT
+
+        return {"all": self.all, "digit": DIGIT, "training": context.trainings()}
 
     def opening(self, results: Mapping[str, Any]) -> Opening:
-        caption = (
-            f"Real digits {results['digit']}, never trained on, and their average: above as they are, below aligned."
-        )
+        digit = results["digit"]
+        caption = f"Real digits {digit}, never trained on, and their average: above as they are, below aligned."
         drawn = (self.folder / "figures" / "before-after.png").exists()
         return Opening(
             "Digits learn to stand in line",
@@ -91,24 +107,24 @@ class Chapter4(Study):
             "missing or shorter than the complete method.",
         )
 
-    def command_options(self) -> list[str]:
-        given = {name: getattr(self, name) for name in ("generator", "digit_generator", "lpips_weights")}
-        return [
-            word
-            for name, value in given.items()
-            if value != getattr(type(self), name)
-            for word in (f"--{name.replace('_', '-')}", str(value))
-        ]
-
     def paper(self) -> "Paper":
         """The thesis's own runs, of size paper."""
-        from triptych_thesis.chapter4.paper import DATASETS, Paper
+        from triptych_thesis.chapter4.paper import Paper
 
-        datasets = self.datasets or DATASETS
-        return Paper(self.folder, self.seed, self.device, datasets, self.generators, self.lpips_weights, self.all)
+        return Paper(self)
 
     def resolved(self) -> dict[str, Any]:
-        return self.paper().resolved() if self.size == PAPER else self.context().resolved()
+        if self.size == PAPER:
+            return self.paper().resolved()
+        from triptych_thesis.chapter4.context import CLUSTERED, ONE
+
+        context = self.context()
+        return {
+            "encoder": context.encoder_config().resolved(),
+            **{name: context.align_config(name).resolved() for name in (ONE, CLUSTERED)},
+            "scores": asdict(context.score_config(grey=False)),
+            "ablations": context.wanted_rows,
+        }
 
 
 def reproduce(study: Chapter4) -> dict[str, Any]:

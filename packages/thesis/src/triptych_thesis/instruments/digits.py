@@ -1,22 +1,25 @@
 """Train the frozen digit instruments: `python -m triptych_thesis.instruments.digits [FOLDER]`.
 
-Three minutes on two cores. Run once; the results are committed, since a score means something only while its
-instrument stays the same.
+Three minutes on two cores. Run once: a score means something only while its instrument stays the same.
 """
 
 import hashlib
-import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.data import load
 from triptych_common.images import from_uint8
 from triptych_common.metrics.instruments import ARCHITECTURES, FOLDER
 from triptych_common.randomness import generator, shuffled
+from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.provenance import git_commit
 
 SEED, EPOCHS, BATCH = 0, 60, 100
 
@@ -36,53 +39,58 @@ def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # zero padding is black
 
 
-def train(network: nn.Module, name: str) -> None:
-    """Cross-entropy with augmentation, AdamW, one-cycle learning rate."""
-    data = load("mnist5k", "train")
-    rng = generator(SEED, f"instrument/{name}")
+def fit(network: nn.Module, name: str, steps: int, max_lr: float, loss_at: Callable[[int], Tensor]) -> None:
+    """AdamW at a one-cycle learning rate on the loss of each step's minibatch."""
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    steps = EPOCHS * len(data) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps)
     network.train()
     for step in range(steps):
-        items = shuffled(SEED, f"instrument/{name}/order", range(step * BATCH, (step + 1) * BATCH), len(data))
-        logits = network(augmented(from_uint8(data.images[items]), rng))
-        loss = F.cross_entropy(logits, data.labels[items], label_smoothing=0.05)
+        loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if (step + 1) % 200 == 0:
             print(f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}", flush=True)
+    network.eval()
+
+
+def saved(network: nn.Module, path: Path, seed: int, **facts: Any) -> dict[str, Any]:
+    """Write an instrument; returns its record in instruments.json."""
+    content = save(network.state_dict())
+    write_bytes(path, content)
+    hashed = {"sha256": hashlib.sha256(content).hexdigest()}
+    return hashed | facts | {"seed": seed, "commit": git_commit(), "torch": torch.__version__}
+
+
+def train(network: nn.Module, name: str) -> None:
+    """Cross-entropy with augmentation."""
+    data = load("mnist5k", "train")
+    rng = generator(SEED, f"instrument/{name}")
+
+    def loss_at(step: int) -> Tensor:
+        items = shuffled(SEED, f"instrument/{name}/order", range(step * BATCH, (step + 1) * BATCH), len(data))
+        logits = network(augmented(from_uint8(data.images[items]), rng))
+        return F.cross_entropy(logits, data.labels[items], label_smoothing=0.05)
+
+    fit(network, name, EPOCHS * len(data) // BATCH, 3e-3, loss_at)
 
 
 def main(folder: Path) -> None:
-    from safetensors.torch import save
-    from triptych_common.storage.provenance import git_commit
-
-    folder.mkdir(parents=True, exist_ok=True)
     held_out = load("mnist5k", "held_out")
     records = {}
     for name, architecture in ARCHITECTURES.items():
         torch.manual_seed(SEED)
         network = architecture()
         train(network, name)
-        network.eval()
         with torch.inference_mode():
             correct = network(from_uint8(held_out.images)).argmax(1) == held_out.labels
-        content = save(network.state_dict())
-        (folder / f"{name}.safetensors").write_bytes(content)
-        records[name] = {
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "held_out_accuracy": correct.double().mean().item(),
-            "trained_on": "mnist5k train split, 4,000 digits",
-            "command": "python -m triptych_thesis.instruments.digits",
-            "seed": SEED,
-            "commit": git_commit(),
-            "torch": torch.__version__,
-        }
+        records[name] = saved(
+            network, folder / f"{name}.safetensors", SEED, held_out_accuracy=correct.double().mean().item(),
+            trained_on="mnist5k train split, 4,000 digits", command="python -m triptych_thesis.instruments.digits",
+        )  # fmt: skip
         print(f"{name}: {records[name]}")
-    (folder / "instruments.json").write_text(json.dumps(records, indent=2) + "\n")
+    write_json(folder / "instruments.json", records)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Train the frozen instrument for coloured digits: `python -m triptych_thesis.instruments.digits32 [FOLDER]`.
 
-Some minutes on two cores. Run once; the result is committed, since a score means something only while its instrument
-stays the same.
+Some minutes on two cores. Run once: a score means something only while its instrument stays the same.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -13,13 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.images import from_uint8
-from triptych_common.storage.atomic import write_bytes, write_json
-from triptych_common.storage.provenance import git_commit
+from triptych_common.storage.atomic import write_json
 from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32, Jitters
 from triptych_gangealing.stylegan2.instrument import NAME, PARTS, feature_network, reading
 from triptych_gangealing.stylegan2.weights import EMBEDDED
 
-SEED, STEPS, BATCH = 7, 4_400, 100  # the seed is no generator's: its jitters are others
+from triptych_thesis.instruments.digits import fit, saved
+
+SEED, STEPS, BATCH = 7, 4_400, 100  # no generator was trained with this seed, so these jitters are others
+COLOURS = ("foreground", "background", "gradient")
 
 
 def wanted(truth: Jitters) -> Float[Tensor, "n 13"]:
@@ -30,9 +30,7 @@ def wanted(truth: Jitters) -> Float[Tensor, "n 13"]:
 
 
 def whitening(truth: Jitters) -> Float[Tensor, "13 13"]:
-    """Takes what is wanted to unit covariance: hues, small beside brightness, count as much, and so does each colour where the
-    other is known.
-    """
+    """Takes what is wanted to unit covariance, so that hues, which vary less than brightness, count as much."""
     covariance = torch.cov(wanted(truth).double().T)
     return torch.linalg.inv(torch.linalg.cholesky(covariance)).T.float()
 
@@ -44,22 +42,16 @@ def loss_of(outputs: Float[Tensor, "n 23"], truth: Jitters, whiten: Float[Tensor
 
 
 def train(network: nn.Module) -> None:
-    """AdamW, one-cycle learning rate; every item is drawn once."""
+    """Every item is seen once."""
     digits = Digits32("train", copies=STEPS * BATCH // 4_000, seed=SEED)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=STEPS)
     whiten = whitening(digits.jitters(range(20_000)))
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(SEED))
-    network.train()
-    for step in range(STEPS):
+
+    def loss_at(step: int) -> Tensor:
         items = order[step * BATCH : (step + 1) * BATCH]
-        loss = loss_of(network(from_uint8(digits.batch(items))), digits.jitters(items), whiten)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 200 == 0:
-            print(f"{NAME}: step {step + 1}/{STEPS}, loss {loss.item():.3f}", flush=True)
+        return loss_of(network(from_uint8(digits.batch(items))), digits.jitters(items), whiten)
+
+    fit(network, NAME, STEPS, 4e-3, loss_at)
 
 
 def held_out_scores(network: nn.Module) -> dict[str, float]:
@@ -74,29 +66,19 @@ def held_out_scores(network: nn.Module) -> dict[str, float]:
         "angle_degrees": (found.angle - truth.angle).abs().median().rad2deg().item(),
         "scale": (found.scale - truth.scale).abs().median().item(),
         "shift_px": (found.shift_px - truth.shift_px).norm(dim=1).median().item(),
-        "foreground": (found.foreground - truth.foreground).abs().median().item(),
-        "background": (found.background - truth.background).abs().median().item(),
-        "gradient": (found.gradient - truth.gradient).abs().median().item(),
+        **{name: (getattr(found, name) - getattr(truth, name)).abs().median().item() for name in COLOURS},
     }
 
 
 def main(folder: Path) -> None:
-    from safetensors.torch import save
-
     torch.manual_seed(SEED)
     network = feature_network()
     train(network)
-    content = save(network.eval().state_dict())
-    write_bytes(folder / f"{NAME}.safetensors", content)
-    record = {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "held_out": held_out_scores(network),
-        "trained_on": f"digits32 of the mnist5k train split, {STEPS * BATCH:,} items",
-        "command": "python -m triptych_thesis.instruments.digits32",
-        "seed": SEED,
-        "commit": git_commit(),
-        "torch": torch.__version__,
-    }
+    record = saved(
+        network, folder / f"{NAME}.safetensors", SEED, held_out=held_out_scores(network),
+        trained_on=f"digits32 of the mnist5k train split, {STEPS * BATCH:,} items",
+        command="python -m triptych_thesis.instruments.digits32",
+    )  # fmt: skip
     write_json(folder / "instruments.json", {NAME: record})
     print(record)
 

@@ -15,13 +15,13 @@ from tyro.conf import Positional, Suppress
 
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, VERDICTS
 
-FOUND = ("verdict", "size", "interval", "command")  # what a run says of a claim
+FOUND = ("verdict", "size", "interval", "command")  # what a run writes about a claim
 KINDS = ("ordering", "number", "gallery", "diagram", "setting")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One figure or table: what it claims, and what we found."""
+    """One figure or table: what it claims, and what we measured."""
 
     id: str
     chapter: int
@@ -45,23 +45,18 @@ class Claim:
 
 
 def load_claims(path: Path) -> dict[str, Claim]:
-    """Rows of the ledger by id.
-
-    Raises ValueError for what is no ledger, and for a row that lacks a key, has one too many, or repeats an id.
-    """
+    """Rows of the ledger by id. Raises ValueError for a file of another kind, other keys, or an id that appears twice."""
     names = {field.name for field in fields(Claim)}
     claims: dict[str, Claim] = {}
     try:
-        rows = tomllib.loads(Path(path).read_text()).get("claim")
-    except (ValueError, IsADirectoryError) as error:
+        rows = [dict(row) for row in tomllib.loads(Path(path).read_text())["claim"]]
+    except (ValueError, TypeError, KeyError, IsADirectoryError) as error:
         raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables ({error})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables")
     for row in rows:
         if row.keys() != names:
             raise ValueError(f"{path}: claim {row.get('id')!r}: keys differ by {sorted(row.keys() ^ names)}")
         if row["id"] in claims:
-            raise ValueError(f"{path}: claim {row['id']!r} stands twice")
+            raise ValueError(f"{path}: claim {row['id']!r} appears twice")
         try:
             claims[row["id"]] = Claim(**row)
         except ValueError as error:
@@ -70,10 +65,7 @@ def load_claims(path: Path) -> dict[str, Claim]:
 
 
 def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
-    """Write what was found into the ledger's rows; all else in the file stays as it is.
-
-    Raises ValueError for a claim that the ledger lacks, or what it would not take.
-    """
+    """Write results into the ledger's rows, and leave all else in the file. Raises ValueError for a claim that it lacks."""
     known = load_claims(ledger)
     if missing := sorted(found.keys() - known.keys()):
         raise ValueError(f"{ledger}: has no claim {missing[0]!r}; expected a ledger with {', '.join(found)}")
@@ -92,8 +84,7 @@ def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
 def record_results(results: Path, ledger: Path) -> list[str]:
     """Write the verdicts of a run's results.json into the ledger; returns the ids of their claims.
 
-    Raises ValueError for what are no results, for those of another chapter than their claims, and for those of a smoke run,
-    which decide nothing.
+    Raises ValueError for a file of another kind, results of another chapter than their claims, and smoke runs.
     """
     verdicts, chapter = _verdicts(results)
     claims = load_claims(ledger)
@@ -104,7 +95,7 @@ def record_results(results: Path, ledger: Path) -> list[str]:
 
 
 def _verdicts(results: Path) -> tuple[dict[str, dict[str, str]], int]:
-    """What a run says of each claim, and its chapter."""
+    """A run's verdict on each claim, and its chapter."""
     try:
         content = json.loads(results.read_text())
         verdicts = {claim: {name: row[name] for name in FOUND} for claim, row in content["claims"].items()}
@@ -114,9 +105,8 @@ def _verdicts(results: Path) -> tuple[dict[str, dict[str, str]], int]:
             f"{results}: no results of a study, expected the results.json of triptych reproduce"
         ) from error
     if not verdicts or size.startswith("smoke"):
-        raise ValueError(
-            f"{results}: decides no claim of chapter {chapter}; expected its results.json, of a size larger than smoke"
-        )
+        larger = "expected its results.json, of a size larger than smoke"
+        raise ValueError(f"{results}: decides no claim of chapter {chapter}; {larger}")
     return verdicts, chapter
 
 
@@ -152,24 +142,15 @@ def claims(config: ClaimsConfig) -> dict[str, Any]:
 def claims_page(claims: dict[str, Claim]) -> str:
     """The ledger as Markdown."""
     counts = Counter(claim.verdict for claim in claims.values())
-    lines = [
-        "# Claims of the thesis and what became of them",
-        "",
-        "Generated from `claims.toml` by `make docs`; edit that file, not this one.",
-        "",
-        ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) + ".",
-    ]
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    generated = "Generated from `claims.toml` by `make docs`; edit that file, not this one."
+    lines = ["# Claims of the thesis and what became of them", "", generated, "", f"{summary}."]
+    header = ["| id | item | claim | published | verdict | measured |", "|---|---|---|---|---|---|"]
     chapter = None
     for claim in claims.values():
         if claim.chapter != chapter:
             chapter = claim.chapter
-            lines += [
-                "",
-                f"## Chapter {chapter}",
-                "",
-                "| id | item | claim | published | verdict | measured |",
-                "|---|---|---|---|---|---|",
-            ]
+            lines += ["", f"## Chapter {chapter}", "", *header]
         verdict = f"{claim.verdict} ({claim.size})" if claim.size else claim.verdict
         measured = " ".join(part for part in (claim.interval, f"`{claim.command}`" if claim.command else "") if part)
         cells = (f"`{claim.id}`", f"{claim.item}: {claim.title}", claim.claim, claim.published, verdict, measured)

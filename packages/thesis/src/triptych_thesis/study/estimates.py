@@ -35,14 +35,11 @@ def interval(estimate: Estimate | Mapping[str, Any] | None, form: str | None = N
 
     form: format of all three numbers; by default as many digits as the size of each calls for.
     """
-    if estimate is None:
-        return MISSING
     if isinstance(estimate, Estimate):
-        value, low, high = estimate
-    else:
-        value, low, high = estimate[key], estimate.get("low"), estimate.get("high")
-    if value is None:
+        estimate = estimate._asdict()
+    if estimate is None or estimate[key] is None:
         return MISSING
+    value, low, high = estimate[key], estimate.get("low"), estimate.get("high")
     if form is None:
         return str(Estimate(value, low, high))
     bounds = f" [{low:{form}}, {high:{form}}]" if low is not None and high is not None else ""

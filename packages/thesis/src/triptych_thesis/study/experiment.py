@@ -1,20 +1,33 @@
-"""What an experiment of a study is: a name, what it needs, what it measures, and how its result is shown.
+"""What a study and its experiments are: what an experiment needs, what it measures, and how its result is shown.
 
-Each experiment is one module of its chapter's `experiments` package with one `EXPERIMENT` in it; `discover` finds them. To add
-an experiment to a chapter, add such a module.
+A chapter is a dataclass derived from `Study`. Each of its experiments is one module of the chapter's `experiments` package with one
+`EXPERIMENT` in it; `discover` finds them. To add an experiment to a chapter, add such a module.
 """
 
 import pkgutil
+import shlex
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from triptych_thesis.study.verdicts import Verdict
+from triptych_common.cli import CommonOptions
+from triptych_common.fields import Ge
 
-Result = Mapping[str, Any]  # what an experiment measured, as JSON holds it
+from triptych_thesis.study.claims import load_claims
+from triptych_thesis.study.verdicts import INTERVALS_DECIDE, Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from triptych_common.workers import Unit
+
+    from triptych_thesis.study.runner import Stopwatch
+
+Result = Mapping[str, Any]  # what an experiment measured, or a part of it, as JSON holds it
 
 
 @dataclass(frozen=True)
@@ -67,41 +80,39 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """A report's first screen."""
+
+    title: str
+    headline: str  # the sentence to take away
+    pictures: Sequence[Picture] = ()  # one, or two that belong together
+    rule: str = INTERVALS_DECIDE  # how the verdicts follow from the evidence
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One experiment.
 
-    Args:
-        name: its key in results.json, and what `--only` takes.
-        order: its place in the report.
-        measure: from the chapter's context to a JSON-able result.
-        section: from the study and the result to its part of the report, from nothing but them, so that a report is drawn again
-            without a model.
-        verdicts: from the result to verdicts on claims.
-        figures: from the result to PNG files by title; they are written beside the result too.
-        needs: what must be trained or sampled first; experiments share what they need.
-        kept: a result that is there is not measured again (what it depends on is part of the study's identity).
-        extra: only with --all.
+    Sections and figures are made from the result and the files beside it alone, so that a report is drawn again without a model.
     """
 
-    name: str
-    order: float
-    measure: Callable[[Any], dict[str, Any]]
-    section: Callable[[Any, Result], Section]
+    name: str  # its key in results.json, and what `--only` takes
+    order: float  # its place in the report
+    measure: Callable[[Any], Result]  # with the chapter's context
+    section: Callable[[Any, Result], Section]  # its part of the study's report
     verdicts: Callable[[Result], list[Verdict]] = lambda result: []
-    figures: Callable[[Result], dict[str, bytes]] = lambda result: {}
-    needs: Callable[[Any], Sequence[Any]] = lambda context: ()
-    kept: bool = False
-    extra: bool = False
-    offered: Callable[[Any], bool] = field(default=lambda study: True)
-    """whether the experiment makes sense for a study's size"""
+    figures: Callable[[Result], Mapping[str, "Figure"]] = lambda result: {}  # by title, for PNG files beside the result
+    needs: Callable[[Any], Sequence[Any]] = (
+        lambda context: ()
+    )  # what must be trained or sampled first, by any experiment
+    kept: bool = False  # an existing result is not measured again: what it depends on is part of the study's identity
+    extra: bool = False  # only with --all
+    offered: Callable[[Any], bool] = lambda study: True  # whether it makes sense for a study's size
 
 
 @cache
 def discover(package: str) -> dict[str, Experiment]:
-    """The experiments of a package's modules by name, in their order; the modules are imported on the first call.
-
-    Raises ValueError for two experiments of one name.
-    """
+    """The experiments of a package's modules by name, in their order. Raises ValueError for two of one name."""
     modules = pkgutil.iter_modules(import_module(package).__path__, f"{package}.")
     experiments = [getattr(import_module(module.name), "EXPERIMENT", None) for module in modules]
     found = sorted(filter(None, experiments), key=lambda each: each.order)
@@ -109,3 +120,99 @@ def discover(package: str) -> dict[str, Experiment]:
     if len(by_name) < len(found):
         raise ValueError(f"{package}: two experiments have one name, expected different ones")
     return by_name
+
+
+@dataclass(frozen=True)
+class Study(CommonOptions):
+    """The options that the studies of all chapters share. Everything else is a chapter's own."""
+
+    chapter: ClassVar[int]
+    sizes: ClassVar[Collection[str]]  # their names
+    results_folder: ClassVar[str] = "experiments"
+    decisive: ClassVar[Sequence[str]] = ()  # the chapter's own options that decide results
+
+    out: Path = Path("runs/study")
+    """everything goes to OUT/SIZE; OUT/report.html is the latest finished size"""
+    size: str = "laptop"
+    """how much is trained and measured"""
+    only: tuple[str, ...] = ()
+    """experiments to run; by default all that the size offers"""
+    all: bool = False
+    """also what takes longest"""
+    workers: Annotated[int | None, Ge(1)] = None
+    """processes, each with one thread on a CPU; by default one a core, and one on a GPU. Changes no result"""
+    claims: Path = Path("claims.toml")
+    """ledger of the thesis's figures and tables, for the report; left out where absent"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size not in self.sizes:
+            raise ValueError(f"size {self.size!r}: expected one of {', '.join(self.sizes)}")
+        for name in self.only:
+            if name not in self.offered:
+                raise ValueError(f"experiment {name!r}: expected one of {', '.join(self.offered)} at size {self.size}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this size."""
+        return self.out / self.size
+
+    @property
+    def experiments(self) -> Mapping[str, Experiment]:
+        """The chapter's experiments by name. They are imported on the first use, and torch with them."""
+        return discover(f"triptych_thesis.chapter{self.chapter}.experiments")
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Names of the experiments that the size has."""
+        return tuple(name for name, each in self.experiments.items() if each.offered(self))
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the experiments to run."""
+        return self.only or tuple(name for name in self.offered if self.all or not self.experiments[name].extra)
+
+    def result_path(self, name: str) -> Path:
+        """The file of an experiment's result."""
+        return self.folder / self.results_folder / f"{name}.json"
+
+    def figure(self, title: str, caption: str, *, pixels: bool = False) -> Picture:
+        """A figure that was written beside the results, for the report. Raises OSError where it is missing."""
+        return Picture((self.folder / "figures" / f"{title}.png").read_bytes(), caption, pixels)
+
+    @abstractmethod
+    def context(self) -> Any:
+        """What the experiments measure with: models by name, samples, scores, made on first use."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides the results, wherever they lie; --all, --only and --workers change what is done, not what comes out."""
+
+    @abstractmethod
+    def opening(self, results: Mapping[str, Any]) -> Opening:
+        """The first screen of the report, from results.json and the files beside it alone."""
+
+    @abstractmethod
+    def facts(self, context: Any) -> dict[str, Any]:
+        """What results.json holds besides: models, data, settings."""
+
+    def check(self) -> None:
+        """Raise for whatever would fail later: missing files, a damaged ledger."""
+        if self.claims.exists():
+            load_claims(self.claims)
+
+    def prepare(self, context: Any, clock: "Stopwatch") -> None:
+        """Make the data and models that every experiment needs."""
+
+    def units(self, context: Any, needs: Sequence[Any]) -> Mapping[str, Sequence["Unit"]]:
+        """What the experiments need, each once, as units of work by stage, in the order of the stages."""
+        return {}
+
+    @property
+    def command(self) -> str:
+        """What a reader types to make the results."""
+        words = ["triptych", "reproduce", f"ch{self.chapter}", "--size", self.size, *["--all"] * self.all]
+        for name in self.decisive:
+            if getattr(self, name) != getattr(type(self), name):
+                words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        return shlex.join([*words, "--seed", str(self.seed)])

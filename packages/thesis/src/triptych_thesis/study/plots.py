@@ -26,9 +26,7 @@ def interval_lines(
 ) -> None:
     """One line for each value of `by`, through the estimates `row[y]` at `row[x]` with their 95% intervals.
 
-    Args:
-        floor: the lowest bound drawn, as a share of the value: above 0 on a logarithmic axis, which has no place for 0.
-        line: whether the points are joined.
+    floor: the lowest bound drawn, as a share of the value: above 0 on a logarithmic axis, which has no place for 0.
     """
     for key, style in zip(dict.fromkeys(row[by] for row in rows), distinct(), strict=False):
         points = sorted((row for row in rows if row[by] == key), key=lambda row: row[x])

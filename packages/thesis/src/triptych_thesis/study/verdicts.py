@@ -1,7 +1,7 @@
 """Verdicts on the thesis's claims, in one vocabulary for every chapter."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,28 +12,23 @@ from triptych_thesis.study.estimates import apart
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN, NOT_APPLICABLE = VERDICTS = (
     "confirmed", "refuted", "undecided", "not run", "not applicable",
 )  # fmt: skip
+INTERVALS_DECIDE = (
+    "Confirmed: every comparison that the claim consists of has its whole 95% interval on the claimed side; refuted: one lies "
+    "wholly on the other side; undecided otherwise. Comparisons are not corrected for their number."
+)
 MARKS = {CONFIRMED: "✓", REFUTED: "✗", UNDECIDED: "?", NOT_RUN: "–", NOT_APPLICABLE: "–"}
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One measured quantity that a verdict rests on.
+    """One measured quantity that a verdict rests on; values are formatted, "" where there is none."""
 
-    Args:
-        what: the quantity, with its unit or direction, such as "R² over 20 prompts".
-        ours: the value with its interval, formatted, such as "0.93 [0.92, 0.94]".
-        thesis: the thesis's own value, "" where it has none.
-        beside: what the value is compared with, formatted, "" for nothing; the strongest where there are several.
-        others: what it is compared with besides, formatted.
-        verdict: the verdict on this quantity alone, "" where the verdict on the whole claim is all there is.
-    """
-
-    what: str
-    ours: str
-    thesis: str = ""
-    beside: str = ""
-    others: Sequence[str] = ()
-    verdict: str = ""
+    what: str  # the quantity, with its unit or direction, such as "R² over 20 prompts"
+    ours: str  # with its interval, such as "0.93 [0.92, 0.94]"
+    thesis: str = ""  # the thesis's own value
+    beside: str = ""  # what the value is compared with; the strongest where there are several
+    others: Sequence[str] = ()  # what it is compared with besides
+    verdict: str = ""  # on this quantity alone
 
     @property
     def against(self) -> str:
@@ -48,23 +43,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one run finds of one claim of the ledger.
+    """One run's verdict on one claim of the ledger."""
 
-    Args:
-        claim: id in `claims.toml`, such as "dit.fig-2.5".
-        verdict: one of `VERDICTS`.
-        evidence: the quantities it rests on, the most telling one first.
-        why: a few words where the evidence does not explain the verdict by itself.
-        aims: 0, or how many aims stand together for a claim that no number measures, such as a picture; this is one of them.
-        parts: how many experiments must speak of the claim before it is decided.
-    """
-
-    claim: str
-    verdict: str
-    evidence: Sequence[Evidence] = field(default_factory=tuple)
-    why: str = ""
-    aims: int = 0
-    parts: int = 1
+    claim: str  # id in `claims.toml`, such as "dit.fig-2.5"
+    verdict: str  # one of `VERDICTS`
+    evidence: Sequence[Evidence] = ()  # the quantities it rests on, the most informative one first
+    why: str = ""  # a few words where the evidence does not explain the verdict by itself
+    aims: int = (
+        0  # how many aims, this one included, stand together for a claim that no number measures, such as a picture
+    )
+    parts: int = 1  # how many experiments must decide on the claim before it has a verdict
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -72,13 +60,18 @@ class Verdict:
 
     @property
     def shown(self) -> Sequence[Evidence]:
-        """What a first screen has room for: the quantities with a verdict of their own, or the most telling one."""
+        """What a first screen has room for: the quantities with a verdict of their own, or the most informative one."""
         return [each for each in self.evidence if each.verdict] or self.evidence[:1]
 
     @property
     def measured(self) -> str:
         """All evidence on one line, for the ledger."""
         return "; ".join([*(each.line for each in self.evidence), *[self.why] * bool(self.why)])
+
+
+def marked(verdict: str) -> str:
+    """A verdict in a table's cell: "✓ confirmed"."""
+    return f"{MARKS[verdict]} {verdict}"
 
 
 def sign(difference: "Estimate | Mapping[str, Any]") -> str:
@@ -90,10 +83,7 @@ def sign(difference: "Estimate | Mapping[str, Any]") -> str:
 
 
 def better(ours: Mapping[str, Any], theirs: Mapping[str, Any], direction: str = "higher") -> str:
-    """The verdict on "ours is better than theirs": their intervals must not overlap.
-
-    direction: which values are better, "higher" or "lower".
-    """
+    """The verdict on "ours is better than theirs", where `direction` values are better: their intervals must not overlap."""
     low, high = (theirs, ours) if direction == "higher" else (ours, theirs)
     return CONFIRMED if apart(low, high) else REFUTED if apart(high, low) else UNDECIDED
 
@@ -107,12 +97,7 @@ def overall(verdicts: Iterable[str]) -> str:
 
 
 def merged(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
-    """One verdict a claim, by id, with the evidence of all.
-
-    Comparisons that a claim consists of have their `overall` verdict. Aims that stand for a claim confirm it where all are
-    reached and refute it where none is; otherwise, or where some were not measured, the claim is undecided. A claim of several
-    parts is left out until all of them have been measured.
-    """
+    """One verdict a claim, by id, with the evidence of all; a claim of several parts is left out until all are measured."""
     by_claim: dict[str, list[Verdict]] = {}
     for each in verdicts:
         by_claim.setdefault(each.claim, []).append(each)
@@ -125,5 +110,7 @@ def _merged(claim: str, several: Sequence[Verdict]) -> Verdict:
     why = "; ".join(each.why for each in several if each.why)
     if not aims:
         return Verdict(claim, overall(verdicts), evidence, why)
+    # Aims that stand for a claim confirm it where all are reached and refute it where none is; otherwise, or where some were not
+    # measured, the claim is undecided.
     agreed = len(verdicts) == aims and len(set(verdicts)) == 1
     return Verdict(claim, verdicts[0] if agreed else UNDECIDED, evidence, why)

@@ -1,17 +1,15 @@
 """Figure 2.11: each model at its most denoising steps against a larger one at no more compute an image."""
 
 from itertools import combinations
-from typing import Any
 
+from matplotlib.figure import Figure
 from triptych_dit.flops import gflops
 
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import INSTRUMENTS, lines, marked, sample_links, scores_table
+from triptych_thesis.chapter2.showing import all_better, decided, factor, lines, with_scores
 from triptych_thesis.chapter2.sizes import Model
-from triptych_thesis.study.estimates import ratio
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.runner import Study
-from triptych_thesis.study.verdicts import Evidence, Verdict, overall, sign
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
+from triptych_thesis.study.verdicts import Evidence, Verdict
 
 THESIS = "L/2, 1000 steps (80.7 Tflops): 25.9; XL/2, 128 steps (15.2 Tflops): 23.7"
 
@@ -20,13 +18,16 @@ def _samples(context: Context, name: str, steps: int) -> SampleSet:
     return context.after(Model(name), n=context.size.compute_samples, num_inference_steps=steps)
 
 
-def needs(context: Context) -> list[SampleSet]:
+def _every(context: Context) -> list[SampleSet]:
     size = context.size
-    samples = [_samples(context, name, steps) for name in size.compute for steps in size.compute_steps]
-    return [*samples, *context.repeated()]
+    return [_samples(context, name, steps) for name in size.compute for steps in size.compute_steps]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def needs(context: Context) -> list[SampleSet]:
+    return [*_every(context), *context.repeated()]
+
+
+def measure(context: Context) -> Result:
     size, most, comparisons = context.size, max(context.size.compute_steps), []
     for small, large in combinations(size.compute, 2):
         budget = gflops(size.models[small]) * most
@@ -34,40 +35,37 @@ def measure(context: Context) -> dict[str, Any]:
         if within:
             ours, theirs = _samples(context, large, max(within)), _samples(context, small, most)
             comparisons.append(context.compare(ours, theirs, steps=max(within), steps_of_smaller=most))
-    rows = [context.row(_samples(context, name, steps)) for name in size.compute for steps in size.compute_steps]
+    rows = [context.row(samples) for samples in _every(context)]
     for row in rows:
         row["sampling_gflops"] = row["gflops"] * row["steps"]
-    return {"rows": rows, "comparisons": [c.as_dict() for c in comparisons]}
+    return {"rows": rows, "comparisons": comparisons}
 
 
 def verdicts(result: Result) -> list[Verdict]:
     comparisons = result["comparisons"]
-    evidence = [Evidence(f"Fréchet distance of {_pair(c)}, ratio", ratio(c["difference"])) for c in comparisons]
+    evidence = [Evidence(f"Fréchet distance of {_pair(c)}, ratio", factor(c)) for c in comparisons]
     why = "" if comparisons else "no model's most steps cost what the next one's fewest do"
-    return [Verdict("dit.fig-2.11", overall(sign(c["difference"]) for c in comparisons), evidence, why)]
+    return [Verdict("dit.fig-2.11", all_better(comparisons), evidence, why)]
 
 
 def _pair(c: Result) -> str:
     return f"{c['worse']} in {c['about']['steps_of_smaller']} steps over {c['better']} in {c['about']['steps']}"
 
 
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     labels = {"xlabel": "GFLOPs to sample one image", "xscale": "log"}
     return {"sampling-compute": lines(result["rows"], "sampling_gflops", **labels)}
 
 
 def section(study: Study, result: Result) -> Section:
-    comparisons = Table(
+    table = Table(
         ("our setting", "the smaller's Fréchet distance over the larger's", "the larger is better"),
-        [(_pair(c), ratio(c["difference"]), marked(sign(c["difference"]))) for c in result["comparisons"]],
+        [(_pair(c), factor(c), decided(c)) for c in result["comparisons"]],
         f"Models that spend at least as much on sampling as larger ones. Thesis (FID-10K): {THESIS}.",
     )
-    return Section(
-        "Sampling compute against model compute (Figure 2.11)",
-        [study.figure("sampling-compute", "Denoising steps grow from left to right along each line.")],
-        [comparisons, scores_table(result["rows"], ("model", "steps", "sampling_gflops"), INSTRUMENTS)],
-        links=sample_links(study, [row["samples"] for row in result["rows"]]),
-    )
+    picture = study.figure("sampling-compute", "Denoising steps grow from left to right along each line.")
+    section = Section("Sampling compute against model compute (Figure 2.11)", [picture], [table])
+    return with_scores(study, section, result["rows"], ("model", "steps", "sampling_gflops"))
 
 
 EXPERIMENT = Experiment("compute", 6, measure, section, verdicts, figures, needs)

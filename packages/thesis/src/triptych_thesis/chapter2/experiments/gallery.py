@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from triptych_thesis.chapter2.digits import with_margin, without_margin
 from triptych_thesis.chapter2.showing import sample_links
 from triptych_thesis.chapter2.sizes import SIZES, Model
 from triptych_thesis.study.estimates import interval
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.runner import Study
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict
 
 STRIP_LENGTH = 10  # equal to the number of classes, so that grids and strips line up
@@ -43,85 +41,67 @@ TITLES = {
 }  # fmt: skip
 
 
-def _guided(context: Context) -> SampleSet:
+def _sets(context: Context) -> dict[str, SampleSet]:
     size = context.size
-    settings = {"num_inference_steps": size.gallery_steps, "guidance_scale": size.guidance_scale}
-    return context.of_main(size.gallery_samples, **settings)
-
-
-def _unguided(context: Context) -> SampleSet:
-    return context.of_main(context.size.gallery_samples, num_inference_steps=context.size.gallery_steps)
+    steps = {"num_inference_steps": size.gallery_steps}
+    guided = context.of_main(size.gallery_samples, guidance_scale=size.guidance_scale, **steps)
+    return {"guided": guided, "unguided": context.of_main(size.gallery_samples, **steps)}
 
 
 def needs(context: Context) -> list[SampleSet]:
-    return [_guided(context), _unguided(context)]
+    return list(_sets(context).values())
 
 
-def measure(context: Context) -> dict[str, Any]:
-    scorer, size = context.scorer.digits, context.size
-    sets = {"guided": _guided(context), "unguided": _unguided(context)}
-    rows = {name: _scored(context, samples) for name, samples in sets.items()}
-    rows |= {
-        "training digits": scorer.real(size.gallery_samples),
-        "class means": scorer.class_means(size.gallery_samples),
-    }
+def measure(context: Context) -> Result:
+    scorer, size, sets, rows = context.scorer.digits, context.size, _sets(context), {}
+    for name, samples in sets.items():
+        images, labels = read_npz(context.path(samples))
+        rows[name] = scorer(without_margin(images), labels)
+    rows["training digits"] = scorer.real(size.gallery_samples)
+    rows["class means"] = scorer.class_means(size.gallery_samples)
     floor = scorer.floor(rows["guided"].n)
     draw_pictures(context)
     return {
-        "n": rows["guided"].n,
-        "rows": {name: row.as_dict() for name, row in rows.items()},
+        "n": rows["guided"].n, "rows": {name: row.as_dict() for name, row in rows.items()},
         "samples": {name: context.place(samples) for name, samples in sets.items()},
         "floor": {"frechet": float(floor.mean()), "sets": floor.tolist()},
         "held_out": {"accuracy": scorer.held_out_accuracy()._asdict(), "near_duplicates": NEAR_DUPLICATE_QUANTILE},
         "instruments": scorer.instruments(),
-        "guidance_scale": size.guidance_scale,
-        "num_inference_steps": size.gallery_steps,
-    }
-
-
-def _scored(context: Context, samples: SampleSet) -> Any:
-    images, labels = read_npz(context.path(samples))
-    return context.scorer.digits(without_margin(images), labels)
+        "guidance_scale": size.guidance_scale, "num_inference_steps": size.gallery_steps,
+    }  # fmt: skip
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    guided = result["rows"]["guided"]
-    held_out, real, floor = result["held_out"], result["rows"]["training digits"], result["floor"]["frechet"]
-    copies = Evidence(
-        "near-duplicates of training digits", interval(guided["near_duplicates"]), beside="0.050 of real ones"
-    )
+    guided, real, floor = result["rows"]["guided"], result["rows"]["training digits"], result["floor"]["frechet"]
+    accuracy = interval(result["held_out"]["accuracy"])
     evidence = [
-        Evidence("digits read as asked", interval(guided["accuracy"]), beside=f"{interval(held_out['accuracy'])} of real ones"),
+        Evidence("digits read as the class they were sampled for", interval(guided["accuracy"]), beside=f"{accuracy} of real ones"),
         Evidence("Fréchet distance", interval(guided["frechet"]), beside=f"{floor:.1f} between sets of real digits"),
         Evidence("recall", interval(guided["recall"]), beside=f"{interval(real['recall'])} of real ones"),
-        copies,
+        Evidence("near-duplicates of training digits", interval(guided["near_duplicates"]), beside="0.050 of real ones"),
     ]  # fmt: skip
-    return [
-        Verdict("dit.fig-2.1", UNDECIDED, evidence, "a picture, nothing selected; no number of the thesis decides it")
-    ]
+    why = "a picture, nothing selected; no number of the thesis decides it"
+    return [Verdict("dit.fig-2.1", UNDECIDED, evidence, why)]
 
 
 def section(study: Study, result: Result) -> Section:
-    guided = f"Sampled with guidance {result['guidance_scale']}; one class a column, nothing selected."
-    images = SIZES[study.size].main_images
-    pictures = [
-        study.figure("guided", guided, pixels=True),
-        study.figure("unguided", "The same noise and classes without guidance.", pixels=True),
-        study.figure(
-            "over-training",
-            f"The same noise and classes through the averaged weights, up to {images:,} images.",
-            pixels=True,
-        ),
-        study.figure(
-            "strip",
-            "One sample, from noise (left) to digit: above, the sample x_t; below, the clean digit the model sees in it. "
-            f"{result['num_inference_steps']} steps, {STRIP_LENGTH} shown.",
-            pixels=True,
-        ),
-        study.figure("curve", "Error of the predicted noise. The averaged weights are what is sampled."),
-    ]
-    tables = [_scores_table(result), _thesis_table(study, result), *_spaces_table(study), _instruments_table(result)]
-    return Section("What it draws", pictures, tables, links=sample_links(study, list(result["samples"].values())))
+    captions = {
+        "guided": f"Sampled with guidance {result['guidance_scale']}; one class a column, nothing selected.",
+        "unguided": "The same noise and classes without guidance.",
+        "over-training": "The same noise and classes through the averaged weights, up to "
+        f"{SIZES[study.size].main_images:,} images.",
+        "strip": "One sample, from noise (left) to digit: above, the sample x_t; below, the clean digit the model sees in it. "
+        f"{result['num_inference_steps']} steps, {STRIP_LENGTH} shown.",
+    }
+    pictures = [study.figure(name, caption, pixels=True) for name, caption in captions.items()]
+    curve = study.figure("curve", "Error of the predicted noise. The averaged weights are what is sampled.")
+    instruments = [(name, f"SHA-256 {digest}") for name, digest in result["instruments"].items()]
+    tables = [
+        _scores_table(result), _thesis_table(study, result), *_spaces_table(study),
+        Table(("instrument", "file"), instruments, "The frozen instruments.", folded=True),
+    ]  # fmt: skip
+    links = sample_links(study, list(result["samples"].values()))
+    return Section("What it draws", [*pictures, curve], tables, links=links)
 
 
 def _scores_table(result: Result) -> Table:
@@ -135,19 +115,19 @@ def _scores_table(result: Result) -> Table:
         [(title, *(interval(result["rows"][key][c]) for c in TITLES)) for key, title in names.items()],
         f"Against {result['n']:,} held-out digits with equally many samples; 95% bootstrap intervals. Distances, precision and "
         "recall (k=3) in 64 features of the frozen network mnist_features, accuracy by mnist_classifier. Fréchet distance between "
-        f"disjoint sets of {result['n']:,} training digits: "
-        + ", ".join(f"{value:.2f}" for value in result["floor"]["sets"])
-        + ". Near-duplicates: nearer in pixels to a training digit than 95% of held-out digits are.",
+        f"disjoint sets of {result['n']:,} training digits: {', '.join(f'{value:.2f}' for value in result['floor']['sets'])}. "
+        "Near-duplicates: nearer in pixels to a training digit than 95% of held-out digits are.",
     )
 
 
 def _thesis_table(study: Study, result: Result) -> Table:
+    kinds = (("unguided", 1.0), ("guided", result["guidance_scale"]))
     return Table(
         ("metric", "guidance", "thesis", "ours"),
         [
-            (TITLES[metric], f"{kind} ({scale:g})", THESIS[metric][column], interval(result["rows"][kind][metric]))
-            for metric in THESIS
-            for column, (kind, scale) in enumerate((("unguided", 1.0), ("guided", result["guidance_scale"])))
+            (TITLES[metric], f"{kind} ({scale:g})", thesis, interval(result["rows"][kind][metric]))
+            for metric, published in THESIS.items()
+            for thesis, (kind, scale) in zip(published, kinds, strict=True)
         ],
         f"Beside Table 2.2. Thesis: DiT-XL/2, 7M steps on ImageNet 256x256, FID-50K in Inception features. Ours ({study.size}): "
         f"{result['n']:,} digits in {result['num_inference_steps']} steps, in their own feature network, so only the direction "
@@ -162,72 +142,47 @@ def _spaces_table(study: Study) -> list[Table]:
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
     if len(results) < 2 or not all("gallery" in each["experiments"] for each in results):
         return []
-    metrics = ("frechet", "precision", "recall", "accuracy")
-    return [
-        Table(
-            ("space", *(TITLES[metric] for metric in metrics), "GFLOPs a forward pass"),
-            [
-                (
-                    each["space"],
-                    *(interval(each["experiments"]["gallery"]["rows"]["guided"][metric]) for metric in metrics),
-                    f"{each['model']['gflops_per_forward']:.4f}",
-                )
-                for each in results
-            ],
-            f"Latents beside pixels: guided samples of the main models of sizes {base} and {base}-pixels, after as many images.",
-        )
-    ]
+    metrics, rows = ("frechet", "precision", "recall", "accuracy"), []
+    for each in results:
+        guided = each["experiments"]["gallery"]["rows"]["guided"]
+        cost = f"{each['model']['gflops_per_forward']:.4f}"
+        rows.append((each["space"], *(interval(guided[metric]) for metric in metrics), cost))
+    header = ("space", *(TITLES[metric] for metric in metrics), "GFLOPs a forward pass")
+    models = f"guided samples of the main models of sizes {base} and {base}-pixels, after as many images"
+    return [Table(header, rows, f"Latents beside pixels: {models}.")]
 
 
-def _instruments_table(result: Result) -> Table:
-    rows = [(name, f"SHA-256 {digest}") for name, digest in result["instruments"].items()]
-    return Table(("instrument", "file"), rows, "The frozen instruments.", folded=True)
+def draw_pictures(context: Context) -> None:
+    """Write every picture of the main model's samples and training as a PNG file; a grid's column is a class.
 
-
-@dataclass(frozen=True)
-class Pictures:
-    """PNG files, as bytes; all but the curve carry the command, seed and commit that made them."""
-
-    overview: bytes  # the guided grid above the strip
-    guided: bytes
-    unguided: bytes
-    over_training: bytes
-    strip: bytes
-    curve: bytes
-    opening_drawn: bytes  # the report's first screen: some samples, and as many real digits
-    opening_real: bytes
-
-
-def draw_pictures(context: Context) -> Pictures:
-    """Draw every picture of the main model's samples and training, and write them as PNG files; a grid's column is a class."""
+    All but the curve carry the command, seed and commit that made them.
+    """
     main = Model(context.size.main)
     config = context.train_config(main)
     counts = [*config.snapshots, config.total_images]
     models = [load_model(context.weights(main, count)) for count in counts]
-    settings, labels = _guided(context).settings, torch.arange(10)
+    settings, labels = _sets(context)["guided"].settings, torch.arange(10)
     over_training = [sample_images(m, labels, settings, seed=context.seed, vae=context.decoder) for m in models]
-    guided, unguided = (read_npz(context.path(draw(context)))[0][:100] for draw in (_guided, _unguided))
+    guided, unguided = (read_npz(context.path(samples))[0][:100] for samples in needs(context))
     strip = denoising_strip(models[-1], settings, seed=context.seed, vae=context.decoder)
+    grids = {
+        "overview": torch.cat([guided, strip]),
+        "guided": guided,
+        "unguided": unguided,
+        "over-training": to_uint8(torch.cat(over_training)),
+        "strip": strip,
+        "opening-drawn": guided[:50],  # the report's first screen: some samples, and as many real digits
+        "opening-real": real_digits(context, 5),
+    }
     made_by = {"command": command_line(), "seed": str(context.seed), "commit": git_commit()}
-
-    def png(images: Tensor) -> bytes:
-        return png_bytes(image_grid(images, columns=STRIP_LENGTH), scale=2, text=made_by)
-
-    pictures = Pictures(
-        overview=png(torch.cat([guided, strip])),
-        guided=png(guided),
-        unguided=png(unguided),
-        over_training=png(to_uint8(torch.cat(over_training))),
-        strip=png(strip),
-        curve=training_curve(
-            RunDirectory(config.out, {}).metrics(), counts, _snapshot_losses(context, [m.model for m in models])
-        ),
-        opening_drawn=png(guided[:50]),
-        opening_real=png(real_digits(context, 5)),
-    )
-    for name, content in vars(pictures).items():
-        write_bytes(context.folder / "figures" / f"{name.replace('_', '-')}.png", content)
-    return pictures
+    pictures = {
+        name: png_bytes(image_grid(images, columns=STRIP_LENGTH), scale=2, text=made_by)
+        for name, images in grids.items()
+    }
+    losses = _snapshot_losses(context, [m.model for m in models])
+    pictures["curve"] = training_curve(RunDirectory(config.out, {}).metrics(), counts, losses)
+    for name, content in pictures.items():
+        write_bytes(context.folder / "figures" / f"{name}.png", content)
 
 
 def real_digits(context: Context, rows: int) -> UInt8[Tensor, "n 1 32 32"]:
@@ -244,10 +199,9 @@ def _snapshot_losses(context: Context, models: Sequence[DiT]) -> dict[str, list[
     """
     config = context.train_config(Model(context.size.main))
     held_out = context.data if context.vae is None else str(Path(context.data).with_name("held_out"))
-    losses: dict[str, list[float]] = {}
+    count, losses = min(1000, context.size.gallery_samples), {}
     for name, split, data in (("train", "train", context.data), ("held-out", "held_out", held_out)):
         examples = open_training_data(data, config.model, split)
-        count = min(1000, context.size.gallery_samples)
         losses[name] = [mean_mse(config, model, examples, count) for model in models]
     return losses
 
@@ -269,9 +223,8 @@ def training_curve(
     """Noise-prediction error over training, and that of the averaged weights on training and held-out digits."""
     figure, (axes,) = panels()
     rows = [row for row in metrics if "mse" in row]
-    axes.plot(
-        [r["images"] for r in rows], [r["mse"] for r in rows], color=PALE_BLUE, linewidth=1, label="training batches"
-    )
+    seen, errors = ([row[key] for row in rows] for key in ("images", "mse"))
+    axes.plot(seen, errors, color=PALE_BLUE, linewidth=1, label="training batches")
     for (name, values), color, style in zip(snapshot_losses.items(), (BLUE, ORANGE), ("o-", "s--"), strict=True):
         label = f"averaged weights, {name} digits"
         axes.plot(counts, values, style, color=color, markersize=4, linewidth=1.2, label=label)

@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from triptych_common.plots import figure_png, legend, panels
+from matplotlib.figure import Figure
+from triptych_common.plots import legend, panels
 
 from triptych_thesis.chapter2.comparisons import LOWER_IS_BETTER
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import FRECHET, INSTRUMENTS, marked, metric_name, sample_links, scores_table
+from triptych_thesis.chapter2.showing import FRECHET, decided, difference, factor, metric_name, with_scores
 from triptych_thesis.chapter2.sizes import Model
-from triptych_thesis.study.estimates import interval, ratio
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.estimates import interval
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.plots import interval_lines
-from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import UNDECIDED, Evidence, Verdict, overall, sign
 
-RIVALS = {  # by image side: the best published scores that the tables compare with, guided rivals among them
+RIVALS = {  # by image side: the best published scores that the tables compare with, guided rivals included
     256: {"frechet": 2.30, "digit_score": 267.75},
     512: {"frechet": 3.85},
 }
@@ -51,40 +51,36 @@ def needs(context: Context) -> list[SampleSet]:
     return [*samples, *(SampleSet(Model(size.main), images, settings, size.guidance_samples) for images in size.kept)]
 
 
-def measure(context: Context) -> dict[str, Any]:
-    size = context.size
+def measure(context: Context) -> Result:
+    size, channels = context.size, _fewer_channels(context)
     guided, plain = _guided(context, size.guidance_scale, _headline(context)), _guided(context, 1.0)
+    pairs = {
+        "frechet": (guided, plain),
+        "precision": (guided, plain),
+        "recall": (plain, guided),
+        "digit_score": (guided, plain),
+    }
     comparisons = [
         context.compare(better, worse, metric, seeds=False, of=metric, better_scale=better.settings.guidance_scale)
-        for metric, better, worse in (
-            ("frechet", guided, plain), ("precision", guided, plain), ("recall", plain, guided), ("digit_score", guided, plain),
-        )
-    ]  # fmt: skip
-    channels = _fewer_channels(context)
+        for metric, (better, worse) in pairs.items()
+    ]
     fewer = [
         context.compare(_guided(context, scale, channels), _guided(context, scale), seeds=False, scale=scale)
         for scale in size.guidance_scales
         if channels and scale != 1
     ]
-    return {
-        "rows": [
-            {**context.row(samples), "channels": samples.settings.guidance_channels} for samples in needs(context)
-        ],
-        "comparisons": [c.as_dict() for c in comparisons],
-        "fewer": [c.as_dict() for c in fewer],
-        "channels": context.grid[size.main].in_channels,
-        "side": size.side,
-    }
+    rows = [{**context.row(samples), "channels": samples.settings.guidance_channels} for samples in needs(context)]
+    total = context.grid[size.main].in_channels
+    return {"rows": rows, "comparisons": comparisons, "fewer": fewer, "channels": total, "side": size.side}
 
 
 def verdicts(result: Result) -> list[Verdict]:
     """The tables claim that the guided model is ahead of all that they list, which digits do not decide."""
     claim = "dit.table-2.3" if result["side"] == 512 else "dit.table-2.2"
-    effects = [Evidence(f"{_effect(c)}", _difference(c)) for c in result["comparisons"]]
+    effects = [Evidence(_effect(c), difference(c)) for c in result["comparisons"]]
     if result["side"] not in RIVALS:
         return [Verdict(claim, UNDECIDED, effects, "the table compares models of ImageNet, which digits do not decide")]
-    scores = _headline_row(result)
-    rivals = RIVALS[result["side"]]
+    scores, rivals = _headline_row(result), RIVALS[result["side"]]
     evidence = [
         Evidence(metric_name(metric), interval(scores[metric]), beside=f"{best} of the best other model")
         for metric, best in rivals.items()
@@ -96,9 +92,8 @@ def _headline_row(result: Result) -> Result:
     """The finished model's row at the thesis's scale, guided on fewer channels than all."""
     scale = result["comparisons"][0]["about"]["better_scale"]
     last = max(row["images"] for row in result["rows"])
-    return next(
-        row for row in result["rows"] if (row["guidance"], row["images"]) == (scale, last) and row["channels"] != "all"
-    )
+    finished = (row for row in result["rows"] if (row["guidance"], row["images"]) == (scale, last))
+    return next(row for row in finished if row["channels"] != "all")
 
 
 def against_rivals(rivals: Mapping[str, float], scores: Mapping[str, Mapping[str, float]]) -> str:
@@ -119,66 +114,37 @@ def _effect(c: Result) -> str:
     return f"{metric_name(metric)} {'without less with' if metric == 'recall' else 'with less without'} guidance"
 
 
-def _difference(c: Result) -> str:
-    metric = c["about"].get("of", "frechet")
-    return ratio(c["difference"]) if metric in LOWER_IS_BETTER else interval(c["difference"])
-
-
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     """Fréchet distance over scales, and precision against recall."""
     total = result["channels"]
-    rows = [
-        {**row, "on": "all channels" if row["channels"] == "all" else f"{row['channels']} of {total} channels"}
-        for row in result["rows"]
-    ]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        on = "all channels" if row["channels"] == "all" else f"{row['channels']} of {total} channels"
+        groups.setdefault(on, []).append({**row, "on": on})
     figure, (left, right) = panels(2)
-    interval_lines(left, rows, "guidance", "frechet", by="on")
+    interval_lines(left, [row for group in groups.values() for row in group], "guidance", "frechet", by="on")
     left.set(xlabel="guidance scale", ylabel=FRECHET)
-    for on, line in zip(dict.fromkeys(row["on"] for row in rows), left.get_lines()[::3], strict=False):
-        points = [(row["recall"]["value"], row["precision"]["value"]) for row in rows if row["on"] == on]
+    # every errorbar of the left panel is three lines: the curve, and the caps at either end
+    for (on, group), line in zip(groups.items(), left.get_lines()[::3], strict=False):
+        points = [(row["recall"]["value"], row["precision"]["value"]) for row in group]
         right.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1, color=line.get_color(), label=on)
-        for row, at in zip((row for row in rows if row["on"] == on), points, strict=True):
+        for row, at in zip(group, points, strict=True):
             right.annotate(f"{row['guidance']:g}", at, fontsize=7, xytext=(3, 3), textcoords="offset points")
     legend(left)
     right.set(xlabel="recall", ylabel="precision")
-    return {"guidance": figure_png(figure)}
+    return {"guidance": figure}
 
 
 def section(study: Study, result: Result) -> Section:
     scale = result["comparisons"][0]["about"]["better_scale"]
+    picture = study.figure("guidance", "Left: over scales. Right: precision and recall, labelled by scale.")
+    one_channel = " Guidance on three of four channels has no counterpart in pixels of one channel."
     effects = Table(
         (f"effect of guidance {scale:g}, as in Table 2.2", "ours", "verdict"),
-        [(_effect(c), _difference(c), marked(sign(c["difference"]))) for c in result["comparisons"]],
+        [(_effect(c), difference(c), decided(c)) for c in result["comparisons"]],
         "One trained model: the noise of training seeds is in no interval here."
-        + " Guidance on three of four channels has no counterpart in pixels of one channel."
-        * (result["channels"] == 1),
+        + one_channel * (result["channels"] == 1),
     )
-    return Section(
-        "Guidance (Tables 2.2 and 2.3)",
-        [study.figure("guidance", "Left: over scales. Right: precision and recall, labelled by scale.")],
-        [effects, *_fewer_table(result), _every_score(result)],
-        links=sample_links(study, [row["samples"] for row in result["rows"]]),
-    )
-
-
-def _fewer_table(result: Result) -> list[Table]:
-    """Guidance on all channels but one against guidance on all."""
-    if not result["fewer"]:
-        return []
-    fewer = next(row["channels"] for row in result["rows"] if row["channels"] != "all")
-    return [
-        Table(
-            ("guidance scale", f"{FRECHET} on all channels over that on {fewer}", f"{fewer} are better"),
-            [
-                (f"{c['about']['scale']:g}", ratio(c["difference"]), marked(sign(c["difference"])))
-                for c in result["fewer"]
-            ],
-            f"Guidance on {fewer} of {result['channels']} channels, as the released code does, against all.",
-        )
-    ]
-
-
-def _every_score(result: Result) -> Table:
     published = PUBLISHED[512 if result["side"] == 512 else 256]
     last = max(row["images"] for row in result["rows"])
 
@@ -188,15 +154,21 @@ def _every_score(result: Result) -> Table:
         return published.get(row["guidance"], "") if row["images"] == last and alike else ""
 
     rows = [{**row, "scale": f"{row['guidance']:g}", "thesis": thesis(row)} for row in result["rows"]]
-    columns = {
-        "scale": "scale",
-        "channels": "channels",
-        "images": "images",
-        "n": "samples",
-        "thesis": PUBLISHED_COLUMN,
-    }
+    columns = {"scale": "scale", "channels": "channels", "images": "images", "n": "samples", "thesis": PUBLISHED_COLUMN}
     table = "2.3, 3M steps at 512" if result["side"] == 512 else "2.2, 7M steps at 256"
-    return scores_table(rows, columns, f"Thesis: Table {table}, guided on 3 of 4 channels. {INSTRUMENTS}")
+    section = Section("Guidance (Tables 2.2 and 2.3)", [picture], [effects, *_fewer_table(result)])
+    return with_scores(study, section, rows, columns, f"Thesis: Table {table}, guided on 3 of 4 channels. ")
+
+
+def _fewer_table(result: Result) -> list[Table]:
+    """Guidance on all channels but one against guidance on all."""
+    if not result["fewer"]:
+        return []
+    fewer = next(row["channels"] for row in result["rows"] if row["channels"] != "all")
+    header = ("guidance scale", f"{FRECHET} on all channels over that on {fewer}", f"{fewer} are better")
+    rows = [(f"{c['about']['scale']:g}", factor(c), decided(c)) for c in result["fewer"]]
+    caption = f"Guidance on {fewer} of {result['channels']} channels, as the released code does, against all."
+    return [Table(header, rows, caption)]
 
 
 EXPERIMENT = Experiment("guidance", 7, measure, section, verdicts, figures, needs)

@@ -1,13 +1,10 @@
 """Quality of the main model against denoising steps, sampler by sampler: do more steps, or faster samplers in few, help?"""
 
-from typing import Any
+from matplotlib.figure import Figure
 
 from triptych_thesis.chapter2.context import Context, SampleSet
-from triptych_thesis.chapter2.showing import INSTRUMENTS, lines, marked, metric_name, sample_links, scores_table
-from triptych_thesis.study.estimates import interval, ratio
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.runner import Study
-from triptych_thesis.study.verdicts import sign
+from triptych_thesis.chapter2.showing import decided, difference, lines, metric_name, with_scores
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 
 
 def _samples(context: Context, sampler: str, steps: int) -> SampleSet:
@@ -19,7 +16,7 @@ def needs(context: Context) -> list[SampleSet]:
     return [_samples(context, sampler, steps) for sampler in size.samplers for steps in size.sampler_steps]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     first, *others = context.size.samplers
     few, many = min(context.size.sampler_steps), max(context.size.sampler_steps)
     pairs = [((name, many), (name, few)) for name in context.size.samplers]
@@ -32,32 +29,25 @@ def measure(context: Context) -> dict[str, Any]:
         for metric in ("frechet", "recall")
         for better, worse in pairs
     ]  # fmt: skip
-    rows = [context.row(samples) for samples in needs(context)]
-    return {"rows": rows, "comparisons": [c.as_dict() for c in comparisons]}
+    return {"rows": [context.row(samples) for samples in needs(context)], "comparisons": comparisons}
 
 
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     return {"samplers": lines(result["rows"], "steps", by="sampler", xlabel="denoising steps", xscale="log")}
 
 
 def section(study: Study, result: Result) -> Section:
-    comparisons = Table(
+    table = Table(
         ("is this", "better than this", "by", "difference", "verdict"),
         [
-            (*c["about"]["pair"], metric_name(c["about"]["of"]),
-             ratio(c["difference"]) if c["about"]["of"] == "frechet" else interval(c["difference"]),
-             marked(sign(c["difference"])))
+            (*c["about"]["pair"], metric_name(c["about"]["of"]), difference(c), decided(c))
             for c in result["comparisons"]
         ],
         "Fréchet distances as the second's over the first's, recall as the first's less the second's. One trained model, the same "
         f"starting noises, {result['rows'][0]['n']:,} samples each. The thesis uses DDPM with 250 steps alone.",
-    )  # fmt: skip
-    return Section(
-        "Samplers",
-        [study.figure("samplers", "The main model without guidance.")],
-        [comparisons, scores_table(result["rows"], ("sampler", "steps", "n"), INSTRUMENTS)],
-        links=sample_links(study, [row["samples"] for row in result["rows"]]),
     )
+    picture = study.figure("samplers", "The main model without guidance.")
+    return with_scores(study, Section("Samplers", [picture], [table]), result["rows"], ("sampler", "steps", "n"))
 
 
 EXPERIMENT = Experiment("samplers", 8, measure, section, figures=figures, needs=needs)

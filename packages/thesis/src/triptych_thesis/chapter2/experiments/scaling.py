@@ -5,56 +5,46 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 from typing import Any
 
-from triptych_common.plots import figure_png, legend, panels, thousands
+from matplotlib.figure import Figure
+from triptych_common.plots import legend, panels, thousands
 from triptych_dit.flops import gflops
 
+from triptych_thesis.chapter2 import showing
 from triptych_thesis.chapter2.comparisons import LOWER_IS_BETTER, correlation, strong
 from triptych_thesis.chapter2.context import Context, SampleSet
 from triptych_thesis.chapter2.scoring import METRICS
-from triptych_thesis.chapter2.showing import (
-    FRECHET,
-    INSTRUMENTS,
-    comparisons_table,
-    counted,
-    last_of,
-    lines,
-    marked,
-    metric_name,
-    sample_links,
-    scores_table,
-)
+from triptych_thesis.chapter2.showing import FRECHET, all_better, counted, last_of, lines, metric_name
 from triptych_thesis.chapter2.sizes import Model
 from triptych_thesis.study.estimates import interval, ratio
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.plots import interval_lines, plain_ticks
-from triptych_thesis.study.runner import Study
-from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall, sign
+from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, marked, overall, sign
 
 SIMILAR = 1.5  # GFLOPs, and Fréchet distances, within this factor are called similar
 THESIS_R = -0.93  # FID with the logarithm of GFLOPs
 
 
+def _samples(context: Context) -> list[SampleSet]:
+    return context.over_training([Model(name) for name in context.grid])
+
+
 def needs(context: Context) -> list[SampleSet]:
-    samples = [context.after(Model(name), stage) for name in context.grid for stage in context.size.stages]
-    return [*samples, *context.repeated()]
+    return [*_samples(context), *context.repeated()]
 
 
-def measure(context: Context) -> dict[str, Any]:
-    size = context.size
+def measure(context: Context) -> Result:
     comparisons = [
-        context.compare(
-            context.after(Model(large), stage),
-            context.after(Model(small), stage),
-            grows=grows,
-            images=size.count(stage),
-        )
+        c
         for grows, large, small in neighbours(context)
-        for stage in size.stages
+        for c in context.compare_stages(Model(large), Model(small), grows=grows)
     ]
+    logs = [math.log(gflops(shape)) for shape in context.grid.values()]
+    last = [context.after(Model(name)) for name in context.grid]
+    scores = {metric: [context.score(samples, metric) for samples in last] for metric in METRICS}
     return {
-        "rows": [context.row(context.after(Model(name), stage)) for name in context.grid for stage in size.stages],
-        "comparisons": [c.as_dict() for c in comparisons],
-        "correlations": {metric: _correlation(context, metric) for metric in METRICS},
+        "rows": [context.row(samples) for samples in _samples(context)],
+        "comparisons": comparisons,
+        "correlations": {metric: correlation(logs, scores[metric])._asdict() for metric in METRICS},
         "similar": _similar(context),
         "budgets": _at_equal_training_compute(context),
         "noise": context.noises(),
@@ -73,12 +63,6 @@ def neighbours(context: Context) -> Iterator[tuple[str, str, str]]:
             yield grows, larger, smaller
 
 
-def _correlation(context: Context, metric: str) -> dict[str, Any]:
-    """The correlation of log GFLOPs with a metric at the last stage, over the models of the grid."""
-    logs = [math.log(gflops(shape)) for shape in context.grid.values()]
-    return correlation(logs, [context.score(context.after(Model(name)), metric) for name in context.grid])._asdict()
-
-
 def _similar(context: Context) -> list[dict[str, Any]]:
     """Models of different widths and nearly equal GFLOPs, with the ratio of their distances.  [thesis 2.5: S/2, B/4]"""
     pairs = []
@@ -86,8 +70,8 @@ def _similar(context: Context) -> list[dict[str, Any]]:
         gflops_ratio = gflops(x) / gflops(y)
         if x.hidden_size == y.hidden_size or not 1 / SIMILAR <= gflops_ratio <= SIMILAR:
             continue
-        difference = context.compare(context.after(Model(a)), context.after(Model(b))).difference
-        pairs.append({"models": [a, b], "gflops_ratio": gflops_ratio, "log_ratio": difference._asdict()})
+        difference = context.compare(context.after(Model(a)), context.after(Model(b)))["difference"]
+        pairs.append({"models": [a, b], "gflops_ratio": gflops_ratio, "log_ratio": difference})
     return pairs
 
 
@@ -101,43 +85,37 @@ def _at_equal_training_compute(context: Context) -> list[dict[str, Any]]:
             ours = context.after(Model(large), max(within))
             theirs, images = context.after(Model(small)), size.count(1.0)
             comparison = context.compare(ours, theirs, grows=grows, images=ours.images, images_of_smaller=images)
-            comparisons.append(comparison.as_dict())
+            comparisons.append(comparison)
     return comparisons
 
 
 def verdicts(result: Result) -> list[Verdict]:
     comparisons, last, budgets = result["comparisons"], last_of(result["comparisons"]), result["budgets"]
-    correlations = [_correlation_evidence(metric, r) for metric, r in result["correlations"].items()]
     strength = {metric: _strong(metric, r) for metric, r in result["correlations"].items()}
+    correlations = [
+        Evidence(f"correlation of log GFLOPs with {metric_name(metric)}", interval(r, ".2f"),
+                 str(THESIS_R) if metric == "frechet" else "drawn in Figure 2.9")
+        for metric, r in result["correlations"].items()
+    ]  # fmt: skip
     similar = [
         Evidence(f"{FRECHET} of {pair['models'][1]} over that of {pair['models'][0]}", ratio(pair["log_ratio"]))
         for pair in result["similar"]
     ]
+    alike = overall([strength["frechet"], *(_similarity(pair["log_ratio"]) for pair in result["similar"])])
     by_kind = [
         evidence
         for grows, kind in (("model size", "larger models better"), ("tokens", "more tokens better"))
         for evidence in counted(f"left: {kind}", [c for c in last if c["about"]["grows"] == grows])
     ]
     reached = {sign(c["difference"]) for c in budgets} == {CONFIRMED}  # too small a budget cannot refute the claim
+    within = counted("larger better, at no more training compute", budgets)
     return [
-        Verdict("dit.fig-2.2", _signs(last), by_kind, parts=2),
-        Verdict("dit.fig-2.6", _signs(comparisons), counted("larger better, every pair and stage", comparisons)),
-        Verdict(
-            "dit.fig-2.8",
-            overall([strength["frechet"], *(_similarity(pair["log_ratio"]) for pair in result["similar"])]),
-            [correlations[0], *similar],
-        ),
+        Verdict("dit.fig-2.2", all_better(last), by_kind, parts=2),
+        Verdict("dit.fig-2.6", all_better(comparisons), counted("larger better, every pair and stage", comparisons)),
+        Verdict("dit.fig-2.8", alike, [correlations[0], *similar]),
         Verdict("dit.fig-2.9", overall(strength.values()), correlations),
-        Verdict(
-            "dit.fig-2.10",
-            CONFIRMED if reached else UNDECIDED,
-            counted("larger better, at no more training compute", budgets),
-        ),
+        Verdict("dit.fig-2.10", CONFIRMED if reached else UNDECIDED, within),
     ]
-
-
-def _signs(comparisons: list[Result]) -> str:
-    return overall(sign(c["difference"]) for c in comparisons)
 
 
 def _strong(metric: str, r: Result) -> str:
@@ -153,12 +131,7 @@ def _similarity(log_ratio: Result) -> str:
     return CONFIRMED if inside else REFUTED if outside else UNDECIDED
 
 
-def _correlation_evidence(metric: str, r: Result) -> Evidence:
-    thesis = str(THESIS_R) if metric == "frechet" else "drawn in Figure 2.9"
-    return Evidence(f"correlation of log GFLOPs with {metric_name(metric)}", interval(r, ".2f"), thesis)
-
-
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     training = {"xlabel": "training compute: GFLOPs x images x 3", "xscale": "log"}
     return {
         "scaling-gflops": _against_gflops(result),
@@ -167,7 +140,7 @@ def figures(result: Result) -> dict[str, bytes]:
     }
 
 
-def _over_training(result: Result) -> bytes:
+def _over_training(result: Result) -> Figure:
     """Figure 2.6: the sizes at each patch in the upper row, the patches at each size in the lower one."""
     rows = [
         {**row, "size": row["model"].split("/")[0], "patch": f"patch {row['model'].split('/')[1]}"}
@@ -188,10 +161,10 @@ def _over_training(result: Result) -> bytes:
             legend(each, fontsize=7)
         for unused in axes[i * columns + len(shown) : (i + 1) * columns]:
             unused.set_visible(False)
-    return figure_png(figure)
+    return figure
 
 
-def _against_gflops(result: Result) -> bytes:
+def _against_gflops(result: Result) -> Figure:
     """Figures 2.2 (left), 2.8 and 2.9 (right): every metric at the last stage."""
     last = max(row["images"] for row in result["rows"])
     rows = [{**row, "size": row["model"].split("/")[0]} for row in result["rows"] if row["images"] == last]
@@ -205,7 +178,7 @@ def _against_gflops(result: Result) -> bytes:
     legend(axes[0])
     for unused in axes[len(METRICS) :]:
         unused.set_visible(False)
-    return figure_png(figure)
+    return figure
 
 
 CAPTIONS = {
@@ -218,19 +191,28 @@ CAPTIONS = {
 
 def section(study: Study, result: Result) -> Section:
     models = len({row["model"] for row in result["rows"]})
+    correlations = [
+        (f"{metric_name(metric)} ({METRICS[metric][0]})", THESIS_R if metric == "frechet" else "drawn in Fig. 2.9",
+         interval(r, ".2f"), marked(_strong(metric, r)))
+        for metric, r in result["correlations"].items()
+    ]  # fmt: skip
+    noise = [
+        (f"{stage['images']:,}", f"{100 * math.expm1(stage['deviation']):.0f}%" if stage["pairs"] else "not measured",
+         stage["pairs"])
+        for stage in result["noise"]
+    ]  # fmt: skip
     tables = [
         Table(
-            ("correlation of log GFLOPs with", "thesis", "ours", "strong"),
-            [
-                (f"{metric_name(metric)} ({METRICS[metric][0]})", THESIS_R if metric == "frechet" else "drawn in Fig. 2.9",
-                 interval(r, ".2f"), marked(_strong(metric, r)))
-                for metric, r in result["correlations"].items()
-            ],
+            ("correlation of log GFLOPs with", "thesis", "ours", "strong"), correlations,
             f"Ours: {models} models, {result['rows'][0]['n']:,} samples each. Thesis: 12 models, 400K steps on ImageNet "
             "256x256, FID-50K. Strong: the whole interval beyond 0.5.",
         ),
-        _noise_table(result),
-        comparisons_table(
+        Table(
+            ("images", "another training seed moves a Fréchet distance by", "pairs of runs"), noise,
+            "The noise of training seeds. One standard deviation; comparisons of models include it where it was measured.",
+            folded=True,
+        ),
+        showing.comparisons_table(
             result["comparisons"], "Neighbours in size or patch, after equally many images.", "Every comparison of neighbours"
         ),
     ]  # fmt: skip
@@ -239,40 +221,18 @@ def section(study: Study, result: Result) -> Section:
             "The larger model's last measured stage within what the smaller took. The thesis claims an advantage from some budget "
             "on, so that losing here refutes nothing."
         )
-        tables.append(comparisons_table(result["budgets"], caption, "At no more training compute"))
+        tables.append(showing.comparisons_table(result["budgets"], caption, "At no more training compute"))
     if result["similar"]:
-        tables.append(
-            Table(
-                ("models", "ratio of GFLOPs", "ratio of Fréchet distances", "similar"),
-                [
-                    (" and ".join(s["models"]), f"{s['gflops_ratio']:.2f}", ratio(s["log_ratio"]),
-                     marked(_similarity(s["log_ratio"])))
-                    for s in result["similar"]
-                ],
-                "Models of other widths with similar GFLOPs. Similar: within a factor of 1.5 with the whole interval.",
-            )
-        )  # fmt: skip
-    tables.append(scores_table(result["rows"], ("model", "images", "gflops", "training_gflops"), INSTRUMENTS))
-    return Section(
-        "Scaling (Figures 2.2 left, 2.6, 2.8, 2.9, 2.10)",
-        [study.figure(title, caption) for title, caption in CAPTIONS.items()],
-        tables,
-        links=sample_links(study, [row["samples"] for row in result["rows"]]),
-    )
-
-
-def _noise_table(result: Result) -> Table:
-    """How much another training seed moves a Fréchet distance, stage by stage."""
-    return Table(
-        ("images", "another training seed moves a Fréchet distance by", "pairs of runs"),
-        [
-            (f"{stage['images']:,}", f"{100 * math.expm1(stage['deviation']):.0f}%" if stage["pairs"] else "not measured",
-             stage["pairs"])
-            for stage in result["noise"]
-        ],
-        "The noise of training seeds. One standard deviation; comparisons of models include it where it was measured.",
-        folded=True,
-    )  # fmt: skip
+        similar = [
+            (" and ".join(s["models"]), f"{s['gflops_ratio']:.2f}", ratio(s["log_ratio"]), marked(_similarity(s["log_ratio"])))
+            for s in result["similar"]
+        ]  # fmt: skip
+        header = ("models", "ratio of GFLOPs", "ratio of Fréchet distances", "similar")
+        within = "Similar: within a factor of 1.5 with the whole interval."
+        tables.append(Table(header, similar, f"Models of other widths with similar GFLOPs. {within}"))
+    pictures = [study.figure(title, caption) for title, caption in CAPTIONS.items()]
+    section = Section("Scaling (Figures 2.2 left, 2.6, 2.8, 2.9, 2.10)", pictures, tables)
+    return showing.with_scores(study, section, result["rows"], ("model", "images", "gflops", "training_gflops"))
 
 
 EXPERIMENT = Experiment("scaling", 2, measure, section, verdicts, figures, needs)

@@ -1,7 +1,5 @@
 """Figure 2.7: the same noise through every model, a row a model, cheapest first; a column shares class and noise."""
 
-from typing import Any
-
 import torch
 from triptych_common.images import image_grid, png_bytes
 from triptych_common.storage.atomic import write_bytes
@@ -10,8 +8,7 @@ from triptych_dit.sample import read_batches
 
 from triptych_thesis.chapter2.context import Context, SampleSet
 from triptych_thesis.chapter2.sizes import Model
-from triptych_thesis.study.experiment import Experiment, Result, Section
-from triptych_thesis.study.runner import Study
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study
 from triptych_thesis.study.verdicts import UNDECIDED, Verdict
 
 FIRST = 10  # samples of each model in the picture
@@ -21,7 +18,7 @@ def needs(context: Context) -> list[SampleSet]:
     return [context.after(Model(name)) for name in context.grid]
 
 
-def measure(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     names = sorted(context.grid, key=lambda name: gflops(context.grid[name]))
     images = torch.cat([next(read_batches(context.path(context.after(Model(name))), FIRST)) for name in names])
     path = context.folder / "figures" / "visual-scaling.png"

@@ -1,7 +1,8 @@
 """Samples of one start over the landscape of the metric, and how far samples lie apart.  [thesis 3.4.5, Fig. 3.8]"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,17 @@ import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
-from triptych_common.plots import INK, ORANGE, figure_png, numbers, panels
-from triptych_gpt.evaluation.plots import measure, words
+from triptych_common.plots import INK, ORANGE, numbers, panels
+from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import Update, Updated, measured, prompted, starting_metrics
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.symmetry.matching import canonicalise
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tasks.task import Metric, Task
 
-from triptych_thesis.chapter3.context import Context, prompt_of
-from triptych_thesis.chapter3.naming import named, shown
+from triptych_thesis.chapter3.context import Context, named, shown
 from triptych_thesis.study.estimates import number
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.runner import Study
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, overall
 
 CLAIM = "gpt.fig-3.8"
@@ -29,71 +28,44 @@ BARRIER = 0.1  # of what samples improved on their start: what separates two reg
 
 
 def spread(spec: PermutationSpec, thetas: Float[Tensor, "n D"]) -> dict[str, float]:
-    """Mean Euclidean distance over all pairs of networks: "raw", and "matched" where hidden units are; NaN for fewer than two.
-
-    Raises ValueError for networks that are not finite.
-    """
+    """Mean Euclidean distance over all pairs of networks: "raw", and "matched" where hidden units are; NaN for fewer than two."""
     thetas = thetas.detach().to("cpu", torch.float64)
     raw = [(thetas[:i] - thetas[i]).norm(dim=1) for i in range(1, len(thetas))]
     matched = [(canonicalise(spec, thetas[:i], thetas[i]) - thetas[i]).norm(dim=1) for i in range(1, len(thetas))]
-    return {
-        kind: float(torch.cat(parts).mean()) if parts else torch.nan
-        for kind, parts in (("raw", raw), ("matched", matched))
-    }
+    distances = {"raw": raw, "matched": matched}
+    return {kind: float(torch.cat(parts).mean()) if parts else torch.nan for kind, parts in distances.items()}
 
 
-def _draw(
-    update: Update,
-    task: Task,
-    metric: Metric,
-    theta: Tensor,
-    prompt: float,
-    samples: int,
-    first_index: int,
-    at_once: int,
+def _sample(
+    update: Update, task: Task, metric: Metric, theta: Tensor, prompt: float, samples: int, first_index: int = 0
 ) -> tuple[Float[Tensor, " starts"], Updated]:
     """The starts' metric, and `samples` updates of every start; sample j of start i has index first_index + i * samples + j."""
-    start = starting_metrics(task, theta, metric, networks_at_once=at_once)[metric.name]
+    start = starting_metrics(task, theta, metric)[metric.name]
     count = len(theta) * samples
     target = torch.full((count,), float(prompt), dtype=torch.float64)
     repeated, indices = theta.repeat_interleave(samples, dim=0), range(first_index, first_index + count)
-    metrics = start.repeat_interleave(samples)
-    return start, prompted(update, task, repeated, metrics, target, indices, networks_at_once=at_once)
+    return start, prompted(update, task, repeated, start.repeat_interleave(samples), target, indices)
 
 
 def diversity(
-    update: Update,
-    task: Task,
-    metric: Metric,
-    theta: Float[Tensor, "starts D"],
-    *,
-    prompt: float | None = None,
-    samples: int = 16,
-    networks_at_once: int = 256,
-    first_index: int = 0,
+    update: Update, task: Task, metric: Metric, theta: Float[Tensor, "starts D"], prompt: float, samples: int
 ) -> dict[str, Any]:
-    """How far samples for one prompt, by default the metric's best, lie apart; samples that are not finite are left out.
-
-    Returns `spread`s of "noise" (samples of one start, averaged over starts), of "starts" (samples of different starts, one each)
-    and of "before" (the starts themselves), the mean of the metric over all samples, and how many are not finite.
-
-    Raises ValueError for a metric without prompts, or starts that are not finite.
-    """
-    prompt = prompt_of(metric, prompt, "best")
-    _, new = _draw(update, task, metric, theta, prompt, samples, first_index, networks_at_once)
-    groups, usable = new.theta.detach().cpu().view(len(theta), samples, -1), new.theta.isfinite().all(dim=1).cpu()
-    kept = [group[finite] for group, finite in zip(groups, usable.view(len(theta), samples), strict=True)]
+    """How far finite samples for one prompt lie apart. Raises ValueError for starts that are not finite."""
+    _, new = _sample(update, task, metric, theta, prompt, samples)
+    groups = new.theta.detach().cpu().view(len(theta), samples, -1)  # starts samples D
+    usable = groups.isfinite().all(dim=2)
+    kept = [group[finite] for group, finite in zip(groups, usable, strict=True)]
     of_each = [spread(task.symmetry, group) for group in kept]
     firsts = [group[0] for group in kept if len(group)]
     kinds = ("raw", "matched")
+    noise = {kind: float(torch.tensor([one[kind] for one in of_each], dtype=torch.float64).nanmean()) for kind in kinds}
     return {
         "metric": metric.name,
         "prompt": prompt,
-        "noise": {
-            kind: float(torch.tensor([one[kind] for one in of_each], dtype=torch.float64).nanmean()) for kind in kinds
-        },
+        "noise": noise,  # of samples of one start, averaged over starts
+        # of samples of different starts, one each
         "starts": spread(task.symmetry, torch.stack(firsts)) if firsts else dict.fromkeys(kinds, torch.nan),
-        "before": spread(task.symmetry, theta),
+        "before": spread(task.symmetry, theta),  # of the starts themselves
         "metric_mean": float(new.metrics[metric.name].view(len(theta), samples).nanmean()),
         "non_finite": int((~usable).sum()),
     }
@@ -109,16 +81,14 @@ class Plane:
 
     @classmethod
     def through(cls, thetas: Float[Tensor, "n D"]) -> "Plane":
-        """The plane of the first two principal components of some networks; the largest entry of an axis is positive.
-
-        Raises ValueError for networks that do not span a plane.
-        """
+        """The plane of the first two principal components. Raises ValueError for networks that do not span one."""
         thetas = thetas.detach().to("cpu", torch.float64)
         origin = thetas.mean(0)
         _, sizes, axes = torch.linalg.svd(thetas - origin, full_matrices=False)
         if len(sizes) < 2 or not sizes[1] > 1e-9 * thetas.norm(dim=1).max():
             raise ValueError(f"{len(thetas)} networks that span no plane; give three or more that differ")
         axes = axes[:2]
+        # The singular value decomposition leaves signs open: the largest entry of an axis is made positive.
         signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
         return cls(origin, axes * signs, sizes[:2].square() / sizes.square().sum())
 
@@ -142,137 +112,98 @@ def landscape(
     task: Task,
     metric: Metric,
     theta: Float[Tensor, " D"],
+    prompt: float,
+    samples: int,
     *,
-    prompt: float | None = None,
-    samples: int = 16,
-    spanning: Float[Tensor, "n D"] | None = None,
     side: int = 31,
-    networks_at_once: int = 256,
     first_index: int = 0,
 ) -> dict[str, Any]:
-    """Draw samples of one start that differ in noise alone, and map the metric over a plane around them.
+    """Samples of one start that differ in noise alone, and the metric over the plane of their first two principal components.
 
-    Args:
-        prompt: by default the metric's best.
-        spanning: networks whose principal components span the plane; by default the samples, of which three lie in it exactly.
-        side: points of the grid along each axis, which reaches half the samples' extent beyond them.
-
-    Returns a dictionary of tensors and numbers, lengths in the networks' own units: the grid, where values[i][j] is the metric at
-    (x[j], y[i]); of the finite samples their places in the plane, their metric and their projections', whether these differ by at
-    most a tenth of what the sample improved on its start ("accurate"), the "share" of the squared distance that the projection
-    keeps, and second difference quotients along both axes at distances "step" ("curvature", positive where the sample is locally
-    best); and the share of samples where both are positive ("convex").
-
-    Raises ValueError for a metric without prompts, a start that is not finite, or networks that span no plane.
+    side: points of the grid along each axis. Returns tensors and numbers, lengths in the networks' own units. Raises ValueError for
+    a start that is not finite, or samples that span no plane.
     """
-    prompt = prompt_of(metric, prompt, "best")
-    start, new = _draw(update, task, metric, theta[None], prompt, samples, first_index, networks_at_once)
+    start, new = _sample(update, task, metric, theta[None], prompt, samples, first_index)
     own = new.metrics[metric.name]
     kept = ~own.isnan()
-    drawn, own = new.theta[kept.to(theta.device)], own[kept]
-    plane = Plane.through(drawn if spanning is None else spanning)
-    places = plane.coordinates(drawn)
+    sampled, own = new.theta[kept.to(theta.device)], own[kept]
+    plane = Plane.through(sampled)
+    places = plane.coordinates(sampled)
 
     def scored(thetas: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
-        return measured(task, thetas.to(theta), networks_at_once=networks_at_once)[metric.name]
+        return measured(task, thetas.to(theta))[metric.name]
 
     x, y = (_axis(places[:, axis], side) for axis in (0, 1))
     grid = torch.cartesian_prod(y, x).flip(1)  # rows of y, and x runs fastest
     projected = scored(plane.at(places))
     step = torch.stack([(x[-1] - x[0]) / 12, (y[-1] - y[0]) / 12])
-    curvature = _curvature(scored, drawn, own, plane, step, metric.better)
+    # (f(theta + h a) - 2 f(theta) + f(theta - h a)) / h^2 along both axes a, positive where theta is locally best
+    theta_64 = sampled.detach().to("cpu", torch.float64)
+    moves = zip(step[:, None] * plane.axes, step, strict=True)
+    quotients = [(scored(theta_64 + move) - 2 * own + scored(theta_64 - move)) / h**2 for move, h in moves]
+    curvature = torch.stack(quotients, dim=1) * (1 if metric.better == "lower" else -1)  # samples axes
     return {
-        "metric": metric.name,
-        "better": metric.better,
-        "prompt": prompt,
-        "start_metric": float(start),
-        "explained": plane.explained,
-        "x": x,
-        "y": y,
-        "values": scored(plane.at(grid)).view(side, side),
-        "samples": places,
-        "sample_metric": own,
-        "projected_metric": projected,
-        "share": plane.share(drawn),
-        "accurate": (projected - own).abs() <= 0.1 * (start - own).abs(),
-        "curvature": curvature,
-        "step": step,
-        "convex": float((curvature > 0).all(dim=1).double().mean()),
+        "metric": metric.name, "better": metric.better, "prompt": prompt, "start_metric": float(start),
+        # values[i][j] is the metric at (x[j], y[i])
+        "explained": plane.explained, "x": x, "y": y, "values": scored(plane.at(grid)).view(side, side),
+        # share: of the squared distance from the samples' mean that the projection keeps
+        "samples": places, "sample_metric": own, "projected_metric": projected, "share": plane.share(sampled),
+        "accurate": (projected - own).abs() <= BARRIER * (start - own).abs(),
+        "curvature": curvature, "step": step, "convex": float((curvature > 0).all(dim=1).double().mean()),
         "non_finite": int((~kept).sum()),
-    }
+    }  # fmt: skip
 
 
 def _axis(places: Float[Tensor, " n"], side: int) -> Float[Tensor, " side"]:
+    """Points along an axis that reach half the samples' extent beyond them."""
     low, high = places.min(), places.max()
     room = torch.clamp(0.5 * (high - low), min=1e-6)
     return torch.linspace(float(low - room), float(high + room), side, dtype=torch.float64)
 
 
-def _curvature(
-    scored: Callable[[Tensor], Tensor], drawn: Tensor, own: Tensor, plane: Plane, step: Tensor, better: str
-) -> Float[Tensor, "n 2"]:
-    """(f(theta + h a) - 2 f(theta) + f(theta - h a)) / h^2 for both axes a, positive where theta is locally best along it."""
-    theta = drawn.detach().to("cpu", torch.float64)
-    moves = step[:, None] * plane.axes
-    quotients = [
-        (scored(theta + move) - 2 * own + scored(theta - move)) / h**2 for move, h in zip(moves, step, strict=True)
-    ]
-    return torch.stack(quotients, dim=1) * (1 if better == "lower" else -1)
-
-
-def run(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Landscapes around samples of two starts, and the diversity of samples of up to eight."""
     trial, samples = context.trial, context.amounts.samples
     starts = trial.starts("test", min(8, len(trial.zoo.runs_in("test"))))
-    updated = (trial.update, trial.task, trial.metric)
-    options: dict[str, Any] = {"prompt": trial.best_prompt, "samples": samples}
-    lands = [landscape(*updated, theta, first_index=i * samples, **options) for i, theta in enumerate(starts[:2])]
-    return plain({"landscapes": lands, "diversity": diversity(*updated, starts, **options)})
+    method, options = (trial.update, trial.task, trial.metric), (trial.best_prompt, samples)
+    lands = [landscape(*method, theta, *options, first_index=i * samples) for i, theta in enumerate(starts[:2])]
+    return plain({"landscapes": lands, "diversity": diversity(*method, starts, *options)})
 
 
-def regions(data: Mapping[str, Any]) -> list[list[int]]:
-    """The samples of a landscape by region of the plane.
-
-    Only samples that score better than their start, and in the plane nearly as they do, have a place there. Two of them lie in one
-    region where the metric on the straight way between them, read from the grid, is nowhere worse than at both of its ends by more
-    than a tenth of what they improved on their start; so do those that further samples connect.
-    """
+def regions(data: Result) -> list[list[int]]:
+    """The samples of a landscape by region of the plane, connected by straight lines on which the metric is nowhere much worse."""
     sign = 1.0 if data["better"] == "lower" else -1.0
     values, (x, y) = sign * numbers(data["values"]), (numbers(data[axis]) for axis in ("x", "y"))
     places, own, start = numbers(data["samples"]), sign * numbers(data["projected_metric"]), sign * data["start_metric"]
+    # Only samples that improved on their start, and score alike in the plane, have a place there.
     kept = [i for i, accurate in enumerate(data["accurate"]) if accurate and own[i] < start]
     groups = [[i] for i in kept]
-
-    def on_the_way(a: int, b: int) -> float:
-        points = places[a] + np.linspace(0, 1, 2 * len(x))[:, None] * (places[b] - places[a])
-        columns, rows = (np.abs(axis - points[:, [i]]).argmin(axis=1) for i, axis in enumerate((x, y)))
-        return float(np.nanmax(values[rows, columns]))
-
-    for a in kept:
-        for b in kept:
-            if a < b and on_the_way(a, b) - max(own[a], own[b]) <= BARRIER * (start - max(own[a], own[b])):
-                one, other = (next(group for group in groups if i in group) for i in (a, b))
-                if one is not other:
-                    one += other
-                    groups.remove(other)
+    for a, b in combinations(kept, 2):
+        line = places[a] + np.linspace(0, 1, 2 * len(x))[:, None] * (places[b] - places[a])
+        columns, rows = (np.abs(axis - line[:, [i]]).argmin(axis=1) for i, axis in enumerate((x, y)))
+        # One region: nowhere on the line, read from the grid, is the metric worse than at both of its ends by more than a tenth
+        # of what they improved on their start.
+        worse_end = max(own[a], own[b])
+        if np.nanmax(values[rows, columns]) - worse_end <= BARRIER * (start - worse_end):
+            one, other = (next(group for group in groups if i in group) for i in (a, b))
+            if one is not other:
+                one += other
+                groups.remove(other)
     return groups
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """Whether samples of one start fall into distinct regions of low metric, and starts vary them more than noise does.
-
-    - Regions: confirmed where each landscape has two `regions` or more, refuted where none has, undecided otherwise, and where a
-      landscape has fewer than two samples to compare.
-    - Starts: the mean distance between samples of different starts against that of samples of one start. Confirmed where it is
-      larger as networks are and with hidden units matched, refuted where smaller in both ways. The means have no interval.
-
-    The identity returns each start and has no distance between samples of one: starting networks' own distances stand beside.
-    """
+    """Whether samples of one start fall into distinct regions of low metric, and starts vary them more than noise does."""
+    # Regions: confirmed where each landscape has two or more, refuted where none has, undecided otherwise, and where a landscape
+    # has fewer than two samples to compare.
     counts = [(len(groups), sum(map(len, groups))) for groups in map(regions, result["landscapes"])]
     apart = UNDECIDED
     if all(samples >= 2 for _, samples in counts):
         several = {count > 1 for count, _ in counts}
         apart = UNDECIDED if len(several) > 1 else CONFIRMED if several == {True} else REFUTED
+    # Starts: the mean distance between samples of different starts against that of samples of one start, as networks are and with
+    # hidden units matched. The means have no interval, so both must agree. The identity returns each start and has no distance
+    # between samples of one: starting networks' own distances stand beside.
     spreads = result["diversity"]
     pairs = [(spreads["starts"][kind], spreads["noise"][kind]) for kind in ("matched", "raw")]
     larger = [None if None in pair else pair[0] - pair[1] > 0 for pair in pairs]
@@ -287,12 +218,10 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall([apart, varied]), evidence)]
 
 
-def figure(data: Sequence[Mapping[str, Any]]) -> Figure:
+def figure(data: Sequence[Result]) -> Figure:
     """Contours of the metric over a plane with the samples on it, a panel for each start.  [Fig. 3.8]
 
-    Filled dots are samples whose projection scores as they do, hollow ones the others.
-
-    data: `landscape` of each start, as JSON holds it.
+    Filled dots are samples whose projection scores as they do, hollow ones the others. data: `landscape` of each start.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -307,28 +236,34 @@ def figure(data: Sequence[Mapping[str, Any]]) -> Figure:
         samples, accurate = numbers(one["samples"]), np.array(one["accurate"], dtype=bool)
         for which, face, label in ((accurate, ORANGE, "scores alike"), (~accurate, "none", "scores otherwise")):
             if which.any():
-                style: dict[str, Any] = {"s": 28, "linewidths": 1, "edgecolors": INK, "zorder": 3}
-                panel.scatter(*samples[which].T, facecolors=face, label=f"sample whose projection {label}", **style)
+                x, y = samples[which].T
+                panel.scatter(x, y, s=28, facecolors=face, edgecolors=INK, linewidths=1, zorder=3,
+                              label=f"sample whose projection {label}")  # fmt: skip
         axis_names = [f"component {i}, {share:.0%} of variance" for i, share in enumerate(one["explained"], start=1)]
         panel.set(xlabel=axis_names[0], ylabel=axis_names[1])
         panel.set_title(f"start {start}, prompted for {shown(metric, one['prompt'])}", fontsize=9)
         panel.grid(False)
-    bar = figure.colorbar(filled, ax=axes, label=words(metric), shrink=0.9)
-    measure(bar.ax.yaxis, metric)
-    named = {label: dot for one in axes for dot, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    bar = figure.colorbar(filled, ax=axes, label=plots.words(metric), shrink=0.9)
+    plots.measure(bar.ax.yaxis, metric)
+    dots = {label: dot for one in axes for dot, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(dots.values(), dots.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 
+def figures(result: Result) -> dict[str, Figure]:
+    return {"fig-3.8": figure(result["landscapes"])}
+
+
 def section(study: Study, result: Result) -> Section:
-    """The landscapes, what they say of the samples, and distances."""
     spreads = result["diversity"]
+    groups = {
+        "noise": "samples of one start",
+        "starts": "samples of different starts",
+        "before": "the starts themselves",
+    }
     rows = [
-        (what, number(spreads[name]["raw"], ".2f"), number(spreads[name]["matched"], ".2f"))
-        for name, what in (
-            ("noise", "samples of one start"), ("starts", "samples of different starts"), ("before", "the starts themselves"),
-        )
-    ]  # fmt: skip
+        (what, *(number(spreads[name][kind], ".2f") for kind in ("raw", "matched"))) for name, what in groups.items()
+    ]
     lands = [
         (i, number(land["start_metric"]), len(land["samples"]), sum(land["accurate"]), len(regions(land)),
          number(land["convex"], ".0%"))
@@ -348,7 +283,4 @@ def section(study: Study, result: Result) -> Section:
     )  # fmt: skip
 
 
-EXPERIMENT = Experiment(
-    name="fig-3.8", order=9, measure=run, verdicts=verdicts, section=section, kept=True, extra=True,
-    figures=lambda result: {"fig-3.8": figure_png(figure(result["landscapes"]))},
-)  # fmt: skip
+EXPERIMENT = Experiment("fig-3.8", 9, measure, section, verdicts, figures, kept=True, extra=True)

@@ -7,7 +7,7 @@ and, since hidden units have no order, both are also given under the best matchi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,19 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 from triptych_common.metrics.bootstrap import Estimate, bootstrap_rate
-from triptych_common.plots import PALETTE, figure_png, legend, numbers, panels
-from triptych_gpt.evaluation.plots import measure, words
+from triptych_common.plots import PALETTE, legend, numbers, panels
+from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import Update
 from triptych_gpt.evaluation.trial import MODEL
 from triptych_gpt.nearest import Nearest, Pool, nearest
 from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.zoo.zoo import Zoo
 
-from triptych_thesis.chapter3.context import Context
-from triptych_thesis.chapter3.naming import named
+from triptych_thesis.chapter3.context import Context, named
 from triptych_thesis.chapter3.sizes import SIZES
 from triptych_thesis.study.estimates import interval, number
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.plots import LINES, distinct
-from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better
 
 CLAIM = "gpt.fig-3.9"
@@ -57,105 +55,71 @@ def nearest_neighbour_scores(
 ) -> list[dict[str, Any]]:
     """Update the initial network of each run to each prompt, and score: four kinds for each prompt, in the prompts' order.
 
-    The update of run r to prompt p draws the noise of index r + p * runs.
-
     Args:
         tolerance: how far from the prompt, in the metric's units, a checkpoint may be and still count as near.
         rows: of the zoo's runs to start from; by default all of the test split.
-        every: searches each k-th training checkpoint only, which favours the run's own, of which all are searched (and may miss
-            checkpoints that retrieval returns).
+        every: searches each k-th training checkpoint only, which favours the run's own, of which all are searched.
         training: rows of the runs that the model was trained on; by default all of the training split.
-
-    Returns rows of `_score`.
     """
     rows = zoo.runs_in("test") if rows is None else rows
-    theta = zoo.theta(rows, [0] * len(rows))
-    start = zoo.metrics(metric)[torch.as_tensor(rows), 0]
-    updated = [
-        update(theta, start, torch.full_like(start, prompt), range(p * len(rows), (p + 1) * len(rows))).detach().cpu()
+    training = zoo.runs_in("train") if training is None else training
+    runs, start = len(rows), zoo.metrics(metric)[torch.as_tensor(rows), 0]
+    theta = zoo.theta(rows, [0] * runs)
+    samples = torch.cat([
+        # The update of run r to prompt p samples the noise of index r + p * runs.
+        update(theta, start, torch.full_like(start, prompt), range(p * runs, (p + 1) * runs)).detach().cpu()
         for p, prompt in enumerate(prompts)
-    ]
-    samples = torch.cat(updated)
+    ])  # fmt: skip
     finite = samples.isfinite().all(1)
     non_finite = (~finite).view(len(prompts), -1).sum(1).tolist()
-    targets = torch.tensor(prompts, dtype=torch.float64).repeat_interleave(len(rows))[finite]
-    repeated = np.tile(np.asarray(rows), len(prompts))[finite.numpy()]
+    targets = torch.tensor(prompts, dtype=torch.float64).repeat_interleave(runs)[finite]
+    run_of = np.tile(np.asarray(rows), len(prompts))[finite.numpy()]
+
+    def search(some: Tensor, of: Int[np.ndarray, " runs"], every: int, matched: bool, near: bool) -> Nearest:
+        """The nearest checkpoint of some runs to some of the finite samples."""
+        pool = Pool.of(zoo, of, every, metric if near else None)
+        options: dict[str, Any] = {"target": targets[some], "tolerance": tolerance} if near else {}
+        return nearest(samples[finite][some], pool, spec if matched else None, **options)
+
     by_prompt: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for matched, near in KINDS:
-        nearest_two = compare(
-            samples[finite], zoo, repeated, spec if matched else None,
-            narrowing=(metric, targets, tolerance) if near else None, every=every, training=training,
-        )  # fmt: skip
+        in_training = search(torch.arange(len(targets)), training, every, matched, near)
+        # To the run's own checkpoints and to training ones, infinite for samples that are not finite.
         distances = torch.full((2, len(samples)), math.inf, dtype=torch.float64)
-        distances[:, finite] = torch.stack([one.distance for one in nearest_two])
+        distances[1, finite] = in_training.distance
+        places = finite.nonzero()[:, 0]
+        for row in np.unique(run_of):
+            here = torch.from_numpy(np.nonzero(run_of == row)[0])
+            distances[0, places[here]] = search(here, np.array([row]), 1, matched, near).distance
         for p, (own, theirs) in enumerate(distances.view(2, len(prompts), -1).unbind(1)):
             kind = {"target": float(prompts[p]), "matched": matched, "near_prompt": near}
-            by_prompt[p].append({**kind, **_score(own, theirs, nearest_two[0].exact, non_finite[p])})
+            by_prompt[p].append({**kind, **_score(own, theirs, in_training.exact, non_finite[p])})
     return [score for scores in by_prompt for score in scores]
 
 
 def _score(
     own: Float[Tensor, " runs"], training: Float[Tensor, " runs"], exact: bool, non_finite: int
 ) -> dict[str, Any]:
-    """One prompt's score from distances to the run's own checkpoints and to the training set's, infinite where not finite.
-
-    "counted" are runs whose sample is finite and that have checkpoints to search in both; "score" is their share that lies nearer
-    to their own with its 95% interval, None where none counts. Distances are medians over them, upper bounds unless "exact".
-    """
-    finite = own.isfinite() & training.isfinite()
+    """One prompt's score from distances to the run's own checkpoints and to the training set's, upper bounds unless `exact`."""
+    finite = own.isfinite() & training.isfinite()  # a sample that is, and checkpoints to search in both
     hits = (own < training)[finite]
+    score, median_own, median_training = None, None, None
+    if len(hits):
+        score = bootstrap_rate(hits)._asdict()
+        median_own, median_training = float(own[finite].median()), float(training[finite].median())
     return {
-        "score": bootstrap_rate(hits)._asdict() if len(hits) else None,
-        "counted": len(hits),
-        "runs": len(own),
-        "non_finite": non_finite,
-        "median_distance_own": float(own[finite].median()) if len(hits) else None,
-        "median_distance_training": float(training[finite].median()) if len(hits) else None,
-        "exact": exact,
-        "own": own,
-        "training": training,
-    }
+        "score": score, "counted": len(hits), "runs": len(own), "non_finite": non_finite, "median_distance_own": median_own,
+        "median_distance_training": median_training, "exact": exact, "own": own, "training": training,
+    }  # fmt: skip
 
 
-def compare(
-    samples: Float[Tensor, "n D"],
-    zoo: Zoo,
-    rows: Int[np.ndarray, " n"],
-    spec: PermutationSpec | None = None,
-    *,
-    narrowing: tuple[str, Tensor, float] | None = None,
-    every: int = 1,
-    training: Int[np.ndarray, " training"] | None = None,
-) -> tuple[Nearest, Nearest]:
-    """The nearest checkpoint of each sample's own run, at `rows[i]`, and the nearest training checkpoint.
-
-    narrowing: (metric, target of each sample, tolerance): only checkpoints with the metric that near are searched.
-
-    Raises ValueError for samples that are not finite.
-    """
-    metric, target, tolerance = narrowing or (None, None, 0.0)
-    pool = Pool.of(zoo, zoo.runs_in("train") if training is None else training, every, metric)
-    in_training = nearest(samples, pool, spec, target=target, tolerance=tolerance)
-    distance, run, checkpoint = (torch.empty_like(values) for values in in_training[:3])
-    own = Nearest(distance, run, checkpoint, in_training.exact)
-    for row in np.unique(rows):
-        here = torch.from_numpy(np.nonzero(rows == row)[0])
-        pool = Pool.of(zoo, np.array([row]), 1, metric)
-        found = nearest(samples[here], pool, spec, target=None if target is None else target[here], tolerance=tolerance)
-        for values, of_run in zip(own[:3], found[:3], strict=True):
-            values[here] = of_run
-    return own, in_training
-
-
-def run(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Scores at prompts from the best to a random network's metric, of the model, of the identity and of retrieval."""
-    trial, amounts = context.trial, context.amounts
-    metric = trial.metric.name
+    trial, amounts, metric = context.trial, context.amounts, context.trial.metric.name
     assert trial.metric.prompts is not None  # a trial's metric has prompts
     low, high = trial.best_prompt, float(trial.zoo.metrics(metric)[:, 0].mean()) * trial.metric.prompts.worst
     prompts = torch.linspace(low, high, amounts.neighbour_prompts, dtype=torch.float64).tolist()
-    tolerance = abs(high - low) / 40
-    rows = trial.zoo.runs_in("test")[: amounts.networks]
+    tolerance, rows = abs(high - low) / 40, trial.zoo.runs_in("test")[: amounts.networks]
     updates = {MODEL: trial.update, **{name: trial.baselines[name] for name in ("identity", "retrieval")}}
     scores = {
         name: nearest_neighbour_scores(
@@ -165,11 +129,11 @@ def run(context: Context) -> dict[str, Any]:
         for name, update in updates.items()
     }  # fmt: skip
     for score in (score for of_update in scores.values() for score in of_update):
-        del score["own"], score["training"]  # every run's distance: the medians are kept
+        del score["own"], score["training"]  # every run's distance: the medians are saved
     return {"metric": metric, "tolerance": tolerance, "scores": scores}
 
 
-def of_kind(scores: Sequence[Mapping[str, Any]], matched: bool, near_prompt: bool) -> list[Mapping[str, Any]]:
+def of_kind(scores: Sequence[Result], matched: bool, near_prompt: bool) -> list[Result]:
     """The scores of one kind, prompt by prompt."""
     return [score for score in scores if (score["matched"], score["near_prompt"]) == (matched, near_prompt)]
 
@@ -177,16 +141,12 @@ def of_kind(scores: Sequence[Mapping[str, Any]], matched: bool, near_prompt: boo
 def verdicts(result: Result) -> list[Verdict]:
     """Whether samples lie nearer to their own run than to the training set at most prompts, and fail at the best ones only.
 
-    The thesis's score: Euclidean distances among all checkpoints. A prompt passes where the score's interval over runs lies above
-    one half, and fails where it lies below. Confirmed: more than half of the prompts pass, and none that fails asks for a worse
-    network than one that passes. Refuted: more than half fail, or one that fails asks for a worse network than one that passes.
-
-    The identity passes at every prompt on this definition, so the stricter scores stand in the evidence: checkpoints near the
-    prompt, hidden units matched.
+    By the thesis's score: Euclidean distances to all checkpoints. The identity passes it at every prompt, so the stricter scores
+    stand in the evidence: checkpoints near the prompt, hidden units matched.
     """
     plain = of_kind(result["scores"][MODEL], False, False)  # prompts run from the best to a random network's metric
-    passed = [_side(score) == CONFIRMED for score in plain]
-    failed = [_side(score) == REFUTED for score in plain]
+    passed, failed = ([_side(score) == side for score in plain] for side in (CONFIRMED, REFUTED))
+    # No prompt that fails may demand a worse network than one that passes.
     late = any(fails and any(passed[:i]) for i, fails in enumerate(failed))
     verdict = CONFIRMED if sum(passed) > len(plain) / 2 else UNDECIDED
     if sum(failed) > len(plain) / 2 or late:
@@ -206,24 +166,21 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, verdict, evidence)]
 
 
-def _side(score: Mapping[str, Any]) -> str:
+def _side(score: Result) -> str:
     """Whether a prompt's score is above one half."""
     return better(score["score"], HALF) if score["score"] else UNDECIDED
 
 
-def figure(data: Mapping[str, Any]) -> Figure:
+def figure(data: Result) -> Figure:
     """Share of unseen runs whose sample lies nearer to its own run than to the training set, against prompts.  [Fig. 3.9]
 
-    Points that are None or not finite are left out. Baselines are drawn broken and thinner, over the others, which they may meet
-    at 0 and 100%.
-
-    Args:
-        data: {"metric", "prompts": [n], "scores": {name: {"value": [n], "low": [n] or None, "high": [n] or None}}, "baselines":
-            the same, optional}; scores are fractions.
+    data: {"metric", "prompts": [n], "scores": {name: {"value": [n], "low": [n] or None, "high": [n] or None}}, "baselines": the
+    same, optional}; scores are fractions, and left out where None or not finite.
     """
     baselines = data.get("baselines") or {}
     figure, (axes,) = panels(size=(7.2, max(3.4, 0.9 + 0.2 * (len(data["scores"]) + len(baselines)))))
     prompts = numbers(data["prompts"])
+    # Baselines are drawn broken and thinner, over the others, which they may meet at 0 and 100%.
     like_scores = distinct(PALETTE[: max(4, len(data["scores"]))], LINES[1:])  # of one kind: in the scores' colours
     for curves, looks, width in ((data["scores"], distinct(), 1.6), (baselines, like_scores, 1.0)):
         for (name, one), look in zip(curves.items(), looks, strict=False):
@@ -233,13 +190,13 @@ def figure(data: Mapping[str, Any]) -> Figure:
             if one.get("low") is not None and one.get("high") is not None:
                 low, high = (100 * numbers(one[end])[seen] for end in ("low", "high"))
                 axes.fill_between(prompts[seen], low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.set(xlabel=f"prompted {words(data['metric'])}", ylabel="nearest-neighbour score (%)", ylim=(0, 100))
-    measure(axes.xaxis, data["metric"])
+    axes.set(xlabel=f"prompted {plots.words(data['metric'])}", ylabel="nearest-neighbour score (%)", ylim=(0, 100))
+    plots.measure(axes.xaxis, data["metric"])
     legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def figures(result: Result) -> dict[str, bytes]:
+def figures(result: Result) -> dict[str, Figure]:
     """One figure: four kinds of score, of the model and of the two baselines."""
     curves: dict[str, dict[str, dict[str, list[Any]]]] = {"scores": {}, "baselines": {}}
     for update, scores in result["scores"].items():
@@ -251,11 +208,10 @@ def figures(result: Result) -> dict[str, bytes]:
             else:
                 curves["baselines"][f"{update}, {words_of_kind}"] = curve
     prompts = [score["target"] for score in of_kind(result["scores"][MODEL], False, False)]
-    return {"fig-3.9": figure_png(figure({"metric": result["metric"], "prompts": prompts, **curves}))}
+    return {"fig-3.9": figure({"metric": result["metric"], "prompts": prompts, **curves})}
 
 
 def section(study: Study, result: Result) -> Section:
-    """The figure, and a row for each update, prompt and kind."""
     rows = [
         (
             update, f"{score['target']:.3g}", KINDS[score["matched"], score["near_prompt"]], interval(score["score"], ".0%"),
@@ -265,20 +221,16 @@ def section(study: Study, result: Result) -> Section:
         for update, scores in result["scores"].items()
         for score in scores
     ]  # fmt: skip
-    header = (
-        "update", "prompt", "searched", "score", "runs that count", "median distance to its own run", "to training runs",
-    )  # fmt: skip
+    distances = ("median distance to its own run", "to training runs")
+    header = ("update", "prompt", "searched", "score", "runs that count", *distances)
     caption = (
         f"Scores by prompt. Near the prompt: checkpoints with {named(result['metric'])} within {result['tolerance']:.2g} of it; a "
         "run counts where both pools have such checkpoints."
     )
+    drawn = "Runs whose sample lies nearer to their own checkpoints than to any training checkpoint"
     return Section(
         "Nearest neighbours (Figure 3.9)",
-        [
-            study.figure(
-                "fig-3.9", "Runs whose sample lies nearer to their own checkpoints than to any training checkpoint"
-            )
-        ],
+        [study.figure("fig-3.9", drawn)],
         [Table(header, rows, caption, folded=True)],
         note="The identity scores 100% on the thesis's own definition. Hence the score is also given for checkpoints near the "
         "prompt alone, and with hidden units matched, since they have no order. Of the training runs every "
@@ -286,6 +238,4 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(
-    name="fig-3.9", order=6, measure=run, verdicts=verdicts, figures=figures, section=section, kept=True, extra=True
-)
+EXPERIMENT = Experiment("fig-3.9", 6, measure, section, verdicts, figures, kept=True, extra=True)

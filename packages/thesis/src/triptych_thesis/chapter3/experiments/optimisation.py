@@ -1,30 +1,24 @@
 """Tuned optimisers over a training run's steps, and when each catches up with one update of G.pt.  [thesis 3.4.1, Fig. 3.4]"""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
-from triptych_common.plots import BLUE, PALETTE, figure_png, legend, numbers, panels, thousands
-from triptych_gpt.evaluation.plots import best_line, measure, words
+from triptych_common.plots import BLUE, PALETTE, legend, numbers, panels, thousands
+from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import starting_metrics
 
-from triptych_thesis.chapter3.context import Context, mean_over_networks
+from triptych_thesis.chapter3.context import Context, mean_over_networks, named
 from triptych_thesis.chapter3.hand_designed import optimise_with_all, spaced_steps
-from triptych_thesis.chapter3.naming import named
 from triptych_thesis.study.estimates import interval, number, quantile
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.plots import distinct
-from triptych_thesis.study.runner import Study
 from triptych_thesis.study.verdicts import NOT_RUN, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
 CLAIM, CLAIMED, THOUSAND = "gpt.fig-3.4", ("SGD", "Adam"), 1000
 
 
-def run(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """Curves of every optimiser, and the level that one update of the same networks reaches."""
-    trial, n = context.trial, context.amounts.baseline_networks
-    metric = trial.metric.name
+    trial, n, metric = context.trial, context.amounts.baseline_networks, context.trial.metric.name
     test, tuning = trial.starts("test", n), trial.starts("validation", n)
     start = starting_metrics(trial.task, test, trial.metric)
     level = mean_over_networks(trial.prompted(test, start).metrics[metric])
@@ -37,24 +31,15 @@ def run(context: Context) -> dict[str, Any]:
         curves.append({**shown, "caught_up": step, "not_yet_after": after, "at_edge": at_edge})
     return {
         "metric": metric, "better": trial.metric.better, "networks": n, "prompt": trial.best_prompt,
-        "start": float(start[metric].mean()),
-        "one_step": level, "trained_best": trial.trained_best[metric], "curves": curves, "budget": steps[-1],
+        "start": float(start[metric].mean()), "one_step": level, "trained_best": trial.trained_best[metric],
+        "curves": curves, "budget": steps[-1],
     }  # fmt: skip
 
 
 def verdicts(result: Result) -> list[Verdict]:
     """Whether SGD and Adam need thousands of steps to equal one update, and end up better.
 
-    An optimiser is compared with the update at every scored step, at the grid point that is best after exactly so many steps,
-    which favours it; both means have 95% intervals over networks by Student's t.
-
-    - Late: confirmed where the update is wholly better than the optimiser at every scored step below 1,000, refuted where the
-      optimiser is wholly better at one of them. Training runs of fewer than 1,000 steps cannot show thousands: there only an
-      optimiser that is wholly better after its first step refutes the claim, and nothing confirms it.
-    - Better in the end: confirmed where the optimiser is wholly better after the last step. "Given enough iterations" is refuted
-      by no number of steps.
-
-    The claim is confirmed where both parts are for both optimisers, and refuted where a part is for one.
+    An optimiser is compared at every scored step, at the grid point that is best after exactly so many steps, which favours it.
     """
     level, curves = result["one_step"], {curve["optimizer"]: curve for curve in result["curves"]}
     metric = named(result["metric"])
@@ -75,24 +60,26 @@ def verdicts(result: Result) -> list[Verdict]:
     return [Verdict(CLAIM, overall(parts), evidence, why)]
 
 
-def _reach(curve: Mapping[str, Any], result: Result) -> str:
+def _reach(curve: Result, result: Result) -> str:
     return f"{curve['caught_up']:,}" if curve["caught_up"] else f"more than {result['budget']:,}"
 
 
-def _late(curve: Mapping[str, Any], result: Result) -> str:
+def _late(curve: Result, result: Result) -> str:
+    """Whether the update is better than the optimiser at every scored step below 1,000."""
     steps = [i for i, step in enumerate(curve["steps"]) if step < THOUSAND]
     compared = [better(result["one_step"], _at(curve, i), result["better"]) for i in steps]
     if result["budget"] < THOUSAND:
+        # So few steps cannot show thousands: only an optimiser that is better after its first step refutes the claim.
         return REFUTED if compared[:1] == [REFUTED] else UNDECIDED
     return overall(compared)
 
 
-def _ends_better(curve: Mapping[str, Any], result: Result) -> str:
+def _ends_better(curve: Result, result: Result) -> str:
     ahead = better(_at(curve, -1), result["one_step"], result["better"])
-    return UNDECIDED if ahead == REFUTED else ahead
+    return UNDECIDED if ahead == REFUTED else ahead  # no number of steps refutes "given enough iterations"
 
 
-def _at(curve: Mapping[str, Any], i: int) -> dict[str, float | None]:
+def _at(curve: Result, i: int) -> dict[str, float | None]:
     """The mean after step i with its interval over networks; without one where it is not finite."""
     mean, error = curve["envelope"]["mean"][i], curve["envelope"]["standard_error"][i]
     if mean is None or error is None:
@@ -101,14 +88,11 @@ def _at(curve: Mapping[str, Any], i: int) -> dict[str, float | None]:
     return {"low": mean - margin, "high": mean + margin}
 
 
-def figure(data: Mapping[str, Any]) -> Figure:
-    """Optimisers over many steps, with the level that one update of the model reaches.  [Fig. 3.4]
+def figure(data: Result) -> Figure:
+    """Optimisers over many steps, with standard errors, and the level that one update of the model reaches.  [Fig. 3.4]
 
-    Drawn is the mean at the grid point that is best at each step, with its standard error.
-
-    Args:
-        data: {"metric", "start": mean before any step, "one_step": {"mean", "low", "high"}, "trained_best": or None, "curves":
-            of each optimiser `hand_designed.Curve.as_dict()` with "caught_up": the step at which it equals the model, or None}.
+    data: {"metric", "start": mean before any step, "one_step": {"mean", "low", "high"}, "trained_best": or None, "curves": of each
+    optimiser `hand_designed.Curve.as_dict()` with "caught_up": the step at which it equals the model, or None}.
     """
     figure, (axes,) = panels()
     metric, level, lowest = data["metric"], data["one_step"], data["start"]
@@ -124,19 +108,18 @@ def figure(data: Mapping[str, Any]) -> Figure:
         axes.axhline(level["mean"], color=BLUE, linewidth=2, label="one update of G.pt")
     if level.get("low") is not None:
         axes.axhspan(level["low"], level["high"], color=BLUE, alpha=0.15, linewidth=0)
-    best_line(axes, data.get("trained_best"))
+    plots.best_line(axes, data.get("trained_best"))
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
     if 0 < lowest < data["start"] / 5:
         axes.set_yscale("log")
-    axes.set(xlabel="optimiser steps", ylabel=words(metric), xlim=(0, None))
+    axes.set(xlabel="optimiser steps", ylabel=plots.words(metric), xlim=(0, None))
     axes.xaxis.set_major_formatter(thousands)
-    measure(axes.yaxis, metric)
+    plots.measure(axes.yaxis, metric)
     legend(axes, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def section(study: Study, result: Result) -> Section:
-    """The curves, and where each ends."""
     rows = [
         (curve["optimizer"], _reach(curve, result), number(curve["envelope"]["mean"][-1]),
          f"{curve['tuned']['learning_rate']:g}" + (" (largest of the grid)" if curve["at_edge"] else ""))
@@ -157,7 +140,8 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(
-    name="fig-3.4", order=3, measure=run, verdicts=verdicts, section=section, kept=True,
-    figures=lambda result: {"fig-3.4": figure_png(figure(result))},
-)  # fmt: skip
+def figures(result: Result) -> dict[str, Figure]:
+    return {"fig-3.4": figure(result)}
+
+
+EXPERIMENT = Experiment("fig-3.4", 3, measure, section, verdicts, figures, kept=True)

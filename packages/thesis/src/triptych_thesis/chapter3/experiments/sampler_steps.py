@@ -1,28 +1,26 @@
 """Prompt alignment against denoising steps, for each sampler, on validation networks."""
 
-from typing import Any
-
-from triptych_common.plots import figure_png
+from matplotlib.figure import Figure
 from triptych_gpt.evaluation.plots import quality
 from triptych_gpt.evaluation.trial import quality_against_sampler_steps
 
-from triptych_thesis.chapter3.context import Context
-from triptych_thesis.chapter3.naming import named
+from triptych_thesis.chapter3.context import Context, named
 from triptych_thesis.study.estimates import interval
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.runner import Study
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 
 
-def run(context: Context) -> dict[str, Any]:
+def measure(context: Context) -> Result:
     """A row for each sampler and number of steps."""
-    amounts = context.amounts
-    return quality_against_sampler_steps(
-        context.trial, amounts.sampler_steps, networks=amounts.networks, prompts=amounts.prompts
-    )
+    amounts, trial = context.amounts, context.trial
+    steps = amounts.sampler_steps
+    return quality_against_sampler_steps(trial, steps, networks=amounts.networks, prompts=amounts.prompts)
+
+
+def figures(result: Result) -> dict[str, Figure]:
+    return {"sampler-steps": quality(result["rows"])}
 
 
 def section(study: Study, result: Result) -> Section:
-    """The figure, and its numbers."""
     rows = [
         (row["sampler"], row["model_evaluations"], interval(row["alignment"]["r2"], ".3f"),
          interval(row["alignment"]["achieved_at_best"], ".3f"))
@@ -38,7 +36,4 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(
-    name="sampler-steps", order=10, measure=run, section=section, kept=True, extra=True,
-    figures=lambda result: {"sampler-steps": figure_png(quality(result["rows"]))},
-)  # fmt: skip
+EXPERIMENT = Experiment("sampler-steps", 10, measure, section, figures=figures, kept=True, extra=True)

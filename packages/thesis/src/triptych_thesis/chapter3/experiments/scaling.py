@@ -1,13 +1,13 @@
 """Further trained models: prompt alignment against scale (Fig. 3.7), and the ablations of thesis 3.4.6."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from triptych_common.plots import BLUE, ORANGE, figure_png, intervals, legend, panels, thousands
+from triptych_common.plots import BLUE, ORANGE, intervals, legend, panels, thousands
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.run import differences
 from triptych_gpt.evaluation.alignment import prompt_alignment
@@ -21,22 +21,18 @@ from triptych_gpt.zoo.zoo import Zoo
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.sizes import Amounts
 from triptych_thesis.study.estimates import interval
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
-from triptych_thesis.study.runner import Study
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
 CLAIM = "gpt.fig-3.7"
 PANELS = (("parameters of G.pt", "width", "parameters"), ("training runs", "runs", "training_runs"))
-LOOKS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("points", "unseen networks", {"color": BLUE, "marker": "o", "linestyle": "-"}),
-    ("train", "training networks", {"color": ORANGE, "marker": "s", "linestyle": "--"}),
-)
+LOOKS = (("points", "unseen networks", BLUE, "o-"), ("train", "training networks", ORANGE, "s--"))
 FLAT_FROM = 25_000  # training runs of 200 checkpoints: the thesis's 5 million checkpoints
 
 
 @dataclass(frozen=True)
 class FurtherModel:
-    """A variant to train as `config` says and to measure, a unit of work."""
+    """A variant to train and to measure, a unit of work."""
 
     config: GptTrainConfig
     settings: SamplerSettings
@@ -60,7 +56,7 @@ class FurtherModel:
         return self.path.exists() and bool(self.row())
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What decides the row."""
         evaluation = {"networks": self.amounts.networks, "prompts": self.amounts.prompts}
         return json.loads(json.dumps({"train": self.config.identity(), "sampler": asdict(self.settings), **evaluation}))
@@ -70,36 +66,34 @@ class FurtherModel:
         train(self.config)
         trial = Trial(load(self.config.out), Zoo(self.config.zoo), self.settings, self.config.seed)
         alignments = {}
+        prompts, best = self.amounts.prompts, trial.trained_best
         for split, name, held in (
             ("test", "unseen", trial.zoo.splits["test"]),
             ("train", "train", len(trial.training)),
         ):
             theta = trial.starts(split, min(self.amounts.networks, held))
             alignment = prompt_alignment(
-                trial.update, trial.task, trial.metric, theta, prompts=self.amounts.prompts, trained_best=trial.trained_best
-            )  # fmt: skip
+                trial.update, trial.task, trial.metric, theta, prompts=prompts, trained_best=best
+            )
             alignments[name] = alignment.r2._asdict()
             alignments[f"{name}_at_best"] = alignment.achieved_at_best._asdict()
-        row = {
-            "parameters": sum(p.numel() for p in trial.trained.model.parameters()),
-            "training_runs": len(trial.training),
-            "pairs": self.config.total_pairs,
-            **alignments,
-        }
-        write_json(self.path, {"row": row, "asked": self.asked})
+        parameters = sum(p.numel() for p in trial.trained.model.parameters())
+        sizes = {"parameters": parameters, "training_runs": len(trial.training), "pairs": self.config.total_pairs}
+        row = {**sizes, **alignments}
+        write_json(self.path, {"row": row, "asked": self.identity})  # its name in files of earlier versions
 
     def row(self) -> dict[str, Any]:
         """The alignment as it was measured. Raises ValueError where it was measured with other settings."""
         known = json.loads(self.path.read_text())
-        if changed := differences(known["asked"], self.asked):
+        if changed := differences(known["asked"], self.identity):
             raise ValueError(f"{self.path}: measured with {changed}; delete {self.config.out}, or use another --out")
         return known["row"]
 
 
 def further_models(context: Context) -> dict[str, dict[str, FurtherModel]]:
     """The models to compare, by comparison and variant, each in a folder of its own below "study"."""
-    if context.training is None or context.variants is None or context.folder is None:
-        raise ValueError("further models are compared by `triptych reproduce ch3` only")
+    # `triptych figures`, whose context has none of these, does not offer this experiment.
+    assert context.training is not None and context.variants is not None and context.folder is not None  # noqa: PT018
     known: dict[GptTrainConfig, FurtherModel] = {}
     models: dict[str, dict[str, FurtherModel]] = {}
     for comparison, variants in context.variants.configs(context.training, Zoo(context.zoo).checkpoints).items():
@@ -111,49 +105,33 @@ def further_models(context: Context) -> dict[str, dict[str, FurtherModel]]:
     return models
 
 
-def needs(context: Context) -> Sequence[FurtherModel]:
-    """Every model once."""
-    every = [model for variants in further_models(context).values() for model in variants.values()]
-    return list({model.config.out: model for model in every}.values())
+def needs(context: Context) -> list[FurtherModel]:
+    return [model for variants in further_models(context).values() for model in variants.values()]
 
 
-def run(context: Context) -> dict[str, Any]:
-    """For each comparison a row a variant, and the panels of Fig. 3.7 made of them."""
-    rows = {
-        comparison: [{"name": name, "folder": f"study/{one.title}", **one.row()} for name, one in variants.items()]
-        for comparison, variants in further_models(context).items()
+def measure(context: Context) -> Result:
+    """For each comparison a row a variant, and the panels of Fig. 3.7 made of them: alignment on unseen and training runs."""
+    variants = {
+        comparison: [{"name": name, "folder": f"study/{one.title}", **one.row()} for name, one in models.items()]
+        for comparison, models in further_models(context).items()
     }
-    return {**scaling(rows), "variants": rows}
 
-
-def scaling(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Fig. 3.7 as its figure takes it: alignment on unseen and on training runs against parameters, and against runs."""
-
-    def points(name: str, x: str, split: str) -> list[dict[str, Any]]:
-        shown = [(row[x], row[split]) for row in results[name]]
+    def points(comparison: str, x: str, split: str) -> list[dict[str, Any]]:
+        shown = [(row[x], row[split]) for row in variants[comparison]]
         return [{"x": at, "r2": r2["value"], "low": r2["low"], "high": r2["high"]} for at, r2 in shown]
 
-    return {
-        "panels": [
-            {"label": label, "points": points(name, x, "unseen"), "train": points(name, x, "train")}
-            for label, name, x in PANELS
-        ]
-    }
+    drawn = [
+        {"label": label, "points": points(comparison, x, "unseen"), "train": points(comparison, x, "train")}
+        for label, comparison, x in PANELS
+    ]
+    return {"panels": drawn, "variants": variants}
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """Whether alignment on unseen runs rises with the size of G.pt and of its data, and flattens at last.
-
-    - Rises, for each panel: confirmed where the interval of the largest lies wholly above that of the smallest, refuted where it
-      lies wholly below that of any smaller one. Data rise up to 25,000 runs of 200 checkpoints, the thesis's 5 million.
-    - Flattens: of runs from there on, confirmed where the largest is not wholly above the first; refuted where it is; undecided
-      where fewer than two numbers of runs are that large.
-
-    Every variant stands beside its alignment on its own training runs, and beside the -2.7 of a model that changes nothing.
-    """
+    """Whether alignment on unseen runs rises with the size of G.pt and of its data, and flattens at last."""
     size, data = (panel["points"] for panel in result["panels"])
     large = [point for point in data if point["x"] >= FLAT_FROM]
-    flat = UNDECIDED
+    flat = UNDECIDED  # of the runs from there on, the largest must not be wholly above the first
     if len(large) > 1:
         flat = REFUTED if better(large[-1], large[0]) == CONFIRMED else CONFIRMED
     rising = [point for point in data if point["x"] <= FLAT_FROM] if large else data
@@ -163,39 +141,36 @@ def verdicts(result: Result) -> list[Verdict]:
         what = f"R² on unseen runs with {last['x']:,} {panel['label']}"
         beside = f"{interval(first, '.3f', 'r2')} with {first['x']:,}"
         others = [f"{interval(panel['train'][-1], '.3f', 'r2')} on its training runs", "-2.7 of the identity"]
-        evidence.append(
-            Evidence(what, interval(last, ".3f", "r2"), "random G.pt about -2.7, at best 1", beside, others)
-        )
-    why = "" if len(large) > 1 else f"flattening beyond {FLAT_FROM:,} training runs was not put to the test"
+        thesis = "random G.pt about -2.7, at best 1"
+        evidence.append(Evidence(what, interval(last, ".3f", "r2"), thesis, beside, others))
+    why = "" if len(large) > 1 else f"flattening beyond {FLAT_FROM:,} training runs was not tested"
     return [Verdict(CLAIM, overall([_rises(size), _rises(rising), flat]), evidence, why)]
 
 
-def _rises(points: Sequence[Mapping[str, Any]]) -> str:
+def _rises(points: Sequence[Result]) -> str:
+    """Whether the largest is wholly above the smallest, and wholly below none."""
     if any(better(point, points[-1]) == CONFIRMED for point in points[:-1]):
         return REFUTED
     return CONFIRMED if better(points[-1], points[0]) == CONFIRMED else UNDECIDED
 
 
-def figure(data: Sequence[Mapping[str, Any]]) -> Figure:
+def figure(data: Sequence[Result]) -> Figure:
     """Prompt alignment against scale, a panel for each thing scaled.  [Fig. 3.7]
 
-    Args:
-        data: [{"label": what is scaled, "points": [{"x", "r2", "low", "high"}], "train": the same on training runs, optional}],
-            points in order of x.
+    data: [{"label": what is scaled, "points": [{"x", "r2", "low", "high"}], "train": the same on training runs, optional}], points
+    in order of x.
     """
     figure, axes = panels(len(data), size=(4.2 * len(data), 3.3))
     for one, panel in zip(data, axes, strict=True):
-        for key, name, style in LOOKS:
-            points = [point for point in one.get(key) or [] if point["r2"] is not None]
-            if points:
+        for key, name, color, style in LOOKS:
+            if points := [point for point in one.get(key, []) if point["r2"] is not None]:
                 x, y = ([point[axis] for point in points] for axis in ("x", "r2"))
-                panel.errorbar(
-                    x, y, intervals(points, "r2"), label=name, capsize=2, markersize=4, linewidth=1.2, **style
-                )
+                panel.errorbar(x, y, intervals(points, "r2"), fmt=style, color=color, label=name, capsize=2, markersize=4,
+                               linewidth=1.2)  # fmt: skip
         panel.set(xscale="log", xlabel=one["label"])
         panel.xaxis.set_major_formatter(thousands)
         panel.xaxis.set_minor_formatter("")
-        if all(len(one.get("points") or []) <= 8 for one in data):
+        if all(len(one["points"]) <= 8 for one in data):
             panel.set_xticks([float(point["x"]) for point in one["points"]])
         bottom, _ = panel.get_ylim()
         panel.set(ylim=(max(min(bottom, 0), -3.2), 1.02))
@@ -206,7 +181,6 @@ def figure(data: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def section(study: Study, result: Result) -> Section:
-    """The two panels, and a row for every variant of every comparison."""
     rows = [
         (comparison, row["name"], f"{row['parameters']:,}", f"{row['training_runs']:,}", interval(row["unseen"], ".3f"),
          interval(row["train"], ".3f"), interval(row["unseen_at_best"], ".3f"))
@@ -214,9 +188,8 @@ def section(study: Study, result: Result) -> Section:
         for row in variants
     ]  # fmt: skip
     pairs = next(iter(result["variants"].values()))[0]["pairs"]
-    header = (
-        "comparison", "variant", "parameters", "training runs", "R², unseen runs", "R², training runs", "at the best prompt",
-    )  # fmt: skip
+    r2 = ("R², unseen runs", "R², training runs", "at the best prompt")
+    header = ("comparison", "variant", "parameters", "training runs", *r2)
     return Section(
         "Scaling and ablations (Figure 3.7)",
         [study.figure("fig-3.7", "Prompt alignment on unseen and on training runs")],
@@ -224,7 +197,8 @@ def section(study: Study, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(
-    name="fig-3.7", order=11, measure=run, needs=needs, verdicts=verdicts, section=section, extra=True,
-    figures=lambda result: {"fig-3.7": figure_png(figure(result["panels"]))},
-)  # fmt: skip
+def figures(result: Result) -> dict[str, Figure]:
+    return {"fig-3.7": figure(result["panels"])}
+
+
+EXPERIMENT = Experiment("fig-3.7", 11, measure, section, verdicts, figures, needs, extra=True)

@@ -6,14 +6,18 @@ from triptych_thesis.chapter4.alignment_scores import AT
 from triptych_thesis.chapter4.context import ONE, Context
 from triptych_thesis.chapter4.sizes import COMPLETE, FIRST_ROWS, LEARNED, LPIPS_ROWS, REMAINING_ROWS, TABLE_4_3
 from triptych_thesis.study.estimates import interval
-from triptych_thesis.study.experiment import Experiment, Result, Section, Table
+from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict
 
 COLLAPSED = ("c fixed at the mean", "no style mixing", "c unconstrained")  # to less than half of the complete method
 
 
-def measure(context: Context) -> dict[str, Any]:
-    """Scores of every row that was asked for, now or before."""
+def needs(context: Context) -> list[Any]:
+    return [context.training(row) for row in context.rows if not context.was_scored(row)]
+
+
+def measure(context: Context) -> Result:
+    """Scores of every row that the options select, now or before."""
     return {
         "rows": {row: context.row_scores(row) for row in context.rows},
         "ablation_images": context.size.ablation_images,
@@ -35,46 +39,36 @@ def verdicts(result: Result) -> list[Verdict]:
     for row, found in score.items():
         if row in (COMPLETE, LEARNED, *LPIPS_ROWS):
             continue
-        collapsed, standing = found["high"] < whole["low"] / 2, found["low"] > whole["high"] / 2
-        expected = row in COLLAPSED
-        if standing if expected else collapsed:
+        as_expected, contrary = found["low"] > whole["high"] / 2, found["high"] < whole["low"] / 2
+        if row in COLLAPSED:
+            as_expected, contrary = contrary, as_expected
+        if contrary:
             wrong.append(row)
-        elif not (collapsed if expected else standing):
+        elif not as_expected:
             unclear.append(row)
-    images, complete_images = result["ablation_images"], result["complete_images"]
-    open_questions = [
-        f"rows of {images:,} images, one seed, where the complete method takes {complete_images:,}"
-    ] * (images < complete_images)  # fmt: skip
-    open_questions += [f"not run: {', '.join(missing)}"] * bool(missing)
+    images, complete = result["ablation_images"], result["complete_images"]
+    short = f"rows of {images:,} images, one seed, where the complete method takes {complete:,}"
+    open_questions = [short] * (images < complete) + [f"not run: {', '.join(missing)}"] * bool(missing)
     why = [f"against the thesis: {', '.join(wrong)}"] * bool(wrong)
     why += [f"undecided for {'; '.join(open_questions)}"] * bool(open_questions)
     verdict = UNDECIDED if open_questions else REFUTED if wrong else UNDECIDED if unclear else CONFIRMED
-    collapsing = [f"{row} {interval(score[row])}" for row in COLLAPSED if row in score]
+    collapsing = ", ".join(f"{row} {interval(score[row])}" for row in COLLAPSED if row in score)
+    what = f"PCK@0.1 of one digit, {images:,} images a row, {COMPLETE}"
     evidence = [
-        Evidence(
-            f"PCK@0.1 of one digit, {images:,} images a row, {row}" if row == COMPLETE else row,
-            interval(found),
-            TABLE_4_3[row],
-            beside=", ".join(collapsing) if row == COMPLETE else "",
-        )
+        Evidence(what, interval(found), TABLE_4_3[row], collapsing)
+        if row == COMPLETE
+        else Evidence(row, interval(found), TABLE_4_3[row])
         for row, found in score.items()
     ]
     return [Verdict("gangealing.table-4.3", verdict, evidence, "; ".join(why))]
 
 
-def section(study: Any, result: Result) -> Section:
-    """The table, with the thesis's numbers beside ours."""
+def section(study: Study, result: Result) -> Section:
     rows = [
-        [
-            row,
-            TABLE_4_3[row] or "(its complete row)",
-            interval(scores["pck"][AT]),
-            interval(scores["pose"]["rotation_deg"]),
-        ]
+        [row, TABLE_4_3[row] or "(its complete row)", interval(scores["pck"][AT]), interval(scores["pose"]["rotation_deg"])]
         for row, scores in result["rows"].items()
-    ]
-    left = [row for row in REMAINING_ROWS if row not in result["rows"]]
-    lpips = [row for row in LPIPS_ROWS if row not in result["rows"]]
+    ]  # fmt: skip
+    left, lpips = ([row for row in rows if row not in result["rows"]] for rows in (REMAINING_ROWS, LPIPS_ROWS))
     why = [f"Not run: {'; '.join(left)} (--all)."] * bool(left)
     why += [f"Not run: {'; '.join(lpips)}: no VGG weights were given (--lpips-weights)."] * bool(lpips)
     header = ["ablation", "thesis: PCK@0.1, SPair cats", "ours: PCK@0.1, digits", "ours: rotation, degrees"]
@@ -86,11 +80,4 @@ def section(study: Any, result: Result) -> Section:
     )
 
 
-EXPERIMENT = Experiment(
-    name="ablations",
-    order=4.0,
-    needs=lambda context: [context.training(row) for row in context.rows if not context.was_scored(row)],
-    measure=measure,
-    verdicts=verdicts,
-    section=section,
-)
+EXPERIMENT = Experiment("ablations", 4, measure, section, verdicts, needs=needs)
