@@ -425,7 +425,7 @@ def test_one_average_for_each_cluster_there_is(tmp_path, folder):
         "0.5",
     )
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["average-2.png"]  # all are of cluster 2
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["average-2.png"]  # all are of cluster 2
     assert load_aligner(tmp_path).clusters(torch.zeros(2, 3, 16, 16)).tolist() == [2, 2]
 
 
@@ -511,7 +511,9 @@ def test_bad_input_gets_one_line(tmp_path, folder):
     fails_with(command("align", *use, "--aligner", tmp_path / "empty"), "aligner.safetensors: no such file")
     fails_with(command("align", *use, "--limit", "0"), "limit 0: expected at least 1", 2)
     fails_with(
-        command("propagate", *use, "--out", tmp_path, "--images", tmp_path / "pictures", "--edit", folder / "a.png"),
+        command(
+            "propagate", *use, "--out", tmp_path, "--overwrite", "--images", tmp_path / "pictures", "--edit", folder / "a.png"
+        ),
         "would overwrite",
     )
     fails_with(command("average", *use, "--keep", "0"), "keep 0.0: expected a share above 0, at most 1", 2)

@@ -38,7 +38,7 @@ def evaluate(place: Path, out: Path, *options: object) -> subprocess.CompletedPr
 
 
 def test_it_writes_strict_json_and_figures(evaluated):
-    assert {path.stem for path in evaluated.glob("*.json")} == {"alignment", "sampler-steps-1-2", "config"}
+    assert {path.stem for path in evaluated.glob("[!.]*.json")} == {"alignment", "sampler-steps-1-2", "config"}
     for name in ("alignment", "sampler-steps-1-2"):
         written = strict_json((evaluated / f"{name}.json").read_text())
         assert written["result"]
@@ -69,10 +69,10 @@ def test_results_are_those_of_the_model_and_the_zoo(evaluated, place):
 
 def test_repeating_measures_only_what_is_missing(evaluated, place):
     (evaluated / "sampler-steps-1-2.json").unlink()
-    before = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("*.json")}
+    before = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("[!.]*.json")}
     done = evaluate(place, evaluated, "--sampler-steps", "1", "2")
     assert done.returncode == 0, done.stderr
-    after = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("*.json")}
+    after = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("[!.]*.json")}
     assert after.pop("sampler-steps-1-2.json")
     assert after == before
     fails_with(evaluate(place, evaluated, "--seed", "1"), "seed=0 (now 1)")
@@ -139,7 +139,7 @@ def test_bad_input_is_one_clear_line(place, tmp_path, monkeypatch, options, stat
 
 def test_a_model_whose_updates_are_not_finite_is_evaluated_and_not_audited(place, tmp_path):
     tensors, facts = checkpoint.read(place / "gpt" / FILE_NAME)
-    wild = {name: torch.full_like(value, torch.nan) if "norm_out" in name else value for name, value in tensors.items()}
+    wild = {name: torch.full_like(value, 3e38) if "norm_out" in name else value for name, value in tensors.items()}
     write_model(tmp_path / "gpt" / FILE_NAME, load(place / "gpt").model.config, wild, facts)
     options = ["--model", tmp_path / "gpt", "--zoo", place / "zoo", "--out", tmp_path / "out"]
     done = command("evaluate", *options, *FEW)

@@ -14,9 +14,9 @@ from triptych_gpt.zoo.inspect import ExportConfig, InfoConfig, VerifyConfig, exp
 from triptych_gpt.zoo.store import CohortData, Manifest
 
 COMMANDS = {
-    "info": Command("", InfoConfig, info),
-    "verify": Command("", VerifyConfig, verify),
-    "export": Command("", ExportConfig, export),
+    "info": Command("", InfoConfig, info, writes="nothing"),
+    "verify": Command("", VerifyConfig, verify, writes="nothing"),
+    "export": Command("", ExportConfig, export, writes="file"),
 }
 CHECKPOINTS = 5
 

@@ -272,14 +272,14 @@ def test_an_unreadable_file_is_one_line_where_it_is_first_read(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda text: text[: len(text) // 2], "truncated or not JSON"),
-        (lambda text: "[1, 2]", "not the manifest of a checkpoint zoo"),
+        (lambda text: text[: len(text) // 2], "not JSON"),
+        (lambda text: "[1, 2]", "input should be an object"),
         (lambda text: '{"kind": "latent cache", "format": 1}', "not the manifest of a checkpoint zoo"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "format 2, this version reads 1"),
         (lambda text: text.replace('"task": "tiny"', '"task": "tinY"'), "altered since it was written"),
         (lambda text: text.replace('"first": 6', '"first": 7'), "altered since it was written"),
         (lambda text: text.replace('"shards"', '"shard"'), "altered since it was written"),
-        (lambda text: "\x00" * len(text), "truncated or not JSON"),
+        (lambda text: "\x00" * len(text), "not JSON"),
     ],
 )
 def test_a_manifest_that_is_not_as_written_is_one_line(folder, spoil, message):
@@ -301,7 +301,7 @@ def test_a_folder_without_a_zoo_is_one_line(tmp_path):
     [
         ({"checkpoints": 1}, "checkpoints 1: expected at least 2"),
         ({"dtype": "float16"}, "dtype 'float16': expected one of float32, bfloat16"),
-        ({"metrics": {"loss": "down"}}, "metric loss: better 'down'"),
+        ({"metrics": {"loss": "down"}}, "metrics.loss: 'down': input should be 'lower' or 'higher'"),
         ({"shards": []}, "fact 'shards': the manifest's own name"),
     ],
 )

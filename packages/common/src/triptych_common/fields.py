@@ -31,7 +31,7 @@ class Constraint:
         """What was expected instead of `value`, for an error."""
         raise NotImplementedError
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """The protocol by which pydantic takes a constraint of another library's from `Annotated`."""
         from pydantic import AfterValidator
 

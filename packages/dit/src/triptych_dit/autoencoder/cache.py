@@ -23,7 +23,7 @@ from triptych_common.storage import checkpoint
 from triptych_common.storage.atomic import write_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.schema import FileName, check, open_ended, parse, read_json, recorded_command
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from triptych_dit.autoencoder.model import scaled_sample
 
@@ -211,7 +211,6 @@ class _State(TypedDict):
 @open_ended
 class _Source(TypedDict):
     spec: str
-    images: Annotated[int, Ge(0)]
     class_names: list[str]
 
 
@@ -229,14 +228,19 @@ class _Manifest(TypedDict):
     source: _Source
     latent_shape: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
     flips: bool
-    lossy: bool
+    lossy: NotRequired[bool]
     shards: list[_Shard]
+
+
+@open_ended
+class _Counted(TypedDict):
+    images: Annotated[int, Ge(0)]
 
 
 @open_ended
 class _Request(TypedDict):
     autoencoder: dict[str, Any]
-    source: _Source
+    source: _Counted
     shard_size: Annotated[int, Ge(1)]
 
 
