@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 
 from benchmarks.compare import compare, read_result, regressed, report
 

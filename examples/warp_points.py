@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from triptych_common.images import to_uint8
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 from triptych_gangealing import Warp, load_generator
 from triptych_gangealing.correspondence import matches_figure
 from triptych_gangealing.warp import Affine, Flow, centres, to_pixels

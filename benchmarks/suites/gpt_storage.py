@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_common.storage.provenance import provenance
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.tasks import TASKS, Cohort, SupervisedTask

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 
 from benchmarks.compare import compare, read_result, regressed, report
 

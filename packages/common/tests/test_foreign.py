@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from triptych_common.storage import foreign
-from triptych_common.storage.atomic import new_folder
+from triptych_common.storage.files import new_folder
 
 
 class Malicious:

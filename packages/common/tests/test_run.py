@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.files import write_bytes, write_json
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory, flatten
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from triptych_common import testing
 from triptych_common.data import ImageFolder, open_source
 from triptych_common.storage import checkpoint
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_common.testing import run_torchrun
 from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache, shard_path, write_manifest, write_shard
 from triptych_dit.autoencoder.encode import EncodeConfig, encode, preview

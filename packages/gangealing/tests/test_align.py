@@ -512,7 +512,15 @@ def test_bad_input_gets_one_line(tmp_path, folder):
     fails_with(command("align", *use, "--limit", "0"), "limit 0: expected at least 1", 2)
     fails_with(
         command(
-            "propagate", *use, "--out", tmp_path, "--overwrite", "--images", tmp_path / "pictures", "--edit", folder / "a.png"
+            "propagate",
+            *use,
+            "--out",
+            tmp_path,
+            "--overwrite",
+            "--images",
+            tmp_path / "pictures",
+            "--edit",
+            folder / "a.png",
         ),
         "would overwrite",
     )

@@ -323,7 +323,9 @@ def facts_of(gpt: TrainedGpt, **changes: object) -> dict[str, object]:
 
 
 def test_networks_that_are_not_finite_are_never_written(gpt, network, tmp_path):
-    tensors = {name: value * 0 + 3e38 for name, value in gpt.model.state_dict().items()}  # finite, unlike what they give
+    tensors = {
+        name: value * 0 + 3e38 for name, value in gpt.model.state_dict().items()
+    }  # finite, unlike what they give
     write_model(tmp_path / "model.safetensors", gpt.model.config, tensors, facts_of(gpt))
     words = ["prompt", "--checkpoint", network, "--target", "test_loss=2", "--model", tmp_path, *FEW]
     done = command(*words, "--recursive", "2", "--samples", "2", "--out", tmp_path / "new", "--json")
@@ -471,7 +473,14 @@ def test_a_released_model_becomes_a_model_file(tmp_path, monkeypatch):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
     torch.save({"G_ema": export_released(made)}, tmp_path / "best.pt")
     done = command(
-        "convert", "--checkpoint", tmp_path / "best.pt", "--released", "tiny_loss", "--out", tmp_path / "model", "--json"
+        "convert",
+        "--checkpoint",
+        tmp_path / "best.pt",
+        "--released",
+        "tiny_loss",
+        "--out",
+        tmp_path / "model",
+        "--json",
     )
     assert done.returncode == 0, done.stderr
     again = load(json.loads(done.stdout)["model"])

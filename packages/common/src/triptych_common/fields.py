@@ -14,7 +14,7 @@ A subclass that declares a field again, for another default or help text, keeps 
 import operator
 import types
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from inspect import get_annotations
@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 
 class Constraint:
-    """What a value must satisfy; within `Annotated` it also holds for the types that `storage.schema` reads."""
+    """What a value must satisfy; within `Annotated` it also holds for the types that `storage.files` reads."""
 
     def __contains__(self, value: Any) -> bool:
         raise NotImplementedError
@@ -134,7 +134,7 @@ class Checked:
     Raises ValueError, naming the field, its value and the expectation.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for `storage.schema`
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for `storage.files`
 
     def __post_init__(self) -> None:
         cls: Any = type(self)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image

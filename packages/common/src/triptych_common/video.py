@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triptych_common.extras import import_extra
 from triptych_common.images import gif_bytes
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 
 SMALLEST_SIDE = 256  # smaller frames are enlarged by repeating pixels: players and codecs would blur them
 

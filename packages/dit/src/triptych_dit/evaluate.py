@@ -10,7 +10,7 @@ from triptych_common.metrics.inception import FILE_NAME, Inception, load_incepti
 from triptych_common.metrics.npz import NpzImages
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_common.storage.provenance import provenance
 
 from triptych_dit.sample import read_npz

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import echo
-from triptych_common.storage.schema import read_json
+from triptych_common.storage.files import read_json
 
 from triptych_dit.interop import export_released, load_any, to_diffusers
 from triptych_dit.settings import ExportConfig

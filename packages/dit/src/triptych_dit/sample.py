@@ -22,7 +22,7 @@ from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
 from triptych_common.samplers import evaluations
 from triptych_common.storage import checkpoint
-from triptych_common.storage.atomic import write_json, writing
+from triptych_common.storage.files import write_json, writing
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any

@@ -11,7 +11,7 @@ from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 

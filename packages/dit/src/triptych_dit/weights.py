@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, NotRequired
 
 from torch import Tensor
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
+from triptych_common.storage.files import open_ended
 from triptych_common.storage.model_file import ModelFormat
-from triptych_common.storage.schema import open_ended
 from typing_extensions import TypedDict
 
 from triptych_dit.config import DiTConfig

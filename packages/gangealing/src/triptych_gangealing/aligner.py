@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from triptych_common.fields import Ge
 from triptych_common.parallel import process_group
+from triptych_common.storage.files import open_ended
 from triptych_common.storage.model_file import ModelFormat
-from triptych_common.storage.schema import open_ended
 from typing_extensions import TypedDict
 
 from triptych_gangealing.config import Flips, SpatialTransformerConfig

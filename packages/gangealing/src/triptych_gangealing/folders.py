@@ -12,8 +12,7 @@ from torch.nn.functional import interpolate
 from triptych_common.cli import echo
 from triptych_common.data.decoding import UnreadableImage, read_image
 from triptych_common.images import from_uint8, image_grid, to_uint8, write_png
-from triptych_common.storage.atomic import write_bytes, write_text
-from triptych_common.storage.schema import read_json
+from triptych_common.storage.files import read_json, write_bytes, write_text
 
 from triptych_gangealing import settings
 from triptych_gangealing.aligner import Aligner, Alignment, open_aligner

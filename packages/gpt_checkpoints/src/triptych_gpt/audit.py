@@ -5,7 +5,7 @@ from typing import Any
 
 from triptych_common.cli import echo
 from triptych_common.plots import figure_png
-from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.files import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
 
 from triptych_gpt.evaluation.plots import memorization_figure

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 from triptych_common.fields import Gt
+from triptych_common.storage.files import open_ended
 from triptych_common.storage.model_file import ModelFormat
-from triptych_common.storage.schema import open_ended
 from triptych_common.transformer import Block
 from typing_extensions import TypedDict
 

@@ -18,7 +18,7 @@ from triptych_common.cli import echo
 from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint, foreign
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_common.storage.provenance import provenance
 
 from triptych_gpt.evaluation.prompted import advanced, measured

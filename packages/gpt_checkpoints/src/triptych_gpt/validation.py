@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from triptych_common.parallel import Ranks
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
 

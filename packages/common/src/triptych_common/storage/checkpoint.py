@@ -22,8 +22,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from triptych_common.fields import Ge, OneOf
-from triptych_common.storage.atomic import PARTIAL, replacing
-from triptych_common.storage.schema import FileName, check, parse, read_json
+from triptych_common.storage.files import PARTIAL, FileName, check, parse, read_json, replacing
 
 INDEX = "index.json"
 DTYPES = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from triptych_common.storage.atomic import replacing
+from triptych_common.storage.files import replacing
 
 
 def read(path: Path, *, allow: Sequence[type] = ()) -> Any:

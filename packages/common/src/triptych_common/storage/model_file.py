@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from triptych_common.storage import checkpoint
-from triptych_common.storage.schema import check
+from triptych_common.storage.files import check
 
 Model = TypeVar("Model")
 
@@ -23,7 +23,7 @@ class ModelFormat:
     kinds: accepted values of the fact "kind". file_name: the file's name in a run's folder.
     expected, mismatch, made, absent: parts of messages, such as "a trained G.pt", "not a G.pt's model file", "triptych-gpt
         train --out FOLDER makes one" and, with {folder} for a folder that lacks the file, "no trained model in {folder}".
-    facts: the type that facts, "config" among them, must have, as `storage.schema` takes it.
+    facts: the type that facts, "config" among them, must have, as `storage.files` takes it.
     """
 
     kinds: tuple[str, ...]

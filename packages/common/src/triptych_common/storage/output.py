@@ -7,8 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from triptych_common.storage.atomic import cannot_write, write_json
-from triptych_common.storage.schema import read_json
+from triptych_common.storage.files import cannot_write, read_json, write_json
 
 MARK, LOCK = ".triptych.json", ".triptych.lock"
 _RUN = "config.json"  # by which run directories of versions without marks are known

@@ -11,8 +11,7 @@ from typing_extensions import TypedDict
 
 from triptych_common.cli import echo
 from triptych_common.fields import Ge
-from triptych_common.storage.atomic import cannot_write, write_json, write_text
-from triptych_common.storage.schema import open_ended, read_json, rows
+from triptych_common.storage.files import cannot_write, open_ended, read_json, rows, write_json, write_text
 
 
 @open_ended

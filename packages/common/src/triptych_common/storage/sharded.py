@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from triptych_common.parallel import Ranks
-from triptych_common.storage import atomic, checkpoint
-from triptych_common.storage.schema import parse
+from triptych_common.storage import checkpoint, files
+from triptych_common.storage.files import parse
 
 _DTYPE_NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
 
@@ -91,7 +91,7 @@ class _Writer(_NoStorage, dcp.StorageWriter):
 
     def __init__(self, folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
         self.folder, self.state, self.ranks = folder, state, ranks
-        self.partial = folder.with_name(folder.name + atomic.PARTIAL)
+        self.partial = folder.with_name(folder.name + files.PARTIAL)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
 
@@ -108,7 +108,7 @@ class _Writer(_NoStorage, dcp.StorageWriter):
         found = {_key(item.index): planner.resolve_data(item) for item in plan.items}
         parts = {key: part.detach().cpu().contiguous() for key, part in found.items() if isinstance(part, torch.Tensor)}
         save_file(parts, path)
-        atomic.sync(path)
+        files.sync(path)
         digest = checkpoint.file_digest(path)
         return _done([WriteResult(item.index, 0, (item.tensor_data, path.name, digest)) for item in plan.items])
 
@@ -122,7 +122,7 @@ class _Writer(_NoStorage, dcp.StorageWriter):
             index["tensors"].setdefault(result.index.fqn, entry)["chunks"].append(chunk)
         path = self.partial / checkpoint.INDEX
         path.write_text(json.dumps({**index, "sha256": checkpoint.index_digest(index)}, allow_nan=False))
-        atomic.sync(path)
+        files.sync(path)
         # The index, written last, says that all files are there; the rename makes the folder appear at once.
         checkpoint.remove(self.folder)
         self.partial.rename(self.folder)
@@ -163,7 +163,7 @@ def _disk_error(failed: dcp.CheckpointException, what: str, remedy: str = "") ->
     rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
     if not isinstance(error, SafetensorError | RuntimeError | OSError):  # a full disk arrives as any of the three
         return error
-    return OSError(f"{what} by rank {rank} ({atomic.reason(error)}){remedy}")
+    return OSError(f"{what} by rank {rank} ({files.reason(error)}){remedy}")
 
 
 def _done(value: Any) -> Future:

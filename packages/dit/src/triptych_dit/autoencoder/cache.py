@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,10 +20,9 @@ from torch import Tensor
 from triptych_common import randomness
 from triptych_common.fields import Ge
 from triptych_common.storage import checkpoint
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import FileName, check, open_ended, parse, read_json, recorded_command, write_json
 from triptych_common.storage.provenance import provenance
-from triptych_common.storage.schema import FileName, check, open_ended, parse, read_json, recorded_command
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.model import scaled_sample
 

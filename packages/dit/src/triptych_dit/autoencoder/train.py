@@ -16,7 +16,7 @@ from triptych_common import data, randomness
 from triptych_common.cli import echo
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.files import write_bytes, write_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.training import TrainState, open_run, summary, training_steps
 

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.storage import foreign
-from triptych_common.storage.atomic import new_folder, write_json
-from triptych_common.storage.schema import FileName, check, open_ended, read_json
+from triptych_common.storage.files import FileName, check, new_folder, open_ended, read_json, write_json
 from typing_extensions import TypedDict
 
 from triptych_dit.config import DiTConfig

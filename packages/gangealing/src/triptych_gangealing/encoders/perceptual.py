@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common.storage import checkpoint
+from triptych_common.storage.files import open_ended
 from triptych_common.storage.model_file import ModelFormat
-from triptych_common.storage.schema import open_ended
 from typing_extensions import TypedDict
 
 from triptych_gangealing.config import EncoderConfig

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from triptych_common.cli import echo
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 
 from triptych_gangealing.aligner import open_aligner
 from triptych_gangealing.baselines.methods import Method, baselines, learned

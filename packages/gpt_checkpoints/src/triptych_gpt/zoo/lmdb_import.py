@@ -18,9 +18,9 @@ import torch
 import xxhash
 from triptych_common.cli import echo
 from triptych_common.progress import Progress
+from triptych_common.storage.files import read_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
-from triptych_common.storage.schema import read_json
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from triptych_common.cli import echo
-from triptych_common.storage.schema import check
+from triptych_common.storage.files import check
 
 from triptych_gpt.zoo.zoo import Zoo
 

@@ -22,8 +22,16 @@ import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
 from triptych_common.fields import Ge, OneOf
-from triptych_common.storage.atomic import flush_file, write_text, writing
-from triptych_common.storage.schema import FileName, check, open_ended, read_json, recorded_command
+from triptych_common.storage.files import (
+    FileName,
+    check,
+    flush_file,
+    open_ended,
+    read_json,
+    recorded_command,
+    write_text,
+    writing,
+)
 from typing_extensions import TypedDict
 
 from triptych_gpt.layout import ParameterLayout

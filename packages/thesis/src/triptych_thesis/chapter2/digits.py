@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common import data
 from triptych_common.images import png_bytes
-from triptych_common.storage.atomic import new_folder
+from triptych_common.storage.files import new_folder
 
 MARGIN = 2
 

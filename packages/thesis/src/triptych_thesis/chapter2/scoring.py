@@ -17,7 +17,7 @@ from triptych_common import data, randomness
 from triptych_common.images import from_uint8
 from triptych_common.metrics import coverage, fit_gaussian, frechet_influence, inception_score, precision_recall
 from triptych_common.metrics.digits import NEIGHBOURS, DigitScorer
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_dit.sample import read_npz
 
 from triptych_thesis.chapter2.comparisons import Score

@@ -10,7 +10,7 @@ from torch import Tensor
 from triptych_common.cli import echo
 from triptych_common.images import from_uint8
 from triptych_common.metrics.bootstrap import Estimate, bootstrap
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_gangealing.aligner import Aligner, open_aligner
 from triptych_gangealing.baselines.moments import ink, moments
 from triptych_gangealing.clustering import purity

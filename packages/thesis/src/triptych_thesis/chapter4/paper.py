@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triptych_common.cli import echo
-from triptych_common.storage.atomic import write_json, write_text
+from triptych_common.storage.files import write_json, write_text
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
 from triptych_gangealing.aligner import FILE

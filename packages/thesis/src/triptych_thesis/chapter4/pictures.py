@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.images import image_grid, png_bytes, to_uint8
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 from triptych_gangealing.baselines.moments import ink
 from triptych_gangealing.warp import Warp
 

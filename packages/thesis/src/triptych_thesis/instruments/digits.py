@@ -18,7 +18,7 @@ from triptych_common.data import load
 from triptych_common.images import from_uint8
 from triptych_common.metrics.instruments import ARCHITECTURES, FOLDER
 from triptych_common.randomness import generator, shuffled
-from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.files import write_bytes, write_json
 from triptych_common.storage.provenance import git_commit
 
 SEED, EPOCHS, BATCH = 0, 60, 100

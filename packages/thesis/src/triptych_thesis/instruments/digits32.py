@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common.images import from_uint8
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_gangealing.digits32 import MAX_GRADIENT, MAX_SHIFT_PX, Digits32, Jitters
 from triptych_gangealing.stylegan2.instrument import NAME, PARTS, feature_network, reading
 from triptych_gangealing.stylegan2.weights import EMBEDDED

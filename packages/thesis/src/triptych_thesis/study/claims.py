@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from triptych_common.cli import CommonOptions, echo
-from triptych_common.storage.atomic import write_text
+from triptych_common.storage.files import write_text
 from tyro.conf import Positional, Suppress
 
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, VERDICTS

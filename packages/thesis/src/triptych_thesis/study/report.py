@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from triptych_common.storage.atomic import write_bytes, write_text
+from triptych_common.storage.files import write_bytes, write_text
 
 from triptych_thesis.study.experiment import Opening, Section, Table
 from triptych_thesis.study.verdicts import MARKS, Verdict

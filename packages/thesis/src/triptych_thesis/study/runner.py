@@ -13,7 +13,7 @@ from typing import Any
 
 from triptych_common.cli import echo
 from triptych_common.plots import figure_png
-from triptych_common.storage.atomic import write_bytes, write_json
+from triptych_common.storage.files import write_bytes, write_json
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import default_workers, on_gpu, run_all

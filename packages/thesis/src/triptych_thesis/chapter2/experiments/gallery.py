@@ -11,7 +11,7 @@ from torch import Tensor
 from triptych_common.images import image_grid, png_bytes, to_uint8
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE
 from triptych_common.plots import BLUE, ORANGE, PALE_BLUE, figure_png, legend, panels, thousands
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 from triptych_common.storage.provenance import command_line, git_commit
 from triptych_common.storage.run import RunDirectory
 from triptych_dit.model import DiT

@@ -2,7 +2,7 @@
 
 import torch
 from triptych_common.images import image_grid, png_bytes
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 from triptych_dit.flops import gflops
 from triptych_dit.sample import read_batches
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from triptych_common.plots import BLUE, ORANGE, intervals, legend, panels, thousands
-from triptych_common.storage.atomic import write_json
+from triptych_common.storage.files import write_json
 from triptych_common.storage.run import differences
 from triptych_gpt.evaluation.alignment import prompt_alignment
 from triptych_gpt.evaluation.trial import Trial

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.images import from_uint8
-from triptych_common.storage.atomic import write_bytes
+from triptych_common.storage.files import write_bytes
 from triptych_gangealing.correspondence import between, matches_figure, middle_points
 from triptych_gangealing.edit import propagate
 from triptych_gangealing.keypoints.synthetic import posed_digits

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triptych_common.fields import Checked, Ge, Gt, printable
-from triptych_common.storage.schema import FileName, check, parse, read_json, rows
+from triptych_common.storage.files import FileName, check, parse, read_json, rows, write_text
 from typing_extensions import TypedDict
 
 
@@ -122,3 +122,10 @@ def test_rows_end_with_the_last_whole_line(tmp_path):
     path.write_text('{"step": 1}\n{"stop": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: step: missing; r"):
         list(rows(path, Row, remedy="r"))
+
+
+def test_a_name_of_the_longest_length_can_be_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    write_text(path, "whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
