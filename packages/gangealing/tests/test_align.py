@@ -374,7 +374,7 @@ def test_output_inside_the_pictures_folder_is_refused(tmp_path, folder, name):
     (tmp_path / "link").symlink_to(folder)
     words = ["--aligner", written(tmp_path, aligner_of())] + ["--edit", tmp_path / "edit.png"] * (name == "propagate")
     for images, out in ((folder, folder), (folder, folder / "more"), (tmp_path / "link", folder / "new")):
-        done = command(name, *words, "--images", images, "--out", out)
+        done = command(name, *words, "--images", images, "--out", out, "--overwrite")
         fails_with(done, f"out {out}: lies in the pictures' folder {images}; choose one elsewhere")
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
     assert not (folder / "new").exists()
