@@ -64,11 +64,14 @@ def _python(
 def run_here(run: Callable[[Sequence[str]], int], *words: object) -> Done:
     """Run a package's command line in this process, as a new one would take seconds to import torch, capturing its output."""
     out, errors = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, [run.__module__, *map(str, words)]  # what provenance records as the command
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
             status = run([str(word) for word in words])
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:
+            sys.argv = before
     return Done([str(word) for word in words], status, out.getvalue(), errors.getvalue())
 
 
