@@ -39,12 +39,13 @@ def main(out: Path) -> list[float]:
     zoo, run = out / "zoo", out / "gpt"
     # Runs 0-7 train the model; the second and third cohort are the zoo's test and validation runs.
     cohorts = {"runs": 24, "cohort_runs": 8, "split_every": 3, "checkpoints": 8}
-    collect(CollectConfig(task=f"{__file__}:TASK", out=zoo, engine="here", networks_at_once=8, **cohorts))
+    task = f"{__file__}:TASK"  # the file with the task is run, so it is named wherever it is needed
+    collect(CollectConfig(task=task, out=zoo, engine="here", networks_at_once=8, **cohorts))
     size = {"width": 64, "depth": 1, "total_pairs": 1_280, "warmup_pairs": 128}
-    train(GptTrainConfig(zoo=zoo, out=run, lr=1e-2, validation_every=0, **size))
+    train(GptTrainConfig(zoo=zoo, task=task, out=run, lr=1e-2, validation_every=0, **size))
 
     own = network()  # yours: a module, a state dict or the path of a file of one
-    answers = prompt(load(run), own, test_loss=0.4, samples=3, settings=SamplerSettings(num_inference_steps=10))
+    answers = prompt(load(run, task), own, test_loss=0.4, samples=3, settings=SamplerSettings(num_inference_steps=10))
     for answer in answers:
         print(
             f"test loss {answer.path[0]:.3f}, prompted for {answer.asked}, achieved {answer.achieved['test_loss']:.3f}"

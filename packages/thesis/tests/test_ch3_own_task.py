@@ -50,20 +50,24 @@ FEW = [
 ]  # fmt: skip
 
 
+def own(folder):
+    return ["--task", f"{folder / 'own.py'}:SPIRALS"]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.py").write_text(TASK)
     collect = f"collect {folder / 'own.py'}:SPIRALS --runs 12 --cohort-runs 4 --split-every 3 --checkpoints 6"
     assert cli.run([*collect.split(), "--engine", "here", "--networks-at-once", "4", "--out", str(folder / "zoo")]) == 0
-    assert cli.run(["train", "--zoo", str(folder / "zoo"), "--out", str(folder / "gpt"), *TRAIN]) == 0
+    assert cli.run(["train", "--zoo", str(folder / "zoo"), "--out", str(folder / "gpt"), *own(folder), *TRAIN]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(place):
     model = ["--model", str(place / "gpt"), "--zoo", str(place / "zoo"), "--out", str(place / "evaluation")]
-    assert thesis_cli.run(["figures", *model, *FEW]) == 0
+    assert thesis_cli.run(["figures", *model, *own(place), *FEW]) == 0
     return {path.stem: json.loads(path.read_text())["result"] for path in (place / "evaluation").glob("*[!g].json")}
 
 

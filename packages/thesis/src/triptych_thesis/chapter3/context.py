@@ -32,11 +32,12 @@ class Context:
     folder: Path | None = None  # of the study; like the rest, None for a model from elsewhere
     training: GptTrainConfig | None = None
     variants: Variants | None = None
+    task: str | None = None  # as for `triptych_gpt.load`
 
     @cached_property
     def trial(self) -> Trial:
         """The model with its zoo. Raises as `Trial.open`, and ValueError for a zoo with fewer unseen runs than the amounts need."""
-        trial = Trial.open(self.model, self.zoo, self.settings, self.seed, self.device)
+        trial = Trial.open(self.model, self.zoo, self.settings, self.seed, self.device, self.task)
         trial.rows("test", max(self.amounts.networks, self.amounts.baseline_networks))
         trial.rows("validation", self.amounts.baseline_networks)
         return trial

@@ -32,6 +32,8 @@ class FiguresConfig(CommonOptions):
     """the trained G.pt: a run folder, or a model file"""
     zoo: Path = Path("runs/zoo")
     """the zoo it was trained on"""
+    task: str | None = None
+    """the task that scores networks, if it is your own (file.py:NAME, which is run)"""
     out: Path = Path("runs/gpt-figures")
     """folder for a JSON file and a figure of each experiment"""
     experiments: tuple[str, ...] = ()
@@ -68,7 +70,9 @@ def figures(config: FiguresConfig) -> dict[str, Any]:
     from triptych_thesis.chapter3.context import Context
 
     names = config.experiments or tuple(offered())
-    context = Context(config.model, config.zoo, config.settings, config.amounts, config.seed, config.device)
+    context = Context(
+        config.model, config.zoo, config.settings, config.amounts, config.seed, config.device, task=config.task
+    )
     command, verdicts = shlex.join(["triptych", *sys.argv[1:]]), []
     with RunDirectory(config.out, context.identity()):
         for name in names:
