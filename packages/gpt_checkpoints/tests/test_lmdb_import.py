@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo import lmdb_import
+from triptych_gpt.zoo import lmdb_import, lmdb_reader
 from triptych_gpt.zoo.lmdb_import import ImportConfig, import_lmdb
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -293,3 +293,21 @@ def test_without_the_package_the_extra_is_named(data, monkeypatch):
 def test_wrong_options_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} .*expected at least"):
         config(tmp_path, **option)
+
+
+def test_no_byte_ends_this_process(data):
+    """A wrong page number makes LMDB read beyond its file, which ends whatever process does so by SIGBUS."""
+    path = data / "2" / "data.mdb"
+    whole = path.read_bytes()
+    used = np.flatnonzero(np.frombuffer(whole, np.uint8))  # damage elsewhere is read by nobody
+    outcomes = set()
+    for place in used[np.random.default_rng(0).integers(0, len(used), 20)].tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            lmdb_reader.read_apart(path.parent, keys_of("2"), SIZES)
+            outcomes.add("read")
+        except ValueError as error:
+            outcomes.add("refused" if str(error).isprintable() else str(error))
+    assert outcomes == {"read", "refused"}
+    path.write_bytes(whole)
+    assert np.array_equal(lmdb_reader.read_apart(path.parent, keys_of("2"), SIZES)[1], theta_of("2", 1))

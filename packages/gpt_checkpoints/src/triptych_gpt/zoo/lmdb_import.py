@@ -25,12 +25,13 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.registry import open_task
+from triptych_gpt.zoo import lmdb_reader
+from triptych_gpt.zoo.lmdb_reader import AGAIN
 from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"
 _KEY = re.compile(r".*/ep(\d{1,9})_it(\d{1,9})\.pt", re.DOTALL)
-_AGAIN = "fetch this folder again, or move it away"
 
 
 class Source(NamedTuple):
@@ -60,7 +61,7 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
     layout: of the networks, by default those of the task. Raises ValueError for data of another layout or network, a damaged or a
     foreign folder; ImportError without the package lmdb; OSError if writing fails, with all earlier shards intact.
     """
-    require_lmdb()
+    lmdb_reader.require_lmdb()
     layout = open_task(config.task).layout if layout is None else layout
     # Runs are numbered in the released code's order, folders by name, since its test split is the last ones.
     runs, skipped = find_runs(config.lmdb)
@@ -156,7 +157,8 @@ def _read_run(
     steps[:] = [listed[key][0] for key in order]
     for metric, source in SUPERVISED.items():
         values[metric][:] = [read_metric(source, listed[key][1], folder, key) for key in order]
-    read_theta(folder, order, layout, theta)
+    sizes = [span.stop - span.start for span in layout.spans.values()]
+    theta[:] = lmdb_reader.read_apart(folder, order, sizes)
     if not all(np.isfinite(each).all() for each in values.values()):
         return "metrics that are not finite"
     return unsound(torch.from_numpy(theta))
@@ -194,15 +196,15 @@ def checkpoints_of(name: str, folder: Path) -> dict[str, tuple[int, Mapping[str,
     """Step and metrics of each checkpoint of a run, by its key."""
     path = folder / "runs.json"
     try:
-        content = read_json(path, remedy=_AGAIN)
+        content = read_json(path, remedy=AGAIN)
         listed = content.get(name, content)["checkpoints"]
         places = {key: (_KEY.fullmatch(key), metrics) for key, metrics in listed.items()}
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; {_AGAIN}") from error
+        raise ValueError(f"{path}: missing; {AGAIN}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a list of checkpoints as the released data has them; {_AGAIN}") from error
+        raise ValueError(f"{path}: not a list of checkpoints as the released data has them; {AGAIN}") from error
     if wrong := [key for key, (place, _) in places.items() if place is None]:
-        raise ValueError(f"{path}: checkpoint {wrong[0][:80]!r}, expected RUN/epEEE_itIIIII.pt; {_AGAIN}")
+        raise ValueError(f"{path}: checkpoint {wrong[0][:80]!r}, expected RUN/epEEE_itIIIII.pt; {AGAIN}")
     epochs = {key: (int(place[1]), int(place[2])) for key, (place, _) in places.items() if place is not None}
     # The last checkpoint is at the end of an epoch, so the largest `it` is the number of iterations of an epoch.
     length = max((iteration for _, iteration in epochs.values()), default=0)
@@ -214,46 +216,4 @@ def read_metric(source: Source, metrics: Mapping[str, Any], folder: Path, key: s
     try:
         return source.scale * float(metrics[source.key])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{folder / 'runs.json'}: {key} has no number {source.key!r}; {_AGAIN}") from error
-
-
-def read_theta(folder: Path, keys: Sequence[str], layout: ParameterLayout, out: np.ndarray) -> None:
-    """Fill `out` [checkpoints, D]. Raises ValueError for a value that is no theta of this layout."""
-    lmdb = require_lmdb()
-    try:
-        with lmdb.open(str(folder), readonly=True, lock=False, create=False, readahead=False) as environment:
-            pages = environment.info()["last_pgno"] + 1
-            if (folder / "data.mdb").stat().st_size < pages * environment.stat()["psize"]:  # reading on would crash
-                raise ValueError(f"{folder / 'data.mdb'}: truncated; {_AGAIN}")
-            with environment.begin(buffers=True) as transaction:
-                _read_values(transaction, folder, keys, layout, out)
-    except lmdb.Error as error:
-        raise ValueError(f"{folder}: damaged or not an LMDB environment ({error}); {_AGAIN}") from error
-
-
-def _read_values(transaction: Any, folder: Path, keys: Sequence[str], layout: ParameterLayout, out: np.ndarray) -> None:
-    sizes = [span.stop - span.start for span in layout.spans.values()]
-    arch = _floats(transaction.get(f"{keys[0]}_arch".encode()), len(sizes), folder, f"{keys[0]}_arch")
-    if arch.tolist() != sizes:
-        given, expected = ", ".join(f"{size:g}" for size in arch), ", ".join(map(str, sizes))
-        remedy = "choose the --task whose network this is"
-        raise ValueError(f"{folder}: parameters of sizes {given}, expected {expected}; {remedy}")
-    for row, key in zip(out, keys, strict=True):
-        row[:] = _floats(transaction.get(key.encode()), layout.size, folder, key)
-
-
-def _floats(value: memoryview | None, count: int, folder: Path, key: str) -> np.ndarray:
-    if value is None:
-        raise ValueError(f"{folder}: no value for {key}, which runs.json lists; {_AGAIN}")
-    if len(value) != 4 * count:
-        sizes = f"{len(value):,} bytes, expected {4 * count:,} ({count:,} float32)"
-        raise ValueError(f"{folder}: {key} has {sizes}; choose the --task whose network this is, or {_AGAIN}")
-    return np.frombuffer(value, dtype="<f4")
-
-
-def require_lmdb() -> Any:
-    try:
-        import lmdb
-    except ImportError as error:
-        raise ImportError("reading LMDB needs a package: pip install 'triptych-gpt[lmdb]'") from error
-    return lmdb
+        raise ValueError(f"{folder / 'runs.json'}: {key} has no number {source.key!r}; {AGAIN}") from error
