@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,16 @@ def test_a_config_that_does_not_fit_is_refused(zoo, whole):
 
 
 # --- ranks and parts
+
+
+def test_a_model_file_that_was_lost_is_made_again(zoo, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    again = trained(zoo, tmp_path / "run")
+    assert again["kept"] == "the last one, since model.safetensors was lost"
+    last, _ = checkpoint.read(tmp_path / "run" / "last.safetensors")
+    model, _ = checkpoint.read(Path(again["model"]))
+    assert all(torch.equal(model[name], value) for name, value in last.items())
 
 
 @pytest.fixture(scope="module")

@@ -78,12 +78,13 @@ class Validation:
 
     def finish(self, last: Path) -> str:
         """Make sure that there is a model; returns which one it is, in words."""
-        best = self.best()
-        if best is not None:
+        best, lost = self.best(), not (self.run.path / FILE_NAME).exists()
+        if best is not None and not lost:
             return f"prompt alignment R^2 {best[0]:.3f} on validation runs, at step {best[1]:,}"
         if self.ranks.is_main:
             write_bytes(self.run.path / FILE_NAME, last.read_bytes())
-        return "the last one, not validated"
+        # The weights of an earlier step are in no checkpoint any more.
+        return "the last one, not validated" if best is None else f"the last one, since {FILE_NAME} was lost"
 
 
 def check(config: GptTrainConfig, data: TrainingZoo) -> None:
