@@ -14,5 +14,5 @@ install_import_hook(
 # The same examples in every run, so that a run of all tests fails only for what has changed; `make fuzz` draws new and more ones.
 _LENIENT = {"deadline": None, "suppress_health_check": list(HealthCheck)}  # files are written and read in each example
 settings.register_profile("default", derandomize=True, max_examples=50, database=None, **_LENIENT)
-settings.register_profile("fuzz", max_examples=3000, **_LENIENT)
+settings.register_profile("fuzz", max_examples=1000, **_LENIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
