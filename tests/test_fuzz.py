@@ -123,7 +123,8 @@ def zoo(folder: Path) -> Path:
 def read_zoo(path: Path) -> None:
     opened = Zoo(path.parent)
     opened.metrics(opened.metric_names[0])
-    opened.theta(np.array([0]), np.array([0]))
+    if len(opened):
+        opened.theta(np.array([0]), np.array([0]))
     opened.manifest.remedy()
 
 

@@ -47,6 +47,8 @@ class LatentCache:
         self.latent_shape: tuple[int, int, int] = tuple(self.facts["latent_shape"])
         self.has_flips: bool = self.facts["flips"]
         self.class_names: tuple[str, ...] = tuple(self.facts["source"]["class_names"])
+        if not self.facts["shards"]:
+            raise ValueError(f"{self.folder}: lists no shards; {_ENCODE}")
         shards = [self._open(shard) for shard in self.facts["shards"]]
         self.labels: Int[Tensor, " items"] = torch.cat([tensors["labels"] for tensors in shards])
         self.items: Int[Tensor, " items"] = torch.cat([tensors["items"] for tensors in shards])

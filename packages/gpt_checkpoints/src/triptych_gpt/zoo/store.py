@@ -377,4 +377,7 @@ def _check(facts: Mapping[str, Any], source: str) -> None:
     if taken := sorted(_OWN & facts.keys()):
         raise ValueError(f"fact {taken[0]!r}: the manifest's own name; give it another")
     check(facts, _Facts, source=source, remedy=_LOST)
-    ParameterLayout.from_json(facts["layout"])
+    try:
+        ParameterLayout.from_json(facts["layout"])
+    except ValueError as error:
+        raise ValueError(f"{source}: layout: {error}") from error
