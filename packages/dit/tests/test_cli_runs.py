@@ -260,7 +260,7 @@ def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
     from triptych_common.storage.run import RunDirectory
 
     with RunDirectory(tmp_path, {}):
-        fails_with(train(tmp_path), "another process is using this run directory")
+        fails_with(train(tmp_path, "--overwrite"), "another process is using this run directory")
 
 
 @pytest.mark.parametrize(("options", "status", "message"), [
@@ -312,12 +312,12 @@ def test_evaluate_scores_a_samples_file(whole, tmp_path):
     np.savez(
         tmp_path / "copies.npz", arr_0=held_out.images[:200].permute(0, 2, 3, 1).numpy(), arr_1=held_out.labels[:200]
     )
-    done = run_dit("evaluate", "--samples", tmp_path / "copies.npz", "--out", tmp_path, "--json")
+    done = run_dit("evaluate", "--samples", tmp_path / "copies.npz", "--out", tmp_path / "scores", "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout.splitlines()[-1])
     assert printed["scores"]["near_duplicates"]["value"] == 1.0
     assert printed["scores"]["n"] == 200
-    assert json.loads((tmp_path / "scores.json").read_text())["instruments"] == printed["instruments"]
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["instruments"] == printed["instruments"]
 
 
 def test_a_damaged_samples_file_is_refused(tmp_path):
@@ -336,4 +336,4 @@ def test_a_damaged_samples_file_is_refused(tmp_path):
 )
 def test_a_file_that_is_no_samples_file_is_refused(arrays, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
-    fails_with(run_dit("evaluate", "--samples", tmp_path / "x.npz", "--out", tmp_path), "arr_0")
+    fails_with(run_dit("evaluate", "--samples", tmp_path / "x.npz", "--out", tmp_path / "scores"), "arr_0")

@@ -114,7 +114,7 @@ def test_a_bound_on_activations_that_matters_is_not_lost_silently(tmp_path):
 
 
 def command_line(*words: object):
-    commands = {"convert": Command("", ConvertConfig, convert)}
+    commands = {"convert": Command("", ConvertConfig, convert, writes="file")}
     return run_here(lambda argv: main("triptych-gangealing", commands, argv), "convert", *words)
 
 

@@ -141,12 +141,15 @@ def test_a_model_whose_updates_are_not_finite_is_evaluated_and_not_audited(place
     tensors, facts = checkpoint.read(place / "gpt" / FILE_NAME)
     wild = {name: torch.full_like(value, 3e38) if "norm_out" in name else value for name, value in tensors.items()}
     write_model(tmp_path / "gpt" / FILE_NAME, load(place / "gpt").model.config, wild, facts)
-    options = ["--model", tmp_path / "gpt", "--zoo", place / "zoo", "--out", tmp_path / "out"]
-    done = command("evaluate", *options, *FEW)
+    options = ["--model", tmp_path / "gpt", "--zoo", place / "zoo"]
+    done = command("evaluate", *options, *FEW, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     written = strict_json((tmp_path / "out" / "alignment.json").read_text())["result"]
     assert written["alignment"]["G.pt"]["non_finite"] == 9
-    fails_with(command("audit", *options, *FEW[:2], "--samples", "4"), "none of 4 updates is finite")
+    fails_with(
+        command("audit", *options, *FEW[:2], "--samples", "4", "--out", tmp_path / "audit"),
+        "none of 4 updates is finite",
+    )
 
 
 def test_a_converted_models_file_which_does_not_know_its_zoo_is_evaluated(place, tmp_path):

@@ -72,7 +72,7 @@ def evaluate(place: Path, out: Path, *options: object) -> subprocess.CompletedPr
 
 
 def test_every_experiment_leaves_strict_json_and_its_figures(evaluated):
-    assert {path.stem for path in evaluated.glob("*.json")} == {*offered(), "config"}
+    assert {path.stem for path in evaluated.glob("[!.]*.json")} == {*offered(), "config"}
     for name in offered():
         written = strict_json((evaluated / f"{name}.json").read_text())
         assert written["experiment"] == name
@@ -106,10 +106,10 @@ def test_results_are_those_of_the_model_and_the_zoo(evaluated, place):
 def test_repeating_does_what_is_missing_only(evaluated, place):
     (evaluated / "filters.json").unlink()
     (evaluated / "filters.png").unlink()
-    before = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("*.json")}
+    before = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("[!.]*.json")}
     done = evaluate(place, evaluated)
     assert done.returncode == 0, done.stderr
-    after = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("*.json")}
+    after = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("[!.]*.json")}
     assert after.pop("filters.json")
     assert after == before
     assert (evaluated / "filters.png").exists()
@@ -144,7 +144,7 @@ def test_bad_input_is_one_clear_line(place, tmp_path, monkeypatch, options, stat
 
 def test_a_model_whose_updates_are_not_finite_is_reported_in_words(place, tmp_path):
     tensors, facts = checkpoint.read(place / "gpt" / FILE_NAME)
-    wild = {name: torch.full_like(value, torch.nan) if "norm_out" in name else value for name, value in tensors.items()}
+    wild = {name: torch.full_like(value, 3e38) if "norm_out" in name else value for name, value in tensors.items()}
     write_model(tmp_path / "gpt" / FILE_NAME, load(place / "gpt").model.config, wild, facts)
     options = ["--model", tmp_path / "gpt", "--zoo", place / "zoo"]
     nothing_to_show = {"fig-3.8": "0 networks that span no plane", "audit": "none of 4 updates is finite"}

@@ -68,7 +68,7 @@ def place(tmp_path_factory):
 def results(place):
     model = ["--model", str(place / "gpt"), "--zoo", str(place / "zoo"), "--out", str(place / "evaluation")]
     assert thesis_cli.run(["figures", *model, *own(place), *FEW]) == 0
-    return {path.stem: json.loads(path.read_text())["result"] for path in (place / "evaluation").glob("*[!g].json")}
+    return {path.stem: json.loads(path.read_text())["result"] for path in (place / "evaluation").glob("[!.]*[!g].json")}
 
 
 def test_it_is_validated_evaluated_and_audited(place, results):

@@ -12,7 +12,11 @@ SUBJECTS = {
     3: "G.pt: a zoo of checkpoints, prompting, the memorisation audit",
     4: "GANgealing: alignment, correspondence, clusters",
 }
-CHAPTERS = {f"ch{n}": Command(what, f"{THESIS}.chapter{n}.study:Chapter{n}", RUN) for n, what in SUBJECTS.items()}
+# A study checks itself what it writes over: its folder holds runs of several sizes, each of its own settings.
+CHAPTERS = {
+    f"ch{n}": Command(what, f"{THESIS}.chapter{n}.study:Chapter{n}", RUN, writes="nothing")
+    for n, what in SUBJECTS.items()
+}
 CHAPTERS["ch4"] = replace(CHAPTERS["ch4"], run=f"{THESIS}.chapter4.study:reproduce")
 COMMANDS = {
     "reproduce": replace(

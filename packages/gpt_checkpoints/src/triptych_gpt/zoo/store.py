@@ -301,10 +301,10 @@ class Manifest:
 
     def remedy(self) -> str:
         """What to run to make damaged shards again: the command in the manifest, if it can do nothing else."""
-        for text in (self.facts.get("repair"), f"triptych-gpt collect {self.facts['task']} --repair"):
-            command = recorded_command(text, "triptych-gpt collect") or recorded_command(text, "triptych-gpt import")
-            if command:
-                return f"{command} --out {shlex.quote(str(self.folder))}"
+        text = self.facts.get("repair", f"triptych-gpt collect {self.facts['task']} --repair")
+        command = recorded_command(text, "triptych-gpt collect") or recorded_command(text, "triptych-gpt import")
+        if command:
+            return f"{command} --out {shlex.quote(str(self.folder))}"
         return "triptych-gpt collect --repair with the task, settings and --out that made the zoo"
 
     def _write(self) -> None:
