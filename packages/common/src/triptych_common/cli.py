@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -224,7 +225,9 @@ def _unboxed(text: str) -> str:
     if not messages or not messages[0]:
         return " ".join(text.split())
     suggested = [group[1].split()[0].rstrip(",") for group in messages[1:] if group[:1] == ["Perhaps you meant:"]]
-    return " ".join(messages[0]) + "".join(f"; did you mean {option}?" for option in suggested[:1])
+    # tyro begins the message of a class's own check with the class, which is nothing to a user.
+    message = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(messages[0]))
+    return message + "".join(f"; did you mean {option}?" for option in suggested[:1])
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Diffusion transformers for images.  [thesis 2]"""
+"""Diffusion transformers for images."""
 
 import lazy_loader
 

@@ -59,7 +59,11 @@ class Aligned:
 
 
 class SpatialTransformer(nn.Module):
-    """Images of any size, values in [-1, 1], to warps that align them."""
+    """Predicts the warp that aligns each image; untrained, it predicts the identity.
+
+    Images (n, 3, height, width), values in [-1, 1], of any size; returns `Aligned`, whose warp maps aligned coordinates to those of
+    the image.  [thesis 4.3.1]
+    """
 
     def __init__(self, config: SpatialTransformerConfig) -> None:
         super().__init__()

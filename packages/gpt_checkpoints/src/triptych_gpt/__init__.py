@@ -1,4 +1,4 @@
-"""Zoos of neural-network checkpoints, and generative models of them (thesis, chapter 3)."""
+"""Zoos of neural-network checkpoints, and G.pt, a generative model of them."""
 
 import lazy_loader
 

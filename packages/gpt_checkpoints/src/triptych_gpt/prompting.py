@@ -231,7 +231,8 @@ def prompt_command(config: PromptConfig) -> dict[str, Any]:
         "seed": config.seed,
     }
     write_json(config.out / "prompt.json", {**plain(result), **provenance()})
-    echo(f"wrote {len(files)} networks and prompt.json to {config.out}")
+    noun = "network" if len(files) == 1 else "networks"
+    echo(f"wrote {len(files)} {noun} and prompt.json to {config.out}")
     return plain(result)
 
 

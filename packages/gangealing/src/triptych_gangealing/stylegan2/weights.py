@@ -58,7 +58,10 @@ def load_generator(path: str | Path) -> Generator:
 
 
 def load_discriminator(path: str | Path) -> Discriminator:
-    """The same of its discriminator."""
+    """The discriminator in the same files as `load_generator` reads, on the CPU, for evaluation.
+
+    Raises ValueError if the file holds none, and what `load_generator` raises.
+    """
     source = open_networks(path)
     if source.discriminator is None:
         raise ValueError(f"{path}: holds no discriminator")

@@ -96,6 +96,8 @@ def record_results(results: Path, ledger: Path) -> list[str]:
 
 def _verdicts(results: Path) -> tuple[dict[str, dict[str, str]], int]:
     """A run's verdict on each claim, and its chapter."""
+    if not results.exists():
+        raise FileNotFoundError(f"{results}: no such file; expected the results.json of triptych reproduce")
     try:
         content = json.loads(results.read_text())
         verdicts = {claim: {name: row[name] for name in FOUND} for claim, row in content["claims"].items()}
