@@ -39,7 +39,7 @@ class CommonOptions(Checked):
     out: Annotated[Path, FREE] = Path("runs/out")
     """where to write"""
     seed: int = 0
-    """seed of everything random"""
+    """random seed"""
     device: Annotated[str, FREE] = "auto"
     """torch device; auto: the GPU if there is one"""
     json: Annotated[bool, FREE] = False

@@ -6,7 +6,7 @@ from typing import Annotated
 from triptych_common.fields import Checked, Interval
 
 OWN_SAMPLERS = ("ddpm", "ddim")
-TIMESTEPS = 1000  # length of the diffusion process that the thesis's models are trained on
+TIMESTEPS = 1000  # length of the diffusion process that the published models are trained on
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SamplerSettings(Checked):
     """
 
     sampler: str = "ddpm"
-    """ddpm: ancestral sampling, as in the thesis; ddim: deterministic; or a scheduler of diffusers by its name or the beginning
+    """ddpm: ancestral sampling, as published; ddim: deterministic; or a scheduler of diffusers by its name or the beginning
     of it, such as unipc"""
     num_inference_steps: Annotated[int, Interval(ge=1, le=TIMESTEPS)] = 250
     """denoising steps, evenly spaced over the 1000 of training"""

@@ -34,7 +34,7 @@ class DiTConfig(Checked):
     learn_sigma: bool = True
     """predict the variance too, in as many further output channels"""
     block_design: BlockDesign = "adaln_zero"
-    """how blocks see timestep and class; the thesis's best is adaln_zero"""
+    """how blocks see timestep and class; the best published one is adaln_zero"""
     timestep_frequency_shift: Annotated[int, Interval(ge=0, le=1, wanted="0 or 1")] = 0
     """frequencies of the timestep run down to 10000^-1 with 1, as in diffusers, or stop short of it with 0, as released"""
     mlp_norm_eps: Annotated[float, Gt(0, "a number above 0, such as 1e-6")] = 1e-6

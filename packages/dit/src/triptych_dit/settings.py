@@ -138,7 +138,7 @@ class EvaluateConfig(CommonOptions):
     inception: Path | None = None
     """two files: Inception weights of torch-fidelity; None: from the cache, or downloaded there"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """two files: images a forward pass of Inception"""
+    """two files: images per forward pass of Inception"""
     repeats: int = 100
     """two files: bootstrap repeats of the 95% intervals, 0: no intervals"""
 

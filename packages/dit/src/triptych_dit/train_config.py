@@ -1,4 +1,4 @@
-"""Settings of a training run, and their presets: one row a run of the thesis."""
+"""Settings of a training run, and their presets: one row per published run."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ FORWARDS_PER_STEP = 3  # a backward pass is two forward passes' worth of product
 
 @dataclass(frozen=True)
 class TrainConfig(TransformerSettings):
-    """Train a class-conditional DiT on a named data set. Repeating the command resumes it."""
+    """Train a DiT on a data set, a folder of images or cached latents. Repeating the command resumes it."""
 
     out: Path = Path("runs/dit")
     """run directory"""
@@ -29,15 +29,15 @@ class TrainConfig(TransformerSettings):
     lr: float = 1e-4
     """AdamW's peak learning rate"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """constant, as in the thesis, or cosine decay to zero at the end"""
+    """constant, as published, or cosine decay to zero at the end"""
     warmup_images: int = 0
     """images over which the learning rate rises from zero"""
     ema_half_life_images: Annotated[int, Gt(0)] = 1_774_000
-    """half-life of the weights' moving average; 1,774,000 is decay 0.9999 at batch 256, the thesis's setting"""
+    """half-life of the weights' moving average; 1,774,000 is decay 0.9999 at batch 256, the published setting"""
     predict: Literal["noise", "sample"] = "noise"
     """what the network predicts"""
     timesteps: Literal["uniform", "uniform_spread", "logit_normal"] = "uniform"
-    """how often each timestep is trained: equally, as in the thesis; equally, consecutive samples spread evenly over all; or
+    """how often each timestep is trained: equally, as published; equally, consecutive samples spread evenly over all; or
     most around a third of the way to noise"""
     embedding_init: Literal["released", "unit"] = "released"
     """initial timestep and label embeddings: N(0, 0.02), or of unit variance, so that a short run uses them at once"""

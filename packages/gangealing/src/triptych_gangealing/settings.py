@@ -21,7 +21,7 @@ class UseOptions(CommonOptions):
     iterations: Annotated[int | None, Ge(1)] = None
     """iterations of the similarity network; default: as in training. Most published results use 3"""
     flips: Flips = "trained"
-    """mirror pictures whose flow is smoother then; trained: as in training"""
+    """mirror a picture if that makes its flow smoother; trained: as in training"""
 
 
 @dataclass(frozen=True)

@@ -32,20 +32,20 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     channel_multiplier: Annotated[float, Gt(0)] = 0.5
     """width of the transformer's layers"""
     channel_max: int = 512
-    """most feature maps of any of its layers"""
+    """maximum number of feature maps of a layer"""
     padding: Literal["border", "reflection", "zeros"] = "reflection"
-    """what an image shows beyond its edges"""
+    """how images are extended beyond their edges"""
     iterations: Annotated[int, Gt(0)] = 1
     """times the similarity stage is applied in training"""
     clusters: Annotated[int, Gt(0)] = 1
     """modes, each with its own head of the transformer; an image goes to the one that fits best"""
     assignment: Literal["whole", "similarity", "descriptor"] = "whole"
-    """what decides an image's cluster: whole: distance after the whole warp, as in the thesis; similarity: after the similarity
+    """what decides an image's cluster: whole: distance after the whole warp, as published; similarity: after the similarity
     stage, faster; descriptor: a network blind to pose, trained first from simclr's encoder, for objects in any orientation"""
     descriptor_images: Annotated[int, Gt(0)] = 128_000
     """generated images to train the descriptor on, repeats counted"""
     balance: Annotated[float, Ge(0)] = 0.0
-    """how fast clusters with more than an equal share of a batch become less attractive; 0: never, as in the thesis"""
+    """how fast clusters with more than an equal share of a batch become less attractive; 0: never, as published"""
     flips: bool = False
     """try each image mirrored too"""
     cutoff: Annotated[int, Ge(0)] = 5
@@ -53,7 +53,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     components: Annotated[int, Ge(0)] = 1
     """principal directions of W along which the mode is learned; 0: it stays at its origin"""
     origin: Literal["mean", "sample"] = "mean"
-    """origin of those directions: the mean of W, as in the thesis, or typical samples. The mean is an unlikely image where, for
+    """origin of those directions: the mean of W, as published, or typical samples. The mean is an unlikely image where, for
     example, light objects on dark ground are as frequent as dark on light"""
     pca_samples: Annotated[int, Gt(0)] = 1_000_000
     """styles of which the principal directions are computed"""
@@ -66,7 +66,7 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     lr: float = 1e-3
     """Adam's learning rate, of the transformer"""
     mode_lr: Annotated[float, Gt(0)] = 1e-2
-    """Adam's learning rate, of the modes' coefficients"""
+    """Adam's learning rate for the modes' coefficients"""
     constant_images: Annotated[int, Ge(0)] = 6_000_000
     """images before the learning rates start to fall"""
     restart_images: Annotated[int, Gt(0)] = 1_500_000

@@ -54,7 +54,7 @@ class GptConfig(Checked):
     symmetry: PermutationSpec
     """parameters of the networks it reads and writes, and which of their axes permute"""
     tokenizer: Annotated[str, OneOf(("layer", "chunk", "neuron"))] = "neuron"
-    """a token for each parameter tensor (thesis), chunk of one (released models), or hidden unit"""
+    """a token for each parameter tensor (published), chunk of one (released models), or hidden unit"""
     chunk_size: int | None = None
     """most parameters of a token (chunk only)"""
     width: Annotated[int, Gt(0)] = 256

@@ -17,7 +17,7 @@ class SamplerSettings(sampler_settings.SamplerSettings):
     """How an update is sampled."""
 
     num_inference_steps: int = 100
-    """denoising steps, evenly spaced over the thesis's 1000"""
+    """denoising steps, evenly spaced over the 1000 of training"""
     networks_at_once: Annotated[int, Ge(1)] = 512
     """networks in a batch"""
 
@@ -37,9 +37,9 @@ class SamplingOptions(Options):
     model: Path = Path("runs/gpt")
     """the trained G.pt: a run folder, or a model file"""
     sampler: str = "ddpm"
-    """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
+    """ddpm as published, ddim, or a scheduler of diffusers by name, such as unipc"""
     num_inference_steps: int = 50
-    """denoising steps of an update, evenly spaced over the thesis's 1000"""
+    """denoising steps of an update, evenly spaced over the 1000 of training"""
     task: str | None = None
     """the task that scores networks, if it is your own (file.py:NAME, which is run) or the model file does not name it"""
 
@@ -67,7 +67,7 @@ class PromptConfig(SamplingOptions):
     samples: Annotated[int, Ge(1)] = 1
     """networks to generate, each from different noise"""
     num_inference_steps: int = 100
-    """denoising steps of an update, evenly spaced over the thesis's 1000"""
+    """denoising steps of an update, evenly spaced over the 1000 of training"""
     initialiser: str | None = None
     """without a checkpoint: how the random network is initialised; default: as the task does"""
     pickle: bool = False

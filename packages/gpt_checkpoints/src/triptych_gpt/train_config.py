@@ -24,7 +24,7 @@ class GptTrainConfig(TransformerSettings):
     metric: str | None = None
     """what the model is prompted with; default: the zoo's first metric"""
     tokenizer: Literal["layer", "chunk", "neuron"] = "neuron"
-    """a token for each parameter tensor (thesis), chunk of one, or hidden unit"""
+    """a token for each parameter tensor (published), chunk of one, or hidden unit"""
     chunk_size: int | None = None
     """most parameters of a token (chunk only)"""
     width: Annotated[int, Gt(0)] = 256
@@ -40,7 +40,7 @@ class GptTrainConfig(TransformerSettings):
     pairs: Literal["stratified", "thesis", "released", "ends"] = "stratified"
     """how checkpoints are paired: evenly over the metric's range, uniformly, as released, or first and last only"""
     augment: Literal["auto", "on", "off"] = "auto"
-    """permute hidden units; auto: for layer and chunk tokens, neuron tokens know no order"""
+    """permute hidden units; auto: for layer and chunk tokens, not for neuron tokens, which do not depend on the order"""
     canonicalise: bool = False
     """bring each run's units into the order of one reference network (Git Re-Basin)"""
     runs: Annotated[int | None, Ge(1)] = None

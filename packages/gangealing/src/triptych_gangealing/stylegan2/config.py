@@ -15,7 +15,7 @@ class _Shape(Checked):
     channel_base: int = 32768
     """feature maps at resolution r: channel_base / r, at most channel_max; 16384 halves the published full width"""
     channel_max: Annotated[int, Ge(1)] = 512
-    """most feature maps of any layer"""
+    """maximum number of feature maps of a layer"""
     c_dim: Annotated[int, Ge(0, "a number of classes, or 0 for an unconditional model")] = 0
     """number of classes of a conditional model; 0: unconditional"""
     image_channels: Annotated[int, Ge(1)] = 3

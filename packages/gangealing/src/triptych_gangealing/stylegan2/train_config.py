@@ -34,7 +34,7 @@ class GanTrainConfig(AccumulatingSettings, WeightPrecision):
     channel_base: int = 16384
     """feature maps at resolution r: channel_base / r, at most channel_max"""
     channel_max: int = 512
-    """most feature maps of any layer"""
+    """maximum number of feature maps of a layer"""
     discriminator_channel_base: int | None = None
     """channel_base of the discriminator, where it differs"""
     z_dim: int = 512
@@ -80,7 +80,7 @@ class GanTrainConfig(AccumulatingSettings, WeightPrecision):
     augment_p: Annotated[float | None, Interval(ge=0, le=1)] = None
     """their probability, fixed; by default adapted to ada_target"""
     ada_target: Annotated[float, Interval(ge=0, le=1)] = 0.6
-    """target of the discriminator's mean sign on real images; above it, it overfits"""
+    """target of the discriminator's mean sign on real images; above it the discriminator overfits"""
     ada_images: Annotated[int, Gt(0)] = 500_000
     """images in which the probability can change by one"""
     ada_every: Annotated[int, Gt(0)] = 4

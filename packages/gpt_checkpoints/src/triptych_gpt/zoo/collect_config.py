@@ -27,7 +27,7 @@ class CollectConfig(CommonOptions):
     epochs: int | None = None
     """epochs in place of the task's own"""
     checkpoints: Annotated[int, Ge(2)] = 200
-    """of each run: before training, after random steps, and after the last"""
+    """checkpoints per run: before training, after random steps, and after the last"""
     early: bool = False
     """sample half of those steps mostly from the beginning of a run (by 1 / step), where metrics change fast"""
     initialiser: str = "default"
