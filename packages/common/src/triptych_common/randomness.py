@@ -73,6 +73,7 @@ def shuffled(seed: int, stream: str, counters: Sequence[int], n: int) -> Int[Ten
     """The items at the given counters of an endless sequence over n items that is reshuffled after every n draws."""
     places = torch.as_tensor(counters, dtype=torch.long)
     out = torch.empty_like(places)
+    # A batch may reach over the end of an epoch.
     for epoch in torch.unique(places // n).tolist():
         here = places // n == epoch
         out[here] = _epoch_order(seed, stream, epoch, n)[places[here] - epoch * n]

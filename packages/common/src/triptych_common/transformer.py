@@ -109,6 +109,7 @@ class Block(nn.Module):
         gelu: str = "tanh",
     ) -> None:
         super().__init__()
+        # LayerNorms without parameters where adaLN supplies scale and shift.
         self.norm1 = nn.LayerNorm(width, eps=attn_norm_eps, elementwise_affine=affine_norm)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps, elementwise_affine=affine_norm)

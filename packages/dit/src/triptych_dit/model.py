@@ -282,6 +282,7 @@ class DiT(nn.Module):
             x = torch.cat([x, per_sample(c, condition_of)], dim=1)
         for block in self.blocks:
             x = block(x, c, condition_of)
+        # Embeddings appended as tokens are dropped again.
         x = self.final_layer(x[:, :tokens], c, condition_of)  # (batch, tokens, patch_size^2 * out_channels)
         return self.unpatchify(x)
 

@@ -129,6 +129,7 @@ def mean_mse(config: TrainConfig, model: DiT, training_data: "TrainingData", n: 
 
 @torch.no_grad()
 def _loss_sums(network: nn.Module, objective: Objective, counters: range, part: int, device: torch.device) -> Tensor:
+    # In float64, so that the size of the parts hardly matters.
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(counters), part):
         losses = objective.loss(network, objective.draw(counters[start : start + part]), device)

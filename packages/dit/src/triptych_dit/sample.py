@@ -41,6 +41,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     """
     trained = load_any(config.checkpoint)
     labels = labels_of(config, trained)
+    # With the weights' hash, so that samples of a model and of its retrained successor are never joined.
     request = identity(config, trained) | {
         "labels": list(config.labels or range(trained.model.config.num_classes)), "num_samples": config.num_samples,
         "model_sha256": checkpoint.digest(trained.model.state_dict()),
@@ -157,6 +158,7 @@ def _parts(out: Path) -> list[tuple[int, int, Path]]:
 
 def gather(config: SampleConfig, labels: Int[Tensor, " n"] | None) -> None:
     """Join the part files into samples.npz, one at a time, and remove them once it is written."""
+    # An interruption between the two steps leaves both, so an existing file is complete.
     path = config.out / "samples.npz"
     if not path.exists():
         batches = (read_npz(part)[0] for _, _, part in _parts(config.out))

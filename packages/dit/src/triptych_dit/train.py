@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
     """Counters of every micro-batch of this rank, from the batch `first` to the end of training."""
+    # Known in advance: a step takes the next counters whether or not its gradients are used.
     for done in range(0, config.total_images - first.step * first.size, first.size):
         counters = range(first.counters.start + done, first.counters.stop + done)
         for part, _ in replace(first, counters=counters).micro_batches(config.micro_batch):
@@ -69,6 +70,7 @@ def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = Non
 
     Fine-tuning reports what happened to each layer of the other model, and writes it to the run directory as init.json.
     """
+    # From the run's own stream: ranks start from equal weights, whatever was drawn before.
     model = DiT(config.model)
     model.initialize_weights(randomness.generator(config.seed, "init"), embeddings=config.embedding_init)
     if config.init_from is not None:
@@ -102,6 +104,7 @@ def make_snapshots(config: TrainConfig, run: RunDirectory, training_data: Traini
 
 def save_average(path: Path, config: TrainConfig, state: TrainState, training_data: TrainingData) -> None:
     """Write the model file of the averaged weights; every rank must call it."""
+    # Sharded weights are gathered from all ranks, then one of them writes.
     tensors = state.averaged()
     if state.ranks.is_main:
         facts = {"predict": config.predict, "data": training_data.identity, "seed": config.seed}

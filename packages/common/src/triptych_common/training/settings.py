@@ -41,6 +41,7 @@ class LoopSettings(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Not an annotation, as the bound is another field.
         name = f"warmup_{self.unit}"
         if not 0 <= getattr(self, name, 0) <= self.total_samples:
             raise ValueError(f"{name} {getattr(self, name)}: expected 0..{self.total_samples} (total_{self.unit})")
