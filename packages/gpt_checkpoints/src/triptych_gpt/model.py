@@ -86,6 +86,10 @@ class Gpt(nn.Module):
         metric: Float[Tensor, " n"],
         target: Float[Tensor, " n"],
     ) -> Float[Tensor, "n D"]:
+        """theta*, predicted: scaled parameters like `noised` and `theta`.
+
+        noised: theta* at timestep t (0 to 999). theta: the starting networks. metric: what they score; target: the prompt.
+        """
         encoded = self.tokenizer.encode(noised, theta)
         tokens = torch.cat([encoded.tokens, self.scalars(t, metric, target)], dim=1)
         # The released order: tokens are normalised before positions are added.

@@ -14,7 +14,7 @@ PICKLE_SUFFIXES = (".pt", ".pth")
 
 @dataclass(frozen=True)
 class SamplerSettings(sampler_settings.SamplerSettings):
-    """How an update is sampled."""
+    """Sampler of an update: ddpm, ddim or a scheduler of diffusers; denoising steps (1 to 1000); networks per batch."""
 
     num_inference_steps: int = 100
     """denoising steps, evenly spaced over the 1000 of training"""

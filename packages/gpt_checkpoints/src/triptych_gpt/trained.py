@@ -24,7 +24,7 @@ from triptych_gpt.zoo.source import TaskSpec, report_changes
 
 @dataclass
 class TrainedGpt:
-    """A trained model with what is needed to use it."""
+    """A trained G.pt with its parameters' scale, its metric and the task that scores its networks; `load` makes it."""
 
     model: Gpt
     scale: float  # parameters are multiplied by it to be normalised

@@ -73,12 +73,14 @@ def pck(
     seed: int = 0,
     groups: Int[Tensor, " n"] | None = None,
 ) -> PckTable:
-    """Score predicted points against true ones, both in the target's pixels.
+    """Percentage of correct keypoints: a predicted point is correct if its error is at most alpha times a size.
 
-    valid: which points count; a counted prediction that is not finite is a miss. sizes: what alpha is a share of, by name:
-    {"target box": box_size(boxes), "image": longer sides}; each is scored per point and per image. An image without valid
-    points is in neither average. groups: images that intervals resample together, such as those of one object; by default each
-    image alone. repeats: resamples of an interval; 0 for none.
+    predicted, target: k points (x, y) of each of n images, in pixels of the target.
+    valid: which points count; a counted prediction that is not finite is a miss. An image without valid points is in no average.
+    sizes: what alpha is a share of, by name: {"target box": box_size(boxes), "image": longer sides}; each is scored per point and
+        per image.
+    repeats: resamples of an interval; 0 for none. groups: images that intervals resample together, such as those of one object;
+        by default each image alone.
     Raises ValueError for shapes that differ, no valid point, or an alpha or size that is not positive.
     """
     n, k = valid.shape

@@ -61,7 +61,7 @@ class GeneratorConfig(_Shape):
 
 @dataclass(frozen=True)
 class DiscriminatorConfig(_Shape):
-    """Shape of a discriminator.  [as above]"""
+    """Shape of a discriminator.  [Karras et al. 2020]"""
 
     architecture: Architecture = "resnet"
     """how blocks read the image: residual blocks, one RGB image for each, or plain ones"""

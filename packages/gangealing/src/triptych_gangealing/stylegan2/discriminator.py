@@ -101,7 +101,10 @@ def grouped(n: int, group_size: int) -> list[int]:
 
 
 class Discriminator(nn.Module):
-    """Images to logits, positive for real. `bf16_resolutions`: how many of the highest resolutions run in bfloat16."""
+    """StyleGAN2's discriminator: images (n, channels, resolution, resolution) to logits (n,), positive for real.
+
+    bf16_resolutions: how many of the highest resolutions run in bfloat16.  [Karras et al. 2020]
+    """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()

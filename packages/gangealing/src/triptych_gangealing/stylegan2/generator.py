@@ -175,7 +175,10 @@ class Synthesis(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents to images: `synthesis(styles(z))`."""
+    """StyleGAN2's generator: latents z (n, z_dim) to images (n, channels, resolution, resolution), about -1 to 1.
+
+    `synthesis(styles(z))`; a conditional one also takes c, one-hot classes (n, c_dim).  [Karras et al. 2020]
+    """
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()

@@ -42,7 +42,11 @@ def match(
 def canonicalise(
     spec: PermutationSpec, thetas: Float[Tensor, "n D"], reference: Float[Tensor, " D"], seed: int = 0
 ) -> Float[Tensor, "n D"]:
-    """Every theta with its units in the order of the reference's that they match best, of the same type and device."""
+    """Permute each network's hidden units so that they match the reference's best; its function stays the same.
+
+    thetas: flat parameters of n networks, of spec's layout, of any floating-point type and device; so is the result.
+    reference: those of the network whose order of units all get.  [Ainsworth et al. 2022, Git Re-Basin]
+    """
     return torch.cat([spec.apply(some, match(spec, some, reference, seed)) for some in thetas.split(256)])
 
 
