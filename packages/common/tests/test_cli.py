@@ -44,7 +44,7 @@ def work(config):
 
 
 PRESETS = {"big": Config(lr=0.5, inner=Inner(depth=9))}
-COMMANDS = {"work": Command("do a thing", Config, work, PRESETS)}
+COMMANDS = {"work": Command("do a thing", Config, work, PRESETS, writes="nothing")}
 
 
 def call(*argv):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from triptych_common.fields import FREE, Checked, one_of, printable
 
@@ -133,6 +133,16 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         if not out_of_memory or os.environ.get("TRIPTYCH_DEBUG"):
             raise
         return _fail(f"{_one_line(error)}; use a smaller batch", 1)
+
+
+def leave(status: int) -> NoReturn:
+    """End the program, as the last line of one that torchrun may have started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Now and then a thread that gloo leaves behind aborts a rank whose work is done, while the process is torn down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:

@@ -1,10 +1,9 @@
 """The command `triptych-dit`."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from triptych_common.cli import Command, main, option
+from triptych_common.cli import Command, leave, main, option
 
 
 def fitted(config: Any, argv: Sequence[str]) -> Any:
@@ -55,4 +54,4 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    leave(run())

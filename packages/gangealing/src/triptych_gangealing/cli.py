@@ -1,9 +1,8 @@
 """The command `triptych-gangealing`."""
 
-import sys
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, leave, main
 
 # Everything is imported on use, so that --help is quick.
 COMMANDS = {
@@ -72,4 +71,4 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    leave(run())

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, leave, main
 
 COMMANDS = {
     "collect": Command(
@@ -96,4 +96,4 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    leave(run())
