@@ -92,9 +92,8 @@ def max_megapixels() -> float:
 def _opened(content: bytes) -> Image.Image:
     """An image whose pixels are not decoded yet. Raises ValueError for one whose pixels would take too much memory."""
     limit = max_megapixels()
-    if (
-        Image.MAX_IMAGE_PIXELS is not None and limit * 1e6 > Image.MAX_IMAGE_PIXELS
-    ):  # Pillow's own, which a user has raised
+    # Pillow has a bound of its own, which holds a user back who raised ours.
+    if Image.MAX_IMAGE_PIXELS is not None and limit * 1e6 > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6)
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size

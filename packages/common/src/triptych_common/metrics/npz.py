@@ -92,9 +92,8 @@ class NpzImages:
             yield
         except (MemoryError, FileNotFoundError, PermissionError, IsADirectoryError):
             raise
-        except (
-            Exception
-        ) as error:  # zipfile and numpy raise anything on damaged archives: OSError, NotImplementedError, ...
+        # zipfile and numpy raise anything on damaged archives: OSError, NotImplementedError, ...
+        except Exception as error:
             raise ValueError(f"{self.path}: not an npz file, or a damaged one ({error}); make it again") from error
 
 

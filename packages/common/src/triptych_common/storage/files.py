@@ -1,6 +1,7 @@
 """Files: written atomically, and JSON read with bounds and checked against a type before anything uses it.
 
-Writing goes to a temporary name, which replaces the old content only once it is complete. Reading takes a type:
+Writing goes to a temporary name, which replaces the old content only once it is complete. When the disk refuses, every
+writer raises an OSError that names the file and a remedy, and the old content is intact. Reading takes a type:
 
     class Row(TypedDict):
         step: Annotated[int, Ge(0)]

@@ -82,6 +82,11 @@ class ModelFormat:
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError if a weight is NaN or infinite, since whatever a network with it computes is worthless."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{source}: tensor {name} has values that are not finite; make or fetch the file again")
+    if (name := non_finite(tensors)) is not None:
+        raise ValueError(f"{source}: tensor {name} has values that are not finite; make or fetch the file again")
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, if any does."""
+    wrong = (name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all())
+    return next(wrong, None)

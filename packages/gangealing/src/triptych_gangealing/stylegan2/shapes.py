@@ -9,6 +9,7 @@ from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
+from triptych_common.storage.model_file import non_finite
 
 from triptych_gangealing.stylegan2.config import Architecture, DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
@@ -85,8 +86,8 @@ def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Ge
     for name, value in tensors.items():
         if name not in expected:
             raise ValueError(f"{name[:100]} {tuple(value.shape)} is no part of the network {by_config}")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite")
+    if (wrong := non_finite(tensors)) is not None:
+        raise ValueError(f"{wrong} has values that are not finite")
     network = network_class(config)
     network.load_state_dict({name: tensors[name].detach().to(torch.float32) for name in expected})
     return network.requires_grad_(False).eval()
