@@ -302,9 +302,8 @@ class DiT(nn.Module):
     def unpatchify(self, x: Float[Tensor, "batch tokens patch"]) -> Float[Tensor, "batch channels height width"]:
         """Put the patches, one per token, back together as an image."""
         p, (rows, columns) = self.config.patch_size, self.config.grid
-        x = x.view(
-            len(x), rows, columns, p, p, -1
-        )  # the channel is last here, but first in the patches embedded, as released
+        # The channel is last here, but first in the patches embedded, as released.
+        x = x.view(len(x), rows, columns, p, p, -1)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, rows * p, columns * p)
 
 

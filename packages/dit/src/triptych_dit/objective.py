@@ -146,9 +146,8 @@ class TrainingData(Protocol):
     shape: tuple[int, int, int]  # channels, height and width of an example
     labels: Int[Tensor, " items"]
     num_classes: int
-    facts: dict[
-        str, Any
-    ]  # for the file of a model trained on it: the autoencoder of its latents (or None), class names
+    # For the file of a model trained on it: the autoencoder of its latents (or None), class names.
+    facts: dict[str, Any]
 
     def __len__(self) -> int: ...
 

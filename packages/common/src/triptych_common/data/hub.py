@@ -51,9 +51,8 @@ class HubImages(ImageSource):
         content, path = row.get("bytes"), row.get("path")
         if content is None and path is None:
             raise UnreadableImage(where, "the row has no image")
-        if (
-            content is None
-        ):  # a data set that was never saved may refer to files on this machine instead of holding their content
+        # A data set that was never saved may refer to files on this machine instead of holding their content.
+        if content is None:
             return read_image(Path(str(path)))
         return decode(content, f"{where} ({path})" if path else where)
 

@@ -63,9 +63,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         extent = _extent(source, autoencoder, config)
         facts = cache_facts(source, autoencoder, config) if ranks.is_main else {}
         with RunDirectory(config.out, identity(facts), is_main=ranks.is_main) as run:
-            request = ranks.gather(checkpoint.index_digest(identity(facts)))[
-                0
-            ]  # by now the main rank has checked the folder
+            # By now the main rank has checked the folder; its facts are the only ones.
+            request = ranks.gather(checkpoint.index_digest(identity(facts)))[0]
             echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
             _encode_missing(source, autoencoder, config, request, ranks)
             ranks.barrier()  # every rank has written its shards

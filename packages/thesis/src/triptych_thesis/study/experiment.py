@@ -102,9 +102,8 @@ class Experiment:
     section: Callable[[Any, Result], Section]  # its part of the study's report
     verdicts: Callable[[Result], list[Verdict]] = lambda result: []
     figures: Callable[[Result], Mapping[str, "Figure"]] = lambda result: {}  # by title, for PNG files beside the result
-    needs: Callable[[Any], Sequence[Any]] = (
-        lambda context: ()
-    )  # what must be trained or sampled first, by any experiment
+    # What must be trained or sampled first, by any experiment.
+    needs: Callable[[Any], Sequence[Any]] = lambda context: ()
     kept: bool = False  # an existing result is not measured again: what it depends on is part of the study's identity
     extra: bool = False  # only with --all
     offered: Callable[[Any], bool] = lambda study: True  # whether it makes sense for a study's size

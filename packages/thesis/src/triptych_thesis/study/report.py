@@ -28,9 +28,8 @@ class Report(Opening):
 
     setting: str  # size, seed, commit, time and hardware, on one line
     command: str  # what a reader types to make this page
-    verdicts: Sequence[
-        tuple[Verdict, str]
-    ] = ()  # each with its claim, such as "Figure 2.5: adaLN-Zero is the best design"
+    # Each with its claim, such as "Figure 2.5: adaLN-Zero is the best design".
+    verdicts: Sequence[tuple[Verdict, str]] = ()
     sections: Sequence[Section] = ()  # the experiments
     facts: Table | None = None  # settings, versions, times: rows of name and value
 
