@@ -102,6 +102,7 @@ def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Cal
         held_out = open_training_data(config.validation_data or config.data, config.model, "held_out")
     except (ValueError, OSError) as error:
         raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
+    held_out.verify(ranks)
     # The same number on every rank: under FSDP, all of them must make the same forward passes.
     n = min(config.validation_images, len(held_out)) // ranks.world_size
     mine = range(ranks.rank * n, (ranks.rank + 1) * n)
@@ -159,6 +160,10 @@ class TrainingData(Protocol):
 
     def check_flips(self) -> None:
         """Raise ValueError if there are no mirrored examples."""
+        ...
+
+    def verify(self, ranks: Ranks) -> None:
+        """Raise ValueError if a file that examples are read from is damaged. The main rank reads each file once, others wait."""
 
 
 class PixelData:
@@ -181,6 +186,9 @@ class PixelData:
 
     def check_flips(self) -> None:
         """Any image can be mirrored."""
+
+    def verify(self, ranks: Ranks) -> None:
+        """Nothing is read from files any more."""
 
 
 def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> TrainingData:

@@ -31,6 +31,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.horizontal_flip:
         training_data.check_flips()
     with process_group(config.device) as ranks, open_run(config, ranks, {"data": training_data.identity}) as run:
+        training_data.verify(ranks)
         state = make_state(config, ranks, run)
         objective = Objective(config, training_data)
         validate, keep_snapshot = make_validation(config, run, ranks), make_snapshots(config, run, training_data)

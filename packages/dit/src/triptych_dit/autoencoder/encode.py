@@ -6,7 +6,6 @@ changes the last bits of a convolution: for equal bytes OMP_NUM_THREADS must be 
 """
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -26,7 +25,16 @@ from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 
-from triptych_dit.autoencoder.cache import MANIFEST, SKIPPED, LatentCache, is_finished, write_manifest, write_shard
+from triptych_dit.autoencoder.cache import (
+    MANIFEST,
+    SKIPPED,
+    LatentCache,
+    finished_shards,
+    identity,
+    refuse_other_settings,
+    write_manifest,
+    write_shard,
+)
 from triptych_dit.autoencoder.config import EncodeConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
 
@@ -62,11 +70,16 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         autoencoder = load_autoencoder(config.vae, device=ranks.device, dtype=PRECISIONS[config.precision])
         extent = _extent(source, autoencoder, config)
         facts = cache_facts(source, autoencoder, config) if ranks.is_main else {}
+        request, finished = checkpoint.index_digest(identity(facts)), set[int]()
+        if ranks.is_main:  # before settings are written into a folder that has lost its own
+            refuse_other_settings(config.out, extent["shards"], request)
         with RunDirectory(config.out, identity(facts), is_main=ranks.is_main) as run:
-            # By now the main rank has checked the folder; its facts are the only ones.
-            request = ranks.gather(checkpoint.index_digest(identity(facts)))[0]
-            echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
-            _encode_missing(source, autoencoder, config, request, ranks)
+            if ranks.is_main:
+                echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
+                finished = finished_shards(run.path, extent["shards"], request)
+            # The main rank's request and findings are the only ones.
+            request, finished = ranks.gather((request, finished))[0]
+            _encode_missing(source, autoencoder, config, request, finished, ranks)
             ranks.barrier()  # every rank has written its shards
             if ranks.is_main:
                 write_manifest(run.path, extent["shards"], facts)
@@ -108,15 +121,6 @@ def cache_facts(source: ImageSource, autoencoder: Autoencoder, config: EncodeCon
         "latent_shape": list(latent_shape(autoencoder, config.size)),
         "flips": config.flips, "dtype": config.dtype, "precision": config.precision, "shard_size": config.shard_size,
     }  # fmt: skip
-
-
-def identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts that a repeated command must share: without the paths of source and autoencoder, and what others imply."""
-    by_place = {"autoencoder": ("spec", "encoder_sha256"), "source": ("spec", "class_names")}
-    return facts | {
-        part: {key: value for key, value in facts[part].items() if key not in by_place[part]}
-        for part in by_place.keys() & facts.keys()
-    }
 
 
 def _row_shape(autoencoder: Autoencoder, config: EncodeConfig) -> tuple[int, int, int, int]:
@@ -173,11 +177,11 @@ class _Batches(Dataset):
 
 
 def _encode_missing(
-    source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, request: str, ranks: Ranks
+    source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, request: str, finished: set[int], ranks: Ranks
 ) -> None:
-    """Check this rank's shards and encode those that are absent or damaged."""
+    """Encode this rank's shards, but for the `finished` ones."""
     shards = dict(enumerate(_split(range(len(source)), config.shard_size)))
-    mine = [i for i in list(shards)[ranks.rank :: ranks.world_size] if not _is_finished(config.out, i, request)]
+    mine = [i for i in list(shards)[ranks.rank :: ranks.world_size] if i not in finished]
     loader = DataLoader(
         _Batches(source, autoencoder.image_channels, config),
         sampler=[batch for i in mine for batch in _split(shards[i], config.batch_size)],
@@ -235,11 +239,3 @@ def _check_finite(rows: Tensor, items: Sequence[int], source: ImageSource, confi
             f"{source.locate(items[int(bad[0])])}: its moments are not finite with --precision {config.precision} "
             f"--dtype {config.dtype}; use {remedy}"
         )
-
-
-def _is_finished(folder: Path, shard: int, request: str) -> bool:
-    try:
-        return is_finished(folder, shard, request)
-    except ValueError as error:  # on any rank, so not by `echo`
-        print(f"{error}; encoding it again", file=sys.stderr, flush=True)
-        return False
