@@ -331,6 +331,18 @@ def test_a_repeated_encode_reads_shards_once_and_repairs_a_flipped_bit(images, v
     LatentCache(copy).verify()
 
 
+def test_another_number_of_threads_is_told_if_shards_are_missing(images, vae, copy, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    assert config["hardware"]["threads"] == 1
+    config["hardware"]["threads"] = 3
+    write_json(copy / "config.json", config)
+    encode(config_of(images, vae, copy))
+    assert "thread count" not in capsys.readouterr().out
+    shard_path(copy, 2).unlink()
+    encode(config_of(images, vae, copy))
+    assert "thread count is 1, the run had 3: results may differ" in capsys.readouterr().out
+
+
 def test_lost_and_damaged_records_are_made_again_byte_for_byte(images, vae, copy, tmp_path):
     names = ("manifest.json", "skipped.json")
     before = {name: (copy / name).read_bytes() for name in names}
@@ -346,10 +358,14 @@ def test_lost_and_damaged_records_are_made_again_byte_for_byte(images, vae, copy
         assert {name: (copy / name).read_bytes() for name in names} == before
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not JSON .*; delete this file and repeat the run's own settings"):
+    with pytest.raises(
+        ValueError, match=r"config.json: not JSON .*; delete this file and repeat the run's own settings"
+    ):
         encode(config_of(images, vae, copy))
     (copy / "config.json").unlink()
-    with pytest.raises(ValueError, match="shard-000000.safetensors: made with other settings, and config.json, which held"):
+    with pytest.raises(
+        ValueError, match=r"shard-000000.safetensors: made with other settings, and config.json, which held"
+    ):
         encode(config_of(images, vae, copy, dtype="float32"))
     assert not (copy / "config.json").exists()
     encode(config_of(images, vae, copy))
@@ -357,7 +373,7 @@ def test_lost_and_damaged_records_are_made_again_byte_for_byte(images, vae, copy
     assert json.loads((copy / "manifest.json").read_text()) == made
     for name in ("config.json", "manifest.json"):
         (copy / name).unlink()
-    with pytest.raises(ValueError, match="manifest.json and config.json are lost; repeat the encode command"):
+    with pytest.raises(ValueError, match=r"manifest.json and config.json are lost; repeat the encode command"):
         LatentCache(copy)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
@@ -17,6 +17,8 @@ from triptych_common.storage.files import cannot_write, open_ended, read_json, r
 @open_ended
 class _Config(TypedDict):
     config: dict[str, Any]
+    hardware: NotRequired[dict[str, Any]]
+    device: NotRequired[str]
 
 
 @open_ended
@@ -29,17 +31,20 @@ class RunDirectory:
 
     identity: the part of the config that decides the run's results. A folder that holds another identity is refused, so
         that repeating a command can only resume its run.
-    is_main: on ranks other than the main one nothing is locked or written. tensorboard: write TensorBoard events too.
+    is_main: on ranks other than the main one nothing is locked or written. device: the type of device that computes, such as
+        "cpu", for `compare_hardware`. tensorboard: write TensorBoard events too.
 
     Entering raises ValueError for another identity or a folder in use, OSError for a folder that cannot be written.
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, is_main: bool = True, tensorboard: bool = False
-    ) -> None:
+        self, path: Path, identity: Mapping[str, Any], *, is_main: bool = True, device: str = "",
+        tensorboard: bool = False,
+    ) -> None:  # fmt: skip
         self.path, self.is_main = Path(path), is_main
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when config.json is read
         self.checkpoints = self.path / "checkpoints"
+        self._device, self._begun = device, dict[str, Any]()
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
 
@@ -76,14 +81,31 @@ class RunDirectory:
         if not path.exists():
             from triptych_common.storage.provenance import provenance  # needed only here, and slow to import
 
-            write_json(path, {"config": self.identity, **provenance()})
+            write_json(
+                path, {"config": self.identity, **provenance(), **({"device": self._device} if self._device else {})}
+            )
             return
         remedy = "delete this file and repeat the run's own settings, or use another --out"
-        before = read_json(path, _Config, remedy=remedy)["config"]
-        if changed := differences(before, self.identity):
+        self._begun = read_json(path, _Config, remedy=remedy)
+        if changed := differences(self._begun["config"], self.identity):
             raise ValueError(
                 f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
             )
+
+    def compare_hardware(self) -> None:
+        """Report, where a run goes on, what is not as where it began and may change the last digits of its results."""
+        import torch
+
+        # Sums of many terms are split over threads, so that rounding depends on their number.
+        threads, now = self._begun.get("hardware", {}).get("threads"), torch.get_num_threads()
+        device = self._begun.get("device", self._device)
+        if self._device != device:
+            found = f"device is {self._device}, the run had {device}", f"pass --device {device}"
+        elif self._device == "cpu" and threads not in (None, now):
+            found = f"thread count is {now}, the run had {threads}", f"set OMP_NUM_THREADS={threads}"
+        else:
+            return
+        echo(f"{found[0]}: results may differ in the last digits; {found[1]} for the same bytes")
 
     @property
     def metrics_path(self) -> Path:

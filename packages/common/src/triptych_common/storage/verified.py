@@ -20,7 +20,11 @@ class _Seen(TypedDict):
 
 
 def verify_once(
-    folder: Path, checksums: Mapping[str, str], verify: Callable[[str], object], *, damaged: dict[str, str] | None = None
+    folder: Path,
+    checksums: Mapping[str, str],
+    verify: Callable[[str], object],
+    *,
+    damaged: dict[str, str] | None = None,
 ) -> None:
     """Call `verify` for every file of a folder that is not known to be whole, and remember those for which it returned.
 

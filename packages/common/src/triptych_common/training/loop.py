@@ -48,8 +48,9 @@ def open_run(
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     return RunDirectory(
-        out or config.out, {**config.identity(), **(facts or {})}, is_main=ranks.is_main, tensorboard=config.tensorboard
-    )
+        out or config.out, {**config.identity(), **(facts or {})}, is_main=ranks.is_main, device=ranks.device.type,
+        tensorboard=config.tensorboard,
+    )  # fmt: skip
 
 
 def training_steps(
@@ -79,6 +80,8 @@ def training_steps(
         raise ValueError(f"batch_size {batch_size} does not divide over {ranks.world_size} ranks; use a multiple")
     _restore(state, run)
     total_steps = math.ceil(total / batch_size)
+    if 0 < state.step < total_steps:
+        run.compare_hardware()
     window = time.perf_counter(), state.step
     progress = Progress(title, total, {"images": "img"}.get(config.unit, config.unit), enabled=ranks.is_main)
     with progress, _Signals() as signals:
@@ -135,6 +138,8 @@ def _restore(state: TrainState, run: RunDirectory) -> None:
             f"{newest[0]}: does not fit this config ({error}); use the run's own config or another --out"
         ) from error
     run.truncate_metrics(state.step)
+    if run.is_main:
+        checkpoint.prune(run.checkpoints, KEEP)  # what a process left that was killed before it did
 
 
 def _save(state: TrainState, run: RunDirectory, *, extra: bool = False) -> None:
@@ -142,9 +147,8 @@ def _save(state: TrainState, run: RunDirectory, *, extra: bool = False) -> None:
         state.meters = {name: state.ranks.sum(v) / state.ranks.world_size for name, v in state.meters.items()}
     state.write(run.checkpoints, extra=extra)
     if run.is_main:
-        # Rollbacks use scheduled checkpoints. If those written on a signal displaced them, results would depend on
-        # interruptions.
-        checkpoint.prune(run.checkpoints, KEEP, spare=checkpoint.scheduled_in(run.checkpoints)[-KEEP:])
+        # Rollbacks use scheduled checkpoints, so these must not depend on interruptions either.
+        checkpoint.prune(run.checkpoints, KEEP)
     state.ranks.barrier()
 
 

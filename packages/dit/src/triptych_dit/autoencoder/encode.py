@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from math import ceil, prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -73,10 +72,12 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         request, finished = checkpoint.index_digest(identity(facts)), set[int]()
         if ranks.is_main:  # before settings are written into a folder that has lost its own
             refuse_other_settings(config.out, extent["shards"], request)
-        with RunDirectory(config.out, identity(facts), is_main=ranks.is_main) as run:
+        with RunDirectory(config.out, identity(facts), is_main=ranks.is_main, device=ranks.device.type) as run:
             if ranks.is_main:
                 echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
                 finished = finished_shards(run.path, extent["shards"], request)
+                if 0 < len(finished) < extent["shards"]:
+                    run.compare_hardware()
             # The main rank's request and findings are the only ones.
             request, finished = ranks.gather((request, finished))[0]
             _encode_missing(source, autoencoder, config, request, finished, ranks)
