@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from triptych_common.cli import echo
+from triptych_common.data.contents import Contents, changes
 from triptych_common.fields import Ge
 from triptych_common.storage.files import cannot_write, open_ended, read_json, rows, write_json, write_text
 
@@ -17,6 +18,7 @@ from triptych_common.storage.files import cannot_write, open_ended, read_json, r
 @open_ended
 class _Config(TypedDict):
     config: dict[str, Any]
+    contents: NotRequired[dict[str, Contents]]
     hardware: NotRequired[dict[str, Any]]
     device: NotRequired[str]
 
@@ -30,7 +32,8 @@ class RunDirectory:
     """A folder that one process at a time may write to; use it as a context manager.
 
     identity: the part of the config that decides the run's results. A folder that holds another identity is refused, so
-        that repeating a command can only resume its run.
+        that repeating a command can only resume its run. contents: by the name of a part of it, the images that it stands for;
+        where a run has recorded them, they are compared in its place.
     is_main: on ranks other than the main one nothing is locked or written. device: the type of device that computes, such as
         "cpu", for `compare_hardware`. tensorboard: write TensorBoard events too.
 
@@ -38,12 +41,13 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, is_main: bool = True, device: str = "",
-        tensorboard: bool = False,
+        self, path: Path, identity: Mapping[str, Any], *, contents: Mapping[str, Contents] | None = None,
+        is_main: bool = True, device: str = "", tensorboard: bool = False,
     ) -> None:  # fmt: skip
         self.path, self.is_main = Path(path), is_main
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when config.json is read
         self.checkpoints = self.path / "checkpoints"
+        self._contents = dict(contents or {})
         self._device, self._begun = device, dict[str, Any]()
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
@@ -81,13 +85,22 @@ class RunDirectory:
         if not path.exists():
             from triptych_common.storage.provenance import provenance  # needed only here, and slow to import
 
-            write_json(
-                path, {"config": self.identity, **provenance(), **({"device": self._device} if self._device else {})}
-            )
+            known = {"contents": self._contents, "device": self._device}
+            write_json(path, {"config": self.identity, **{k: v for k, v in known.items() if v}, **provenance()})
             return
         remedy = "delete this file and repeat the run's own settings, or use another --out"
         self._begun = read_json(path, _Config, remedy=remedy)
-        if changed := differences(self._begun["config"], self.identity):
+        recorded = self._begun.get("contents", {}).keys() & self._contents.keys()
+        for name in sorted(recorded):
+            if changed := changes(self._begun["contents"][name], self._contents[name]):
+                raise ValueError(
+                    f"{self.path}: {name} changed since it began: {changed}; put back what was there, or use another --out"
+                )
+        before, now = (
+            {key: value for key, value in settings.items() if key not in recorded}
+            for settings in (self._begun["config"], self.identity)
+        )
+        if changed := differences(before, now):
             raise ValueError(
                 f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
             )

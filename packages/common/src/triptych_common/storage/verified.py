@@ -60,5 +60,5 @@ def verify_once(
 def _stamp(path: Path, checksum: str) -> _Seen:
     status = path.stat()
     # The time of change, too, which a program that keeps the time of modification cannot set.
-    times = {"modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
-    return {"checksum": checksum, "bytes": status.st_size, **times}
+    modified, changed = status.st_mtime_ns, status.st_ctime_ns
+    return {"checksum": checksum, "bytes": status.st_size, "modified": modified, "changed": changed}

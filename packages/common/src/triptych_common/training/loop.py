@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from triptych_common.cli import Diverged, Interrupted
+from triptych_common.data.contents import Contents
 from triptych_common.parallel import Ranks
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
@@ -37,19 +38,21 @@ MAX_ROLLBACKS = 3
 
 
 def open_run(
-    config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *, out: Path | None = None
-) -> RunDirectory:
+    config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *,
+    contents: Mapping[str, Contents] | None = None, out: Path | None = None,
+) -> RunDirectory:  # fmt: skip
     """The run directory of a training run, to be entered with `with`.
 
-    facts: added to the settings' part of the run's identity, such as a digest of the data. out: by default `config.out`.
+    facts: added to the settings' part of the run's identity, such as a digest of the data. contents: as in `RunDirectory`.
+    out: by default `config.out`.
     Entering raises ValueError for a folder that holds another run or is in use, OSError for one that cannot be written.
     """
     # A switch of the whole process, unlike the other precisions, which `prepare` applies to a model.
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     return RunDirectory(
-        out or config.out, {**config.identity(), **(facts or {})}, is_main=ranks.is_main, device=ranks.device.type,
-        tensorboard=config.tensorboard,
+        out or config.out, {**config.identity(), **(facts or {})}, contents=contents, is_main=ranks.is_main,
+        device=ranks.device.type, tensorboard=config.tensorboard,
     )  # fmt: skip
 
 

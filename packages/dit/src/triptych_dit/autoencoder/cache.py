@@ -1,11 +1,11 @@
 """The latent cache: posterior moments of encoded images in shards that any rank reads from any offset.
 
 A cache is a folder. `shard-000000.safetensors` holds images 0 .. shard_size-1 of the source, the next shard those after
-them, each with `moments` (rows, flips, mean and log-variance channels, height, width; unscaled), `labels` and `items`,
-the images' numbers in the source. Images that could not be used have no row and are listed in `skipped.json`.
-`manifest.json` records what was encoded, how and by which autoencoder; it is written last, so a folder without one is
-incomplete. `config.json` holds the settings that a repeated command must have. From shards and settings, a repeated command
-makes every other file again, byte for byte.
+them, each with `moments` (rows, flips, mean and log-variance channels, height, width; unscaled), `labels`, `items`, the
+images' numbers in the source, and `crc32` of the pixels that were encoded. Images that could not be used have no row and are
+listed in `skipped.json`. `manifest.json` records what was encoded, how and by which autoencoder; it is written last, so a
+folder without one is incomplete. `config.json` holds the settings that a repeated command must have. From shards and
+settings, a repeated command makes the other files again, byte for byte.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
+from triptych_common.data.contents import Contents
 from triptych_common.fields import Ge
 from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
@@ -140,6 +141,7 @@ class LatentData:
 
     def __init__(self, cache: LatentCache) -> None:
         self.cache, self.name = cache, str(cache.folder)
+        self.contents: Contents | None = None  # the shards' hashes are in `identity`
         contents = ",".join(shard["sha256"] for shard in cache.facts["shards"])
         digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
         self.identity = f"latents of {cache.facts['source']['spec']}, {len(cache):,} images, {digest}"
@@ -177,12 +179,22 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def write_shard(
     folder: Path, shard: int, moments: Float[Tensor, "rows flips twice_channels height width"],
-    labels: Int[Tensor, " rows"], items: Int[Tensor, " rows"], *, skipped: Sequence[Mapping[str, Any]] = (),
-    request: str = "",
+    labels: Int[Tensor, " rows"], items: Int[Tensor, " rows"], crc32: Int[Tensor, " rows"] | None = None, *,
+    skipped: Sequence[Mapping[str, Any]] = (), request: str = "",
 ) -> None:  # fmt: skip
     """Write one shard atomically. skipped: item, path and reason of images without a row. request: a hash of the settings."""
     state = {"kind": _KIND, "shard": shard, "request": request, "skipped": list(skipped)}
-    checkpoint.write(shard_path(folder, shard), {"moments": moments, "labels": labels, "items": items}, state)
+    tensors = {"moments": moments, "labels": labels, "items": items}
+    checkpoint.write(shard_path(folder, shard), tensors if crc32 is None else {**tensors, "crc32": crc32}, state)
+
+
+def pixel_sums(path: Path) -> dict[int, int] | None:
+    """The CRC-32 of the pixels of each of a shard's images; None for a shard of a version that did not record it."""
+    with safe_open(path, framework="pt") as file:
+        if "crc32" not in file.keys():  # noqa: SIM118 (not a mapping)
+            return None
+        items, sums = (file.get_tensor(name).tolist() for name in ("items", "crc32"))
+    return dict(zip(items, sums, strict=True))
 
 
 def finished_shards(folder: Path, num_shards: int, request: str) -> set[int]:
@@ -259,15 +271,16 @@ def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> d
     manifest = {"kind": _KIND, "format": 1, **facts, **counts, **(_begun(folder) or provenance()), "shards": shards}
     with contextlib.suppress(OSError, ValueError):  # one that was lost or damaged is written again
         before = read_json(folder / MANIFEST, _Manifest, remedy="")
-        if _content(before) == _content(json.loads(json.dumps(manifest))):
+        if _content(before) == _content(manifest):
             return before
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def _content(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of the cache, without who made it from where."""
-    return {key: value for key, value in identity(manifest).items() if key not in PROVENANCE}
+def _content(manifest: dict[str, Any]) -> str:
+    """What a manifest says of the cache, without who made it from where, as a text."""
+    said = {key: value for key, value in identity(manifest).items() if key not in PROVENANCE}
+    return json.dumps(said, sort_keys=True)
 
 
 def _begun(folder: Path) -> dict[str, Any]:
