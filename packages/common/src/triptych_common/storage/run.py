@@ -4,21 +4,23 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from triptych_common.cli import echo
-from triptych_common.data.contents import Contents, changes
 from triptych_common.fields import Ge
-from triptych_common.storage.files import cannot_write, open_ended, read_json, rows, write_json, write_text
+from triptych_common.storage.files import cannot_write, check, open_ended, read_json, rows, write_json, write_text
+
+if TYPE_CHECKING:
+    from triptych_common.data.contents import Contents
 
 
 @open_ended
 class _Config(TypedDict):
     config: dict[str, Any]
-    contents: NotRequired[dict[str, Contents]]
+    contents: NotRequired[dict[str, dict[str, Any]]]
     hardware: NotRequired[dict[str, Any]]
     device: NotRequired[str]
 
@@ -41,7 +43,7 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, contents: Mapping[str, Contents] | None = None,
+        self, path: Path, identity: Mapping[str, Any], *, contents: "Mapping[str, Contents] | None" = None,
         is_main: bool = True, device: str = "", tensorboard: bool = False,
     ) -> None:  # fmt: skip
         self.path, self.is_main = Path(path), is_main
@@ -92,7 +94,10 @@ class RunDirectory:
         self._begun = read_json(path, _Config, remedy=remedy)
         recorded = self._begun.get("contents", {}).keys() & self._contents.keys()
         for name in sorted(recorded):
-            if changed := changes(self._begun["contents"][name], self._contents[name]):
+            from triptych_common.data.contents import Contents, changes  # few runs have pictures
+
+            known = check(self._begun["contents"][name], Contents, source=str(path), remedy=remedy)
+            if changed := changes(known, self._contents[name]):
                 raise ValueError(
                     f"{self.path}: {name} changed since it began: {changed}; put back what was there, or use another --out"
                 )

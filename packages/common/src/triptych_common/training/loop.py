@@ -18,12 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from triptych_common.cli import Diverged, Interrupted
-from triptych_common.data.contents import Contents
 from triptych_common.parallel import Ranks
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
@@ -32,6 +31,9 @@ from triptych_common.throughput import peak_bytes, peak_flops
 from triptych_common.training.settings import ExecutionSettings, LoopSettings
 from triptych_common.training.state import Batch, TrainState
 
+if TYPE_CHECKING:
+    from triptych_common.data.contents import Contents
+
 KEEP = 2  # checkpoints that remain
 PATIENCE = 3  # non-finite steps in a row before a rollback
 MAX_ROLLBACKS = 3
@@ -39,7 +41,7 @@ MAX_ROLLBACKS = 3
 
 def open_run(
     config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *,
-    contents: Mapping[str, Contents] | None = None, out: Path | None = None,
+    contents: "Mapping[str, Contents] | None" = None, out: Path | None = None,
 ) -> RunDirectory:  # fmt: skip
     """The run directory of a training run, to be entered with `with`.
 
