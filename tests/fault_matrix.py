@@ -267,7 +267,7 @@ class Trial:
 UGLY = re.compile(
     r"Traceback|terminate called|Fatal Python|core dumped|\*\*\* SIG|Aborted|Stack trace|Segmentation|std::|leaked"
 )
-GOOD = ("identical", "refused", "not applicable")
+GOOD = ("identical", "refused", "told", "not applicable")
 
 
 class Bench:
@@ -275,7 +275,7 @@ class Bench:
 
     def __init__(self, name: str, inputs: Path, root: Path, seed: int) -> None:
         self.name, self.inputs, self.root, self.seed = name, inputs, root, seed
-        self.words = [*COMMANDS[name].split(), "--out", "out"]
+        self.words = [*COMMANDS[name].split(), "--out", "out/run"]
 
     def place(self, label: str) -> Path:
         """A new folder with the command's inputs."""
@@ -299,10 +299,10 @@ class Bench:
             place = self.place(label)
             ended = self.run(place)
             assert ended.status == 0, f"{self.name}: {ended.errors}"
-            runs.append((contents(place / "out"), ended))
+            runs.append((contents(place / "out/run"), ended))
         # Repeated on what is finished already: what it changes then, such as the time of the last command, is no promise either.
         assert self.run(place).status == 0
-        repeated = contents(place / "out")
+        repeated = contents(place / "out/run")
         (first, ended), (second, _) = runs
         size = sum(path.stat().st_blocks * 512 for path in (place / "out").rglob("*"))
         varying = {
@@ -320,13 +320,9 @@ class Bench:
         (place / "out").mkdir()
         if mounted:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", place / "out"], check=True)
-            self.words[-1] = "out/run"
-        else:
-            (place / "out").rmdir()
         try:
             FAULTS[fault](self, place, rng, reference, result)
         finally:
-            self.words[-1] = "out"
             if mounted:
                 subprocess.run(["umount", "-l", place / "out"], check=True)
             if result.outcome in GOOD:
@@ -346,9 +342,13 @@ class Bench:
         return not result.outcome
 
     def repeated(
-        self, place: Path, reference: Reference, result: Trial, restore: Callable[[], None] | None = None
-    ) -> None:
-        """Repeat the command: the same files, or one line that refuses, after which `restore` must lead to the same files."""
+        self, place: Path, reference: Reference, result: Trial, restore: Callable[[], object] | None = None,
+        harmed: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Repeat the command: the same files, or one line that refuses, after which `restore` must lead to the same files.
+
+        harmed: a file whose damage the command may tell of instead.
+        """
         ended = self.run(place)
         if not self.clean(ended, result):
             return
@@ -362,18 +362,18 @@ class Bench:
                 return
             restore()
             again = self.run(place)
-            if again.status != 0 or reference.differences(contents(self.out(place))):
+            if again.status != 0 or reference.differences(contents(place / "out/run")):
                 result.outcome, result.note = "lost", f"{said[0]} | restored: {again.errors[-300:]}"
             else:
                 result.outcome, result.note = "refused", said[0]
             return
-        if wrong := reference.differences(contents(self.out(place))):
-            result.outcome, result.note = "silent damage", f"{wrong[:6]}; said {(ended.output + ended.errors)[-300:]}"
+        if wrong := reference.differences(contents(place / "out/run")):
+            said = ended.output + ended.errors
+            told = harmed is not None and (harmed.name in said or "left out 1 image" in said)
+            result.outcome = "told" if told else "silent damage"
+            result.note = f"{wrong[:6]}; said {said[-300:]}"
         else:
             result.outcome = "identical"
-
-    def out(self, place: Path) -> Path:
-        return place / self.words[-1]
 
 
 def lines_of_error(ended: Ended) -> list[str]:
@@ -385,7 +385,7 @@ def _interrupt(*signals: int, pause: float = 0.0) -> Callable[..., None]:
     def fault(bench: Bench, place: Path, rng: random.Random, reference: Reference, result: Trial) -> None:
         fresh, span = result.number % 5 == 4, reference.seconds
         for _ in range(6):
-            shutil.rmtree(place / "out", ignore_errors=True)
+            shutil.rmtree(place / "out/run", ignore_errors=True)
             running = bench.start(place, fresh=fresh)
             time.sleep(rng.uniform(0, span + 2 * fresh))
             alive = running.poll()
@@ -442,7 +442,11 @@ def _damage(harm: Callable[[Path, random.Random], None]) -> Callable[..., None]:
         files = [
             path
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.stat().st_size and not path.name.startswith(".") and path.suffix != ".py"
+            if path.is_file()
+            and path.stat().st_size
+            and path.suffix != ".py"
+            and path.name != ".lock"
+            and not (harm is _remove and "pictures" in path.parent.parent.name)  # nobody knows which there should be
         ] or [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
         if not files:
             result.outcome, result.note = "not applicable", "no file yet"
@@ -451,11 +455,15 @@ def _damage(harm: Callable[[Path, random.Random], None]) -> Callable[..., None]:
         before = path.read_bytes()
         harm(path, rng)
         result.note = str(path.relative_to(place))
-        bench.repeated(place, reference, result, lambda: path.write_bytes(before) and None)
+        bench.repeated(place, reference, result, lambda: path.write_bytes(before), path)
         if result.outcome != "identical":
             result.note = f"{path.relative_to(place)}: {result.note}"
 
     return fault
+
+
+def _remove(path: Path, rng: random.Random) -> None:
+    path.unlink()
 
 
 def _flip(path: Path, rng: random.Random) -> None:
@@ -507,7 +515,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "disk full": _disk_full,
     "read-only": _read_only,
     "flipped byte": _damage(_flip),
-    "missing file": _damage(lambda path, rng: path.unlink()),
+    "missing file": _damage(_remove),
     "two processes": _two,
     "memory limit": _memory,
     "NaN in weights": _not_a_number("weights"),
@@ -518,7 +526,6 @@ ONCE = ("NaN in weights", "NaN in data")  # nothing random about them but the pl
 
 def make_nan(path: Path, rng: random.Random) -> None:
     """Put a NaN into a file of weights, or into a shard whose checksums agree with it."""
-    import torch
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -532,8 +539,8 @@ def make_nan(path: Path, rng: random.Random) -> None:
     elif (path / "shards").is_dir():
         _nan_in_zoo(path)
     else:
-        from triptych_dit.autoencoder import cache as latents
         from triptych_common.storage import checkpoint
+        from triptych_dit.autoencoder import cache as latents
 
         shard = latents.shard_path(path, 0)
         tensors, state = checkpoint.read(shard)
@@ -547,7 +554,6 @@ def make_nan(path: Path, rng: random.Random) -> None:
 
 def _nan_in_zoo(path: Path) -> None:
     """Write the zoo again with a NaN in every run, since a trial may use any."""
-    import torch
     from triptych_gpt.zoo import store
 
     manifest = store.Manifest.read(path)
@@ -669,6 +675,7 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     for module in PRELOADED:
         import_module(module)
+    import_module("diffusers").AutoencoderKL  # noqa: B018 - imported on access
     prepare(root)
     trials = run(root, options.commands, options.faults, options.trials, options.seed)
     (root / "table.md").write_text(table(trials))
