@@ -23,4 +23,6 @@ def import_extra(module: str, message: str, name: str | None = None) -> Any:
 
 def _broken(module: str, error: Exception) -> ImportError:
     reason = str(error).strip().splitlines()[-1]
-    return ImportError(f"{module}: installed, but cannot be imported ({reason}); install it again, or give it more memory")
+    return ImportError(
+        f"{module}: installed, but cannot be imported ({reason}); install it again, or give it more memory"
+    )
