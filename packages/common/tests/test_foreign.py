@@ -81,6 +81,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write("interrupted")
     assert (out / "mark").read_text() == "first"
+    (out.parent / ".out-killed.partial").mkdir()  # as a killed process leaves it
     write("second")
     assert (out / "mark").read_text() == "second"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
