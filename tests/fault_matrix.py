@@ -26,6 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,42 +37,37 @@ PROGRAMS = {
     "triptych-gangealing": "triptych_gangealing.cli",
     "triptych": "triptych_thesis.cli",
 }
-SMALL_DIT = (
-    "--preset digits --model.depth 1 --model.hidden-size 32 --model.num-heads 2 --model.patch-size {patch} --batch-size 16 "
-    "--total-images 640 --checkpoint-every 8 --log-every 5 --warmup-images 64 --snapshots 320"
-)
-COLLECT = "triptych-gpt collect --task in/task.py:X --runs 16 --cohort-runs 2 --checkpoints 6 --split-every 4 --networks-at-once 2"
-SMALL_GPT = (
-    "--width 16 --depth 1 --num-heads 2 --batch-size 32 --total-pairs 2560 --warmup-pairs 32 --checkpoint-every 10 "
-    "--log-every 5 --validation-every 40 --validation-networks 2 --validation-inference-steps 3"
-)
-SMALL_GAN = (
-    "--preset smoke --resolution 8 --channel-base 64 --channel-max 8 --z-dim 8 --batch-size 8 --total-images 160 "
-    "--checkpoint-every 4 --log-every 3 --snapshot-every 48 --scores none"
-)
-SMALL_ALIGNER = (
-    "--preset smoke --input-size 16 --flow-size 4 --components 3 --pca-samples 60 --cutoff 4 --batch-size 4 --total-images 48 "
-    "--checkpoint-every 2 --log-every 2 --snapshot-every 16 --psi-images 16 --constant-images 16 --restart-images 8 "
-    "--init-images 12 --classifier-images 16 --ema-half-life-images 8"
-)
 COMMANDS = {  # name -> command line; inputs are under in/, outputs under out/
-    "dit train": f"triptych-dit train --data in/cache {SMALL_DIT.format(patch=2)} --model.in-channels 4 --model.input-size 8 8 --model.num-classes 2",
-    "dit autoencoder": "triptych-dit autoencoder --block-out-channels 8 8 --norm-num-groups 4 --total-images 640 --batch-size 16 "
-    "--warmup-images 64 --checkpoint-every 8 --log-every 5",
-    "dit encode": "triptych-dit encode --source in/pictures --vae in/vae --image-size 16 --shard-size 16 --batch-size 8 --workers 1",
-    "dit sample": "triptych-dit sample --checkpoint in/dit --vae in/vae --num-samples 48 --batch-size 8 --num-inference-steps 20",
+    "dit train": """triptych-dit train --data in/cache --preset digits --model.input-size 8 8 --model.in-channels 4
+        --model.num-classes 2 --model.patch-size 2 --model.depth 1 --model.hidden-size 32 --model.num-heads 2 --batch-size 16
+        --total-images 640 --warmup-images 64 --snapshots 320 --checkpoint-every 8 --log-every 5""",
+    "dit autoencoder": """triptych-dit autoencoder --block-out-channels 8 8 --norm-num-groups 4 --total-images 640
+        --batch-size 16 --warmup-images 64 --checkpoint-every 8 --log-every 5""",
+    "dit encode": """triptych-dit encode --source in/pictures --vae in/autoencoder --image-size 16 --shard-size 16
+        --batch-size 8 --workers 1""",
+    "dit sample": """triptych-dit sample --checkpoint in/dit --vae in/autoencoder --num-samples 48 --batch-size 8
+        --num-inference-steps 20""",
     "study": "triptych reproduce ch2 --size smoke-pixels --only samplers --workers 1",
-    "gpt collect, pool": f"{COLLECT} --workers 2",
-    "gpt collect, Ray": f"{COLLECT} --workers 2 --engine ray",
-    "gpt train": f"triptych-gpt train --zoo in/zoo --task in/task.py:X {SMALL_GPT}",
-    "gpt evaluate": "triptych-gpt evaluate --model in/gpt --zoo in/zoo --task in/task.py:X",
-    "train-gan": f"triptych-gangealing train-gan --data in/pictures8 {SMALL_GAN}",
-    "gangealing train": f"triptych-gangealing train --generator in/generator.safetensors --distance simclr:in/encoder.safetensors "
-    f"{SMALL_ALIGNER}",
+    "gpt collect, pool": """triptych-gpt collect --task in/task.py:X --runs 16 --cohort-runs 2 --checkpoints 6 --split-every 4
+        --networks-at-once 2 --workers 2""",
+    "gpt collect, Ray": """triptych-gpt collect --task in/task.py:X --runs 16 --cohort-runs 2 --checkpoints 6 --split-every 4
+        --networks-at-once 2 --workers 2 --engine ray""",
+    "gpt train": """triptych-gpt train --zoo in/zoo --task in/task.py:X --width 16 --depth 1 --num-heads 2 --batch-size 32
+        --total-pairs 2560 --warmup-pairs 32 --checkpoint-every 10 --log-every 5 --validation-every 40 --validation-networks 2
+        --validation-inference-steps 3""",
+    "gpt evaluate": """triptych-gpt evaluate --model in/gpt --zoo in/zoo --task in/task.py:X --networks 2 --prompts 3
+        --num-inference-steps 3 --sampler-steps 2""",
+    "train-gan": """triptych-gangealing train-gan --data in/pictures8 --preset smoke --resolution 8 --channel-base 64
+        --channel-max 8 --z-dim 8 --batch-size 8 --total-images 160 --checkpoint-every 4 --log-every 3 --snapshot-every 48
+        --scores none""",
+    "gangealing train": """triptych-gangealing train --generator in/generator.safetensors
+        --distance simclr:in/encoder.safetensors --preset smoke --input-size 16 --flow-size 4 --components 3 --pca-samples 60
+        --cutoff 4 --batch-size 4 --total-images 48 --checkpoint-every 2 --log-every 2 --snapshot-every 16 --psi-images 16
+        --constant-images 16 --restart-images 8 --init-images 12 --classifier-images 16 --ema-half-life-images 8""",
     "align": "triptych-gangealing align --aligner in/aligner --images in/pictures",
 }
 INPUTS = {  # what each needs of the folder of inputs
-    "dit train": ["cache"], "dit encode": ["pictures", "vae"], "dit sample": ["dit", "vae", "cache"],
+    "dit train": ["cache"], "dit encode": ["pictures", "autoencoder"], "dit sample": ["dit", "autoencoder", "cache"],
     "gpt collect, pool": ["task.py"], "gpt collect, Ray": ["task.py"], "gpt train": ["zoo", "task.py"],
     "gpt evaluate": ["gpt", "zoo", "task.py"], "train-gan": ["pictures8"],
     "gangealing train": ["generator.safetensors", "encoder.safetensors"], "align": ["aligner", "pictures"],
@@ -195,6 +191,10 @@ def _virtual_now() -> int:
 # --- files
 
 
+BY_PRODUCT = re.compile(
+    r"/(checkpoints|snapshots|samples|previews|digits32)/"
+)  # never read again by a run that is finished
+UNSTABLE = re.compile(r"#.*(commit|seconds|time|command)")  # of JSON fields; two runs may happen to agree on them
 IGNORED = re.compile(r"(^|/)(\.lock|\.triptych\.lock|\.verified\.json|tensorboard/.*|logs/.*)$")
 
 
@@ -248,7 +248,7 @@ class Reference:
 
     def differences(self, found: Mapping[str, Any]) -> list[str]:
         names = {name for name in self.agreed.keys() | found.keys() if field(name) not in self.varying}
-        names = {name for name in names if "commit" not in name.partition("#")[2]}  # which may be worked on meanwhile
+        names = {name for name in names if not UNSTABLE.search(name)}
         missing = object()
         return sorted(name for name in names if self.agreed.get(name, missing) != found.get(name, missing))
 
@@ -268,7 +268,7 @@ class Trial:
 UGLY = re.compile(
     r"Traceback|terminate called|Fatal Python|core dumped|\*\*\* SIG|Aborted|Stack trace|Segmentation|std::|leaked"
 )
-GOOD = ("identical", "refused", "told", "not applicable")
+GOOD = ("identical", "refused", "told", "unused", "not applicable")
 
 
 class Bench:
@@ -369,8 +369,13 @@ class Bench:
                 result.outcome, result.note = "refused", said[0]
             return
         wrong = reference.differences(contents(place / "out/run"))
-        if harmed is not None and "checkpoints" in harmed.parts:  # one that was not needed may stay as it is
-            wrong = [name for name in wrong if place / "out/run" / name != harmed]
+        if (
+            harmed is not None
+            and BY_PRODUCT.search(str(harmed))
+            and wrong == [os.path.relpath(harmed, place / "out/run")]
+        ):
+            result.outcome = "unused"
+            return
         if wrong:
             said = ended.output + ended.errors
             told = harmed is not None and (harmed.name in said or "left out 1 image" in said)
@@ -439,19 +444,10 @@ def _read_only(bench: Bench, place: Path, rng: random.Random, reference: Referen
 
 def _damage(harm: Callable[[Path, random.Random], None]) -> Callable[..., None]:
     def fault(bench: Bench, place: Path, rng: random.Random, reference: Reference, result: Trial) -> None:
-        of_inputs = bool(INPUTS.get(bench.name)) and result.number % 2 == 1
-        if not of_inputs:
+        files = _files(place / "in", pictures=harm is not _remove) if result.number % 2 else []
+        if not files:  # then of the outputs
             _partly(bench, place, rng, reference)
-        folder = place / "in" if of_inputs else place / "out"
-        files = [
-            path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-            and path.stat().st_size
-            and path.suffix != ".py"
-            and path.name != ".lock"
-            and not (harm is _remove and "pictures" in path.parent.parent.name)  # nobody knows which there should be
-        ] or [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+            files = _files(place / "out")
         if not files:
             result.outcome, result.note = "not applicable", "no file yet"
             return
@@ -464,6 +460,14 @@ def _damage(harm: Callable[[Path, random.Random], None]) -> Callable[..., None]:
             result.note = f"{path.relative_to(place)}: {result.note}"
 
     return fault
+
+
+def _files(folder: Path, *, pictures: bool = True) -> list[Path]:
+    """Files that hold something, without code; also without folders of pictures, since nobody knows which there should be."""
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size and path.suffix != ".py"
+    ]
+    return [path for path in files if pictures or not path.parent.parent.name.startswith("pictures")]
 
 
 def _remove(path: Path, rng: random.Random) -> None:
@@ -508,7 +512,7 @@ def _not_a_number(where: str) -> Callable[..., None]:
 
 
 WEIGHTS = {
-    "dit encode": "vae/diffusion_pytorch_model.safetensors", "dit sample": "dit/model.safetensors",
+    "dit encode": "autoencoder/vae/diffusion_pytorch_model.safetensors", "dit sample": "dit/model.safetensors",
     "gpt evaluate": "gpt/model.safetensors", "gangealing train": "generator.safetensors", "align": "aligner/aligner.safetensors",
 }  # fmt: skip
 DATA = {"dit train": "cache", "gpt train": "zoo", "gpt evaluate": "zoo"}
@@ -576,46 +580,64 @@ def _nan_in_zoo(path: Path) -> None:
 # --- inputs
 
 
-def prepare(root: Path) -> Path:
-    """Make the inputs, by the commands themselves where they can; returns their folder."""
+def prepare(root: Path, commands: list[str]) -> None:
+    """Make the inputs of commands in `root/in`, by other commands where they are outputs."""
+    for name in dict.fromkeys(name for command in commands for name in INPUTS.get(command, ())):
+        path = root / "in" / name
+        if path.exists():
+            continue
+        path.parent.mkdir(exist_ok=True)
+        if name in MADE_BY:
+            maker = MADE_BY[name]
+            prepare(root, [maker])
+            making = path.with_name(f".{name}")
+            ended = Running([*COMMANDS[maker].split(), "--out", f"in/.{name}"], root).wait()
+            assert ended.status == 0, f"{maker}: {ended.errors}"
+            making.rename(path)
+        else:
+            MAKERS[name](path)
+
+
+def _pictures(path: Path, size: int) -> None:
     import numpy as np
-    import torch
     from PIL import Image
-    from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig, write_encoder
+
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        (path / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path / "ab"[i % 2] / f"{i:02d}.png")
+
+
+def _generator(path: Path) -> None:
+    import torch
     from triptych_gangealing.stylegan2.config import GeneratorConfig
     from triptych_gangealing.stylegan2.generator import Generator
     from triptych_gangealing.stylegan2.weights import write_network
 
-    inputs = root / "in"
-    if (root / "made").exists():
-        return inputs
-    shutil.rmtree(inputs, ignore_errors=True)
-    inputs.mkdir(parents=True)
-    (inputs / "task.py").write_text(TASK)
-    rng = np.random.default_rng(0)
-    for name, size in (("pictures", 16), ("pictures8", 8)):
-        for i in range(64):
-            path = inputs / name / "ab"[i % 2] / f"{i:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path)
     torch.manual_seed(3)
     generator = Generator(GeneratorConfig(16, channel_base=64, channel_max=8, z_dim=6, w_dim=6, mapping_layers=2))
     with torch.no_grad():
         for name, value in generator.named_parameters():
             if name.endswith("noise_strength"):
                 value.fill_(0.1)
-    write_network(inputs / "generator.safetensors", generator, {})
-    write_encoder(inputs / "encoder.safetensors", Encoder(EncoderConfig((4, 6))), {})
-    for command, name in (
-        ("dit autoencoder", "autoencoder"), ("dit encode", "cache"), ("dit train", "dit"), ("gpt collect, pool", "zoo"),
-        ("gpt train", "gpt"), ("gangealing train", "aligner"),
-    ):  # fmt: skip
-        ended = Running([*COMMANDS[command].split(), "--out", f"in/{name}"], root).wait()
-        assert ended.status == 0, f"{command}: {ended.errors}"
-        if name == "autoencoder":
-            shutil.copytree(inputs / name / "vae", inputs / "vae")
-    (root / "made").touch()
-    return inputs
+    write_network(path, generator, {})
+
+
+def _encoder(path: Path) -> None:
+    from triptych_gangealing.encoders.perceptual import Encoder, EncoderConfig, write_encoder
+
+    write_encoder(path, Encoder(EncoderConfig((4, 6))), {})
+
+
+MADE_BY = {
+    "autoencoder": "dit autoencoder", "cache": "dit encode", "dit": "dit train", "zoo": "gpt collect, pool", "gpt": "gpt train",
+    "aligner": "gangealing train",
+}  # fmt: skip
+MAKERS: dict[str, Callable[[Path], object]] = {
+    "task.py": lambda path: path.write_text(TASK), "pictures": partial(_pictures, size=16), "pictures8": partial(_pictures, size=8),
+    "generator.safetensors": _generator, "encoder.safetensors": _encoder,
+}  # fmt: skip
 
 
 # --- the matrix
@@ -651,7 +673,7 @@ def table(trials: list[Trial]) -> str:
     """Markdown: a row for each command, a column for each fault, outcomes counted."""
     short = {"identical": "same", "refused": "refused", "not applicable": "-"}
     rows = ["| command | " + " | ".join(FAULTS) + " |", "|---" * (len(FAULTS) + 1) + "|"]
-    for command in COMMANDS:
+    for command in [name for name in COMMANDS if any(trial.command == name for trial in trials)]:
         cells = []
         for fault in FAULTS:
             outcomes = Counter(t.outcome for t in trials if (t.command, t.fault) == (command, fault))
@@ -680,7 +702,7 @@ def main() -> int:
     for module in PRELOADED:
         import_module(module)
     import_module("diffusers").AutoencoderKL  # noqa: B018 - imported on access
-    prepare(root)
+    prepare(root, options.commands)
     trials = run(root, options.commands, options.faults, options.trials, options.seed)
     (root / "table.md").write_text(table(trials))
     print(table(trials))
@@ -688,8 +710,9 @@ def main() -> int:
 
 
 PRELOADED = [
-    *PROGRAMS.values(), "triptych_dit.train", "triptych_dit.autoencoder.train", "triptych_dit.autoencoder.encode", "triptych_dit.sample",
-    "triptych_gpt.zoo.collect", "triptych_gpt.train", "triptych_gpt.evaluate", "triptych_gangealing.train",
+    *PROGRAMS.values(),
+    "triptych_dit.train", "triptych_dit.autoencoder.train", "triptych_dit.autoencoder.encode",
+    "triptych_dit.sample", "triptych_gpt.zoo.collect", "triptych_gpt.train", "triptych_gpt.evaluate", "triptych_gangealing.train",
     "triptych_gangealing.stylegan2.train", "triptych_gangealing.folders", "triptych_thesis.study.runner", "diffusers",
 ]  # fmt: skip
 
