@@ -1,4 +1,4 @@
-# make setup | test | fuzz | lint | types | bench | docs | reproduce-ch2 | reproduce-ch3 | reproduce-ch4 | reproduce [SIZE=smoke|laptop|...] [ARGS=--all]
+# make setup | test | fuzz | faults | lint | types | bench | docs | reproduce-ch2 | reproduce-ch3 | reproduce-ch4 | reproduce [SIZE=smoke|laptop|...] [ARGS=--all]
 #      train-generators | vendor-stylegan2-ada
 # PYTHON: interpreter to build .venv from. TORCH: another requirement for torch, such as a CPU build's version or wheel.
 # CONSTRAINTS: file of exact versions, those last tested by default; CONSTRAINTS= takes the newest that the packages admit.
@@ -14,7 +14,7 @@ PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
 STYLEGAN2_ADA := third_party/stylegan2-ada-pytorch
 STYLEGAN2_ADA_COMMIT := d72cc7d041b42ec8e806021a205ed9349f87c6a4
 
-.PHONY: setup test fuzz lint types bench docs reproduce-ch2 reproduce-ch3 reproduce-ch4 reproduce train-generators vendor-stylegan2-ada
+.PHONY: setup test fuzz faults lint types bench docs reproduce-ch2 reproduce-ch3 reproduce-ch4 reproduce train-generators vendor-stylegan2-ada
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ test: setup
 # Readers on thousands of damaged files, other ones each time.
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_fuzz.py packages/common/tests/test_files.py
+
+# Every command under signals, full disks, damaged files and more; ARGS="--trials 3 --commands align" narrows it. Goes on if repeated.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fault_matrix.py $(ARGS)
 
 lint: types
 	$(BIN)/ruff check .

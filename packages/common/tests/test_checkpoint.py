@@ -112,3 +112,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
     assert "cannot be written" in reported["error"]
     assert "\n" not in reported["error"]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_equal_contents_are_equal_bytes(tmp_path):
+    # safetensors orders metadata by a hash that is seeded at random for each file
+    for name in "abcdefgh":
+        checkpoint.write(tmp_path / name, {"z": torch.ones(2), "ä": torch.zeros(3)}, {"é\n": "\x01\x7f"})
+    assert len({(tmp_path / name).read_bytes() for name in "abcdefgh"}) == 1
+    tensors, state = checkpoint.read(tmp_path / "a")
+    assert state == {"é\n": "\x01\x7f"}
+    assert torch.equal(tensors["z"], torch.ones(2))

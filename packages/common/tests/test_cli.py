@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -129,3 +131,34 @@ def test_overview_and_help_list_what_there_is(capsys):
 def test_text_of_others_cannot_act_on_the_terminal(text, shown, capsys):
     echo(f"first\n{text}")
     assert capsys.readouterr().out == f"first\n{shown}\n"
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import torch
+from dataclasses import dataclass
+from triptych_common.cli import Command, CommonOptions, main
+
+def work(config):
+    size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
+    if config.seed == 0:
+        torch.zeros(1 << 30)
+    elif config.seed == 1:
+        torch.nn.Conv2d(64, 64, 3)(torch.zeros(64, 64, 48, 48))
+    else:
+        b"0" * (1 << 30)
+
+sys.exit(main("prog", {"work": Command("", CommonOptions, work, writes="nothing")}, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_out_of_memory_is_one_line(seed):
+    """In torch's allocator, in oneDNN or in Python."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, "work", "--seed", str(seed)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")

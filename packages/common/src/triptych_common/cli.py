@@ -97,6 +97,9 @@ def echo(text: str) -> None:
 
 
 Commands = Mapping[str, Command]
+_OUT_OF_MEMORY = (  # of the CPU: torch, oneDNN, the C++ library, the operating system, Python
+    "DefaultCPUAllocator", "could not create a primitive", "bad_alloc", "Cannot allocate memory", "can't start new thread",
+)  # fmt: skip
 
 
 def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> int:
@@ -129,7 +132,7 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         return _fail(_one_line(error), 1)
     except RuntimeError as error:
         # By name, as only torch has that class, and importing torch takes seconds; on the CPU it raises a plain RuntimeError.
-        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _OUT_OF_MEMORY)
         if not out_of_memory or os.environ.get("TRIPTYCH_DEBUG"):
             raise
         return _fail(f"{_one_line(error)}; use a smaller batch", 1)

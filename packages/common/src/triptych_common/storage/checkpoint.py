@@ -60,6 +60,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     metadata = {"state": text, "sha256": digest(contiguous, text)}
     with replacing(path, refusals=(SafetensorError, RuntimeError)) as partial:  # a full disk can raise either
         save_file(contiguous, partial, metadata)
+        _order_metadata(partial)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata in a file's header, which safetensors writes in random order: equal contents are equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

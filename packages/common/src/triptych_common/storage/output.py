@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from triptych_common.storage.files import cannot_write, read_json, write_json
 
 MARK, LOCK = ".triptych.json", ".triptych.lock"
 _RUN = "config.json"  # by which run directories of versions without marks are known
+
+
+class _Mark(TypedDict):
+    command: str
 
 
 @contextlib.contextmanager
@@ -64,7 +69,7 @@ def _stranger(folder: Path, command: str) -> str | None:
     """What in a folder the command did not write, in a few words; None in a folder that is absent, empty or its own."""
     mark, run = folder / MARK, folder / _RUN
     if mark.is_file():
-        owner = read_json(mark, dict[str, str], remedy="delete it if the folder may be written to").get("command")
+        owner = read_json(mark, _Mark, remedy="delete this file if the folder may be written to")["command"]
         return None if owner == command else f"what {json.dumps(owner)} wrote"
     if run.is_file() and str(_made_by(run)).startswith((command, "python -m")):
         return None

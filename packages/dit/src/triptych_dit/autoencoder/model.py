@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.extras import import_extra
+from triptych_common.storage.model_file import refuse_non_finite
 from triptych_common.storage import checkpoint
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def load_autoencoder(
 
 def import_autoencoder_kl() -> type["AutoencoderKL"]:
     """The class of diffusers. Raises ImportError, saying what to install, without the library."""
-    return import_extra("diffusers", "latents need a package: pip install 'triptych-dit[latents]'").AutoencoderKL
+    return import_extra("diffusers", "latents need a package: pip install 'triptych-dit[latents]'", "AutoencoderKL")
 
 
 def _local(spec: str) -> Path:
@@ -177,6 +178,7 @@ def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderK
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise ValueError(f"autoencoder {spec}: weights do not fit its config ({wrong[0]} and {len(wrong) - 1} others)")
+    refuse_non_finite(vae.state_dict(), f"autoencoder {spec}")
     return vae
 
 
