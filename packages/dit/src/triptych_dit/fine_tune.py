@@ -6,7 +6,6 @@ import torch
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.model import DiT
-from triptych_dit.train_config import TrainConfig
 
 TABLE = "y_embedder.embedding_table.weight"
 _MAY_DIFFER = {"input_size", "num_classes", "class_dropout_prob"}
@@ -66,13 +65,3 @@ def _check_same_shape(wanted: DiTConfig, found: DiTConfig) -> None:
             f"init_from: the model differs from the one to start from in {listed}; fine-tuning changes only the "
             "resolution and the number of classes: leave out the --model options, or give the file's"
         )
-
-
-def settings_from(init_from: str, config: TrainConfig, data: str) -> TrainConfig:
-    """A training preset with the model of `init_from`, fitted to the data: defaults that other options override."""
-    from triptych_dit.interop import load_any
-    from triptych_dit.objective import shape_and_classes
-
-    source = load_any(init_from).model.config
-    (_, height, width), num_classes = shape_and_classes(data, source)
-    return replace(config, model=fitted_config(source, input_size=(height, width), num_classes=num_classes))
