@@ -84,7 +84,7 @@ def look_at(data: str, model: DiTConfig, typed: dict[str, str | None], *, keep_s
     if isinstance(source, sources.ImageDataset):
         _, channels, height, width = source.images.shape
         return Found(channels, (height, width), classes, reason)
-    if keep_size or typed["input_size"] is not None and typed["in_channels"] is not None:
+    if keep_size or (typed["input_size"] is not None and typed["in_channels"] is not None):
         return Found(model.in_channels, model.input_size, classes, reason)
     look = look_over(source)
     # Much smaller ones than usual, such as icons, will be left out.

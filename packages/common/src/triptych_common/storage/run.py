@@ -35,7 +35,8 @@ class RunDirectory:
 
     identity: the part of the config that decides the run's results. A folder that holds another identity is refused, so
         that repeating a command can only resume its run. contents: by the name of a part of it, the images that it stands for;
-        where a run has recorded them, they are compared in its place. free: names of what may differ, at any depth, and recorded or not.
+        where a run has recorded them, they are compared in its place. free: names of what may differ, at any depth, also where
+        an earlier version recorded it.
     is_main: on ranks other than the main one nothing is locked or written. device: the type of device that computes, such as
         "cpu", for `compare_hardware`. tensorboard: write TensorBoard events too.
 

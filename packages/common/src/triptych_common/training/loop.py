@@ -56,7 +56,8 @@ def open_run(
         torch.set_float32_matmul_precision("high")
     return RunDirectory(
         out or config.out, {**config.identity(), **(facts or {})}, contents=contents,
-        free={*free_names(type(config)), config.length}, is_main=ranks.is_main, device=ranks.device.type, tensorboard=config.tensorboard,
+        free={*free_names(type(config)), config.length}, is_main=ranks.is_main, device=ranks.device.type,
+        tensorboard=config.tensorboard,
     )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def _note_length(config: LoopSettings, state: TrainState, run: RunDirectory) -> 
     if learning_rate is not None:
         shorter = copy.copy(config)
         object.__setattr__(shorter, config.length, before)  # unchecked: warmup may be longer than that run
-        was, becomes = getattr(shorter, "learning_rate")(state.samples_seen), learning_rate(state.samples_seen)
+        was, becomes = shorter.learning_rate(state.samples_seen), learning_rate(state.samples_seen)
         if was != becomes:
             one = config.unit.removesuffix("s")
             changed = f": the learning rate of {one} {state.samples_seen + 1:,} becomes {becomes:.3g}, was {was:.3g}"

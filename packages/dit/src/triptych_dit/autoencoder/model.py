@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.extras import import_extra
-from triptych_common.storage.model_file import refuse_non_finite
 from triptych_common.storage import checkpoint
+from triptych_common.storage.model_file import refuse_non_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.cli import echo
+from triptych_common.data import write_unusable
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import keep_freed_memory
@@ -39,7 +40,8 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
     Raises ValueError for a config that does not fit data, run directory or ranks, Interrupted after a signal.
     """
     keep_freed_memory()
-    images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip)
+    out = None if config.strict else config.out
+    images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip, out=out)
     with process_group(config.device) as ranks:
         config.check_groups(ranks.world_size)
         state = make_state(config, ranks, images)
@@ -52,6 +54,8 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
             state.describe = lambda: {
                 part: facts_of(network, facts_about(config, run, state)) for part, network in networks_of(state).items()
             }
+            if ranks.is_main:
+                write_unusable(images.unusable, run.path)
             snapshot = make_snapshots(config, run, images, ranks)
             for batch in training_steps(config, state, run, on_step=snapshot):
                 adversarial_step(state, objective, batch)

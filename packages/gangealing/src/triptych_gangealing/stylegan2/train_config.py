@@ -26,6 +26,8 @@ class GanTrainConfig(AccumulatingSettings, WeightPrecision):
     """height and width: images are cropped square and reduced to it"""
     conditional: bool = False
     """give both networks the images' classes"""
+    strict: Annotated[bool, FREE] = False
+    """stop at the first picture that is damaged or too small, rather than list such pictures and leave them out"""
     x_flip: bool = False
     """add mirrored images; not for digits"""
     # Free, since no schedule depends on it: a run may be prolonged.
