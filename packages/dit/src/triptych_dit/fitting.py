@@ -50,7 +50,7 @@ def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | No
     if patch.isdecimal() and int(patch) and not init_from:
         model = replace(model, patch_size=int(patch), input_size=(int(patch), int(patch)))
     found = look_at(data, model, typed, keep_size=bool(init_from))
-    given = {
+    given: dict[str, Any] = {
         "num_classes": found.num_classes if model.num_classes or not init_from else 0, "input_size": found.input_size,
         "in_channels": model.in_channels if init_from else found.in_channels,
     }  # fmt: skip

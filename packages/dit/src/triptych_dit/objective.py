@@ -95,8 +95,8 @@ def open_validation_data(config: TrainConfig) -> "TrainingData | None":
     if config.validation_every == 0:
         return None
     try:
-        spec, options = config.validation_data or config.data, {"out": config.out, "strict": config.strict}
-        return open_training_data(spec, config.model, "held_out", **options)
+        spec = config.validation_data or config.data
+        return open_training_data(spec, config.model, "held_out", out=config.out, strict=config.strict)
     except (ValueError, OSError) as error:
         raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
 

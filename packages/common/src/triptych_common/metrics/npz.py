@@ -16,13 +16,30 @@ from triptych_common.metrics.distances import Gaussian
 from triptych_common.metrics.inception import POOL_DIM, SPATIAL_DIM
 
 
-class NpzImages:
+class Images:
+    """Images to score.
+
+    path: in messages. count: number of images, 0 if there are statistics only. crc32: checksum of the images, or None.
+    pool, spatial: Gaussians of the features for FID and for sFID, or None.
+    """
+
+    path: Path
+    count: int
+    crc32: str | None
+    pool: Gaussian | None
+    spatial: Gaussian | None
+
+    def batches(self, size: int) -> Iterator[UInt8[Tensor, "n channels height width"]]:
+        """All images in order, `size` at a time, in RGB."""
+        raise NotImplementedError
+
+
+class NpzImages(Images):
     """An npz file with images (`arr_0`: NHWC uint8), their statistics (`mu`, `sigma`; `mu_s`, `sigma_s`), or both.
 
     Opening reads only the header; `batches` streams the images and holds at most one batch.
 
-    count: number of images, 0 if there are statistics only. crc32: checksum of the images, or None.
-    pool, spatial: Gaussians of the features for FID and for sFID, or None.
+    size: height and width, None without images. Gray images are repeated over three channels.
     Raises FileNotFoundError for an absent file, ValueError for one without either, or with images of wrong shape or type.
     """
 
@@ -39,14 +56,17 @@ class NpzImages:
                     shape, fortran, dtype = _header(file)
                     size = file.tell() + math.prod(shape) * dtype.itemsize
         self.count, self.crc32 = 0, None
+        self.size: tuple[int, int] | None = None
         if images is not None:
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (n, height, width, 3) in 0..255")
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+                wanted = "uint8 (n, height, width, 3), or 1 for gray, in 0..255"
+                raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected {wanted}")
             if fortran:
                 raise ValueError(f"{path}: arr_0 is in Fortran order; save numpy.ascontiguousarray of it")
             if images.file_size != size:
                 raise ValueError(f"{path}: damaged, arr_0 has {images.file_size:,} of {size:,} bytes; make it again")
             self.count, self._image_shape, self.crc32 = shape[0], shape[1:], f"{images.CRC:08x}"
+            self.size = shape[1], shape[2]
         self.pool = self._gaussian(members.keys(), "mu", "sigma", POOL_DIM)
         self.spatial = self._gaussian(members.keys(), "mu_s", "sigma_s", SPATIAL_DIM)
         if not self.count and self.pool is None:
@@ -67,7 +87,7 @@ class NpzImages:
                 if len(content) != n * image_bytes:
                     raise EOFError("arr_0 ends early")
                 images = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                yield images.view(n, *self._image_shape).permute(0, 3, 1, 2)
+                yield images.view(n, *self._image_shape).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
     def _gaussian(self, held: Collection[str], mean: str, covariance: str, dim: int) -> Gaussian | None:
         if mean not in held and covariance not in held:

@@ -146,7 +146,7 @@ def _note_length(config: LoopSettings, state: TrainState, run: RunDirectory) -> 
         return
     changed, learning_rate = "", getattr(config, "learning_rate", None)
     if learning_rate is not None:
-        shorter = copy.copy(config)
+        shorter: Any = copy.copy(config)
         object.__setattr__(shorter, config.length, before)  # unchecked: warmup may be longer than that run
         was, becomes = shorter.learning_rate(state.samples_seen), learning_rate(state.samples_seen)
         if was != becomes:

@@ -98,7 +98,7 @@ def to_length(preset: Settings, argv: Sequence[str]) -> Settings:
         words = ", ".join(f"{name} {value} (was {getattr(preset, name)})" for name, value in changed.items())
         echo(f"scaled to {preset.length} {total:,}: {words}")
     try:
-        return replace(preset, **{preset.length: total}, **values)
+        return replace(preset, **{**values, preset.length: total})
     except ValueError:  # a run's warmup, say, that is longer than the length asked for
         return preset
 
