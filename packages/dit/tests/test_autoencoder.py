@@ -1,6 +1,7 @@
 """The autoencoder: against plain diffusers, from any kind of folder, and trained on the command line."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor
 from triptych_common import data
 from triptych_common.storage import checkpoint
@@ -19,7 +21,7 @@ from triptych_dit.autoencoder import model as module
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
 from triptych_dit.autoencoder.train import Reconstruction, train_autoencoder
-from triptych_dit.testing import random_vae
+from triptych_dit.testing import random_vae, run_dit
 
 make_vae = partial(random_vae, (8, 8, 16), latent_channels=4, sample_size=16, scaling_factor=0.5, shift_factor=0.25)
 
@@ -255,6 +257,33 @@ def test_interrupted_and_resumed_it_ends_in_the_same_weights(whole, tmp_path):
     assert [key for key, value in theirs.items() if not torch.equal(value, ours[key])] == []
     config = "vae/config.json"
     assert (tmp_path / config).read_bytes() == (whole / config).read_bytes()
+
+
+def test_any_checkpoint_is_an_autoencoder(whole, tmp_path):
+    newest = checkpoint.steps_in(whole / "checkpoints")[-1]
+    ours, theirs = load_autoencoder(str(newest)), load_autoencoder(str(whole))
+    assert ours.sha256 == theirs.sha256
+    assert ours.scale_factor == pytest.approx(theirs.scale_factor, rel=0.1)  # of fewer images
+    shutil.copytree(whole / "checkpoints", tmp_path / "run/checkpoints")
+    assert load_autoencoder(str(tmp_path / "run")).sha256 == theirs.sha256
+
+
+def test_own_pictures_of_any_size(tmp_path):
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 23 + i, 3), dtype=np.uint8)
+        (tmp_path / "photos" / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / "a" / f"{i}.png")
+    (tmp_path / "photos" / "a" / "broken.png").write_bytes(b"no picture")
+    options = ("--preset", "digits-smoke", "--total-images", 16, "--batch-size", 8, "--device", "cpu")
+    done = run_dit("autoencoder", *options, "--data", tmp_path / "photos", "--out", tmp_path / "vae")
+    assert done.returncode == 0, done.stderr
+    assert "5 pictures, --image-size 20, channels 3 (colour, 23x20 to 26x20 pixels)" in done.stdout
+    assert "left out 1 of 5 images" in done.stdout
+    found = load_autoencoder(str(tmp_path / "vae"))
+    assert found.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 16, 16)
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    assert config["config"]["warmup_images"] == 2  # of 256 in 2,048
+    assert config["contents"]["data"]["classes"][0]["images"] == 4
 
 
 def test_two_ranks_train_as_one_does(whole, tmp_path):

@@ -158,34 +158,6 @@ def test_options_of_the_other_kind_are_refused(settings, message, tmp_path):
         EvaluateConfig(**options)
 
 
-def test_folders_are_scored_as_their_images_in_files_would_be(folder, features, capsys):
-    from PIL import Image
-
-    with np.load(folder / "reference.npz") as arrays:
-        images = arrays["arr_0"]
-    for i, image in enumerate(images):
-        (folder / "own" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / "own" / f"{i % 2}" / f"{i:04d}.png")
-    (folder / "own" / "0" / "broken.png").write_bytes(b"no picture")
-    options = ("--inception", folder / "weights.pth", "--repeats", 0, "--out", folder / "scored")
-    done = run_dit("evaluate", "--reference", folder / "own", "--samples", folder / "samples.npz", *options)
-    assert done.returncode == 0, done.stderr
-    ours = json.loads((folder / "scored/scores.json").read_text())
-    theirs = suite(folder, repeats=0)
-    for name in ("fid", "sfid", "precision", "recall"):
-        assert ours["scores"][name]["value"] == pytest.approx(theirs["scores"][name]["value"], rel=1e-4)
-    height, width = images.shape[1:3]
-    assert f"pictures of {folder / 'own'} are reduced and centre-cropped to {width}x{height}" in ours["notes"]
-    assert ours["reference"]["images"] == len(images)
-    assert "left out 1 of" in done.stdout
-    assert len(json.loads((folder / "scored/skipped.json").read_text())) == 1
-    done = run_dit("evaluate", folder / "own", folder / "own", *options)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "scored/scores.json").read_text())["scores"]["fid"]["value"] == pytest.approx(
-        0, abs=1e-3
-    )
-
-
 def test_folders_are_scored_as_their_images_in_files_would_be(folder):
     with np.load(folder / "reference.npz") as arrays:
         images = arrays["arr_0"]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triptych_common.extras import import_extra
 from triptych_common.storage import checkpoint
-from triptych_common.storage.model_file import refuse_non_finite
+from triptych_common.storage.model_file import ModelFormat, refuse_non_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 Images = Float[Tensor, "batch channels height width"]
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' bounds; untrained networks can leave them
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+CHECKPOINT = ModelFormat(
+    kinds=("autoencoder",),
+    file_name="vae.safetensors",
+    expected="an autoencoder",
+    mismatch="no autoencoder",
+    made="triptych-dit autoencoder --out FOLDER trains one",
+    absent="no autoencoder; train one with triptych-dit autoencoder --out {folder}",
+)
 _DECODED_PIXELS = 2**20  # at once: 16 images of 256 x 256, about 4 GB with Stable Diffusion's decoder
 _ENCODING = ("encoder", "quant_conv")  # parts that latents depend on
 
@@ -112,9 +121,26 @@ def load_autoencoder(
     Raises ValueError or OSError, in one line, if it cannot be used, ImportError without diffusers.
     """
     kind = import_autoencoder_kl()
+    if _is_unfinished(Path(spec).expanduser()):
+        return CHECKPOINT.read(Path(spec).expanduser(), partial(_from_checkpoint, spec, device, dtype), part="ema.vae")
     with _quiet("diffusers"), _quiet("huggingface_hub"):
         folder = _local(spec) if Path(spec).expanduser().exists() else _fetched(spec, download)
         vae = _read(kind, spec, folder)
+    return Autoencoder(vae, spec, device=device, dtype=dtype)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether this is a checkpoint of a training run, or a run's folder that has no autoencoder yet."""
+    return (path.is_file() and path.suffix == ".safetensors") or (
+        bool(checkpoint.steps_in(path / "checkpoints")) and not (path / "vae" / "config.json").exists()
+    )
+
+
+def _from_checkpoint(
+    spec: str, device: torch.device | str, dtype: torch.dtype, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> Autoencoder:
+    vae = import_autoencoder_kl().from_config(facts["config"])
+    vae.load_state_dict(tensors)
     return Autoencoder(vae, spec, device=device, dtype=dtype)
 
 
