@@ -182,7 +182,7 @@ def test_repeating_a_finished_run_changes_nothing(pictures, whole):
 
 def test_what_decides_the_result_may_not_change_and_what_does_not_may(pictures, whole, tmp_path):
     fails_with(train_gan(pictures, whole, "--lr", "0.5"), "(now 0.5); repeat its settings to resume it, or use another")
-    fails_with(train_gan(pictures, whole, "--x-flip"), "images='")
+    fails_with(train_gan(pictures, whole, "--x-flip"), "x_flip=False (now True)")
     trained(pictures, tmp_path, "--total-images", "48")
     trained(pictures, tmp_path, "--snapshot-every", "16")
     assert_same_run(whole, tmp_path)
@@ -435,7 +435,7 @@ def test_any_checkpoint_generates_and_starts_fine_tuning(pictures, whole, tmp_pa
             for key, value in theirs.network.state_dict().items():
                 assert torch.equal(ours.network.state_dict()[key], value)
     (tmp_path / "run" / LAST).unlink()
-    done = command("generate", "--generator", tmp_path / "run", "--images", 2, "--out", tmp_path / "images")
+    done = command("generate", "--generator", tmp_path / "run", "--num-samples", 2, "--out", tmp_path / "images")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step-00000010.safetensors: unfinished: step 10 of 12") == 1
     trained(pictures, tmp_path / "tuned", "--init-from", tmp_path / "run", *SHORT)

@@ -22,7 +22,7 @@ def fitted(config: Any, argv: Sequence[str]) -> Any:
 COMMANDS = {
     "train": Command(
         "train a class-conditional DiT, or resume", "triptych_dit.train_config:TrainConfig", "triptych_dit.train:train",
-        presets="triptych_dit.train_config:TRAIN_PRESETS", default="digits", start=fitted,
+        presets="triptych_dit.train_config:TRAIN_PRESETS", default="digits", start=fitted, preview="triptych_dit.train:preview",
     ),
     "autoencoder": Command(
         "train an autoencoder for latents, or resume", "triptych_dit.autoencoder.config:AutoencoderTrainConfig",

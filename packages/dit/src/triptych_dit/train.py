@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.data import write_unusable
+from triptych_common.data import DATASETS, write_unusable
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.files import write_json
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
+from triptych_dit.cost import estimate, within_memory
 from triptych_dit.model import DiT
 from triptych_dit.objective import (
     Examples,
@@ -53,7 +54,10 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
     held_out, facts = open_validation_data(config), {"data": training_data.identity}
     sources = {"data": training_data, "validation_data": held_out}
     contents = {name: source.contents for name, source in sources.items() if source and source.contents}
-    with process_group(config.device) as ranks, open_run(config, ranks, facts, contents=contents) as run:
+    with (
+        process_group(config.device) as ranks,
+        open_run(config, within_memory(config, ranks), facts, contents=contents) as run,
+    ):
         training_data.verify(ranks)
         if ranks.is_main:
             write_unusable([e for source in sources.values() for e in getattr(source, "unusable", ())], run.path)
@@ -83,6 +87,25 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
         save_average(run.path / FILE_NAME, config, state, training_data)
         echo(f"model: {run.path / FILE_NAME}")
         return {"model": str(run.path / FILE_NAME), **summary(run)}
+
+
+def preview(config: TrainConfig) -> dict[str, Any]:
+    """What --dry-run prints: the settings, the data, and what a step takes in memory and the whole run in time.
+
+    Raises ValueError or OSError for data that cannot be used, and a batch that does not fit into memory.
+    """
+    found = config.resolved()
+    if config.data in DATASETS or config.data.startswith("hub:") or Path(config.data).exists():
+        training_data = open_training_data(config.data, config.model, out=config.out, strict=config.strict)
+        found["data"] = {
+            "examples": len(training_data),
+            "shape": training_data.shape,
+            "classes": training_data.num_classes,
+        }
+    else:
+        found["data"] = f"{config.data}: not there yet"
+    with process_group(config.device) as ranks:
+        return found | {"estimate": estimate(config, ranks)}
 
 
 def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:

@@ -1,0 +1,114 @@
+"""What a training run costs on this machine: memory of a step, computed, and time, measured."""
+
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from triptych_common.parallel import Execution, Ranks, prepare
+from triptych_common.progress import duration
+from triptych_common.randomness import generator
+
+from triptych_dit.config import DiTConfig
+from triptych_dit.flops import parameter_count
+from triptych_dit.model import DiT
+from triptych_dit.train_config import TrainConfig
+
+SLACK = 1.15  # gradients of activations while they are computed, and what the allocator leaves unused
+MEASURED_SECONDS = 1.0  # a measurement lasts about so long
+MEASURED_PARAMETERS = 100_000_000  # of larger models on a CPU, two blocks are measured
+
+
+def activation_bytes(model: DiTConfig, *, checkpointing: bool = False, value_bytes: float = 4) -> float:
+    """What the backward pass needs of the forward pass of one image, in bytes, to 5%."""
+    tokens = model.grid[0] * model.grid[1]
+    # Of each block and token: norms and modulated inputs, queries, keys and values, attention's output, two projections' results,
+    # and the feed-forward's hidden values before and after its GELU.
+    block = (13 + 2 * model.mlp_ratio) * tokens * model.hidden_size
+    return value_bytes * (model.depth * tokens * model.hidden_size + block if checkpointing else model.depth * block)
+
+
+def step_bytes(config: TrainConfig, ranks: int, micro_batch: int | None = None) -> float:
+    """Memory of a training step on one rank: weights, gradients, average and AdamW's two slots, and activations."""
+    images = min(micro_batch or config.micro_batch or config.batch_size, max(1, config.batch_size // ranks))
+    value = 8 if config.precision == "float64" else 4
+    states = 5 * value * parameter_count(config.model) / (ranks if config.parallel == "fsdp" else 1)
+    activation = activation_bytes(
+        config.model, checkpointing=config.activation_checkpointing,
+        value_bytes=2.5 if config.precision == "bf16" else value,
+    )  # fmt: skip
+    return states + SLACK * images * activation
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory of the GPU, or this process's share of the machine's, which a container may bound; infinity if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).is_file() else ""
+        found += [float(text)] if text.isdecimal() else []
+    return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def within_memory(config: TrainConfig, ranks: Ranks) -> Ranks:
+    """The ranks. Raises ValueError for a batch whose step needs more memory than they have, with the micro-batch that fits."""
+    needed, there = step_bytes(config, ranks.world_size), available_bytes(ranks.device)
+    if needed <= there:
+        return ranks
+    what = f"a step takes about {needed / 1e9:,.1f} GB, this {'GPU' if ranks.device.type == 'cuda' else 'machine'} has "
+    what += f"{there / 1e9:,.1f}"
+    one, two = (step_bytes(config, ranks.world_size, images) for images in (1, 2))
+    fits = int((0.8 * there - one) / max(two - one, 1)) + 1
+    if fits < 1:
+        remedy = "choose a smaller model, --activation-checkpointing, or more GPUs with --parallel fsdp"
+    else:
+        remedy = f"pass --micro-batch {2 ** int(math.log2(fits))}, which computes the same step in parts"
+    raise ValueError(f"batch_size {config.batch_size}: {what}; {remedy}")
+
+
+def images_per_second(config: TrainConfig, device: torch.device) -> float:
+    """How many images a rank trains on in a second, measured by forward and backward passes for about a second."""
+    model, share = config.model, 1.0
+    if device.type == "cpu" and parameter_count(model) > MEASURED_PARAMETERS and model.depth > 2:
+        model, share = replace(model, depth=2), 2 / model.depth
+    network = DiT(model).to(device, config.dtype)
+    prepare(network, Ranks(0, 1, device), Execution("ddp", config.arithmetic, config.activation_checkpointing))
+    images, seconds = 1, 0.0
+    most = min(config.micro_batch or config.batch_size, config.batch_size)
+    while True:
+        seconds = _seconds(network, model, images, config)
+        if seconds > MEASURED_SECONDS / 4 or images >= most:
+            return images / seconds * share
+        images = min(most, images * 4)
+
+
+def _seconds(network: DiT, model: DiTConfig, images: int, config: TrainConfig) -> float:
+    device = network.pos_embed.device
+    x = torch.randn(images, model.in_channels, *model.input_size, generator=generator(0, "measured"))
+    x, zeros = x.to(device, config.dtype), torch.zeros(images, dtype=torch.long, device=device)
+    took = []
+    for _ in range(2):  # the first one also prepares
+        start = time.perf_counter()
+        network(x, zeros, zeros).square().mean().backward()
+        float(network.pos_embed.sum())  # waits for a GPU
+        took.append(time.perf_counter() - start)
+        if took[0] > 2 * MEASURED_SECONDS:
+            break
+    return took[-1]
+
+
+def estimate(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """Memory of a step on each rank, and duration of the run. Raises ValueError as `within_memory`."""
+    within_memory(config, ranks)
+    rate = images_per_second(config, ranks.device) * ranks.world_size
+    return {
+        "device": str(ranks.device), "gigabytes_of_a_step": round(step_bytes(config, ranks.world_size) / 1e9, 3),
+        "gigabytes_there": round(available_bytes(ranks.device) / 1e9, 1), "images_per_second": float(f"{rate:.3g}"),
+        "time": duration(config.total_images / rate),
+    }  # fmt: skip
