@@ -275,7 +275,7 @@ class PairData:
     Raises ValueError, naming the pair, for images or classes that the model does not take.
     """
 
-    contents = None
+    contents: "Contents | None" = None
 
     def __init__(self, dataset: Pairs, model: DiTConfig, *, name: str = "dataset") -> None:
         if not len(dataset):
@@ -285,6 +285,7 @@ class PairData:
         names = getattr(dataset, "classes", None)
         names = list(map(str, names)) if names is not None and len(names) == model.num_classes else None
         self.facts: dict[str, Any] = {"autoencoder": None, "lossy_data": False, "class_names": names}
+        self.labels: Any = _Classes(self)  # `labels[items]` are read from the pairs
         self._read: tuple[list[int], Tensor, Tensor] = ([], torch.empty(0), torch.empty(0))
         some = torch.arange(0, len(dataset), -(-len(dataset) // 32))
         digest = hashlib.sha256(self._pairs(some)[0].contiguous().numpy().data).hexdigest()[:16]
@@ -292,11 +293,6 @@ class PairData:
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    @property
-    def labels(self) -> Any:
-        """What `labels[items]` reads from the pairs."""
-        return _Classes(self)
 
     def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
         x_0 = self._pairs(items)[0]

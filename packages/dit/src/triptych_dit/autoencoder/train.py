@@ -126,7 +126,7 @@ def held_out_images(config: AutoencoderTrainConfig, train_set: data.ImageDataset
 
 def checkpoint_facts(config: AutoencoderTrainConfig, state: TrainState, train_set: data.ImageDataset) -> dict[str, Any]:
     """What makes a checkpoint's average an autoencoder: its config, with the scale factor of its latents so far."""
-    vae = copy.deepcopy(state.ema.vae)
+    vae: Any = copy.deepcopy(state.ema.vae)
     images = some_images(train_set, config.seed)[:MEASURED]
     scale_to_unit(Autoencoder(vae, "", device=state.ranks.device), images, config.seed)
     return CHECKPOINT.facts_of(json.loads(vae.to_json_string()), {})
