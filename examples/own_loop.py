@@ -48,6 +48,7 @@ def main(out: Path, steps: int, parallel: str = "ddp", batch_size: int = 32) -> 
         for batch in training_steps(config, state, run):  # from the newest checkpoint on
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / "model.safetensors", config, state)
+        ranks.barrier()  # it is written by one of them
     settings = SamplerSettings(sampler="ddim", num_inference_steps=20, guidance_scale=1.5)
     return sample_images(load_model(out), torch.tensor([0, 1]), settings)  # (2, 1, 8, 8), in [-1, 1]
 
