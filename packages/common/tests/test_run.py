@@ -113,3 +113,31 @@ def test_provenance_names_commit_and_command():
     facts = provenance()
     assert facts["commit"] == git_commit()
     assert facts["command"]
+
+
+def test_free_settings_may_differ_also_where_an_earlier_version_recorded_them(tmp_path):
+    before = {"lr": 0.1, "log_every": 5, "early": 3, "model": {"depth": 2, "log_every": 5}}
+    now, free = {"lr": 0.1, "early": 3, "model": {"depth": 2}}, {"log_every"}
+    with RunDirectory(tmp_path, before):
+        pass
+    with RunDirectory(tmp_path, now, free=free):
+        pass
+    # Other options that are recorded only where they are set are compared still.
+    for changed, message in (
+        ({"early": None}, r"early=3 \(now None\)"),
+        ({"model": {"depth": 3}}, r"depth=2 \(now 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message), RunDirectory(tmp_path, {**now, **changed}, free=free):
+            pass
+    with pytest.raises(ValueError, match="log_every=5"), RunDirectory(tmp_path, now):
+        pass
+
+
+def test_a_setting_that_changed_is_recorded_beside_what_was(tmp_path):
+    with RunDirectory(tmp_path, {"total_images": 10, "lr": 0.1}) as run:
+        began = json.loads((tmp_path / "config.json").read_text())
+        assert run.recorded("total_images") == 10
+    with RunDirectory(tmp_path, {"total_images": 20, "lr": 0.1}, free={"total_images"}) as run:
+        run.record("total_images", 20)
+    began["config"]["total_images"] = 20
+    assert json.loads((tmp_path / "config.json").read_text()) == began

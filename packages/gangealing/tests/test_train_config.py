@@ -179,3 +179,16 @@ def test_the_gradient_penalty_may_weigh_less_later():
     config = replace(PRESETS["smoke"], r1_gamma=2.0, r1_gamma_later=0.1, r1_gamma_switch=64)
     assert [config.gamma(images) for images in (0, 63, 64, 1000)] == [2.0, 2.0, 0.1, 0.1]
     assert replace(config, r1_gamma_later=None).gamma(1000) == 2.0
+
+
+def test_presets_scale_with_the_length_that_is_asked_for(tmp_path):
+    """What is counted in images keeps its share of the run; what is typed holds."""
+    found = {}
+    for command, options in (("train", ("--psi-images", "7")), ("train-gan", ())):
+        done = run_here(cli.run, command, "--preset", "digits32", "--total-images", "24000", "--out", tmp_path, *options,
+                        "--dry-run", "--json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[command] = json.loads(done.stdout.splitlines()[-1])["config"]
+    align = found["train"]
+    assert (align["psi_images"], align["constant_images"], align["restart_images"]) == (7, 12_000, 12_000)
+    assert found["train-gan"]["r1_gamma_switch"] == 4_000  # 80,000 of 480,000
