@@ -75,12 +75,19 @@ def test_foreign_safetensors_are_refused(tmp_path):
         checkpoint.read(tmp_path / "x.safetensors")
 
 
-def test_prune_keeps_the_last_and_clears_leftovers(tmp_path):
-    for step in (1, 5, 20, 300):
-        checkpoint.write(checkpoint.step_path(tmp_path, step), {"x": torch.zeros(1)}, {})
+@pytest.mark.parametrize(("steps", "kept"), [
+    (["1", "5", "20", "30"], ["20", "30"]),
+    (["5", "7-extra", "20", "25-extra", "30"], ["20", "30"]),
+    (["5", "20", "25-extra", "30-extra"], ["5", "20", "30-extra"]),
+    (["5", "20-extra", "20"], ["5", "20"]),
+])  # fmt: skip
+def test_prune_keeps_the_last_scheduled_and_the_newest_and_clears_leftovers(tmp_path, steps, kept):
+    for name in steps:
+        step, _, extra = name.partition("-")
+        checkpoint.write(checkpoint.step_path(tmp_path, int(step), extra=bool(extra)), {"x": torch.zeros(1)}, {})
     (tmp_path / "step-00000400.safetensors.partial").write_bytes(b"half")
     checkpoint.prune(tmp_path, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020.safetensors", "step-00000300.safetensors"]
+    assert [p.stem.removeprefix("step-").lstrip("0") for p in sorted(tmp_path.iterdir())] == kept
 
 
 FULL_DISK = """

@@ -4,6 +4,8 @@ import os
 import pickle
 import shutil
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,12 @@ from triptych_common.data import (
     ImageSource,
     ImageTooSmall,
     UnreadableImage,
+    contents_of,
     in_memory,
     open_source,
 )
+from triptych_common.data import folder as folder_module
+from triptych_common.data.contents import changes
 
 
 def write_image(path: Path, value: int, size: tuple[int, int] = (12, 10)) -> None:
@@ -135,6 +140,63 @@ def test_a_fingerprint_follows_names_and_sizes_not_places_and_times(animals, tmp
     longer = ImageFolder(moved).fingerprint()
     (moved / "cat/b.png").rename(moved / "cat/c.png")
     assert len({first, longer, ImageFolder(moved).fingerprint()}) == 3
+
+
+def test_changes_of_contents_are_told_in_words(animals, tmp_path):
+    def held(folder, **options):
+        return contents_of(in_memory(ImageFolder(folder, **options), 8))
+
+    def change(act):
+        folder = tmp_path / act.__name__
+        shutil.copytree(animals, folder, copy_function=shutil.copyfile)
+        act(folder)
+        return changes(before, held(folder)), changes(listed, ImageFolder(folder).listing())
+
+    def nothing(folder): ...
+
+    def renamed_class(folder):
+        (folder / "cat").rename(folder / "bat")
+
+    def renamed_file(folder):
+        (folder / "cat/b.png").rename(folder / "cat/bb.png")
+
+    def added(folder):
+        write_image(folder / "dog/x.png", 5)
+
+    def repainted(folder):
+        write_image(folder / "cat/a/9.BMP", 77)  # of the same size, whatever it shows
+
+    before, listed = held(animals), ImageFolder(animals).listing()
+    assert change(nothing) == ("", "")
+    names = "class names: was ant.x, cat, dog; now ant.x, bat, dog"
+    assert change(renamed_class) == (names, names)
+    assert change(renamed_file) == ("", "class cat: 2 pictures, not the same ones")
+    assert change(added) == ("class dog: 2 pictures, now 3",) * 2
+    assert change(repainted) == ("class cat: 2 pictures, not the same ones", "")
+    one = held(animals, unconditional=True)
+    animals.rename(animals.with_name("moved"))
+    assert changes(one, held(animals.with_name("moved"), unconditional=True)) == ""
+    assert changes(before, one) == "class names: was ant.x, cat, dog; now one class"
+    swapped = {**before, "order": one["order"]}
+    assert changes(before, swapped) == "the order of classes among the pictures"
+
+
+def test_files_are_known_to_be_newer_than_a_time(animals):
+    source = ImageFolder(animals)
+    assert source.changed_since(0, range(1, 4)) == [1, 2, 3]
+    assert source.changed_since(time.time_ns() + 10**9, range(5)) == []
+    os.utime(animals / source.files[2], ns=(0, time.time_ns() + 10**12))
+    assert ImageFolder(animals).changed_since(time.time_ns() + 10**9, [0, 2, 4]) == [2]
+
+
+def test_each_file_of_a_folder_is_looked_at_once(animals, monkeypatch):
+    looked, status, stat = Counter(), folder_module._status, Path.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "_status", lambda entry: looked.update([entry.path]) or status(entry))
+        patch.setattr(Path, "stat", lambda path, **how: looked.update([str(path)]) or stat(path, **how))
+        source = ImageFolder(animals)
+        source.fingerprint()
+    assert {looked[source.locate(index)] for index in range(5)} == {1}
 
 
 def test_a_pickled_folder_reads_the_same(animals):

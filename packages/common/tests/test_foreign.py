@@ -81,9 +81,13 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write("interrupted")
     assert (out / "mark").read_text() == "first"
-    (out.parent / ".out-killed.partial").mkdir()  # as a killed process leaves it
+    killed, of_another = (out.parent / f".out-{middle}.partial" for middle in ("abcdefgh", "x-abcdefgh"))
+    for left in (killed, of_another):
+        left.mkdir()
     write("second")
     assert (out / "mark").read_text() == "second"
+    assert not killed.exists()
+    of_another.rmdir()  # of a process that may be running
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     (out / "mark").rename(out / "other")
     with pytest.raises(ValueError, match=r"holds something else \(no mark\)"):

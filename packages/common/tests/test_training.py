@@ -12,6 +12,7 @@ from triptych_common.cli import Diverged, Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
+from triptych_common.testing import one_thread
 from triptych_common.training import Batch, TrainState, is_due, loop, training_steps
 from triptych_common.training.settings import LoopSettings
 
@@ -52,7 +53,7 @@ def run_loop(
     flops=None,
 ):
     """A complete small training loop; returns its metrics except those of time and memory."""
-    with RunDirectory(path, {"test": 1}) as run:
+    with RunDirectory(path, {"test": 1}, device="cpu") as run:
         for batch in training_steps(Settings(total_images=total), state, run, flops_per_sample=flops):
             total_loss = 0.0
             for counters, last in batch.micro_batches(micro):
@@ -89,6 +90,39 @@ def test_a_run_interrupted_anywhere_ends_bit_identical(tmp_path):
         resumed = make_state()
         assert run_loop(resumed, path) == expected
         assert same(resumed, whole)
+        assert contents(path) == contents(tmp_path / "whole")
+
+
+def contents(run):
+    """Every file of a run, but for logs of time: checkpoints by the hash of their tensors and state."""
+    paths = [path for path in run.rglob("*") if path.is_file() and path.name not in ("metrics.jsonl", ".lock")]
+    return {
+        str(path.relative_to(run)): checkpoint.content_sha256(path)
+        if path.suffix == ".safetensors"
+        else path.read_bytes()
+        for path in paths
+    }
+
+
+def test_another_number_of_threads_is_told_where_a_run_goes_on(tmp_path, capsys):
+    def stop(state):
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with one_thread(), pytest.raises(Interrupted):
+        run_loop(make_state(), tmp_path, after=stop)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["device"], config["hardware"]["threads"]) == ("cpu", 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        run_loop(make_state(), tmp_path)
+        told = "thread count is 2, the run had 1: results may differ in the last digits; set OMP_NUM_THREADS=1"
+        assert told in capsys.readouterr().out
+        run_loop(make_state(), tmp_path)  # finished: nothing is computed any more
+    finally:
+        torch.set_num_threads(before)
+    assert "thread count" not in capsys.readouterr().out
 
 
 def test_metrics_beyond_the_checkpoint_are_cut_back(tmp_path):

@@ -59,3 +59,13 @@ def test_a_damaged_record_and_a_file_in_its_place_only_cost_time(folder):
     (folder / VERIFIED).unlink()
     (folder / VERIFIED).mkdir()
     assert read(folder) == ["a", "b"] == read(folder)
+
+
+def test_every_damaged_file_is_listed_where_a_list_is_given(folder):
+    def verify(name):
+        raise ValueError(f"{name} differs")
+
+    damaged = {}
+    verify_once(folder, {"a": "1", "b": "2"}, verify, damaged=damaged)
+    assert damaged == {"a": "a differs", "b": "b differs"}
+    assert read(folder) == ["a", "b"]

@@ -279,13 +279,133 @@ def test_damaged_and_missing_shards_are_named_and_encoded_again(images, vae, who
         LatentCache(copy)
     path.write_bytes(content[:99])
     assert encode(config_of(images, vae, copy))["items"] == 17
-    assert f"{path}: truncated or not a safetensors file" in (printed := capfd.readouterr().err)
-    assert "; encoding it again" in printed
+    assert f"{path}: truncated or of another kind; encoding it again" in capfd.readouterr().out
     assert contents(copy) == contents(whole)
     shutil.copy(shard_path(copy, 4), path)
     encode(config_of(images, vae, copy))
-    assert f"{path}: a shard of another cache or number; encoding it again" in capfd.readouterr().err
+    assert f"{path}: a shard of another cache or number; encoding it again" in capfd.readouterr().out
     assert contents(copy) == contents(whole)
+
+
+def flip_a_bit(path: Path) -> None:
+    """Change a shard's last value, at the same size and time of modification, as a failing disk may."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(path, ns=times)
+
+
+def train_on(cache: Path, out: Path, *more: str) -> testing.Done:
+    model = ("--model.in-channels", 3, "--model.input-size", 4, 4, "--model.num-classes", 2, "--model.patch-size", 1)
+    settings = ("--total-images", 16, "--batch-size", 8, "--snapshots", "--warmup-images", 0, "--device", "cpu")
+    return run_dit("train", "--preset", "digits-smoke", "--data", cache, "--out", out, *model, *settings, *more)
+
+
+def test_training_refuses_a_flipped_bit_and_reads_shards_once(copy, tmp_path, monkeypatch):
+    reads = []
+    real = checkpoint.read
+    monkeypatch.setattr(checkpoint, "read", lambda path: reads.append(path.name) or real(path))
+    assert train_on(copy, tmp_path / "first").returncode == 0
+    assert train_on(copy, tmp_path / "second").returncode == 0
+    assert reads == [shard_path(copy, shard).name for shard in range(6)]
+    flip_a_bit(shard_path(copy, 3))
+    assert train_on(copy, tmp_path / "third", "--dry-run").returncode == 0
+    failed = train_on(copy, tmp_path / "third")
+    testing.fails_with(failed, "shard-000003.safetensors: damaged; repeat the encode command", quiet=("verifying",))
+
+
+def test_a_repeated_encode_reads_shards_once_and_repairs_a_flipped_bit(images, vae, whole, copy, monkeypatch, capfd):
+    reads = []
+    real = checkpoint.read
+    monkeypatch.setattr(checkpoint, "read", lambda path: reads.append(path.name) or real(path))
+    encode(config_of(images, vae, copy))
+    encode(config_of(images, vae, copy))
+    assert reads == [shard_path(copy, shard).name for shard in range(6)]
+    flip_a_bit(shard_path(copy, 3))
+    encode(config_of(images, vae, copy))
+    assert "shard-000003.safetensors: checksum differs" in capfd.readouterr().out
+    assert contents(copy) == contents(whole)
+    LatentCache(copy).verify()
+
+
+def write_ppm(path: Path, seed: int) -> None:
+    """A picture whose file has the same size whatever it shows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
+
+
+def test_replaced_pictures_and_renamed_classes_are_refused_and_copies_are_not(vae, tmp_path):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    for i in range(6):
+        write_ppm(pictures / "ab"[i % 2] / f"{i}.ppm", i)
+    encode(config_of(pictures, vae, out))
+    written = (*out.glob("shard-*"), out / "manifest.json")
+    before = [path.stat().st_mtime_ns for path in written]
+    shutil.copytree(pictures, tmp_path / "copy", copy_function=shutil.copyfile)  # with new times
+    encode(config_of(tmp_path / "copy", vae, out))
+    assert [path.stat().st_mtime_ns for path in written] == before
+    time.sleep(0.02)
+    write_ppm(pictures / "b" / "3.ppm", 9)
+    with pytest.raises(ValueError, match=r"1 pictures changed since they were encoded, such as \S+/b/3.ppm; put back"):
+        encode(config_of(pictures, vae, out))
+    write_ppm(pictures / "b" / "3.ppm", 3)
+    encode(config_of(pictures, vae, out))
+    (pictures / "a").rename(pictures / "c")
+    with pytest.raises(ValueError, match=r"pictures changed since it began: class names: was a, b; now b, c; put back"):
+        encode(config_of(pictures, vae, out))
+    (pictures / "c").rename(pictures / "a")
+    write_ppm(pictures / "a" / "9.ppm", 9)
+    with pytest.raises(ValueError, match=r"pictures changed since it began: class a: 3 pictures, now 4; put back"):
+        encode(config_of(pictures, vae, out))
+
+
+def test_another_number_of_threads_is_told_if_shards_are_missing(images, vae, copy, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    assert config["hardware"]["threads"] == 1
+    config["hardware"]["threads"] = 3
+    write_json(copy / "config.json", config)
+    encode(config_of(images, vae, copy))
+    assert "thread count" not in capsys.readouterr().out
+    shard_path(copy, 2).unlink()
+    encode(config_of(images, vae, copy))
+    assert "thread count is 1, the run had 3: results may differ" in capsys.readouterr().out
+
+
+def test_lost_and_damaged_records_are_made_again_byte_for_byte(images, vae, copy, tmp_path):
+    names = ("manifest.json", "skipped.json")
+    before = {name: (copy / name).read_bytes() for name in names}
+    made = json.loads(before["manifest.json"])
+    for text in (None, "", "{", '{"kind": "latent cache"}'):
+        for name in names:
+            (copy / name).unlink() if text is None else (copy / name).write_text(text)
+        if text is not None:
+            again = r"repeat the encode command.*, which makes the manifest again from the shards; nothing else is lost"
+            with pytest.raises(ValueError, match=again):
+                LatentCache(copy)
+        encode(config_of(images, vae, copy))
+        assert {name: (copy / name).read_bytes() for name in names} == before
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"config.json: not JSON .*; delete this file and repeat the run's own settings"
+    ):
+        encode(config_of(images, vae, copy))
+    (copy / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"shard-000000.safetensors: made with other settings, and config.json, which held"
+    ):
+        encode(config_of(images, vae, copy, dtype="float32"))
+    assert not (copy / "config.json").exists()
+    encode(config_of(images, vae, copy))
+    assert json.loads((copy / "config.json").read_text())["config"] == config["config"]
+    assert json.loads((copy / "manifest.json").read_text()) == made
+    for name in ("config.json", "manifest.json"):
+        (copy / name).unlink()
+    with pytest.raises(ValueError, match=r"manifest.json and config.json are lost; repeat the encode command"):
+        LatentCache(copy)
 
 
 def test_no_cache_is_one_line(tmp_path):
@@ -311,7 +431,7 @@ def test_another_request_is_refused_by_the_field_that_differs(images, vae, copy,
         ({"flips": False}, r"flips=True \(now False\)"),
         ({"image_size": 12}, r"image.size=\[16, 16\] \(now \[12, 12\]\)"),
         ({"dtype": "float32"}, r"dtype='float16' \(now 'float32'\)"),
-        ({"unconditional": True}, r"source.fingerprint='names-and-sizes:\w+' \(now 'names"),
+        ({"unconditional": True}, r"pictures changed since it began: class names: was cat, dog; now one class"),
     ):
         with pytest.raises(ValueError, match=message):
             encode(config_of(images, vae, copy, **change))

@@ -1,6 +1,7 @@
 """Training beyond the digits: own images, no classes, fine-tuning, validation, precision, shards; the thesis's presets."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,33 @@ def digits(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("digits") / "run"
     train(out, *TINY, "--validation-every", "4", "--validation-images", "64")
     return out
+
+
+def test_a_run_goes_on_with_the_same_pictures_elsewhere_and_refuses_others(pictures, tmp_path):
+    held = tmp_path / "held"
+    for part in ("train", "val"):
+        shutil.copytree(pictures, held / part)
+    copy = shutil.copytree(held, tmp_path / "copy", copy_function=shutil.copyfile)  # with new times
+    shape = ("--model.in-channels", "3", "--model.num-classes", "2", "--validation-every", "8", "--device", "cpu")
+    options = [*TINY, *shape, "--out", str(tmp_path / "run")]
+
+    def run(data: Path, validation: Path) -> tuple[str, ...]:
+        return (*options, "--data", str(data), "--validation-data", str(validation))
+
+    assert run_dit("train", *run(held, held)).returncode == 0
+    assert run_dit("train", *run(copy, copy)).returncode == 0
+    shutil.copy(copy / "val/pears/1.png", copy / "val/pears/2.png")
+    changed = (
+        f"{tmp_path / 'run'}: validation_data changed since it began: class pears: 6 pictures, not the same ones; put"
+    )
+    assert changed in refused(*run(held, copy))
+    (copy / "train/apples").rename(copy / "train/quinces")
+    changed = "data changed since it began: class names: was apples, pears; now pears, quinces; put back what was there"
+    assert changed in refused(*run(copy, held))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config.pop("contents").keys() == {"data", "validation_data"}  # which earlier versions did not record
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert run_dit("train", *run(held, held)).returncode == 0
 
 
 def rows(out: Path) -> list[dict]:

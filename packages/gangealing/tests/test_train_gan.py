@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 from functools import partial
@@ -370,6 +371,20 @@ def test_mirrored_images_are_other_data(pictures, tmp_path):
     assert config["x_flip"] is True
     assert config["images"] == open_images(str(pictures), 8, x_flip=True).fingerprint()
     fails_with(train_gan(pictures, tmp_path, *SHORT), "x_flip=True (now False)")
+
+
+def test_pictures_may_move_and_not_change(classes, tmp_path):
+    options = ("--conditional", "--total-images", "16")
+    trained(classes, tmp_path / "run", *options)
+    moved = Path(shutil.copytree(classes, tmp_path / "moved"))
+    trained(moved, tmp_path / "run", *options)
+    (moved / "b").rename(moved / "0")
+    changed = "changed since it began: class names: was a, b; now 0, a; put back what was there"
+    fails_with(train_gan(moved, tmp_path / "run", *options), changed)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["contents"]  # which earlier versions did not record
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    trained(classes, tmp_path / "run", *options)
 
 
 def spoil(folder: Path, how: str) -> None:

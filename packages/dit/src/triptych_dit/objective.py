@@ -26,6 +26,7 @@ from triptych_dit.weights import make_diffusion
 
 if TYPE_CHECKING:
     from triptych_common.data import ImageDataset
+    from triptych_common.data.contents import Contents
 
 VALIDATION_SEED = 2_022  # the same for every run, so that runs can be compared
 
@@ -89,19 +90,27 @@ def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int)
     return (share * num_steps).long().clamp(max=num_steps - 1)
 
 
-def make_validation(config: TrainConfig, run: RunDirectory, ranks: Ranks) -> Callable[[TrainState], None]:
+def open_validation_data(config: TrainConfig) -> "TrainingData | None":
+    """The data to validate on, or None if there is no validation. Raises ValueError if there are none."""
+    if config.validation_every == 0:
+        return None
+    try:
+        return open_training_data(config.validation_data or config.data, config.model, "held_out")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
+
+
+def make_validation(
+    config: TrainConfig, held_out: "TrainingData | None", run: RunDirectory, ranks: Ranks
+) -> Callable[[TrainState], None]:
     """The callback that logs "validation/mse" and "validation/vb" every `validation_every` steps and at the end.
 
     These are losses of the averaged weights on held-out images, always with the same noise, labels and timesteps; the
     timesteps are spread evenly over the whole process, whatever training uses.
-    Raises ValueError or FileNotFoundError if there is nothing to validate on.
     """
-    if config.validation_every == 0:
+    if held_out is None:
         return lambda state: None
-    try:
-        held_out = open_training_data(config.validation_data or config.data, config.model, "held_out")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
+    held_out.verify(ranks)
     # The same number on every rank: under FSDP, all of them must make the same forward passes.
     n = min(config.validation_images, len(held_out)) // ranks.world_size
     mine = range(ranks.rank * n, (ranks.rank + 1) * n)
@@ -143,6 +152,7 @@ class TrainingData(Protocol):
 
     name: str  # in messages
     identity: str  # of the content, wherever it is stored: a resumed run must have the same
+    contents: "Contents | None"  # of pictures, which their name and number alone do not identify
     shape: tuple[int, int, int]  # channels, height and width of an example
     labels: Int[Tensor, " items"]
     num_classes: int
@@ -159,13 +169,17 @@ class TrainingData(Protocol):
 
     def check_flips(self) -> None:
         """Raise ValueError if there are no mirrored examples."""
+        ...
+
+    def verify(self, ranks: Ranks) -> None:
+        """Raise ValueError if a file that examples are read from is damaged. The main rank reads each file once, others wait."""
 
 
 class PixelData:
-    """Images in [-1, 1], in memory."""
+    """Images in [-1, 1], in memory. contents: of those that are no named data set."""
 
-    def __init__(self, dataset: "ImageDataset") -> None:
-        self.dataset, self.name = dataset, dataset.name
+    def __init__(self, dataset: "ImageDataset", contents: "Contents | None" = None) -> None:
+        self.dataset, self.name, self.contents = dataset, dataset.name, contents
         self.identity = f"{dataset.name}, {len(dataset):,} images"
         _, channels, height, width = dataset.images.shape
         self.shape = (channels, height, width)
@@ -181,6 +195,9 @@ class PixelData:
 
     def check_flips(self) -> None:
         """Any image can be mirrored."""
+
+    def verify(self, ranks: Ranks) -> None:
+        """Nothing is read from files any more."""
 
 
 def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> TrainingData:
@@ -201,7 +218,8 @@ def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> Tra
         opened = PixelData(data.load(spec, split))
     else:
         source = data.open_source(spec, split, unconditional=model.num_classes == 0)
-        opened = PixelData(data.in_memory(source, model.input_size, channels=model.in_channels, split=split))
+        dataset = data.in_memory(source, model.input_size, channels=model.in_channels, split=split)
+        opened = PixelData(dataset, data.contents_of(dataset))
     _check_fits(model, opened)
     return opened
 

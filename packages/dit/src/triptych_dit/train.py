@@ -16,7 +16,15 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
 from triptych_dit.model import DiT
-from triptych_dit.objective import Examples, Objective, TrainingData, make_validation, open_training_data, prefetch
+from triptych_dit.objective import (
+    Examples,
+    Objective,
+    TrainingData,
+    make_validation,
+    open_training_data,
+    open_validation_data,
+    prefetch,
+)
 from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import FILE_NAME, write_model
 
@@ -30,10 +38,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     training_data = open_training_data(config.data, config.model)
     if config.horizontal_flip:
         training_data.check_flips()
-    with process_group(config.device) as ranks, open_run(config, ranks, {"data": training_data.identity}) as run:
+    held_out, facts = open_validation_data(config), {"data": training_data.identity}
+    sources = {"data": training_data, "validation_data": held_out}
+    contents = {name: source.contents for name, source in sources.items() if source and source.contents}
+    with process_group(config.device) as ranks, open_run(config, ranks, facts, contents=contents) as run:
+        training_data.verify(ranks)
         state = make_state(config, ranks, run)
         objective = Objective(config, training_data)
-        validate, keep_snapshot = make_validation(config, run, ranks), make_snapshots(config, run, training_data)
+        validate = make_validation(config, held_out, run, ranks)
+        keep_snapshot = make_snapshots(config, run, training_data)
 
         def on_step(state: TrainState) -> None:
             validate(state)

@@ -1,3 +1,4 @@
+from .contents import contents_of as contents_of
 from .datasets import (
     DATASETS as DATASETS,
     ImageDataset as ImageDataset,

@@ -1,14 +1,19 @@
 """A folder of image files as a source of images."""
 
+import errno
 import hashlib
 import os
+import stat
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from triptych_common.cli import echo
+from triptych_common.data.contents import Contents, summary
 from triptych_common.data.decoding import read_image
 from triptych_common.data.source import HELD_OUT_NAMES, ImageSource, choose_split
 
@@ -32,7 +37,9 @@ class ImageFolder(ImageSource):
     def __init__(self, root: str | Path, split: str = "train", *, unconditional: bool = False) -> None:
         self.root = _enter(Path(root), split)
         self.name = Path(root).resolve().name
-        self.files, classes = _list_images(self.root)
+        listed, classes = _list_images(self.root)
+        self.files = [file.path for file in listed]
+        self._sizes, self._changed_ns = (torch.tensor(column) for column in list(zip(*listed, strict=True))[1:])
         if unconditional or not classes:
             self.class_names: tuple[str, ...] = (self.name,)
             self.labels = torch.zeros(len(self.files), dtype=torch.long)
@@ -50,9 +57,17 @@ class ImageFolder(ImageSource):
     def fingerprint(self) -> str:
         """A hash of class names, file names and sizes, so that moving the folder does not change it."""
         digest = hashlib.sha256("\0".join(self.class_names).encode())
-        for file in self.files:
-            digest.update(b"\n" + os.fsencode(file) + b"\0%d" % (self.root / file).stat().st_size)
+        for file, size in zip(self.files, self._sizes.tolist(), strict=True):
+            digest.update(b"\n" + os.fsencode(file) + b"\0%d" % size)
         return f"names-and-sizes:{digest.hexdigest()}"
+
+    def listing(self) -> Contents:
+        parts = zip(self.files, self._sizes.tolist(), strict=True)
+        return summary(self, (b"%b\0%d\n" % (os.fsencode(file), size) for file, size in parts))
+
+    def changed_since(self, time_ns: int, indices: Sequence[int]) -> list[int]:
+        changed = self._changed_ns[list(indices)] > time_ns
+        return [index for index, newer in zip(indices, changed.tolist(), strict=True) if newer]
 
 
 def _enter(root: Path, split: str) -> Path:
@@ -68,49 +83,71 @@ def _enter(root: Path, split: str) -> Path:
     return root
 
 
-def _list_images(root: Path) -> tuple[list[str], list[str]]:
-    """Image files, relative to `root`, and the subfolders of `root`, both sorted."""
-    files: list[str] = []
+class _Listed(NamedTuple):
+    """An image file: its path relative to the folder, its size, and when it was last modified, moved or otherwise changed."""
+
+    path: str
+    size: int
+    changed_ns: int
+
+
+def _list_images(root: Path) -> tuple[list[_Listed], list[str]]:
+    """Image files and the subfolders of `root`, both sorted; each is looked at once."""
+    files: list[_Listed] = []
     others: Counter[str] = Counter()
     classes: list[str] = []
-    seen: set[tuple[int, int]] = {_inode(root)}
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_stop):
-        visible = sorted(name for name in subfolders if not name.startswith("."))
-        # A link to a folder above would be followed until the path is too long.
-        subfolders[:] = [name for name in visible if _is_new(Path(folder, name), seen)]
-        if folder == str(root):
-            classes = list(subfolders)
-        inside = Path(folder).relative_to(root)
-        for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
-            if name.startswith("."):
-                continue
-            path = Path(folder, name)
-            if suffix in SUFFIXES and not path.is_file():
-                others["pipes, devices, broken links"] += 1
-            elif suffix in SUFFIXES and not _is_new(path, seen):
-                others["links to files listed already"] += 1
-            elif suffix in SUFFIXES:
-                files.append((inside / name).as_posix())
-            else:
+    seen = {_inode(root.stat())}
+    pending = [("", str(root))]  # folders, relative and absolute, the next one last
+    while pending:
+        inside, folder = pending.pop()
+        with os.scandir(folder) as entries:
+            visible = sorted(
+                (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
+            )
+        subfolders = []
+        for entry in visible:
+            status, suffix = _status(entry), os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                if _is_new(status, seen):  # a link to a folder above would be followed until the path is too long
+                    subfolders.append(entry)
+            elif suffix not in SUFFIXES:
                 others[suffix or "no suffix"] += 1
+            elif status is None or not stat.S_ISREG(status.st_mode):
+                others["pipes, devices, broken links"] += 1
+            elif not _is_new(status, seen):
+                others["links to files listed already"] += 1
+            else:
+                changed = min(max(status.st_mtime_ns, status.st_ctime_ns), torch.iinfo(torch.int64).max)  # ends in 2262
+                files.append(_Listed(inside + entry.name, status.st_size, changed))
+        pending += [(f"{inside}{entry.name}/", entry.path) for entry in reversed(subfolders)]
+        if not inside:
+            classes = [entry.name for entry in subfolders]
     if not files:
         raise ValueError(f"{root}: no images found ({', '.join(SUFFIXES)})")
     if others:
         kinds = ", ".join(f"{suffix}: {n:,}" for suffix, n in sorted(others.items()))
         echo(f"{root}: {others.total():,} files are left out, not images by name or kind ({kinds})")
     # By folder, then by name: as strings, a-b/ would come before a/, since "-" comes before "/".
-    return sorted(files, key=lambda file: file.split("/")), classes
+    return sorted(files, key=lambda file: file.path.split("/")), classes
 
 
-def _inode(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What an entry, or the target of a link, is; None for a link that leads nowhere."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
+def _is_new(status: os.stat_result, seen: set[tuple[int, int]]) -> bool:
     """Whether a file or folder was not seen yet under another name; it is from now on."""
-    inode = _inode(path)
+    inode = _inode(status)
     new = inode not in seen
     seen.add(inode)
     return new
@@ -127,8 +164,3 @@ def _labels(root: Path, files: list[str], classes: list[str]) -> list[int]:
     if empty := sorted(set(range(len(classes))) - set(labels)):
         raise ValueError(f"{root}: class folder {classes[empty[0]]} has no images ({', '.join(SUFFIXES)}); remove it")
     return labels
-
-
-def _stop(error: OSError) -> None:
-    """Raise the error, where os.walk would skip an unreadable folder."""
-    raise error

@@ -7,6 +7,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from triptych_common.data.contents import Contents
 from triptych_common.data.decoding import center_crop, to_tensor
 
 HELD_OUT_NAMES = ("held_out", "val", "validation", "valid", "test")
@@ -39,6 +40,14 @@ class ImageSource(Protocol):
     def fingerprint(self) -> str:
         """A hash that identifies the data, for provenance; its prefix names what was hashed."""
         ...
+
+    def listing(self) -> Contents | None:
+        """What `fingerprint` stands for, by class, where that is names and sizes of files."""
+        return None
+
+    def changed_since(self, time_ns: int, indices: Sequence[int]) -> list[int]:
+        """Those of some images whose files may have been replaced since a time, under the same `fingerprint`; often none."""
+        return []
 
     def read(
         self, index: int, size: int | tuple[int, int] | None = None, *, channels: int = 3, allow_upscale: bool = False

@@ -187,10 +187,12 @@ def scheduled_in(folder: Path) -> list[Path]:
     return [path for path in steps_in(folder) if not path.stem.endswith(_EXTRA)]
 
 
-def prune(folder: Path, keep: int, spare: Sequence[Path] = ()) -> None:
-    """Remove the leftovers of interrupted writes, and all checkpoints but the last `keep` and those in `spare`."""
-    for path in [*steps_in(folder)[:-keep], *folder.glob(f"*{PARTIAL}")]:
-        if path not in spare:
+def prune(folder: Path, keep: int) -> None:
+    """Remove the leftovers of interrupted writes, and all checkpoints but the newest and the last `keep` scheduled ones."""
+    # What is left does not depend on interruptions, whose extra checkpoints count for nothing once there is a newer one.
+    kept = {*scheduled_in(folder)[-keep:], *steps_in(folder)[-1:]}
+    for path in [*steps_in(folder), *folder.glob(f"*{PARTIAL}")]:
+        if path not in kept:
             remove(path)
 
 

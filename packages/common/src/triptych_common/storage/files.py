@@ -15,7 +15,6 @@ of typing_extensions, containers, unions, literals. Values are never converted, 
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -99,8 +98,9 @@ def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
     ):
         raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}-*{PARTIAL}"):  # by a killed process
-        shutil.rmtree(left, ignore_errors=True)
+    for left in path.parent.glob(f".*{PARTIAL}"):
+        if re.fullmatch(rf"\.{re.escape(path.name)}-\w{{8}}{re.escape(PARTIAL)}", left.name):
+            shutil.rmtree(left, ignore_errors=True)  # by a killed process
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
     try:
         whole = temporary / "new"

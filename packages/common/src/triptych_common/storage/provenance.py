@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PROVENANCE = ("command", "commit", "versions", "hardware")
+
 
 def provenance() -> dict[str, Any]:
     """The command, commit, versions and hardware of this process, as JSON can hold them."""

@@ -4,19 +4,25 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from triptych_common.cli import echo
 from triptych_common.fields import Ge
-from triptych_common.storage.files import cannot_write, open_ended, read_json, rows, write_json, write_text
+from triptych_common.storage.files import cannot_write, check, open_ended, read_json, rows, write_json, write_text
+
+if TYPE_CHECKING:
+    from triptych_common.data.contents import Contents
 
 
 @open_ended
 class _Config(TypedDict):
     config: dict[str, Any]
+    contents: NotRequired[dict[str, dict[str, Any]]]
+    hardware: NotRequired[dict[str, Any]]
+    device: NotRequired[str]
 
 
 @open_ended
@@ -28,18 +34,23 @@ class RunDirectory:
     """A folder that one process at a time may write to; use it as a context manager.
 
     identity: the part of the config that decides the run's results. A folder that holds another identity is refused, so
-        that repeating a command can only resume its run.
-    is_main: on ranks other than the main one nothing is locked or written. tensorboard: write TensorBoard events too.
+        that repeating a command can only resume its run. contents: by the name of a part of it, the images that it stands for;
+        where a run has recorded them, they are compared in its place.
+    is_main: on ranks other than the main one nothing is locked or written. device: the type of device that computes, such as
+        "cpu", for `compare_hardware`. tensorboard: write TensorBoard events too.
 
     Entering raises ValueError for another identity or a folder in use, OSError for a folder that cannot be written.
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, is_main: bool = True, tensorboard: bool = False
-    ) -> None:
+        self, path: Path, identity: Mapping[str, Any], *, contents: "Mapping[str, Contents] | None" = None,
+        is_main: bool = True, device: str = "", tensorboard: bool = False,
+    ) -> None:  # fmt: skip
         self.path, self.is_main = Path(path), is_main
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when config.json is read
         self.checkpoints = self.path / "checkpoints"
+        self._contents = dict(contents or {})
+        self._device, self._begun = device, dict[str, Any]()
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
 
@@ -76,14 +87,43 @@ class RunDirectory:
         if not path.exists():
             from triptych_common.storage.provenance import provenance  # needed only here, and slow to import
 
-            write_json(path, {"config": self.identity, **provenance()})
+            known = {"contents": self._contents, "device": self._device}
+            write_json(path, {"config": self.identity, **{k: v for k, v in known.items() if v}, **provenance()})
             return
         remedy = "delete this file and repeat the run's own settings, or use another --out"
-        before = read_json(path, _Config, remedy=remedy)["config"]
-        if changed := differences(before, self.identity):
+        self._begun = read_json(path, _Config, remedy=remedy)
+        recorded = self._begun.get("contents", {}).keys() & self._contents.keys()
+        for name in sorted(recorded):
+            from triptych_common.data.contents import Contents, changes  # few runs have pictures
+
+            known = check(self._begun["contents"][name], Contents, source=str(path), remedy=remedy)
+            if changed := changes(known, self._contents[name]):
+                raise ValueError(
+                    f"{self.path}: {name} changed since it began: {changed}; put back what was there, or use another --out"
+                )
+        before, now = (
+            {key: value for key, value in settings.items() if key not in recorded}
+            for settings in (self._begun["config"], self.identity)
+        )
+        if changed := differences(before, now):
             raise ValueError(
                 f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
             )
+
+    def compare_hardware(self) -> None:
+        """Report, where a run goes on, what is not as where it began and may change the last digits of its results."""
+        import torch
+
+        # Sums of many terms are split over threads, so that rounding depends on their number.
+        threads, now = self._begun.get("hardware", {}).get("threads"), torch.get_num_threads()
+        device = self._begun.get("device", self._device)
+        if self._device != device:
+            found = f"device is {self._device}, the run had {device}", f"pass --device {device}"
+        elif self._device == "cpu" and threads not in (None, now):
+            found = f"thread count is {now}, the run had {threads}", f"set OMP_NUM_THREADS={threads}"
+        else:
+            return
+        echo(f"{found[0]}: results may differ in the last digits; {found[1]} for the same bytes")
 
     @property
     def metrics_path(self) -> Path:

@@ -19,11 +19,17 @@ class _Seen(TypedDict):
     changed: int
 
 
-def verify_once(folder: Path, checksums: Mapping[str, str], verify: Callable[[str], None]) -> None:
+def verify_once(
+    folder: Path,
+    checksums: Mapping[str, str],
+    verify: Callable[[str], object],
+    *,
+    damaged: dict[str, str] | None = None,
+) -> None:
     """Call `verify` for every file of a folder that is not known to be whole, and remember those for which it returned.
 
     checksums: file, relative to the folder -> recorded checksum. verify: compares a file's contents with it, and raises
-        ValueError if they differ.
+        ValueError if they differ. damaged: gets the message about each such file by its name; without it, the first is raised.
     What is known is in `.verified.json`, with the file's size and its times of modification and of change (nanoseconds): a copy
     is verified again. In a folder that cannot be written to, every call verifies everything.
     """
@@ -38,8 +44,13 @@ def verify_once(folder: Path, checksums: Mapping[str, str], verify: Callable[[st
         with Progress(f"verifying {folder}", len(found), "file") as progress:
             for name, stamp in found.items():
                 if name not in whole:
-                    verify(name)
-                    whole[name] = stamp  # taken before reading: a file that changes meanwhile will be read again
+                    try:
+                        verify(name)
+                        whole[name] = stamp  # taken before reading: a file that changes meanwhile will be read again
+                    except ValueError as error:
+                        if damaged is None:
+                            raise
+                        damaged[name] = str(error)
                 progress.advance()
     finally:
         with contextlib.suppress(OSError):
@@ -49,5 +60,5 @@ def verify_once(folder: Path, checksums: Mapping[str, str], verify: Callable[[st
 def _stamp(path: Path, checksum: str) -> _Seen:
     status = path.stat()
     # The time of change, too, which a program that keeps the time of modification cannot set.
-    times = {"modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
-    return {"checksum": checksum, "bytes": status.st_size, **times}
+    modified, changed = status.st_mtime_ns, status.st_ctime_ns
+    return {"checksum": checksum, "bytes": status.st_size, "modified": modified, "changed": changed}

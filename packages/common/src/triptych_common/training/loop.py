@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,25 +31,31 @@ from triptych_common.throughput import peak_bytes, peak_flops
 from triptych_common.training.settings import ExecutionSettings, LoopSettings
 from triptych_common.training.state import Batch, TrainState
 
+if TYPE_CHECKING:
+    from triptych_common.data.contents import Contents
+
 KEEP = 2  # checkpoints that remain
 PATIENCE = 3  # non-finite steps in a row before a rollback
 MAX_ROLLBACKS = 3
 
 
 def open_run(
-    config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *, out: Path | None = None
-) -> RunDirectory:
+    config: LoopSettings, ranks: Ranks, facts: Mapping[str, Any] | None = None, *,
+    contents: "Mapping[str, Contents] | None" = None, out: Path | None = None,
+) -> RunDirectory:  # fmt: skip
     """The run directory of a training run, to be entered with `with`.
 
-    facts: added to the settings' part of the run's identity, such as a digest of the data. out: by default `config.out`.
+    facts: added to the settings' part of the run's identity, such as a digest of the data. contents: as in `RunDirectory`.
+    out: by default `config.out`.
     Entering raises ValueError for a folder that holds another run or is in use, OSError for one that cannot be written.
     """
     # A switch of the whole process, unlike the other precisions, which `prepare` applies to a model.
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     return RunDirectory(
-        out or config.out, {**config.identity(), **(facts or {})}, is_main=ranks.is_main, tensorboard=config.tensorboard
-    )
+        out or config.out, {**config.identity(), **(facts or {})}, contents=contents, is_main=ranks.is_main,
+        device=ranks.device.type, tensorboard=config.tensorboard,
+    )  # fmt: skip
 
 
 def training_steps(
@@ -79,6 +85,8 @@ def training_steps(
         raise ValueError(f"batch_size {batch_size} does not divide over {ranks.world_size} ranks; use a multiple")
     _restore(state, run)
     total_steps = math.ceil(total / batch_size)
+    if 0 < state.step < total_steps:
+        run.compare_hardware()
     window = time.perf_counter(), state.step
     progress = Progress(title, total, {"images": "img"}.get(config.unit, config.unit), enabled=ranks.is_main)
     with progress, _Signals() as signals:
@@ -135,6 +143,8 @@ def _restore(state: TrainState, run: RunDirectory) -> None:
             f"{newest[0]}: does not fit this config ({error}); use the run's own config or another --out"
         ) from error
     run.truncate_metrics(state.step)
+    if run.is_main:
+        checkpoint.prune(run.checkpoints, KEEP)  # what a process left that was killed before it did
 
 
 def _save(state: TrainState, run: RunDirectory, *, extra: bool = False) -> None:
@@ -142,9 +152,8 @@ def _save(state: TrainState, run: RunDirectory, *, extra: bool = False) -> None:
         state.meters = {name: state.ranks.sum(v) / state.ranks.world_size for name, v in state.meters.items()}
     state.write(run.checkpoints, extra=extra)
     if run.is_main:
-        # Rollbacks use scheduled checkpoints. If those written on a signal displaced them, results would depend on
-        # interruptions.
-        checkpoint.prune(run.checkpoints, KEEP, spare=checkpoint.scheduled_in(run.checkpoints)[-KEEP:])
+        # Rollbacks use scheduled checkpoints, so these must not depend on interruptions either.
+        checkpoint.prune(run.checkpoints, KEEP)
     state.ranks.barrier()
 
 

@@ -1,13 +1,16 @@
 """The latent cache: posterior moments of encoded images in shards that any rank reads from any offset.
 
 A cache is a folder. `shard-000000.safetensors` holds images 0 .. shard_size-1 of the source, the next shard those after
-them, each with `moments` (rows, flips, mean and log-variance channels, height, width; unscaled), `labels` and `items`,
-the images' numbers in the source. Images that could not be used have no row and are listed in `skipped.json`.
-`manifest.json` records what was encoded, how and by which autoencoder; it is written last, so a folder without one is
-incomplete. `config.json` holds the settings that a repeated command must have.
+them, each with `moments` (rows, flips, mean and log-variance channels, height, width; unscaled), `labels`, `items`, the
+images' numbers in the source, and `crc32` of the pixels that were encoded. Images that could not be used have no row and are
+listed in `skipped.json`. `manifest.json` records what was encoded, how and by which autoencoder; it is written last, so a
+folder without one is incomplete. `config.json` holds the settings that a repeated command must have. From shards and
+settings, a repeated command makes the other files again, byte for byte.
 """
 
+import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,18 +21,23 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from triptych_common import randomness
+from triptych_common.cli import echo
+from triptych_common.data.contents import Contents
 from triptych_common.fields import Ge
+from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
 from triptych_common.storage.files import FileName, check, open_ended, parse, read_json, recorded_command, write_json
-from triptych_common.storage.provenance import provenance
+from triptych_common.storage.provenance import PROVENANCE, provenance
+from triptych_common.storage.verified import verify_once
 from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.model import scaled_sample
 
 Moments = Float[Tensor, "n twice_channels height width"]
-MANIFEST, SKIPPED = "manifest.json", "skipped.json"
+MANIFEST, SKIPPED, CONFIG = "manifest.json", "skipped.json", "config.json"
 _KIND = "latent cache"
 _ENCODE = "repeat the encode command with its settings"
+_BY_PLACE = {"autoencoder": ("spec", "encoder_sha256"), "source": ("spec", "class_names")}
 
 
 class LatentCache:
@@ -37,8 +45,8 @@ class LatentCache:
 
     facts: the manifest. labels, items: for each row, the class and the number in the source. latent_shape: channels, height
         and width of a latent.
-    Raises FileNotFoundError if there is no cache, ValueError for one that is incomplete or damaged; only `verify` compares
-    contents with their checksums.
+    Raises FileNotFoundError if there is no cache, ValueError for one that is incomplete or damaged; only `verify`, which
+    training calls, compares contents with their checksums.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -99,12 +107,15 @@ class LatentCache:
             )
 
     def verify(self) -> None:
-        """Read everything. Raises ValueError at the first shard whose checksum differs."""
-        for shard in self.facts["shards"]:
+        """Read every shard that is not known to be whole. Raises ValueError at the first whose checksum differs."""
+
+        def read(name: str) -> None:
             try:
-                checkpoint.read(self.folder / shard["file"])
+                checkpoint.read(self.folder / name)
             except ValueError as error:
-                raise ValueError(f"{self.folder / shard['file']}: damaged; {_remedy(self.facts)}") from error
+                raise ValueError(f"{self.folder / name}: damaged; {_remedy(self.facts)}") from error
+
+        verify_once(self.folder, {shard["file"]: shard["sha256"] for shard in self.facts["shards"]}, read)
 
     def _open(self, shard: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors of a shard: safetensors maps the file, and nothing is read before it is used."""
@@ -130,6 +141,7 @@ class LatentData:
 
     def __init__(self, cache: LatentCache) -> None:
         self.cache, self.name = cache, str(cache.folder)
+        self.contents: Contents | None = None  # the shards' hashes are in `identity`
         contents = ",".join(shard["sha256"] for shard in cache.facts["shards"])
         digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
         self.identity = f"latents of {cache.facts['source']['spec']}, {len(cache):,} images, {digest}"
@@ -150,6 +162,11 @@ class LatentData:
     def check_flips(self) -> None:
         self.cache.check_flips()
 
+    def verify(self, ranks: Ranks) -> None:
+        if ranks.is_main:
+            self.cache.verify()
+        ranks.barrier()
+
 
 def is_latent_cache(folder: Path) -> bool:
     """Whether a folder is a latent cache, finished or not."""
@@ -162,50 +179,122 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def write_shard(
     folder: Path, shard: int, moments: Float[Tensor, "rows flips twice_channels height width"],
-    labels: Int[Tensor, " rows"], items: Int[Tensor, " rows"], *, skipped: Sequence[Mapping[str, Any]] = (),
-    request: str = "",
+    labels: Int[Tensor, " rows"], items: Int[Tensor, " rows"], crc32: Int[Tensor, " rows"] | None = None, *,
+    skipped: Sequence[Mapping[str, Any]] = (), request: str = "",
 ) -> None:  # fmt: skip
     """Write one shard atomically. skipped: item, path and reason of images without a row. request: a hash of the settings."""
     state = {"kind": _KIND, "shard": shard, "request": request, "skipped": list(skipped)}
-    checkpoint.write(shard_path(folder, shard), {"moments": moments, "labels": labels, "items": items}, state)
+    tensors = {"moments": moments, "labels": labels, "items": items}
+    checkpoint.write(shard_path(folder, shard), tensors if crc32 is None else {**tensors, "crc32": crc32}, state)
 
 
-def is_finished(folder: Path, shard: int, request: str) -> bool:
-    """Whether a shard exists. Raises ValueError if it is damaged or was made with other settings."""
-    path = shard_path(folder, shard)
-    if not path.exists():
-        return False
-    _, state = checkpoint.read(path)
-    if (state.get("shard"), state.get("request")) != (shard, request):
-        raise ValueError(f"{path}: a shard of another cache or number")
-    return True
+def pixel_sums(path: Path) -> dict[int, int] | None:
+    """The CRC-32 of the pixels of each of a shard's images; None for a shard of a version that did not record it."""
+    with safe_open(path, framework="pt") as file:
+        if "crc32" not in file.keys():  # noqa: SIM118 (not a mapping)
+            return None
+        items, sums = (file.get_tensor(name).tolist() for name in ("items", "crc32"))
+    return dict(zip(items, sums, strict=True))
+
+
+def finished_shards(folder: Path, num_shards: int, request: str) -> set[int]:
+    """The shards of this request that are there and whole; others are reported, as they are encoded again."""
+    paths = {shard_path(folder, shard).name: shard for shard in range(num_shards)}
+    recorded, damaged = {}, dict[str, str]()
+    for name, shard in paths.items():
+        if (folder / name).exists():
+            try:
+                listed, state = _header(folder / name)
+            except ValueError as error:
+                damaged[name] = str(error)
+                continue
+            if (state["shard"], state["request"]) == (shard, request):
+                recorded[name] = listed["sha256"]
+            else:
+                damaged[name] = f"{folder / name}: a shard of another cache or number"
+    verify_once(folder, recorded, lambda name: checkpoint.read(folder / name), damaged=damaged)
+    for message in damaged.values():
+        echo(f"{message}; encoding it again")
+    return {paths[name] for name in recorded.keys() - damaged.keys()}
+
+
+def refuse_other_settings(folder: Path, num_shards: int, request: str) -> None:
+    """Raise ValueError if a folder has lost its settings, and its shards were made with others than `request`."""
+    if (folder / CONFIG).exists():
+        return
+    for path in (shard_path(folder, shard) for shard in range(num_shards)):
+        with contextlib.suppress(OSError, ValueError):  # absent or damaged, and so encoded again
+            if _header(path)[1]["request"] != request:
+                break
+    else:
+        return
+    lost = f"made with other settings, and {CONFIG}, which held them, is lost"
+    raise ValueError(f"{path}: {lost}; {_ENCODE}, or use another --out")
+
+
+def _header(path: Path) -> tuple[dict[str, Any], "_State"]:
+    """A shard as the manifest lists it, and its state. Raises ValueError for a file of another kind."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, items = file.metadata() or {}, file.get_slice("labels").get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or of another kind") from error
+    state = parse(metadata.get("state", ""), _State, source=str(path), remedy=_ENCODE)
+    return {"file": path.name, "items": items, "sha256": metadata.get("sha256", "")}, state
+
+
+def identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that a repeated command must share: without the paths of source and autoencoder, and what others imply."""
+    return facts | {
+        part: {key: value for key, value in facts[part].items() if key not in _BY_PLACE[part]}
+        for part in _BY_PLACE.keys() & facts.keys()
+    }
 
 
 def write_manifest(folder: Path, num_shards: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a cache: write its manifest and return it.
+    """Complete a cache: write its manifest, unless it says the same already, and return it.
 
     facts: with "autoencoder", "source" (with "spec" and "class_names"), "latent_shape" and "flips".
     Raises ValueError if no image could be used.
     """
     shards, skipped = [], []
-    for path in (shard_path(folder, shard) for shard in range(num_shards)):
-        with safe_open(path, framework="pt") as file:
-            metadata, items = file.metadata(), file.get_slice("labels").get_shape()[0]
-        shards.append({"file": path.name, "items": items, "sha256": metadata["sha256"]})
-        skipped += parse(metadata["state"], _State, source=str(path), remedy=_ENCODE)["skipped"]
+    for shard in range(num_shards):
+        listed, state = _header(shard_path(folder, shard))
+        shards.append(listed)
+        skipped += state["skipped"]
     counts = {"items": sum(shard["items"] for shard in shards), "skipped": len(skipped)}
     # Before the manifest, whose existence declares the cache complete.
     write_json(folder / SKIPPED, skipped)
     if not counts["items"]:
         such = f"such as {skipped[0]['path']}: {skipped[0]['reason']}"
         raise ValueError(f"{facts['source']['spec']}: none of {len(skipped):,} images could be used, {such}")
-    manifest = {"kind": _KIND, "format": 1, **facts, **counts, **provenance(), "shards": shards}
+    manifest = {"kind": _KIND, "format": 1, **facts, **counts, **(_begun(folder) or provenance()), "shards": shards}
+    with contextlib.suppress(OSError, ValueError):  # one that was lost or damaged is written again
+        before = read_json(folder / MANIFEST, _Manifest, remedy="")
+        if _content(before) == _content(manifest):
+            return before
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
+def _content(manifest: dict[str, Any]) -> str:
+    """What a manifest says of the cache, without who made it from where, as a text."""
+    said = {key: value for key, value in identity(manifest).items() if key not in PROVENANCE}
+    return json.dumps(said, sort_keys=True)
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """The provenance of the command that began the cache; nothing where its settings are lost."""
+    with contextlib.suppress(OSError, ValueError):
+        settings = read_json(folder / CONFIG, remedy="")
+        return {key: settings[key] for key in PROVENANCE if key in settings}
+    return {}
+
+
 @open_ended
 class _State(TypedDict):
+    shard: int
+    request: str
     skipped: list[dict[str, Any]]
 
 
@@ -247,13 +336,17 @@ class _Request(TypedDict):
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
-        if not (folder / "config.json").exists():
+        if not (folder / CONFIG).exists() and not shard_path(folder, 0).exists():
             raise FileNotFoundError(f"{folder}: no latent cache; make one with triptych-dit encode --out {folder}")
-        raise _incomplete(folder, read_json(folder / "config.json", remedy=_ENCODE))
-    return read_json(folder / MANIFEST, _Manifest, remedy=f"{_ENCODE}, which makes the manifest again from the shards")
+        raise _incomplete(folder)
+    again = "which makes the manifest again from the shards; nothing else is lost"
+    return read_json(folder / MANIFEST, _Manifest, remedy=f"{_remedy(_begun(folder))}, {again}")
 
 
-def _incomplete(folder: Path, request: Mapping[str, Any]) -> ValueError:
+def _incomplete(folder: Path) -> ValueError:
+    if not (folder / CONFIG).exists():
+        return ValueError(f"{folder}: {MANIFEST} and {CONFIG} are lost; {_ENCODE}, which makes them again")
+    request = read_json(folder / CONFIG, remedy=f"delete this file and {_ENCODE}, which makes it again")
     source = f"{folder}: a run of another command, no latent cache"
     facts = check(request.get("config"), _Request, source=source, remedy=_ENCODE)
     shards = math.ceil(facts["source"]["images"] / facts["shard_size"])

@@ -6,12 +6,11 @@ changes the last bits of a convolution: for equal bytes OMP_NUM_THREADS must be 
 """
 
 import os
-import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from math import ceil, prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,18 @@ from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 
-from triptych_dit.autoencoder.cache import MANIFEST, SKIPPED, LatentCache, is_finished, write_manifest, write_shard
+from triptych_dit.autoencoder.cache import (
+    MANIFEST,
+    SKIPPED,
+    LatentCache,
+    finished_shards,
+    identity,
+    pixel_sums,
+    refuse_other_settings,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
 from triptych_dit.autoencoder.config import EncodeConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
 
@@ -62,11 +72,23 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         autoencoder = load_autoencoder(config.vae, device=ranks.device, dtype=PRECISIONS[config.precision])
         extent = _extent(source, autoencoder, config)
         facts = cache_facts(source, autoencoder, config) if ranks.is_main else {}
-        with RunDirectory(config.out, identity(facts), is_main=ranks.is_main) as run:
-            # By now the main rank has checked the folder; its facts are the only ones.
-            request = ranks.gather(checkpoint.index_digest(identity(facts)))[0]
-            echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
-            _encode_missing(source, autoencoder, config, request, ranks)
+        request, finished = checkpoint.index_digest(identity(facts)), set[int]()
+        listing = source.listing()
+        if ranks.is_main:  # before settings are written into a folder that has lost its own
+            refuse_other_settings(config.out, extent["shards"], request)
+        with RunDirectory(
+            config.out, identity(facts), contents={"pictures": listing} if listing else None, is_main=ranks.is_main,
+            device=ranks.device.type,
+        ) as run:  # fmt: skip
+            if ranks.is_main:
+                echo("{images:,} images, {gigabytes:.2f} GB in {shards:,} shards".format(**extent))
+                finished = finished_shards(run.path, extent["shards"], request)
+                refuse_replaced(source, autoencoder, config, finished)
+                if 0 < len(finished) < extent["shards"]:
+                    run.compare_hardware()
+            # The main rank's request and findings are the only ones.
+            request, finished = ranks.gather((request, finished))[0]
+            _encode_missing(source, autoencoder, config, request, finished, ranks)
             ranks.barrier()  # every rank has written its shards
             if ranks.is_main:
                 write_manifest(run.path, extent["shards"], facts)
@@ -110,15 +132,6 @@ def cache_facts(source: ImageSource, autoencoder: Autoencoder, config: EncodeCon
     }  # fmt: skip
 
 
-def identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts that a repeated command must share: without the paths of source and autoencoder, and what others imply."""
-    by_place = {"autoencoder": ("spec", "encoder_sha256"), "source": ("spec", "class_names")}
-    return facts | {
-        part: {key: value for key, value in facts[part].items() if key not in by_place[part]}
-        for part in by_place.keys() & facts.keys()
-    }
-
-
 def _row_shape(autoencoder: Autoencoder, config: EncodeConfig) -> tuple[int, int, int, int]:
     channels, height, width = latent_shape(autoencoder, config.size)
     return (2 if config.flips else 1), 2 * channels, height, width
@@ -144,10 +157,14 @@ def _check_usable(source: ImageSource, config: EncodeConfig) -> None:
 
 
 class _Batch(NamedTuple):
-    """A worker's result for a range of images. An error that is no image's fault is raised by the parent."""
+    """A worker's result for a range of images. An error that is no image's fault is raised by the parent.
+
+    crc32: of each image's pixels.
+    """
 
     pixels: UInt8[Tensor, "kept channels height width"] | None = None
     items: Sequence[int] = ()
+    crc32: Sequence[int] = ()
     skipped: Sequence[dict[str, Any]] = ()
     error: OSError | None = None
 
@@ -169,15 +186,16 @@ class _Batches(Dataset):
                 skipped.append({"item": item, "path": error.path, "reason": error.reason})
             except OSError as error:
                 return _Batch(error=error)
-        return _Batch(torch.stack(pixels) if pixels else None, kept, skipped)
+        crc32 = [zlib.crc32(each.contiguous().numpy().data) for each in pixels]
+        return _Batch(torch.stack(pixels) if pixels else None, kept, crc32, skipped)
 
 
 def _encode_missing(
-    source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, request: str, ranks: Ranks
+    source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, request: str, finished: set[int], ranks: Ranks
 ) -> None:
-    """Check this rank's shards and encode those that are absent or damaged."""
+    """Encode this rank's shards, but for the `finished` ones."""
     shards = dict(enumerate(_split(range(len(source)), config.shard_size)))
-    mine = [i for i in list(shards)[ranks.rank :: ranks.world_size] if not _is_finished(config.out, i, request)]
+    mine = [i for i in list(shards)[ranks.rank :: ranks.world_size] if i not in finished]
     loader = DataLoader(
         _Batches(source, autoencoder.image_channels, config),
         sampler=[batch for i in mine for batch in _split(shards[i], config.batch_size)],
@@ -192,18 +210,45 @@ def _encode_missing(
             dtype = getattr(torch, config.dtype)
             # An empty first part, as all images of a shard may be unusable.
             moments = [torch.empty(0, *_row_shape(autoencoder, config), dtype=dtype, device=ranks.device)]
-            items, skipped = [], []
+            items, crc32, skipped = [], [], []
             for batch in islice(arriving, ceil(len(shards[i]) / config.batch_size)):
                 if batch.error is not None:
                     raise batch.error
                 if batch.pixels is not None:
                     moments.append(encode_images(autoencoder, batch.pixels, flips=config.flips).to(dtype))
                 items += batch.items
+                crc32 += batch.crc32
                 skipped += batch.skipped
                 progress.advance(len(batch.items) + len(batch.skipped))
             rows, numbers = torch.cat(moments), torch.tensor(items, dtype=torch.long)
             _check_finite(rows, items, source, config)
-            write_shard(config.out, i, rows, source.labels[numbers], numbers, skipped=skipped, request=request)
+            sums = torch.tensor(crc32, dtype=torch.long)
+            write_shard(config.out, i, rows, source.labels[numbers], numbers, sums, skipped=skipped, request=request)
+
+
+def refuse_replaced(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, finished: set[int]) -> None:
+    """Raise ValueError if images of finished shards have other pixels than were encoded, in files of the same size.
+
+    Only files that are newer than their shard are read.
+    """
+    suspects: dict[int, int | None] = {}
+    for shard, items in enumerate(_split(range(len(source)), config.shard_size)):
+        path = shard_path(config.out, shard)
+        newer = source.changed_since(path.stat().st_mtime_ns, items) if shard in finished else []
+        if newer and (known := pixel_sums(path)) is not None:
+            suspects |= {item: known.get(item) for item in newer}
+    images, replaced = _Batches(source, autoencoder.image_channels, config), []
+    with Progress("comparing pictures", len(suspects), "img") as progress:
+        for item, crc32 in suspects.items():
+            batch = images[range(item, item + 1)]
+            if batch.error is not None:
+                raise batch.error
+            if crc32 != (batch.crc32[0] if batch.crc32 else None):
+                replaced.append(item)
+            progress.advance()
+    if replaced:
+        such = f"{len(replaced):,} pictures changed since they were encoded, such as {source.locate(replaced[0])}"
+        raise ValueError(f"{config.out}: {such}; put back what was there, or use another --out")
 
 
 def encode_images(
@@ -235,11 +280,3 @@ def _check_finite(rows: Tensor, items: Sequence[int], source: ImageSource, confi
             f"{source.locate(items[int(bad[0])])}: its moments are not finite with --precision {config.precision} "
             f"--dtype {config.dtype}; use {remedy}"
         )
-
-
-def _is_finished(folder: Path, shard: int, request: str) -> bool:
-    try:
-        return is_finished(folder, shard, request)
-    except ValueError as error:  # on any rank, so not by `echo`
-        print(f"{error}; encoding it again", file=sys.stderr, flush=True)
-        return False

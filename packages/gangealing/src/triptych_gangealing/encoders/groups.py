@@ -59,7 +59,7 @@ def _train(groups: Groups, generator: Generator, images: int, seed: int, folder:
     )
     pool = sample_images(generator, range(pool_images), seed=seed)
     identity = {"descriptor": recipe.identity(), "generator": checkpoint.digest(generator.state_dict())}
-    with RunDirectory(folder, identity) as directory:
+    with RunDirectory(folder, identity, device=alone.device.type) as directory:
         fit(recipe, directory, pool, alone, groups.descriptor, posed_views, contrast)
     groups.eval()
     with torch.no_grad():

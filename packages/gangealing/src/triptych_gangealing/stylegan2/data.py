@@ -8,7 +8,8 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 from triptych_common.cli import echo
-from triptych_common.data import DATASETS, ImageDataset, ImageSource, ImageTooSmall, in_memory, open_source
+from triptych_common.data import DATASETS, ImageDataset, ImageSource, ImageTooSmall, contents_of, in_memory, open_source
+from triptych_common.data.contents import Contents
 
 from triptych_gangealing.digits32 import Digits32
 
@@ -16,7 +17,12 @@ Batches = Callable[[Tensor], UInt8[Tensor, "n channels height width"]]  # pixels
 
 
 class TrainingImages:
-    """Square RGB images of one size and their classes; with `x_flip` the second half of the items mirrors the first."""
+    """Square RGB images of one size and their classes; with `x_flip` the second half of the items mirrors the first.
+
+    contents: of those that are no named data set.
+    """
+
+    contents: Contents | None = None
 
     def __init__(self, source: ImageSource, read: Batches, resolution: int, *, x_flip: bool = False) -> None:
         self.name, self.resolution, self.x_flip = source.name, resolution, x_flip
@@ -65,7 +71,9 @@ def open_images(
     if isinstance(source, Digits32):
         return TrainingImages(source, source.batch, resolution, x_flip=x_flip)
     held = _read(source, spec, resolution, split)
-    return TrainingImages(held, lambda items: held.images[items], resolution, x_flip=x_flip)
+    images = TrainingImages(held, lambda items: held.images[items], resolution, x_flip=x_flip)
+    images.contents = None if spec in DATASETS else contents_of(held)
+    return images
 
 
 def _read(source: ImageSource, spec: str, resolution: int, split: str) -> ImageDataset:

@@ -40,7 +40,9 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
         generator, discriminator, _ = parts_of(state)
         objective = Objective(config, images, generator, discriminator)
         # Opened last: a command refused above must not leave a folder that then refuses the corrected one.
-        with open_run(config, ranks, {"images": images.fingerprint()}) as run:
+        # Where pictures have moved, or their folder has another name, it is enough that they are the same.
+        contents = dict.fromkeys(("data", "images"), images.contents) if images.contents else None
+        with open_run(config, ranks, {"images": images.fingerprint()}, contents=contents) as run:
             snapshot = make_snapshots(config, run, images, ranks)
             for batch in training_steps(config, state, run, on_step=snapshot):
                 adversarial_step(state, objective, batch)

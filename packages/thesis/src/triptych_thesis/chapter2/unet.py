@@ -116,6 +116,7 @@ def train_unet(config: TrainConfig) -> None:
     shape = matched(config.model)
     facts = {"data": training_data.identity, "unet": asdict(shape)}
     with process_group(config.device) as ranks, open_run(config, ranks, facts) as run:
+        training_data.verify(ranks)
         with torch.random.fork_rng(devices=[]):
             # diffusers initialises from torch's global generator, which other code may have used.
             torch.manual_seed(randomness.generator(config.seed, "init").initial_seed())
