@@ -64,7 +64,7 @@ def _stranger(folder: Path, command: str) -> str | None:
     """What in a folder the command did not write, in a few words; None in a folder that is absent, empty or its own."""
     mark, run = folder / MARK, folder / _RUN
     if mark.is_file():
-        owner = read_json(mark, dict[str, str], remedy="delete it if the folder may be written to").get("command")
+        owner = read_json(mark, dict[str, str], remedy="delete it and repeat with --overwrite").get("command")
         return None if owner == command else f"what {json.dumps(owner)} wrote"
     if run.is_file() and str(_made_by(run)).startswith((command, "python -m")):
         return None
