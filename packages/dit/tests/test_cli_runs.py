@@ -36,8 +36,13 @@ def run_script(script: str, *options: str) -> subprocess.CompletedProcess:
 fails_with = partial(testing.fails_with, quiet=("training:", "sampling:"))
 
 
+def files_in(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*")}
+
+
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, average, optimiser, counters and metrics are bit-identical."""
+    """Files have the same names; weights, average, optimiser, counters and metrics are bit-identical."""
+    assert files_in(a) == files_in(b)
     for name in (f"checkpoints/step-{STEPS:08d}.safetensors", "model.safetensors"):
         (tensors_a, state_a), (tensors_b, state_b) = checkpoint.read(a / name), checkpoint.read(b / name)
         assert state_a == state_b
