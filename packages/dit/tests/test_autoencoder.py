@@ -1,6 +1,7 @@
 """The autoencoder: against plain diffusers, from any kind of folder, and trained on the command line."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from triptych_dit.autoencoder import model as module
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
 from triptych_dit.autoencoder.train import Reconstruction, train_autoencoder
-from triptych_dit.testing import random_vae
+from triptych_dit.testing import random_vae, run_dit
 
 make_vae = partial(random_vae, (8, 8, 16), latent_channels=4, sample_size=16, scaling_factor=0.5, shift_factor=0.25)
 
@@ -255,6 +256,24 @@ def test_interrupted_and_resumed_it_ends_in_the_same_weights(whole, tmp_path):
     assert [key for key, value in theirs.items() if not torch.equal(value, ours[key])] == []
     config = "vae/config.json"
     assert (tmp_path / config).read_bytes() == (whole / config).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "lost", [None, "autoencoder.json", "vae/config.json", f"vae/{module.WEIGHTS[0]}", "reconstructions.png"]
+)
+def test_a_repeated_command_makes_what_was_lost_again_and_leaves_the_rest(whole, tmp_path, lost):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    names = ["autoencoder.json", "vae/config.json", f"vae/{module.WEIGHTS[0]}", "reconstructions.png"]
+    if lost:
+        content = (run / lost).read_bytes()
+        (run / lost).write_bytes(content[: len(content) // 2])
+    assert run_dit("autoencoder", *TINY, "--out", run).returncode == 0
+    unchanged = lost is None
+    for name in names:
+        assert ((run / name).stat().st_mtime_ns == (whole / name).stat().st_mtime_ns) == unchanged
+    written, expected = (load_autoencoder(str(folder)) for folder in (run, whole))
+    assert (written.sha256, written.scale_factor) == (expected.sha256, pytest.approx(expected.scale_factor, rel=1e-5))
+    assert (run / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()
 
 
 def test_two_ranks_train_as_one_does(whole, tmp_path):

@@ -4,7 +4,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 from triptych_common.cli import echo
+from triptych_common.data import UnreadableImage
+from triptych_common.data.decoding import read_image
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
@@ -47,13 +49,18 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
     steps = evaluations(config, trained.diffusion)
-    finished = (config.out / "samples.npz").exists()
     with process_group(config.device) as ranks:
+        if ranks.is_main:
+            drop_damaged(config.out / "samples.npz", *(path for _, _, path in _parts(config.out)))
+        ranks.barrier()
+        finished = (config.out / "samples.npz").exists()
         if not finished or config.vae is not None:
             request |= place(trained, ranks, config)
-        with RunDirectory(config.out, request, is_main=ranks.is_main) as run:
+        with RunDirectory(config.out, request, is_main=ranks.is_main, device=ranks.device.type) as run:
             ranks.barrier()  # the main rank has checked the folder
             if not finished:
+                if ranks.is_main and _parts(run.path):
+                    run.compare_hardware()
 
                 def draw(batch: range, step: Callable[[], None]) -> Images:
                     some = None if labels is None else labels[batch.start : batch.stop]
@@ -173,14 +180,21 @@ def write_grid(out: Path, columns: int) -> None:
 
 
 def _write_images(out: Path, trained: TrainedModel, labels: Tensor | None, ranks: Ranks) -> None:
-    """OUT/images: a PNG for each sample that has none yet; ranks take turns."""
+    """OUT/images: a PNG for each sample that has none yet, or a damaged one; ranks take turns."""
     first = 0
     for batch in read_batches(out / "samples.npz", GRID):
         for index, image in enumerate(batch, start=first):
             path = out / "images" / image_name(index, trained, None if labels is None else int(labels[index]))
-            if index % ranks.world_size == ranks.rank and not path.exists():
+            if index % ranks.world_size == ranks.rank and not _is_picture(path):
                 write_png(path, image)
         first += len(batch)
+
+
+def _is_picture(path: Path) -> bool:
+    with suppress(FileNotFoundError, UnreadableImage):
+        read_image(path)
+        return True
+    return False
 
 
 def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
@@ -248,6 +262,20 @@ def read_batches(path: Path, size: int) -> Iterator[Images]:
             n = min(size, count - start)
             pixels = np.frombuffer(bytearray(member.read(n * int(np.prod(shape)))), dtype=np.uint8)
             yield torch.from_numpy(pixels.reshape(n, *shape)).permute(0, 3, 1, 2)
+
+
+def drop_damaged(*paths: Path) -> None:
+    """Remove those samples files that are not whole, so that they are made again."""
+    for path in paths:
+        try:
+            with _intact(path), zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"checksum of {name} differs")
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            echo(f"{path}: damaged; sampling it again")
+            path.unlink()
 
 
 @contextmanager

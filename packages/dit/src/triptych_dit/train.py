@@ -65,6 +65,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / FILE_NAME, config, state, training_data)
+        for path in (snapshot_path(run.path, count) for count in config.snapshots):
+            if not path.exists():
+                echo(f"{path}: lost; only training from the start, in another --out, makes it again")
         echo(f"model: {run.path / FILE_NAME}")
         return {"model": str(run.path / FILE_NAME), **summary(run)}
 

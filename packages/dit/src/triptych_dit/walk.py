@@ -22,7 +22,7 @@ from triptych_common.video import course, ends, import_av, write_video
 
 from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
-from triptych_dit.sample import identity, place, read_npz, write_npz
+from triptych_dit.sample import drop_damaged, identity, place, read_npz, write_npz
 from triptych_dit.sampling import check_labels, sample_images
 from triptych_dit.settings import WalkConfig, blended
 from triptych_dit.weights import TrainedModel
@@ -48,6 +48,7 @@ def walk(config: WalkConfig) -> dict[str, Any]:
         "loop": config.loop, "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
     steps = evaluations(config, trained.diffusion)
+    drop_damaged(config.out / "walk.npz")
     finished = (config.out / "walk.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:

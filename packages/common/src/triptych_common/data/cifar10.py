@@ -58,8 +58,9 @@ def _records(contents: dict[str, bytes], where: Path) -> tuple[Images, Labels]:
     """Images and labels from files of records, checked by SHA-256."""
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != CIFAR10_SHA256[name]:
+            file, part = (where / name, "content") if where.is_dir() else (where, name)
             raise ValueError(
-                f"{where}: {name} is not CIFAR-10's (SHA-256 differs); delete {where} and repeat the command"
+                f"{file}: {part} is not CIFAR-10's (SHA-256 differs); delete the file and repeat the command"
             )
     # Each record is a byte of label and the red, green and blue planes, row by row.
     rows = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, 1 + 3 * 32 * 32)

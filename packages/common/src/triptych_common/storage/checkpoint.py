@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from triptych_common.cli import echo
 from triptych_common.fields import Ge, OneOf
 from triptych_common.storage.files import PARTIAL, FileName, check, parse, read_json, replacing
 
@@ -96,6 +97,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest(tensors, metadata["state"]) != metadata["sha256"]:
         raise ValueError(f"{path}: checksum differs from the recorded one; {remedy(path)}")
     return tensors, parse(metadata["state"], dict[str, Any], source=str(path), remedy=remedy(path))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file that `write` made is there and whole; a damaged one is reported, as the caller makes it again."""
+    try:
+        read(path)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        echo(f"{path}: damaged; making it again")
+        return False
+    return True
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -210,7 +223,8 @@ def remedy(path: Path) -> str:
     if not _NAME.fullmatch(path.name):
         return "make or fetch it again"
     older = [p.name for p in steps_in(path.parent) if _order(p) < _order(path)]
-    return f"delete it to go on from {older[-1]}" if older else "delete it to start afresh"
+    it = "it" if path.suffix else path.name  # of a folder, the message names a file inside
+    return f"delete {it} to go on from {older[-1]}" if older else f"delete {it} to start afresh"
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -4,6 +4,7 @@ The thesis uses Stable Diffusion's autoencoder; digits of 28 x 28 need a smaller
 divergence. There is no perceptual loss: the only network for digits is the one that scores them.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common import data, randomness
 from triptych_common.cli import echo
+from triptych_common.data.decoding import read_image
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.storage.files import write_bytes, write_json
+from triptych_common.storage.files import open_ended, read_json, write_bytes, write_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.training import TrainState, open_run, summary, training_steps
+from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import WEIGHTS, Autoencoder, import_autoencoder_kl, load_autoencoder, scaled_sample
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 FOLDER = "vae"  # below the run's: where a diffusers pipeline has its own
+MEASURED, PICTURE = "autoencoder.json", "reconstructions.png"
 
 
 class Reconstruction(nn.Module):
@@ -109,11 +113,17 @@ def make_vae(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> "Aut
 def finish(
     config: AutoencoderTrainConfig, vae: "AutoencoderKL", dataset: data.ImageDataset, ranks: Ranks
 ) -> dict[str, Any]:
-    """Set the scale factor, write the autoencoder, and measure how well held-out images are reconstructed."""
+    """Set the scale factor, write the autoencoder, and measure how well held-out images are reconstructed.
+
+    Returns what was measured, by an earlier end of the run if its files are whole: on other threads, the scale factor's last
+    digits might change, and caches of latents are of one scale factor.
+    """
     # One over the standard deviation of all values of latents sampled for training images, as for Stable Diffusion's
     # 0.18215: diffusion assumes data of about unit variance.  [Rombach et al. 2022, D.1]
     folder = config.out / FOLDER
     raw = Autoencoder(vae, str(folder), device=ranks.device)
+    if (before := measured_before(config, raw)) is not None:
+        return before
     latents = draw_latents(raw, some_images(dataset, config.seed), config.seed) / raw.scale_factor
     vae.register_to_config(scaling_factor=1 / float(latents.std()))
     write_vae(folder, vae)
@@ -121,14 +131,33 @@ def finish(
     held_out = data.load(config.data, "held_out")
     images = some_images(held_out, config.seed)
     back = autoencoder.decode(draw_latents(autoencoder, images, config.seed)).cpu()
-    write_png(config.out / "reconstructions.png", side_by_side(to_uint8(images), to_uint8(back)), scale=2)
+    write_png(config.out / PICTURE, side_by_side(to_uint8(images), to_uint8(back)), scale=2)
     facts = {
         "autoencoder": autoencoder.facts(),
         "latent_std": (latents.std(dim=(0, 2, 3)) * autoencoder.scale_factor).tolist(),
         "held_out": {"images": len(images), "mse": float(F.mse_loss(back, images))},
     }
-    write_json(config.out / "autoencoder.json", facts | provenance())
+    write_json(config.out / MEASURED, facts | provenance())
     return facts
+
+
+@open_ended
+class _Measured(TypedDict):
+    autoencoder: dict[str, Any]
+    latent_std: list[float]
+    held_out: dict[str, Any]
+
+
+def measured_before(config: AutoencoderTrainConfig, vae: Autoencoder) -> dict[str, Any] | None:
+    """What OUT/autoencoder.json says, if it is of these weights and every file beside it is whole."""
+    with suppress(OSError, ValueError):
+        facts = read_json(config.out / MEASURED, _Measured, remedy="")
+        read_image(config.out / PICTURE)
+        written = load_autoencoder(str(config.out / FOLDER)).facts()
+        same = written == {**facts["autoencoder"], "spec": written["spec"]}
+        if same and written["sha256"] == vae.sha256:
+            return {name: facts[name] for name in _Measured.__annotations__}
+    return None
 
 
 def some_images(dataset: data.ImageDataset, seed: int) -> Float[Tensor, "images channels height width"]:

@@ -135,7 +135,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
         if ranks.world_size > 1:
             raise ValueError(f"{ranks.world_size} ranks: the encoder trains in one process; start it without torchrun")
         with open_run(config, ranks, origin) as directory:
-            if not (config.out / ENCODER_FILE).exists():
+            if not checkpoint.is_whole(config.out / ENCODER_FILE):
                 generator, psi = generator.to(ranks.device), config.truncation_psi
                 pool = sample_images(generator, range(config.pool_images), seed=config.seed, truncation_psi=psi)
                 encoder = make_encoder(config)
