@@ -120,7 +120,7 @@ def tasks(tmp_path_factory) -> Path:
 
 
 command = partial(run_here, cli.run)
-fails_with = partial(testing.fails_with, quiet=("collecting:",))
+fails_with = partial(testing.fails_with, quiet=("collecting:", "verifying"))
 
 
 def collect(tasks: Path, out: Path, *options: str, name: str = "TINY") -> "subprocess.CompletedProcess[str]":
@@ -133,6 +133,12 @@ def processes(tasks: Path, out: Path, *options: str, name: str = "TINY") -> "sub
 
 def shards(zoo: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((zoo / "shards").iterdir())}
+
+
+def files(zoo: Path) -> dict[Path, bytes]:
+    """Everything that a zoo promises."""
+    paths = [zoo / "manifest.json", *(zoo / "records").iterdir(), *(zoo / "shards").iterdir()]
+    return {path.relative_to(zoo): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +313,12 @@ def test_damage_is_refused_and_repaired(whole, tasks, tmp_path):
     content[-5] ^= 1
     altered.write_bytes(content)
     assert "checksum" in command("verify", "--zoo", str(out)).stdout
-    assert collect(tasks, out).returncode == 0  # sizes are right, so this is not noticed without --repair
+    for runs in ("12", "16"):  # finished or growing, it claims no runs of a damaged shard
+        done = collect(tasks, out, "--runs", runs)
+        fails_with(
+            done, f"{altered.name}: contents differ from the manifest's checksum; run triptych-gpt collect --repair"
+        )
+        assert "runs (" not in done.stdout
     truncated.write_bytes(truncated.read_bytes()[:-10])
     done = collect(tasks, out)
     fails_with(done, f"{truncated.name}: ")
@@ -320,10 +331,39 @@ def test_damage_is_refused_and_repaired(whole, tasks, tmp_path):
     assert not Zoo(out).verify()
 
 
-def test_shards_that_lost_their_manifest_are_not_overwritten(whole, tasks, tmp_path):
+@pytest.mark.parametrize("option", [[], ["--repair"]])
+def test_a_lost_manifest_is_made_again(option, whole, tasks, tmp_path):
+    out = tmp_path / "zoo"
+    shutil.copytree(whole, out)
+    (out / "manifest.json").unlink()
+    advice = (
+        "run triptych-gpt collect --repair with the task, settings and --out that made the zoo, which makes it again"
+    )
+    fails_with(command("info", "--zoo", str(out)), advice)
+    done = collect(tasks, out, *option)
+    assert done.returncode == 0, done.stderr
+    assert f"{out}/manifest.json: written again, with 3 shards" in done.stdout
+    assert files(out) == files(whole)
+
+
+def test_a_shard_whose_record_and_manifest_are_lost_is_collected_again(whole, tasks, tmp_path):
+    out = tmp_path / "zoo"
+    shutil.copytree(whole, out)
+    (out / "manifest.json").unlink()
+    (out / "records" / "runs-00000004-00000007.json").write_text("{")
+    done = collect(tasks, out)
+    assert "written again, with 2 shards" in done.stdout
+    assert "4 runs in 1 cohort" in done.stdout
+    assert files(out) == files(whole)
+
+
+def test_shards_that_nothing_lists_are_not_overwritten(whole, tasks, tmp_path):
     shutil.copytree(whole, tmp_path / "zoo")
     (tmp_path / "zoo/manifest.json").unlink()
-    fails_with(collect(tasks, tmp_path / "zoo"), "shards without their manifest.json")
+    shutil.rmtree(tmp_path / "zoo/records")
+    fails_with(
+        collect(tasks, tmp_path / "zoo"), "shards without their manifest.json and records/; put one of them back"
+    )
     assert shards(tmp_path / "zoo") == shards(whole)
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 FEW = ["--num-inference-steps", "2", "--networks", "3", "--prompts", "3"]
 
 command = partial(run_here, cli.run)
-fails_with = partial(testing.fails_with, quiet=("warning: tokens of",))
+fails_with = partial(testing.fails_with, quiet=("verifying", "warning: tokens of"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 
 import lmdb
@@ -130,6 +131,7 @@ def test_an_interrupted_import_goes_on_and_a_damaged_shard_is_made_again(data, m
     for path in (folder / "shards").iterdir():
         path.unlink()
     (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "records")
     real, written = lmdb_import.write_shard, []
 
     def stop_at_the_second(zoo, name, *rest):

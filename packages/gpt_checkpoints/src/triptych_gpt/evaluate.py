@@ -18,7 +18,6 @@ from triptych_gpt.evaluation.plots import alignment_figure, quality
 from triptych_gpt.evaluation.records import interval, plain, table
 from triptych_gpt.evaluation.trial import Trial, alignment_beside_baselines, quality_against_sampler_steps
 from triptych_gpt.settings import EvaluateConfig
-from triptych_gpt.zoo.source import recipe_of
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     amounts = {"networks": config.networks, "prompts": config.prompts}
     identity = {
         "weights": digest(trial.trained.model.state_dict())[:16],
-        "zoo": {"recipe": recipe_of(trial.zoo), "runs": trial.zoo.splits},
+        "zoo": trial.zoo_identity(),
         **amounts,
         "sampler": asdict(config.settings),
         "seed": config.seed,

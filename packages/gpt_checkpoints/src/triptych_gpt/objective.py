@@ -22,7 +22,7 @@ from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.pairs import Pairs, stratified
-from triptych_gpt.zoo.source import recipe_of, task_of
+from triptych_gpt.zoo.source import contents_of, recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
 PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], for which the noise schedule was designed
@@ -97,7 +97,7 @@ class TrainingZoo:
         return GptConfig(self.task.symmetry, metric_scale=scale, **shape)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the content of training: the recipe of the runs, and which of them."""
+        """What decides the content of training: the recipe of the runs, which of them, and their bytes."""
         return {
             "task": self.zoo.task,
             "recipe": recipe_of(self.zoo),
@@ -105,7 +105,15 @@ class TrainingZoo:
             "checkpoints": self.zoo.checkpoints,
             "training_runs": len(self.rows),
             "last_run": int(self.zoo.runs.run[self.rows[-1]]),
+            "contents": contents_of(self.zoo.shards_of(self._used)),
         }
+
+    @property
+    def _used(self) -> list[int]:
+        """Rows of the runs to train on and of those to validate on."""
+        validated = self.config.validation_networks if self.config.validation_every else 0
+        held = self.zoo.runs_in("validation")[:validated].tolist() if "validation" in self.zoo.splits else []
+        return [*self.rows.tolist(), *held]
 
 
 class Objective:

@@ -27,7 +27,7 @@ from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.registry import open_task
 from triptych_gpt.zoo import lmdb_reader
 from triptych_gpt.zoo.lmdb_reader import AGAIN
-from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest, refuse_damaged, shard_name, to_repair, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"
@@ -88,11 +88,11 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
 
 
 def _manifest(config: ImportConfig, layout: ParameterLayout, recipe: Mapping[str, Any]) -> Manifest:
-    if (config.out / MANIFEST).exists():
-        manifest = Manifest.read(config.out)
-        if manifest.layout != layout:
+    if found := Manifest.recover(config.out):
+        if found.layout != layout:
             raise ValueError(f"{config.out}: a zoo of another version of {config.task}; use another --out")
-        return manifest
+        found.save()
+        return found
     options = " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in _CHOSEN)
     facts = {
         "task": config.task,
@@ -165,6 +165,7 @@ def _read_run(
 
 
 def _summary(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
+    refuse_damaged(manifest, contents=False)
     counts, dropped = manifest.counts()
     runs = {"train": 0, "test": 0, **counts}
     left_out = f"dropped {dropped.total():,}, skipped {skipped:,} folders without DONE.txt"

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from triptych_common.cli import echo
 from triptych_common.storage.files import check
 
+from triptych_gpt.zoo.store import ShardRecord
 from triptych_gpt.zoo.zoo import Zoo
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ def recipe_digest(recipe: Mapping[str, Any]) -> str:
 def recipe_of(zoo: Zoo) -> str:
     """A short hash of the zoo's recipe, which models and results save."""
     return recipe_digest(zoo.facts.get("recipe", {}))[:16]
+
+
+def contents_of(shards: Sequence[ShardRecord]) -> str:
+    """A short hash of the bytes of these shards."""
+    files = [file.xxh3_128 for record in shards for file in record.files().values()]
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
 
 
 def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:

@@ -1,5 +1,6 @@
 """Reading a zoo: its runs as a table, metrics and steps as matrices, theta row by row from memory-mapped files."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo.store import DTYPES, INDEX, SHARDS, THETA, Damage, Manifest, damages, to_repair
+from triptych_gpt.zoo.store import (
+    DTYPES,
+    INDEX,
+    SHARDS,
+    THETA,
+    Damage,
+    Manifest,
+    ShardRecord,
+    damages,
+    refuse_damaged,
+    verify_shards,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -34,13 +46,13 @@ class Zoo:
     """A zoo, finished or growing, as it was when it was opened.
 
     A "row" below is a row of `runs`, not a run's number. Raises FileNotFoundError if there is no zoo, ValueError for a file that is
-    missing or truncated; only `verify` compares contents with their checksums.
+    missing or truncated; only `verify` and `verify_once` compare contents with their checksums.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
-        to_repair(self.manifest, repair=False)
+        refuse_damaged(self.manifest, contents=False)
         self.facts: Mapping[str, Any] = self.manifest.facts
         self.task: str = self.facts["task"]
         self.layout: ParameterLayout = self.manifest.layout
@@ -129,22 +141,33 @@ class Zoo:
         """
         import pyarrow as pa
 
-        order = sorted((record for record in self.manifest.shards if record.index), key=lambda record: record.first)
-        tables = [self._read_index(record.name, columns) for record in order]
+        tables = [self._read_index(record.name, columns) for record in self.manifest.shards if record.index]
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
 
     def verify(self) -> list[Damage]:
         """All files that are not as they were written; reads every one."""
         return list(damages(self.manifest))
 
+    def verify_once(self) -> None:
+        """Compare every file with its checksum unless it was found whole before and has not changed since.
+
+        To be called before anything is learned from a zoo; does nothing on ranks other than the main one, which wait for it where
+        they join the process group. Raises ValueError for a damaged file.
+        """
+        if int(os.environ.get("RANK", 0)) == 0:
+            verify_shards(self.manifest)
+
+    def shards_of(self, rows: Indices) -> list[ShardRecord]:
+        """The shards that hold these rows, by run."""
+        return [self.manifest.shards[shard] for shard in np.unique(self.runs.shard[np.asarray(rows)]).tolist()]
+
     def _run_table(self) -> RunTable:
-        order = sorted(range(len(self.manifest.shards)), key=lambda shard: self.manifest.shards[shard].first)
-        records = [(shard, self.manifest.shards[shard]) for shard in order]
-        counts = np.array([len(record.runs) for _, record in records], dtype=np.int64)
+        records = self.manifest.shards
+        counts = np.array([len(record.runs) for record in records], dtype=np.int64)
         return RunTable(
-            run=np.array([run for _, record in records for run in record.runs], dtype=np.int64),
-            split=np.repeat(np.array([record.split for _, record in records], dtype=np.str_), counts),
-            shard=np.repeat(np.array(order, dtype=np.int64), counts),
+            run=np.array([run for record in records for run in record.runs], dtype=np.int64),
+            split=np.repeat(np.array([record.split for record in records], dtype=np.str_), counts),
+            shard=np.repeat(np.arange(len(records)), counts),
             row=np.array([row for count in counts for row in range(count)], dtype=np.int64),
         )
 
