@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.extras import import_extra
-from triptych_common.storage import checkpoint
+from triptych_common.storage import checkpoint, torch_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -165,6 +165,9 @@ def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderK
         if name != "AutoencoderKL":
             raise ValueError(f"its config says {name}, expected AutoencoderKL")
         safetensors = found[0] == WEIGHTS[0]  # anything else diffusers reads with weights_only
+        if not safetensors:
+            with (folder / found[0]).open("rb") as file:
+                torch_file.check(file, (folder / found[0]).stat().st_size)
         vae, info = kind.from_pretrained(
             folder,
             torch_dtype=torch.float32,
