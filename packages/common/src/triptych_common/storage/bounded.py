@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from triptych_common.storage.pickle_machine import Budget
 
+_SMALL = 1 << 20
 _LEAST = 1 << 14  # bytes that a tensor is charged for, so that a million layers of one number end too
 
 
@@ -29,24 +30,25 @@ class Bounded(TorchFunctionMode):
         if name.endswith("_") or name in ("cat", "stack"):  # in place, an attribute, or no larger than its parts
             return function(*args, **kwargs)
         made = function in _device_constructors()
-        claimed = _bytes(function, args, kwargs, most=self.budget.left, made=made)
         if made:
-            self.budget.spend(max(claimed, _LEAST))
+            self.budget.spend(max(_LEAST, _bytes(function, args, kwargs | {"device": "meta"}, unless=_SMALL)))
         else:  # what an operation makes out of others is often gone soon
-            Budget(self.budget.size).spend(claimed)
+            whole = Budget(self.budget.size)
+            whole.spend(_bytes(function, args, kwargs, unless=whole.left))
         return function(*args, **kwargs)
 
 
-def _bytes(function: Any, args: Any, kwargs: dict[str, Any], *, most: int, made: bool) -> int:
-    """The size of a function's result, from its arguments' shapes alone; 0 where it is surely below `most`."""
+def _bytes(function: Any, args: Any, kwargs: dict[str, Any], unless: int) -> int:
+    """The size of a function's result from its arguments' shapes alone, or any bound of it below `unless`."""
     if function is torch.arange:
         return _range_bytes(*args, **kwargs)
     # Not made on the device meta without need: there the first call of many a function takes seconds.
-    if not made and math.prod(map(_factor, tree_leaves((args, kwargs)))) < most / 16:
-        return 0
+    most = 8 * math.prod(map(_factor, tree_leaves((args, kwargs))))
+    if most < unless:
+        return most
     args, kwargs = tree_map_only(Tensor, _shape, (args, kwargs))
     try:
-        result = function(*args, **kwargs | ({"device": "meta"} if made else {}))
+        result = function(*args, **kwargs)
     except Exception:  # needs values, or is wrong: then the call itself says so
         return 0
     parts = result if isinstance(result, tuple | list) else [result]

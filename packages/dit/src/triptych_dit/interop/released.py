@@ -16,6 +16,7 @@ from triptych_common.cli import echo
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
 from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.model_file import refuse_non_finite
 
 from triptych_dit.config import PRESETS, DiTConfig
@@ -171,7 +172,7 @@ def fold_table(state: dict[str, Tensor]) -> None:
 
 def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
     """The model of a complete state dict: float32, frozen, in evaluation mode. Raises ValueError if it does not fit."""
-    with torch.device("meta"):
+    with Bounded(sum(tensor.nbytes for tensor in state.values())), torch.device("meta"):
         model = DiT(config)
     check_keys(state, model.state_dict(), source)
     refuse_non_finite(state, source)
