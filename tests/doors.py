@@ -335,7 +335,7 @@ def read_class_names(path: Path) -> None:
     if root.exists():
         images = ImageFolder(root)
         png_names(images.files)
-        json.dumps(images.class_names).encode()
+        "".join(images.class_names).encode()
         images.fingerprint()
         images.image(len(images) - 1)
 

@@ -106,10 +106,11 @@ class Zoo:
         system clears page by page. Raises IndexError outside the zoo.
         """
         rows, checkpoints = _checked(rows, len(self), "row"), _checked(checkpoints, self.checkpoints, "checkpoint")
+        shards = self.runs.shard[rows]
+        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist()}  # before memory is taken for what they claim
+        places = self.runs.row[rows] * self.checkpoints + checkpoints
         if out is None:
             out = torch.empty(len(rows), self.layout.size)
-        shards, places = self.runs.shard[rows], self.runs.row[rows] * self.checkpoints + checkpoints
-        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist()}
         where = zip(shards.tolist(), places.tolist(), strict=True)
         if self.facts["dtype"] == "float32":
             for row, (shard, place) in zip(out.numpy(), where, strict=True):
@@ -170,16 +171,19 @@ class Zoo:
 
     def _column(self, name: str) -> Tensor:
         if name not in self._columns:
-            shape = (len(self), self.checkpoints)
-            values = torch.empty(shape, dtype=torch.int64 if name == "step" else torch.float32)
+            dtype = torch.int64 if name == "step" else torch.float32
+            parts = {}
             for shard in np.unique(self.runs.shard).tolist():
-                rows = torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])
                 record = self.manifest.shards[shard]
                 found = self._read_index(record.name, [name]).column(name)
                 try:
-                    values[rows] = torch.tensor(found.to_numpy(), dtype=values.dtype).view(len(rows), -1)
+                    parts[shard] = torch.tensor(found.to_numpy(), dtype=dtype).view(-1, self.checkpoints)
                 except (TypeError, ValueError, RuntimeError) as error:  # not numbers, or not as many
                     raise self._damaged(self.path / SHARDS / (record.name + INDEX)) from error
+            # Only now, as the manifest's numbers are claims until the files have as many.
+            values = torch.empty((len(self), self.checkpoints), dtype=dtype)
+            for shard, part in parts.items():
+                values[torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])] = part
             self._columns[name] = values
         return self._columns[name]
 
