@@ -144,7 +144,20 @@ def campaign(cases: int, seed: int, state: Path) -> dict[str, Row]:
 
 def _part(name: str, row: Row, stop: int, seed: int, root: str, env: dict[str, str]) -> None:
     """Some cases of a door, in a process of their own; the case in which it ends or hangs is a fault."""
-    words = [sys.executable, __file__, "--door", name, "--from", str(row.cases), "--to", str(stop), "--seed", str(seed), "--root", root]
+    words = [
+        sys.executable,
+        __file__,
+        "--door",
+        name,
+        "--from",
+        str(row.cases),
+        "--to",
+        str(stop),
+        "--seed",
+        str(seed),
+        "--root",
+        root,
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as worker:
         assert worker.stdout is not None
         patience = 120  # to import, and to make the files

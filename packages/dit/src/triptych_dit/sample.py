@@ -247,6 +247,6 @@ def _samples(path: Path) -> Npz:
     """An open samples file, whose pictures are not read yet."""
     file = Npz(path, absent="no such samples file; make one with triptych-dit sample")
     if "arr_0" not in file.headers:
-        raise ValueError(f"{path}: not an npz file with arr_0, or a damaged one; make it again")
+        raise ValueError(f"{path}: holds no arr_0, expected a samples file")
     file.expect("arr_0", "uint8", (None, None, None, None))
     return file

@@ -35,7 +35,12 @@ class RunningAverage:
 
 
 def propagate(
-    edit: Float[Tensor, "4 edit_height edit_width"], warp: Warp, images: Images, *, first: int = 0, rows: int | None = None
+    edit: Float[Tensor, "4 edit_height edit_width"],
+    warp: Warp,
+    images: Images,
+    *,
+    first: int = 0,
+    rows: int | None = None,
 ) -> Images:
     """Pictures in [-1, 1] with an edit laid over them.
 

@@ -1,4 +1,4 @@
-"""npz files of others: shapes and types are compared with what is expected, and with the file's size, before an array is unpacked."""
+"""npz files of others: shapes and types are compared with what is expected before an array is unpacked."""
 
 import math
 import zipfile
@@ -74,9 +74,11 @@ class Npz:
         """Raise ValueError unless an array is of one of these types ("uint8", "integers", "floats") and shape; None: any number."""
         held, dtype, *_ = self.headers[name]
         fits = len(held) == len(shape) and all(n in (None, m) for n, m in zip(shape, held, strict=True))
-        if not fits or not (dtype == types if types == "uint8" else dtype.kind in {"integers": "iu", "floats": "f"}[types]):
-            wanted = ", ".join("n" if n is None else str(n) for n in shape)
-            raise ValueError(f"{self.path}: {name} is {dtype} {held}, expected {types} ({wanted})")
+        if not fits or not (
+            dtype == types if types == "uint8" else dtype.kind in {"integers": "iu", "floats": "f"}[types]
+        ):
+            wanted = str(tuple("n" if n is None else n for n in shape)).replace("'", "")
+            raise ValueError(f"{self.path}: {name} is {dtype} {held}, expected {types} {wanted}")
 
     @contextmanager
     def intact(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Networks are built by a file's config, whose numbers are only claims: building ends before it takes more than the file is worth."""
+"""Networks built by a file's config, whose numbers are only claims: building ends before it takes far more than the file."""
 
 import math
 from collections.abc import Iterable

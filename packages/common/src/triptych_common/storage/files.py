@@ -189,6 +189,8 @@ def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(f"{source}: {_explained(error)}; {remedy}") from error
+    except ArithmeticError as error:  # of a class's own check, on numbers that are too large
+        raise ValueError(f"{source}: {error}; {remedy}") from error
 
 
 def check(value: Any, kind: Any, *, source: str, remedy: str) -> Any:

@@ -142,9 +142,7 @@ def _set(items: Any = ()) -> set[Any]:
     return set(plain_keys(items))
 
 
-_DTYPES = {
-    str(dtype): dtype.itemsize for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)
-}
+_DTYPES = {str(dtype): dtype.itemsize for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)}
 _CALLS: dict[str, Any] = {
     "collections.OrderedDict": _mapping,
     "torch._utils._rebuild_parameter": _parameter,

@@ -107,7 +107,9 @@ class Zoo:
         """
         rows, checkpoints = _checked(rows, len(self), "row"), _checked(checkpoints, self.checkpoints, "checkpoint")
         shards = self.runs.shard[rows]
-        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist()}  # before memory is taken for what they claim
+        maps = {
+            shard: self._map(shard) for shard in np.unique(shards).tolist()
+        }  # before memory is taken for what they claim
         places = self.runs.row[rows] * self.checkpoints + checkpoints
         if out is None:
             out = torch.empty(len(rows), self.layout.size)
