@@ -1,7 +1,7 @@
 """A campaign of damaged files through every door: `python tests/fuzz.py --cases 129000` (make fuzz CASES=129000).
 
-No file may run anything, take five seconds of the processor or a gigabyte, or end in anything but its content or one line that names it.
-A case is a door, a seed and a number, so that a campaign is the same everywhere; it resumes where it was stopped.
+No file may run anything, take five seconds of the processor or a gigabyte, or end in anything but its content or one line
+that names it. A case is a door, a seed and a number, so that a campaign is the same everywhere; it resumes where it was stopped.
 """
 
 import argparse

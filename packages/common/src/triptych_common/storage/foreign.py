@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from triptych_common.storage import torch_file
-from triptych_common.storage.files import replacing
+from triptych_common.storage.files import regular, replacing
 from triptych_common.storage.pickle_machine import Refused, TooLarge
 
 
@@ -22,9 +22,9 @@ def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
     allow: classes besides tensors and plain containers that may be unpickled; constructing them must be harmless.
     Raises FileNotFoundError for an absent file, ValueError for one that is damaged or holds other objects.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    path.open("rb").close()  # so that missing permission is not reported as damage
+    regular(path).open("rb").close()  # so that missing permission is not reported as damage
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -51,7 +51,7 @@ def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
 
 def metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty for any other file."""
-    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+    with contextlib.suppress(SafetensorError, OSError, ValueError), safe_open(regular(path), framework="pt") as file:
         return file.metadata() or {}
     return {}
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from triptych_common.storage import torch_file
+from triptych_common.storage.files import regular
 from triptych_common.storage.pickle_machine import Budget, Machine, Name, Refused, TooLarge, dictionary, plain_keys
 
 _SCALARS = (str, int, float, bool, type(None))
@@ -46,10 +47,10 @@ def load_pickle(path: Path) -> dict[str, PickledNetwork]:
     Raises FileNotFoundError for an absent file; ValueError for one that names anything networks do not need (nothing has been
     run), is damaged, or holds no networks.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with regular(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             budget = Budget(len(content))
             return dict(_networks(Machine(_CALLS, _build, budget).run(content), budget))
     except Refused as error:

@@ -29,6 +29,7 @@ from triptych_common.storage.files import (
     open_ended,
     read_json,
     recorded_command,
+    regular,
     write_text,
     writing,
 )
@@ -355,7 +356,7 @@ def to_repair(manifest: Manifest, *, repair: bool) -> list[Damage]:
 
 def _problem(path: Path, size: int, checksum: str | None) -> str | None:
     try:
-        found = path.stat().st_size
+        found = regular(path).stat().st_size
         if found != size:
             return f"{found:,} bytes, the manifest says {size:,}"
         if checksum is not None:
@@ -364,6 +365,8 @@ def _problem(path: Path, size: int, checksum: str | None) -> str | None:
                     return "contents differ from the manifest's checksum"
     except FileNotFoundError:
         return "missing"
+    except ValueError:
+        return "no regular file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from triptych_common.storage.files import regular
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.store import DTYPES, INDEX, SHARDS, THETA, Damage, Manifest, damages, to_repair
@@ -160,7 +161,7 @@ class Zoo:
             shape = (len(record.runs), self.checkpoints, self.layout.size)
             dtype = DTYPES[self.facts["dtype"]][1]
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(regular(path), framework="pt") as file:
                     theta = file.get_tensor("theta")
             except (SafetensorError, OSError) as error:
                 raise self._damaged(path) from error
@@ -195,7 +196,7 @@ class Zoo:
 
         path = self.path / SHARDS / (name + INDEX)
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(regular(path)) as file:
                 held = file.schema_arrow.names
                 # Before anything is read: a few bytes can claim any number of equal rows, in the manifest too, or of equal texts.
                 rows, theta = file.metadata.num_rows, (self.path / SHARDS / (name + THETA)).stat().st_size

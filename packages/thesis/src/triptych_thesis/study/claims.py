@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from triptych_common.cli import CommonOptions, echo
-from triptych_common.storage.files import write_text
+from triptych_common.storage.files import read_json, write_text
 from tyro.conf import Positional, Suppress
 
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, VERDICTS
@@ -99,7 +99,7 @@ def _verdicts(results: Path) -> tuple[dict[str, dict[str, str]], int]:
     if not results.exists():
         raise FileNotFoundError(f"{results}: no such file; expected the results.json of triptych reproduce")
     try:
-        content = json.loads(results.read_text())
+        content = read_json(results, remedy="repeat the study")
         verdicts = {claim: {name: row[name] for name in FOUND} for claim, row in content["claims"].items()}
         chapter, size = content["chapter"], content["size"]
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
