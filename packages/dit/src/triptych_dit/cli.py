@@ -1,5 +1,10 @@
 """The command `triptych-dit`."""
 
+if __name__ == "__main__":  # before anything that takes time to import
+    from triptych_common.interrupts import install
+
+    install()
+
 from collections.abc import Sequence
 from typing import Any
 

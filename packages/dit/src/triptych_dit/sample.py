@@ -4,7 +4,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from itertools import groupby
@@ -23,6 +23,7 @@ from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
 from triptych_common.samplers import evaluations
 from triptych_common.storage import checkpoint
+from triptych_common.storage.arrays import Npz
 from triptych_common.storage.files import write_json, writing
 from triptych_common.storage.run import RunDirectory
 
@@ -242,35 +243,29 @@ def read_npz(path: Path) -> tuple[Images, Int[Tensor, " n"] | None]:
 
     Raises FileNotFoundError for an absent file, ValueError for another or a damaged one.
     """
-    path = Path(path)
-    with _intact(path), np.load(path, allow_pickle=False) as arrays:
-        images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if not isinstance(images, np.ndarray):  # numpy gives the bytes of a member that is no array
-        raise ValueError(f"{path}: arr_0 is no array; make it again")
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, channels)")
+    file = _samples(Path(path))
+    images = file.array("arr_0")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return pixels, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    if "arr_1" not in file.headers:
+        return pixels, None
+    file.expect("arr_1", "integers", (len(images),))
+    return pixels, torch.from_numpy(file.array("arr_1").astype(np.int64))
 
 
 def read_batches(path: Path, size: int) -> Iterator[Images]:
     """The images of a file written by `write_npz`, in order, `size` at a time. Raises as `read_npz` does."""
-    with _intact(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        np.lib.format.read_magic(member)
-        (count, *shape), _, _ = np.lib.format.read_array_header_1_0(member)
-        for start in range(0, count, size):
-            n = min(size, count - start)
-            pixels = np.frombuffer(bytearray(member.read(n * int(np.prod(shape)))), dtype=np.uint8)
-            yield torch.from_numpy(pixels.reshape(n, *shape)).permute(0, 3, 1, 2)
+    for rows in _samples(path).rows("arr_0", size):
+        yield torch.from_numpy(rows).permute(0, 3, 1, 2)
 
 
 def drop_damaged(*paths: Path) -> None:
     """Remove those samples files that are not whole, so that they are made again."""
     for path in paths:
         try:
-            with _intact(path), zipfile.ZipFile(path) as archive:
-                if (name := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"checksum of {name} differs")
+            file = _samples(path)
+            for name in file.headers:
+                for _ in file.rows(name, 256):
+                    pass
         except FileNotFoundError:
             continue
         except ValueError:
@@ -278,14 +273,10 @@ def drop_damaged(*paths: Path) -> None:
             path.unlink()
 
 
-@contextmanager
-def _intact(path: Path) -> Iterator[None]:
-    """Turn whatever an absent or damaged archive raises into one line."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such samples file; make one with triptych-dit sample") from error
-    except (MemoryError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # zipfile and numpy raise anything on damaged archives
-        raise ValueError(f"{path}: not an npz file with arr_0, or a damaged one ({error}); make it again") from error
+def _samples(path: Path) -> Npz:
+    """An open samples file, whose pictures are not read yet."""
+    file = Npz(path, absent="no such samples file; make one with triptych-dit sample")
+    if "arr_0" not in file.headers:
+        raise ValueError(f"{path}: holds no arr_0, expected a samples file")
+    file.expect("arr_0", "uint8", (None, None, None, None))
+    return file

@@ -1,5 +1,10 @@
 """The command `triptych-gpt`."""
 
+if __name__ == "__main__":  # before anything that takes time to import
+    from triptych_common.interrupts import install
+
+    install()
+
 import sys
 import warnings
 from collections.abc import Sequence

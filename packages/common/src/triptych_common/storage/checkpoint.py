@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from triptych_common.cli import echo
 from triptych_common.fields import Ge, OneOf
-from triptych_common.storage.files import PARTIAL, FileName, check, parse, read_json, replacing
+from triptych_common.storage.files import PARTIAL, FileName, check, parse, read_json, regular, replacing
 
 INDEX = "index.json"
 DTYPES = {
@@ -85,7 +85,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.is_dir():
         return _read_folder(path)
-    path.open("rb").close()  # so that missing permission is not reported as damage
+    regular(path).open("rb").close()  # so that missing permission is not reported as damage
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -151,7 +151,7 @@ def verify_files(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -
 
 def part_reader(root: Path) -> Callable[..., Tensor]:
     """A function that reads a chunk of a tensor, or a box within it; it keeps files open."""
-    opened = functools.cache(lambda name: safe_open(root / name, framework="pt"))
+    opened = functools.cache(lambda name: safe_open(regular(root / name), framework="pt"))
 
     def part(chunk: Mapping[str, Any], box: tuple[slice, ...] = ()) -> Tensor:
         file = opened(chunk["file"])
@@ -172,14 +172,14 @@ def index_digest(index: Mapping[str, Any]) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(path: Path) -> str:
     """The recorded SHA-256 of a file's tensors and state."""
     # Unlike the hash of the file it is reproducible: safetensors writes metadata in arbitrary order.
-    with safe_open(path, framework="pt") as file:
+    with safe_open(regular(path), framework="pt") as file:
         return file.metadata()["sha256"]
 
 

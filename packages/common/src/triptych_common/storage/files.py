@@ -175,13 +175,18 @@ def read_bytes(path: Path, *, largest: int = LARGEST_BYTES) -> bytes:
 
     Raises FileNotFoundError for an absent file, ValueError for one that is not regular or has more than `largest` bytes.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise ValueError(f"{path}: larger than the {largest:,} bytes that such a file may have")
     return content
+
+
+def regular(path: Path) -> Path:
+    """The path itself. Raises ValueError for a folder, and for a pipe or device, since opening or reading it may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
+    return path
 
 
 def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
@@ -192,6 +197,8 @@ def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(f"{source}: {_explained(error)}; {remedy}") from error
+    except ArithmeticError as error:  # of a class's own check, on numbers that are too large
+        raise ValueError(f"{source}: {error}; {remedy}") from error
 
 
 def check(value: Any, kind: Any, *, source: str, remedy: str) -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from triptych_common.storage.files import replacing
+from triptych_common.storage import torch_file
+from triptych_common.storage.files import regular, replacing
+from triptych_common.storage.pickle_machine import Refused, TooLarge
 
 
 def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
@@ -20,30 +22,36 @@ def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
     allow: classes besides tensors and plain containers that may be unpickled; constructing them must be harmless.
     Raises FileNotFoundError for an absent file, ValueError for one that is damaged or holds other objects.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    path.open("rb").close()  # so that missing permission is not reported as damage
+    regular(path).open("rb").close()  # so that missing permission is not reported as damage
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        with path.open("rb") as file:
+            torch_file.check(file, path.stat().st_size, allow)
         with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they concern formats that are rejected here anyway
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except TooLarge as error:
+        raise ValueError(f"{path}: {error}; make or fetch it again") from error
+    except (Refused, pickle.UnpicklingError, RuntimeError) as error:
         if objects := _refused(path, allow):
             raise ValueError(
                 f"{path}: holds Python objects besides tensors ({', '.join(objects)}), which may run code when read; "
                 "save its state dict alone where it was made, or get its weights as safetensors"
             ) from error
         raise _damaged(path) from error
-    except (SafetensorError, OSError, ValueError, LookupError, EOFError, TypeError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes can raise anything
         raise _damaged(path) from error
 
 
 def metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty for any other file."""
-    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+    with contextlib.suppress(SafetensorError, OSError, ValueError), safe_open(regular(path), framework="pt") as file:
         return file.metadata() or {}
     return {}
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from triptych_common.storage import checkpoint
+from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.files import check
 
 Model = TypeVar("Model")
@@ -72,7 +73,8 @@ class ModelFormat:
         )
         refuse_non_finite(tensors, str(path))
         try:
-            return build(tensors, facts)
+            with Bounded(path.stat().st_size):
+                return build(tensors, facts)
         except (LookupError, TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"{path}: made by another version of triptych, or its weights do not fit its own config "

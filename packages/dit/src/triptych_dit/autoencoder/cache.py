@@ -26,7 +26,16 @@ from triptych_common.data.contents import Contents
 from triptych_common.fields import Ge
 from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
-from triptych_common.storage.files import FileName, check, open_ended, parse, read_json, recorded_command, write_json
+from triptych_common.storage.files import (
+    FileName,
+    check,
+    open_ended,
+    parse,
+    read_json,
+    recorded_command,
+    regular,
+    write_json,
+)
 from triptych_common.storage.provenance import PROVENANCE, provenance
 from triptych_common.storage.verified import verify_once
 from typing_extensions import TypedDict
@@ -121,7 +130,7 @@ class LatentCache:
         """The tensors of a shard: safetensors maps the file, and nothing is read before it is used."""
         path = self.folder / shard["file"]
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(regular(path), framework="pt") as file:
                 sha256 = (file.metadata() or {}).get("sha256")
                 tensors = {name: file.get_tensor(name) for name in ("moments", "labels", "items")}
         except FileNotFoundError as error:

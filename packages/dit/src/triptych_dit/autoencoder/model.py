@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.extras import import_extra
+from triptych_common.storage import checkpoint, torch_file
+from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.model_file import refuse_non_finite
-from triptych_common.storage import checkpoint
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -166,13 +167,17 @@ def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderK
         if name != "AutoencoderKL":
             raise ValueError(f"its config says {name}, expected AutoencoderKL")
         safetensors = found[0] == WEIGHTS[0]  # anything else diffusers reads with weights_only
-        vae, info = kind.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=safetensors,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        if not safetensors:
+            with (folder / found[0]).open("rb") as file:
+                torch_file.check(file, (folder / found[0]).stat().st_size)
+        with Bounded((folder / found[0]).stat().st_size):
+            vae, info = kind.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                use_safetensors=safetensors,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # a foreign config or file can make diffusers raise anything
         raise ValueError(f"autoencoder {spec}: cannot be read ({_one_line(error)})") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]

@@ -30,7 +30,7 @@ from triptych_dit.interop.pipeline_parts import (
     import_diffusers,
     prediction,
 )
-from triptych_dit.interop.released import TABLE, assembled, check_keys, fold_table, require_square
+from triptych_dit.interop.released import TABLE, assembled, check_keys, fold_table, require_square, skeleton
 from triptych_dit.model import DiT, sincos_position_embedding
 
 if TYPE_CHECKING:
@@ -261,9 +261,8 @@ def translated(
         timestep_frequency_shift=shift, mlp_norm_eps=theirs.get("norm_eps", 1e-5),
     )  # fmt: skip
     state.pop("pos_embed.pos_embed", None)  # old folders have it; it is the sine-cosine one
-    with torch.device("meta"):
-        expected = DiT(shape).state_dict()
-        expected[TABLE] = torch.empty(theirs["num_embeds_ada_norm"] + 1, width)
+    expected = skeleton(shape, state, "transformer").state_dict()
+    expected[TABLE] = torch.empty(theirs["num_embeds_ada_norm"] + 1, width, device="meta")
     check_keys(state, renamed(expected, depth), "transformer")
     # Diffusers gives every block a copy of the embedders, which training there lets drift apart.
     for theirs_name in _EMBEDDINGS.values():

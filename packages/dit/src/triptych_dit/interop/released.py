@@ -16,6 +16,7 @@ from triptych_common.cli import echo
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
 from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.model_file import refuse_non_finite
 
 from triptych_dit.config import PRESETS, DiTConfig
@@ -171,13 +172,22 @@ def fold_table(state: dict[str, Tensor]) -> None:
 
 def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
     """The model of a complete state dict: float32, frozen, in evaluation mode. Raises ValueError if it does not fit."""
-    with torch.device("meta"):
-        model = DiT(config)
+    model = skeleton(config, state, source)
     check_keys(state, model.state_dict(), source)
     refuse_non_finite(state, source)
     owned = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
     model.load_state_dict(owned, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def skeleton(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
+    """The model without values. Raises ValueError for a config of a model far larger than the state dict."""
+    try:
+        with Bounded(sum(tensor.nbytes for tensor in state.values())), torch.device("meta"):
+            return DiT(config)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source}: config and weights are not of one model ({reason})") from error
 
 
 def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

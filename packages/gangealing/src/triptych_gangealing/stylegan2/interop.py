@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from triptych_common.storage import foreign
+from triptych_common.storage.pickle_machine import Refused
 
 from triptych_gangealing.stylegan2 import rosinality, shapes, tensorflow_era
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
+from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle
 
 # NVIDIA's options: fields of our configs; values that every network here has; options of training or speed, or that shapes repeat.
 _FIELDS = {name: name for name in ("c_dim", "channel_base", "channel_max", "architecture", "conv_clamp")}
@@ -48,10 +49,9 @@ def read_rosinality(path: Path) -> dict[str, Any]:
     try:
         content = foreign.read(path, allow=[argparse.Namespace])  # the options of a training run
     except ValueError as error:
-        if error.__cause__ is None or (name := refused_name(error.__cause__)) is None:
+        if not isinstance(error.__cause__, Refused):
             raise
-        reason = f"names {name}, which no network needs and which could run code; nothing was run"
-        raise ValueError(f"{path}: {reason}") from error
+        raise ValueError(f"{path}: {error.__cause__}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a checkpoint with g_ema")
     state = rosinality.generator_state(content)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from triptych_common.cli import echo
-from triptych_common.storage.files import check
+from triptych_common.storage.files import check, read_bytes
 
 from triptych_gpt.zoo.store import ShardRecord
 from triptych_gpt.zoo.zoo import Zoo
@@ -48,7 +48,7 @@ class TaskSpec:
     def source(self) -> dict[str, str]:
         """A hash of a user's task file, since its functions are only names in the recipe."""
         path, _, _ = self.task.rpartition(":")
-        return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
+        return {"task_file": hashlib.sha256(read_bytes(Path(path))).hexdigest()[:16]} if path.endswith(".py") else {}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from triptych_common.storage.files import (
     read_bytes,
     read_json,
     recorded_command,
+    regular,
     write_text,
     writing,
 )
@@ -450,7 +451,7 @@ def to_repair(manifest: Manifest, *, repair: bool) -> list[Damage]:
 
 def _problem(path: Path, size: int, checksum: str | None) -> str | None:
     try:
-        found = path.stat().st_size
+        found = regular(path).stat().st_size
         if found != size:
             return f"{found:,} bytes, the manifest says {size:,}"
         if checksum is not None:
@@ -459,6 +460,8 @@ def _problem(path: Path, size: int, checksum: str | None) -> str | None:
                     return "contents differ from the manifest's checksum"
     except FileNotFoundError:
         return "missing"
+    except ValueError:
+        return "no regular file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from triptych_common.storage.files import regular
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo.store import (
@@ -118,10 +119,13 @@ class Zoo:
         system clears page by page. Raises IndexError outside the zoo.
         """
         rows, checkpoints = _checked(rows, len(self), "row"), _checked(checkpoints, self.checkpoints, "checkpoint")
+        shards = self.runs.shard[rows]
+        maps = {
+            shard: self._map(shard) for shard in np.unique(shards).tolist()
+        }  # before memory is taken for what they claim
+        places = self.runs.row[rows] * self.checkpoints + checkpoints
         if out is None:
             out = torch.empty(len(rows), self.layout.size)
-        shards, places = self.runs.shard[rows], self.runs.row[rows] * self.checkpoints + checkpoints
-        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist()}
         where = zip(shards.tolist(), places.tolist(), strict=True)
         if self.facts["dtype"] == "float32":
             for row, (shard, place) in zip(out.numpy(), where, strict=True):
@@ -180,7 +184,7 @@ class Zoo:
             shape = (len(record.runs), self.checkpoints, self.layout.size)
             dtype = DTYPES[self.facts["dtype"]][1]
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(regular(path), framework="pt") as file:
                     theta = file.get_tensor("theta")
             except (SafetensorError, OSError) as error:
                 raise self._damaged(path) from error
@@ -193,16 +197,19 @@ class Zoo:
 
     def _column(self, name: str) -> Tensor:
         if name not in self._columns:
-            shape = (len(self), self.checkpoints)
-            values = torch.empty(shape, dtype=torch.int64 if name == "step" else torch.float32)
+            dtype = torch.int64 if name == "step" else torch.float32
+            parts = {}
             for shard in np.unique(self.runs.shard).tolist():
-                rows = torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])
                 record = self.manifest.shards[shard]
                 found = self._read_index(record.name, [name]).column(name)
                 try:
-                    values[rows] = torch.tensor(found.to_numpy(), dtype=values.dtype).view(len(rows), -1)
+                    parts[shard] = torch.tensor(found.to_numpy(), dtype=dtype).view(-1, self.checkpoints)
                 except (TypeError, ValueError, RuntimeError) as error:  # not numbers, or not as many
                     raise self._damaged(self.path / SHARDS / (record.name + INDEX)) from error
+            # Only now, as the manifest's numbers are claims until the files have as many.
+            values = torch.empty((len(self), self.checkpoints), dtype=dtype)
+            for shard, part in parts.items():
+                values[torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])] = part
             self._columns[name] = values
         return self._columns[name]
 
@@ -212,10 +219,13 @@ class Zoo:
 
         path = self.path / SHARDS / (name + INDEX)
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(regular(path)) as file:
                 held = file.schema_arrow.names
-                # Before anything is read: a few bytes can claim any number of equal rows.
-                if file.metadata.num_rows != self._expected_rows[name]:
+                # Before anything is read: a few bytes can claim any number of equal rows, in the manifest too, or of equal texts.
+                rows, theta = file.metadata.num_rows, (self.path / SHARDS / (name + THETA)).stat().st_size
+                kinds = (pa.types.is_primitive, pa.types.is_dictionary, pa.types.is_null)
+                small = all(any(is_kind(column) for is_kind in kinds) for column in file.schema_arrow.types)
+                if rows != self._expected_rows[name] or rows > theta or not small:
                     raise self._damaged(path)
                 absent = [column for column in columns or () if column not in held]
                 table = file.read(None if columns is None else list(columns)) if not absent else None
