@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from triptych_dit import PRESETS, DiT, DiTConfig, load_released
+from triptych_dit.autoencoder.space import LatentSpace
 from triptych_dit.interop import export_released, load_any, released
 from triptych_dit.weights import save_model
 
@@ -141,7 +142,7 @@ def test_export_is_what_the_original_reads_and_comes_back(tmp_path, classes):
     model = DiT(config).double()  # written as float32 all the same
     path = tmp_path / "new" / "model.pt"
     export_released(model, path)
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True)["ema"]  # which their find_model takes
     assert {name: tuple(tensor.shape) for name, tensor in content.items()} == published_shapes(
         WIDTH, 2, 8, rows=classes + 1
     )
@@ -149,6 +150,37 @@ def test_export_is_what_the_original_reads_and_comes_back(tmp_path, classes):
     back = load_released(path)
     assert back.config == config
     assert_holds(back, model.float().state_dict())
+
+
+def test_what_a_model_means_goes_along_and_comes_back(tmp_path):
+    space = LatentSpace("elsewhere", 0.3, latents_mean=(0.0, 1.0, 2.0, 3.0), sha256="a" * 64)
+    facts = {
+        "predict": "sample",
+        "autoencoder": space.facts(),
+        "class_names": ["cat", "dog"],
+        "data": "photos",
+        "kind": "DiT",
+    }
+    save_model(tmp_path / "model.safetensors", DiT(SMALL), facts)
+    export_released(DiT(SMALL), tmp_path / "model.pt", load_any(tmp_path / "model.safetensors").facts)
+    back = load_any(tmp_path / "model.pt")
+    assert (back.diffusion.predict, back.space, back.class_names) == ("sample", space, ("cat", "dog"))
+    assert back.facts["data"] == "photos"
+    with pytest.raises(ValueError, match="predicts the sample, as its files say; leave --predict noise out"):
+        load_any(tmp_path / "model.pt", predict="noise")
+    bare = saved(tmp_path / "bare.pt", released_state())
+    assert load_any(bare).diffusion.predict == "noise"
+    assert load_any(bare, predict="sample").diffusion.predict == "sample"
+    saved(tmp_path / "wrong.pt", {"ema": released_state(), "triptych": {"predict": "velocity"}})
+    with pytest.raises(ValueError, match=r"wrong.pt: triptych: predict: 'velocity'.*; export it again"):
+        load_any(tmp_path / "wrong.pt")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_accelerate_or_a_trainer_is_read_as_its_file(tmp_path, name):
+    (save_file if name.endswith("safetensors") else torch.save)(released_state(), tmp_path / name)
+    (tmp_path / "optimizer.bin").write_bytes(b"")
+    assert_holds(load_any(tmp_path).model, released_state())
 
 
 def test_an_unconditional_table_is_folded_into_the_timestep(tmp_path):

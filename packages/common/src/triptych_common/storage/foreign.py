@@ -121,14 +121,14 @@ def _harmless() -> list[Any]:
     """
     numbers = [getattr(np.dtypes, name) for name in dir(np.dtypes) if re.fullmatch(r"(U?Int|Float|Bool)\d*DType", name)]
     paths = {"Posix": pathlib.PurePosixPath, "Windows": pathlib.PureWindowsPath}
-    named = [
+    named: list[tuple[Any, str]] = [
         (pure, f"{module}.{kind}{system}Path")
         for system, pure in paths.items()
         for kind in ("", "Pure")
         for module in ("pathlib", "pathlib._local")
     ]
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-    for function in (scalar, array):
+    functions: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
+    for function in functions:
         named += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
     return [argparse.Namespace, np.ndarray, np.dtype, *numbers, *named]
 

@@ -112,7 +112,7 @@ def cache_facts(source: ImageSource, autoencoder: Autoencoder, config: EncodeCon
 
 def identity(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts that a repeated command must share: without the paths of source and autoencoder, and what others imply."""
-    by_place = {"autoencoder": ("spec", "encoder_sha256"), "source": ("spec", "class_names")}
+    by_place = {"autoencoder": ("spec", "encoder_sha256", "image_channels"), "source": ("spec", "class_names")}
     return facts | {
         part: {key: value for key, value in facts[part].items() if key not in by_place[part]}
         for part in by_place.keys() & facts.keys()

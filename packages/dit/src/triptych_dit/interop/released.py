@@ -17,13 +17,16 @@ from triptych_common.cli import echo
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
 from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage.files import check
 from triptych_common.storage.model_file import refuse_non_finite
 
 from triptych_dit.config import PRESETS, DiTConfig
 from triptych_dit.flops import parameter_count
 from triptych_dit.model import DiT, sincos_position_embedding
+from triptych_dit.weights import Facts, recorded
 
 TABLE = "y_embedder.embedding_table.weight"
+FACTS = "triptych"  # entry of the facts in exported files
 TIMESTEP_BIAS = "t_embedder.mlp.2.bias"
 _LANDMARKS = ("x_embedder.proj.weight", TABLE, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
 _HEADS = {config.hidden_size: config.num_heads for name, config in PRESETS.items() if name.startswith("DiT-")}
@@ -52,14 +55,20 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def load_released(
+def load_released(source: str | Path, **options: Any) -> DiT:
+    """The model of `read_released`, without its facts."""
+    return read_released(source, **options)[0]
+
+
+def read_released(
     source: str | Path, *, weights: str | None = None, num_heads: int | None = None, num_classes: int | None = None,
     input_size: int | None = None,
-) -> DiT:  # fmt: skip
-    """Read a released or self-trained file of facebookresearch/DiT: float32, on the CPU, in evaluation mode.
+) -> tuple[DiT, dict[str, Any]]:  # fmt: skip
+    """Read a released or self-trained file of facebookresearch/DiT: float32, on the CPU, in evaluation mode, and its facts,
+    which only `export_released` writes.
 
-    source: a file (.pt, .ckpt or .safetensors), whatever wrapped its network, or a published name ("DiT-XL/2@256", "DiT-XL/2@512"), which is
-        downloaded to `$TRIPTYCH_DATA/dit` once.
+    source: a file (.pt, .ckpt or .safetensors), whatever wrapped its network, or a published name ("DiT-XL/2@256",
+        "DiT-XL/2@512"), which is downloaded to `$TRIPTYCH_DATA/dit` once.
     weights: "ema" or "model" of a training checkpoint; by default "ema" if it has them.
     num_heads: number of attention heads; needed for widths that were not published.
     num_classes: by default that of the checkpoint's arguments, else one less than the label table has rows.
@@ -71,7 +80,7 @@ def load_released(
         path = published_file(str(source))
     if "state" in foreign.metadata(path):
         raise ValueError(f"{path}: a model file of triptych's own, not a released one; read it with load_model")
-    state, args = _network(path, weights)
+    state, args, facts = _network(path, weights)
     _check_family(state, path, args)
     heads = num_heads or getattr(PRESETS.get(str(args.get("model"))), "num_heads", None)
     try:
@@ -92,7 +101,7 @@ def load_released(
     gap = float((model.pos_embed[0] - ours).abs().max())
     if gap > 1e-6:
         echo(f"{path}: its position embedding is not the sine-cosine one (differs by up to {gap:.2g}); kept as it is")
-    return model
+    return model, facts
 
 
 def published_file(name: str) -> Path:
@@ -111,9 +120,10 @@ def published_file(name: str) -> Path:
     return path
 
 
-def export_released(model: DiT, path: Path) -> None:
-    """Write a model's state dict, in float32, as the original code reads it.
+def export_released(model: DiT, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a model's state dict, in float32, as the original code reads it: as the average of a training checkpoint.
 
+    facts: of the model, for `read_released`; the original code knows nothing of them.
     A model without classes gets a label table of one row of zeros: pass label 0 there.
     Raises ValueError for a model that the original code cannot run, OSError if the file cannot be written.
     """
@@ -125,7 +135,7 @@ def export_released(model: DiT, path: Path) -> None:
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if not config.num_classes:
         state[TABLE] = torch.zeros(1, config.hidden_size)
-    foreign.write(path, state)
+    foreign.write(path, {"ema": state, FACTS: {"predict": "noise", **recorded(facts or {})}})
 
 
 def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_classes: int) -> DiTConfig:
@@ -206,8 +216,8 @@ def require_square(config: DiTConfig, whose: str) -> None:
         raise ValueError(f"export: input_size {height}x{width}: {whose} knows only squares")
 
 
-def _network(path: Path, weights: str | None) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The state dict of a file, and what it records of its training: the arguments of the released code's command line."""
+def _network(path: Path, weights: str | None) -> tuple[dict[str, Tensor], Mapping[str, Any], dict[str, Any]]:
+    """The state dict of a file, the arguments of the released code's command line, and the facts of our export, if any."""
     if weights not in (None, "ema", "model"):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
     found = foreign.state_dict(path, holds=_LANDMARKS, prefer="model" if weights == "model" else "ema")
@@ -215,10 +225,11 @@ def _network(path: Path, weights: str | None) -> tuple[dict[str, Tensor], Mappin
         raise ValueError(f"{path}: a bare state dict, with no choice of weights {weights!r}; leave the option out")
     if weights and found.is_average != (weights == "ema"):
         raise ValueError(f"{path}: has no weights {weights!r}, only {found.place}")
-    args = found.content.get("args")
-    return found.tensors, vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(
-        args, Mapping
-    ) else {}
+    args, facts = (found.content.get(name, {}) for name in ("args", FACTS))
+    if facts:
+        check(facts, Facts, source=f"{path}: {FACTS}", remedy="export it again")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return found.tensors, args if isinstance(args, Mapping) else {}, dict(facts)
 
 
 def _computed_embedding(state: Mapping[str, Tensor], args: Mapping[str, Any], side: int | None) -> Tensor:
