@@ -186,7 +186,11 @@ def test_opening_a_cache_reads_no_moments(tmp_path):
     for shard in range(2):
         moments = torch.zeros(1024, 2, 8, 32, 32, dtype=torch.float16)
         write_shard(tmp_path, shard, moments, torch.zeros(1024, dtype=torch.long), torch.arange(1024) + 1024 * shard)
-    facts = {"autoencoder": {"spec": "none", "scale_factor": 1.0}, "source": {"spec": "zeros", "class_names": ["zero"]}, "flips": True}
+    facts = {
+        "autoencoder": {"spec": "none", "scale_factor": 1.0},
+        "source": {"spec": "zeros", "class_names": ["zero"]},
+        "flips": True,
+    }
     write_manifest(tmp_path, 2, {**facts, "latent_shape": [4, 32, 32]})
     script = """
 import resource, sys, torch

@@ -12,8 +12,11 @@ def fitted(config: Any, argv: Sequence[str]) -> Any:
     if not init_from:
         return config
     from triptych_dit.fine_tune import settings_from  # imports torch, which takes seconds
+    from triptych_dit.settings import CheckpointOptions
 
-    return settings_from(init_from, config, data or config.data)
+    typed = {name: option(argv, name.replace("_", "-"))[0] for name in CheckpointOptions.__dataclass_fields__}
+    options = {name: int(value) if value.isdecimal() else value for name, value in typed.items() if value}
+    return settings_from(init_from, config, data or config.data, **options)
 
 
 COMMANDS = {

@@ -28,7 +28,7 @@ from triptych_dit.weights import Facts, recorded
 TABLE = "y_embedder.embedding_table.weight"
 FACTS = "triptych"  # entry of the facts in exported files
 TIMESTEP_BIAS = "t_embedder.mlp.2.bias"
-_LANDMARKS = ("x_embedder.proj.weight", TABLE, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
+LANDMARKS = ("x_embedder.proj.weight", TABLE, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
 _HEADS = {config.hidden_size: config.num_heads for name, config in PRESETS.items() if name.startswith("DiT-")}
 _URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 
@@ -220,7 +220,7 @@ def _network(path: Path, weights: str | None) -> tuple[dict[str, Tensor], Mappin
     """The state dict of a file, the arguments of the released code's command line, and the facts of our export, if any."""
     if weights not in (None, "ema", "model"):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
-    found = foreign.state_dict(path, holds=_LANDMARKS, prefer="model" if weights == "model" else "ema")
+    found = foreign.state_dict(path, holds=LANDMARKS, prefer="model" if weights == "model" else "ema")
     if weights and not found.place:
         raise ValueError(f"{path}: a bare state dict, with no choice of weights {weights!r}; leave the option out")
     if weights and found.is_average != (weights == "ema"):
@@ -266,7 +266,7 @@ def _check_family(state: Mapping[str, Tensor], path: Path, args: Mapping[str, An
         looks = "a SiT, which predicts velocities"
     if looks:
         raise ValueError(f"{path}: looks like {looks}; expected a model of facebookresearch/DiT")
-    missing = [name for name in _LANDMARKS if name not in state]
+    missing = [name for name in LANDMARKS if name not in state]
     if missing:
         held = f"missing: {_first(missing)}; it holds: {_first(list(state)) or 'no tensors'}"
         raise ValueError(f"{path}: not a model of facebookresearch/DiT; {held}")
