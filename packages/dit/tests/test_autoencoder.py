@@ -112,6 +112,17 @@ def test_low_precision_is_for_encoding_alone(folder, images, dtype):
     assert torch.equal(low.decode(latents), full.decode(latents))
 
 
+@pytest.mark.parametrize("options", [
+    {"variant": "fp16"}, {"max_shard_size": "20KB"}, {"variant": "fp16", "max_shard_size": "20KB"},
+    {"safe_serialization": False, "variant": "fp16"},
+])  # fmt: skip
+def test_variants_and_shards_are_read(tmp_path, options):
+    vae = make_vae()
+    vae.save_pretrained(tmp_path, **options)
+    assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    assert load_autoencoder(str(tmp_path)).sha256 == Autoencoder(vae, "given").sha256
+
+
 def test_the_hash_is_of_weights_not_of_files(folder, tmp_path):
     sha256 = load_autoencoder(str(folder)).sha256
     vae = AutoencoderKL.from_pretrained(folder)

@@ -373,11 +373,12 @@ def test_an_export_is_whole_or_absent_and_repeating_it_replaces(tmp_path, monkey
 
 @pytest.mark.parametrize("options", [
     {"max_shard_size": "20KB"}, {"safe_serialization": False}, {"safe_serialization": False, "max_shard_size": "20KB"},
+    {"variant": "fp16"}, {"variant": "fp16", "max_shard_size": "20KB"},
 ])  # fmt: skip
 def test_shards_and_old_bin_files_are_read(tmp_path, options):
     model = random_model(SAME)
     diffusers_transformer(model).save_pretrained(tmp_path / "transformer", **options)
-    assert ("max_shard_size" in options) == bool(list((tmp_path / "transformer").glob("*.index.json")))
+    assert ("max_shard_size" in options) == bool(list((tmp_path / "transformer").glob("*.index*.json")))
     assert_same_model(from_diffusers(tmp_path), model)
 
 

@@ -1,6 +1,7 @@
 """Images to latents and back: a frozen `AutoencoderKL` of diffusers, from the hub or from a folder (extra: latents)."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 Images = Float[Tensor, "batch channels height width"]
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' bounds; untrained networks can leave them
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin"))
+_SHARD = r"(?:-\d+-of-\d+)?"
+_WEIGHT_FILE = re.compile(
+    rf"diffusion_pytorch_model{_SHARD}(?:\.(?P<variant>\w+){_SHARD})?\.(?P<suffix>safetensors|bin)"
+)
 _DECODED_PIXELS = 2**20  # at once: 16 images of 256 x 256, about 4 GB with Stable Diffusion's decoder
 _ENCODING = ("encoder", "quant_conv")  # parts that latents depend on
 
@@ -159,18 +164,19 @@ def _fetched(spec: str, download: bool) -> Path:
 
 
 def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderKL":
-    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    found = [match for path in sorted(folder.iterdir()) if (match := _WEIGHT_FILE.fullmatch(path.name))]
     if not found:
         raise FileNotFoundError(f"autoencoder {spec}: no {WEIGHTS[0]} beside {folder / 'config.json'}")
+    best = min(found, key=lambda match: (match["suffix"] == "bin", match["variant"] or ""))  # pickles are a last resort
     try:
         name = kind.load_config(folder).get("_class_name")
         if name != "AutoencoderKL":
             raise ValueError(f"its config says {name}, expected AutoencoderKL")
-        safetensors = found[0] == WEIGHTS[0]  # anything else diffusers reads with weights_only
         vae, info = kind.from_pretrained(
             folder,
             torch_dtype=torch.float32,
-            use_safetensors=safetensors,
+            variant=best["variant"],
+            use_safetensors=best["suffix"] == "safetensors",  # anything else diffusers reads with weights_only
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )

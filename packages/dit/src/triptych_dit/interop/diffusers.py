@@ -225,15 +225,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a transformer's folder, in one file or in shards."""
+    """All tensors of a transformer's folder, in one file or in shards, of whatever variant (such as fp16) it has."""
     for suffix in (".safetensors", ".bin"):
-        whole, index = folder / f"{WEIGHTS}{suffix}", folder / f"{WEIGHTS}{suffix}.index.json"
+        whole, index = folder / f"{WEIGHTS}{suffix}", f"{WEIGHTS}{suffix}.index"
         if whole.is_file():
             return dict(foreign.read(whole))
-        if index.is_file():
-            content = check(_read_json(index), _WeightIndex, source=str(index), remedy="fetch the folder again")
-            shards = sorted(set(content["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in foreign.read(folder / shard).items()}
+        for listed in (folder / f"{index}.json", *sorted(folder.glob(f"{index}.*.json"))):
+            if listed.is_file():
+                content = check(_read_json(listed), _WeightIndex, source=str(listed), remedy="fetch the folder again")
+                shards = sorted(set(content["weight_map"].values()))
+                return {name: tensor for shard in shards for name, tensor in foreign.read(folder / shard).items()}
+        for variant in sorted(folder.glob(f"{WEIGHTS}.*{suffix}")):
+            return dict(foreign.read(variant))
     raise FileNotFoundError(f"{folder}: has no {WEIGHTS}.safetensors")
 
 

@@ -173,10 +173,13 @@ def fetched(name: str) -> Path:
         for file in _FILES:
             with contextlib.suppress(EntryNotFoundError):
                 download(name, file)
-        try:
-            download(name, f"transformer/{WEIGHTS}.safetensors")
-        except EntryNotFoundError:
-            download(name, f"transformer/{WEIGHTS}.bin")
+        for last, file in enumerate((f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors", f"{WEIGHTS}.bin")):
+            try:
+                download(name, f"transformer/{file}")
+                break
+            except EntryNotFoundError:
+                if last == 2:
+                    raise
     except (OSError, ValueError) as error:
         here = f"{name}: no such file or folder here, and not available from the Hugging Face hub"
         raise OSError(f"{here} ({' '.join(str(error).split())[:200]}); check name and network") from error
