@@ -33,6 +33,10 @@ COMMANDS = {
         "encode images into a cache of latents, or resume", "triptych_dit.autoencoder.config:EncodeConfig",
         "triptych_dit.autoencoder.encode:encode", preview="triptych_dit.autoencoder.encode:preview",
     ),
+    "import": Command(
+        "make a cache of latents that others computed, or resume", "triptych_dit.autoencoder.config:ImportConfig",
+        "triptych_dit.autoencoder.features:import_features",
+    ),
     "sample": Command(
         "sample images from a trained model", "triptych_dit.settings:SampleConfig", "triptych_dit.sample:sample",
     ),

@@ -96,3 +96,8 @@ class LatentSpace(Checked):
                 ours, theirs = (side[:12] if name in _HASHES else side for side in (ours, theirs))
                 return f"{name} is {ours}, {other.spec} has {theirs}"
         return None
+
+
+STABLE_DIFFUSION = LatentSpace(  # what the released models were trained with
+    "stabilityai/sd-vae-ft-ema", 0.18215, downsampling=8, latent_channels=4, image_channels=3
+)

@@ -6,7 +6,7 @@ from typing import Any
 
 from triptych_common.storage import foreign
 
-from triptych_dit.autoencoder.space import LatentSpace
+from triptych_dit.autoencoder.space import STABLE_DIFFUSION
 from triptych_dit.config import PRESETS
 from triptych_dit.interop.diffusers import (
     diffusers_transformer,
@@ -24,10 +24,6 @@ __all__ = [
     "PUBLISHED", "diffusers_transformer", "export_released", "from_diffusers", "load_any", "load_released", "to_diffusers",
     "use_released_timesteps",
 ]  # fmt: skip
-
-STABLE_DIFFUSION = LatentSpace(  # what the released models were trained with
-    "stabilityai/sd-vae-ft-ema", 0.18215, downsampling=8, latent_channels=4, image_channels=3
-)
 
 
 def load_any(
