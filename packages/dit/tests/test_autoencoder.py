@@ -18,9 +18,9 @@ from triptych_common.testing import run_cli, run_signalled, run_torchrun
 from triptych_dit.autoencoder import model as module
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
-from triptych_dit.autoencoder.space import LatentSpace
 from triptych_dit.autoencoder.train import Reconstruction, train_autoencoder
 from triptych_dit.testing import random_vae
+from triptych_dit.weights import LatentSpace
 
 make_vae = partial(random_vae, (8, 8, 16), latent_channels=4, sample_size=16, scaling_factor=0.5, shift_factor=0.25)
 

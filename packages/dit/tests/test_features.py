@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from triptych_dit import load_model
 from triptych_dit.autoencoder.cache import LatentCache, LatentData
-from triptych_dit.autoencoder.space import STABLE_DIFFUSION
 from triptych_dit.config import DiTConfig
 from triptych_dit.objective import open_training_data
 from triptych_dit.testing import random_vae, run_dit
+from triptych_dit.weights import STABLE_DIFFUSION
 
 N, SHAPE = 11, (4, 8, 8)
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from triptych_common.cli import option
 from triptych_dit import DiT, DiTConfig, testing
-from triptych_dit.autoencoder.space import LatentSpace
 from triptych_dit.fine_tune import by_layer, check_meaning, fitted_config, start_from
 from triptych_dit.model import sincos_position_embedding
-from triptych_dit.weights import TrainedModel, make_diffusion
+from triptych_dit.weights import LatentSpace, TrainedModel, make_diffusion
 
 SMALL = DiTConfig((8, 12), 3, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
 random_model = partial(testing.random_model, dtype=torch.float32)

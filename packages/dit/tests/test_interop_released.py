@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from triptych_dit import PRESETS, DiT, DiTConfig, load_released
-from triptych_dit.autoencoder.space import LatentSpace
 from triptych_dit.interop import export_released, load_any, released
-from triptych_dit.weights import save_model
+from triptych_dit.weights import LatentSpace, save_model
 
 WIDTH, DEPTH, CLASSES = 384, 2, 7
 SMALL = DiTConfig((8, 8), 4, patch_size=2, hidden_size=WIDTH, depth=DEPTH, num_heads=6, num_classes=CLASSES)

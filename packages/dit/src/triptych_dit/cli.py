@@ -11,8 +11,8 @@ def fitted(config: Any, argv: Sequence[str]) -> Any:
     init_from, data = option(argv, "init-from")[0], option(argv, "data")[0]
     if not init_from:
         return config
+    from triptych_dit.config import CheckpointOptions
     from triptych_dit.fine_tune import settings_from  # imports torch, which takes seconds
-    from triptych_dit.settings import CheckpointOptions
 
     typed = {name: option(argv, name.replace("_", "-"))[0] for name in CheckpointOptions.__dataclass_fields__}
     options = {name: int(value) if value.isdecimal() else value for name, value in typed.items() if value}

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from triptych_common.cli import echo
 
-from triptych_dit.autoencoder.space import LatentSpace
 from triptych_dit.config import DiTConfig
 from triptych_dit.labels import listed, matched
 from triptych_dit.model import DiT
 from triptych_dit.train_config import TrainConfig
-from triptych_dit.weights import TrainedModel
+from triptych_dit.weights import LatentSpace, TrainedModel
 
 TABLE = "y_embedder.embedding_table.weight"
 _MAY_DIFFER = {"input_size", "num_classes", "class_dropout_prob"}

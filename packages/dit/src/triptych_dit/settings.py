@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from triptych_common import sampler_settings
@@ -12,7 +12,7 @@ from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge, Interval, OneOf
 from triptych_common.sampler_settings import TIMESTEPS
 
-from triptych_dit.config import DiTConfig
+from triptych_dit.config import CheckpointOptions, DiTConfig
 
 FORMATS = ("mp4", "gif")
 _SCALE = Interval(ge=0, lt=math.inf, wanted="a number of at least 0; 1 is no guidance")
@@ -49,28 +49,6 @@ class SamplerSettings(sampler_settings.SamplerSettings):
             raise ValueError(
                 f"guidance_channels {self.guidance_channels}: expected 'all' or at most {model.in_channels}, the model's"
             )
-
-
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """What the files of other programs leave open about a model."""
-
-    vae: str | None = None
-    """autoencoder of a model of latents, a folder or a hub name: where it is now, or which one, if the file does not say"""
-    predict: Literal["noise", "sample"] | None = None
-    """what the model predicts, if its file does not say; by default noise, as published"""
-    weights: Literal["ema", "model"] | None = None
-    """which weights of a training checkpoint; the average where there is one"""
-    num_heads: int | None = None
-    """attention heads, for widths that were not published"""
-    num_classes: int | None = None
-    """classes, where the label table leaves them open"""
-    input_size: int | None = None
-    """side of the model's inputs, for files without a position embedding"""
-
-    def loading(self) -> dict[str, Any]:
-        """Keyword arguments of `load_any`."""
-        return {name: getattr(self, name) for name in CheckpointOptions.__dataclass_fields__}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from triptych_common.fields import Ge, Gt
 from triptych_common.training.settings import TransformerSettings
 
-from triptych_dit.config import PRESETS, DiTConfig
-from triptych_dit.settings import CheckpointOptions
+from triptych_dit.config import PRESETS, CheckpointOptions, DiTConfig
 
 FORWARDS_PER_STEP = 3  # a backward pass is two forward passes' worth of products
 

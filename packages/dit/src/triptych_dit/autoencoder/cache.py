@@ -25,7 +25,7 @@ from triptych_common.storage.provenance import provenance
 from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.model import scaled_sample
-from triptych_dit.autoencoder.space import LatentSpace
+from triptych_dit.weights import LatentSpace
 
 Moments = Float[Tensor, "n twice_channels height width"]
 MANIFEST, SKIPPED = "manifest.json", "skipped.json"

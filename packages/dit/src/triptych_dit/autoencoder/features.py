@@ -23,7 +23,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_dit.autoencoder.cache import MANIFEST, is_finished, write_manifest, write_shard
 from triptych_dit.autoencoder.config import ImportConfig
 from triptych_dit.autoencoder.model import LOG_VARIANCE_RANGE, load_autoencoder
-from triptych_dit.autoencoder.space import STABLE_DIFFUSION, LatentSpace
+from triptych_dit.weights import STABLE_DIFFUSION, LatentSpace
 
 _LATENTS, _FLIPPED, _LABELS = ("latents", "features", "x", "arr_0"), ("latents_flip",), ("labels", "y", "arr_1")
 _FAST_DIT = ("_features", "_labels")  # ends of the names of its two folders

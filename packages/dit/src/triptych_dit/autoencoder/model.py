@@ -14,7 +14,7 @@ from triptych_common.extras import import_extra
 from triptych_common.storage import checkpoint
 from triptych_common.storage.model_file import refuse_non_finite
 
-from triptych_dit.autoencoder.space import LatentSpace
+from triptych_dit.weights import LatentSpace
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -6,7 +6,6 @@ from typing import Any
 
 from triptych_common.storage import foreign
 
-from triptych_dit.autoencoder.space import STABLE_DIFFUSION
 from triptych_dit.config import PRESETS
 from triptych_dit.interop.diffusers import (
     diffusers_transformer,
@@ -18,7 +17,16 @@ from triptych_dit.interop.diffusers import (
 )
 from triptych_dit.interop.pipeline_parts import fitting_autoencoder
 from triptych_dit.interop.released import PUBLISHED, export_released, load_released, read_released
-from triptych_dit.weights import FETCH, FILE_NAME, PICTURES, Prediction, TrainedModel, load_model, make_diffusion
+from triptych_dit.weights import (
+    FETCH,
+    FILE_NAME,
+    PICTURES,
+    STABLE_DIFFUSION,
+    Prediction,
+    TrainedModel,
+    load_model,
+    make_diffusion,
+)
 
 __all__ = [
     "PUBLISHED", "diffusers_transformer", "export_released", "from_diffusers", "load_any", "load_released", "to_diffusers",

@@ -209,7 +209,8 @@ def use_released_timesteps(transformer: "DiTTransformer2DModel", shift: int = 0)
 
 def is_of_diffusers(folder: Path) -> bool:
     """Whether a folder is a pipeline or model of diffusers', of whatever kind."""
-    return (folder / "model_index.json").is_file() or "_class_name" in _read_json(folder / "config.json")
+    parts = ("model_index.json", "transformer/config.json")
+    return any((folder / part).is_file() for part in parts) or "_class_name" in _read_json(folder / "config.json")
 
 
 @open_ended

@@ -16,9 +16,8 @@ from triptych_common.diffusion import NoiseSchedule
 from triptych_common.extras import import_extra
 
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
-from triptych_dit.autoencoder.space import LatentSpace
 from triptych_dit.config import DiTConfig
-from triptych_dit.weights import Prediction
+from triptych_dit.weights import LatentSpace, Prediction
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
