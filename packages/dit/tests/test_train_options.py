@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from triptych_common.data import ImageDataset
 from triptych_common.parallel import Ranks
 from triptych_common.randomness import generator
 from triptych_common.storage import checkpoint, foreign
 from triptych_common.testing import run_cli, run_torchrun
 from triptych_dit import DiTConfig, load_model
 from triptych_dit.interop import export_released
+from triptych_dit.objective import PixelData, check_same_kind
 from triptych_dit.testing import random_model, run_dit
 from triptych_dit.train import make_state
 from triptych_dit.train_config import TRAIN_PRESETS
-from triptych_dit.weights import save_model
+from triptych_dit.weights import LatentSpace, save_model
 
 SHAPE = [
     "--model.depth", "2", "--model.hidden-size", "16", "--model.num-heads", "2", "--model.patch-size", "7",
@@ -89,6 +91,23 @@ def test_validation_equals_the_loss_computed_by_hand(digits):
         error = (trained.model(x_t.float(), t, labels)[:, :1] - noise).square().mean()
     last = [row for row in rows(digits) if "validation/mse" in row][-1]
     assert last["validation/mse"] == pytest.approx(float(error), rel=1e-4)
+
+
+def test_validation_is_on_the_same_classes_and_latents():
+    def data(*names, **space):
+        found = PixelData(
+            ImageDataset("mine", "train", torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.zeros(3).long(), 3, names)
+        )
+        found.facts["autoencoder"] = space and LatentSpace("a", **space).facts()
+        return found
+
+    ours = data("cat", "dog", "hen", scale_factor=0.5)
+    check_same_kind(ours, data("cat", "dog", "hen", scale_factor=0.5))
+    check_same_kind(ours, data("cat", "dog", "hen"))
+    with pytest.raises(ValueError, match="mine has the classes hen, cat, dog, mine has cat, dog, hen"):
+        check_same_kind(ours, data("hen", "cat", "dog", scale_factor=0.5))
+    with pytest.raises(ValueError, match=r"latents of another autoencoder than mine: scale_factor is 0\.5, a has 0\.4"):
+        check_same_kind(ours, data("cat", "dog", "hen", scale_factor=0.4))
 
 
 def test_the_log_holds_throughput_arithmetic_and_memory(digits):

@@ -11,7 +11,7 @@ from triptych_common.storage.files import read_json
 from triptych_dit.interop import export_released, load_any, to_diffusers
 from triptych_dit.sampling import autoencoder_of
 from triptych_dit.settings import ExportConfig
-from triptych_dit.weights import FILE_NAME, TrainedModel, save_model
+from triptych_dit.weights import FILE_NAME, TrainedModel, recorded, save_model
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     trained = load_any(config.checkpoint, **config.loading())
     if config.vae is not None and config.format != "diffusers":
         autoencoder_of(trained, torch.device("cpu"), config.vae)  # refuses another one than the model's
-    model, facts = trained.model, {**trained.facts, "source": config.checkpoint}
+    model, facts = trained.model, {**recorded(trained.facts), "source": config.checkpoint}
     written = config.out / {"diffusers": "", "released": "model.pt", "triptych": FILE_NAME}[config.format]
     notes: list[str] = []
     if config.format == "diffusers":

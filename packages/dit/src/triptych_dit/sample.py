@@ -28,7 +28,7 @@ from triptych_dit.interop import load_any
 from triptych_dit.labels import resolved
 from triptych_dit.sampling import autoencoder_of, sample_images, trajectory
 from triptych_dit.settings import SampleConfig, SamplerSettings
-from triptych_dit.weights import TrainedModel
+from triptych_dit.weights import FETCH, TrainedModel
 
 __all__ = ["SampleConfig", "SamplerSettings", "read_npz", "sample", "sample_images", "trajectory"]
 GRID = 100  # images in grid.png
@@ -114,11 +114,10 @@ def place(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
     autoencoder, space = autoencoder_of(trained, ranks.device, config.vae), trained.space
     if autoencoder is None:
         return {}
+    given = config.vae is not None and trained.facts.get(FETCH)  # no file of the model says which
     # Released models know only the name of their autoencoder.
-    ours, known = (
-        (space.sha256, autoencoder.sha256) if space and space.sha256 else (space and space.spec, autoencoder.spec)
-    )
-    return {} if ours == known else {"decoder": autoencoder.sha256}
+    same = space and (space.sha256 == autoencoder.sha256 if space.sha256 else space.spec == autoencoder.spec)
+    return {} if same and not given else {"decoder": autoencoder.sha256}
 
 
 def draw_missing(

@@ -33,7 +33,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with process_group(config.device) as ranks, open_run(config, ranks, {"data": training_data.identity}) as run:
         state = make_state(config, ranks, run, training_data.facts)
         objective = Objective(config, training_data)
-        validate, keep_snapshot = make_validation(config, run, ranks), make_snapshots(config, run, training_data)
+        validate, keep_snapshot = (
+            make_validation(config, run, ranks, training_data),
+            make_snapshots(config, run, training_data),
+        )
 
         def on_step(state: TrainState) -> None:
             validate(state)

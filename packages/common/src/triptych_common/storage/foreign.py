@@ -87,9 +87,8 @@ def networks_in(content: Mapping[Any, Any], *, holds: Collection[str]) -> list[S
         for prefix in prefixes:
             inner = tuple(other for other in prefixes if len(other) > len(prefix))
             own = {name: x for name, x in tensors.items() if name.startswith(prefix) and not name.startswith(inner)}
-            named = {
-                name[len(prefix) :]: tensor for name, tensor in own.items() if name[len(prefix) :] not in _COUNTERS
-            }
+            named = {name[len(prefix) :]: tensor for name, tensor in own.items()}
+            named = {name: tensor for name, tensor in named.items() if name in holds or name not in _COUNTERS}
             found.append(StateDict(named, ".".join(filter(None, (place, prefix.rstrip(".")))), content))
     return found
 
