@@ -16,9 +16,12 @@ def fitted(config: Any, argv: Sequence[str]) -> Any:
     init_from, data = option(argv, "init-from")[0], option(argv, "data")[0]
     if not init_from:
         return config
+    from triptych_dit.config import CheckpointOptions
     from triptych_dit.fine_tune import settings_from  # imports torch, which takes seconds
 
-    return settings_from(init_from, config, data or config.data)
+    typed = {name: option(argv, name.replace("_", "-"))[0] for name in CheckpointOptions.__dataclass_fields__}
+    options = {name: int(value) if value.isdecimal() else value for name, value in typed.items() if value}
+    return settings_from(init_from, config, data or config.data, **options)
 
 
 COMMANDS = {
@@ -34,6 +37,10 @@ COMMANDS = {
     "encode": Command(
         "encode images into a cache of latents, or resume", "triptych_dit.autoencoder.config:EncodeConfig",
         "triptych_dit.autoencoder.encode:encode", preview="triptych_dit.autoencoder.encode:preview",
+    ),
+    "import": Command(
+        "make a cache of latents that others computed, or resume", "triptych_dit.autoencoder.config:ImportConfig",
+        "triptych_dit.autoencoder.features:import_features",
     ),
     "sample": Command(
         "sample images from a trained model", "triptych_dit.settings:SampleConfig", "triptych_dit.sample:sample",

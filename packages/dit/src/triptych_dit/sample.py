@@ -28,9 +28,10 @@ from triptych_common.storage.files import write_json, writing
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any
-from triptych_dit.sampling import autoencoder_of, check_labels, sample_images, trajectory
+from triptych_dit.labels import resolved
+from triptych_dit.sampling import autoencoder_of, sample_images, trajectory
 from triptych_dit.settings import SampleConfig, SamplerSettings
-from triptych_dit.weights import TrainedModel
+from triptych_dit.weights import FETCH, TrainedModel
 
 __all__ = ["SampleConfig", "SamplerSettings", "read_npz", "sample", "sample_images", "trajectory"]
 GRID = 100  # images in grid.png
@@ -42,11 +43,12 @@ def sample(config: SampleConfig) -> dict[str, Any]:
 
     Raises ValueError for a request that does not fit the model, or what `out` already holds.
     """
-    trained = load_any(config.checkpoint)
-    labels = labels_of(config, trained)
+    trained = load_any(config.checkpoint, **config.loading())
+    classes = classes_of(config, trained)
+    labels = torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)]) if classes else None
     # With the weights' hash, so that samples of a model and of its retrained successor are never joined.
     request = identity(config, trained) | {
-        "labels": list(config.labels or range(trained.model.config.num_classes)), "num_samples": config.num_samples,
+        "labels": list(classes), "num_samples": config.num_samples,
         "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
     steps = evaluations(config, trained.diffusion)
@@ -82,27 +84,23 @@ def sample(config: SampleConfig) -> dict[str, Any]:
                 result["images"] = str(run.path / "images")
                 ranks.barrier()
             if ranks.is_main:
-                write_grid(run.path, len(config.labels) or trained.model.config.num_classes or 10)
+                write_grid(run.path, len(classes) or 10)
                 write_json(run.path / "samples.json", {**request, **result})
                 for file in result.values():
                     echo(f"wrote {file}")
     return result
 
 
-def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] | None:
-    """The class of each sample; None for a model without classes.
+def classes_of(config: SampleConfig, trained: TrainedModel) -> tuple[int, ...]:
+    """The classes that samples have in turn; empty for a model without classes.
 
     Raises ValueError for labels that the model does not have, and for guidance that it cannot do.
     """
     config.check(trained.model.config)
-    num_classes = trained.model.config.num_classes
-    if not num_classes and not config.labels:
-        return None
-    if not num_classes:
+    num_classes, names = trained.model.config.num_classes, trained.class_names
+    if not num_classes and config.labels:
         raise ValueError(f"labels {config.labels}: this model is unconditional (num_classes=0); leave --labels out")
-    check_labels(torch.tensor(config.labels, dtype=torch.long), num_classes)
-    classes = config.labels or range(num_classes)
-    return torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)])
+    return resolved(config.labels or range(min(num_classes, len(names) or num_classes)), num_classes, names)
 
 
 def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
     settings["sampler"] = config.sampler_name()
     if config.clip_x_0 is None:
-        settings["clip_x_0"] = trained.facts.get("autoencoder") is None
+        settings["clip_x_0"] = trained.of_pixels
     return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})
 
 
@@ -121,13 +119,13 @@ def place(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
     """
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
     prepare(trained.model, ranks, Execution(precision=config.precision or stored, compile=config.compile_blocks))
-    autoencoder = autoencoder_of(trained, ranks.device, config.vae)
+    autoencoder, space = autoencoder_of(trained, ranks.device, config.vae), trained.space
     if autoencoder is None:
         return {}
-    facts = trained.facts["autoencoder"]
+    given = config.vae is not None and trained.facts.get(FETCH)  # no file of the model says which
     # Released models know only the name of their autoencoder.
-    same = autoencoder.sha256 == facts["sha256"] if facts["sha256"] else autoencoder.spec == facts["spec"]
-    return {} if same else {"decoder": autoencoder.sha256}
+    same = space and (space.sha256 == autoencoder.sha256 if space.sha256 else space.spec == autoencoder.spec)
+    return {} if same and not given else {"decoder": autoencoder.sha256}
 
 
 def draw_missing(
@@ -202,7 +200,7 @@ def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
     """000123-CLASS.png, with the class's name if the model file has it; 000123.png without classes."""
     if label is None:
         return f"{index:06d}.png"
-    names = trained.facts.get("class_names") or ()
+    names = trained.class_names
     name = re.sub(r"[^\w.-]+", "-", names[label].split(",")[0]).strip("-.") if label < len(names) else ""
     return f"{index:06d}-{name or label}.png"
 

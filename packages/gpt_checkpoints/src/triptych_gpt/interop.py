@@ -4,10 +4,8 @@ A released file is a dict with the weights "G", their average "G_ema" and the op
 query, key and value are separate layers.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from triptych_gpt.presets import PRESETS
 from triptych_gpt.settings import RELEASED
 from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, raw_frequencies, splits
 
-_FREQUENCIES = "scalar_embedder.frequencies"
+_FREQUENCIES, _POSITIONS = "scalar_embedder.frequencies", "decoder.pos_emb"
 
 
 def load_released(path: Path, preset: str | GptConfig) -> Gpt:
@@ -32,7 +30,10 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
     if isinstance(preset, str) and preset not in RELEASED:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(RELEASED)}")
     config = PRESETS[preset] if isinstance(preset, str) else preset
-    state = _unwrap(foreign.read(path), path)
+    state = foreign.state_dict(path, holds=[_POSITIONS]).tensors
+    if _POSITIONS not in state:
+        expected = f"expected a dict with G_ema or G, holding {_POSITIONS}"
+        raise ValueError(f"{path}: not a checkpoint of wpeebles/G.pt; {expected}")
     _check_kind(config)
     with torch.device("meta"):
         model = Gpt(config)
@@ -74,7 +75,7 @@ def _check_kind(config: GptConfig) -> None:
 
 def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
     """Our name of each tensor and theirs, several if ours is theirs concatenated."""
-    yield "positions", ["decoder.pos_emb"]
+    yield "positions", [_POSITIONS]
     for ours, norm in (("norm_in", "ln_in"), ("norm_out", "ln_f")):
         yield from ((f"{ours}.{kind}", [f"decoder.{norm}.{kind}"]) for kind in ("weight", "bias"))
     layers = {"norm1": ["ln1"], "norm2": ["ln2"], "attn.qkv": ["attn.query", "attn.key", "attn.value"],
@@ -89,17 +90,6 @@ def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
         yield f"{ours}.weight", [f"decoder.input_parameter_projections.{i}.0.weight"]
     for i in range(tokens):
         yield f"tokenizer.decoders.{i}.weight", [f"decoder.output_parameter_projections.{i}.0.weight"]
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, without the prefixes of wrappers."""
-    if isinstance(content, Mapping):
-        content = next((content[name] for name in ("G_ema", "G") if isinstance(content.get(name), Mapping)), content)
-    if not isinstance(content, Mapping) or not any(str(name).endswith("decoder.pos_emb") for name in content):
-        expected = "expected a dict with G_ema or G, holding decoder.pos_emb"
-        raise ValueError(f"{path}: not a checkpoint of wpeebles/G.pt; {expected}")
-    # torch.compile and DistributedDataParallel put their own prefixes before the names.
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in content.items() if isinstance(x, Tensor)}
 
 
 def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -41,12 +41,13 @@ from triptych_common.storage.verified import verify_once
 from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.model import scaled_sample
+from triptych_dit.weights import LatentSpace
 
 Moments = Float[Tensor, "n twice_channels height width"]
 MANIFEST, SKIPPED, CONFIG = "manifest.json", "skipped.json", "config.json"
 _KIND = "latent cache"
 _ENCODE = "repeat the encode command with its settings"
-_BY_PLACE = {"autoencoder": ("spec", "encoder_sha256"), "source": ("spec", "class_names")}
+_BY_PLACE = {"autoencoder": ("spec", "encoder_sha256", "image_channels"), "source": ("spec", "class_names")}
 
 
 class LatentCache:
@@ -61,6 +62,7 @@ class LatentCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.facts = _read_manifest(self.folder)
+        self.space = LatentSpace.of(self.facts["autoencoder"], str(self.folder / MANIFEST))
         self.latent_shape: tuple[int, int, int] = tuple(self.facts["latent_shape"])
         self.has_flips: bool = self.facts["flips"]
         self.class_names: tuple[str, ...] = tuple(self.facts["source"]["class_names"])
@@ -95,18 +97,6 @@ class LatentCache:
             rows = rows + flipped
         found = [self._rows[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
         return torch.stack(found).float()
-
-    def check(self, autoencoder: Mapping[str, Any] | None) -> None:
-        """Raise ValueError unless these are the facts of the autoencoder that encoded the cache, wherever it is stored."""
-        mine = self.facts["autoencoder"]
-        if autoencoder is None:
-            raise ValueError(f"{self.folder}: latents of the autoencoder {mine['spec']}, but pixels are expected")
-        for name in mine.keys() - {"spec", "encoder_sha256"}:
-            if mine[name] != autoencoder.get(name):
-                raise ValueError(
-                    f"{self.folder}: encoded by the autoencoder {mine['spec']} with {name} {mine[name]}, not "
-                    f"{autoencoder.get(name)} as in {autoencoder.get('spec')}; use that autoencoder, or encode again"
-                )
 
     def check_flips(self) -> None:
         """Raise ValueError if mirror images were not encoded."""
@@ -164,9 +154,7 @@ class LatentData:
     def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
         # By the sample counter, not the image: every epoch samples the posterior afresh.
         noise = randomness.normal(seed, "posterior", counters, self.shape)
-        autoencoder = self.facts["autoencoder"]
-        moments = self.cache.moments(items, flipped)
-        return scaled_sample(moments, noise, autoencoder["scale_factor"], autoencoder["shift_factor"])
+        return scaled_sample(self.cache.moments(items, flipped), noise, self.cache.space)
 
     def check_flips(self) -> None:
         self.cache.check_flips()

@@ -124,7 +124,7 @@ def finish(
     raw = Autoencoder(vae, str(folder), device=ranks.device)
     if (before := measured_before(config, raw)) is not None:
         return before
-    latents = draw_latents(raw, some_images(dataset, config.seed), config.seed) / raw.scale_factor
+    latents = draw_latents(raw, some_images(dataset, config.seed), config.seed) / raw.space.scale_factor
     vae.register_to_config(scaling_factor=1 / float(latents.std()))
     write_vae(folder, vae)
     autoencoder = load_autoencoder(str(folder), device=ranks.device)
@@ -134,7 +134,7 @@ def finish(
     write_png(config.out / PICTURE, side_by_side(to_uint8(images), to_uint8(back)), scale=2)
     facts = {
         "autoencoder": autoencoder.facts(),
-        "latent_std": (latents.std(dim=(0, 2, 3)) * autoencoder.scale_factor).tolist(),
+        "latent_std": (latents.std(dim=(0, 2, 3)) * autoencoder.space.scale_factor).tolist(),
         "held_out": {"images": len(images), "mse": float(F.mse_loss(back, images))},
     }
     write_json(config.out / MEASURED, facts | provenance())
@@ -169,7 +169,7 @@ def draw_latents(autoencoder: Autoencoder, images: Tensor, seed: int) -> Float[T
     """Scaled latents: a sample from each image's posterior."""
     moments = torch.cat([autoencoder.moments(part).cpu() for part in images.split(256)])
     noise = randomness.normal(seed, "measuring", range(len(images)), (moments.shape[1] // 2, *moments.shape[2:]))
-    return scaled_sample(moments, noise, autoencoder.scale_factor, autoencoder.shift_factor)
+    return scaled_sample(moments, noise, autoencoder.space)
 
 
 def write_vae(folder: Path, vae: "AutoencoderKL") -> None:
