@@ -15,7 +15,8 @@ G.pt's augmentation permutes theta and theta* alike, afresh for every sample:
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise, product
@@ -253,13 +254,25 @@ class PermutationSpec:
         return cls(ParameterLayout.from_json(layout), axes)
 
 
+@contextmanager
+def mha_fastpath(*, enabled: bool) -> Iterator[None]:
+    """Whether attention layers may take a fused path in evaluation, which neither vmap nor tracing can see through."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def forward_of(network: nn.Module) -> Callable[[Tensor, Any], Tensor]:
     """The network in evaluation mode and float64 as a function of (theta [D], inputs)."""
     network = copy.deepcopy(network).eval().double()
     layout = ParameterLayout.of(network)
 
     def forward(theta: Float[Tensor, " D"], inputs: Any) -> Tensor:
-        return functional_call(network, layout.unflatten(theta), (inputs,))
+        with mha_fastpath(enabled=False):  # its sums have another order, and less precision
+            return functional_call(network, layout.unflatten(theta), (inputs,))
 
     return forward
 
