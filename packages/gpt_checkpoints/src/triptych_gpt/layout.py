@@ -10,6 +10,25 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Functional:
+    """A network as a function of its parameters and of inputs; a parameter of several names needs one only."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        places: dict[int, dict[tuple[int, str], str]] = {}  # of each tensor, the modules that hold it and their names for it
+        for prefix, module in network.named_modules():
+            for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    places.setdefault(id(tensor), {})[id(module), own] = f"{prefix}.{own}".lstrip(".")
+        # Not by functional_call's own tie_weights, after which a module used twice is left with a stranger's weights.
+        self._names = {name: list(held.values()) for held in places.values() for name in held.values() if len(held) > 1}
+
+    def __call__(self, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
+        given = {other: tensor for name, tensor in parameters.items() for other in self._names.get(name, (name,))}
+        return functional_call(self.network, given, (inputs,), tie_weights=False)
 
 
 @dataclass(frozen=True, eq=False)

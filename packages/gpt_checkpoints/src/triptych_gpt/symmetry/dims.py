@@ -52,6 +52,10 @@ def fix(dim: Dim) -> None:
             fix(part)
 
 
+def is_fixed(dim: Dim) -> bool:
+    return dim.root.kind == "fixed" or (dim.root.kind != "free" and all(map(is_fixed, dim.root.parts)))
+
+
 def product(parts: Iterable[Dim]) -> Dim:
     """The dimension that a view makes of these, the last one changing fastest."""
     parts = [part.root for part in parts if part.size > 1]

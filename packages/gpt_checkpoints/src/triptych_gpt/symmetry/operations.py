@@ -241,6 +241,15 @@ def group_norm(node: fx.Node, a: SimpleNamespace) -> Any:
 # Shapes
 
 
+def restrided(node: fx.Node, a: SimpleNamespace) -> Dims:
+    """Other strides where they do not matter, along dimensions of one entry."""
+    before = node.all_input_nodes[0].meta["val"]
+    same = tuple(a.size) == tuple(before.shape) and a.storage_offset in (None, before.storage_offset())
+    if not same or any(n > 1 and x != y for n, x, y in zip(a.size, a.stride, before.stride(), strict=True)):
+        raise Unknown
+    return a.self
+
+
 def view(node: fx.Node, a: SimpleNamespace) -> Dims:
     shape = shape_of(node)
     if node.target._schema.overload_name == "dtype" or 0 in shape:  # type: ignore[union-attr]
@@ -404,6 +413,7 @@ RULES: dict[str, Rule] = dict([
     *_named("native_layer_norm _fused_rms_norm", layer_norm),
     *_named("native_group_norm", group_norm),
     *_named("view _unsafe_view reshape _reshape_alias", view),
+    *_named("as_strided", restrided),
     *_named("permute", permute),
     *_named("transpose t", transpose),
     *_named("unsqueeze", unsqueeze),

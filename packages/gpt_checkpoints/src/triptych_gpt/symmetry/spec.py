@@ -15,7 +15,7 @@ G.pt's augmentation permutes theta and theta* alike, afresh for every sample:
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,10 +26,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from triptych_common import randomness
 
-from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.layout import Functional, ParameterLayout
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,16 @@ class PermutationSpec:
                 first.setdefault(str(group), piece.name)
         return groups
 
+    def without(self, groups: Collection[str]) -> "PermutationSpec":
+        """The spec with these groups fixed."""
+        axes: dict[str, tuple[Entry, ...]] = {}
+        for name, entries in self.axes.items():
+            named = [segments_of(*pair) for pair in zip(entries, self.layout.shapes[name], strict=True)]
+            axes[name] = tuple(
+                Blocks(tuple(tuple((None if g in groups else g, n) for g, n in segment) for segment in each)) for each in named
+            )
+        return PermutationSpec(self.layout, axes)
+
     def draw(
         self, seed: int, indices: Sequence[int] | Int[Tensor, " n"], stream: str = "permute"
     ) -> dict[str, Int[Tensor, "n _"]]:
@@ -268,11 +277,11 @@ def mha_fastpath(*, enabled: bool) -> Iterator[None]:
 def forward_of(network: nn.Module) -> Callable[[Tensor, Any], Tensor]:
     """The network in evaluation mode and float64 as a function of (theta [D], inputs)."""
     network = copy.deepcopy(network).eval().double()
-    layout = ParameterLayout.of(network)
+    layout, call = ParameterLayout.of(network), Functional(network)
 
     def forward(theta: Float[Tensor, " D"], inputs: Any) -> Tensor:
         with mha_fastpath(enabled=False):  # its sums have another order, and less precision
-            return functional_call(network, layout.unflatten(theta), (inputs,))
+            return call(layout.unflatten(theta), inputs)
 
     return forward
 

@@ -5,6 +5,7 @@ dimensions that it contracts, adds or concatenates. What stays free may be permu
 what they read: fewer symmetries, never a wrong one.
 """
 
+import copy
 import math
 import operator
 import warnings
@@ -15,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.layout import Functional, ParameterLayout
 from triptych_gpt.symmetry import operations
-from triptych_gpt.symmetry.dims import Dim, Part, Unknown, cut, fix, fixed, segments, unify
+from triptych_gpt.symmetry.dims import Dim, Part, Unknown, cut, fix, fixed, is_fixed, segments, unify
 from triptych_gpt.symmetry.operations import OPAQUE, Dims, rule_of, shape_of
 from triptych_gpt.symmetry.spec import Axis, Blocks, Entry, Factor, PermutationSpec, mha_fastpath
 
@@ -37,19 +37,36 @@ def trace(network: nn.Module, inputs: Tensor) -> PermutationSpec:
     concatenation; heads of attention, and channels within them; hidden units of recurrences, in all gates at once. Running statistics
     are part of theta, and follow their channels. Warns once of operations without a rule, and of a network that cannot be traced,
     such as one whose control flow depends on data: none of its units are permuted.
+
+    Raises ValueError for a network that cannot be run on the inputs either.
     """
     layout = ParameterLayout.of(network)
     try:
         graph, names = _graph(network, layout, inputs)
         parameters, unknown = _infer(graph, names)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        _check_runs(network, inputs)
+        reason = _line(error)
         warnings.warn(f"the network cannot be traced ({reason}): its units are not permuted", SymmetryWarning, stacklevel=2)
         return PermutationSpec(layout, {name: (None,) * len(shape) for name, shape in layout.shapes.items()})
     if unknown:
         ops = ", ".join(sorted(unknown))
         warnings.warn(f"axes that pass through {ops} are not permuted: their symmetry is not known", SymmetryWarning, 2)
     return _spec(layout, parameters)
+
+
+def _check_runs(network: nn.Module, inputs: Tensor) -> None:
+    network, parameter = copy.deepcopy(network).eval(), next(network.parameters())
+    try:
+        with torch.no_grad():
+            network(inputs.to(parameter) if inputs.is_floating_point() else inputs.to(parameter.device))
+    except Exception as error:
+        problem = f"cannot be run on a batch {list(inputs.shape)} ({_line(error)})"
+        raise ValueError(f"network {type(network).__name__}: {problem}; its forward takes a batch of inputs alone") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 def _graph(network: nn.Module, layout: ParameterLayout, inputs: Tensor) -> tuple[fx.Graph, list[str | None]]:
@@ -63,9 +80,8 @@ def _graph(network: nn.Module, layout: ParameterLayout, inputs: Tensor) -> tuple
     network.eval()
     try:
         with mha_fastpath(enabled=False):
-            made = make_fx(
-                lambda values, x: functional_call(network, values, (x,)), tracing_mode="fake", _allow_non_fake_inputs=True
-            )(held, inputs.double() if inputs.is_floating_point() else inputs)
+            traced = make_fx(Functional(network), tracing_mode="fake", _allow_non_fake_inputs=True)
+            made = traced(held, inputs.double() if inputs.is_floating_point() else inputs)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -166,8 +182,8 @@ class _Walk:
                 return self.view(node, arguments)
             return rule(node, arguments)
         except Unknown:
-            self.unknown.add(name)
-            self.fix_inputs(node)
+            if self.fix_inputs(node):
+                self.unknown.add(name)
             return tree_map_only(Tensor, lambda x: Dims(map(fixed, x.shape)), node.meta["val"])
 
     def value(self, source: fx.Node) -> Any:
@@ -175,13 +191,17 @@ class _Walk:
         fresh = source in self.constants and isinstance(self.values[source], Dims)
         return Dims(Dim(dim.size) for dim in self.values[source]) if fresh else self.values[source]
 
-    def fix_inputs(self, node: fx.Node) -> None:
+    def fix_inputs(self, node: fx.Node) -> bool:
+        """Fix all that a node reads; returns whether anything was not fixed yet."""
+        changed = False
         for source in node.all_input_nodes:
             for dims in tree_leaves(_unstacked(self.values[source])):
                 if dims is OPAQUE:
                     raise ValueError(f"{source.target} gives an output that has no rule")
-                for dim in dims if isinstance(dims, Dims) else ():
+                for dim in dims if isinstance(dims, Dims) and source not in self.constants else ():
+                    changed |= not is_fixed(dim)
                     fix(dim)
+        return changed
 
     def view(self, node: fx.Node, arguments: SimpleNamespace) -> Dims | _Stack:
         """A view; its dimensions are remembered, and it is a stack along the one that is indexed later."""
@@ -191,7 +211,7 @@ class _Walk:
                 return stack
         value = operations.view(node, arguments)
         for place, dim in enumerate(value):
-            if dim.root.kind != "fixed" and all(dim is not other for other in arguments.self):
+            if not is_fixed(dim) and all(dim is not other for other in arguments.self):
                 self.made[id(dim)] = dim, (node.name, place)
         return value
 

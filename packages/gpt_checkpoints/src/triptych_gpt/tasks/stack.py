@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 
-from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.layout import Functional, ParameterLayout
 from triptych_gpt.symmetry.spec import mha_fastpath
 from triptych_gpt.symmetry.derivation import ELEMENTWISE, POOLING, Residual, join
 
@@ -62,6 +62,7 @@ class Stack:
         self.layout = ParameterLayout.of(network)
         self.trainable = tuple(name for name, p in network.named_parameters() if p.requires_grad)
         self.network = network
+        self._alone = Functional(network)
         for name, module in network.named_modules():
             _check(name, module)
         self._writes = any(getattr(module, "inplace", False) for module in network.modules())
@@ -147,9 +148,6 @@ class Stack:
         each = range(len(next(iter(parameters.values()))))
         views = [{name: value[i] for name, value in parameters.items()} for i in each]
         return torch.stack([self._alone(view, inputs if shared else inputs[i]) for i, view in zip(each, views, strict=True)])
-
-    def _alone(self, parameters: Parameters, inputs: Tensor) -> Tensor:
-        return functional_call(self.network, dict(parameters), (inputs,))
 
     def _can_vmap(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
         """Whether vmap can batch the network; tried on two copies of one network. Raises ValueError for one that is random."""
