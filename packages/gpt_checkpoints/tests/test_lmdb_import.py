@@ -65,7 +65,7 @@ ORDER = ["10", "11", "2", "20", "21", "3", "30", "31"]  # as text, and a fused f
 
 
 def config(data, **options):
-    settings = {"num_test_runs": 2, "checkpoints": len(PLACES), "cohort_runs": 4, "task": "tiny", **options}
+    settings = {"num_test_runs": 2, "validation_runs": 0, "checkpoints": len(PLACES), "cohort_runs": 4, "task": "tiny", **options}
     return ImportConfig(lmdb=data, out=data.parent / "zoo", **settings)
 
 
