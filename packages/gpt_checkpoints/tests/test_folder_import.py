@@ -284,15 +284,13 @@ SMALL = [
 
 
 @pytest.mark.filterwarnings("ignore:tokens of up to")
-def test_an_imported_zoo_trains_evaluates_and_is_audited(task, tmp_path, capsys):
+def test_an_imported_zoo_trains_and_is_prompted(task, tmp_path):
     folder, table = write_runs(tmp_path / "runs", runs=20), write_table(tmp_path / "table.csv", runs=20)
-    zoo, gpt = str(tmp_path / "zoo"), str(tmp_path / "gpt")
-    common = ["--task", task, "--device", "cpu"]
+    zoo, gpt, out = (str(tmp_path / name) for name in ("zoo", "gpt", "prompted"))
     assert run(["import", "--folder", str(folder), "--metrics", str(table), "--task", task, "--out", zoo]) == 0
     assert run(["train", "--zoo", zoo, "--task", task, *SMALL, "--out", gpt]) == 0
-    steps = ["--num-inference-steps", "2", *common, "--model", gpt, "--zoo", zoo]
-    assert run(["evaluate", *steps, "--networks", "2", "--prompts", "3", "--out", str(tmp_path / "evaluation")]) == 0
-    assert run(["audit", *steps, "--samples", "2", "--out", str(tmp_path / "audit")]) == 0
+    target = ["--target", "test_loss=1", "--num-inference-steps", "2"]
+    assert run(["prompt", "--model", gpt, "--task", task, *target, "--device", "cpu", "--out", out]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:tokens of up to")
