@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from triptych_common import sampler_settings
 from triptych_common.cli import CommonOptions
-from triptych_common.fields import Ge, Interval
+from triptych_common.fields import Ge, Gt, Interval
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 
@@ -236,10 +236,24 @@ class ConvertConfig(Options):
     checkpoint: Path | None = None
     """the released file, such as best.pt; read without executing code from it"""
     released: str = "mnist_loss"
-    """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
+    """which model it is, or was trained like: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
     out: Path = Path("runs/released")
     """folder for model.safetensors"""
+    num_heads: Annotated[int | None, Ge(1)] = None
+    """attention heads, which the file does not tell; needed if width and depth are not the released model's"""
+    task: str | None = None
+    """the task whose networks it generates, if it is another: a name, or file.py:NAME; then --metric and --scale, too"""
+    metric: str | None = None
+    """what the model is prompted with, a metric of that task"""
+    scale: Annotated[float | None, Gt(0)] = None
+    """what parameters were multiplied by in training: in the released code 0.538 / their standard deviation"""
+    metric_factor: Annotated[float | None, Gt(0)] = None
+    """what our metric is multiplied by to be the one trained on: 100 for errors in per cent"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.released not in RELEASED:
             raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")
+        if self.task is not None and (self.metric is None or self.scale is None):
+            problem = "a model of another task needs --metric and --scale, which its file does not hold"
+            raise ValueError(f"task {self.task!r}: {problem}")
