@@ -203,9 +203,9 @@ def test_runs_of_other_lengths_are_thinned_or_dropped_and_reported(task, tmp_pat
 
 def test_unsound_runs_are_dropped_with_reasons(task, tmp_path):
     folder = write_runs(tmp_path / "runs", runs=8)
-    for run, value in (("run1", 10.5), ("run2", float("nan"))):
+    for name, value in (("run1", 10.5), ("run2", float("nan"))):
         state = {**state_of(0, 20), "fc1.bias": torch.full((6,), value)}
-        torch.save(state, folder / run / "epoch1_20.pt")
+        torch.save(state, folder / name / "epoch1_20.pt")
     table = write_table(tmp_path / "table.csv", runs=8)
     rows = [row for row in csv.DictReader(table.open()) if (row["run"], row["step"]) != ("run3", "20")]
     rows[-1]["test_loss"] = "inf"

@@ -254,7 +254,10 @@ def test_what_does_not_convert_is_one_line(tmp_path):
     path = saved(tmp_path / "gpt.pt", {"G_ema": released_state()})
     for options, message in (
         ({"released": "cartpole"}, "width 24 and 2 blocks do not tell the number of attention heads; give --num-heads"),
-        ({"num_heads": HEADS}, r"tokens of 1, 128, 32, .* parameters \(1,250\), the task's networks have 7840, .*give the --task"),
+        (
+            {"num_heads": HEADS},
+            r"tokens of 1, 128, 32, .* parameters \(1,250\), the task's networks have 7840, .*give the --task",
+        ),
         ({"task": "mnist_mlp"}, "needs --metric and --scale"),
         ({"task": "mnist_mlp", "metric": "loss", "scale": 1.0}, "metric 'loss': task mnist_mlp scores test_loss"),
         ({"released": "cartpole", "num_heads": 5}, "width 24 is not a multiple of num_heads 5"),

@@ -66,7 +66,14 @@ ORDER = ["10", "11", "2", "20", "21", "3", "30", "31"]  # as text, and a fused f
 
 
 def config(data, **options):
-    settings = {"num_test_runs": 2, "validation_runs": 0, "checkpoints": len(PLACES), "cohort_runs": 4, "task": "tiny", **options}
+    settings = {
+        "num_test_runs": 2,
+        "validation_runs": 0,
+        "checkpoints": len(PLACES),
+        "cohort_runs": 4,
+        "task": "tiny",
+        **options,
+    }
     return ImportConfig(lmdb=data, out=data.parent / "zoo", **settings)
 
 
@@ -125,7 +132,9 @@ def test_an_imported_zoo_trains_evaluates_and_is_audited(tmp_path):
     """Every command that needs a validation split finds one, without a flag."""
     (tmp_path / "own.py").write_text(TASK)
     for run in range(20):
-        write_run(tmp_path / "data", str(run), values={key: theta_of("0", i).tobytes() for i, key in enumerate(keys_of(run))})
+        write_run(
+            tmp_path / "data", str(run), values={key: theta_of("0", i).tobytes() for i, key in enumerate(keys_of(run))}
+        )
     zoo, gpt, task = str(tmp_path / "zoo"), str(tmp_path / "gpt"), ["--task", f"{tmp_path / 'own.py'}:OWN"]
     chosen = ["--num-test-runs", "4", "--checkpoints", str(len(PLACES))]
     assert triptych_gpt(["import", "--lmdb", str(tmp_path / "data"), *task, *chosen, "--out", zoo]) == 0

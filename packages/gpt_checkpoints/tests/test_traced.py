@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import ConvNeXt, DenseNet, MobileNetV2, MobileNetV3, ResNet, ShuffleNetV2, SwinTransformer, VisionTransformer
+from torchvision.models import (
+    ConvNeXt,
+    DenseNet,
+    MobileNetV2,
+    MobileNetV3,
+    ResNet,
+    ShuffleNetV2,
+    SwinTransformer,
+    VisionTransformer,
+)
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.resnet import BasicBlock
@@ -126,7 +135,9 @@ def encoder() -> nn.Module:
 
 
 def gated() -> nn.Module:
-    return net(lambda s, x: s.out(F.glu(s.a(x)) * s.b(x).sigmoid()), a=nn.Linear(5, 14), b=nn.Linear(5, 7), out=nn.Linear(7, 3))
+    return net(
+        lambda s, x: s.out(F.glu(s.a(x)) * s.b(x).sigmoid()), a=nn.Linear(5, 14), b=nn.Linear(5, 7), out=nn.Linear(7, 3)
+    )
 
 
 def mixer() -> nn.Module:
@@ -230,7 +241,10 @@ def test_half_a_permutation_changes_the_function(name):
             if axis is not None:
                 wrong = {**spec.axes, parameter: (*axes[:dim], None, *axes[dim + 1 :])}
                 # A bias of keys changes no attention weight, in whichever order it is.
-                assert check_invariance(forward, PermutationSpec(spec.layout, wrong), thetas, inputs) > 1e-8, (parameter, dim)
+                assert check_invariance(forward, PermutationSpec(spec.layout, wrong), thetas, inputs) > 1e-8, (
+                    parameter,
+                    dim,
+                )
 
 
 def test_axes_are_strided_blocks():
@@ -251,7 +265,9 @@ def test_running_statistics_follow_their_channels():
 
 
 def test_traced_and_read_sequentials_have_one_symmetry():
-    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5), nn.Linear(5, 2))
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5), nn.Linear(5, 2)
+    )
     assert trace(network, inputs_of(IMAGE)) == derive(network)
 
 
@@ -332,7 +348,9 @@ def test_what_is_not_known_is_not_permuted(name):
 
 
 def test_a_network_that_does_not_run_is_refused():
-    with pytest.raises(ValueError, match=r"network Own: cannot be run on a batch \[3, 5\] \(RuntimeError: mat1 and mat2"):
+    with pytest.raises(
+        ValueError, match=r"network Own: cannot be run on a batch \[3, 5\] \(RuntimeError: mat1 and mat2"
+    ):
         derive(net(lambda s, x: s.b(s.a(x)), a=nn.Linear(5, 7), b=nn.Linear(8, 3)), torch.randn(3, 5))
 
 
@@ -365,7 +383,9 @@ class Program(nn.Module):
 
         def linear(s: nn.Module, v: list[Tensor]) -> Tensor:
             if name not in s._parameters:
-                s.register_parameter(name, nn.Parameter(torch.randn(x.shape[-1], size, dtype=torch.float64) / x.shape[-1]))
+                s.register_parameter(
+                    name, nn.Parameter(torch.randn(x.shape[-1], size, dtype=torch.float64) / x.shape[-1])
+                )
             return v[i] @ getattr(s, name)
 
         def biased(s: nn.Module, v: list[Tensor]) -> Tensor:
@@ -380,15 +400,20 @@ class Program(nn.Module):
 
         return choose.choice([
             linear, linear, linear, biased, written,
-            lambda s, v: v[i].tanh(), lambda s, v: v[i] + v[j], lambda s, v: v[i] * v[j].sigmoid(), lambda s, v: v[i].softmax(dim),
-            lambda s, v: v[i].transpose(dim, other), lambda s, v: v[i].unflatten(dim, split), lambda s, v: v[i].unflatten(dim, split),
-            lambda s, v: v[i].flatten(min(dim, other), max(dim, other)), lambda s, v: v[i].sum(dim), lambda s, v: v[i].mean(dim, True),
-            lambda s, v: torch.cat([v[i], v[j]], dim), lambda s, v: torch.stack([v[i], v[j]], dim),
-            lambda s, v: v[i].chunk(count, dim)[-1], lambda s, v: v[i].select(dim, 0), lambda s, v: v[i].unbind(dim)[-1],
-            lambda s, v: v[i] @ v[j].mT, lambda s, v: v[i].unsqueeze(dim), lambda s, v: v[i].reshape(*x.shape[:-1], -1, count),
-            lambda s, v: F.layer_norm(v[i], v[i].shape[dim:]), lambda s, v: v[i].cumsum(dim), lambda s, v: v[i].flip(dim),
-            lambda s, v: F.scaled_dot_product_attention(v[i], v[j], v[j]), lambda s, v: v[i].amax(dim), lambda s, v: F.glu(v[i], dim),
-            lambda s, v: torch.zeros_like(v[i]).add_(v[j]), lambda s, v: v[i].narrow(dim, 1, 2), lambda s, v: v[i].expand(2, *x.shape),
+            lambda _, v: v[i].tanh(), lambda _, v: v[i] + v[j], lambda _, v: v[i] * v[j].sigmoid(),
+            lambda _, v: v[i].softmax(dim),
+            lambda _, v: v[i].transpose(dim, other), lambda _, v: v[i].unflatten(dim, split),
+            lambda _, v: v[i].unflatten(dim, split),
+            lambda _, v: v[i].flatten(min(dim, other), max(dim, other)), lambda _, v: v[i].sum(dim),
+            lambda _, v: v[i].mean(dim, True),
+            lambda _, v: torch.cat([v[i], v[j]], dim), lambda _, v: torch.stack([v[i], v[j]], dim),
+            lambda _, v: v[i].chunk(count, dim)[-1], lambda _, v: v[i].select(dim, 0), lambda _, v: v[i].unbind(dim)[-1],
+            lambda _, v: v[i] @ v[j].mT, lambda _, v: v[i].unsqueeze(dim), lambda _, v: v[i].reshape(*x.shape[:-1], -1, count),
+            lambda _, v: F.layer_norm(v[i], v[i].shape[dim:]), lambda _, v: v[i].cumsum(dim), lambda _, v: v[i].flip(dim),
+            lambda _, v: F.scaled_dot_product_attention(v[i], v[j], v[j]), lambda _, v: v[i].amax(dim),
+            lambda _, v: F.glu(v[i], dim),
+            lambda _, v: torch.zeros_like(v[i]).add_(v[j]), lambda _, v: v[i].narrow(dim, 1, 2),
+            lambda _, v: v[i].expand(2, *x.shape),
         ])  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def _known(config: ConvertConfig) -> tuple[PermutationSpec, Released]:
     """What the file does not hold: the networks, and the facts of their training."""
     known = RELEASED[config.released]
     if config.task is None:
-        changed = {"scale": config.scale, "metric": config.metric}
-        return PRESETS[config.released].symmetry, known._replace(**{k: v for k, v in changed.items() if v is not None})
+        known = known._replace(scale=config.scale or known.scale, metric=config.metric or known.metric)
+        return PRESETS[config.released].symmetry, known
     task = TaskSpec(config.task).open()
     better = {metric.name: metric.better for metric in task.metrics}
     assert config.metric is not None  # refused by the config

@@ -63,7 +63,9 @@ def config_of(
     tokens = {int(found[1]): len(x) for name, x in state.items() if (found := pattern.fullmatch(name))}
     sizes, layout = [tokens[i] for i in sorted(tokens)], symmetry.layout
     if num_heads is None:
-        known = [c.num_heads for n, c in PRESETS.items() if n in RELEASED and (c.width, c.depth) == (width, len(blocks))]
+        known = [
+            c.num_heads for n, c in PRESETS.items() if n in RELEASED and (c.width, c.depth) == (width, len(blocks))
+        ]
         if len(set(known)) != 1:
             problem = f"width {width} and {len(blocks)} blocks do not tell the number of attention heads"
             raise ValueError(f"{path}: {problem}; give --num-heads")

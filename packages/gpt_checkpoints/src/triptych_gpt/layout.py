@@ -18,7 +18,9 @@ class Functional:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        places: dict[int, dict[tuple[int, str], str]] = {}  # of each tensor, the modules that hold it and their names for it
+        places: dict[
+            int, dict[tuple[int, str], str]
+        ] = {}  # of each tensor, the modules that hold it and their names for it
         for prefix, module in network.named_modules():
             for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
@@ -100,7 +102,9 @@ class ParameterLayout:
         for name, tensor in state_dict.items():
             if name in self.tied:
                 if not torch.equal(tensor, state_dict[self.tied[name]]):
-                    raise ValueError(f"{name}: differs from {self.tied[name]}, which it is tied to; give a network of this layout")
+                    raise ValueError(
+                        f"{name}: differs from {self.tied[name]}, which it is tied to; give a network of this layout"
+                    )
             elif name not in self.shapes and tensor.is_floating_point():
                 raise ValueError(f"{name}: not in the layout; give a state dict of the network of this layout")
         first, shape = next(iter(self.shapes.items()))

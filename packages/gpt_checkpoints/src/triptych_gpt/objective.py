@@ -20,8 +20,8 @@ from triptych_common.parallel import onto
 
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
-from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.tokenizers import coarsened
+from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.pairs import Pairs, stratified
 from triptych_gpt.zoo.source import recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo

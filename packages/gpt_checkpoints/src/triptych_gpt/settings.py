@@ -203,9 +203,13 @@ class ImportConfig(Options):
         if self.folder is not None and self.lmdb is not None:
             raise ValueError(f"folder {self.folder} and lmdb {self.lmdb}: give one of them")
         if self.folder is None and (self.pattern or self.metrics or self.rescore or self.better):
-            raise ValueError("--pattern, --metrics, --rescore and --better are about a --folder; give it, or leave them out")
+            raise ValueError(
+                "--pattern, --metrics, --rescore and --better are about a --folder; give it, or leave them out"
+            )
         if self.pattern is not None and not ("{run}" in self.pattern and "{step}" in self.pattern):
-            raise ValueError(f"pattern {self.pattern!r}: expected {{run}} and {{step}} in it, such as {{run}}/step_{{step}}.pt")
+            raise ValueError(
+                f"pattern {self.pattern!r}: expected {{run}} and {{step}} in it, such as {{run}}/step_{{step}}.pt"
+            )
         for text in self.better:
             if text.partition("=")[2] not in ("lower", "higher"):
                 raise ValueError(f"better {text!r}: expected METRIC=lower or METRIC=higher")

@@ -154,7 +154,9 @@ def joined(updates: Sequence[Float[Tensor, "n _"]], pieces: Sequence[Piece]) -> 
     whole: list[Tensor] = []
     for _, group in itertools.groupby(zip(updates, pieces, strict=True), key=lambda pair: pair[1].span.start):
         own = list(group)
-        blocks = [update.view(len(update), *(where.stop - where.start for where in piece.where)) for update, piece in own]
+        blocks = [
+            update.view(len(update), *(where.stop - where.start for where in piece.where)) for update, piece in own
+        ]
         ends = [tuple(where.stop for where in piece.where) for _, piece in own]
         for dim in reversed(range(len(own[0][1].shape))):
             if len(blocks) > 1:  # neighbours along this dimension end where no more follow

@@ -33,7 +33,8 @@ def derive(network: nn.Module, inputs: Tensor | None = None) -> PermutationSpec:
 
     An nn.Sequential, nested or not, is read layer by layer. Known are Linear, (transposed) convolutions, batch, instance, layer and
     RMS normalisation, GroupNorm of one group, elementwise activations, softmax, PReLU, pooling, Flatten, dropout, Identity and
-    `Residual`. Groups are named after the layer that first produces them. Inputs are [batch, features] or [batch, channels, *spatial].
+    `Residual`. Groups are named after the layer that first produces them.
+    Inputs are [batch, features] or [batch, channels, *spatial].
     Any other network is traced on `inputs`, a batch of which only shape and type matter: see `triptych_gpt.symmetry.traced`.
 
     Raises ValueError naming the first layer that is not known if there are no inputs to trace the network on.

@@ -1,12 +1,12 @@
 """Dimensions of tensors whose order is not known yet, as derivation by tracing infers it.
 
-A dimension is free (its entries may be permuted), fixed, a product of dimensions (row-major, as after a view), or a concatenation of
-them. Dimensions that must have one order are unified, and take on each other's structure. Whatever cannot be expressed becomes fixed,
-which is always sound: a fixed dimension is one that no permutation moves.
+A dimension is free (its entries may be permuted), fixed, a product of dimensions (row-major, as after a view), or a concatenation
+of them. Dimensions that must have one order are unified, and take on each other's structure. Whatever cannot be expressed becomes
+fixed, which is always sound: a fixed dimension is one that no permutation moves.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Literal
 
@@ -20,12 +20,10 @@ class Dim:
 
     __slots__ = ("kind", "link", "parts", "size")
 
-    def __init__(
-        self, size: int, kind: Literal["free", "fixed", "product", "concat"] = "free", parts: Sequence["Dim"] = ()
-    ) -> None:
-        self.size, self.parts, self.link = size, list(parts), None
-        self.kind = "fixed" if size <= 1 else kind
-        self.link: Dim | None
+    def __init__(self, size: int, kind: "Kind" = "free", parts: Sequence["Dim"] = ()) -> None:
+        self.size, self.parts = size, list(parts)
+        self.kind: Kind = "fixed" if size <= 1 else kind
+        self.link: Dim | None = None
 
     @property
     def root(self) -> "Dim":
@@ -39,6 +37,9 @@ class Dim:
         self.kind, self.parts = kind, list(parts)
 
 
+Kind = Literal["free", "fixed", "product", "concat"]
+
+
 def fixed(size: int) -> Dim:
     return Dim(size, "fixed")
 
@@ -47,7 +48,8 @@ def fix(dim: Dim) -> None:
     """Let no permutation move it."""
     dim = dim.root
     if dim.kind != "fixed":
-        parts, dim.kind, dim.parts = dim.parts, "fixed", []
+        parts, dim.parts = dim.parts, []
+        dim.kind = "fixed"
         for part in parts:
             fix(part)
 
@@ -62,8 +64,7 @@ def product(parts: Iterable[Dim]) -> Dim:
     parts = list(chain.from_iterable(part.parts if part.kind == "product" else [part] for part in parts))
     if len(parts) < 2:
         return parts[0] if parts else fixed(1)
-    kind = "fixed" if all(part.root.kind == "fixed" for part in parts) else "product"
-    return Dim(math.prod(part.size for part in parts), kind, parts if kind == "product" else ())
+    return Dim(math.prod(part.size for part in parts), "product", parts)
 
 
 def concat(parts: Iterable[Dim]) -> Dim:
@@ -72,23 +73,12 @@ def concat(parts: Iterable[Dim]) -> Dim:
     parts = list(chain.from_iterable(part.parts if part.kind == "concat" else [part] for part in parts))
     if len(parts) < 2:
         return parts[0] if parts else fixed(0)
-    kind = "fixed" if all(part.root.kind == "fixed" for part in parts) else "concat"
-    return Dim(sum(part.size for part in parts), kind, parts if kind == "concat" else ())
+    return Dim(sum(part.size for part in parts), "concat", parts)
 
 
 def split(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     """A dimension as a product of dimensions of these sizes."""
-    dim = dim.root
-    wanted = [size for size in sizes if size != 1]
-    if len(wanted) < 2:
-        found = [dim] * len(wanted)
-    else:
-        found = _split(dim, wanted)
-        if found is None:
-            fix(dim)
-            found = [fixed(size) for size in wanted]
-    rest = iter(found)
-    return [fixed(1) if size == 1 else next(rest) for size in sizes]
+    return _divided(dim.root, sizes, _split, trivial=1)
 
 
 def _split(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
@@ -126,17 +116,20 @@ def _split(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
 
 def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     """A dimension as segments of these sizes, one after another."""
-    dim = dim.root
-    wanted = [size for size in sizes if size]
-    if len(wanted) < 2:
-        found = [dim] * len(wanted)
-    else:
-        found = _cut(dim, wanted)
-        if found is None:
-            fix(dim)
-            found = [fixed(size) for size in wanted]
+    return _divided(dim.root, sizes, _cut, trivial=0)
+
+
+def _divided(
+    dim: Dim, sizes: Sequence[int], divide: Callable[[Dim, list[int]], list[Dim] | None], trivial: int
+) -> list[Dim]:
+    """A dimension divided into parts of these sizes; fixed if that cannot be done. Parts of the trivial size do not count."""
+    wanted = [size for size in sizes if size != trivial]
+    found = [dim] * len(wanted) if len(wanted) < 2 else divide(dim, wanted)
+    if found is None:
+        fix(dim)
+        found = [fixed(size) for size in wanted]
     rest = iter(found)
-    return [fixed(0) if size == 0 else next(rest) for size in sizes]
+    return [fixed(trivial) if size == trivial else next(rest) for size in sizes]
 
 
 def _cut(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:

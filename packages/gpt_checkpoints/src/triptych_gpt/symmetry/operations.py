@@ -1,8 +1,8 @@
 """What operations on tensors do to the order of their dimensions: a rule for each, by its name in ATen.
 
-A rule takes the graph's node and the operation's arguments by name, tensors as their `Dims`; it unifies dimensions that must have one
-order, fixes those that must not be permuted, and returns the dimensions of what the operation gives. Raises Unknown for arguments
-for which none of this is known.
+A rule takes the graph's node and the operation's arguments by name, tensors as their `Dims`; it unifies dimensions that must have
+one order, fixes those that must not be permuted, and returns the dimensions of what the operation gives. Raises Unknown for
+arguments for which none of this is known.
 """
 
 import math
@@ -92,7 +92,9 @@ def along(node: fx.Node, a: SimpleNamespace) -> Any:
         fix(a.self[place])
     sizes = iter(shape)
     left = Dims(
-        fixed(next(sizes)) if i in places else (dim, next(sizes))[0] for i, dim in enumerate(a.self) if keep or i not in places
+        fixed(next(sizes)) if i in places else (dim, next(sizes))[0]
+        for i, dim in enumerate(a.self)
+        if keep or i not in places
     )
     return outputs(node, left, left)
 
@@ -142,7 +144,14 @@ def matrix_product(node: fx.Node, a: SimpleNamespace) -> Dims:
     return pointwise(node, summand)
 
 
-_FACTORS = (("mat1", "mat2"), ("batch1", "batch2"), ("mat", "vec"), ("self", "mat2"), ("self", "vec"), ("self", "tensor"))
+_FACTORS = (
+    ("mat1", "mat2"),
+    ("batch1", "batch2"),
+    ("mat", "vec"),
+    ("self", "mat2"),
+    ("self", "vec"),
+    ("self", "tensor"),
+)
 
 
 def linear(node: fx.Node, a: SimpleNamespace) -> Dims:

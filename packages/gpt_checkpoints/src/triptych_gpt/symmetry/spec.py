@@ -157,7 +157,8 @@ class PermutationSpec:
         for name, entries in self.axes.items():
             named = [segments_of(*pair) for pair in zip(entries, self.layout.shapes[name], strict=True)]
             axes[name] = tuple(
-                Blocks(tuple(tuple((None if g in groups else g, n) for g, n in segment) for segment in each)) for each in named
+                Blocks(tuple(tuple((None if g in groups else g, n) for g, n in segment) for segment in each))
+                for each in named
             )
         return PermutationSpec(self.layout, axes)
 
@@ -249,7 +250,10 @@ class PermutationSpec:
 
     def to_json(self) -> dict[str, Any]:
         """{"layout": ..., "axes": {name: [null, [group, block] or segments [[[group or null, units], ...], ...], ...]}}."""
-        return {"layout": self.layout.to_json(), "axes": {name: list(map(_json, axes)) for name, axes in self.axes.items()}}
+        return {
+            "layout": self.layout.to_json(),
+            "axes": {name: list(map(_json, axes)) for name, axes in self.axes.items()},
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "PermutationSpec":
@@ -307,7 +311,7 @@ def check_invariance(
 def _json(entry: Entry) -> list[Any] | None:
     if isinstance(entry, Blocks):
         return [[list(factor) for factor in segment] for segment in entry.segments]
-    return entry and [entry.group, entry.block]
+    return None if entry is None else [entry.group, entry.block]
 
 
 def _entry(content: Any) -> Entry:

@@ -1,8 +1,8 @@
 """The permutation symmetry of any network whose forward pass can be traced into a graph of tensor operations.
 
-Every dimension of every parameter starts free, those of inputs and outputs are fixed, and each operation in the graph unifies the
-dimensions that it contracts, adds or concatenates. What stays free may be permuted. Operations without a rule fix every dimension of
-what they read: fewer symmetries, never a wrong one.
+Every dimension of every parameter starts free, those of inputs and outputs are fixed, and each operation in the graph unifies
+the dimensions that it contracts, adds or concatenates. What stays free may be permuted. Operations without a rule fix every
+dimension of what they read: fewer symmetries, never a wrong one.
 """
 
 import copy
@@ -34,9 +34,9 @@ def trace(network: nn.Module, inputs: Tensor) -> PermutationSpec:
     """The symmetry of a network between fixed inputs and outputs; of `inputs`, a batch, only shape and type matter.
 
     It consists of units of linear, convolution and embedding layers, through elementwise functions, norms, pooling, views and
-    concatenation; heads of attention, and channels within them; hidden units of recurrences, in all gates at once. Running statistics
-    are part of theta, and follow their channels. Warns once of operations without a rule, and of a network that cannot be traced,
-    such as one whose control flow depends on data: none of its units are permuted.
+    concatenation; heads of attention, and channels within them; hidden units of recurrences, in all gates at once. Running
+    statistics are part of theta, and follow their channels. Warns of operations without a rule, and of a network that cannot be
+    traced, such as one whose control flow depends on data: none of its units are permuted.
 
     Raises ValueError for a network that cannot be run on the inputs either.
     """
@@ -47,7 +47,9 @@ def trace(network: nn.Module, inputs: Tensor) -> PermutationSpec:
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         _check_runs(network, inputs)
         reason = _line(error)
-        warnings.warn(f"the network cannot be traced ({reason}): its units are not permuted", SymmetryWarning, stacklevel=2)
+        warnings.warn(
+            f"the network cannot be traced ({reason}): its units are not permuted", SymmetryWarning, stacklevel=2
+        )
         return PermutationSpec(layout, {name: (None,) * len(shape) for name, shape in layout.shapes.items()})
     if unknown:
         ops = ", ".join(sorted(unknown))
@@ -62,7 +64,9 @@ def _check_runs(network: nn.Module, inputs: Tensor) -> None:
             network(inputs.to(parameter) if inputs.is_floating_point() else inputs.to(parameter.device))
     except Exception as error:
         problem = f"cannot be run on a batch {list(inputs.shape)} ({_line(error)})"
-        raise ValueError(f"network {type(network).__name__}: {problem}; its forward takes a batch of inputs alone") from error
+        raise ValueError(
+            f"network {type(network).__name__}: {problem}; its forward takes a batch of inputs alone"
+        ) from error
 
 
 def _line(error: Exception) -> str:
@@ -71,7 +75,7 @@ def _line(error: Exception) -> str:
 
 def _graph(network: nn.Module, layout: ParameterLayout, inputs: Tensor) -> tuple[fx.Graph, list[str | None]]:
     """The forward pass in evaluation as a graph, and the parameter that each of its placeholders is, None for others."""
-    # In float64: in float32 some layers take a path of the CPU's that is one opaque operation. Nothing is computed: tensors are fake.
+    # In float64: in float32 some layers take a path of the CPU's that is one opaque operation. Nothing is computed.
     held = {name: torch.empty(shape, dtype=torch.float64) for name, shape in layout.shapes.items()}
     for name, buffer in network.named_buffers():
         if name not in held and buffer.is_floating_point():

@@ -17,8 +17,8 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from triptych_gpt.layout import Functional, ParameterLayout
-from triptych_gpt.symmetry.spec import mha_fastpath
 from triptych_gpt.symmetry.derivation import ELEMENTWISE, POOLING, Residual, join
+from triptych_gpt.symmetry.spec import mha_fastpath
 
 Parameters = Mapping[str, Tensor]  # each [networks, *shape]
 
@@ -86,7 +86,9 @@ class Stack:
         hooks = [module.register_forward_hook(note) for module in leaves]
         try:
             with torch.no_grad():
-                self.network.eval()(inputs.to(next(self.network.parameters())) if inputs.is_floating_point() else inputs)
+                self.network.eval()(
+                    inputs.to(next(self.network.parameters())) if inputs.is_floating_point() else inputs
+                )
         finally:
             for hook in hooks:
                 hook.remove()
@@ -147,7 +149,9 @@ class Stack:
     def _one_by_one(self, parameters: Parameters, inputs: Tensor, shared: bool) -> Tensor:
         each = range(len(next(iter(parameters.values()))))
         views = [{name: value[i] for name, value in parameters.items()} for i in each]
-        return torch.stack([self._alone(view, inputs if shared else inputs[i]) for i, view in zip(each, views, strict=True)])
+        return torch.stack(
+            [self._alone(view, inputs if shared else inputs[i]) for i, view in zip(each, views, strict=True)]
+        )
 
     def _can_vmap(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
         """Whether vmap can batch the network; tried on two copies of one network. Raises ValueError for one that is random."""
@@ -156,7 +160,9 @@ class Stack:
             with torch.no_grad():
                 self._vmapped(two, inputs.clone() if shared else inputs[:1].repeat(2, *[1] * (inputs.ndim - 1)), shared)
         except RuntimeError as error:
-            if "randomness" in str(error) or self._draws({name: value[0] for name, value in two.items()}, inputs, shared):
+            if "randomness" in str(error) or self._draws(
+                {name: value[0] for name, value in two.items()}, inputs, shared
+            ):
                 raise ValueError(
                     f"network {type(self.network).__name__}: draws random numbers, so that runs would depend on ambient "
                     "randomness; leave out its dropout"
@@ -166,7 +172,6 @@ class Stack:
             warnings.warn(problem, OneByOneWarning, stacklevel=2)
             return False
         return True
-
 
     def _draws(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
         """Whether the network draws random numbers."""

@@ -138,7 +138,9 @@ class SupervisedTask(Checked, Task):
             return self.permutations
         try:
             return derive(self.stack.network)
-        except ValueError:  # not made of known layers: traced on the shape of an input, for which the data have to be loaded
+        except (
+            ValueError
+        ):  # not made of known layers: traced on the shape of an input, for which the data have to be loaded
             return derive(self.stack.network, self.items["train"].inputs[:2])
 
     def check_symmetry(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.storage import foreign
@@ -146,9 +145,16 @@ def theta_of(state: Mapping[str, Tensor], layout: ParameterLayout, where: str, w
     """The parameters as one float32 vector. Raises ValueError showing both sides if the state dict is of another network."""
     state = _under(_prefix(state, layout), state)
     theirs = {name: tuple(x.shape) for name, x in state.items() if x.is_floating_point()}
-    expected = {**layout.shapes, **{name: layout.shapes[other] for name, other in layout.tied.items() if name in theirs}}
+    expected = {
+        **layout.shapes,
+        **{name: layout.shapes[other] for name, other in layout.tied.items() if name in theirs},
+    }
     if theirs != expected:
-        wrong = [f"{n} is {theirs[n]} there, {expected[n]} here" for n in expected if n in theirs and theirs[n] != expected[n]]
+        wrong = [
+            f"{n} is {theirs[n]} there, {expected[n]} here"
+            for n in expected
+            if n in theirs and theirs[n] != expected[n]
+        ]
         wrong += [f"{name} {shape} is missing there" for name, shape in expected.items() if name not in theirs]
         wrong += [f"{name} {shape} is not here" for name, shape in theirs.items() if name not in expected]
         more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

@@ -170,9 +170,13 @@ def _chosen(
             thinned.append(name)
         chosen[name] = [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
     if thinned:
-        echo(f"{len(thinned):,} runs with more than {count} checkpoints ({_some(thinned)}): {count} evenly spaced ones of each")
+        echo(
+            f"{len(thinned):,} runs with more than {count} checkpoints ({_some(thinned)}): {count} evenly spaced ones of each"
+        )
     if dropped:
-        echo(f"dropped {len(dropped):,} runs with fewer than {count} checkpoints: {_some(dropped)}; --checkpoints decides")
+        echo(
+            f"dropped {len(dropped):,} runs with fewer than {count} checkpoints: {_some(dropped)}; --checkpoints decides"
+        )
     return chosen, dropped
 
 
@@ -187,7 +191,9 @@ def _metrics(config: ImportConfig, task: Task | None, columns: Sequence[str]) ->
     known: dict[str, str] = {} if task is None else {metric.name: metric.better for metric in task.metrics}
     for name, direction in given.items():
         if name not in columns:
-            raise ValueError(f"better {name}: no such column; {config.metrics or 'no --metrics table'} has {', '.join(columns) or 'none'}")
+            raise ValueError(
+                f"better {name}: no such column; {config.metrics or 'no --metrics table'} has {', '.join(columns) or 'none'}"
+            )
         if known.get(name, direction) != direction:
             raise ValueError(f"better {name}={direction}: of task {config.task} {known[name]} is better; leave it out")
     if config.rescore and task is None:
@@ -198,7 +204,11 @@ def _metrics(config: ImportConfig, task: Task | None, columns: Sequence[str]) ->
     if unknown := [name for name in columns if name not in better]:
         echo(f"no metrics, since which way is better is not known: {', '.join(unknown)} (--better {unknown[0]}=lower)")
     if not better:
-        where = "--rescore, or --metrics TABLE and --better METRIC=lower" if config.metrics is None else "--better METRIC=lower"
+        where = (
+            "--rescore, or --metrics TABLE and --better METRIC=lower"
+            if config.metrics is None
+            else "--better METRIC=lower"
+        )
         raise ValueError(f"{config.folder}: no metric of its checkpoints is known; give {where}")
     if taken := sorted({*OWN_COLUMNS, "split", "origin", "name"} & better.keys()):
         raise ValueError(f"metric {taken[0]}: the index has a column of that name already; rename it")
@@ -216,7 +226,9 @@ def _read_table(path: Path) -> tuple[dict[tuple[str, int], dict[str, float]], tu
         try:
             key = str(row["run"]), int(float(row["step"]))
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: step {row['step']!r} of run {row['run']!r}: expected a number; {_REMEDY}") from error
+            raise ValueError(
+                f"{path}: step {row['step']!r} of run {row['run']!r}: expected a number; {_REMEDY}"
+            ) from error
         if key in table:
             raise ValueError(f"{path}: run {key[0]} has two rows of step {key[1]}; leave one")
         table[key] = {str(name): _number(value) for name, value in row.items() if name not in ("run", "step")}
@@ -265,7 +277,9 @@ def _read_cohort(source: _Source, split: str, cohort: range, names: Sequence[str
             dropped[run] = problem
     theta = theta[: len(kept)]
     values = {
-        name: torch.tensor([[source.table[names[run], step][name] for step, _ in source.runs[names[run]]] for run in kept])
+        name: torch.tensor(
+            [[source.table[names[run], step][name] for step, _ in source.runs[names[run]]] for run in kept]
+        )
         for name in source.better
         if name not in source.rescored
     }
@@ -314,7 +328,18 @@ def _digest(content: Any) -> str:
 def _words(config: ImportConfig) -> str:
     """The command line's options that decide what the zoo is."""
     words: list[str] = []
-    names = ("folder", "task", "pattern", "metrics", "num_test_runs", "validation_runs", "checkpoints", "cohort_runs", "dtype", "seed")
+    names = (
+        "folder",
+        "task",
+        "pattern",
+        "metrics",
+        "num_test_runs",
+        "validation_runs",
+        "checkpoints",
+        "cohort_runs",
+        "dtype",
+        "seed",
+    )
     for name in names:
         if getattr(config, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]

@@ -31,4 +31,6 @@ def preview(config: ImportConfig) -> dict[str, Any]:
 
 def _check_source(config: ImportConfig) -> None:
     if config.folder is None:
-        raise ValueError("nothing to import: give --folder FOLDER of checkpoints, or --lmdb FOLDER of the released data")
+        raise ValueError(
+            "nothing to import: give --folder FOLDER of checkpoints, or --lmdb FOLDER of the released data"
+        )

@@ -108,7 +108,9 @@ class Splits(NamedTuple):
         if validation + test >= runs:
             names = f"num_test_runs {test}" + (f" and validation_runs {validation}" if validation else "")
             raise ValueError(f"{names}: expected less than {held}")
-        return cls(range(runs - test - validation), range(runs - test - validation, runs - test), range(runs - test, runs))
+        return cls(
+            range(runs - test - validation), range(runs - test - validation, runs - test), range(runs - test, runs)
+        )
 
     def cohorts(self, cohort_runs: int) -> Iterator[tuple[str, range]]:
         """Split and consecutive runs of each shard."""
