@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,6 +276,30 @@ def test_what_does_not_fit_is_one_line(task, tmp_path):
     torch.save(state_of(0, 20), folder / "run0" / "other_20.pt")
     assert "step 20 of run run0, as" in refusal(folder=folder, metrics=table, task=task, out=out)
     assert not out.exists()
+
+
+class Malicious:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_files_run_nothing_and_do_not_hang(task, tmp_path):
+    folder, table, witness = write_runs(tmp_path / "runs"), write_table(tmp_path / "table.csv"), tmp_path / "witness"
+    os.mkfifo(folder / "run0" / "pipe_7.pt")
+    (folder / "run0" / "loop").symlink_to(folder)
+    (folder / "run0" / "again_8.pt").symlink_to(folder / "run0" / "epoch1_20.pt")
+    import_zoo(ImportConfig(folder=folder, metrics=table, task=task, out=tmp_path / "zoo"))
+    check_zoo(Zoo(tmp_path / "zoo"))
+    assert len(Zoo(tmp_path / "zoo")) == 6
+    torch.save({**state_of(1, 20), "hook": Malicious(witness)}, folder / "run1" / "epoch1_20.pt")
+    options = {"folder": folder, "metrics": table, "task": task}
+    assert "which may run code" in refusal(**options, out=tmp_path / "other")
+    (folder / "run1" / "epoch1_20.pt").write_bytes(b"damaged")
+    assert "epoch1_20.pt: truncated" in refusal(**options, out=tmp_path / "other")
+    assert not witness.exists()
 
 
 SMALL = [

@@ -74,7 +74,9 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:tokens of up to")
-@pytest.mark.parametrize(("name", "tokens"), [("RESIDUAL", "neuron"), ("ATTENTION", "neuron"), ("ATTENTION", "chunk"), ("RESIDUAL", "layer")])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("RESIDUAL", "neuron"), ("ATTENTION", "neuron"), ("ATTENTION", "chunk"), ("RESIDUAL", "layer")]
+)
 def test_from_training_runs_to_a_prompted_network(name, tokens, file, tmp_path, capsys):
     task, (zoo, gpt, out) = f"{file}:{name}", (str(tmp_path / part) for part in ("zoo", "gpt", "prompted"))
     collect = ["--runs", "6", "--cohort-runs", "2", "--checkpoints", "4", "--split-every", "3", "--engine", "here"]

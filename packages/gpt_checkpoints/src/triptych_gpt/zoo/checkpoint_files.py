@@ -55,8 +55,7 @@ def find(folder: Path, pattern: str | None = None) -> Found:
 
 
 def _candidates(folder: Path, pattern: str | None) -> Iterator[Path]:
-    """Regular files with weights, each once, and folders that are one checkpoint; links to folders are not followed."""
-    seen: set[tuple[int, int]] = set()
+    """Regular files with weights, each once in its folder, and folders that are one checkpoint; links to folders are passed by."""
     for where, folders, files in os.walk(folder):
         folders.sort(key=_natural)
         here = Path(where)
@@ -64,7 +63,10 @@ def _candidates(folder: Path, pattern: str | None) -> Iterator[Path]:
             folders.clear()
             yield here
             continue
-        for name in sorted(files, key=_natural):
+        seen: set[tuple[int, int]] = set()
+        for name in sorted(
+            files, key=lambda name: ((here / name).is_symlink(), _natural(name))
+        ):  # a link repeats its file
             info = (here / name).stat() if name.endswith(SUFFIXES) and (here / name).exists() else None
             if info is not None and stat.S_ISREG(info.st_mode) and (info.st_dev, info.st_ino) not in seen:
                 seen.add((info.st_dev, info.st_ino))
