@@ -150,6 +150,7 @@ def doors(root: Path) -> list[list[str]]:
             ["triptych-gpt", "prompt", "--model", root / "gpt", "--checkpoint", path, "--target", "test_loss=0.3"],
             ["triptych-gpt", "convert", "--checkpoint", path],
             ["triptych-gpt", "import", "--lmdb", path],
+            ["triptych-gpt", "import", "--folder", path],
             ["triptych-gangealing", "generate", "--generator", path],
             ["triptych-gangealing", "train", "--generator", path],
             ["triptych-gangealing", "train-gan", "--init-from", path],

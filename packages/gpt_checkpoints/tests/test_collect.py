@@ -410,7 +410,7 @@ def test_bad_tasks_are_one_line(tasks, tmp_path):
         ("mnist", "task 'mnist': expected one of mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME"),
         (f"{tasks}:ABSENT", "has no ABSENT"),
         (f"{tasks}:NOTHING", "int, no Task"),
-        (f"{tasks}:TIED", "layer 1 (Bilinear)"),
+        (f"{tasks}:TIED", "network Sequential: cannot be run on a batch [2, 3] (TypeError: Bilinear"),
         ("nowhere.py:TASK", "nowhere.py: no such file"),
     ):
         fails_with(command("collect", spec, "--out", str(tmp_path / "zoo")), message)

@@ -20,6 +20,7 @@ from triptych_common.parallel import onto
 
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
+from triptych_gpt.tokenizers import coarsened
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.pairs import Pairs, stratified
 from triptych_gpt.zoo.source import contents_of, recipe_of, task_of
@@ -75,6 +76,13 @@ class TrainingZoo:
             total, squares = total + float(theta.sum()), squares + float(theta.square().sum())
         count = n * self.zoo.layout.size
         return PIXEL_STD / (squares / count - (total / count) ** 2) ** 0.5
+
+    @cached_property
+    def augmented(self) -> bool:
+        """Whether units are permuted at random: by default wherever the tokens do not follow every permutation by themselves."""
+        symmetry, config = self.task.symmetry, self.config
+        follow = config.tokenizer == "neuron" and coarsened(symmetry) is symmetry
+        return config.augment == "on" or (config.augment == "auto" and not follow)
 
     @cached_property
     def orders(self) -> dict[str, Int[Tensor, "runs _"]] | None:
@@ -134,7 +142,7 @@ class Objective:
         if data.orders is not None:
             both = symmetry.apply(both, {group: order[batch.places] for group, order in data.orders.items()})
         # Augmentation: afresh for every pair, a network with its units in another order, which computes the same function.
-        if self.config.augmented:
+        if data.augmented:
             both = symmetry.apply(both, symmetry.draw(seed, counters))
         theta, theta_star = (both.to(dtype) * data.scale).unbind(1)
         # Timesteps of consecutive counters are evenly spread over 0..999, which lowers the variance of a batch's loss.

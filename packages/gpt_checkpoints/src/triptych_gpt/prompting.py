@@ -46,7 +46,7 @@ class Answer:
     @property
     def state_dict(self) -> dict[str, Tensor]:
         """The network as a state dict, for `load_state_dict`."""
-        return {name: value.clone() for name, value in self.layout.unflatten(self.theta).items()}
+        return self.layout.state_dict(self.theta)
 
 
 class OutsideTrainedRange(UserWarning):

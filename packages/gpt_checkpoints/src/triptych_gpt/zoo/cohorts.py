@@ -1,5 +1,6 @@
 """Cohorts of runs, their splits, and the work on one: training, scoring, writing."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from triptych_gpt.tasks.stack import OneByOneWarning
 from triptych_gpt.tasks.task import Cohort, Task, Trajectories
 from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
 from triptych_gpt.zoo.store import CohortData, ShardRecord, shard_name, unsound, write_shard
@@ -63,7 +65,8 @@ def collect_cohort(work: Work, device: str) -> ShardRecord:
     Raises OSError if the files cannot be written, ValueError for a cohort that the task cannot train.
     """
     task, on, cohort, runs = _opened(work.task, work.recipe), torch.device(device), work.cohort, work.cohort.runs
-    with one_line(f"task {task.name}, runs {runs[0]}..{runs[-1]}"):
+    with one_line(f"task {task.name}, runs {runs[0]}..{runs[-1]}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", OneByOneWarning)  # reported by whoever gives out the work, not by every process
         trained = task.train_cohort(cohort, on, work.networks_at_once)
         _check(trained, work, task)
         if work.dtype == "bfloat16":  # scored as they are stored

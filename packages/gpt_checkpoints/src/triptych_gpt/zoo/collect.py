@@ -66,6 +66,9 @@ def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
         _check(config, task)
         if isinstance(task, SupervisedTask):
             task.check_symmetry()
+            task.stack.probe(
+                task.items["train"].inputs[:2]
+            )  # so that a slow way of running is reported before it begins
     early = {"early": True} if config.early else {}  # left out otherwise, as in zoos that are older than the option
     return task, identity | {name: getattr(config, name) for name in IDENTITY} | early
 

@@ -95,7 +95,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     row = zoo.row_of(config.run)
     place = _checkpoint(zoo, row, config.checkpoint)
     refuse_damaged(Manifest(zoo.path, zoo.facts, zoo.shards_of([row])), contents=True)
-    state_dict = zoo.layout.unflatten(zoo.theta([row], [place])[0])
+    state_dict = zoo.layout.state_dict(zoo.theta([row], [place])[0])
     metrics = {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names}
     split, step = str(zoo.runs.split[row]), int(zoo.steps[row, place])
     facts = {"task": zoo.task, "run": config.run, "split": split, "checkpoint": place, "step": step, "metrics": metrics}

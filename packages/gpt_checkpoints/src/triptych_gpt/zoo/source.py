@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from triptych_gpt.tasks.task import Task
 
 
+NO_TASK = "none"
+"""The task of a zoo of checkpoints that came without one: its networks are known by their parameters alone."""
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """A task by the arguments of `open_task`, for processes that have not opened it."""
@@ -87,6 +91,10 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
     Raises ValueError for a task of another architecture or recipe than the zoo's.
     """
     spec = TaskSpec.recorded(zoo.facts.get("opened_by") or {"task": zoo.task}, str(zoo.path), task)
+    if spec.task == NO_TASK:
+        from triptych_gpt.tasks.unknown import UnknownTask
+
+        return UnknownTask(zoo.layout, zoo.better), spec
     report_changes(spec, zoo.facts.get("recipe", {}), str(zoo.path))
     with one_line(f"task {spec.task}"):
         opened = spec.open()

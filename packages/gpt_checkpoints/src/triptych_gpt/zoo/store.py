@@ -212,7 +212,7 @@ _OWN = {"kind", "format", "shards", "xxh3_128"}
 @open_ended
 class _Facts(TypedDict):
     task: str
-    layout: list[tuple[str, list[Annotated[int, Ge(1)]]]]
+    layout: list[tuple[str, list[Annotated[int, Ge(1)]] | str]]
     checkpoints: Annotated[int, Ge(2)]  # of each run, to make pairs of them
     dtype: Annotated[str, OneOf(DTYPES)]
     metrics: dict[str, Literal["lower", "higher"]]
