@@ -122,15 +122,13 @@ class PairLoop(TransformerSettings):
 def test_what_changes_no_result_is_left_out_of_the_identity():
     changed = PairLoop(
         out=Path("elsewhere"), device="cpu", json=True, dry_run=True, micro_batch=1, tensorboard=True, parallel="fsdp",
-        activation_checkpointing=True, compile_blocks=True,
+        activation_checkpointing=True, compile_blocks=True, log_every=3, checkpoint_every=7,
     )  # fmt: skip
     assert changed.identity() == PairLoop().identity()
     decides = (
         "seed",
         "batch_size",
         "lr",
-        "log_every",
-        "checkpoint_every",
         "adam_beta2",
         "grad_clip",
         "ema_rampup",

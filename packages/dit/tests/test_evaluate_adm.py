@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from triptych_common.metrics import load_inception
 from triptych_common.testing import OFFLINE, random_inception_weights, run_cli
 from triptych_dit.evaluate import EvaluateConfig, evaluate
@@ -115,7 +116,7 @@ def test_a_reference_of_statistics_alone(folder, features, capsys):
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"images": np.zeros((9, 8, 8, 3), np.uint8)}, r"bad.npz: holds images; expected images in arr_0"),
     ({"arr_0": np.zeros((9, 8, 8, 3), np.float32)}, r"bad.npz: arr_0 is float32 \(9, 8, 8, 3\), expected uint8"),
-    ({"arr_0": np.zeros((9, 28, 28, 1), np.uint8)}, r"bad.npz: arr_0 is uint8 \(9, 28, 28, 1\), expected uint8"),
+    ({"arr_0": np.zeros((9, 28, 28, 4), np.uint8)}, r"bad.npz: arr_0 is uint8 \(9, 28, 28, 4\), expected uint8"),
     ({"arr_0": np.zeros((3, 8, 8, 3), np.uint8)}, r"bad.npz: 3 images; precision and recall with k=3 need more than 3"),
 ])  # fmt: skip
 def test_a_bad_file_is_refused_before_anything_is_computed(arrays, message, folder):
@@ -155,3 +156,26 @@ def test_options_of_the_other_kind_are_refused(settings, message, tmp_path):
     options["files"] = tuple(tmp_path / f"{i}.npz" for i in range(settings.get("files", 0)))
     with pytest.raises(ValueError, match=message):
         EvaluateConfig(**options)
+
+
+def test_folders_are_scored_as_their_images_in_files_would_be(folder):
+    with np.load(folder / "reference.npz") as arrays:
+        images = arrays["arr_0"]
+    for i, image in enumerate(images):
+        (folder / "own" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "own" / f"{i % 2}" / f"{i:04d}.png")
+    (folder / "own" / "0" / "broken.png").write_bytes(b"no picture")
+    options = ("--inception", folder / "weights.pth", "--repeats", 0, "--device", "cpu", "--out", folder / "scored")
+    done = run_dit("evaluate", "--reference", folder / "own", "--samples", folder / "samples.npz", *options)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = json.loads((folder / "scored/scores.json").read_text()), suite(folder)
+    for name in ("fid", "sfid", "precision", "recall"):
+        assert ours["scores"][name]["value"] == pytest.approx(theirs["scores"][name]["value"], rel=1e-4)
+    assert f"pictures of {folder / 'own'} are reduced and centre-cropped to 24x24" in ours["notes"]
+    assert ours["reference"]["images"] == len(images)
+    assert "left out 1 of 9 images" in done.stdout
+    assert len(json.loads((folder / "scored/skipped.json").read_text())) == 1
+    done = run_dit("evaluate", folder / "own", folder / "own", *options)
+    assert done.returncode == 0, done.stderr
+    same = json.loads((folder / "scored/scores.json").read_text())["scores"]
+    assert same["fid"]["value"] == pytest.approx(0, abs=1e-3)

@@ -224,6 +224,20 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert logged(a) == logged(b)
 
 
+def test_any_checkpoint_is_an_encoder(whole: tuple[Path, Encoder]) -> None:
+    out, encoder = whole
+    read = read_encoder(checkpoint.steps_in(out / "checkpoints")[-1]).encoder
+    assert all(torch.equal(read.state_dict()[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_a_run_may_be_lengthened(tmp_path: Path) -> None:
+    train_encoder(tiny_generator(), tiny(tmp_path, total_images=16))
+    train_encoder(tiny_generator(), tiny(tmp_path, total_images=32))
+    assert checkpoint.steps_in(tmp_path / "checkpoints")[-1].name == "step-00000004.safetensors"
+    with pytest.raises(ValueError, match="has trained on 32 already"):
+        train_encoder(tiny_generator(), tiny(tmp_path, total_images=16))
+
+
 def test_a_run_leaves_its_encoder_and_rows(whole: tuple[Path, Encoder]) -> None:
     out, encoder = whole
     rows = logged(out)

@@ -70,6 +70,16 @@ def given(tmp_path_factory) -> list[str]:
     ]
 
 
+def test_any_checkpoint_aligns(given: list[str], tmp_path: Path) -> None:
+    trained(given, tmp_path / "run", "--clusters", 1)
+    finished = load_aligner(tmp_path / "run")
+    (tmp_path / "run/aligner.safetensors").unlink()
+    for path in (tmp_path / "run", tmp_path / "run" / LAST):
+        found = load_aligner(path)
+        assert found.facts == finished.facts
+        assert all(torch.equal(found.state_dict()[key], value) for key, value in finished.state_dict().items())
+
+
 def trained(given: list[str], out: Path, *options: object) -> dict:
     """The result of a run that must succeed."""
     done = succeeds("train", *TINY, *given, "--out", out, "--json", *options)

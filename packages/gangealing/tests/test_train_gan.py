@@ -405,8 +405,8 @@ def spoil(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(("how", "options", "message"), [
     ("empty", [], "no images found"),
     ("absent", [], "expected mnist5k, mnist, cifar10, a folder"),
-    ("broken", [], "003.png"),
-    ("too small", [], "tiny.png"),
+    ("broken", ["--strict"], "003.png"),
+    ("too small", ["--strict"], "tiny.png"),
     ("fine", ["--conditional"], "has no classes for a conditional model; put each into a subfolder of its own"),
     ("fine", ["--resolution", "16"], "000.png"),
 ])  # fmt: skip
@@ -416,6 +416,35 @@ def test_data_that_will_not_do_is_one_line_and_leaves_nothing(tmp_path, how, opt
         spoil(data, how)
     fails_with(train_gan(data, out, *options), message)
     assert not out.exists()
+
+
+def test_pictures_that_will_not_do_are_listed_and_left_out(tmp_path):
+    for how in ("broken", "too small"):
+        spoil(tmp_path / how / "data", how)
+        done = train_gan(tmp_path / how / "data", tmp_path / how / "run", *SHORT)
+        assert done.returncode == 0, done.stderr
+        assert f"left out 1 of {8 + (how != 'broken')} images" in done.stdout
+        (row,) = json.loads((tmp_path / how / "run/skipped.json").read_text())
+        assert Path(row["path"]).name == {"broken": "003.png", "too small": "tiny.png"}[how]
+
+
+def test_any_checkpoint_generates_and_starts_fine_tuning(pictures, whole, tmp_path):
+    """Both networks are those of the finished run's files, also in a run that has no such files yet."""
+    for path in (whole / LAST, shutil.copytree(whole / "checkpoints", tmp_path / "run/checkpoints").parent):
+        for part, name in (("ema", "generator"), ("model.discriminator", "discriminator")):
+            ours, theirs = read_network(path, part=part), read_network(whole / f"{name}.safetensors")
+            assert ours.facts == theirs.facts
+            for key, value in theirs.network.state_dict().items():
+                assert torch.equal(ours.network.state_dict()[key], value)
+    (tmp_path / "run" / LAST).unlink()
+    done = command("generate", "--generator", tmp_path / "run", "--images", 2, "--out", tmp_path / "images")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step-00000010.safetensors: unfinished: step 10 of 12") == 1
+    trained(pictures, tmp_path / "tuned", "--init-from", tmp_path / "run", *SHORT)
+    began = checkpoint.read(checkpoint.step_path(tmp_path / "tuned/checkpoints", 0))[0]
+    before = checkpoint.read(checkpoint.step_path(tmp_path / "run/checkpoints", 10))[0]
+    name = "discriminator.b8.conv0.weight"
+    assert torch.equal(began[f"model.{name}"], before[f"model.{name}"])
 
 
 def test_the_corrected_command_runs_in_the_folder_of_the_refused_one(pictures, tmp_path):

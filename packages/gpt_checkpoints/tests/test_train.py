@@ -107,6 +107,27 @@ def test_the_saved_model_is_the_one_that_scored_best(zoo, whole):
     assert len(set(rows.values())) == len(rows)  # or the lines above could not tell models apart
 
 
+def test_any_checkpoint_can_be_prompted(whole, tmp_path):
+    newest = checkpoint.steps_in(whole / "checkpoints")[-1]
+    ours, theirs = load(newest), load(whole / "last.safetensors")
+    assert ours.facts == theirs.facts
+    assert all(torch.equal(ours.model.state_dict()[key], value) for key, value in theirs.model.state_dict().items())
+    before = checkpoint.scheduled_in(whole / "checkpoints")[-1]
+    shutil.copytree(before.parent, tmp_path / "run/checkpoints")
+    (tmp_path / "run/checkpoints" / newest.name).unlink()  # a run that was interrupted before its first validation
+    assert load(tmp_path / "run").facts["pairs_seen"] == load(before).facts["pairs_seen"] == 32 * 16
+
+
+def test_a_run_may_be_lengthened(zoo, tmp_path):
+    trained(zoo, tmp_path, "--total-pairs", 160, "--validation-every", 0)
+    done = train(zoo, tmp_path, "--total-pairs", 320, "--validation-every", 10, "--log-every", 2)
+    assert done.returncode == 0, done.stderr
+    # Half a cosine from pair 64 on: it was at its end, and is at 96 of 256 pairs.
+    rate = 1e-2 * 0.5 * (1 + math.cos(math.pi * 96 / 256))
+    assert f"total_pairs is 320 now, was 160: the learning rate of pair 161 becomes {rate:.3g}, was 0" in done.stdout
+    fails_with(train(zoo, tmp_path, "--total-pairs", 160, "--validation-every", 10), "has trained on 320 already")
+
+
 def alignment_by_hand(gpt: TrainedGpt, zoo: Zoo) -> float:
     """R^2 over prompts of updates of untrained networks of validation runs, one network after the other."""
     metric, found = next(metric for metric in gpt.task.metrics if metric.name == gpt.metric), []

@@ -121,7 +121,8 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         return _fail(f"unknown command {argv[0]!r}: expected {one_of(argv[0], commands)}", 2)
     try:
         command = commands[argv[0]]
-        config = parse(f"{prog} {argv[0]}", command, argv[1:])
+        with _stdout_reserved("--json" in argv):  # from the start: defaults that come from data are reported
+            config = parse(f"{prog} {argv[0]}", command, argv[1:])
         with _stdout_reserved(config.json):
             return _run(f"{prog} {argv[0]}", command, config)
     except Interrupted as stop:

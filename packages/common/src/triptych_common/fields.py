@@ -153,9 +153,13 @@ class Checked:
 
 def identity(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass instance that decide a run's results: all but those marked `FREE`, as a dictionary."""
-    cls: Any = type(settings)
-    free = {name for name, metadata in _metadata(cls).items() if FREE in metadata}
+    free = free_names(type(settings))
     return {name: value for name, value in asdict(settings).items() if name not in free}
+
+
+def free_names(cls: type) -> set[str]:
+    """The names of a dataclass's fields that are marked `FREE`."""
+    return {name for name, metadata in _metadata(cls).items() if FREE in metadata}
 
 
 @cache

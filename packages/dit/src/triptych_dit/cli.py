@@ -6,22 +6,22 @@ if __name__ == "__main__":  # before anything that takes time to import
     install()
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from triptych_common.cli import Command, leave, main, option
+from triptych_common.training.settings import to_length
 
 
 def fitted(config: Any, argv: Sequence[str]) -> Any:
-    """Training settings; with --init-from, those of the model are the other model's, fitted to the data of --data."""
-    init_from, data = option(argv, "init-from")[0], option(argv, "data")[0]
-    if not init_from:
+    """Training settings at the length asked for, with the model that --init-from has, fitted to the data."""
+    config = to_length(config, argv)
+    init_from, data = option(argv, "init-from")[0], option(argv, "data")[0] or config.data
+    if {"-h", "--help"} & set(argv) or not (init_from or data != config.data or Path(data).exists()):
         return config
-    from triptych_dit.config import CheckpointOptions
-    from triptych_dit.fine_tune import settings_from  # imports torch, which takes seconds
+    from triptych_dit.fitting import fit  # imports torch, which takes seconds
 
-    typed = {name: option(argv, name.replace("_", "-"))[0] for name in CheckpointOptions.__dataclass_fields__}
-    options = {name: int(value) if value.isdecimal() else value for name, value in typed.items() if value}
-    return settings_from(init_from, config, data or config.data, **options)
+    return fit(config, argv, data, init_from)
 
 
 COMMANDS = {
@@ -32,7 +32,7 @@ COMMANDS = {
     "autoencoder": Command(
         "train an autoencoder for latents, or resume", "triptych_dit.autoencoder.config:AutoencoderTrainConfig",
         "triptych_dit.autoencoder.train:train_autoencoder",
-        presets="triptych_dit.autoencoder.config:AUTOENCODER_PRESETS", default="digits",
+        presets="triptych_dit.autoencoder.config:AUTOENCODER_PRESETS", default="digits", start=to_length,
     ),
     "encode": Command(
         "encode images into a cache of latents, or resume", "triptych_dit.autoencoder.config:EncodeConfig",

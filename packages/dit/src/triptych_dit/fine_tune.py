@@ -10,7 +10,6 @@ from triptych_common.cli import echo
 from triptych_dit.config import DiTConfig
 from triptych_dit.labels import listed, matched
 from triptych_dit.model import DiT
-from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import LatentSpace, TrainedModel
 
 TABLE = "y_embedder.embedding_table.weight"
@@ -121,17 +120,3 @@ def _check_same_shape(wanted: DiTConfig, found: DiTConfig) -> None:
             f"init_from: the model differs from the one to start from in {listed}; fine-tuning changes only the "
             "resolution and the number of classes: leave out the --model options, or give the file's"
         )
-
-
-def settings_from(init_from: str, config: TrainConfig, data: str, **options: Any) -> TrainConfig:
-    """A training preset with the model of `init_from`, fitted to the data, and its prediction: defaults that other options
-    override. options: as for `load_any`.
-    """
-    from triptych_dit.interop import load_any
-    from triptych_dit.objective import shape_and_classes
-
-    source = load_any(init_from, **options)
-    model = source.model.config
-    (_, height, width), num_classes = shape_and_classes(data, model)
-    fitted = fitted_config(model, input_size=(height, width), num_classes=num_classes)
-    return replace(config, model=fitted, predict=source.diffusion.predict)

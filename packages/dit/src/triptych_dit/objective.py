@@ -26,7 +26,7 @@ from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import LatentSpace, make_diffusion
 
 if TYPE_CHECKING:
-    from triptych_common.data import ImageDataset
+    from triptych_common.data import ImageDataset, ImageSource, UnreadableImage
     from triptych_common.data.contents import Contents
 
 VALIDATION_SEED = 2_022  # the same for every run, so that runs can be compared
@@ -99,7 +99,8 @@ def open_validation_data(config: TrainConfig, training_data: "TrainingData") -> 
     if config.validation_every == 0:
         return None
     try:
-        held_out = open_training_data(config.validation_data or config.data, config.model, "held_out")
+        spec = config.validation_data or config.data
+        held_out = open_training_data(spec, config.model, "held_out", out=config.out, strict=config.strict)
         check_same_kind(training_data, held_out)
         return held_out
     except (ValueError, OSError) as error:
@@ -182,10 +183,15 @@ class TrainingData(Protocol):
 
 
 class PixelData:
-    """Images in [-1, 1], in memory. contents: of those that are no named data set."""
+    """Images in [-1, 1], in memory.
 
-    def __init__(self, dataset: "ImageDataset", contents: "Contents | None" = None) -> None:
-        self.dataset, self.name, self.contents = dataset, dataset.name, contents
+    contents: of those that are no named data set. unusable: the errors of those that were left out.
+    """
+
+    def __init__(
+        self, dataset: "ImageDataset", contents: "Contents | None" = None, unusable: Sequence["UnreadableImage"] = ()
+    ) -> None:
+        self.dataset, self.name, self.contents, self.unusable = dataset, dataset.name, contents, unusable
         self.identity = f"{dataset.name}, {len(dataset):,} images"
         _, channels, height, width = dataset.images.shape
         self.shape = (channels, height, width)
@@ -206,10 +212,27 @@ class PixelData:
         """Nothing is read from files any more."""
 
 
-def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> TrainingData:
+# By `pictures`, for the next that opens them: listing a folder takes time.
+_looked_at: dict[tuple[str, bool], "ImageSource"] = {}
+
+
+def pictures(spec: str, *, unconditional: bool) -> "ImageSource":
+    """Open pictures to look at before training on them; `open_training_data` then needs no second listing of their folder."""
+    from triptych_common import data
+
+    _looked_at.clear()
+    source = data.open_source(spec, "train", unconditional=unconditional)
+    _looked_at[spec, unconditional or source.num_classes == 1] = source
+    return source
+
+
+def open_training_data(
+    spec: str, model: DiTConfig, split: str = "train", *, out: Path = Path(), strict: bool = False
+) -> TrainingData:
     """Open a latent cache, a named data set, a folder of images, or a data set of the hub ("hub:OWNER/NAME").
 
     Images are cropped to the input size of `model`, except those of named data sets. split: "train" or "held_out".
+    out: the run's folder, which will list the images that cannot be used; strict: raise the error of the first of them.
     Raises ValueError or FileNotFoundError if there is no such data, or if it does not fit the model.
     """
     # Imported here: reading images takes Pillow, and training on latents reads none.
@@ -223,27 +246,15 @@ def open_training_data(spec: str, model: DiTConfig, split: str = "train") -> Tra
     elif spec in data.DATASETS:
         opened = PixelData(data.load(spec, split))
     else:
-        source = data.open_source(spec, split, unconditional=model.num_classes == 0)
-        dataset = data.in_memory(source, model.input_size, channels=model.in_channels, split=split)
-        opened = PixelData(dataset, data.contents_of(dataset))
+        unconditional, unusable = model.num_classes == 0, list["UnreadableImage"]()
+        source = _looked_at.pop((spec, unconditional), None) if split == "train" else None
+        source = source or data.open_source(spec, split, unconditional=unconditional)
+        options: dict[str, Any] = {"channels": model.in_channels, "unusable": None if strict else unusable}
+        dataset = data.in_memory(source, model.input_size, split=split, **options)
+        data.report_unusable(unusable, len(source), out)
+        opened = PixelData(dataset, data.contents_of(dataset), unusable)
     _check_fits(model, opened)
     return opened
-
-
-def shape_and_classes(spec: str, model: DiTConfig) -> tuple[tuple[int, int, int], int]:
-    """Shape of an example and number of classes of the data that `open_training_data` would open, without reading images."""
-    from triptych_common import data
-
-    from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache
-
-    if is_latent_cache(Path(spec)):
-        cache = LatentCache(Path(spec))
-        return cache.latent_shape, cache.num_classes
-    if spec in data.DATASETS:
-        opened = PixelData(data.load(spec, "train"))
-        return opened.shape, opened.num_classes
-    source = data.open_source(spec, "train", unconditional=model.num_classes == 0)
-    return (model.in_channels, *model.input_size), source.num_classes
 
 
 def _check_fits(model: DiTConfig, training_data: TrainingData) -> None:

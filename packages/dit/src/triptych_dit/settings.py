@@ -120,25 +120,29 @@ class WalkConfig(CommonOptions, SamplerSettings, ModelOptions):
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommonOptions):
-    """Score REFERENCE.npz SAMPLES.npz, in this order, by FID, sFID, IS, precision and recall as the ADM suite does.
+    """Score REFERENCE SAMPLES, in this order, or --samples against --reference, by FID, sFID, IS, precision and recall as the
+    ADM suite does.
 
-    Without the two files: score --samples, digits, against held-out real ones, on the CPU.
+    Without any of these: score --samples, digits, against held-out real ones, on the CPU.
     """
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE.npz SAMPLES.npz")] = ()
-    """npz files with arr_0 (NHWC uint8), statistics (mu, sigma, mu_s, sigma_s), or both"""
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE SAMPLES")] = ()
+    """npz files with arr_0 (NHWC uint8), statistics (mu, sigma, mu_s, sigma_s), or both; or folders of pictures, which are
+    cropped to the size of the other's images"""
+    reference: Path | None = None
+    """a reference for --samples, such as the folder of pictures that the model was trained on"""
     out: Path = Path("runs/scores")
     """where to write scores.json"""
     samples: Path = Path("runs/samples/samples.npz")
-    """digits: npz file with arr_0 (NHWC uint8) and, for class accuracy, arr_1 (labels)"""
+    """npz file with arr_0 (NHWC uint8) and, for class accuracy, arr_1 (labels)"""
     data: str = "mnist5k"
     """digits: data set the model was trained on; its held-out split is the reference"""
     inception: Path | None = None
-    """two files: Inception weights of torch-fidelity; None: from the cache, or downloaded there"""
+    """ADM suite: Inception weights of torch-fidelity; None: from the cache, or downloaded there"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """two files: images per forward pass of Inception"""
+    """ADM suite: images per forward pass of Inception"""
     repeats: int = 100
-    """two files: bootstrap repeats of the 95% intervals, 0: no intervals"""
+    """ADM suite: bootstrap repeats of the 95% intervals, 0: no intervals"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,10 +150,13 @@ class EvaluateConfig(CommonOptions):
             raise ValueError(
                 f"files given: {len(self.files)}, expected REFERENCE.npz SAMPLES.npz, or --samples for digits"
             )
-        others = ("samples", "data") if self.files else ("inception", "batch_size", "repeats")
+        others: tuple[str, ...] = ("inception", "batch_size", "repeats")
+        if self.files or self.reference:
+            others = ("samples", "reference", "data") if self.files else ("data",)
         for name in others:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                case = "without REFERENCE.npz SAMPLES.npz" if self.files else "with REFERENCE.npz SAMPLES.npz"
+                pair = "--reference" if self.reference and not self.files else "REFERENCE.npz SAMPLES.npz"
+                case = f"without {pair}" if self.files or self.reference else f"with {pair}"
                 raise ValueError(f"--{name.replace('_', '-')} has a meaning only {case}; see --help")
         if self.repeats < 0 or self.repeats == 1:
             raise ValueError(f"repeats {self.repeats}: expected at least 2, or 0 for no intervals")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
+from triptych_common.data import write_unusable
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.files import write_json
 from triptych_common.storage.run import RunDirectory
@@ -25,8 +26,9 @@ from triptych_dit.objective import (
     open_validation_data,
     prefetch,
 )
+from triptych_dit.previews import make_previews
 from triptych_dit.train_config import TrainConfig
-from triptych_dit.weights import FILE_NAME, write_model
+from triptych_dit.weights import FILE_NAME, facts_of, write_model
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Returns the paths of the model file and the metrics, and the last row of the metrics.
     Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
-    training_data = open_training_data(config.data, config.model)
+    training_data = open_training_data(config.data, config.model, out=config.out, strict=config.strict)
     if config.horizontal_flip:
         training_data.check_flips()
     held_out, facts = open_validation_data(config, training_data), {"data": training_data.identity}
@@ -43,14 +45,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     contents = {name: source.contents for name, source in sources.items() if source and source.contents}
     with process_group(config.device) as ranks, open_run(config, ranks, facts, contents=contents) as run:
         training_data.verify(ranks)
+        if ranks.is_main:
+            write_unusable([e for source in sources.values() for e in getattr(source, "unusable", ())], run.path)
         state = make_state(config, ranks, run, training_data.facts)
+        state.describe = lambda: {"ema": facts_of(config.model, facts_about(config, state, training_data))}
         objective = Objective(config, training_data)
         validate = make_validation(config, held_out, run, ranks)
-        keep_snapshot = make_snapshots(config, run, training_data)
+        keep_snapshot, preview = make_snapshots(config, run, training_data), make_previews(config, run, training_data)
 
         def on_step(state: TrainState) -> None:
             validate(state)
             keep_snapshot(state)
+            preview(state)
 
         drawn: Iterator[Examples] | None = None
         ahead = 0 if ranks.device.type == "cpu" else 2  # on a CPU the thread would only compete with training
@@ -141,9 +147,13 @@ def save_average(path: Path, config: TrainConfig, state: TrainState, training_da
     # Sharded weights are gathered from all ranks, then one of them writes.
     tensors = state.averaged()
     if state.ranks.is_main:
-        facts = {"predict": config.predict, "data": training_data.identity, "seed": config.seed}
-        facts |= {"images_seen": state.samples_seen, **training_data.facts}
-        write_model(path, config.model, tensors, facts)
+        write_model(path, config.model, tensors, facts_about(config, state, training_data))
+
+
+def facts_about(config: TrainConfig, state: TrainState, training_data: TrainingData) -> dict[str, Any]:
+    """The facts of a model file: what the network predicts, and what it was trained on."""
+    facts = {"predict": config.predict, "data": training_data.identity, "seed": config.seed}
+    return facts | {"images_seen": state.samples_seen, **training_data.facts}
 
 
 def snapshot_path(run: Path, images: int) -> Path:

@@ -186,8 +186,13 @@ def write_model(path: Path, config: DiTConfig, tensors: Mapping[str, Tensor], fa
     _FORMAT.write(path, tensors, asdict(config), {"process": PROCESS, **facts})
 
 
+def facts_of(config: DiTConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the weights of a model file, for checkpoints of a training run."""
+    return _FORMAT.facts_of(asdict(config), facts)
+
+
 def load_model(path: str | Path) -> TrainedModel:
-    """Read a model file, or that in a run's folder, onto the CPU and in evaluation mode.
+    """Read a model file, that in a run's folder, or any checkpoint of a run, onto the CPU and in evaluation mode.
 
         model, diffusion, facts = load_model("runs/dit")
 

@@ -150,14 +150,22 @@ class Aligner(nn.Module):
 
 def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> None:
     """Write an aligner. Raises OSError when the disk refuses."""
-    shape = getattr(aligner.classifier, "shape", None)  # of `Groups`, which cannot be built again without it
+    _FORMAT.write(path, aligner.state_dict(), asdict(aligner.config), _state(aligner.classifier, facts))
+
+
+def facts_of(transformer: SpatialTransformer, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the weights of the file of an aligner without a classifier, for checkpoints of a training run."""
+    return _FORMAT.facts_of(asdict(transformer.config), _state(None, facts))
+
+
+def _state(classifier: nn.Module | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    shape = getattr(classifier, "shape", None)  # of `Groups`, which cannot be built again without it
     groups = shape() if shape else None
-    state = {"has_classifier": aligner.classifier is not None, "groups": groups, "facts": dict(facts)}
-    _FORMAT.write(path, aligner.state_dict(), asdict(aligner.config), state)
+    return {"has_classifier": classifier is not None, "groups": groups, "facts": dict(facts)}
 
 
 def load_aligner(path: str | Path) -> Aligner:
-    """An aligner from its file or run folder, on the CPU, for evaluation.
+    """An aligner from its file or run folder, or from a run's checkpoint without a classifier, on the CPU, for evaluation.
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """

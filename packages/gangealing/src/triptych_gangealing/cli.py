@@ -35,6 +35,7 @@ COMMANDS = {
         "triptych_gangealing.train:train",
         presets="triptych_gangealing.train_config:PRESETS",
         default="digits32",
+        start="triptych_common.training.settings:to_length",
     ),
     "align": Command(
         "align a folder of images",

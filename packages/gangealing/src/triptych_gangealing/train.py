@@ -30,7 +30,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
     Raises ValueError for a config that does not fit generator, run directory or ranks, Interrupted after a signal.
     """
     # Imported here: the steps in between need none of it.
-    from triptych_gangealing.aligner import FILE, Aligner, write_aligner
+    from triptych_gangealing.aligner import FILE, Aligner, facts_of, write_aligner
     from triptych_gangealing.stylegan2.weights import load_generator
 
     keep_freed_memory()
@@ -42,6 +42,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
         facts = {"generator": digest_of(generator), "distance": digest_of(distance)}
         with open_run(config, ranks, facts) as run:
             state = make_state(objective, ranks, run.path)
+            state.describe = lambda: {"ema": facts_of(parts_of(state.ema)[0], facts_about(config, facts))}
             for batch in training_steps(config, state, run, on_step=make_snapshots(objective, run.path)):
                 step(objective, state, batch)
             metrics = summary(run)
@@ -55,7 +56,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
             classifier = train_classifier(objective, transformer, mode, folder, ranks)
         path = config.out / FILE
         if ranks.is_main:
-            write_aligner(path, Aligner(transformer, mode, classifier), facts_of(config, facts))
+            write_aligner(path, Aligner(transformer, mode, classifier), facts_about(config, facts))
     echo(f"aligner: {path}")
     return {"aligner": str(path), **metrics}
 
@@ -146,7 +147,7 @@ def digest_of(network: Generator | nn.Module) -> str:
     return checkpoint.digest(network.state_dict())
 
 
-def facts_of(config: AlignTrainConfig, digests: dict[str, str]) -> dict[str, Any]:
+def facts_about(config: AlignTrainConfig, digests: dict[str, str]) -> dict[str, Any]:
     """Facts about its training that an aligner's file carries."""
     facts = {**digests, "seed": config.seed, "trained_on": config.generator}
     return facts | {name: getattr(config, name) for name in ("padding", "iterations", "flips", "total_images")}

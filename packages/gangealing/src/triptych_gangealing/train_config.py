@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
@@ -14,6 +14,8 @@ from triptych_gangealing.config import DESCRIPTOR_POOL, SpatialTransformerConfig
 @dataclass(frozen=True)
 class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     """Train a spatial transformer and the mode it aligns images to, from a frozen generator. Repeating the command resumes it."""
+
+    scaled: ClassVar[tuple[str, ...]] = ("psi_images", "constant_images", "restart_images")
 
     out: Path = Path("runs/align")
     """run directory"""

@@ -49,6 +49,7 @@ COMMANDS = {
         "triptych_gpt.train:train",
         presets="triptych_gpt.train_config:TRAIN_PRESETS",
         default="laptop",
+        start="triptych_common.training.settings:to_length",
         preview="triptych_gpt.objective:plan",
     ),
     "prompt": Command(

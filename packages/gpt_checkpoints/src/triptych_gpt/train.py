@@ -12,7 +12,7 @@ from triptych_common.cli import echo
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
-from triptych_gpt.model import FILE_NAME, Gpt, decayed, write_model
+from triptych_gpt.model import FILE_NAME, FORMAT, Gpt, decayed, write_model
 from triptych_gpt.objective import Objective, TrainingZoo, training_flops
 from triptych_gpt.train_config import GptTrainConfig
 
@@ -35,6 +35,7 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     data.zoo.verify_once()
     with process_group(config.device) as ranks, open_run(config, ranks, {"zoo": data.identity()}) as run:
         state, objective = make_state(config, data, ranks), Objective(data)
+        state.describe = lambda: {"ema": FORMAT.facts_of(data.model_config.to_json(), facts_about(config, state, data))}
         save = partial(save_average, config, state, data)
         validation = Validation(config, data, run, ranks, save)
 
@@ -71,15 +72,19 @@ def save_average(
     """Write the averaged model with all that prompting needs; every rank must call it."""
     tensors = state.averaged()  # gathers shards, so that it waits for all ranks
     if state.ranks.is_main:
-        known = {
-            "scale": data.scale,
-            "metric": data.metric,
-            "better": data.zoo.better[data.metric],
-            "trained_range": [float(data.values.min()), float(data.values.max())],
-            "task": asdict(data.spec),
-            **data.spec.source(),
-            "zoo": data.identity(),
-            "seed": config.seed,
-            "pairs_seen": state.samples_seen,
-        }
-        write_model(path, data.model_config, tensors, {**known, **facts})
+        write_model(path, data.model_config, tensors, facts_about(config, state, data) | facts)
+
+
+def facts_about(config: GptTrainConfig, state: TrainState, data: TrainingZoo) -> dict[str, Any]:
+    """The facts of a model file that prompting needs, and what it was trained on."""
+    return {
+        "scale": data.scale,
+        "metric": data.metric,
+        "better": data.zoo.better[data.metric],
+        "trained_range": [float(data.values.min()), float(data.values.max())],
+        "task": asdict(data.spec),
+        **data.spec.source(),
+        "zoo": data.identity(),
+        "seed": config.seed,
+        "pairs_seen": state.samples_seen,
+    }

@@ -65,7 +65,7 @@ class GptTrainConfig(TransformerSettings):
     """bound the half-life to this share of the pairs seen so far"""
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
     """arithmetic of the network; bf16 keeps weights, average and loss in float32"""
-    validation_every: Annotated[int, Ge(0, "a number of steps, or 0 for none")] = 2500
+    validation_every: Annotated[int, Ge(0, "a number of steps, or 0 for none"), FREE] = 2500
     """steps between validations, which decide which model is saved; 0: none, the last is saved"""
     validation_networks: Annotated[int, Gt(0)] = 16
     """untrained networks of validation runs to prompt"""

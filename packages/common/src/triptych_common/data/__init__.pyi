@@ -5,6 +5,8 @@ from .datasets import (
     in_memory as in_memory,
     load as load,
     open_source as open_source,
+    report_unusable as report_unusable,
+    write_unusable as write_unusable,
 )
 from .decoding import (
     ImageTooSmall as ImageTooSmall,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from triptych_common.cli import echo
 from triptych_common.data.cifar10 import CIFAR10_CLASSES, read_cifar10
+from triptych_common.data.decoding import UnreadableImage
 from triptych_common.data.files import read_mnist
 from triptych_common.data.folder import ImageFolder
 from triptych_common.data.hub import HubImages, is_saved_dataset
@@ -27,6 +28,9 @@ from triptych_common.extras import import_extra
 from triptych_common.images import from_uint8
 from triptych_common.progress import Progress
 from triptych_common.randomness import permutation
+from triptych_common.storage.files import write_json
+
+UNUSABLE = "skipped.json"
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,14 @@ def in_memory(
     channels: int = 3,
     allow_upscale: bool = False,
     split: str = "train",
+    unusable: list[UnreadableImage] | None = None,
 ) -> ImageDataset:
     """All images of a source, cropped to one size (a square's side or height and width), as a data set in memory.
 
-    split: recorded in the data set, nothing more.
-    Raises UnreadableImage or ImageTooSmall at the first image that cannot be used, ValueError if the images would take
-    more than half of this machine's memory.
+    split: recorded in the data set, nothing more. unusable: a list that takes the errors of images that cannot be used, which
+        are then left out; see `report_unusable`.
+    Raises UnreadableImage or ImageTooSmall at the first image that cannot be used, unless they are left out; ValueError if
+    that leaves a class without images, or if the images would take more than half of this machine's memory.
     """
     height, width = (size, size) if isinstance(size, int) else size
     needed, machine = len(source) * channels * height * width, _memory_bytes()
@@ -143,13 +149,53 @@ def in_memory(
             f"machine's {machine / 1e9:,.0f} GB; encode them to latents, or choose a smaller size"
         )
     images = torch.empty(len(source), channels, height, width, dtype=torch.uint8)
+    kept: list[int] = []
     with Progress(f"reading {source.name}", len(source), "img", enabled=len(source) > 1000) as progress:
         for index in range(len(source)):
-            images[index] = source.read(index, (height, width), channels=channels, allow_upscale=allow_upscale)
+            try:
+                pixels = source.read(index, (height, width), channels=channels, allow_upscale=allow_upscale)
+            except UnreadableImage as error:
+                if unusable is None:
+                    raise
+                unusable.append(error)
+            else:
+                images[len(kept)] = pixels
+                kept.append(index)
             progress.advance()
+    if unusable:
+        _check_classes(source, kept, unusable)
     return ImageDataset(
-        source.name, split, images, source.labels, source.num_classes, source.class_names, lossy=source.lossy
-    )
+        source.name, split, images[: len(kept)], source.labels[kept], source.num_classes, source.class_names,
+        lossy=source.lossy,
+    )  # fmt: skip
+
+
+def _check_classes(source: ImageSource, kept: list[int], unusable: Sequence[UnreadableImage]) -> None:
+    """Raise ValueError if a class has lost all of its images, as they cannot be used."""
+    if not kept:
+        raise ValueError(f"{source.name}: none of {len(source):,} images can be used, the first: {unusable[0]}")
+    lost = sorted(set(source.labels.tolist()) - set(source.labels[kept].tolist()))
+    if lost:
+        names = ", ".join(source.class_names[label] for label in lost[:5]) + (", ..." if len(lost) > 5 else "")
+        index = int((source.labels == lost[0]).nonzero()[0])
+        first = unusable[index - sum(each < index for each in kept)]
+        raise ValueError(
+            f"{source.name}: none of the images of class {names} can be used ({first}); replace them, or remove the class"
+        )
+
+
+def report_unusable(unusable: Sequence[UnreadableImage], total: int, out: Path) -> None:
+    """Say how many images are left out, and name the first three; `write_unusable` lists all of them in the folder `out`."""
+    if not unusable:
+        return
+    named = "; ".join(map(str, unusable[:3])) + (f"; all of them in {out / UNUSABLE}" if len(unusable) > 3 else "")
+    echo(f"left out {len(unusable):,} of {total:,} images, which cannot be used (--strict stops there): {named}")
+
+
+def write_unusable(unusable: Sequence[UnreadableImage], out: Path) -> None:
+    """List images that were left out, with reasons, in a run's folder; nothing if there are none."""
+    if unusable:
+        write_json(out / UNUSABLE, [{"path": error.path, "reason": error.reason} for error in unusable])
 
 
 def _memory_bytes() -> float:

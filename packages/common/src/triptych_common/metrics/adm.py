@@ -24,7 +24,7 @@ from triptych_common.metrics.bootstrap import Estimate, bootstrap, bootstrap_rat
 from triptych_common.metrics.distances import Gaussian, fit_gaussian, frechet_influence, gaussian_frechet
 from triptych_common.metrics.inception import POOL_DIM, SPATIAL_DIM, Inception
 from triptych_common.metrics.neighbours import precision_recall
-from triptych_common.metrics.npz import NpzImages
+from triptych_common.metrics.npz import Images
 
 SPLIT_SIZE = 5000
 NEIGHBOURS = 3
@@ -76,7 +76,7 @@ class AdmScores:
 
 
 def image_features(
-    source: NpzImages, inception: Inception, *, batch_size: int = 64, progress: Callable[[int], None] = lambda n: None
+    source: Images, inception: Inception, *, batch_size: int = 64, progress: Callable[[int], None] = lambda n: None
 ) -> ImageFeatures:
     """Features of every image in a file, on the CPU: 16 KB per image.
 

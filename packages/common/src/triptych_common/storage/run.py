@@ -1,7 +1,7 @@
 """The run directory: a locked folder with the config, provenance, metrics and checkpoints of a run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
@@ -35,7 +35,8 @@ class RunDirectory:
 
     identity: the part of the config that decides the run's results. A folder that holds another identity is refused, so
         that repeating a command can only resume its run. contents: by the name of a part of it, the images that it stands for;
-        where a run has recorded them, they are compared in its place.
+        where a run has recorded them, they are compared in its place. free: names of what may differ, at any depth, also where
+        an earlier version recorded it.
     is_main: on ranks other than the main one nothing is locked or written. device: the type of device that computes, such as
         "cpu", for `compare_hardware`. tensorboard: write TensorBoard events too.
 
@@ -44,12 +45,12 @@ class RunDirectory:
 
     def __init__(
         self, path: Path, identity: Mapping[str, Any], *, contents: "Mapping[str, Contents] | None" = None,
-        is_main: bool = True, device: str = "", tensorboard: bool = False,
+        free: Collection[str] = (), is_main: bool = True, device: str = "", tensorboard: bool = False,
     ) -> None:  # fmt: skip
         self.path, self.is_main = Path(path), is_main
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when config.json is read
         self.checkpoints = self.path / "checkpoints"
-        self._contents = dict(contents or {})
+        self._contents, self._free = dict(contents or {}), free
         self._device, self._begun = device, dict[str, Any]()
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
@@ -88,7 +89,8 @@ class RunDirectory:
             from triptych_common.storage.provenance import provenance  # needed only here, and slow to import
 
             known = {"contents": self._contents, "device": self._device}
-            write_json(path, {"config": self.identity, **{k: v for k, v in known.items() if v}, **provenance()})
+            self._begun = {"config": self.identity, **{k: v for k, v in known.items() if v}, **provenance()}
+            write_json(path, self._begun)
             return
         remedy = "delete this file and repeat the run's own settings, or use another --out"
         self._begun = read_json(path, _Config, remedy=remedy)
@@ -102,13 +104,23 @@ class RunDirectory:
                     f"{self.path}: {name} changed since it began: {changed}; put back what was there, or use another --out"
                 )
         before, now = (
-            {key: value for key, value in settings.items() if key not in recorded}
+            without(self._free, {key: value for key, value in settings.items() if key not in recorded})
             for settings in (self._begun["config"], self.identity)
         )
         if changed := differences(before, now):
             raise ValueError(
                 f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
             )
+
+    def recorded(self, name: str) -> Any:
+        """A setting as the run's config.json has it, also an earlier version's; None where it has none."""
+        return self._begun.get("config", {}).get(name)
+
+    def record(self, name: str, value: Any) -> None:
+        """Change a setting in the run's config.json, such as the length of a run that goes on."""
+        if self.is_main:
+            self._begun["config"][name] = value
+            write_json(self.path / "config.json", self._begun)
 
     def compare_hardware(self) -> None:
         """Report, where a run goes on, what is not as where it began and may change the last digits of its results."""
@@ -165,6 +177,13 @@ class RunDirectory:
         if self.is_main and self.metrics_path.exists():
             lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
             write_text(self.metrics_path, "".join(lines))
+
+
+def without(names: Collection[str], tree: Any) -> Any:
+    """Nested dictionaries without the entries of these names."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: without(names, child) for key, child in tree.items() if key not in names}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ Randomness is a function of (seed, stream, sample counter), so a checkpoint need
 A resumed run equals the uninterrupted one bit for bit; on several ranks the logged means agree up to rounding.
 """
 
+import copy
 import math
 import signal
 import threading
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triptych_common.cli import Diverged, Interrupted
+from triptych_common.cli import Diverged, Interrupted, echo
+from triptych_common.fields import free_names
 from triptych_common.parallel import Ranks
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
@@ -46,15 +48,16 @@ def open_run(
     """The run directory of a training run, to be entered with `with`.
 
     facts: added to the settings' part of the run's identity, such as a digest of the data. contents: as in `RunDirectory`.
-    out: by default `config.out`.
+    out: by default `config.out`. Settings marked FREE may differ from the run's, and its length, which `training_steps` checks.
     Entering raises ValueError for a folder that holds another run or is in use, OSError for one that cannot be written.
     """
     # A switch of the whole process, unlike the other precisions, which `prepare` applies to a model.
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     return RunDirectory(
-        out or config.out, {**config.identity(), **(facts or {})}, contents=contents, is_main=ranks.is_main,
-        device=ranks.device.type, tensorboard=config.tensorboard,
+        out or config.out, {**config.identity(), **(facts or {})}, contents=contents,
+        free={*free_names(type(config)), config.length}, is_main=ranks.is_main, device=ranks.device.type,
+        tensorboard=config.tensorboard,
     )  # fmt: skip
 
 
@@ -76,19 +79,26 @@ def training_steps(
         Rows then hold `time/tflops`, summed over ranks, without what activation checkpointing recomputes, and for known
         devices `time/mfu`, the utilisation of all of them (0 to 1).
 
-    Raises ValueError if the batch does not divide over the ranks or the checkpoint does not fit, Diverged after three
-    rollbacks.
+    A run may be lengthened, also after its end, and shortened to what it has trained on already.
+    Raises ValueError if the batch does not divide over the ranks, the checkpoint does not fit or the run is longer than the
+    config's, Diverged after three rollbacks.
     """
     ranks, batch_size = state.ranks, config.batch_size
     total = config.total_samples if total_samples is None else total_samples
     if batch_size % ranks.world_size:
         raise ValueError(f"batch_size {batch_size} does not divide over {ranks.world_size} ranks; use a multiple")
+    state.total_steps = total_steps = math.ceil(total / batch_size)
     _restore(state, run)
-    total_steps = math.ceil(total / batch_size)
+    if state.step > total_steps:
+        trained = f"{run.path} has trained on {state.samples_seen:,} already"
+        raise ValueError(f"{config.length} {total:,}: {trained}; pass at least as many, or use another --out")
+    if total_samples is None:
+        _note_length(config, state, run)
     if 0 < state.step < total_steps:
         run.compare_hardware()
     window = time.perf_counter(), state.step
-    progress = Progress(title, total, {"images": "img"}.get(config.unit, config.unit), enabled=ranks.is_main)
+    unit = {"images": "img"}.get(config.unit, config.unit)
+    progress = Progress(title, total, unit, enabled=ranks.is_main, note=state.losses_now)
     with progress, _Signals() as signals:
         while state.step < total_steps:
             counters = range(state.samples_seen, state.samples_seen + batch_size)
@@ -124,6 +134,25 @@ def is_due(samples_seen: int, *, every: int, batch_size: int, total_samples: int
     """Whether the step that ended at `samples_seen` samples reached a multiple of `every`, or the end of the run."""
     before = samples_seen - batch_size
     return before // every != samples_seen // every or samples_seen >= total_samples
+
+
+def _note_length(config: LoopSettings, state: TrainState, run: RunDirectory) -> None:
+    """Where a run goes on with another length, record it, and report what that changes in its schedule."""
+    before = run.recorded(config.length)
+    if before in (None, config.total_samples):
+        return
+    run.record(config.length, config.total_samples)
+    if state.step == 0:
+        return
+    changed, learning_rate = "", getattr(config, "learning_rate", None)
+    if learning_rate is not None:
+        shorter: Any = copy.copy(config)
+        object.__setattr__(shorter, config.length, before)  # unchecked: warmup may be longer than that run
+        was, becomes = shorter.learning_rate(state.samples_seen), learning_rate(state.samples_seen)
+        if was != becomes:
+            one = config.unit.removesuffix("s")
+            changed = f": the learning rate of {one} {state.samples_seen + 1:,} becomes {becomes:.3g}, was {was:.3g}"
+    echo(f"{config.length} is {config.total_samples:,} now, was {before:,}{changed}")
 
 
 def _restore(state: TrainState, run: RunDirectory) -> None:

@@ -1,11 +1,13 @@
 """Settings that training loops share. A package's own settings class derives from the one that fits its loop."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from triptych_common import fields
-from triptych_common.cli import CommonOptions
+from triptych_common.cli import CommonOptions, echo, option
 from triptych_common.fields import FREE, Ge, Gt, Interval
 
 if TYPE_CHECKING:
@@ -27,14 +29,15 @@ class LoopSettings(CommonOptions):
     """
 
     unit: ClassVar[str] = "images"  # what the loop counts; fields named after it: total_, warmup_, ema_half_life_
+    scaled: ClassVar[tuple[str, ...]] = ()  # further fields that count it, which `to_length` scales
 
     batch_size: Annotated[int, Gt(0)] = 64
     """images per optimiser step, over all ranks"""
     lr: Annotated[float, Gt(0)] = 1e-3
     """peak learning rate"""
-    log_every: Annotated[int, Gt(0)] = 50
+    log_every: Annotated[int, Gt(0), FREE] = 50
     """steps between rows of metrics.jsonl"""
-    checkpoint_every: Annotated[int, Gt(0)] = 500
+    checkpoint_every: Annotated[int, Gt(0), FREE] = 500
     """steps between checkpoints"""
     tensorboard: Annotated[bool, FREE] = False
     """write TensorBoard events too (extra: tensorboard)"""
@@ -44,20 +47,78 @@ class LoopSettings(CommonOptions):
         # Not an annotation, as the bound is another field.
         name = f"warmup_{self.unit}"
         if not 0 <= getattr(self, name, 0) <= self.total_samples:
-            raise ValueError(f"{name} {getattr(self, name)}: expected 0..{self.total_samples} (total_{self.unit})")
+            raise ValueError(f"{name} {getattr(self, name)}: expected 0..{self.total_samples} ({self.length})")
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide a run's results: every field that is not marked `FREE`."""
         return fields.identity(self)
 
     @property
+    def length(self) -> str:
+        """The name of the field `total_samples`, which may grow when a run goes on."""
+        return f"total_{self.unit}"
+
+    @property
     def total_samples(self) -> int:
         """Number of samples to train on, counting repeats, in `unit`s."""
-        return getattr(self, f"total_{self.unit}")
+        return getattr(self, self.length)
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints: the settings, and the number of optimiser steps."""
         return super().resolved() | {"steps": math.ceil(self.total_samples / self.batch_size)}
+
+
+Settings = TypeVar("Settings", bound=LoopSettings)
+
+
+def to_length(preset: Settings, argv: Sequence[str]) -> Settings:
+    """A preset at the length that a command line asks for, its warmup and the fields in `scaled` with it: for `Command.start`.
+
+    A run that is there already goes on with its own; what is typed holds in any case, as it overrides this.
+    """
+    typed, _ = option(argv, preset.length.replace("_", "-"))
+    try:
+        total = preset.total_samples if typed is None else int(typed)
+    except ValueError:  # reported when the options are parsed
+        return preset
+    if total < 1:
+        return preset
+    begun = _begun(Path(option(argv, "out", str(preset.out))[0] or preset.out))
+    values: dict[str, Any] = {}
+    for name in (f"warmup_{preset.unit}", *preset.scaled):
+        was = getattr(preset, name, None)
+        if was is None:
+            continue
+        values[name] = _scaled(was, total, preset.total_samples)
+        if name in begun and type(begun[name]) is type(was):
+            values[name] = begun[name]
+    untyped = [name for name in values if option(argv, name.replace("_", "-"))[0] is None]
+    changed = {name: values[name] for name in untyped if values[name] != getattr(preset, name)}
+    if changed and not {"-h", "--help"} & set(argv):
+        words = ", ".join(f"{name} {value} (was {getattr(preset, name)})" for name, value in changed.items())
+        echo(f"scaled to {preset.length} {total:,}: {words}")
+    try:
+        return replace(preset, **{**values, preset.length: total})
+    except ValueError:  # a run's warmup, say, that is longer than the length asked for
+        return preset
+
+
+def _scaled(value: Any, total: int, before: int) -> Any:
+    """A count, or several, in proportion to the length; 0 stays 0, and nothing else becomes it."""
+    if isinstance(value, tuple):
+        return tuple(dict.fromkeys(_scaled(count, total, before) for count in value))
+    return value and max(1, round(value * total / before))
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """The settings of the run in a folder; none where there is no run."""
+    from triptych_common.storage.files import read_json
+
+    try:
+        found = read_json(out / "config.json", remedy="").get("config")
+    except (OSError, ValueError):  # reported when the run is opened
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ class TrainState:
     several_passes: a step has more than one forward and backward pass, or differentiates twice, as in adversarial training.
         The loop then calls `model`, `optimise` after each pass, and `count` at the end.
 
+    describe: facts for checkpoints, by which they can be used as model files, as JSON can hold them: for "ema", and any other
+        part of a checkpoint that is a model by itself, what `ModelFormat.facts_of` returns. Called by the main rank.
+    total_steps: of the whole run, which checkpoints record.
+
     Raises ValueError if the model lacks the blocks that `execution` needs, or if a sharded one comes with a finished
     optimiser, an averaged part or several passes.
     """
@@ -80,6 +84,8 @@ class TrainState:
     execution: Execution = field(default_factory=Execution)
     averaged_part: str = ""
     several_passes: bool = False
+    describe: Callable[[], Mapping[str, Any]] | None = None
+    total_steps: int | None = None
     samples_seen: int = 0
     step: int = 0
     skipped: int = 0
@@ -88,6 +94,7 @@ class TrainState:
     rollbacks_in_a_row: int = 0  # without a finite step in between
     metered_steps: int = 0
     meters: dict[str, Tensor] = field(default_factory=dict)
+    _shown: str = field(default="", init=False, repr=False)
     ema: nn.Module = field(init=False)
     parallel_model: nn.Module = field(init=False)
 
@@ -226,20 +233,31 @@ class TrainState:
         """All counters of a checkpoint, by name."""
         return {name: getattr(self, name) for name in COUNTERS}
 
+    def losses_now(self) -> str:
+        """The losses in words, as this rank knows them: means over the steps since the last row, or the ones before it."""
+        if self.metered_steps:
+            names = [name for name in self.meters if name.startswith("loss")] or list(self.meters)[:1]
+            means = ((name, float(self.meters[name]) / self.metered_steps) for name in names)
+            self._shown = ", ".join(f"{name} {mean:.3g}" for name, mean in means)
+        return self._shown
+
     def write(self, folder: Path, *, extra: bool) -> None:
         """Write this step's checkpoint: one file, by the main rank, or for a sharded run a folder, by all ranks.
 
         extra: the checkpoint is not a scheduled one. Raises OSError when the disk refuses.
         """
         path = checkpoint.step_path(folder, self.step, extra=extra, sharded=self.sharded)
+        known: dict[str, Any] = {**self.counters()}
+        if self.ranks.is_main and self.describe is not None:
+            known |= {"total_steps": self.total_steps, "models": dict(self.describe())}
         if self.sharded:
             from triptych_common.storage import sharded  # takes a second to import
 
-            sharded.write(path, self.tensors(), self.counters(), self.ranks)
+            sharded.write(path, self.tensors(), known, self.ranks)
         elif self.ranks.is_main:
-            checkpoint.write(path, self.tensors(), self.counters())
+            checkpoint.write(path, self.tensors(), known)
 
-    def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and counters of a checkpoint, for `load`, whatever the layout and number of ranks that wrote it.
 
         Raises ValueError for a damaged checkpoint.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from triptych_common import randomness
+from triptych_common.fields import free_names
 from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
@@ -59,7 +60,7 @@ def _train(groups: Groups, generator: Generator, images: int, seed: int, folder:
     )
     pool = sample_images(generator, range(pool_images), seed=seed)
     identity = {"descriptor": recipe.identity(), "generator": checkpoint.digest(generator.state_dict())}
-    with RunDirectory(folder, identity, device=alone.device.type) as directory:
+    with RunDirectory(folder, identity, free=free_names(type(recipe)), device=alone.device.type) as directory:
         fit(recipe, directory, pool, alone, groups.descriptor, posed_views, contrast)
     groups.eval()
     with torch.no_grad():

@@ -248,12 +248,17 @@ def write_encoder(path: Path, encoder: Encoder, facts: Mapping[str, Any]) -> Non
     _FORMAT.write(path, encoder.state_dict(), asdict(encoder.config), facts)
 
 
+def facts_of(encoder: Encoder) -> dict[str, Any]:
+    """Everything but the weights of an encoder's file, for checkpoints of a training run."""
+    return _FORMAT.facts_of(asdict(encoder.config), {})
+
+
 def read_encoder(path: Path) -> ReadEncoder:
-    """An encoder from its file or run folder, on the CPU.
+    """An encoder from its file, run folder or a run's checkpoint, on the CPU.
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    return _FORMAT.read(path, _build_encoder)
+    return _FORMAT.read(path, _build_encoder, part="model")  # whose average is not used
 
 
 def _build_encoder(tensors: dict[str, Tensor], facts: dict[str, Any]) -> ReadEncoder:

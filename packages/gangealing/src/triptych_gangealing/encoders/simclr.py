@@ -22,7 +22,14 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
-from triptych_gangealing.encoders.perceptual import ENCODER_FILE, Encoder, read_encoder, unit_length, write_encoder
+from triptych_gangealing.encoders.perceptual import (
+    ENCODER_FILE,
+    Encoder,
+    facts_of,
+    read_encoder,
+    unit_length,
+    write_encoder,
+)
 from triptych_gangealing.encoders.train_config import EncoderTrainConfig
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 
@@ -135,7 +142,8 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
         if ranks.world_size > 1:
             raise ValueError(f"{ranks.world_size} ranks: the encoder trains in one process; start it without torchrun")
         with open_run(config, ranks, origin) as directory:
-            if not checkpoint.is_whole(config.out / ENCODER_FILE):
+            of_this_length = directory.recorded(config.length) == config.total_images
+            if not of_this_length or not checkpoint.is_whole(config.out / ENCODER_FILE):
                 generator, psi = generator.to(ranks.device), config.truncation_psi
                 pool = sample_images(generator, range(config.pool_images), seed=config.seed, truncation_psi=psi)
                 encoder = make_encoder(config)
@@ -168,6 +176,8 @@ def fit(
     adamw = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     # The average is not used: the learning rate ends at 0.
     state = TrainState(network, adamw, ranks, ema_half_life=config.batch_size, learning_rate=config.learning_rate)
+    if isinstance(network, Encoder):
+        state.describe = lambda: {"model": facts_of(network)}
     for batch in training_steps(config, state, directory):
         items = shuffled(config.seed, "simclr/order", batch.counters, len(pool))
         images = from_uint8(pool[items].to(ranks.device))

@@ -2,13 +2,24 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 from triptych_common.cli import echo
-from triptych_common.data import DATASETS, ImageDataset, ImageSource, ImageTooSmall, contents_of, in_memory, open_source
+from triptych_common.data import (
+    DATASETS,
+    ImageDataset,
+    ImageSource,
+    ImageTooSmall,
+    UnreadableImage,
+    contents_of,
+    in_memory,
+    open_source,
+    report_unusable,
+)
 from triptych_common.data.contents import Contents
 
 from triptych_gangealing.digits32 import Digits32
@@ -19,10 +30,11 @@ Batches = Callable[[Tensor], UInt8[Tensor, "n channels height width"]]  # pixels
 class TrainingImages:
     """Square RGB images of one size and their classes; with `x_flip` the second half of the items mirrors the first.
 
-    contents: of those that are no named data set.
+    contents: of those that are no named data set. unusable: the errors of those that were left out.
     """
 
     contents: Contents | None = None
+    unusable: Sequence[UnreadableImage] = ()
 
     def __init__(self, source: ImageSource, read: Batches, resolution: int, *, x_flip: bool = False) -> None:
         self.name, self.resolution, self.x_flip = source.name, resolution, x_flip
@@ -51,13 +63,15 @@ class TrainingImages:
 
 
 def open_images(
-    spec: str, resolution: int, *, split: str = "train", conditional: bool = False, x_flip: bool = False
-) -> TrainingImages:
+    spec: str, resolution: int, *, split: str = "train", conditional: bool = False, x_flip: bool = False,
+    out: Path | None = None,
+) -> TrainingImages:  # fmt: skip
     """Open `digits32`, `digits32:3` (one digit), a named data set, a folder of images, or `hub:OWNER/NAME`.
 
     Pictures are cropped to their central square and reduced to `resolution`, grey ones become RGB; small named data sets are
-    enlarged. Several sizes are reported. conditional: classes are required.
-    Raises ValueError or OSError for data that are absent, empty, damaged, smaller than `resolution`, or lack classes.
+    enlarged. Several sizes are reported. conditional: classes are required. out: a run's folder that will list pictures which
+    are damaged or smaller than `resolution`, rather than that the first of them raises.
+    Raises ValueError or OSError for data that are absent, empty, cannot be used, or lack classes.
     """
     name, colon, digit = spec.partition(":")
     if name != "digits32":
@@ -70,17 +84,23 @@ def open_images(
         raise ValueError(f"data {spec!r}: has no classes for a conditional model; put each into a subfolder of its own")
     if isinstance(source, Digits32):
         return TrainingImages(source, source.batch, resolution, x_flip=x_flip)
-    held = _read(source, spec, resolution, split)
+    unusable: list[UnreadableImage] | None = None if out is None else []
+    held = _read(source, spec, resolution, split, unusable)
     images = TrainingImages(held, lambda items: held.images[items], resolution, x_flip=x_flip)
     images.contents = None if spec in DATASETS else contents_of(held)
+    if unusable and out is not None:
+        report_unusable(unusable, len(source), out)
+        images.unusable = unusable
     return images
 
 
-def _read(source: ImageSource, spec: str, resolution: int, split: str) -> ImageDataset:
+def _read(
+    source: ImageSource, spec: str, resolution: int, split: str, unusable: list[UnreadableImage] | None
+) -> ImageDataset:
     """All pictures in memory; reports it where they had several sizes."""
     measured = _Measured(source)
     try:
-        held = in_memory(measured, resolution, allow_upscale=spec in DATASETS, split=split)
+        held = in_memory(measured, resolution, allow_upscale=spec in DATASETS, split=split, unusable=unusable)
     except ImageTooSmall as error:
         found = f"{_by(*measured.last)} pixels are fewer than the resolution {_by(resolution, resolution)}"
         remedy = "choose a smaller resolution or leave such pictures out"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.cli import echo
+from triptych_common.data import write_unusable
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import keep_freed_memory
@@ -22,7 +23,13 @@ from triptych_gangealing.stylegan2.layers import Conv2d
 from triptych_gangealing.stylegan2.objective import Objective
 from triptych_gangealing.stylegan2.snapshots import make_snapshots
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
-from triptych_gangealing.stylegan2.weights import DISCRIMINATOR_FILE, GENERATOR_FILE, write_network
+from triptych_gangealing.stylegan2.weights import (
+    DISCRIMINATOR_FILE,
+    DISCRIMINATOR_PART,
+    GENERATOR_FILE,
+    facts_of,
+    write_network,
+)
 
 W_AVG_DECAY, PATH_LENGTH_DECAY = 0.995, 0.99
 
@@ -33,7 +40,8 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
     Raises ValueError for a config that does not fit data, run directory or ranks, Interrupted after a signal.
     """
     keep_freed_memory()
-    images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip)
+    out = None if config.strict else config.out
+    images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip, out=out)
     with process_group(config.device) as ranks:
         config.check_groups(ranks.world_size)
         state = make_state(config, ranks, images)
@@ -43,6 +51,11 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
         # Where pictures have moved, or their folder has another name, it is enough that they are the same.
         contents = dict.fromkeys(("data", "images"), images.contents) if images.contents else None
         with open_run(config, ranks, {"images": images.fingerprint()}, contents=contents) as run:
+            state.describe = lambda: {
+                part: facts_of(network, facts_about(config, run, state)) for part, network in networks_of(state).items()
+            }
+            if ranks.is_main:
+                write_unusable(images.unusable, run.path)
             snapshot = make_snapshots(config, run, images, ranks)
             for batch in training_steps(config, state, run, on_step=snapshot):
                 adversarial_step(state, objective, batch)
@@ -220,8 +233,17 @@ def save_networks(config: GanTrainConfig, run: RunDirectory, state: TrainState) 
     """Write the averaged generator, and the discriminator for fine-tuning."""
     if not state.ranks.is_main:
         return
-    facts: dict[str, Any] = {"data": config.data, "images": run.identity["images"]}
-    facts |= {"seed": config.seed, "images_seen": state.samples_seen}
-    write_network(run.path / GENERATOR_FILE, cast(Generator, state.ema), facts)
-    write_network(run.path / DISCRIMINATOR_FILE, parts_of(state)[1], facts)
+    for network, name in zip(networks_of(state).values(), (GENERATOR_FILE, DISCRIMINATOR_FILE), strict=True):
+        write_network(run.path / name, network, facts_about(config, run, state))
     echo(f"generator: {run.path / GENERATOR_FILE}")
+
+
+def networks_of(state: TrainState) -> dict[str, Generator | Discriminator]:
+    """The averaged generator and the discriminator, by their place in a checkpoint."""
+    return {"ema": cast(Generator, state.ema), DISCRIMINATOR_PART: parts_of(state)[1]}
+
+
+def facts_about(config: GanTrainConfig, run: RunDirectory, state: TrainState) -> dict[str, Any]:
+    """The facts in a network's file: what it was trained on."""
+    facts: dict[str, Any] = {"data": config.data, "images": run.identity["images"]}
+    return facts | {"seed": config.seed, "images_seen": state.samples_seen}

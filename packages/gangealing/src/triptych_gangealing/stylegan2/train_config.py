@@ -4,10 +4,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from triptych_common.fields import FREE, Ge, Gt, Interval
-from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
+from triptych_common.training.settings import AccumulatingSettings, WeightPrecision, to_length
 
 from triptych_gangealing.stylegan2.config import Architecture, DiscriminatorConfig, GeneratorConfig
 
@@ -15,6 +15,8 @@ from triptych_gangealing.stylegan2.config import Architecture, DiscriminatorConf
 @dataclass(frozen=True)
 class GanTrainConfig(AccumulatingSettings, WeightPrecision):
     """Train a StyleGAN2 on a named data set, a folder or a Hugging Face data set. Repeating the command resumes it."""
+
+    scaled: ClassVar[tuple[str, ...]] = ("r1_gamma_switch",)
 
     out: Path = Path("runs/gan")
     """run directory"""
@@ -24,6 +26,8 @@ class GanTrainConfig(AccumulatingSettings, WeightPrecision):
     """height and width: images are cropped square and reduced to it"""
     conditional: bool = False
     """give both networks the images' classes"""
+    strict: Annotated[bool, FREE] = False
+    """stop at the first picture that is damaged or too small, rather than list such pictures and leave them out"""
     x_flip: bool = False
     """add mirrored images; not for digits"""
     # Free, since no schedule depends on it: a run may be prolonged.
@@ -161,7 +165,11 @@ def auto(resolution: int, ranks: int = 1) -> GanTrainConfig:
 
 
 def start(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
-    """Defaults for a command line: "auto" depends on its resolution and on the number of ranks."""
+    """Defaults for a command line: the preset at its length; "auto" depends on its resolution and on the number of ranks."""
+    return to_length(_to_resolution(preset, argv), argv)
+
+
+def _to_resolution(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
     if preset is not PRESETS["auto"]:
         return preset
     words, resolution = [part for word in argv for part in word.split("=", 1)], preset.resolution

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from triptych_common.cli import echo
+from triptych_common.storage import checkpoint
 from triptych_common.storage.files import regular
 from triptych_common.storage.model_file import ModelFormat
 
@@ -17,6 +18,7 @@ from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
 
 GENERATOR_FILE, DISCRIMINATOR_FILE = "generator.safetensors", "discriminator.safetensors"
+DISCRIMINATOR_PART = "model.discriminator"  # of a training checkpoint
 EMBEDDED, GENERATORS = Path(__file__).parent.parent / "weights", ("digits32", "digits32-3")
 _GENERATOR, _DISCRIMINATOR = "StyleGAN2 generator", "StyleGAN2 discriminator"
 _FORMAT = ModelFormat(
@@ -136,12 +138,18 @@ def write_network(path: Path, network: Generator | Discriminator, facts: Mapping
     _FORMAT.write(path, network.state_dict(), asdict(network.config), facts, kind=kind)
 
 
-def read_network(path: Path) -> Loaded:
+def facts_of(network: Generator | Discriminator, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the weights of a network's file, for checkpoints of a training run."""
+    kind = _GENERATOR if isinstance(network, Generator) else _DISCRIMINATOR
+    return _FORMAT.facts_of(asdict(network.config), facts, kind=kind)
+
+
+def read_network(path: Path, *, part: str = "ema") -> Loaded:
     """A network from its file, or a run's generator, on the CPU, in float32, for evaluation.
 
-    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
+    part: of a run's checkpoint. Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    return _FORMAT.read(path, _build)
+    return _FORMAT.read(path, _build, part=part)
 
 
 def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Loaded:
@@ -155,9 +163,10 @@ def _build(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Loaded:
 
 def _own(path: Path) -> Source:
     files = [path / name for name in (GENERATOR_FILE, DISCRIMINATOR_FILE)] if path.is_dir() else [path]
-    loaded = [read_network(file) for file in files if file.exists()]
-    if not loaded:
-        raise FileNotFoundError(f"{path}: no {GENERATOR_FILE} or {DISCRIMINATOR_FILE} in this folder")
+    if any(file.exists() for file in files) and not checkpoint.steps_in(path.parent):
+        loaded = [read_network(file) for file in files if file.exists()]
+    else:  # a run that is not finished, or one of its checkpoints
+        loaded = [read_network(path, part=part) for part in ("ema", DISCRIMINATOR_PART)]
     parts: dict[str, Any] = {"facts": {k: v for k, v in loaded[0].facts.items() if k not in ("kind", "config")}}
     for network, _ in loaded:
         name = "generator" if isinstance(network, Generator) else "discriminator"

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 Result = Mapping[str, Any]  # what an experiment measured, or a part of it, as JSON holds it
 
 
+# Settings of trainings that identities recorded while they could not change, see `RunDirectory`.
+FREED = frozenset(
+    {"log_every", "checkpoint_every", "snapshots", "validation_every", "validation_data", "validation_images"}
+)
+
+
 @dataclass(frozen=True)
 class Picture:
     """A PNG image with its caption; `pixels` keeps enlarged pixels sharp."""

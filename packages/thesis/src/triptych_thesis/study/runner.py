@@ -19,7 +19,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import default_workers, on_gpu, run_all
 
 from triptych_thesis.study.claims import Claim, load_claims
-from triptych_thesis.study.experiment import Experiment, Study
+from triptych_thesis.study.experiment import FREED, Experiment, Study
 from triptych_thesis.study.report import Report, facts_table, publish
 from triptych_thesis.study.verdicts import Verdict, merged
 
@@ -64,7 +64,7 @@ def run(study: Study) -> dict[str, Any]:
     refuse_torchrun()
     study.check()
     context = study.context()
-    with RunDirectory(study.folder, study.identity()) as directory:
+    with RunDirectory(study.folder, study.identity(), free=FREED) as directory:
         clock = Stopwatch(directory.path / "seconds.json", finished=(directory.path / "results.json").exists())
         echo(f"chapter {study.chapter}, size {study.size}: {directory.path}")
         study.prepare(context, clock)

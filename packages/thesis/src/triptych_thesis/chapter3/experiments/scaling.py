@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from triptych_common.plots import BLUE, ORANGE, intervals, legend, panels, thousands
 from triptych_common.storage.files import write_json
-from triptych_common.storage.run import differences
+from triptych_common.storage.run import differences, without
 from triptych_gpt.evaluation.alignment import prompt_alignment
 from triptych_gpt.evaluation.trial import Trial
 from triptych_gpt.settings import SamplerSettings
@@ -21,7 +21,7 @@ from triptych_gpt.zoo.zoo import Zoo
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.sizes import Amounts
 from triptych_thesis.study.estimates import interval
-from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
+from triptych_thesis.study.experiment import FREED, Experiment, Result, Section, Study, Table
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, Evidence, Verdict, better, overall
 
 CLAIM = "gpt.fig-3.7"
@@ -85,7 +85,7 @@ class FurtherModel:
     def row(self) -> dict[str, Any]:
         """The alignment as it was measured. Raises ValueError where it was measured with other settings."""
         known = json.loads(self.path.read_text())
-        if changed := differences(known["asked"], self.identity):
+        if changed := differences(without(FREED, known["asked"]), without(FREED, self.identity)):
             raise ValueError(f"{self.path}: measured with {changed}; delete {self.config.out}, or use another --out")
         return known["row"]
 
