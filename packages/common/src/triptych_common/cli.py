@@ -10,7 +10,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -106,7 +108,8 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     argv: the words after the program's name, `sys.argv[1:]` by default.
 
     Errors that a user can act on (ValueError, OSError, a diverged run) become one line on stderr and status 1, mistyped
-    options give status 2, an interruption 128 plus the signal; TRIPTYCH_DEBUG=1 shows the traceback instead.
+    options give status 2, an interruption by Ctrl-C or SIGTERM 128 plus the signal; TRIPTYCH_DEBUG=1 shows the traceback
+    instead.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -114,15 +117,17 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         return 0 if argv else 2
     if argv[0] not in commands:
         return _fail(f"unknown command {argv[0]!r}: expected {one_of(argv[0], commands)}", 2)
+    signals = _Signals()
     try:
-        command = commands[argv[0]]
-        config = parse(f"{prog} {argv[0]}", command, argv[1:])
-        with _stdout_reserved(config.json):
-            return _run(f"{prog} {argv[0]}", command, config)
+        with signals:
+            command = commands[argv[0]]
+            config = parse(f"{prog} {argv[0]}", command, argv[1:])
+            with _stdout_reserved(config.json):
+                return _run(f"{prog} {argv[0]}", command, config, signals)
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code, prefix="")
     except KeyboardInterrupt:
-        return _fail("interrupted; repeat the command to go on", 130, prefix="")
+        return _interrupted(signals.last)
     except (ValueError, OSError, ImportError, MemoryError, Diverged) as error:
         if os.environ.get("TRIPTYCH_DEBUG"):
             raise
@@ -133,6 +138,47 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         if not out_of_memory or os.environ.get("TRIPTYCH_DEBUG"):
             raise
         return _fail(f"{_one_line(error)}; use a smaller batch", 1)
+
+
+class _Signalled(KeyboardInterrupt):
+    """Not KeyboardInterrupt itself: once that has passed through an import of a C extension, Python ends by SIGINT."""
+
+
+class _Signals:
+    """Within the block SIGTERM does what Ctrl-C does, once; those that follow change nothing until the process has ended.
+
+    Under torchrun SIGTERM remains deadly: ranks wait for each other where no handler is called.
+    """
+
+    last: int = signal.SIGINT
+    unwinds = (
+        False  # until there is something to clean up the process just ends: importing torch, an exception can get lost
+    )
+
+    def __enter__(self) -> "_Signals":
+        usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+        free = "TORCHELASTIC_RUN_ID" not in os.environ and threading.current_thread() is threading.main_thread()
+        self._before = {s: handler for s, handler in usual.items() if free and signal.getsignal(s) == handler}
+        for signum in self._before:
+            signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            if signal.getsignal(signum) == self._handle:
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        self.last = signum
+        if not self.unwinds:
+            os._exit(_interrupted(signum))
+        if signum == signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
+        raise _Signalled
+
+
+def _interrupted(signum: int) -> int:
+    return _fail("interrupted; repeat the command to go on", 128 + signum, prefix="")
 
 
 def leave(status: int) -> NoReturn:
@@ -189,14 +235,16 @@ def _stdout_reserved(reserved: bool) -> Iterator[None]:
         _to_stderr = before
 
 
-def _run(name: str, command: Command, config: CommonOptions) -> int:
+def _run(name: str, command: Command, config: CommonOptions, signals: _Signals) -> int:
+    act = located(command.preview if config.dry_run else command.run)
+    signals.unwinds = True
     if config.dry_run:
-        result = located(command.preview)(config)
+        result = act(config)
         if not config.json:
             echo(json.dumps(result, indent=2, default=str))
     else:
         with _claimed(name, command, config):
-            result = located(command.run)(config)
+            result = act(config)
     if config.json and int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, default=str, allow_nan=False), flush=True)
     return 0
