@@ -111,7 +111,8 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     argv: the words after the program's name, `sys.argv[1:]` by default.
 
     Errors that a user can act on (ValueError, OSError, a diverged run) become one line on stderr and status 1, mistyped
-    options give status 2, an interruption 128 plus the signal; TRIPTYCH_DEBUG=1 shows the traceback instead.
+    options give status 2, an interruption by Ctrl-C or SIGTERM 128 plus the signal; TRIPTYCH_DEBUG=1 shows the traceback
+    instead.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):

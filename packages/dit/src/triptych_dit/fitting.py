@@ -45,7 +45,9 @@ def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | No
         from triptych_dit.interop import load_any
 
         stated = {name: option(argv, name.replace("_", "-"))[0] for name in CheckpointOptions.__dataclass_fields__}
-        options: dict[str, Any] = {n: int(value) if value.isdecimal() else value for n, value in stated.items() if value}
+        options: dict[str, Any] = {
+            n: int(value) if value.isdecimal() else value for n, value in stated.items() if value
+        }
         source = load_any(init_from, **options)
         model, config = source.model.config, replace(config, predict=source.diffusion.predict)
     typed = {name: option(argv, f"model.{name.replace('_', '-')}")[0] for name in DiTConfig.__dataclass_fields__}

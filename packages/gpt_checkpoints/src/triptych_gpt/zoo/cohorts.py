@@ -11,7 +11,7 @@ import torch
 
 from triptych_gpt.tasks.stack import OneByOneWarning
 from triptych_gpt.tasks.task import Cohort, Task, Trajectories
-from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
+from triptych_gpt.zoo.source import TaskSpec, json_digest, one_line
 from triptych_gpt.zoo.store import CohortData, ShardRecord, shard_name, unsound, write_shard
 
 # Columns of the index that describe a run, besides the task's own settings.
@@ -23,7 +23,7 @@ _SCORED_AT_ONCE = 4000  # checkpoints on the device
 def _opened(spec: TaskSpec, recipe: str) -> Task:
     """The task, opened once in this process. Raises ValueError if it is not the one of the zoo."""
     task = spec.open()
-    if recipe_digest(task.recipe()) != recipe:
+    if json_digest(task.recipe()) != recipe:
         remedy = "make its data and settings the same in every process (seed what is random)"
         raise ValueError(f"task {task.name}: another recipe each time it is opened, or changed meanwhile; {remedy}")
     return task

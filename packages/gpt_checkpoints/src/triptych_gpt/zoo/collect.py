@@ -22,7 +22,7 @@ from triptych_gpt.tasks.task import Cohort, Speed, Task
 from triptych_gpt.zoo import PRELOAD
 from triptych_gpt.zoo.cohorts import SETTINGS, Work, cohorts, collect_cohort, split_of
 from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig
-from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
+from triptych_gpt.zoo.source import TaskSpec, json_digest, one_line
 from triptych_gpt.zoo.store import DTYPES, MANIFEST, OWN_COLUMNS, Manifest, refuse_damaged, to_repair
 
 RECIPE_VERSION = 1  # raised whenever the same recipe gives other runs
@@ -62,7 +62,7 @@ def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
         task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
         identity: dict[str, Any] = {"recipe_version": RECIPE_VERSION, "task": task.name, "recipe": task.recipe()}
         identity |= spec.source()
-        recipe_digest(identity["recipe"])  # refuses one that is not JSON-able
+        json_digest(identity["recipe"])  # refuses one that is not JSON-able
         _check(config, task)
         if isinstance(task, SupervisedTask):
             task.check_symmetry()
@@ -183,7 +183,7 @@ def _work(runs: range, manifest: Manifest, config: CollectConfig) -> Work:
         config.seed, number, runs, config.checkpoints, config.initialiser, config.shared_batches, config.early
     )
     at_once = config.networks_at_once or manifest.facts["networks_at_once"]
-    recipe = recipe_digest(manifest.facts["recipe"]["recipe"])
+    recipe = json_digest(manifest.facts["recipe"]["recipe"])
     split = split_of(number, config.split_every)
     return Work(spec_of(config), recipe, config.out.resolve(), cohort, split, config.dtype, at_once)
 

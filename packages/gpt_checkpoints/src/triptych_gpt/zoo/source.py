@@ -68,14 +68,14 @@ class _RecordedSpec(TaskSpec):
         return super().open()
 
 
-def recipe_digest(recipe: Mapping[str, Any]) -> str:
-    """A hash of a recipe. Raises TypeError for one that is not JSON-able."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+def json_digest(content: Mapping[str, Any]) -> str:
+    """A hash of a recipe or a result. Raises TypeError for one that is not JSON-able."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def recipe_of(zoo: Zoo) -> str:
     """A short hash of the zoo's recipe, which models and results save."""
-    return recipe_digest(zoo.facts.get("recipe", {}))[:16]
+    return json_digest(zoo.facts.get("recipe", {}))[:16]
 
 
 def contents_of(shards: Sequence[ShardRecord]) -> str:
@@ -103,7 +103,7 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
         sizes = f"networks of {opened.layout.size:,} parameters, the zoo's have {zoo.layout.size:,}"
         raise ValueError(f"task {spec.task}: {sizes}; give the zoo's own with --task")
     collected = zoo.facts.get("recipe", {}).get("recipe")
-    if collected is not None and recipe_digest(collected) != recipe_digest(recipe):
+    if collected is not None and json_digest(collected) != json_digest(recipe):
         problem = f"another recipe than that of {zoo.path} (its data or settings changed)"
         raise ValueError(f"task {spec.task}: {problem}; give the same with --task, or collect again")
     return opened, spec
