@@ -126,8 +126,8 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     except KeyboardInterrupt:
         return _fail(interrupts.LINE, 128 + (interrupts.received() or signal.SIGINT), prefix="")
     except Exception as error:
-        if interrupts.received():  # an interrupted import may come back as any other error
-            return _fail(interrupts.LINE, 128 + interrupts.received(), prefix="")
+        if (signum := interrupts.received()) is not None:  # an interrupted import may come back as any other error
+            return _fail(interrupts.LINE, 128 + signum, prefix="")
         return _explained(error)
 
 

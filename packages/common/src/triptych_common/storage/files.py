@@ -98,7 +98,7 @@ def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
     ):
         raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}-", suffix=PARTIAL, dir=path.parent))
     try:
         whole = temporary / "new"
         whole.mkdir()
@@ -137,6 +137,15 @@ def reason(error: Exception) -> str:
 
 
 # --- reading
+
+
+def fitting(name: str, suffix: str) -> str:
+    """A file's name of at most `LONGEST_NAME` bytes: name and suffix, or a beginning of the name, a hash of all of it, suffix."""
+    whole = os.fsencode(name)
+    if len(whole) + len(suffix) <= LONGEST_NAME:
+        return name + suffix
+    ending = f"-{hashlib.sha256(whole).hexdigest()[:12]}{suffix}"
+    return whole[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
 
 
 class PlainName(Constraint):
