@@ -153,7 +153,8 @@ def zoo(folder: Path) -> Path:
 
 def read_zoo(path: Path) -> None:
     opened = Zoo(path.parent)
-    opened.metrics(opened.metric_names[0])
+    for name in opened.metric_names[:1]:
+        opened.metrics(name)
     if len(opened):
         opened.theta(np.array([0]), np.array([0]))
         opened.index()

@@ -66,6 +66,8 @@ def one(door: Any, folder: Path, path: Path, seed: str, others: list[Path]) -> s
 
 def work(name: str, start: int, stop: int, seed: int, root: Path) -> None:
     """The cases start .. stop-1 of a door, a line of JSON each. Ends with the process if a file ends it."""
+    from triptych_common.testing import peak_bytes
+
     doors, hostile = beside("doors"), beside("hostile")
     door, folder = doors.DOORS[name], root / name.replace(" ", "-")
     out = os.fdopen(os.dup(1), "w")
@@ -79,13 +81,18 @@ def work(name: str, start: int, stop: int, seed: int, root: Path) -> None:
         signal.signal(signal.SIGPROF, hostile.give_up)
         pieces = [each for files in others.values() for each in files[1:]]
         for number in range(start, stop):
-            before, started = reset_peak(), time.process_time()
-            watch.events, watch.on = [], True
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            outcome = one(door, folder, path, f"{seed}/{name}/{number}", pieces)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            watch.on = False
-            seconds, grown = time.process_time() - started, memory("VmHWM") - before
+            outcome, started = "", time.process_time()
+            watch.events = []
+
+            def case(seed: str = f"{seed}/{name}/{number}") -> None:
+                nonlocal outcome
+                watch.on = True
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
+                outcome = one(door, folder, path, seed, pieces)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                watch.on = False
+
+            grown, seconds = peak_bytes(case), time.process_time() - started
             if watch.events or grown > BYTES:
                 outcome = f"{watch.events[:2]} {grown / 1e6:,.0f} MB"
             out.write(json.dumps([number, outcome, round(seconds, 4), grown]) + "\n")
@@ -105,17 +112,6 @@ def seeds(root: Path) -> dict[str, list[Path]]:
     return {
         name: [folder / (folder / ".made").read_text(), *doors.files_in(folder)] for name, folder in folders.items()
     }
-
-
-def reset_peak() -> int:
-    """Forget the peak of memory; returns what is in use."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def shares(cases: int) -> dict[str, int]:

@@ -4,16 +4,17 @@ An exception that is raised while modules are imported leaves halves of them beh
 command is at work, and once it is done, the process just ends. At work, KeyboardInterrupt cleans up on its way.
 
 `triptych_dit` and its like are entry points: `interrupts:triptych_dit` runs `triptych_dit.cli`, with handlers from the start.
-This module imports nothing that takes time.
 """
 
+from __future__ import annotations
+
+import _signal as signal  # what the module `signal` wraps: every other import here would be a time without handlers
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 LINE = "interrupted; repeat the command to go on"
 _received: int | None = None
@@ -45,24 +46,22 @@ class Work:
             _handle_by(_end_silently)
 
 
-@contextmanager
-def unheard() -> Iterator[None]:
+class Unheard:
     """Processes started within it ignore Ctrl-C, which a terminal sends to all of a group: this one ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+    def __enter__(self) -> None:
+        self.before = signal.getsignal(signal.SIGINT)
+        _set(signal.SIGINT, signal.SIG_IGN)
+
+    def __exit__(self, *_: object) -> None:
+        _set(signal.SIGINT, self.before)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name.startswith("_"):
         raise AttributeError(name)
 
-    def program() -> NoReturn:
+    def program() -> None:
         install()
         from importlib import import_module
 
@@ -75,8 +74,15 @@ def __getattr__(name: str) -> Any:
 
 def _handle_by(handler: Any) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, handler)
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            _set(signum, handler)
+
+
+def _set(signum: int, handler: Any) -> None:
+    try:
+        signal.signal(signum, handler)
+    except ValueError:  # outside the main thread, where no signal arrives
+        return
 
 
 def _interrupt(signum: int, _frame: object) -> None:
@@ -86,17 +92,17 @@ def _interrupt(signum: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _end(signum: int, _frame: object) -> NoReturn:
+def _end(signum: int, _frame: object) -> None:
     os.write(2, f"{LINE}\n".encode())
     os._exit(128 + signum)
 
 
-def _end_silently(signum: int, _frame: object) -> NoReturn:
+def _end_silently(signum: int, _frame: object) -> None:
     os._exit(128 + signum)
 
 
 def _unraisable(lost: Any) -> None:
     """A signal that arrives while an object is deleted, or in a callback, would be printed and forgotten."""
-    if isinstance(lost.exc_value, KeyboardInterrupt):
+    if isinstance(getattr(lost, "exc_value", None), KeyboardInterrupt):
         _end(_received or signal.SIGINT, None)
     sys.__unraisablehook__(lost)

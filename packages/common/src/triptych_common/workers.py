@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 
 from triptych_common.cli import Interrupted, echo
 from triptych_common.extras import import_extra
-from triptych_common.interrupts import unheard
+from triptych_common.interrupts import Unheard
 from triptych_common.progress import Progress
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def start_server(preload: Sequence[str]) -> BaseContext:
     # Forking a process that has run threads, as torch does, may deadlock. The server imports torch and runs nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    with _environment(_ENVIRONMENT), unheard():
+    with _environment(_ENVIRONMENT), Unheard():
         forkserver.ensure_running()
     return context
 

@@ -24,7 +24,7 @@ from triptych_common.progress import Progress
 from triptych_common.samplers import evaluations
 from triptych_common.storage import checkpoint
 from triptych_common.storage.arrays import Npz
-from triptych_common.storage.files import write_json, writing
+from triptych_common.storage.files import fitting, write_json, writing
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any
@@ -202,7 +202,7 @@ def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
         return f"{index:06d}.png"
     names = trained.class_names
     name = re.sub(r"[^\w.-]+", "-", names[label].split(",")[0]).strip("-.") if label < len(names) else ""
-    return f"{index:06d}-{name or label}.png"
+    return fitting(f"{index:06d}-{name or label}", ".png")
 
 
 def write_npz(path: Path, batches: Iterable[Images], count: int, labels: Int[Tensor, " n"] | None = None) -> None:

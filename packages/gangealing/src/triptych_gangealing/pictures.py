@@ -17,6 +17,7 @@ from triptych_common.cli import echo
 from triptych_common.data import ImageFolder
 from triptych_common.data.decoding import UnreadableImage, read_reduced, to_tensor
 from triptych_common.images import from_uint8
+from triptych_common.storage.files import fitting
 
 from triptych_gangealing.aligner import AT_ONCE, RESAMPLED, Aligner, Alignment, load_aligner
 from triptych_gangealing.correspondence import Transferred, transfer
@@ -105,10 +106,12 @@ class Folder:
 
 def png_names(names: Sequence[str]) -> list[str]:
     """Distinct names of PNGs made of files: a.png for a.jpg, or a.jpg.png where another file would become a.png too."""
-    short = [Path(name).with_suffix(".png").as_posix() for name in names]
-    count, long = Counter(short), {f"{name}.png" for name in names}
-    pairs = zip(short, names, strict=True)
-    return [brief if count[brief] == 1 and brief not in long else f"{name}.png" for brief, name in pairs]
+    paths = [Path(name) for name in names]
+    short = [str(path.with_name(fitting(path.stem, ".png"))) for path in paths]
+    long = [str(path.with_name(fitting(path.name, ".png"))) for path in paths]
+    count, taken = Counter(short), set(long)
+    pairs = zip(short, long, strict=True)
+    return [brief if count[brief] == 1 and brief not in taken else whole for brief, whole in pairs]
 
 
 def read_picture(path: Path, at_least: int | None = None) -> Picture:

@@ -63,13 +63,13 @@ def _decoded(content: bytes, path: str, mode: str, at_least: int | None = None) 
     try:
         image = _opened(content)
         width, height = image.size
-        small = at_least if width * height > WHOLE_MEGAPIXELS * 1e6 else None
+        least = at_least if at_least is not None and width * height > WHOLE_MEGAPIXELS * 1e6 else max(image.size)
         size = (width, height) if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else (height, width)
-        if small is not None and (factor := max(image.size) // small) > 1:
+        if (factor := max(image.size) // least) > 1:
             image.draft(None, (width // factor, height // factor))  # JPEG decodes at a half, a quarter or an eighth
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        if small is not None and (factor := max(image.size) // small) > 1:
+        if (factor := max(image.size) // least) > 1:
             image = (image if image.mode in _REDUCIBLE else _to_rgb(image)).reduce(factor)
         return _to_rgb(image) if mode == "RGB" else image.convert(mode), size
     except MemoryError:

@@ -99,9 +99,9 @@ def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
         raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".*{PARTIAL}"):
-        if re.fullmatch(rf"\.{re.escape(path.name)}-\w{{8}}{re.escape(PARTIAL)}", left.name):
+        if re.fullmatch(rf"\.{re.escape(path.name[:40])}-\w{{8}}{re.escape(PARTIAL)}", left.name):
             shutil.rmtree(left, ignore_errors=True)  # by a killed process
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}-", suffix=PARTIAL, dir=path.parent))
     try:
         whole = temporary / "new"
         whole.mkdir()
@@ -140,6 +140,15 @@ def reason(error: Exception) -> str:
 
 
 # --- reading
+
+
+def fitting(name: str, suffix: str) -> str:
+    """A file's name of at most `LONGEST_NAME` bytes: name and suffix, or a beginning of the name, a hash of all of it, suffix."""
+    whole = os.fsencode(name)
+    if len(whole) + len(suffix) <= LONGEST_NAME:
+        return name + suffix
+    ending = f"-{hashlib.sha256(whole).hexdigest()[:12]}{suffix}"
+    return whole[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
 
 
 class PlainName(Constraint):

@@ -71,7 +71,7 @@ class Machine:
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, content: mmap.mmap | io.BytesIO | io.BufferedReader) -> Any:
+    def run(self, content: mmap.mmap | io.BytesIO) -> Any:
         """The object that a pickle describes. Raises Refused, or any error that damaged bytes lead to."""
         # genops only decodes opcodes; what they do is below, on lists instead of Python's own unpickler.
         for number, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], content))):

@@ -6,6 +6,7 @@ repeats one number, a deflated record. Here the pickle is run on plain data firs
 
 import io
 import math
+import mmap
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,8 @@ import torch
 
 from triptych_common.storage.pickle_machine import Budget, Machine, Name, Refused, TooLarge, dictionary, plain_keys
 
-File = io.BytesIO | io.BufferedReader
 
-
-def check(file: File, size: int, allow: Sequence[Any] = ()) -> None:
+def check(file: io.BytesIO | io.BufferedReader, size: int, allow: Sequence[Any] = ()) -> None:
     """Raise TooLarge for a file that would take more than a small multiple of its `size` in bytes.
 
     allow: classes and functions besides tensors and plain containers that it may name, as torch.serialization.safe_globals
@@ -29,9 +28,12 @@ def check(file: File, size: int, allow: Sequence[Any] = ()) -> None:
     content = _Content(size, allow)
     if zipfile.is_zipfile(file):
         content.zipped(file)
-    else:
+    elif isinstance(file, io.BytesIO):
         file.seek(0)
         content.legacy(file)
+    else:  # mapped, since a file allocates what it is asked for before it reads less
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            content.legacy(mapped)
     file.seek(0)
 
 
@@ -70,7 +72,7 @@ class _Content:
         rebuild = dict.fromkeys(("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"), self._tensor)
         self.calls |= {f"torch._utils.{name}": function for name, function in rebuild.items()}
 
-    def zipped(self, file: File) -> None:
+    def zipped(self, file: io.BytesIO | io.BufferedReader) -> None:
         with zipfile.ZipFile(file) as archive:
             records = {info.filename.casefold(): info for info in archive.infolist()}
             if len(records) != len(archive.infolist()):
@@ -83,7 +85,7 @@ class _Content:
             if claimed > records[f"{root}/data/{key}".casefold()].file_size:
                 raise TooLarge(f"has a storage of {claimed:,} bytes in a smaller record")
 
-    def legacy(self, file: File) -> None:
+    def legacy(self, file: io.BytesIO | mmap.mmap) -> None:
         for _ in range(4):  # magic number, version, system, content
             self._run(file)
         keys = self._run(file)
@@ -92,7 +94,7 @@ class _Content:
         if sum(self.storages.values()) > self.size:
             raise TooLarge(f"has storages of {sum(self.storages.values()):,} bytes, in {self.size:,}")
 
-    def _run(self, file: File) -> Any:
+    def _run(self, file: io.BytesIO | mmap.mmap) -> Any:
         return Machine(self.calls, _build, self.budget, self._storage).run(file)
 
     def _storage(self, persistent_id: Any) -> _Storage:

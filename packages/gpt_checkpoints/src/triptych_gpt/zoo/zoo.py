@@ -229,7 +229,7 @@ class Zoo:
                     raise self._damaged(path)
                 absent = [column for column in columns or () if column not in held]
                 table = file.read(None if columns is None else list(columns)) if not absent else None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._damaged(path) from error
         if absent:
             raise ValueError(f"{path}: no column {absent[0]!r}; expected one of {', '.join(held)}")
