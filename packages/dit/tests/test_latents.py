@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from triptych_common import testing
@@ -321,6 +322,20 @@ def test_training_refuses_a_flipped_bit_and_reads_shards_once(copy, tmp_path, mo
     flip_a_bit(shard_path(copy, 3))
     assert train_on(copy, tmp_path / "third", "--dry-run").returncode == 0
     failed = train_on(copy, tmp_path / "third")
+    testing.fails_with(failed, "shard-000003.safetensors: damaged; repeat the encode command", quiet=("verifying",))
+
+
+def test_training_refuses_latents_that_are_not_finite_though_their_checksum_is_right(copy, tmp_path):
+    path = shard_path(copy, 3)
+    tensors, state = checkpoint.read(path)
+    tensors["moments"][0, 0, 0, 0, 0] = float("nan")
+    checkpoint.write(path, tensors, state)
+    with safe_open(path, framework="pt") as file:
+        sha256 = file.metadata()["sha256"]
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][3]["sha256"] = sha256
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    failed = train_on(copy, tmp_path / "run")
     testing.fails_with(failed, "shard-000003.safetensors: damaged; repeat the encode command", quiet=("verifying",))
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,18 @@ def test_a_zoo_that_cannot_be_written_to_is_verified_every_time(folder):
     Zoo(folder).verify_once()
     flip(folder / "shards" / "runs-00000000-00000005.safetensors", 60)
     with pytest.raises(ValueError, match="contents differ"):
+        Zoo(folder).verify_once()
+
+
+def test_weights_that_are_not_finite_are_refused_though_their_checksum_is_right(folder):
+    manifest = Manifest.read(folder)
+    record = manifest.shards[0]
+    path = folder / "shards" / f"{record.name}.safetensors"
+    theta = load_file(path)["theta"]
+    theta[0, 1, 0] = float("nan")
+    written = store._write(path, store._theta_file(theta, "float32"))
+    manifest.commit(replace(record, theta=written), replace=True)
+    with pytest.raises(ValueError, match=r"runs-0.*\.safetensors: tensor theta has values that are not finite"):
         Zoo(folder).verify_once()
 
 

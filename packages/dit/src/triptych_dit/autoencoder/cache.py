@@ -36,6 +36,7 @@ from triptych_common.storage.files import (
     regular,
     write_json,
 )
+from triptych_common.storage.model_file import refuse_non_finite
 from triptych_common.storage.provenance import PROVENANCE, provenance
 from triptych_common.storage.verified import verify_once
 from typing_extensions import TypedDict
@@ -106,11 +107,14 @@ class LatentCache:
             )
 
     def verify(self) -> None:
-        """Read every shard that is not known to be whole. Raises ValueError at the first whose checksum differs."""
+        """Read every shard that is not known to be whole.
+
+        Raises ValueError at the first whose checksum differs, or which holds values that are not finite.
+        """
 
         def read(name: str) -> None:
             try:
-                checkpoint.read(self.folder / name)
+                refuse_non_finite(checkpoint.read(self.folder / name)[0], name)
             except ValueError as error:
                 raise ValueError(f"{self.folder / name}: damaged; {_remedy(self.facts)}") from error
 

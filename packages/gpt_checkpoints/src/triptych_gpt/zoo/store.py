@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import xxhash
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor
 from triptych_common.cli import echo
 from triptych_common.fields import Ge, OneOf
@@ -39,6 +40,7 @@ from triptych_common.storage.files import (
     write_text,
     writing,
 )
+from triptych_common.storage.model_file import refuse_non_finite
 from triptych_common.storage.verified import verify_once
 from typing_extensions import TypedDict
 
@@ -429,7 +431,7 @@ def refuse_damaged(manifest: Manifest, *, contents: bool) -> None:
 
 
 def verify_shards(manifest: Manifest) -> None:
-    """Raises ValueError for a damaged file; contents are read once, see `verify_once`."""
+    """Raises ValueError for a damaged file, or weights that are not finite; contents are read once, see `verify_once`."""
     refuse_damaged(manifest, contents=False)
     files = {name: file for record in manifest.shards for name, file in record.files().items()}
 
@@ -437,6 +439,8 @@ def verify_shards(manifest: Manifest) -> None:
         path, file = manifest.folder / name, files[name]
         if problem := _problem(path, file.bytes, file.xxh3_128):
             raise ValueError(f"{path}: {problem}; run {manifest.remedy()}")
+        if name.endswith(THETA):
+            refuse_non_finite(load_file(path), str(path))
 
     verify_once(manifest.folder, {name: file.xxh3_128 for name, file in files.items()}, verify)
 
