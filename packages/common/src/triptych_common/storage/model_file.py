@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from triptych_common.storage import checkpoint
-from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.files import check
 
 Model = TypeVar("Model")
@@ -57,6 +56,8 @@ class ModelFormat:
         Tensors are on the CPU; facts include "kind" and "config". Raises FileNotFoundError for an absent file, ValueError for
         one that is damaged, of another kind, or that `build` fails on.
         """
+        from triptych_common.storage.bounded import Bounded  # training reads no model file
+
         path = self.path(path)
         try:
             tensors, facts = checkpoint.read(path)
