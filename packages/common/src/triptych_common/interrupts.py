@@ -65,9 +65,8 @@ def __getattr__(name: str) -> object:
         install()
         from importlib import import_module
 
-        from triptych_common.cli import leave
-
-        leave(import_module(f"{name}.cli").run())
+        cli = import_module(f"{name}.cli")
+        cli.leave(cli.run())
 
     return program
 

@@ -68,7 +68,7 @@ def network_in(content: Any, *, holds: Collection[str], prefer: Literal["ema", "
     found = networks_in(content, holds=holds)
     if not found:
         largest = max(_entries(content), key=lambda entry: len(entry[1]), default=("", {}))
-        return StateDict(_without_wrappers(largest[1], holds), largest[0], content)
+        return StateDict(without_wrappers(largest[1], holds), largest[0], content)
     chosen = [one for one in found if one.is_average == (prefer == "ema")] or found
     usual = [one for one in chosen if one.place.rpartition(".")[2] in _USUAL]
     if len(chosen) > 1 and not usual:
@@ -82,7 +82,7 @@ def networks_in(content: Mapping[Any, Any], *, holds: Collection[str]) -> list[S
     """All networks with tensors of certain names, each once, in the order of the file."""
     landmark, found = next(iter(holds)), []
     for place, entry in _entries(content):
-        tensors = _without_wrappers(entry, holds)
+        tensors = without_wrappers(entry, holds)
         ends = [name.removesuffix(landmark) for name in tensors if f".{name}".endswith(f".{landmark}")]
         prefixes = [prefix for prefix in ends if all(prefix + name in tensors for name in holds)]
         for prefix in prefixes:
@@ -107,7 +107,7 @@ def _entries(content: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Tensor
                 waiting.append((f"{place}.{name}".lstrip("."), inner, depth + 1))
 
 
-def _without_wrappers(tensors: Mapping[str, Tensor], holds: Collection[str]) -> dict[str, Tensor]:
+def without_wrappers(tensors: Mapping[str, Tensor], holds: Collection[str] = ()) -> dict[str, Tensor]:
     """The same without the names that wrappers insert anywhere; a network may have a module named so itself."""
     own = {part for name in holds for part in name.split(".")}
     inserted = [name for name in _WRAPPERS if name not in own]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from triptych_common.cli import echo
 from triptych_common.storage import checkpoint
-from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.files import check
 
 Model = TypeVar("Model")
@@ -74,6 +73,8 @@ class ModelFormat:
         Tensors are on the CPU; facts include "kind" and "config". Raises FileNotFoundError for an absent file, ValueError for
         one that is damaged, of another kind, or that `build` fails on.
         """
+        from triptych_common.storage.bounded import Bounded  # training reads no model file
+
         path = self.path(path)
         try:
             tensors, facts = checkpoint.read(path)

@@ -16,7 +16,6 @@ from triptych_gpt.layout import ParameterLayout
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # of a folder that holds one checkpoint
-_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _SHOWN = 3
 
@@ -131,8 +130,8 @@ def _unwrapped(path: Path) -> dict[str, Tensor]:
     for _ in range(2):  # {"state_dict": {"model": ...}} at most
         if isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
             content = next((content[name] for name in _ENTRIES if isinstance(content.get(name), Mapping)), content)
-    tensors = content.items() if isinstance(content, Mapping) else ()
-    state = {_WRAPPERS.sub("", str(name)): value for name, value in tensors if isinstance(value, Tensor)}
+    found = content.items() if isinstance(content, Mapping) else ()
+    state = foreign.without_wrappers({str(name): value for name, value in found if isinstance(value, Tensor)})
     if not state:
         raise ValueError(f"{path}: holds no state dict, itself or as {', '.join(_ENTRIES)}; save one with torch.save")
     return state
