@@ -1,14 +1,19 @@
 """What the README promises exists, and what is generated is up to date."""
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from triptych_common.cli import located
+from triptych_common.testing import random_inception_weights
 from triptych_dit.cli import COMMANDS as DIT_COMMANDS
+from triptych_dit.testing import run_dit
 from triptych_gangealing.cli import COMMANDS as GANGEALING_COMMANDS
 from triptych_gpt.cli import COMMANDS as GPT_COMMANDS
 from triptych_thesis.chapter2.experiments.gallery import THESIS
@@ -70,6 +75,32 @@ def test_python_examples_run(page):
     for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_tutorial_on_own_pictures_runs_as_it_stands(tmp_path, monkeypatch):
+    """On twelve pictures, with a smaller network and fewer images, which are all that is changed."""
+    for i in range(12):
+        path = tmp_path / "photos" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 13, 3), dtype=np.uint8)).save(path)
+    monkeypatch.chdir(tmp_path)
+    weights = random_inception_weights(tmp_path / "inception.pth")
+    tiny = ("--model.hidden-size", 16, "--model.depth", 1, "--batch-size", 8, "--checkpoint-every", 1)
+    smaller = {"train": tiny, "sample": ("--num-samples", 6, "--num-inference-steps", 2),
+               "evaluate": ("--inception", weights, "--repeats", 0), "export": ()}  # fmt: skip
+    block = re.search(r"```\n(.*?)```", (ROOT / "docs/own-pictures.md").read_text(), re.DOTALL)[1]
+    said = []
+    for line in block.splitlines():
+        program, command, *words = shlex.split(line)
+        assert program == "triptych-dit"
+        words = [{"20000": "16", "40000": "32"}.get(word, word) for word in words]
+        done = run_dit(command, *words, *smaller[command], "--device", "cpu")
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        said.append(done.stdout)
+    assert len(said) == 5
+    assert "--model.num-classes 3, --model.input-size 12 12, --model.in-channels 3" in said[0]
+    assert (tmp_path / "runs/photos/diffusers/transformer/config.json").exists()
+    assert "total_images is 32 now, was 16" in said[4]
 
 
 def test_the_generated_ledger_page_is_up_to_date():

@@ -48,6 +48,17 @@ def test_train_on_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert sample_images(trained, torch.tensor([0, 1]), settings).shape == (2, 3, 8, 8)
 
 
+def test_own_loop(tmp_path: Path) -> None:
+    """Squares are learned; a run in two parts is the same as one; any checkpoint of it is a model."""
+    loop = example("own_loop")
+    dark, bright = loop(tmp_path / "whole", 120)
+    assert float(bright[0, 3:5, 3:5].mean() - dark[0, 3:5, 3:5].mean()) > 0.5  # 0 and 1 in the data
+    loop(tmp_path / "parts", 60)
+    assert torch.equal(torch.stack([dark, bright]), loop(tmp_path / "parts", 120))
+    newest = tmp_path / "parts/checkpoints/step-00000120-extra.safetensors"
+    assert load_model(newest).facts["images_seen"] == 120 * 32
+
+
 def test_sample_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DiTConfig((8, 8), 3, patch_size=2, hidden_size=384, depth=1, num_heads=6, num_classes=5)
     model = random_model(config, std=0.02, dtype=torch.float32)

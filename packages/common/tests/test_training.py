@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import nn
 from triptych_common import randomness
 from triptych_common.cli import Diverged, Interrupted
 from triptych_common.parallel import Execution, Ranks, gradient_sync
+from triptych_common.progress import Progress, duration
 from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 from triptych_common.testing import one_thread
@@ -481,3 +483,17 @@ def test_weights_laid_out_channels_last_resume_bit_identical(tmp_path, fused):
 def test_what_is_done_every_so_many_samples_is_due_once_for_each_multiple_and_at_the_end():
     due = [seen for seen in range(6, 61, 6) if is_due(seen, every=16, batch_size=6, total_samples=60)]
     assert due == [18, 36, 48, 60]
+
+
+def test_the_console_shows_the_loss_and_the_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Progress, "PLAIN_INTERVAL", 0.0)
+    rows = run_loop(make_state(), tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training:")]
+    assert re.fullmatch(r"training: 16/80 img, [\d,]+ img/s, loss \d\S*, 0 s left", lines[1]), lines
+    assert re.fullmatch(r"training: 80/80 img, [\d,]+ img/s, loss \d\S*", lines[-1])
+    assert lines[-1].endswith(f"loss {rows[-1]['loss']:.3g}")
+
+
+def test_durations_are_rounded_to_what_one_wants_to_know():
+    found = [duration(seconds) for seconds in (0.4, 40, 130, 5_900, 9_000, 200_000, 2_000_000)]
+    assert found == ["0 s", "40 s", "2 min", "98 min", "2.5 h", "2 days", "23 days"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor
 from triptych_common import data
 from triptych_common.storage import checkpoint
@@ -305,6 +306,33 @@ def test_a_repeated_command_makes_what_was_lost_again_and_leaves_the_rest(whole,
     written, expected = (load_autoencoder(str(folder)) for folder in (run, whole))
     assert (written.sha256, written.scale_factor) == (expected.sha256, pytest.approx(expected.scale_factor, rel=1e-5))
     assert (run / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()
+
+
+def test_any_checkpoint_is_an_autoencoder(whole, tmp_path):
+    newest = checkpoint.steps_in(whole / "checkpoints")[-1]
+    ours, theirs = load_autoencoder(str(newest)), load_autoencoder(str(whole))
+    assert ours.sha256 == theirs.sha256
+    assert ours.scale_factor == pytest.approx(theirs.scale_factor, rel=0.1)  # of fewer images
+    shutil.copytree(whole / "checkpoints", tmp_path / "run/checkpoints")
+    assert load_autoencoder(str(tmp_path / "run")).sha256 == theirs.sha256
+
+
+def test_own_pictures_of_any_size(tmp_path):
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 23 + i, 3), dtype=np.uint8)
+        (tmp_path / "photos" / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / "a" / f"{i}.png")
+    (tmp_path / "photos" / "a" / "broken.png").write_bytes(b"no picture")
+    options = ("--preset", "digits-smoke", "--total-images", 16, "--batch-size", 8, "--device", "cpu")
+    done = run_dit("autoencoder", *options, "--data", tmp_path / "photos", "--out", tmp_path / "vae")
+    assert done.returncode == 0, done.stderr
+    assert "5 pictures, --image-size 20, channels 3 (colour, 23x20 to 26x20 pixels)" in done.stdout
+    assert "left out 1 of 5 images" in done.stdout
+    found = load_autoencoder(str(tmp_path / "vae"))
+    assert found.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 16, 16)
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    assert config["config"]["warmup_images"] == 2  # of 256 in 2,048
+    assert config["contents"]["data"]["classes"][0]["images"] == 4
 
 
 def test_two_ranks_train_as_one_does(whole, tmp_path):

@@ -11,8 +11,9 @@ from PIL import Image
 from triptych_common.images import image_grid, to_uint8
 from triptych_common.storage import checkpoint
 from triptych_common.testing import fails_with, logged, one_thread, run_torchrun
-from triptych_dit import SamplerSettings, load_model, sample_images
+from triptych_dit import DiTConfig, Objective, SamplerSettings, TrainConfig, load_model, sample_images
 from triptych_dit.testing import run_dit
+from triptych_dit.train import train as train_here
 
 TINY = [
     "--model.depth", "1", "--model.hidden-size", "16", "--model.num-heads", "2", "--batch-size", "8",
@@ -239,3 +240,52 @@ def test_previews_grow_from_the_same_noise_and_change_no_result(photos, tmp_path
     expected = image_grid(to_uint8(images), columns=4).repeat_interleave(4, 1).repeat_interleave(4, 2)
     found = np.asarray(Image.open(tmp_path / "with/previews/images-000000032.png"), dtype=int)
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def pairs(count: int = 12) -> list[tuple[torch.Tensor, int]]:
+    pixels = torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return [(image, i % 3) for i, image in enumerate(pixels)]
+
+
+def settings(out: Path, **others: object) -> TrainConfig:
+    model = DiTConfig((8, 8), 3, patch_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    shape = {"model": model, "batch_size": 4, "total_images": 16, "device": "cpu", "preview_images": 0}
+    return TrainConfig(out=out, **{**shape, **others})
+
+
+def test_any_pairs_of_images_and_classes_train(tmp_path):
+    """As the same pictures from a folder do, bit for bit."""
+    train_here(settings(tmp_path / "pairs"), pairs())
+    for i, (image, label) in enumerate(pairs()):
+        (tmp_path / "folder" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "folder" / str(label) / f"{i:02d}.png")
+    in_order = sorted(pairs(), key=lambda pair: pair[1])
+    train_here(settings(tmp_path / "sorted"), in_order)
+    train_here(settings(tmp_path / "from_folder", data=str(tmp_path / "folder")))
+    ours, theirs = (load_model(tmp_path / name).model.state_dict() for name in ("sorted", "from_folder"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(ValueError, match="holds a run with data="):
+        train_here(settings(tmp_path / "pairs"), in_order)
+
+
+@pytest.mark.parametrize(("image", "label", "message"), [
+    (torch.zeros(3, 8, 8), 9, r"dataset\[0\], class: 9 of 3 classes, expected 0..2"),
+    (torch.zeros(3, 8, 9), 0, r"dataset\[0\]: shape \(1, 3, 8, 9\), expected \(batch, 3, 8, 8\), the model's"),
+    (torch.full((3, 8, 8), 200.0), 0, r"dataset\[0\]: values from 200 to 200, expected pixels in \[-1, 1\]"),
+    (torch.zeros(3, 8, 8, dtype=torch.int64), 0, r"dataset\[0\]: torch.int64, expected floating point"),
+    (torch.zeros(3, 8, 8), 1.5, r"dataset\[0\], class: torch.float32 \(1,\), expected integers"),
+])  # fmt: skip
+def test_a_pair_that_does_not_fit_is_named(image, label, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_here(settings(tmp_path / "run"), [(image, label)] * 4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_batches_that_do_not_fit_are_named(tmp_path):
+    objective, x_0 = Objective(settings(tmp_path)), torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"labels: 9 of 3 classes, expected 0\.\.2"):
+        objective.examples(x_0, torch.tensor([0, 9]), range(2))
+    with pytest.raises(ValueError, match="counters: 3 for 2 images"):
+        objective.examples(x_0, torch.tensor([0, 1]), range(3))
+    with pytest.raises(ValueError, match="x_0: holds NaN"):
+        objective.examples(x_0 / 0, torch.tensor([0, 1]), range(2))

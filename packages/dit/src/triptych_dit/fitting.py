@@ -1,5 +1,6 @@
 """What a training run takes from its data where it is not told: classes, channels and size."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,17 @@ class Look(NamedTuple):
     sides: list[int]
     smallest: str
     largest: str
+
+    def usable(self, least: int, most: int) -> int:
+        """The side, at most `most`, that pictures have; 0 if none has `least`. Much smaller ones, such as icons, do not count."""
+        least = max(least, math.ceil(min(most, self.sides[len(self.sides) // 2]) / 2))
+        sides = [side for side in self.sides if side >= least]
+        return min(most, sides[0]) if sides else 0
+
+    def __str__(self) -> str:
+        kind = "gray" if self.channels == 1 else "colour"
+        span = self.smallest if self.smallest == self.largest else f"{self.smallest} to {self.largest}"
+        return f"{kind}, {span} pixels"
 
 
 class Found(NamedTuple):
@@ -92,19 +104,10 @@ def look_at(data: str, model: DiTConfig, typed: dict[str, str | None], *, keep_s
     if keep_size or (typed["input_size"] is not None and typed["in_channels"] is not None):
         return Found(model.in_channels, model.input_size, classes, reason)
     look = look_over(source)
-    # Much smaller ones than usual, such as icons, will be left out.
-    least = max(model.patch_size, min(LAPTOP_SIDE, look.sides[len(look.sides) // 2]) / 2)
-    usable = [side for side in look.sides if side >= least]
-    side = min(LAPTOP_SIDE, *usable[:1]) // model.patch_size * model.patch_size if usable else 0
+    side = look.usable(model.patch_size, LAPTOP_SIDE) // model.patch_size * model.patch_size
     if not side:
         raise ValueError(f"{data}: pictures of {look.smallest} are smaller than a patch; pass --model.patch-size 2")
-    return Found(look.channels, (side, side), classes, f"{reason}; {_sizes(look)}")
-
-
-def _sizes(look: Look) -> str:
-    kind = "gray" if look.channels == 1 else "colour"
-    span = look.smallest if look.smallest == look.largest else f"{look.smallest} to {look.largest}"
-    return f"{kind}, {span} pixels"
+    return Found(look.channels, (side, side), classes, f"{reason}; {look}")
 
 
 def _classes(count: int) -> int:

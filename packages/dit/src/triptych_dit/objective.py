@@ -3,10 +3,12 @@
 Read `Objective` first. Behind it, `TrainingData` is images in memory or latents sampled from cached posteriors.
 """
 
+import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.diffusion import GaussianDiffusion, Loss
+from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks, onto
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from triptych_common.data import ImageDataset, ImageSource, UnreadableImage
     from triptych_common.data.contents import Contents
 
+PIXEL_TOLERANCE = 0.01  # of resampling, beyond [-1, 1]
 VALIDATION_SEED = 2_022  # the same for every run, so that runs can be compared
 
 
@@ -48,29 +52,76 @@ class Objective:
     its counter, so that a resumed run, or one on more ranks, sees the same examples.
     """
 
-    def __init__(self, config: TrainConfig, training_data: "TrainingData") -> None:
+    def __init__(self, config: TrainConfig, training_data: "TrainingData | None" = None) -> None:
         self.config, self.training_data = config, training_data
         self.diffusion: GaussianDiffusion = make_diffusion(config.model, config.predict)
 
     def draw(self, counters: Sequence[int]) -> Examples:
         """Sample the examples with these counters. Counters run on without end; the data are reshuffled every epoch."""
         # A stream for each quantity: a run without flips, say, sees the same noise and timesteps as one with them.
-        config, seed = self.config, self.config.seed
-        items = randomness.shuffled(seed, "order", counters, len(self.training_data))
+        config, seed, source = self.config, self.config.seed, self.training_data
+        if source is None:
+            raise ValueError("this objective has no training data: call `examples` with a batch of your own")
+        items = randomness.shuffled(seed, "order", counters, len(source))
         flipped = torch.zeros(len(items), dtype=torch.bool)
         if config.horizontal_flip:
             flipped = randomness.uniform(seed, "flip", counters) < 0.5
-        x_0 = self.training_data.examples(items, flipped, seed, counters).to(config.dtype)
+        x_0 = source.examples(items, flipped, seed, counters)
+        return self._noised(x_0, source.labels[items], counters)
+
+    def examples(self, x_0: Tensor, labels: Tensor, counters: Sequence[int]) -> Examples:
+        """Examples of a batch of your own, on the CPU: noise, timesteps and dropped labels follow from the counters.
+
+        x_0: images (batch, channels, height, width), as the model takes them: pixels in [-1, 1]. labels: classes (batch,), zeros
+            for an unconditional model. counters: numbers of the samples, one for each.
+        Raises ValueError, naming the argument, for what does not fit the model.
+        """
+        check_images(x_0, self.config.model)
+        check_classes(labels, self.config.model.num_classes)
+        for name, given in (("labels", labels), ("counters", counters)):
+            if len(given) != len(x_0):
+                raise ValueError(f"{name}: {len(given)} for {len(x_0)} images; pass one for each")
+        return self._noised(x_0, labels.long(), counters)
+
+    def _noised(self, x_0: Tensor, labels: Tensor, counters: Sequence[int]) -> Examples:
+        config, seed = self.config, self.config.seed
         noise = randomness.normal(seed, "noise", counters, x_0.shape[1:], dtype=config.dtype)
         drop = randomness.uniform(seed, "label-drop", counters)
-        labels = drop_labels(config.model, self.training_data.labels[items], drop)
-        return Examples(x_0, draw_timesteps(config, counters, len(self.diffusion.schedule)), noise, labels)
+        t = draw_timesteps(config, counters, len(self.diffusion.schedule))
+        return Examples(x_0.to(config.dtype), t, noise, drop_labels(config.model, labels, drop))
 
     def loss(self, network: nn.Module, examples: Examples, device: torch.device) -> Loss:
         """Loss of each example. `network` is the model, or a parallel wrapper of it."""
         x_0, t, noise, labels = (onto(device, value) for value in examples)
         x_t = self.diffusion.q_sample(x_0, t, noise)
         return self.diffusion.loss(network(x_t, t, labels), x_0, x_t, t, noise)
+
+
+def check_images(x_0: Tensor, model: DiTConfig, name: str = "x_0") -> None:
+    """Raise ValueError unless a batch of images is what a model takes. name: of the argument, for the message."""
+    expected = (model.in_channels, *model.input_size)
+    if tuple(x_0.shape[1:]) != expected:
+        raise ValueError(
+            f"{name}: shape {tuple(x_0.shape)}, expected (batch, {', '.join(map(str, expected))}), the model's"
+        )
+    if not x_0.is_floating_point():
+        raise ValueError(
+            f"{name}: {x_0.dtype}, expected floating point, pixels in [-1, 1]; divide 0..255 by 127.5, less 1"
+        )
+    low, high = (float(x_0.min()), float(x_0.max())) if x_0.numel() else (0.0, 0.0)
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError(f"{name}: holds NaN or infinity")
+    if model.in_channels in (1, 3) and max(-low, high) > 1 + PIXEL_TOLERANCE:
+        raise ValueError(f"{name}: values from {low:.4g} to {high:.4g}, expected pixels in [-1, 1]")
+
+
+def check_classes(labels: Tensor, num_classes: int, name: str = "labels") -> None:
+    """Raise ValueError unless labels are integers that a model has classes for; an unconditional one takes zeros."""
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name}: {labels.dtype} {tuple(labels.shape)}, expected integers, one for each image")
+    wrong = labels[(labels < 0) | (labels >= max(1, num_classes))]
+    if len(wrong):
+        raise ValueError(f"{name}: {int(wrong[0])} of {num_classes} classes, expected 0..{max(0, num_classes - 1)}")
 
 
 def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int) -> Int[Tensor, " batch"]:
@@ -210,6 +261,84 @@ class PixelData:
 
     def verify(self, ranks: Ranks) -> None:
         """Nothing is read from files any more."""
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """Anything with a length and (image, class) pairs, such as a data set of torchvision.
+
+    image: float (channels, height, width) in [-1, 1], or uint8. classes, where there is such an attribute: their names.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]: ...
+
+
+class PairData:
+    """Pairs as `TrainingData`, read when they are needed and checked then.
+
+    Raises ValueError, naming the pair, for images or classes that the model does not take.
+    """
+
+    contents = None
+
+    def __init__(self, dataset: Pairs, model: DiTConfig, *, name: str = "dataset") -> None:
+        if not len(dataset):
+            raise ValueError(f"{name}: it is empty")
+        self.dataset, self.model, self.name = dataset, model, name
+        self.shape, self.num_classes = (model.in_channels, *model.input_size), max(1, model.num_classes)
+        names = getattr(dataset, "classes", None)
+        names = list(map(str, names)) if names is not None and len(names) == model.num_classes else None
+        self.facts: dict[str, Any] = {"autoencoder": None, "lossy_data": False, "class_names": names}
+        self._read: tuple[list[int], Tensor, Tensor] = ([], torch.empty(0), torch.empty(0))
+        some = torch.arange(0, len(dataset), -(-len(dataset) // 32))
+        digest = hashlib.sha256(self._pairs(some)[0].contiguous().numpy().data).hexdigest()[:16]
+        self.identity = f"{type(dataset).__name__}, {len(dataset):,} pairs, {digest}"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def labels(self) -> Any:
+        """What `labels[items]` reads from the pairs."""
+        return _Classes(self)
+
+    def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
+        x_0 = self._pairs(items)[0]
+        return torch.where(flipped[:, None, None, None], x_0.flip(-1), x_0) if bool(flipped.any()) else x_0
+
+    def check_flips(self) -> None:
+        """Any image can be mirrored."""
+
+    def verify(self, ranks: Ranks) -> None:
+        """Nothing of it is a file of ours."""
+
+    def _pairs(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and classes of some pairs; those read last are kept, since they are asked for one after the other."""
+        wanted = items.tolist()
+        if wanted != self._read[0]:
+            pairs = [self._pair(item) for item in wanted]
+            self._read = wanted, torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+        return self._read[1:]
+
+    def _pair(self, item: int) -> tuple[Tensor, int]:
+        image, label = self.dataset[item]
+        image, name = torch.as_tensor(image), f"{self.name}[{item}]"
+        if image.dtype == torch.uint8:
+            image = from_uint8(image)
+        check_images(image[None], self.model, name)
+        classes = torch.as_tensor(label if self.model.num_classes else 0)
+        check_classes(classes.reshape(-1), self.model.num_classes, f"{name}, class")
+        return image.float(), int(classes)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    data: PairData
+
+    def __getitem__(self, items: Tensor) -> Tensor:
+        return self.data._pairs(items)[1]
 
 
 # By `pictures`, for the next that opens them: listing a folder takes time.

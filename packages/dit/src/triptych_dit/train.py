@@ -20,6 +20,8 @@ from triptych_dit.model import DiT
 from triptych_dit.objective import (
     Examples,
     Objective,
+    PairData,
+    Pairs,
     TrainingData,
     make_validation,
     open_training_data,
@@ -31,13 +33,21 @@ from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import FILE_NAME, facts_of, write_model
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
     """Train to the end, or resume an interrupted run.
 
+        train(TrainConfig(model=replace(PRESETS["digits"], num_classes=3), out=Path("runs/mine")), dataset)
+
+    dataset: replaces `config.data` by (image, class) pairs of any kind: images as float (channels, height, width) in [-1, 1],
+        or uint8; it has a length, and is indexed from 0.
     Returns the paths of the model file and the metrics, and the last row of the metrics.
     Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
-    training_data = open_training_data(config.data, config.model, out=config.out, strict=config.strict)
+    training_data: TrainingData
+    if dataset is not None:
+        training_data = PairData(dataset, config.model)
+    else:
+        training_data = open_training_data(config.data, config.model, out=config.out, strict=config.strict)
     if config.horizontal_flip:
         training_data.check_flips()
     held_out, facts = open_validation_data(config, training_data), {"data": training_data.identity}
@@ -48,7 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if ranks.is_main:
             write_unusable([e for source in sources.values() for e in getattr(source, "unusable", ())], run.path)
         state = make_state(config, ranks, run, training_data.facts)
-        state.describe = lambda: {"ema": facts_of(config.model, facts_about(config, state, training_data))}
+        describe(config, state, training_data)
         objective = Objective(config, training_data)
         validate = make_validation(config, held_out, run, ranks)
         keep_snapshot, preview = make_snapshots(config, run, training_data), make_previews(config, run, training_data)
@@ -118,6 +128,7 @@ def make_state(
         torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
     )
     state = TrainState(model.to(config.dtype), adamw, ranks, **config.state_options())
+    describe(config, state)
     if config.continue_optimizer:
         from triptych_dit.interop.released import TABLE
         from triptych_dit.interop.training import read_training
@@ -142,7 +153,7 @@ def make_snapshots(config: TrainConfig, run: RunDirectory, training_data: Traini
     return keep
 
 
-def save_average(path: Path, config: TrainConfig, state: TrainState, training_data: TrainingData) -> None:
+def save_average(path: Path, config: TrainConfig, state: TrainState, training_data: TrainingData | None = None) -> None:
     """Write the model file of the averaged weights; every rank must call it."""
     # Sharded weights are gathered from all ranks, then one of them writes.
     tensors = state.averaged()
@@ -150,10 +161,15 @@ def save_average(path: Path, config: TrainConfig, state: TrainState, training_da
         write_model(path, config.model, tensors, facts_about(config, state, training_data))
 
 
-def facts_about(config: TrainConfig, state: TrainState, training_data: TrainingData) -> dict[str, Any]:
+def describe(config: TrainConfig, state: TrainState, training_data: TrainingData | None = None) -> None:
+    """Make checkpoints record what makes model files of them."""
+    state.describe = lambda: {"ema": facts_of(config.model, facts_about(config, state, training_data))}
+
+
+def facts_about(config: TrainConfig, state: TrainState, training_data: TrainingData | None = None) -> dict[str, Any]:
     """The facts of a model file: what the network predicts, and what it was trained on."""
-    facts = {"predict": config.predict, "data": training_data.identity, "seed": config.seed}
-    return facts | {"images_seen": state.samples_seen, **training_data.facts}
+    facts = {"predict": config.predict, "seed": config.seed, "images_seen": state.samples_seen}
+    return facts if training_data is None else {**facts, "data": training_data.identity, **training_data.facts}
 
 
 def snapshot_path(run: Path, images: int) -> Path:

@@ -115,7 +115,7 @@ def _part_of(
     if not isinstance(facts, dict):
         raise ValueError(f"{path}: a checkpoint without {part!r}, of another kind")
     step, total = state.get("step"), state.get("total_steps")
-    if part == "ema" and isinstance(step, int) and isinstance(total, int) and step < total:
+    if part.startswith("ema") and isinstance(step, int) and isinstance(total, int) and step < total:
         echo(f"{path}: unfinished: step {step:,} of {total:,}")
     prefix = f"{part}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, dict(facts)

@@ -204,6 +204,7 @@ class TrainState:
         """Means over ranks and over the steps since the last reading, without skipped steps; resets the meters."""
         scale = 1 / (max(self.metered_steps, 1) * self.ranks.world_size)
         means = {name: float(self.ranks.sum(value)) * scale for name, value in self.meters.items()}
+        self._show(means)
         self.meters, self.metered_steps = {}, 0
         return means
 
@@ -236,10 +237,12 @@ class TrainState:
     def losses_now(self) -> str:
         """The losses in words, as this rank knows them: means over the steps since the last row, or the ones before it."""
         if self.metered_steps:
-            names = [name for name in self.meters if name.startswith("loss")] or list(self.meters)[:1]
-            means = ((name, float(self.meters[name]) / self.metered_steps) for name in names)
-            self._shown = ", ".join(f"{name} {mean:.3g}" for name, mean in means)
+            self._show({name: float(value) / self.metered_steps for name, value in self.meters.items()})
         return self._shown
+
+    def _show(self, means: Mapping[str, float]) -> None:
+        names = [name for name in means if name.startswith("loss")] or list(means)[:1]
+        self._shown = ", ".join(f"{name} {means[name]:.3g}" for name in names)
 
     def write(self, folder: Path, *, extra: bool) -> None:
         """Write this step's checkpoint: one file, by the main rank, or for a sharded run a folder, by all ranks.

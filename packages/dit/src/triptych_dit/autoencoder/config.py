@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from triptych_common.cli import CommonOptions
-from triptych_common.fields import Ge, Gt
+from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AdamWSettings
 
 
 @dataclass(frozen=True)
 class AutoencoderTrainConfig(AdamWSettings):
-    """Train an autoencoder on a named data set, for latents. Repeating the command resumes it."""
+    """Train an autoencoder on pictures, for latents. Repeating the command resumes it."""
 
     out: Path = Path("runs/autoencoder")
     """run directory; the autoencoder itself goes to OUT/vae"""
     data: str = "mnist5k"
-    """data set: mnist5k (embedded), mnist or cifar10"""
+    """a named data set (mnist5k is embedded), a folder of images, or hub:OWNER/NAME; channels are those of the images"""
+    image_size: int | None = None
+    """side that pictures of a folder are cropped to; by default the largest that most of them have, at most 64. Pictures of any
+    size can be encoded later"""
+    strict: Annotated[bool, FREE] = False
+    """stop at the first picture that is damaged or too small, rather than list such pictures and leave them out"""
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     """channels at each resolution; each one after the first halves the sides"""
     layers_per_block: Annotated[int, Gt(0)] = 1

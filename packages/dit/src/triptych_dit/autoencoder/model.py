@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from triptych_common.extras import import_extra
 from triptych_common.storage import checkpoint, torch_file
 from triptych_common.storage.bounded import Bounded
-from triptych_common.storage.model_file import refuse_non_finite
+from triptych_common.storage.model_file import ModelFormat, refuse_non_finite
 
 from triptych_dit.weights import LatentSpace
 
@@ -26,6 +27,14 @@ WEIGHTS = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp1
 _SHARD = r"(?:-\d+-of-\d+)?"
 _WEIGHT_FILE = re.compile(
     rf"diffusion_pytorch_model{_SHARD}(?:\.(?P<variant>\w+){_SHARD})?\.(?P<suffix>safetensors|bin)"
+)
+CHECKPOINT = ModelFormat(
+    kinds=("autoencoder",),
+    file_name="vae.safetensors",
+    expected="an autoencoder",
+    mismatch="no autoencoder",
+    made="triptych-dit autoencoder --out FOLDER trains one",
+    absent="no autoencoder; train one with triptych-dit autoencoder --out {folder}",
 )
 _DECODED_PIXELS = 2**20  # at once: 16 images of 256 x 256, about 4 GB with Stable Diffusion's decoder
 _ENCODING = ("encoder", "quant_conv")  # parts that latents depend on
@@ -119,9 +128,26 @@ def load_autoencoder(
     Raises ValueError or OSError, in one line, if it cannot be used, ImportError without diffusers.
     """
     kind = import_autoencoder_kl()
+    if _is_unfinished(Path(spec).expanduser()):
+        return CHECKPOINT.read(Path(spec).expanduser(), partial(_from_checkpoint, spec, device, dtype), part="ema.vae")
     with _quiet("diffusers"), _quiet("huggingface_hub"):
         folder = _local(spec) if Path(spec).expanduser().exists() else _fetched(spec, download)
         vae = _read(kind, spec, folder)
+    return Autoencoder(vae, spec, device=device, dtype=dtype)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether this is a checkpoint of a training run, or a run's folder that has no autoencoder yet."""
+    return (path.is_file() and path.suffix == ".safetensors") or (
+        bool(checkpoint.steps_in(path / "checkpoints")) and not (path / "vae" / "config.json").exists()
+    )
+
+
+def _from_checkpoint(
+    spec: str, device: torch.device | str, dtype: torch.dtype, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> Autoencoder:
+    vae = import_autoencoder_kl().from_config(facts["config"])
+    vae.load_state_dict(tensors)
     return Autoencoder(vae, spec, device=device, dtype=dtype)
 
 

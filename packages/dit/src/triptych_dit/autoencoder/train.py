@@ -1,13 +1,16 @@
-"""Train a small autoencoder for latents: a variational `AutoencoderKL` of diffusers, on a data set in memory.
+"""Train a small autoencoder for latents: a variational `AutoencoderKL` of diffusers, on images in memory.
 
 The thesis uses Stable Diffusion's autoencoder; digits of 28 x 28 need a smaller one. Its loss is a pixel distance and a KL
 divergence. There is no perceptual loss: the only network for digits is the one that scores them.
 """
 
+import copy
+import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import torch
 from jaxtyping import Float, UInt8
@@ -24,13 +27,23 @@ from triptych_common.training import TrainState, open_run, summary, training_ste
 from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
-from triptych_dit.autoencoder.model import WEIGHTS, Autoencoder, import_autoencoder_kl, load_autoencoder, scaled_sample
+from triptych_dit.autoencoder.model import (
+    CHECKPOINT,
+    WEIGHTS,
+    Autoencoder,
+    import_autoencoder_kl,
+    load_autoencoder,
+    scaled_sample,
+)
+from triptych_dit.fitting import look_over
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 FOLDER = "vae"  # below the run's: where a diffusers pipeline has its own
 MEASURED, PICTURE = "autoencoder.json", "reconstructions.png"
+LARGEST = 64  # side that pictures are cropped to for training on a laptop
+SOME = 64  # images of which checkpoints measure the scale factor
 
 
 class Reconstruction(nn.Module):
@@ -59,14 +72,19 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
     Returns the autoencoder's path, its facts (such as the scale factor), and its error on held-out images.
     Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
-    train_set = data.load(config.data, "train")
+    unusable: list[data.UnreadableImage] = []
+    train_set = load_images(config, unusable)
     check_fits(config, train_set)
-    with process_group(config.device) as ranks, open_run(config, ranks) as run:
+    contents = None if config.data in data.DATASETS else {"data": data.contents_of(train_set)}
+    with process_group(config.device) as ranks, open_run(config, ranks, contents=contents) as run:
+        if ranks.is_main:
+            data.write_unusable(unusable, run.path)
         model = Reconstruction(make_vae(config, train_set)).to(ranks.device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
         )
         state = TrainState(model, optimizer, ranks, **config.state_options())
+        state.describe = lambda: {"ema.vae": checkpoint_facts(config, state, train_set)}
         height, width = (side // config.downsampling for side in train_set.images.shape[2:])
 
         def losses(counters: range) -> dict[str, Tensor]:
@@ -83,6 +101,50 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
             facts = finish(config, state.ema.vae, train_set, ranks)
             echo(f"autoencoder: {config.out / FOLDER}")
         return {"vae": str(config.out / FOLDER), **facts, **summary(run, "mse")}
+
+
+def load_images(config: AutoencoderTrainConfig, unusable: list[data.UnreadableImage]) -> data.ImageDataset:
+    """The images to train on, of which those that cannot be used are left out, unless `strict`, reported and appended."""
+    if config.data in data.DATASETS:
+        return data.load(config.data, "train")
+    source = data.open_source(config.data, unconditional=True)
+    look = look_over(source)
+    side = config.image_size or look.usable(config.downsampling, LARGEST) // config.downsampling * config.downsampling
+    echo(f"from {config.data}: {len(source):,} pictures, --image-size {side}, channels {look.channels} ({look})")
+    images = data.in_memory(source, side, channels=look.channels, unusable=None if config.strict else unusable)
+    data.report_unusable(unusable, len(source), config.out)
+    return images
+
+
+def held_out_images(config: AutoencoderTrainConfig, train_set: data.ImageDataset) -> data.ImageDataset | None:
+    """Images that training has not seen; None of a folder that is not divided into train/ and val/."""
+    if config.data in data.DATASETS:
+        return data.load(config.data, "held_out")
+    try:
+        source = data.open_source(config.data, "held_out", unconditional=True)
+    except ValueError:
+        return None
+    _, channels, *size = train_set.images.shape
+    return data.in_memory(source, (size[0], size[1]), channels=channels, split="held_out", unusable=[])
+
+
+def checkpoint_facts(config: AutoencoderTrainConfig, state: TrainState, train_set: data.ImageDataset) -> dict[str, Any]:
+    """What makes a checkpoint's average an autoencoder: its config, with the scale factor of its latents so far."""
+    vae = copy.deepcopy(state.ema.vae)
+    images = some_images(train_set, config.seed)[:SOME]
+    scale_to_unit(Autoencoder(vae, "", device=state.ranks.device), images, config.seed)
+    return CHECKPOINT.facts_of(json.loads(vae.to_json_string()), {})
+
+
+def scale_to_unit(autoencoder: Autoencoder, images: Tensor, seed: int) -> Float[Tensor, "images channels height width"]:
+    """Set the scale factor to one over the standard deviation of all values of latents sampled for some images, which are
+    returned unscaled.
+    """
+    # As for Stable Diffusion's 0.18215: diffusion assumes data of about unit variance.  [Rombach et al. 2022, D.1]
+    latents = draw_latents(autoencoder, images, seed) / autoencoder.space.scale_factor
+    std = float(latents.std())
+    autoencoder.module.register_to_config(scaling_factor=1 / std if std > 0 and math.isfinite(std) else 1.0)
+    return latents
 
 
 def check_fits(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> None:
@@ -118,24 +180,21 @@ def finish(
     Returns what was measured, by an earlier end of the run if its files are whole: on other threads, the scale factor's last
     digits might change, and caches of latents are of one scale factor.
     """
-    # One over the standard deviation of all values of latents sampled for training images, as for Stable Diffusion's
-    # 0.18215: diffusion assumes data of about unit variance.  [Rombach et al. 2022, D.1]
     folder = config.out / FOLDER
     raw = Autoencoder(vae, str(folder), device=ranks.device)
     if (before := measured_before(config, raw)) is not None:
         return before
-    latents = draw_latents(raw, some_images(dataset, config.seed), config.seed) / raw.space.scale_factor
-    vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    latents = scale_to_unit(raw, some_images(dataset, config.seed), config.seed)
     write_vae(folder, vae)
     autoencoder = load_autoencoder(str(folder), device=ranks.device)
-    held_out = data.load(config.data, "held_out")
-    images = some_images(held_out, config.seed)
+    held_out = held_out_images(config, dataset)
+    images = some_images(held_out or dataset, config.seed)
     back = autoencoder.decode(draw_latents(autoencoder, images, config.seed)).cpu()
     write_png(config.out / PICTURE, side_by_side(to_uint8(images), to_uint8(back)), scale=2)
     facts = {
         "autoencoder": autoencoder.facts(),
         "latent_std": (latents.std(dim=(0, 2, 3)) * autoencoder.space.scale_factor).tolist(),
-        "held_out": {"images": len(images), "mse": float(F.mse_loss(back, images))},
+        "held_out" if held_out else "training": {"images": len(images), "mse": float(F.mse_loss(back, images))},
     }
     write_json(config.out / MEASURED, facts | provenance())
     return facts
@@ -145,7 +204,8 @@ def finish(
 class _Measured(TypedDict):
     autoencoder: dict[str, Any]
     latent_std: list[float]
-    held_out: dict[str, Any]
+    held_out: NotRequired[dict[str, Any]]
+    training: NotRequired[dict[str, Any]]
 
 
 def measured_before(config: AutoencoderTrainConfig, vae: Autoencoder) -> dict[str, Any] | None:
@@ -156,7 +216,7 @@ def measured_before(config: AutoencoderTrainConfig, vae: Autoencoder) -> dict[st
         written = load_autoencoder(str(config.out / FOLDER)).facts()
         same = written == {**facts["autoencoder"], "spec": written["spec"]}
         if same and written["sha256"] == vae.sha256:
-            return {name: facts[name] for name in _Measured.__annotations__}
+            return {name: facts[name] for name in _Measured.__annotations__ if name in facts}
     return None
 
 
