@@ -7,6 +7,8 @@ TORCH ?=
 CONSTRAINTS ?= constraints.txt
 SIZE ?= laptop
 ARGS ?=
+CASES ?= 20000
+SEED ?= 0
 BIN := .venv/bin
 STAMP := .venv/.triptych-setup
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
@@ -32,9 +34,10 @@ $(STAMP): requirements.txt $(CONSTRAINTS) $(PROJECTS)
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
-# Readers on thousands of damaged files, other ones each time.
+# Damaged files for every reader: CASES of them, the same ones for the same SEED; resumes when repeated. Docs: docs/trust.md.
 fuzz: setup
-	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_fuzz.py packages/common/tests/test_files.py
+	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
+	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest packages/common/tests/test_files.py
 
 # Every command under signals, full disks, damaged files and more; ARGS="--trials 3 --commands align" narrows it. Goes on if repeated.
 faults: setup

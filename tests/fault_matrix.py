@@ -132,6 +132,7 @@ class Running:
                 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
             if fresh:
                 os.execv(sys.executable, [sys.executable, "-m", PROGRAMS[words[0]], *words[1:]])
+            import_module("triptych_common.interrupts").install()
             try:
                 status = import_module(PROGRAMS[words[0]]).run(words[1:])
             except SystemExit as error:

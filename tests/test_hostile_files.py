@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def place(tmp_path_factory) -> Path:
             (root / folder / name).write_bytes(content())
     os.mkfifo(root / "pictures" / "pipe.png")
     (root / "pictures" / "zero.png").symlink_to("/dev/zero")
+    for suffix in (".pt", ".safetensors"):
+        os.mkfifo(root / "weights" / f"pipe{suffix}")
+        (root / "weights" / f"zero{suffix}").symlink_to("/dev/zero")
     (root / "pictures" / "again").symlink_to(root / "pictures")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "pictures" / "good.png")
@@ -58,7 +62,47 @@ def place(tmp_path_factory) -> Path:
     np.savez(root / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
     _aligner(root / "aligner")
     _gpt(root)
+    _folders(root)
     return root
+
+
+def _folders(root: Path) -> None:
+    """Folders with pipes and devices in place of files, data sets with a script, and results of a study."""
+    for kind in ("pipe", "zero"):
+        place = root / "folders" / kind
+        zoo = shutil.copytree(root / "zoo", place / "zoo")
+        for path in sorted((zoo / "shards").iterdir()):
+            _replace(path, kind)
+        shutil.copytree(root / "zoo", place / "zoo of no manifest")
+        _replace(place / "zoo of no manifest" / "manifest.json", kind)
+        for name in ("config.json", "manifest.json", "model_index.json", "state.json", "dataset_dict.json"):
+            (place / name).mkdir()
+            _replace(place / name / name, kind)
+    (root / "script").mkdir()
+    (root / "script" / "script.py").write_text(hostile.EVIL_MODULE)
+    Image.new("RGB", (8, 8)).save(root / "script" / "a.png")
+    (root / "script and table").mkdir()
+    (root / "script and table" / "script and table.py").write_text(hostile.EVIL_MODULE)
+    (root / "script and table" / "train.parquet").write_bytes(b"PAR1")
+    (root / "saved").mkdir()
+    state = {"_data_files": [{"filename": "../../zero"}], "_split": "train"}
+    (root / "saved" / "state.json").write_text(json.dumps(state))
+    (root / "saved" / "dataset_info.json").write_text("{}")
+    row = {"verdict": "\x1b[2J", "evidence": "__import__('os')", "size": "laptop"}
+    (root / "results").mkdir()
+    (root / "results" / "rows.json").write_text(json.dumps({"claims": {"x": row}, "chapter": 2, "size": "laptop"}))
+    (root / "results" / "deep.json").write_bytes(hostile.deep_json())
+    for kind in ("pipe", "zero"):
+        _replace(root / "results" / f"{kind}.json", kind)
+
+
+def _replace(path: Path, kind: str) -> None:
+    """Put a pipe or a device in place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
 
 
 def _aligner(folder: Path) -> None:
@@ -106,6 +150,7 @@ def doors(root: Path) -> list[list[str]]:
             ["triptych-gpt", "prompt", "--model", root / "gpt", "--checkpoint", path, "--target", "test_loss=0.3"],
             ["triptych-gpt", "convert", "--checkpoint", path],
             ["triptych-gpt", "import", "--lmdb", path],
+            ["triptych-gpt", "import", "--folder", path],
             ["triptych-gangealing", "generate", "--generator", path],
             ["triptych-gangealing", "train", "--generator", path],
             ["triptych-gangealing", "train-gan", "--init-from", path],
@@ -133,12 +178,49 @@ def doors(root: Path) -> list[list[str]]:
         ["triptych-gpt", "verify", root / "zoo"],
         ["triptych-gpt", "export", root / "zoo"],
     ]
-    return [[*map(str, words), "--out", f"{out}/{i}"] for i, words in enumerate(commands)]
+    for place in (root / "folders" / kind for kind in ("pipe", "zero")):
+        for zoo in (place / "zoo", place / "zoo of no manifest"):
+            commands += [
+                ["triptych-gpt", "train", "--zoo", zoo], ["triptych-gpt", "info", zoo], ["triptych-gpt", "verify", zoo],
+                ["triptych-gpt", "export", zoo], ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", zoo],
+                ["triptych", "figures", "--model", root / "gpt", "--zoo", zoo],
+            ]  # fmt: skip
+        for name in ("config.json", "manifest.json", "model_index.json", "state.json", "dataset_dict.json"):
+            commands += [
+                ["triptych-dit", "sample", "--checkpoint", place / name],
+                ["triptych-dit", "train", "--data", place / name],
+                ["triptych-dit", "train", "--init-from", place / name],
+                ["triptych-dit", "encode", "--source", root / "album", "--vae", place / name],
+                ["triptych-gangealing", "align", "--aligner", place / name, "--images", root / "album"],
+            ]
+    for data in (root / "script", root / "script and table", root / "saved"):
+        commands += [["triptych-dit", "train", "--data", f"hub:{data}"], ["triptych-dit", "train", "--data", data]]
+    for path in sorted((root / "results").iterdir()):
+        commands.append(
+            ["triptych", "claims", path, "--ledger", root / "claims.toml", "--page", root / "out" / "page.md"]
+        )
+    for path in sorted((root / "weights").iterdir()):
+        commands += [
+            ["triptych", "figures", "--model", path, "--zoo", root / "zoo"],
+            ["triptych", "score-alignment", "--aligner", path],
+            ["triptych", "score-clusters", "--aligner", path],
+            ["triptych-gpt", "collect", path],
+            ["triptych-gpt", "collect", f"{path}:X"],
+        ]
+    commands += [["triptych-gpt", "collect", "mnist_mlp_14", "--repair"]]
+    return [[*map(str, words), *where(words, f"{out}/{i}")] for i, words in enumerate(commands)]
+
+
+def where(words: list, out: str) -> list[str]:
+    """The option of where to write, for commands that have it."""
+    return [] if words[1] == "claims" else ["--out", out]
 
 
 def digest(root: Path) -> str:
     """Of all regular files below a folder, their names included."""
-    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    files = sorted(
+        path for path in root.rglob("*") if path.is_file() and not path.is_symlink() and "out" not in path.parts
+    )
     return hashlib.sha256(b"".join(str(p).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
@@ -149,6 +231,7 @@ def test_no_file_runs_writes_asks_or_hangs(place):
             "triptych-dit": "triptych_dit.cli",
             "triptych-gpt": "triptych_gpt.cli",
             "triptych-gangealing": "triptych_gangealing.cli",
+            "triptych": "triptych_thesis.cli",
         },
         "allowed": [str(place / "out"), "/dev/null", "/dev/shm"],
         "forbidden": [str(place)],

@@ -20,7 +20,7 @@ DISTRIBUTIONS = {  # import name -> distribution, where they differ
     "PIL": "pillow", "triptych_common": "triptych-common", "torch_fidelity": "torch-fidelity", "sklearn": "scikit-learn",
     "triptych_dit": "triptych-dit", "triptych_gpt": "triptych-gpt", "triptych_gangealing": "triptych-gangealing",
 }  # fmt: skip
-FILES_BEHIND_TRAINING = {"triptych_dit.train": 25, "triptych_gpt.train": 35, "triptych_gangealing.train": 30}
+FILES_BEHIND_TRAINING = {"triptych_dit.train": 26, "triptych_gpt.train": 35, "triptych_gangealing.train": 31}
 PROGRAMS = ["triptych_dit.cli", "triptych_gpt.cli", "triptych_gangealing.cli", "triptych_thesis.cli"]
 
 

@@ -79,7 +79,7 @@ def load_moments(cache: LatentCache, indices: Tensor, flipped: Tensor, *_: Any) 
 
 def load_samples(cache: LatentCache, indices: Tensor, flipped: Tensor, counters: range, seed: int) -> Tensor:
     noise = randomness.normal(seed, "posterior", counters, SHAPE)
-    return scaled_sample(cache.moments(indices, flipped), noise, SCALE)
+    return scaled_sample(cache.moments(indices, flipped), noise, cache.space)
 
 
 def jobs() -> Sequence[Job]:

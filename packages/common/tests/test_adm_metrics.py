@@ -437,11 +437,11 @@ SOME = np.zeros((5, 8, 8, 3), np.uint8)
     ({"arr_0": SOME[0]}, r"arr_0 is uint8 \(8, 8, 3\), expected"),
     ({"arr_0": SOME[:0]}, r"arr_0 is uint8 \(0, 8, 8, 3\), expected"),
     ({"arr_0": np.asfortranarray(SOME)}, "Fortran order"),
-    ({"arr_0": np.array([{}, None])}, r"arr_0 is object \(2,\), expected uint8"),
+    ({"arr_0": np.array([{}, None])}, r"arr_0 holds Python objects"),
     ({"mu": np.zeros(2048)}, "only one of mu and sigma"),
-    ({"mu": np.zeros(64), "sigma": np.eye(64)}, r"expected floats \(2048,\) and \(2048, 2048\)"),
+    ({"mu": np.zeros(64), "sigma": np.eye(64)}, r"mu is float64 \(64,\), expected floats \(2048,\)"),
     ({"arr_0": SOME, "mu_s": np.full(2023, np.nan), "sigma_s": np.eye(2023)}, "NaN or infinity"),
-    ({"mu": np.array([None]), "sigma": np.eye(2048)}, "damaged one .*allow_pickle=False"),
+    ({"mu": np.array([None]), "sigma": np.eye(2048)}, "damaged one .*mu holds Python objects"),
 ])  # fmt: skip
 def test_a_file_of_other_things_is_one_clear_error(arrays, message, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)

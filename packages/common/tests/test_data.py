@@ -214,6 +214,15 @@ def test_damaged_cifar10_is_refused(fake_cifar10, tmp_path):
     pack(archive, {f"cifar-10-batches-bin/{k}": v[:-1] + bytes([v[-1] ^ 1]) for k, v in fake_cifar10.items()})
     with pytest.raises(ValueError, match=r"data_batch_1.bin is not CIFAR-10's \(SHA-256 differs\)"):
         load("cifar10", "train", tmp_path)
+    unpacked = tmp_path / "cifar10/cifar-10-batches-bin"
+    unpacked.mkdir()
+    for name, content in fake_cifar10.items():
+        (unpacked / name).write_bytes(content)
+    (unpacked / "data_batch_3.bin").write_bytes(b"junk")
+    with pytest.raises(
+        ValueError, match=r"batches-bin/data_batch_3.bin: content is not .*; delete the file and repeat"
+    ):
+        load("cifar10", "train", tmp_path)
 
 
 def test_absent_cifar10_is_downloaded_going_on_where_it_broke_off(server, fake_cifar10, tmp_path):

@@ -152,6 +152,14 @@ def test_an_altered_instrument_is_refused(tmp_path):
     (tmp_path / "mnist_features.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="differs from the recorded"):
         load_instrument("mnist_features", tmp_path)
+    for content, message in (
+        ("{", "not JSON"),
+        ('{"mnist_features": {}}', "sha256: missing"),
+        ("{}", "has no mnist_feat"),
+    ):
+        (tmp_path / "instruments.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"instruments.json: .*{message}.*; reinstall the package"):
+            load_instrument("mnist_features", tmp_path)
 
 
 def test_copies_score_like_the_floor_but_are_caught_as_duplicates(scorer):

@@ -22,6 +22,7 @@ from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
 from triptych_dit.autoencoder.train import Reconstruction, train_autoencoder
 from triptych_dit.testing import random_vae, run_dit
+from triptych_dit.weights import LatentSpace
 
 make_vae = partial(random_vae, (8, 8, 16), latent_channels=4, sample_size=16, scaling_factor=0.5, shift_factor=0.25)
 
@@ -56,7 +57,7 @@ def test_it_does_what_plain_diffusers_does(folder, images):
     ours, plain = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder)
     assert ours.facts() == {
         "spec": str(folder), "sha256": ours.sha256, "encoder_sha256": ours.encoder_sha256, "scale_factor": 0.5,
-        "shift_factor": 0.25, "downsampling": 4, "latent_channels": 4,
+        "shift_factor": 0.25, "downsampling": 4, "latent_channels": 4, "image_channels": 3,
     }  # fmt: skip
     assert ours.image_channels == 3
     with torch.no_grad():
@@ -66,9 +67,28 @@ def test_it_does_what_plain_diffusers_does(folder, images):
         torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], dim=1))
         noise = torch.randn(5, 4, 4, 6)
         z = posterior.mean + posterior.std * noise
-        latents = scaled_sample(moments, noise, ours.scale_factor, ours.shift_factor)
+        latents = scaled_sample(moments, noise, ours.space)
         torch.testing.assert_close(latents, (z - 0.25) * 0.5)
         torch.testing.assert_close(ours.decode(latents), plain.decode(z).sample.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_channels_are_normalised_as_diffusers_pipelines_do(images):
+    """Its formula of encoding and decoding, as in StableDiffusionXLImg2ImgPipeline, for an autoencoder with mean and std."""
+    mean, std = (0.1, -0.4, 0.0, 2.0), (0.5, 1.5, 1.0, 3.0)
+    plain = make_vae(shift_factor=None, latents_mean=mean, latents_std=std)
+    ours = Autoencoder(plain, "given")
+    with torch.no_grad():
+        z = plain.encode(images).latent_dist.mode()
+        latents_mean, latents_std = (torch.tensor(numbers).view(1, 4, 1, 1) for numbers in (mean, std))
+        latents = (z - latents_mean) * plain.config.scaling_factor / latents_std
+        decoded = plain.decode(latents * latents_std / plain.config.scaling_factor + latents_mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(scaled_sample(ours.moments(images), torch.zeros(5, 4, 4, 6), ours.space), latents)
+    torch.testing.assert_close(ours.decode(latents), decoded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.space.unscaled(ours.space.scaled(z)), z)
+    assert LatentSpace.of(ours.facts()) == ours.space
+    for wrong in ({"latents_mean": (0.0,) * 3}, {"latents_std": (1.0, 1.0, 0.0, 1.0)}, {"latents_mean": mean}):
+        with pytest.raises(ValueError, match=r"autoencoder given: .*latents_"):
+            Autoencoder(make_vae(**({"shift_factor": None} if "latents_mean" not in wrong else {}), **wrong), "given")
 
 
 def test_nothing_depends_on_the_batch(folder, images, monkeypatch):
@@ -76,7 +96,7 @@ def test_nothing_depends_on_the_batch(folder, images, monkeypatch):
     moments = autoencoder.moments(images)
     ones = torch.cat([autoencoder.moments(image[None]) for image in images])
     torch.testing.assert_close(ones, moments, atol=1e-5, rtol=1e-5)
-    latents = scaled_sample(moments, torch.zeros(5, 4, 4, 6), 0.5, 0.25)
+    latents = scaled_sample(moments, torch.zeros(5, 4, 4, 6), autoencoder.space)
     decoded = autoencoder.decode(latents)
     monkeypatch.setattr(module, "_DECODED_PIXELS", 2 * 16 * 24)  # two, two, one
     torch.testing.assert_close(autoencoder.decode(latents), decoded, atol=1e-5, rtol=1e-5)
@@ -94,6 +114,17 @@ def test_low_precision_is_for_encoding_alone(folder, images, dtype):
     assert torch.equal(low.decode(latents), full.decode(latents))
 
 
+@pytest.mark.parametrize("options", [
+    {"variant": "fp16"}, {"max_shard_size": "20KB"}, {"variant": "fp16", "max_shard_size": "20KB"},
+    {"safe_serialization": False, "variant": "fp16"},
+])  # fmt: skip
+def test_variants_and_shards_are_read(tmp_path, options):
+    vae = make_vae()
+    vae.save_pretrained(tmp_path, **options)
+    assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    assert load_autoencoder(str(tmp_path)).sha256 == Autoencoder(vae, "given").sha256
+
+
 def test_the_hash_is_of_weights_not_of_files(folder, tmp_path):
     sha256 = load_autoencoder(str(folder)).sha256
     vae = AutoencoderKL.from_pretrained(folder)
@@ -103,7 +134,7 @@ def test_the_hash_is_of_weights_not_of_files(folder, tmp_path):
     vae.register_to_config(scaling_factor=2.0)
     vae.save_pretrained(tmp_path / "pipeline" / "vae")  # as a pipeline has it
     again = load_autoencoder(str(tmp_path / "pipeline"))
-    assert (again.sha256, again.scale_factor) == (sha256, 2.0)
+    assert (again.sha256, again.space.scale_factor) == (sha256, 2.0)
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 1e-6
     assert Autoencoder(vae, "changed").sha256 != sha256
@@ -142,7 +173,7 @@ class Pwned:
     (lambda f: (f / "config.json").unlink(), "no config.json there; expected a folder"),
     (lambda f: edit(f, _class_name="UNet2DModel"), "its config says UNet2DModel, expected AutoencoderKL"),
     (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
-    (lambda f: edit(f, scaling_factor=0.0), "scaling_factor 0.0, expected a number above 0"),
+    (lambda f: edit(f, scaling_factor=0.0), "scale_factor 0.0: expected a number above 0"),
     (lambda f: edit(f, latent_channels=5), "size mismatch"),
     (lambda f: edit(f, layers_per_block=2), "weights do not fit its config"),
     (lambda f: truncate(f / module.WEIGHTS[0]), "cannot be read"),
@@ -259,6 +290,24 @@ def test_interrupted_and_resumed_it_ends_in_the_same_weights(whole, tmp_path):
     assert (tmp_path / config).read_bytes() == (whole / config).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "lost", [None, "autoencoder.json", "vae/config.json", f"vae/{module.WEIGHTS[0]}", "reconstructions.png"]
+)
+def test_a_repeated_command_makes_what_was_lost_again_and_leaves_the_rest(whole, tmp_path, lost):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    names = ["autoencoder.json", "vae/config.json", f"vae/{module.WEIGHTS[0]}", "reconstructions.png"]
+    if lost:
+        content = (run / lost).read_bytes()
+        (run / lost).write_bytes(content[: len(content) // 2])
+    assert run_dit("autoencoder", *TINY, "--out", run).returncode == 0
+    unchanged = lost is None
+    for name in names:
+        assert ((run / name).stat().st_mtime_ns == (whole / name).stat().st_mtime_ns) == unchanged
+    written, expected = (load_autoencoder(str(folder)) for folder in (run, whole))
+    assert (written.sha256, written.scale_factor) == (expected.sha256, pytest.approx(expected.scale_factor, rel=1e-5))
+    assert (run / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()
+
+
 def test_any_checkpoint_is_an_autoencoder(whole, tmp_path):
     newest = checkpoint.steps_in(whole / "checkpoints")[-1]
     ours, theirs = load_autoencoder(str(newest)), load_autoencoder(str(whole))
@@ -292,7 +341,7 @@ def test_two_ranks_train_as_one_does(whole, tmp_path):
     for ours, theirs in zip(metrics(tmp_path), metrics(whole), strict=True):
         for name in ("mse", "kl", "grad_norm"):  # Adam makes much of rounding in gradients that are next to nothing
             assert ours[name] == pytest.approx(theirs[name], rel=1e-2), ours["step"]
-    ours, theirs = (load_autoencoder(str(out)).scale_factor for out in (tmp_path, whole))
+    ours, theirs = (load_autoencoder(str(out)).space.scale_factor for out in (tmp_path, whole))
     assert ours == pytest.approx(theirs, rel=0.02)
 
 

@@ -47,7 +47,8 @@ def test_a_model_travels_to_diffusers_and_the_released_format_and_back(run, tmp_
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["written"] == str(out)
     assert any("use_released_timesteps" in note for note in result["notes"])
-    assert any("there is no autoencoder" in note for note in result["notes"])
+    assert any("the model generates pixels, which DiTPipeline, made for latents, cannot" in n for n in result["notes"])
+    assert not any("from_pretrained(folder, vae=" in note for note in result["notes"])
     assert json.loads((out / "model_index.json").read_text())["id2label"] == {"0": "zero, nought", "7": "seven"}
     assert same(from_diffusers(out), model)
 
@@ -71,7 +72,7 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"format": "released", "vae": "x"}, "--vae is for --format diffusers, not released"),
+    ({"format": "released", "scheduler": "x"}, "--scheduler is for --format diffusers, not released"),
     ({"format": "triptych", "labels_file": Path("x")}, "--labels-file is for --format diffusers"),
 ])  # fmt: skip
 def test_options_of_another_format_are_refused(options, message):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from triptych_common.randomness import SampleNoise
 from triptych_common.samplers import ddim, final, guided
 from triptych_dit import PRESETS, DiT, DiTConfig, from_diffusers, testing, to_diffusers
-from triptych_dit.autoencoder.model import Autoencoder
+from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
 from triptych_dit.interop import diffusers_transformer, load_any, use_released_timesteps
 from triptych_dit.interop.diffusers import padded_table, pipeline_label, renamed, translated, unpadded_table
 from triptych_dit.weights import make_diffusion
@@ -224,6 +224,25 @@ def test_the_stock_pipeline_guides_ten_classes_to_our_own_images(tmp_path):
     assert float((unguided.images - images.images).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "scaling", [{"shift_factor": 0.3}, {"latents_mean": (0.5, -1.0, 0.1), "latents_std": (2.0, 1.0, 0.4)}]
+)
+def test_the_pipeline_decodes_normalised_latents_and_the_exported_encoder_gives_them(tmp_path, scaling):
+    """It knows the scale factor alone; the rest moves into the autoencoder."""
+    model, vae = random_model(SAME, std=0.1), tiny_vae(scaling_factor=0.4, **scaling)
+    ours = Autoencoder(vae, "given")
+    to_diffusers(model, tmp_path / "out", vae=ours, facts={"predict": "noise", "autoencoder": ours.facts()})
+    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    latents, images = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(decoded, ours.decode(latents), rtol=0, atol=1e-5)
+    exported, noise = load_autoencoder(str(tmp_path / "out")), torch.randn(2, 3, 8, 8)
+    encoded = (scaled_sample(a.moments(images), noise, a.space) for a in (ours, exported))
+    torch.testing.assert_close(*encoded, rtol=1e-4, atol=1e-4)
+    assert load_any(tmp_path / "out").space == exported.space
+
+
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "unipc"])
 def test_other_schedulers_by_name_run_in_the_pipeline(tmp_path, name):
     to_diffusers(random_model(SAME), tmp_path / "out", vae=tiny_vae(), scheduler=name)
@@ -306,12 +325,13 @@ def test_parts_that_do_not_suit_the_model_are_refused(tmp_path):
     other = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     learned = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
     latent = {"autoencoder": {"spec": "elsewhere", "sha256": "0" * 64, "scale_factor": 0.5}}
+    scaled = {"autoencoder": {"spec": "elsewhere", "scale_factor": 0.5}}
     cases = [
         (moved, {}, "position embedding is not the sine-cosine one"),
         (model, {"vae": testing.random_vae(latent_channels=4)}, "the autoencoder has 4 latent channels, the model 3"),
-        (model, {"vae": tiny_vae(shift_factor=0.1)}, "shift_factor 0.1, which DiTPipeline ignores"),
-        (model, {"vae": tiny_vae(), "facts": latent}, "scaling_factor 0.18215, the model was trained with 0.5"),
-        (model, {"vae": Autoencoder(tiny_vae(scaling_factor=0.5), "mine"), "facts": latent}, "mine is not the one"),
+        (model, {"vae": tiny_vae(shift_factor=0.1, use_quant_conv=False)}, "shift_factor, which DiTPipeline ignores"),
+        (model, {"vae": tiny_vae(), "facts": scaled}, "elsewhere: scale_factor is 0.5, given has 0.18215"),
+        (model, {"vae": Autoencoder(tiny_vae(scaling_factor=0.5), "mine"), "facts": latent}, "sha256 is 0{12}, mine has"),
         (model, {"vae": tiny_vae(), "facts": {"autoencoder": None}}, "trained on pixels"),
         (model, {"vae": str(tmp_path)}, "no config.json"),
         (model, {"scheduler": other}, "does not suit the model in beta_schedule scaled_linear"),
@@ -353,11 +373,12 @@ def test_an_export_is_whole_or_absent_and_repeating_it_replaces(tmp_path, monkey
 
 @pytest.mark.parametrize("options", [
     {"max_shard_size": "20KB"}, {"safe_serialization": False}, {"safe_serialization": False, "max_shard_size": "20KB"},
+    {"variant": "fp16"}, {"variant": "fp16", "max_shard_size": "20KB"},
 ])  # fmt: skip
 def test_shards_and_old_bin_files_are_read(tmp_path, options):
     model = random_model(SAME)
     diffusers_transformer(model).save_pretrained(tmp_path / "transformer", **options)
-    assert ("max_shard_size" in options) == bool(list((tmp_path / "transformer").glob("*.index.json")))
+    assert ("max_shard_size" in options) == bool(list((tmp_path / "transformer").glob("*.index*.json")))
     assert_same_model(from_diffusers(tmp_path), model)
 
 
@@ -407,23 +428,41 @@ def test_a_model_from_anywhere_carries_the_facts_of_its_origin(tmp_path):
     model = random_model(SAME)
     facts = {
         "predict": "sample",
-        "autoencoder": {"spec": "elsewhere", "sha256": "f" * 64, "scale_factor": 0.5},
+        "autoencoder": {"spec": "elsewhere", "scale_factor": 0.5},
+        "class_names": ["cat, tabby", "dog"],
         "kind": "DiT",
     }
     to_diffusers(model, tmp_path / "ours", vae=tiny_vae(scaling_factor=0.5), facts=facts)
     trained = load_any(tmp_path / "ours")
     assert trained.diffusion.predict == "sample"
-    assert trained.facts["autoencoder"] == {  # it is in the folder now
-        "spec": str(tmp_path / "ours"), "sha256": "f" * 64, "scale_factor": 0.5, "shift_factor": 0.0, "downsampling": 2,
-        "latent_channels": 3,
-    }  # fmt: skip
+    space = Autoencoder(tiny_vae(scaling_factor=0.5), str(tmp_path / "ours")).space
+    assert trained.space == space  # it is in the folder now
+    assert trained.class_names == ("cat, tabby", "dog")
     (tmp_path / "ours" / "triptych.json").unlink()
-    assert load_any(tmp_path / "ours").facts["autoencoder"]["sha256"] is None
-    assert load_any(tmp_path / "ours").diffusion.predict == "sample"  # the scheduler's config says so
-    assert load_any(tmp_path / "ours" / "transformer").facts["autoencoder"] is None
+    trained = load_any(tmp_path / "ours")
+    assert trained.space == replace(space, sha256=None, encoder_sha256=None)
+    assert trained.diffusion.predict == "sample"  # the scheduler's config says so
+    assert trained.class_names == ("cat, tabby", "dog", *map(str, range(2, 10)))  # model_index.json has two
+    assert load_any(tmp_path / "ours" / "transformer").facts.keys() == {"predict", "source", "fetch_autoencoder"}
     scheduler = tmp_path / "ours" / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "beta_schedule": "squaredcos_cap_v2"}))
-    with pytest.raises(ValueError, match="its scheduler is of another process: beta_schedule squaredcos_cap_v2"):
+    theirs = json.loads(scheduler.read_text())
+    linear = torch.linspace(1e-4, 0.02, 1000).tolist()
+    for change, message in (
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule squaredcos_cap_v2"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        ({"trained_betas": [0.01] * 1000}, "trained_betas are not the linear ones"),
+        ({"trained_betas": linear[:-1]}, "trained_betas are not the linear ones"),
+        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction"),
+        ({"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "use_flow_sigmas True"),
+    ):
+        scheduler.write_text(json.dumps({**theirs, **change}))
+        with pytest.raises(ValueError, match=f"its scheduler is of another process: .*{message}.*; pass --predict if"):
+            load_any(tmp_path / "ours")
+        assert load_any(tmp_path / "ours", predict="noise").diffusion.predict == "noise"
+    scheduler.write_text(json.dumps({**theirs, "trained_betas": linear}))
+    assert load_any(tmp_path / "ours").diffusion.predict == "sample"
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "ours" / "scheduler")
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no betas"):
         load_any(tmp_path / "ours")
 
 

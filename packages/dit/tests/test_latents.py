@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from triptych_common import testing
@@ -135,7 +137,9 @@ def test_moments_are_those_of_diffusers_for_both_flips(images, vae, whole, tmp_p
 def test_float16_moments_decode_to_the_same_pixels(images, vae, whole, tmp_path):
     encode(config_of(images, vae, tmp_path, dtype="float32"))
     rows, autoencoder = torch.arange(len(LatentCache(whole))), load_autoencoder(str(vae))
-    means = [LatentCache(out).moments(rows).chunk(2, dim=1)[0] * autoencoder.scale_factor for out in (whole, tmp_path)]
+    means = [
+        LatentCache(out).moments(rows).chunk(2, dim=1)[0] * autoencoder.space.scale_factor for out in (whole, tmp_path)
+    ]
     half, exact = (autoencoder.decode(mean) for mean in means)
     assert exact.std() > 1e-3
     assert (
@@ -183,7 +187,11 @@ def test_opening_a_cache_reads_no_moments(tmp_path):
     for shard in range(2):
         moments = torch.zeros(1024, 2, 8, 32, 32, dtype=torch.float16)
         write_shard(tmp_path, shard, moments, torch.zeros(1024, dtype=torch.long), torch.arange(1024) + 1024 * shard)
-    facts = {"autoencoder": {}, "source": {"spec": "zeros", "class_names": ["zero"]}, "flips": True}
+    facts = {
+        "autoencoder": {"spec": "none", "scale_factor": 1.0},
+        "source": {"spec": "zeros", "class_names": ["zero"]},
+        "flips": True,
+    }
     write_manifest(tmp_path, 2, {**facts, "latent_shape": [4, 32, 32]})
     script = """
 import resource, sys, torch
@@ -317,6 +325,20 @@ def test_training_refuses_a_flipped_bit_and_reads_shards_once(copy, tmp_path, mo
     testing.fails_with(failed, "shard-000003.safetensors: damaged; repeat the encode command", quiet=("verifying",))
 
 
+def test_training_refuses_latents_that_are_not_finite_though_their_checksum_is_right(copy, tmp_path):
+    path = shard_path(copy, 3)
+    tensors, state = checkpoint.read(path)
+    tensors["moments"][0, 0, 0, 0, 0] = float("nan")
+    checkpoint.write(path, tensors, state)
+    with safe_open(path, framework="pt") as file:
+        sha256 = file.metadata()["sha256"]
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][3]["sha256"] = sha256
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    failed = train_on(copy, tmp_path / "run")
+    testing.fails_with(failed, "shard-000003.safetensors: damaged; repeat the encode command", quiet=("verifying",))
+
+
 def test_a_repeated_encode_reads_shards_once_and_repairs_a_flipped_bit(images, vae, whole, copy, monkeypatch, capfd):
     reads = []
     real = checkpoint.read
@@ -441,19 +463,19 @@ def test_caches_name_their_encoder_and_earlier_ones_go_on_without(images, vae, c
     manifest = json.loads((copy / "manifest.json").read_text())
     assert manifest["autoencoder"].pop("encoder_sha256") == load_autoencoder(str(vae)).encoder_sha256
     write_json(copy / "manifest.json", manifest)
-    LatentCache(copy).check(load_autoencoder(str(vae)).facts())
+    assert LatentCache(copy).space.difference(load_autoencoder(str(vae)).space) is None
     assert encode(config_of(images, vae, copy))["items"] == 17
 
 
 def test_an_autoencoder_must_be_the_one_that_encoded(vae, whole):
-    cache = LatentCache(whole)
-    mine = load_autoencoder(str(vae)).facts()
-    cache.check({**mine, "spec": "elsewhere"})
-    for name, value in (("sha256", "0" * 64), ("scale_factor", 0.18215)):
-        with pytest.raises(ValueError, match=rf"{vae} with {name} \S+, not {value} as in {vae}; use that"):
-            cache.check({**mine, name: value})
-    with pytest.raises(ValueError, match="but pixels are expected"):
-        cache.check(None)
+    ours = LatentCache(whole).space
+    for same in ({"spec": "elsewhere"}, {"sha256": "0" * 64}, {"encoder_sha256": None}, {"downsampling": None}):
+        assert ours.difference(replace(ours, **same)) is None
+    for other in (
+        {"encoder_sha256": "0" * 64}, {"encoder_sha256": None, "sha256": "0" * 64}, {"scale_factor": 0.18215},
+        {"latents_mean": (0.0, 0.1, 0.0)}, {"latents_std": (1.0, 2.0, 1.0)}, {"latent_channels": 16}, {"downsampling": 8},
+    ):  # fmt: skip
+        assert ours.difference(replace(ours, **other)).startswith([*other][-1])
 
 
 def test_a_cache_without_flips_has_none_to_give(images, vae, tmp_path):

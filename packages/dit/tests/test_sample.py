@@ -14,23 +14,26 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from triptych_common.cli import main
+from triptych_common.images import to_uint8
 from triptych_common.samplers import evaluations, guided
 from triptych_common.testing import fails_with, run_torchrun
 from triptych_dit import DiTConfig, testing
 from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.cli import COMMANDS
 from triptych_dit.config import BLOCK_DESIGNS
-from triptych_dit.sample import image_name, read_batches, read_npz, write_npz
+from triptych_dit.interop import load_any
+from triptych_dit.sample import SampleConfig, classes_of, image_name, read_batches, read_npz, write_npz
 from triptych_dit.sampling import SamplerSettings, bind, decoded, sample_images, trajectory
 from triptych_dit.testing import random_vae, run_dit
 from triptych_dit.weights import TrainedModel, make_diffusion, save_model
 
 SMALL = DiTConfig((4, 6), 4, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
+PIXELS = replace(SMALL, in_channels=3)
 NAMES = ["tabby, tabby cat", "great dane/dog", "c", "d", "e"]
 random_model = partial(testing.random_model, std=0.15)
 
 
-def trained(config=SMALL, **facts):
+def trained(config=PIXELS, **facts):
     return TrainedModel(random_model(config), make_diffusion(config, "noise"), facts)
 
 
@@ -106,7 +109,7 @@ def test_a_sample_depends_on_seed_and_index_alone(sampler):
 
 
 def test_latents_are_not_clipped_and_are_decoded_as_diffusers_does(vae):
-    model = trained(autoencoder=load_autoencoder(str(vae)).facts())
+    model = trained(SMALL, autoencoder=load_autoencoder(str(vae)).facts())
     settings, labels = SamplerSettings(num_inference_steps=6), torch.tensor([0, 1])
     steps = list(trajectory(model, labels, range(2), settings))
     assert float(steps[-1].x.abs().max()) > 1  # the model's space
@@ -122,7 +125,7 @@ def test_latents_are_not_clipped_and_are_decoded_as_diffusers_does(vae):
 
 
 def test_an_unconditional_model_samples_by_count():
-    model = trained(replace(SMALL, num_classes=0))
+    model = trained(replace(PIXELS, num_classes=0))
     settings = SamplerSettings(num_inference_steps=3)
     images = sample_images(model, None, settings, count=3)
     torch.testing.assert_close(sample_images(model, None, settings, count=1, first_index=2), images[2:])
@@ -225,7 +228,7 @@ def test_a_moved_autoencoder_is_named_and_another_refused(latent_model, vae, tmp
     assert not (tmp_path / "out").exists()  # a request that cannot work leaves nothing
     status, error = run("--vae", str(save_vae(tmp_path / "other", seed=1)))
     assert status == 1
-    assert f"the model's is {facts['sha256'][:12]}" in error
+    assert f"the model's has {facts['encoder_sha256'][:12]}" in error
     save_vae(moved)
     assert run("--vae", str(moved))[0] == 0
 
@@ -263,6 +266,54 @@ def test_a_decoder_of_another_scale_is_refused(latent_model, vae, tmp_path, caps
     assert message.count("\n") == 1
     assert "vae: scale_factor is " in message
     assert "pass --vae with the folder" in message
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_latents_of_an_unknown_autoencoder_are_no_pictures(channels, tmp_path, capsys):
+    config, model = replace(SMALL, in_channels=channels), tmp_path / "model.safetensors"
+    save_model(model, random_model(config, dtype=torch.float32), {"predict": "noise"})
+    words = command(model, tmp_path / "out", "--num-samples", "2")
+    assert main("triptych-dit", COMMANDS, words) == 1
+    assert f"samples have {channels} channels, which are no picture's, and no autoencoder" in capsys.readouterr().err
+    for latents in (channels, channels + 1):
+        vae = random_vae((8, 8), latent_channels=latents, scaling_factor=0.5, latents_std=(2.0,) * latents)
+        vae.save_pretrained(tmp_path / f"vae{latents}")
+    assert main("triptych-dit", COMMANDS, [*words, "--vae", str(tmp_path / f"vae{channels + 1}")]) == 1
+    expected = f"has {channels + 1} latent channels, the model {channels}; pass another --vae"
+    assert expected in capsys.readouterr().err
+    assert main("triptych-dit", COMMANDS, [*words, "--vae", str(tmp_path / f"vae{channels}")]) == 0
+    images, _ = read_npz(tmp_path / "out/samples.npz")
+    assert images.shape == (2, 3, 8, 12)
+    trained = load_any(model, vae=str(tmp_path / f"vae{channels}"))
+    plain = AutoencoderKL.from_pretrained(tmp_path / f"vae{channels}")
+    settings = SamplerSettings(num_inference_steps=3)
+    latents = list(trajectory(trained, torch.tensor([0, 1]), range(2), settings, seed=0))[-1].x
+    with torch.no_grad():
+        theirs = plain.decode(latents * 2.0 / 0.5).sample.clamp(-1, 1)
+    assert int((images.int() - to_uint8(theirs).int()).abs().max()) <= 1
+
+
+def test_classes_have_names(latent_model, tmp_path, capsys):
+    words = command(latent_model, tmp_path / "out", "--num-samples", "4", "--labels")
+    assert main("triptych-dit", COMMANDS, [*words, "Tabby  Cat", "great dane/dog", "4"]) == 0
+    assert read_npz(tmp_path / "out/samples.npz")[1].tolist() == [0, 1, 4, 0]
+    capsys.readouterr()
+    assert main("triptych-dit", COMMANDS, [*words, "taby"]) == 1
+    assert "label 'taby': no class of the model has this name; did you mean 'tabby'?" in capsys.readouterr().err
+    walk = ["walk", "--checkpoint", str(latent_model), "--out", str(tmp_path / "walk"), "--blend", "c:1", "zebu:1"]
+    assert main("triptych-dit", COMMANDS, walk) == 1
+    assert "label 'zebu': no class of the model has this name; its classes are tabby" in capsys.readouterr().err
+
+
+def test_labels_that_the_data_never_had_are_refused():
+    model = trained(class_names=["cat", "dog", "bird"])
+    with pytest.raises(ValueError, match="label 3: the model's data had 3 classes, cat, dog, bird; it is untrained"):
+        sample_images(model, torch.tensor([0, 3]), SamplerSettings(num_inference_steps=2))
+    config = SampleConfig(num_samples=4)
+    assert classes_of(config, model) == (0, 1, 2)
+    assert classes_of(config, trained()) == (0, 1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"label 'cat': the model has no names of classes; pass numbers, 0\.\.4"):
+        classes_of(replace(config, labels=("cat",)), trained())
 
 
 def test_models_of_earlier_caches_take_their_own_autoencoder_alone(vae, tmp_path, capsys):
@@ -316,6 +367,7 @@ FULL_DISK = """
 import resource, sys
 from triptych_dit.cli import COMMANDS
 from triptych_common.cli import main
+from triptych_common.images import to_uint8
 resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # a part fits, all of them do not
 sys.exit(main("triptych-dit", COMMANDS, sys.argv[1:]))
 """

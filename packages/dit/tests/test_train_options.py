@@ -1,18 +1,26 @@
 """Training beyond the digits: own images, no classes, fine-tuning, validation, precision, shards; the thesis's presets."""
 
+import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from triptych_common.data import ImageDataset
+from triptych_common.parallel import Ranks
 from triptych_common.randomness import generator
-from triptych_common.storage import checkpoint
+from triptych_common.storage import checkpoint, foreign
 from triptych_common.testing import run_cli, run_torchrun
-from triptych_dit import load_model
-from triptych_dit.testing import run_dit
+from triptych_dit import DiTConfig, load_model
+from triptych_dit.interop import export_released
+from triptych_dit.objective import PixelData, check_same_kind
+from triptych_dit.testing import random_model, run_dit
+from triptych_dit.train import make_state
 from triptych_dit.train_config import TRAIN_PRESETS
+from triptych_dit.weights import LatentSpace, save_model
 
 SHAPE = [
     "--model.depth", "2", "--model.hidden-size", "16", "--model.num-heads", "2", "--model.patch-size", "7",
@@ -113,6 +121,23 @@ def test_validation_equals_the_loss_computed_by_hand(digits):
     assert last["validation/mse"] == pytest.approx(float(error), rel=1e-4)
 
 
+def test_validation_is_on_the_same_classes_and_latents():
+    def data(*names, **space):
+        found = PixelData(
+            ImageDataset("mine", "train", torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.zeros(3).long(), 3, names)
+        )
+        found.facts["autoencoder"] = space and LatentSpace("a", **space).facts()
+        return found
+
+    ours = data("cat", "dog", "hen", scale_factor=0.5)
+    check_same_kind(ours, data("cat", "dog", "hen", scale_factor=0.5))
+    check_same_kind(ours, data("cat", "dog", "hen"))
+    with pytest.raises(ValueError, match="mine has the classes hen, cat, dog, mine has cat, dog, hen"):
+        check_same_kind(ours, data("hen", "cat", "dog", scale_factor=0.5))
+    with pytest.raises(ValueError, match=r"latents of another autoencoder than mine: scale_factor is 0\.5, a has 0\.4"):
+        check_same_kind(ours, data("cat", "dog", "hen", scale_factor=0.4))
+
+
 def test_the_log_holds_throughput_arithmetic_and_memory(digits):
     row = [row for row in rows(digits) if "loss" in row][-1]
     assert row["time/images_per_second"] > 0
@@ -150,6 +175,64 @@ def test_fine_tuning_starts_where_the_other_run_ended(digits, tmp_path):
     for name, tensor in load_model(digits).model.state_dict().items():
         assert torch.equal(tensors[f"model.{name}"], tensor)
         assert torch.equal(tensors[f"ema.{name}"], tensor)
+
+
+def test_fine_tuning_goes_on_predicting_what_the_model_predicts(digits, tmp_path):
+    """A model of another prediction is one of another task; a file that does not say is what --predict says."""
+    trained = load_model(digits)
+    save_model(tmp_path / "sample", trained.model, {**trained.facts, "predict": "sample"})
+    start = ["--preset", "digits", "--init-from", str(tmp_path / "sample"), *SHAPE[8:], "--total-images", "16"]
+    done = run_dit("train", *start, "--dry-run", "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["config"]["predict"] == "sample"
+    line = refused(*start, "--predict", "noise", "--out", str(tmp_path / "x"))
+    assert "predicts the sample, as its files say; leave --predict noise out" in line
+    export_released(trained.model, tmp_path / "facts.pt", {"predict": "sample"})
+    foreign.write(tmp_path / "bare.pt", foreign.read(tmp_path / "facts.pt")["ema"])
+    for name, options in (("facts.pt", []), ("bare.pt", ["--predict", "sample"])):
+        start[3] = str(tmp_path / name)
+        done = run_dit("train", *start, "--num-heads", "2", *options, "--dry-run", "--json")
+        config = json.loads(done.stdout.splitlines()[-1])["config"]
+        assert (config["predict"], config["model"]["num_heads"], config["model"]["hidden_size"]) == ("sample", 2, 16)
+    assert "pass num_heads" in refused(*start, "--dry-run")
+
+
+def test_a_published_training_run_goes_on_where_it_stopped(tmp_path):
+    """{model, ema, opt, args} of the released train.py; the next step is that of AdamW's formulas."""
+    config = replace(
+        TRAIN_PRESETS["digits"], model=DiTConfig((28, 28), 1, 7, 16, 2, 2, num_classes=10), precision="float32"
+    )
+    theirs = random_model(config.model, dtype=torch.float32, trainable=True)
+    theirs.pos_embed.requires_grad_(False)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p in theirs.parameters():
+            p.grad = torch.randn(p.shape, generator=rng) if p.requires_grad else None
+        optimizer.step()
+    average = random_model(config.model, dtype=torch.float32, seed=1)
+    content = {"model": {f"module.{name}": x for name, x in theirs.state_dict().items()}, "ema": average.state_dict()}
+    args = argparse.Namespace(model="DiT-S/2", num_classes=10)
+    torch.save({**content, "opt": optimizer.state_dict(), "args": args}, tmp_path / "0000003.pt")
+    config = replace(config, init_from=str(tmp_path / "0000003.pt"), num_heads=2, continue_optimizer=True, adam_beta2=0.999,
+                     lr=1e-3, warmup_images=0, lr_schedule="constant", grad_clip=None)  # fmt: skip
+    state = make_state(config, Ranks(0, 1, torch.device("cpu")))
+    for name, tensor in state.ema.state_dict().items():
+        assert torch.equal(tensor, average.state_dict()[name])
+    before, moments = dict(theirs.state_dict()), {name: optimizer.state[p] for name, p in theirs.named_parameters()}
+    gradients = {name: torch.randn(p.shape, generator=rng) for name, p in theirs.named_parameters() if p.requires_grad}
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    for name, p in state.model.named_parameters():
+        assert torch.equal(p, before[name])
+        p.grad = gradients.get(name)
+    state.optimise()
+    for name, gradient in gradients.items():
+        m = 0.9 * moments[name]["exp_avg"] + 0.1 * gradient
+        v = 0.999 * moments[name]["exp_avg_sq"] + 0.001 * gradient**2
+        step = 1e-3 * (m / (1 - 0.9**4)) / ((v / (1 - 0.999**4)).sqrt() + 1e-8)
+        torch.testing.assert_close(state.model.state_dict()[name], before[name] - step, rtol=1e-5, atol=1e-6)
+    torch.save(content, tmp_path / "0000003.pt")
+    with pytest.raises(ValueError, match=r"0000003.pt: has no state of AdamW as `opt`; leave --continue-optimizer out"):
+        make_state(config, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_fine_tuning_another_shape_is_refused(digits, tmp_path):

@@ -33,7 +33,7 @@ def trained(config=SMALL):
 
 def filmed(model, noises, **options):
     config = WalkConfig(**{**FEW, **options})
-    mixtures = stops_between_classes(config, model.model.config)
+    mixtures = stops_between_classes(config, model)
     return film(model, config, noises, mixtures, config.num_inference_steps)
 
 
@@ -160,7 +160,7 @@ def test_a_bad_request_is_one_line_and_leaves_nothing(models, model, options, me
 
 
 def test_blends_add_up_to_one():
-    assert blended(["3:1", "8:3"]) == {3: 0.25, 8: 0.75}
+    assert blended(["3:1", "8:3"]) == {"3": 0.25, "8": 0.75}
     assert blended([]) == {}
 
 

@@ -14,14 +14,26 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
-from triptych_common.testing import fails_with, run_here
+from torch.nn import functional as F
+from triptych_common.data import decoding
+from triptych_common.images import from_uint8, to_uint8
+from triptych_common.testing import fails_with, peak_bytes, run_here
 from triptych_gangealing import align, cli, correspond, pictures
 from triptych_gangealing import folders as commands
 from triptych_gangealing.aligner import Aligner, Alignment, load_aligner, write_aligner
 from triptych_gangealing.correspondence import transfer
 from triptych_gangealing.edit import RunningAverage, propagate
 from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.pictures import Folder, Picture, align_pictures, png_names, read_picture, squared, warped
+from triptych_gangealing.pictures import (
+    Folder,
+    Picture,
+    align_pictures,
+    png_names,
+    read_picture,
+    shrunk,
+    squared,
+    warped,
+)
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels
 
@@ -529,3 +541,73 @@ def test_bad_input_gets_one_line(tmp_path, folder):
         command("correspond", "--aligner", aligner, "--source", tmp_path / "no.png", "--target", folder / "a.png"),
         "no.png: no such picture",
     )
+
+
+# --- size and names of files
+
+
+def test_a_picture_is_filtered_in_parts_as_it_is_whole(monkeypatch):
+    monkeypatch.setattr(pictures, "_AT_ONCE_PX", 500)
+    for height, width, side in ((90, 40, 32), (11, 200, 32), (200, 11, 32)):
+        pixels = torch.from_numpy(smooth_picture(height, width)).permute(2, 0, 1)
+        whole = squared(Picture("x", pixels).values())[0]
+        left = max(0, (height - width) // 2)
+        top = max(0, (width - height) // 2)
+        frame = (left, whole.shape[3] - width - left, top, whole.shape[2] - height - top)
+        expected = F.interpolate(whole, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        torch.testing.assert_close(shrunk(pixels, (side, side), frame), expected, rtol=0, atol=1e-6)
+
+
+def test_memory_follows_the_output(tmp_path):
+    """Of a strip, whose square has 400 megapixels, and of a picture above what is always read whole."""
+    Image.new("RGB", (20_000, 50), (9, 90, 200)).save(tmp_path / "strip.jpg")
+    Image.new("RGB", (6000, 4000), (9, 90, 200)).save(tmp_path / "large.jpg")
+    aligner = aligner_of()
+    align(tmp_path, aligner)  # what is imported by then
+    assert peak_bytes(lambda: align(tmp_path, aligner)) < 150 << 20
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_very_large_picture_keeps_its_coordinates(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(decoding, "WHOLE_MEGAPIXELS", 0.1)
+    Image.fromarray(smooth_picture(60, 80)).resize((800, 600), Image.Resampling.BICUBIC).save(
+        tmp_path / f"a{suffix}", quality=95
+    )
+    whole, reduced = read_picture(tmp_path / f"a{suffix}"), read_picture(tmp_path / f"a{suffix}", 200)
+    assert whole.pixels.shape == (3, 600, 800)
+    assert reduced.pixels.shape == (3, 150, 200)
+    assert reduced.size == whole.size == (600, 800)
+    found = [align_pictures(aligner_of(rotation=0.3), [each]).warp for each in (whole, reduced)]
+    at = [to_pixels(warp.map_points(torch.zeros(1, 1, 2)).points, (600, 800)) for warp in found]
+    torch.testing.assert_close(at[0], at[1], rtol=0, atol=0.5)
+    shown = [warped(each, found[0], SIZE, "border") for each in (whole, reduced)]
+    torch.testing.assert_close(shown[0], shown[1], rtol=0, atol=0.05)
+
+
+def test_an_edit_is_the_same_in_parts(monkeypatch):
+    pixels = torch.from_numpy(smooth_picture(40, 30)).permute(2, 0, 1)
+    warp = align_pictures(aligner_of(rotation=0.3), [Picture("x", pixels)]).warp
+    edit = torch.rand(4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    whole = commands._with_edit(edit, warp, pixels)
+    assert torch.equal(whole, to_uint8(propagate(edit, warp, from_uint8(pixels[None])))[0])
+    monkeypatch.setattr(commands, "EDITED_PX", 100)
+    assert torch.equal(commands._with_edit(edit, warp, pixels), whole)
+
+
+def test_names_as_long_as_a_disk_takes(tmp_path):
+    """Pictures whose PNGs' names would be too long, by bytes and where two would be one; none is lost."""
+    root, names = (
+        tmp_path / "pictures",
+        ["a" * 251 + ".jpg", "a" * 251 + ".png", "é" * 125 + ".jpeg", "b" * 250 + ".gif"],
+    )
+    (root / ("c" * 255)).mkdir(parents=True)
+    for name in [*names, "c" * 255 + "/" + names[0]]:
+        Image.fromarray(smooth_picture(8, 8)).save(root / name)
+    run = written(tmp_path / "run", aligner_of())
+    done = command("align", "--aligner", run, "--images", root, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "alignment.jsonl").read_text().splitlines()]
+    assert len({row["aligned"] for row in rows}) == 5
+    assert all((tmp_path / "out" / "aligned" / row["aligned"]).is_file() for row in rows)
+    done = command("align", "--aligner", run, "--images", root, "--out", tmp_path / ("d" * 256))
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

@@ -184,11 +184,11 @@ ATTACKS = {
     ),
     "a stored tensor": lambda nvidia, witness: (
         with_buffer(nvidia, Reduced(torch.storage._load_from_bytes, legacy_storage(touch(witness)))),
-        "names posix.system within a stored tensor",
+        "a stored tensor that names posix.system",
     ),
     "a stored tensor in a zip archive": lambda nvidia, witness: (
         with_buffer(nvidia, Reduced(torch.storage._load_from_bytes, legacy_storage(touch(witness), zipped=True))),
-        "names posix.system within a stored tensor",
+        "a stored tensor that names posix.system",
     ),
     "an array of objects": lambda nvidia, witness: (with_buffer(nvidia, object_array(witness)), "numpy.dtype 'O8'"),
     "a numpy scalar of objects": lambda nvidia, witness: (

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -177,8 +178,9 @@ def test_a_checkpoint_in_training_is_read(tmp_path, zipped):
     """With the options of the run, the optimisers, and names that DistributedDataParallel wraps; the average is taken."""
     adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(3))])
     content = {
-        "g": generator_state(1), "g_ema": {f"module.{k}": v for k, v in generator_state().items()}, "d": discriminator_state(),
-        "g_optim": adam.state_dict(), "args": argparse.Namespace(size=16, path="data"), "ada_aug_p": 0.0,
+        "g": generator_state(1), "g_ema": {f"module._orig_mod.{k}": v for k, v in generator_state().items()},
+        "d": discriminator_state(),
+        "g_optim": adam.state_dict(), "args": argparse.Namespace(size=16, path=Path("data")), "ada_aug_p": np.float64(0),
     }  # fmt: skip
     path = saved(tmp_path / "a.pt", content, _use_new_zipfile_serialization=zipped)
     source = open_networks(path)

@@ -257,9 +257,9 @@ def test_a_run_leaves_its_encoder_and_rows(whole: tuple[Path, Encoder]) -> None:
 
 
 def test_resumed_equals_uninterrupted(
-    whole: tuple[Path, Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After a signal, and after a kill that left an older checkpoint; then a finished run is left as it is."""
+    """After a signal, a kill that left an older checkpoint, and damage; then a finished run is left as it is."""
     views = simclr.make_views
 
     def signalled(images: Tensor, config: EncoderTrainConfig, indices: list[int]) -> Tensor:
@@ -277,6 +277,13 @@ def test_resumed_equals_uninterrupted(
     (tmp_path / ENCODER_FILE).unlink()
     checkpoint.steps_in(tmp_path / "checkpoints")[-1].unlink()
     train_encoder(tiny_generator(), tiny(tmp_path))
+    assert_same_run(tmp_path, whole[0])
+
+    content = bytearray((tmp_path / ENCODER_FILE).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / ENCODER_FILE).write_bytes(content)
+    train_encoder(tiny_generator(), tiny(tmp_path))
+    assert "encoder.safetensors: damaged; making it again" in capsys.readouterr().out
     assert_same_run(tmp_path, whole[0])
 
     def never(*_: object, **__: object) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import signal
 import subprocess
 from functools import partial
@@ -98,6 +99,19 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert checkpoint.content_sha256(a / name) == checkpoint.content_sha256(b / name), name
     assert logged(a) == logged(b)
     assert logged(a / CLASSIFIER) == logged(b / CLASSIFIER)
+
+
+def test_lost_and_damaged_files_of_a_run_are_made_again(given, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    names = ["aligner.safetensors", "start.safetensors", next(run.glob("pca-*")).name]
+    before = [checkpoint.content_sha256(run / name) for name in names]
+    for name in names:
+        content = bytearray((run / name).read_bytes())
+        content[-1] ^= 1
+        (run / name).write_bytes(content)
+    trained(given, run, "--clusters", 3)
+    assert [checkpoint.content_sha256(run / name) for name in names] == before
+    assert all(checkpoint.is_whole(run / name) for name in names)
 
 
 def objective_of(given: list[str], **options: object) -> Objective:

@@ -56,7 +56,9 @@ fails_with = partial(testing.fails_with, quiet=("training:",))
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Networks, the last checkpoint and metrics are bit-identical."""
+    """Files have the same names; networks, the last checkpoint and metrics are bit-identical."""
+    names = ({str(path.relative_to(run)) for path in run.rglob("*")} for run in (a, b))
+    assert next(names) == next(names)
     for name in ("generator.safetensors", "discriminator.safetensors", LAST):
         assert checkpoint.content_sha256(a / name) == checkpoint.content_sha256(b / name), name
     assert logged(a) == logged(b)

@@ -120,7 +120,7 @@ def tasks(tmp_path_factory) -> Path:
 
 
 command = partial(run_here, cli.run)
-fails_with = partial(testing.fails_with, quiet=("collecting:",))
+fails_with = partial(testing.fails_with, quiet=("collecting:", "verifying"))
 
 
 def collect(tasks: Path, out: Path, *options: str, name: str = "TINY") -> "subprocess.CompletedProcess[str]":
@@ -133,6 +133,12 @@ def processes(tasks: Path, out: Path, *options: str, name: str = "TINY") -> "sub
 
 def shards(zoo: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((zoo / "shards").iterdir())}
+
+
+def files(zoo: Path) -> dict[Path, bytes]:
+    """Everything that a zoo promises."""
+    paths = [zoo / "manifest.json", *(zoo / "records").iterdir(), *(zoo / "shards").iterdir()]
+    return {path.relative_to(zoo): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +238,14 @@ def slow(tasks, tmp_path_factory) -> Path:
     return out
 
 
-def start_slowly(tasks: Path, out: Path) -> "subprocess.Popen[str]":
+def start_slowly(tasks: Path, out: Path, *options: str) -> "subprocess.Popen[str]":
     """A collection that takes seconds a cohort, with one cohort committed."""
-    words = [sys.executable, "-m", "triptych_gpt.cli", "collect", f"{tasks}:SLOW", *OPTIONS, "--workers", "1"]
+    words = [sys.executable, "-m", "triptych_gpt.cli", "collect", f"{tasks}:SLOW", *OPTIONS, "--workers", "1", *options]
     running = subprocess.Popen(
         [*words, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while not list((out / "shards").glob("*.parquet")):
+    while not list((out / "records").glob("*.json")):
         assert running.poll() is None, running.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -268,11 +274,13 @@ def test_stopped_anywhere_it_goes_on_to_the_same_zoo(how, slow, tasks, tmp_path)
         os.killpg(running.pid, how)  # as a terminal sends it
     else:
         running.send_signal(how)
+    if how == signal.SIGTERM:
+        running.send_signal(how)  # as schedulers do that are in a hurry
     _, errors = running.communicate(timeout=60)
-    if how == signal.SIGINT:
-        assert running.returncode == 130
-        assert "repeat the command to go on" in errors
-        assert "Traceback" not in errors
+    if how != signal.SIGKILL:
+        fails_with(
+            subprocess.CompletedProcess([], running.returncode, "", errors), "repeat the command to go on", 128 + how
+        )
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "a worker outlives its parent"
@@ -281,6 +289,19 @@ def test_stopped_anywhere_it_goes_on_to_the_same_zoo(how, slow, tasks, tmp_path)
     assert 4 <= kept < 12
     assert collect(tasks, out, name="SLOW").returncode == 0
     assert shards(out) == shards(slow)
+
+
+def test_a_signal_while_workers_start_is_one_line(tasks, tmp_path):
+    words = [sys.executable, "-m", "triptych_gpt.cli", "collect", f"{tasks}:SLOW", *OPTIONS, "--workers", "2"]
+    running = subprocess.Popen(
+        [*words, "--out", str(tmp_path / "zoo")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in running.stdout:
+        if "12 runs in 3 cohorts" in line:
+            break
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    fails_with(subprocess.CompletedProcess([], running.returncode, "", errors), "interrupted; repeat the command", 143)
 
 
 def test_a_full_disk_in_mid_cohort_is_one_line_and_loses_nothing(whole, tasks, tmp_path):
@@ -307,7 +328,12 @@ def test_damage_is_refused_and_repaired(whole, tasks, tmp_path):
     content[-5] ^= 1
     altered.write_bytes(content)
     assert "checksum" in command("verify", "--zoo", str(out)).stdout
-    assert collect(tasks, out).returncode == 0  # sizes are right, so this is not noticed without --repair
+    for runs in ("12", "16"):  # finished or growing, it claims no runs of a damaged shard
+        done = collect(tasks, out, "--runs", runs)
+        fails_with(
+            done, f"{altered.name}: contents differ from the manifest's checksum; run triptych-gpt collect --repair"
+        )
+        assert "runs (" not in done.stdout
     truncated.write_bytes(truncated.read_bytes()[:-10])
     done = collect(tasks, out)
     fails_with(done, f"{truncated.name}: ")
@@ -320,10 +346,39 @@ def test_damage_is_refused_and_repaired(whole, tasks, tmp_path):
     assert not Zoo(out).verify()
 
 
-def test_shards_that_lost_their_manifest_are_not_overwritten(whole, tasks, tmp_path):
+@pytest.mark.parametrize("option", [[], ["--repair"]])
+def test_a_lost_manifest_is_made_again(option, whole, tasks, tmp_path):
+    out = tmp_path / "zoo"
+    shutil.copytree(whole, out)
+    (out / "manifest.json").unlink()
+    advice = (
+        "run triptych-gpt collect --repair with the task, settings and --out that made the zoo, which makes it again"
+    )
+    fails_with(command("info", "--zoo", str(out)), advice)
+    done = collect(tasks, out, *option)
+    assert done.returncode == 0, done.stderr
+    assert f"{out}/manifest.json: written again, with 3 shards" in done.stdout
+    assert files(out) == files(whole)
+
+
+def test_a_shard_whose_record_and_manifest_are_lost_is_collected_again(whole, tasks, tmp_path):
+    out = tmp_path / "zoo"
+    shutil.copytree(whole, out)
+    (out / "manifest.json").unlink()
+    (out / "records" / "runs-00000004-00000007.json").write_text("{")
+    done = collect(tasks, out)
+    assert "written again, with 2 shards" in done.stdout
+    assert "4 runs in 1 cohort" in done.stdout
+    assert files(out) == files(whole)
+
+
+def test_shards_that_nothing_lists_are_not_overwritten(whole, tasks, tmp_path):
     shutil.copytree(whole, tmp_path / "zoo")
     (tmp_path / "zoo/manifest.json").unlink()
-    fails_with(collect(tasks, tmp_path / "zoo"), "shards without their manifest.json")
+    shutil.rmtree(tmp_path / "zoo/records")
+    fails_with(
+        collect(tasks, tmp_path / "zoo"), "shards without their manifest.json and records/; put one of them back"
+    )
     assert shards(tmp_path / "zoo") == shards(whole)
 
 
@@ -370,7 +425,7 @@ def test_bad_tasks_are_one_line(tasks, tmp_path):
         ("mnist", "task 'mnist': expected one of mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME"),
         (f"{tasks}:ABSENT", "has no ABSENT"),
         (f"{tasks}:NOTHING", "int, no Task"),
-        (f"{tasks}:TIED", "layer 1 (Bilinear)"),
+        (f"{tasks}:TIED", "network Sequential: cannot be run on a batch [2, 3] (TypeError: Bilinear"),
         ("nowhere.py:TASK", "nowhere.py: no such file"),
     ):
         fails_with(command("collect", spec, "--out", str(tmp_path / "zoo")), message)
@@ -425,6 +480,18 @@ def test_ray_does_the_same_work(whole, tasks, tmp_path):
     done = processes(tasks, tmp_path / "zoo", "--engine", "ray", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert shards(tmp_path / "zoo") == shards(whole)
+
+
+def test_ray_stopped_goes_on_to_the_same_zoo(slow, tasks, tmp_path):
+    pytest.importorskip("ray")
+    out = tmp_path / "zoo"
+    running = start_slowly(tasks, out, "--engine", "ray")
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    fails_with(subprocess.CompletedProcess([], running.returncode, "", errors), "interrupted; repeat the command", 143)
+    assert len(Zoo(out)) >= 4
+    assert collect(tasks, out, name="SLOW").returncode == 0
+    assert shards(out) == shards(slow)
 
 
 def test_the_page_about_own_tasks_is_true(tmp_path, monkeypatch):

@@ -295,9 +295,11 @@ def test_unknown_layers_are_refused_by_name(name):
     assert "by hand" in str(caught.value)
 
 
-def test_a_layer_used_twice_is_refused():
+def test_a_layer_used_twice_is_refused_without_inputs_to_trace_it_on():
     layer = nn.Linear(7, 7)
-    with pytest.raises(ValueError, match=r"2\.weight and 1\.weight are one tensor"):
+    with pytest.raises(
+        ValueError, match=r"holds a tensor twice \(2\.weight and 1\.weight\); give derive a batch of inputs"
+    ):
         derive(nn.Sequential(nn.Linear(5, 7), layer, layer, nn.Linear(7, 2)))
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 FEW = ["--num-inference-steps", "2", "--networks", "3", "--prompts", "3"]
 
 command = partial(run_here, cli.run)
-fails_with = partial(testing.fails_with, quiet=("warning: tokens of",))
+fails_with = partial(testing.fails_with, quiet=("verifying", "warning: tokens of"))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,25 @@ def test_repeating_measures_only_what_is_missing(evaluated, place):
     assert after.pop("sampler-steps-1-2.json")
     assert after == before
     fails_with(evaluate(place, evaluated, "--seed", "1"), "seed=0 (now 1)")
+
+
+def test_a_damaged_result_is_named_and_measured_again(evaluated, place):
+    path = evaluated / "alignment.json"
+    whole = path.read_text()
+    digit = next(at for at in range(len(whole) // 2, len(whole)) if whole[at] == "1")
+    spoiled = (
+        whole[:-100],
+        whole.replace('"alignment"', '"alignmenT"', 1),
+        whole[:digit] + "2" + whole[digit + 1 :],
+        "[]",
+    )
+    for content in spoiled:
+        path.write_text(content)
+        fails_with(evaluate(place, evaluated), f"{path}: ")
+        assert "delete this file and repeat the command" in evaluate(place, evaluated).stderr
+    path.unlink()
+    assert evaluate(place, evaluated).returncode == 0
+    assert strict_json(path.read_text())["result"] == strict_json(whole)["result"]
 
 
 def test_another_models_results_are_not_taken_for_this_ones(evaluated, place, tmp_path):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 from triptych_gpt.config import GptConfig
+from triptych_gpt.convert import convert
 from triptych_gpt.interop import RELEASED, export_released, load_released
 from triptych_gpt.model import Gpt
 from triptych_gpt.presets import PRESETS
+from triptych_gpt.settings import ConvertConfig
+from triptych_gpt.trained import load
 
 SPEC = PRESETS["cartpole"].symmetry
 SPLITS = {"layer": [1, 128, 32, 1024, 32, 32, 1], "chunk": [1, 100, 28, 32, *[100] * 10, 24, 32, 32, 1]}
@@ -112,10 +115,11 @@ def test_a_released_file_computes_what_the_original_does(tmp_path, tokenizer, fa
 
 def test_the_average_is_preferred_and_wrappers_are_seen_through(tmp_path):
     state = released_state()
-    wrapped = {f"module.{name}": x for name, x in state.items()}
+    wrapped = {f"module.{name.replace('blocks.0', 'blocks.0._orig_mod')}": x for name, x in state.items()}
+    lightning = {"state_dict": {f"net.{name}": x for name, x in wrapped.items()}, "out": Path("runs/a")}
     found = [
         load_released(saved(tmp_path / f"{i}.pt", content), config()).state_dict()
-        for i, content in enumerate([state, {"G": wrapped}, {"G": released_state(seed=1), "G_ema": state}])
+        for i, content in enumerate([state, {"G": wrapped}, {"G": released_state(seed=1), "G_ema": state}, lightning])
     ]
     for other in found[1:]:
         assert all(torch.equal(found[0][name], x) for name, x in other.items())
@@ -196,7 +200,8 @@ def test_an_unknown_tensor_or_shape_is_named(tmp_path):
     "content", [{"a": torch.zeros(3)}, [torch.zeros(3)], {"G_ema": {"pos_embed": torch.zeros(2)}}, "text"]
 )
 def test_another_file_is_refused(tmp_path, content):
-    assert "not a checkpoint of wpeebles/G.pt" in refusal(saved(tmp_path / "gpt.pt", content), config())
+    expected = "not a checkpoint of wpeebles/G.pt" if isinstance(content, dict) else "expected a state dict"
+    assert expected in refusal(saved(tmp_path / "gpt.pt", content), config())
 
 
 def test_no_checkpoint_at_all_is_refused(tmp_path):
@@ -207,6 +212,62 @@ def test_no_checkpoint_at_all_is_refused(tmp_path):
         load_released(tmp_path / "absent.pt", config())
     with pytest.raises(ValueError, match="preset 'imagenet': expected one of mnist_loss"):
         load_released(path, "imagenet")
+
+
+TASK = """
+from torch import nn
+import torch
+from triptych_gpt.tasks import Items, SupervisedTask
+
+def points(part):
+    inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(len(part)))
+    return Items(inputs, (inputs[:, 0] > 0).long())
+
+def network():
+    policy = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    policy.log_std = nn.Parameter(torch.zeros(1))
+    return policy
+
+OWN = SupervisedTask("own", network, points, epochs=2, batch_size=16)
+"""
+
+
+@pytest.mark.parametrize("tokenizer", ["layer", "chunk"])
+def test_a_model_of_ones_own_width_converts(tmp_path, tokenizer):
+    """Width, depth and tokens follow from the tensors, heads are given; it computes what the original code does."""
+    (tmp_path / "own.py").write_text(TASK)
+    state, inputs = released_state(tokenizer), random_inputs()
+    path = saved(tmp_path / "gpt.pt", {"G_ema": state})
+    task = f"{tmp_path / 'own.py'}:OWN"
+    facts = convert(
+        ConvertConfig(checkpoint=path, task=task, metric="test_loss", scale=2.5, num_heads=HEADS, out=tmp_path / "out")
+    )
+    assert (facts["metric"], facts["better"], facts["scale"]) == ("test_loss", "lower", 2.5)
+    trained = load(tmp_path / "out", task)
+    config = trained.model.config
+    assert (config.width, config.depth, config.num_heads, config.tokenizer) == (WIDTH, DEPTH, HEADS, tokenizer)
+    expected = reference(state, tokenizer, **inputs)
+    torch.testing.assert_close(trained.model.double()(**inputs), expected, rtol=0, atol=1e-9)
+    own = convert(ConvertConfig(checkpoint=path, released="cartpole", num_heads=HEADS, out=tmp_path / "released"))
+    assert (own["metric"], own["scale"]) == ("train_return", 2.06)
+
+
+def test_what_does_not_convert_is_one_line(tmp_path):
+    path = saved(tmp_path / "gpt.pt", {"G_ema": released_state()})
+    for options, message in (
+        ({"released": "cartpole"}, "width 24 and 2 blocks do not tell the number of attention heads; give --num-heads"),
+        (
+            {"num_heads": HEADS},
+            r"tokens of 1, 128, 32, .* parameters \(1,250\), the task's networks have 7840, .*give the --task",
+        ),
+        ({"task": "mnist_mlp"}, "needs --metric and --scale"),
+        ({"task": "mnist_mlp", "metric": "loss", "scale": 1.0}, "metric 'loss': task mnist_mlp scores test_loss"),
+        ({"released": "cartpole", "num_heads": 5}, "width 24 is not a multiple of num_heads 5"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            convert(ConvertConfig(checkpoint=path, out=tmp_path / "out", **options))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_presets_have_the_facts_that_files_lack():

@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import shutil
 import sys
 
 import lmdb
 import numpy as np
 import pytest
 import torch
+from triptych_gpt.cli import run as triptych_gpt
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.zoo import lmdb_import, lmdb_reader
 from triptych_gpt.zoo.lmdb_import import ImportConfig, import_lmdb
@@ -65,7 +67,14 @@ ORDER = ["10", "11", "2", "20", "21", "3", "30", "31"]  # as text, and a fused f
 
 
 def config(data, **options):
-    settings = {"num_test_runs": 2, "checkpoints": len(PLACES), "cohort_runs": 4, "task": "tiny", **options}
+    settings = {
+        "num_test_runs": 2,
+        "validation_runs": 0,
+        "checkpoints": len(PLACES),
+        "cohort_runs": 4,
+        "task": "tiny",
+        **options,
+    }
     return ImportConfig(lmdb=data, out=data.parent / "zoo", **settings)
 
 
@@ -96,6 +105,48 @@ def test_every_number_arrives(data):
     torch.testing.assert_close(zoo.metrics("test_error"), ((90 - number) / 100).expand(8, -1))
     torch.testing.assert_close(zoo.metrics("minibatch_error"), (number / 25).expand(8, -1))
     assert zoo.steps.tolist() == [[epoch * ITERATIONS + iteration for epoch, iteration in PLACES]] * 8
+
+
+def test_validation_runs_come_before_the_released_test_runs(data):
+    assert import_lmdb(config(data, validation_runs=3), LAYOUT)["runs"] == {"train": 3, "validation": 3, "test": 2}
+    zoo = Zoo(data.parent / "zoo")
+    assert zoo.runs.split.tolist() == ["train"] * 3 + ["validation"] * 3 + ["test"] * 2
+    assert zoo.index(["name"]).column("name").to_pylist()[:: len(PLACES)] == ORDER
+    with pytest.raises(ValueError, match="num_test_runs 2 and validation_runs 6: expected less than the 8 runs"):
+        import_lmdb(config(data, validation_runs=6), LAYOUT)
+
+
+TASK = """
+import torch
+from torch import nn
+from triptych_gpt.tasks import Items, SupervisedTask
+
+def points(part):
+    inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(len(part)))
+    return Items(inputs, (inputs[:, 0] > 0).long())
+
+OWN = SupervisedTask("own", lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), points, epochs=2, batch_size=16)
+"""
+
+
+def test_an_imported_zoo_trains_evaluates_and_is_audited(tmp_path):
+    """Every command that needs a validation split finds one, without a flag."""
+    (tmp_path / "own.py").write_text(TASK)
+    for run in range(20):
+        write_run(
+            tmp_path / "data", str(run), values={key: theta_of("0", i).tobytes() for i, key in enumerate(keys_of(run))}
+        )
+    zoo, gpt, task = str(tmp_path / "zoo"), str(tmp_path / "gpt"), ["--task", f"{tmp_path / 'own.py'}:OWN"]
+    chosen = ["--num-test-runs", "4", "--checkpoints", str(len(PLACES))]
+    assert triptych_gpt(["import", "--lmdb", str(tmp_path / "data"), *task, *chosen, "--out", zoo]) == 0
+    assert Zoo(zoo).splits == {"train": 15, "validation": 1, "test": 4}
+    shape = ["--width", "16", "--depth", "1", "--num-heads", "2", "--validation-networks", "1", "--device", "cpu"]
+    pairs = ["--total-pairs", "32", "--batch-size", "16", "--warmup-pairs", "16", "--validation-inference-steps", "2"]
+    assert triptych_gpt(["train", "--zoo", zoo, *task, *shape, *pairs, "--out", gpt]) == 0
+    common = [*task, "--num-inference-steps", "2", "--model", gpt, "--zoo", zoo, "--device", "cpu"]
+    small = ["--networks", "2", "--prompts", "3"]
+    assert triptych_gpt(["evaluate", *common, *small, "--out", str(tmp_path / "evaluation")]) == 0
+    assert triptych_gpt(["audit", *common, "--samples", "2", "--every", "4", "--out", str(tmp_path / "audit")]) == 0
 
 
 def test_bad_runs_are_dropped_and_counted(data):
@@ -130,6 +181,7 @@ def test_an_interrupted_import_goes_on_and_a_damaged_shard_is_made_again(data, m
     for path in (folder / "shards").iterdir():
         path.unlink()
     (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "records")
     real, written = lmdb_import.write_shard, []
 
     def stop_at_the_second(zoo, name, *rest):

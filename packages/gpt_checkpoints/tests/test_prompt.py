@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -181,9 +182,9 @@ def spoiled(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
     (spoiled(fc1_bias=torch.full((10,), 1e300, dtype=torch.float64)), "net.pt: fc1.bias: 10 of 10 entries are not finite"),
     ({name: value * 1e30 for name, value in spoiled().items()}, "test_loss is not finite, though its weights are"),
     ({"state_dict": spoiled(fc2_bias=None)}, "net.pt: fc2.bias: absent from the state dict"),
-    ({"ema": spoiled(), "raw": spoiled()}, "net.pt: holds several state dicts (ema, raw); save the one"),
-    ({"state_dict": {"layers": spoiled()}}, "net.pt: not a state dict"),
-    ([1, 2], "save one with torch.save(network.state_dict(), PATH)"),
+    ({"first": spoiled(), "raw": spoiled()}, "net.pt: holds several networks (first, raw); save the one"),
+    ({"state_dict": {"layers": 3}}, "net.pt: not a state dict"),
+    ([1, 2], "net.pt: holds a list, expected a state dict"),
     ({}, "net.pt: not a state dict"),
 ])  # fmt: skip
 def test_a_network_that_does_not_fit_is_one_clear_line(model, tmp_path, state, message):
@@ -197,6 +198,8 @@ def test_a_network_that_does_not_fit_is_one_clear_line(model, tmp_path, state, m
     ({"state_dict": perceptron(5).state_dict(), "epoch": 3}, "state_dict"),
     ({"ema": perceptron(6).state_dict(), "model": perceptron(5).state_dict(), "step": torch.tensor(3)}, "model"),
     ({"weights": perceptron(5).state_dict(), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, "weights"),
+    ({"state_dict": {f"net._orig_mod.{k}": v for k, v in perceptron(5).state_dict().items()}, "rng": torch.get_rng_state(),
+      "hyper_parameters": {"out": Path("runs/a")}, "best": np.float64(0.1)}, "state_dict.net"),
 ])  # fmt: skip
 def test_a_state_dict_among_other_things_is_found(gpt, tmp_path, wrapped, entry):
     torch.save(wrapped, tmp_path / "net.pt")

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.zoo import store
 from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, write_shard
 from triptych_gpt.zoo.zoo import Zoo
 
@@ -251,9 +254,144 @@ def test_one_altered_byte_is_detected_and_its_file_named(folder, suffix, at):
     zoo = Zoo(folder)
     flip(other, 500)
     assert [str(damage) for damage in zoo.verify()] == [
-        f"{other}: contents differ from the manifest's checksum",
         f"{path}: contents differ from the manifest's checksum",
+        f"{other}: contents differ from the manifest's checksum",
     ]
+    with pytest.raises(ValueError, match=f"{suffix}: contents differ") as error:
+        zoo.verify_once()
+    assert one_line(error).endswith(f"run triptych-gpt collect tiny --repair --out {folder}")
+
+
+def test_whole_shards_are_read_once_and_changed_ones_again(folder, monkeypatch):
+    read = []
+    real = store._problem
+    monkeypatch.setattr(store, "_problem", lambda path, *rest: read.append((path.name, *rest[1:])) or real(path, *rest))
+
+    def contents_read():
+        read.clear()
+        Zoo(folder).verify_once()
+        return sorted(name for name, checksum in read if checksum)
+
+    files = sorted(path.name for path in (folder / "shards").iterdir())
+    assert contents_read() == files
+    assert contents_read() == []
+    path = folder / "shards" / files[0]
+    os.utime(path)
+    assert contents_read() == [path.name]
+    monkeypatch.setenv("RANK", "1")  # which waits for the main one
+    flip(path, 60)
+    assert contents_read() == []
+
+
+def test_a_zoo_that_cannot_be_written_to_is_verified_every_time(folder):
+    (folder / ".verified.json").mkdir()
+    Zoo(folder).verify_once()
+    flip(folder / "shards" / "runs-00000000-00000005.safetensors", 60)
+    with pytest.raises(ValueError, match="contents differ"):
+        Zoo(folder).verify_once()
+
+
+def test_weights_that_are_not_finite_are_refused_though_their_checksum_is_right(folder):
+    manifest = Manifest.read(folder)
+    record = manifest.shards[0]
+    path = folder / "shards" / f"{record.name}.safetensors"
+    theta = load_file(path)["theta"]
+    theta[0, 1, 0] = float("nan")
+    written = store._write(path, store._theta_file(theta, "float32"))
+    manifest.commit(replace(record, theta=written), replace=True)
+    with pytest.raises(ValueError, match=r"runs-0.*\.safetensors: tensor theta has values that are not finite"):
+        Zoo(folder).verify_once()
+
+
+# --- a manifest that was lost
+
+
+def spoil_each_byte(path):
+    """The file missing, cut, and with one bit of a few bytes flipped, one after another."""
+    whole = path.read_bytes()
+    yield path.unlink()
+    for at in range(0, len(whole), 37):
+        path.write_bytes(whole)
+        yield flip(path, at)
+    for content in (b"", whole[: len(whole) // 2], b"\x00" * len(whole)):
+        yield path.write_bytes(content)
+
+
+def test_a_lost_or_damaged_manifest_is_made_again_byte_for_byte(folder):
+    path = folder / MANIFEST
+    whole = path.read_bytes()
+    for _ in spoil_each_byte(path):
+        with pytest.raises(ValueError, match=r"manifest.json: .*; run triptych-gpt collect tiny --repair") as error:
+            Zoo(folder)
+        assert "delete" not in one_line(error)
+        Manifest.recover(folder).save()
+        assert path.read_bytes() == whole
+    assert Zoo(folder).verify() == []
+
+
+def test_a_lost_or_damaged_record_is_made_again_and_never_believed(folder):
+    path = folder / "records" / "runs-00000000-00000005.json"
+    whole, manifest = path.read_bytes(), (folder / MANIFEST).read_bytes()
+    for _ in spoil_each_byte(path):
+        (folder / MANIFEST).unlink()
+        assert [record.first for record in Manifest.recover(folder).shards] == [6]  # the other shard's
+        (folder / MANIFEST).write_bytes(manifest)
+        Manifest.recover(folder).save()
+        assert path.read_bytes() == whole
+
+
+def test_a_recovered_manifest_lists_what_the_shards_were(folder):
+    """A shard that is damaged, too, is damaged in the manifest that is made again; one of dropped runs has a record alone."""
+    Manifest.read(folder).commit(written(folder, cohort(range(10, 12), dropped=[10, 11])))
+    whole = (folder / MANIFEST).read_bytes()
+    flip(folder / "shards" / "runs-00000000-00000005.safetensors", 500)
+    (folder / MANIFEST).unlink()
+    Manifest.recover(folder).save()
+    assert (folder / MANIFEST).read_bytes() == whole
+    assert [damage.shard for damage in Zoo(folder).verify()] == ["runs-00000000-00000005"]
+
+
+def test_records_of_another_zoo_and_copies_are_no_part_of_it(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    make_zoo(other, cohort(range(20, 22)), task="another")
+    whole = (folder / MANIFEST).read_bytes()
+    records = folder / "records"
+    (records / "copy.json").write_bytes((records / "runs-00000000-00000005.json").read_bytes())
+    (folder / MANIFEST).unlink()
+    Manifest.recover(folder).save()
+    assert (folder / MANIFEST).read_bytes() == whole
+    (folder / MANIFEST).unlink()
+    (records / "runs-00000020-00000021.json").write_bytes((other / "records/runs-00000020-00000021.json").read_bytes())
+    with pytest.raises(
+        ValueError, match="runs-00000000-00000005 and runs-00000020-00000021 are of different zoos"
+    ) as e:
+        Manifest.recover(folder)
+    one_line(e)
+
+
+def test_a_zoo_without_records_as_earlier_versions_made_them_is_read_and_gets_them(folder):
+    whole, records = (folder / MANIFEST).read_bytes(), folder / "records"
+    made = {path.name: path.read_bytes() for path in records.iterdir()}
+    shutil.rmtree(records)
+    assert len(Zoo(folder)) == 8
+    Manifest.recover(folder).save()
+    assert {path.name: path.read_bytes() for path in records.iterdir()} == made
+    shutil.rmtree(records)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"shards without their manifest.json and records/; put one of them back") as e:
+        Manifest.recover(folder)
+    one_line(e)
+    assert Manifest.recover(folder / "nowhere") is None
+    (folder / MANIFEST).write_bytes(whole)
+    assert len(Zoo(folder)) == 8
+
+
+def test_the_order_of_commits_leaves_no_trace(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    make_zoo(other, cohort(range(6), dropped=[3]), cohort(range(6, 10), dropped=[8], split="test"))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (other / path.relative_to(folder)).read_bytes()
 
 
 def test_an_unreadable_file_is_one_line_where_it_is_first_read(folder):
@@ -285,9 +423,11 @@ def test_an_unreadable_file_is_one_line_where_it_is_first_read(folder):
 def test_a_manifest_that_is_not_as_written_is_one_line(folder, spoil, message):
     path = folder / MANIFEST
     path.write_text(spoil(path.read_text()))
-    with pytest.raises(ValueError, match=message) as error:
-        Zoo(folder)
-    assert one_line(error).startswith(f"{path}: ")
+    for remedy in ("run triptych-gpt collect tiny --repair", ""):
+        with pytest.raises(ValueError, match=f"{message}.*{remedy}") as error:
+            Zoo(folder)
+        assert one_line(error).startswith(f"{path}: ")
+        shutil.rmtree(folder / "records", ignore_errors=True)
 
 
 def test_a_folder_without_a_zoo_is_one_line(tmp_path):
@@ -314,8 +454,8 @@ def test_facts_are_checked_before_anything_is_written(tmp_path, change, message)
 def test_the_manifest_stays_readable_for_other_programs(folder):
     content = json.loads((folder / MANIFEST).read_text())
     assert content["format"] == 1
-    assert [record["first"] for record in content["shards"]] == [6, 0]
-    assert content["shards"][0]["dropped"] == {"8": "non-finite"}
+    assert [record["first"] for record in content["shards"]] == [0, 6]
+    assert content["shards"][1]["dropped"] == {"8": "non-finite"}
 
 
 FULL_DISK = """

@@ -91,6 +91,29 @@ class Gated(nn.Module):
         return self.out(self.norm(self.values(x)) * self.gate(x).sigmoid())
 
 
+class Recurrent(nn.Module):
+    """vmap has no rule for a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x)[0][:, -1])
+
+
+class Branching(nn.Module):
+    """Control flow that depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.out = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.first(x))
+        return self.out(hidden.relu() if hidden.mean() > 0 else hidden.tanh())
+
+
 def partly_frozen() -> nn.Module:
     """The first layer is not trained, and a parameter is none of the forward pass."""
     network = mlp()
@@ -107,6 +130,8 @@ NETWORKS: dict[str, tuple[Network, tuple[int, ...], bool]] = {  # shape of an it
     "conv, flatten, linear": (flattened_cnn, (2, 7, 7), True),
     "residual cnn with batch norm": (residual_cnn, (2, 5, 5), True),
     "not sequential": (Gated, (6,), False),
+    "gru": (Recurrent, (3, 2), False),
+    "branching": (Branching, (6,), False),
     "partly frozen": (partly_frozen, (6,), True),
 }
 
@@ -471,7 +496,7 @@ def test_impossible_tasks_are_refused():
             task_of(**settings)
     with pytest.raises(ValueError, match="batch_size 64: task test has 42 training items; use fewer"):
         _ = task_of(batch_size=64).steps
-    with pytest.raises(ValueError, match=r"layer 1 \(Bilinear\)"):
+    with pytest.raises(ValueError, match=r"network Sequential: cannot be run on a batch \[2, 6\] .*Bilinear"):
         _ = task_of(lambda: nn.Sequential(nn.Linear(6, 5), nn.Bilinear(5, 5, 3))).symmetry
 
 

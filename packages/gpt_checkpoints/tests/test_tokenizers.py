@@ -11,9 +11,9 @@ from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.model import Gpt
 from triptych_gpt.presets import PRESETS
 from triptych_gpt.symmetry.derivation import Residual, derive
-from triptych_gpt.symmetry.spec import Axis, PermutationSpec
+from triptych_gpt.symmetry.spec import Axis, Blocks, PermutationSpec
 from triptych_gpt.tasks import TASKS
-from triptych_gpt.tokenizers import make_tokenizer, parts_of, splits
+from triptych_gpt.tokenizers import coarsened, joined, make_tokenizer, parts_of, splits
 
 pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 
@@ -233,13 +233,39 @@ def test_splits_of_the_released_models():
     assert splits(PRESETS["cartpole"]) == [1, 128, 32, 1024, 32, 32, 1]
 
 
-def test_more_than_two_permuting_axes_are_refused():
-    layout = ParameterLayout({"cube": (4, 5, 6), "bias": (4,)})
-    spec = PermutationSpec(layout, {"cube": (Axis("a"), Axis("b"), Axis("c")), "bias": (Axis("a"),)})
-    with pytest.raises(ValueError, match=r"cube: 3 of its axes permute.*use layer or chunk tokens") as caught:
-        make_tokenizer(GptConfig(spec))
-    assert "\n" not in str(caught.value)
-    make_tokenizer(GptConfig(spec, "layer"))
+HEADS = (("heads", 2), ("channels", 3))
+LAYERED = ParameterLayout({"cube": (4, 5, 6), "gates": (12, 7), "qkv": (20, 5), "bias": (4,), "scale": ()})
+STRIDED = PermutationSpec(LAYERED, {
+    "cube": (Axis("a"), Axis("b"), Axis("c")), "gates": (Blocks((((None, 3), ("a", 4)),)), Blocks(((("b", 5),), ((None, 2),)))),
+    "qkv": (Blocks((HEADS, HEADS, ((None, 2), ("a", 4)))), Axis("b")), "bias": (Axis("a"),), "scale": (),
+})  # fmt: skip
+
+
+def test_groups_within_others_are_features_of_their_units():
+    assert coarsened(STRIDED).groups == {"b": 5, "c": 6, "heads": 2}
+    assert all(len(part.groups) <= 2 for part in parts_of(STRIDED))
+
+
+@pytest.mark.filterwarnings("ignore:tokens of up to")
+def test_neuron_tokens_follow_strided_blocks():
+    """Every entry is written once, in its place, and permuted units give a permuted update."""
+    spec = coarsened(STRIDED)
+    torch.manual_seed(0)
+    tokens = make_tokenizer(GptConfig(STRIDED, width=32, num_heads=2)).double()
+    for p in tokens.parameters():
+        nn.init.normal_(p, std=0.3)
+    theta, noised = torch.randn(2, 3, spec.layout.size, dtype=torch.float64)
+
+    def update(noised: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        encoded = tokens.encode(noised, theta)
+        return tokens.decode(encoded.tokens, encoded)
+
+    order = spec.draw(0, range(3))
+    assert update(noised, theta).shape == theta.shape
+    moved = update(spec.apply(noised, order), spec.apply(theta, order))
+    torch.testing.assert_close(moved, spec.apply(update(noised, theta), order), rtol=0, atol=1e-12)
+    parts = parts_of(STRIDED)
+    assert torch.equal(joined([part.put(part.take(theta)) for part in parts], [part.piece for part in parts]), theta)
 
 
 @pytest.mark.parametrize(("tokenizer", "largest"), [("layer", "1,960"), ("chunk", "300"), ("neuron", "207")])

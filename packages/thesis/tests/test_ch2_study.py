@@ -21,10 +21,11 @@ from triptych_thesis import cli
 from triptych_thesis.chapter2 import comparisons
 from triptych_thesis.chapter2.comparisons import Score, SeedNoise, compare
 from triptych_thesis.chapter2.digits import padded_digits, without_margin
+from triptych_thesis.chapter2.experiments import gallery
 from triptych_thesis.chapter2.experiments.guidance import RIVALS, against_rivals
 from triptych_thesis.chapter2.scoring import METRICS, StudyScorer, score_of
 from triptych_thesis.chapter2.sizes import SIZES, Model
-from triptych_thesis.chapter2.study import Chapter2
+from triptych_thesis.chapter2.study import Chapter2, _seconds
 from triptych_thesis.chapter2.unet import UNet, matched, unet_gflops
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, merged, sign
 
@@ -186,7 +187,7 @@ def test_scores_pair_and_real_digits_score_well():
 @pytest.mark.parametrize("content", ['{"asked": ', '{"asked": {}}', "[1]"])
 def test_damaged_scores_are_named(tmp_path, content):
     (tmp_path / "scores.json").write_text(content)
-    with pytest.raises(ValueError, match=r"scores\.json: damaged, expected a scorer's JSON; delete it"):
+    with pytest.raises(ValueError, match=r"scores\.json: .*; delete it, and it is made again"):
         StudyScorer("mnist5k", seed=0, repeats=2)(tmp_path / "samples.npz")
 
 
@@ -371,3 +372,22 @@ def test_missing_latents_are_one_line(tmp_path):
     done = run("reproduce", "ch2", "--size", "paper", "--out", tmp_path, "--latents", tmp_path / "none")
     testing.fails_with(done, "no latent cache; pass --latents, or make it: torchrun", 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_seconds_of_a_log_leave_out_damaged_rows(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(
+        b'{"step": 1, "time/seconds": 1.5}\n{"step": 2}\n\xff{\n{"step": 3, "time/seconds": 2}\n{"step": 4, "time'
+    )
+    assert _seconds(log) == 3.5
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"space": "pixels"}'])
+def test_damaged_results_of_another_size_are_named(tmp_path, content):
+    study = Chapter2(out=tmp_path, size="smoke")
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "smoke" / "results.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"smoke/results\.json: .*; repeat the study of that size, which writes it again"
+    ):
+        gallery._spaces_table(study)

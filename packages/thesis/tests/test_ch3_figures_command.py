@@ -33,7 +33,7 @@ FEW = [
 command = partial(run_here, cli.run)
 
 
-fails_with = partial(testing.fails_with, quiet=("warning: tokens of",))
+fails_with = partial(testing.fails_with, quiet=("verifying", "warning: tokens of"))
 
 
 def zoo_of(folder: Path, **options: object) -> Path:

@@ -17,8 +17,10 @@ from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.spatial_transformer import SpatialTransformer, SpatialTransformerConfig
 from triptych_gangealing.warp import Affine, Warp
 from triptych_thesis import cli
+from triptych_thesis.chapter4 import context
 from triptych_thesis.chapter4.alignment_scores import score
 from triptych_thesis.chapter4.cluster_scores import cluster_scores
+from triptych_thesis.chapter4.options import AlignmentScoreConfig
 from triptych_thesis.chapter4.pose import pose_errors
 
 command = partial(run_here, cli.run)
@@ -153,3 +155,10 @@ def test_the_command_writes_every_method(tmp_path):
 def test_bad_settings_get_one_line():
     fails_with(command("score-alignment", "--images", "0"), "images 0: expected at least 1", 2)
     fails_with(command("score-clusters", "--images", "1"), "images 1: expected at least 2", 2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": {}}', '{"scores": {"ours": 1}}'])
+def test_damaged_scores_are_named(tmp_path, content):
+    (tmp_path / "pck.json").write_text(content)
+    with pytest.raises(ValueError, match=r"pck\.json: .*; delete it and repeat the command, which scores again"):
+        context._scores(AlignmentScoreConfig(out=tmp_path))

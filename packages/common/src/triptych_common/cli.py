@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+from triptych_common import interrupts
 from triptych_common.fields import FREE, Checked, one_of, printable
 
 
@@ -109,7 +111,8 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     argv: the words after the program's name, `sys.argv[1:]` by default.
 
     Errors that a user can act on (ValueError, OSError, a diverged run) become one line on stderr and status 1, mistyped
-    options give status 2, an interruption 128 plus the signal; TRIPTYCH_DEBUG=1 shows the traceback instead.
+    options give status 2, an interruption by Ctrl-C or SIGTERM 128 plus the signal; TRIPTYCH_DEBUG=1 shows the traceback
+    instead.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -126,17 +129,25 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code, prefix="")
     except KeyboardInterrupt:
-        return _fail("interrupted; repeat the command to go on", 130, prefix="")
-    except (ValueError, OSError, ImportError, MemoryError, Diverged) as error:
+        return _fail(interrupts.LINE, 128 + (interrupts.received() or signal.SIGINT), prefix="")
+    except Exception as error:
+        if signum := interrupts.received():  # an interrupted import may come back as any other error
+            return _fail(interrupts.LINE, 128 + signum, prefix="")
+        return _explained(error)
+
+
+def _explained(error: Exception) -> int:
+    """Print what a user can act on, and return the status; raise anything else."""
+    if isinstance(error, ValueError | OSError | ImportError | MemoryError | Diverged):
         if os.environ.get("TRIPTYCH_DEBUG"):
-            raise
+            raise error
         return _fail(_one_line(error), 1)
-    except RuntimeError as error:
+    if isinstance(error, RuntimeError):
         # By name, as only torch has that class, and importing torch takes seconds; on the CPU it raises a plain RuntimeError.
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _OUT_OF_MEMORY)
-        if not out_of_memory or os.environ.get("TRIPTYCH_DEBUG"):
-            raise
-        return _fail(f"{_one_line(error)}; use a smaller batch", 1)
+        if out_of_memory and not os.environ.get("TRIPTYCH_DEBUG"):
+            return _fail(f"{_one_line(error)}; use a smaller batch", 1)
+    raise error
 
 
 def leave(status: int) -> NoReturn:
@@ -199,8 +210,9 @@ def _run(name: str, command: Command, config: CommonOptions) -> int:
         if not config.json:
             echo(json.dumps(result, indent=2, default=str))
     else:
-        with _claimed(name, command, config):
-            result = located(command.run)(config)
+        run = located(command.run)
+        with interrupts.Work(), _claimed(name, command, config):
+            result = run(config)
     if config.json and int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, default=str, allow_nan=False), flush=True)
     return 0

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 
 from triptych_common.cli import Interrupted, echo
 from triptych_common.extras import import_extra
+from triptych_common.interrupts import Unheard
 from triptych_common.progress import Progress
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def start_server(preload: Sequence[str]) -> BaseContext:
     # Forking a process that has run threads, as torch does, may deadlock. The server imports torch and runs nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    with _environment(_ENVIRONMENT):
+    with _environment(_ENVIRONMENT), Unheard():
         forkserver.ensure_running()
     return context
 
@@ -161,10 +162,11 @@ def _run_local(
         waiting.put(device)
     # Workers started here are terminated below, and no other child of this process.
     others = set(multiprocessing.active_children())
-    with _environment({} if preload is None else _ENVIRONMENT):
-        pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_become_worker, initargs=(waiting,))
-        futures = [pool.submit(_call, function, unit) for unit in units]
+    pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_become_worker, initargs=(waiting,))
     try:
+        # Signals wait: a worker that was not quite started prints a traceback.
+        with _signals_held(), _environment({} if preload is None else _ENVIRONMENT):
+            futures = [pool.submit(_call, function, unit) for unit in units]
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
@@ -179,15 +181,8 @@ def _run_ray(function: Work[Result], units: Sequence[Any], devices: Sequence[str
     """All machines must share the folder that units write to. Without a cluster, Ray gets one CPU per device here."""
     ray = import_extra("ray", f"--engine ray needs a package: pip install '{extra}'")
     on_gpu = devices[0].startswith("cuda")
-    alone: dict[str, Any] = {"num_cpus": len(devices), "include_dashboard": False}
-    cluster = {} if os.environ.get("RAY_ADDRESS") else alone
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _ENVIRONMENT}, **cluster)
-    except (ConnectionError, RuntimeError) as error:
-        raise ConnectionError(
-            f"--engine ray: {error}; check RAY_ADDRESS, or unset it for this machine alone"
-        ) from error
-    try:
+        _start_ray(ray, len(devices))
         remote: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=1)(_call_here)
         pending = [remote.remote(function, unit, "cuda" if on_gpu else devices[0]) for unit in units]
         while pending:
@@ -199,7 +194,68 @@ def _run_ray(function: Work[Result], units: Sequence[Any], devices: Sequence[str
             except ray.exceptions.RayError as error:
                 raise MemoryError(f"a Ray worker died ({type(error).__name__}); repeat the command to go on") from error
     finally:
-        ray.shutdown()
+        with _own_sigterm(), _quiet_stderr():  # it complains of tasks that are interrupted
+            ray.shutdown()
+
+
+def _start_ray(ray: Any, cpus: int) -> None:
+    alone = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": cpus, "include_dashboard": False}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        with _own_sigterm():
+            ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet, **alone)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConnectionError(
+            f"--engine ray: {error}; check RAY_ADDRESS, or unset it for this machine alone"
+        ) from error
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(signum, lambda signum, _: received.append(signum)) for signum in numbers]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(numbers, before, strict=True):
+            signal.signal(signum, handler)
+        if received:
+            signal.raise_signal(received[0])
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's reaction to SIGTERM: Ray installs one that prints its C++ stack, and removes any when it shuts down."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # Ray's reaction while it starts
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what C++ writes to stderr, too."""
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager

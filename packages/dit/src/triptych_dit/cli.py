@@ -1,5 +1,10 @@
 """The command `triptych-dit`."""
 
+if __name__ == "__main__":  # before anything that takes time to import
+    from triptych_common.interrupts import install
+
+    install()
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,10 @@ COMMANDS = {
     "encode": Command(
         "encode images into a cache of latents, or resume", "triptych_dit.autoencoder.config:EncodeConfig",
         "triptych_dit.autoencoder.encode:encode", preview="triptych_dit.autoencoder.encode:preview",
+    ),
+    "import": Command(
+        "make a cache of latents that others computed, or resume", "triptych_dit.autoencoder.config:ImportConfig",
+        "triptych_dit.autoencoder.features:import_features",
     ),
     "sample": Command(
         "sample images from a trained model", "triptych_dit.settings:SampleConfig", "triptych_dit.sample:sample",

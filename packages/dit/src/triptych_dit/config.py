@@ -1,7 +1,7 @@
 """DiTConfig and its presets: one row a model."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from triptych_common.fields import Checked, Ge, Gt, Interval
 
@@ -70,6 +70,28 @@ class DiTConfig(Checked):
     def condition_tokens(self) -> int:
         """Embeddings a block is conditioned on: timestep, and class where there is one."""
         return 2 if self.num_classes else 1
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What the files of other programs leave open about a model."""
+
+    vae: str | None = None
+    """autoencoder of a model of latents, a folder or a hub name: where it is now, or which one, if the file does not say"""
+    predict: Literal["noise", "sample"] | None = None
+    """what the model predicts, if its file does not say; by default noise, as published"""
+    weights: Literal["ema", "model"] | None = None
+    """which weights of a training checkpoint; the average where there is one"""
+    num_heads: int | None = None
+    """attention heads, for widths that were not published"""
+    num_classes: int | None = None
+    """classes, where the label table leaves them open"""
+    input_size: int | None = None
+    """side of the model's inputs, for files without a position embedding"""
+
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments of `load_any`."""
+        return {name: getattr(self, name) for name in CheckpointOptions.__dataclass_fields__}
 
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads

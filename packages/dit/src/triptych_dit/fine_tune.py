@@ -1,11 +1,16 @@
 """Start a model from the weights of another one, with a new class table or resolution if needed."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
+from triptych_common.cli import echo
 
 from triptych_dit.config import DiTConfig
+from triptych_dit.labels import listed, matched
 from triptych_dit.model import DiT
+from triptych_dit.weights import LatentSpace, TrainedModel
 
 TABLE = "y_embedder.embedding_table.weight"
 _MAY_DIFFER = {"input_size", "num_classes", "class_dropout_prob"}
@@ -17,11 +22,14 @@ def fitted_config(source: DiTConfig, *, input_size: tuple[int, int], num_classes
 
 
 @torch.no_grad()
-def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dict[str, str]:
+def start_from(
+    model: DiT, source: DiT, *, new_class_table: bool = False, names: Sequence[str] = (), source_names: Sequence[str] = ()
+) -> dict[str, str]:  # fmt: skip
     """Copy the weights of `source` into `model`, in place; returns what happened to each tensor, by name.
 
-    Not copied are the position embedding, if the grids differ, and the class table, if the number of classes differs or
-    `new_class_table` is set, except for its null row.
+    Not copied are the position embedding, if the grids differ, and rows of the class table that the source does not have or,
+    with `new_class_table`, all but the null row. Rows are those of classes of the same name, or of the same number where one
+    side has no names and both have as many classes.
     Raises ValueError, listing both sides, if the models differ in anything else.
     """
     _check_same_shape(model.config, source.config)
@@ -29,20 +37,67 @@ def start_from(model: DiT, source: DiT, *, new_class_table: bool = False) -> dic
     for name, tensor in model.state_dict().items():
         if name == "pos_embed" and model.config.grid != source.config.grid:
             became[name] = f"computed for {model.config.grid[0]}x{model.config.grid[1]} tokens"
-        elif name == TABLE and (new_class_table or model.config.num_classes != source.config.num_classes):
-            became[name] = f"{model.config.num_classes} classes initialised"
-            if model.config.null_label is not None and source.config.null_label is not None:
-                # What the source knows without a label is the same for other classes.
-                tensor[model.config.null_label] = found[name][source.config.null_label]
-                became[name] += ", null row copied"
-        elif name == TABLE and tensor.shape != found[name].shape:  # one of the two has no null row
-            rows = min(len(tensor), len(found[name]))
-            tensor[:rows] = found[name][:rows]
-            became[name] = f"{rows} classes copied" + (", null row initialised" if rows < len(tensor) else "")
+        elif name == TABLE:
+            rows, how = _shared_classes(model.config, source.config, names, source_names)
+            became[name] = _copy_rows(model, source, {} if new_class_table else rows, how, names)
         else:
             tensor.copy_(found[name])
             became[name] = "copied"
     return became
+
+
+def _copy_rows(model: DiT, source: DiT, rows: Mapping[int, int], how: str, names: Sequence[str]) -> str:
+    """Copy rows of the class table, and what the source knows without a label; returns in words what happened."""
+    table, theirs = (part.state_dict()[TABLE] for part in (model, source))
+    for label, row in rows.items():
+        table[label] = theirs[row]
+    initialised = [label for label in range(model.config.num_classes) if label not in rows]
+    named = [names[label] for label in initialised if label < len(names)] if rows else []
+    said = [f"{len(rows)} classes copied {how}"] if rows else []
+    if initialised:
+        said.append(f"{len(initialised)} classes initialised" + (f" ({listed(named)})" if named else ""))
+    if (null := model.config.null_label) is not None:
+        if source.config.null_label is not None:
+            table[null] = theirs[source.config.null_label]
+        said.append(f"null row {'initialised' if source.config.null_label is None else 'copied'}")
+    return ", ".join(said)
+
+
+def _shared_classes(
+    wanted: DiTConfig, found: DiTConfig, names: Sequence[str], source_names: Sequence[str]
+) -> tuple[dict[int, int], str]:
+    """For each class that the source has too, its number there, and by what it was recognised."""
+    if _tell(names) and _tell(source_names):
+        shared = matched(names, source_names).items()
+        return {
+            ours: there for ours, there in shared if ours < wanted.num_classes and there < found.num_classes
+        }, "by name"
+    same = wanted.num_classes == found.num_classes
+    return ({label: label for label in range(wanted.num_classes)} if same else {}), "by number, as names are not known"
+
+
+def _tell(names: Sequence[str]) -> bool:
+    """Whether there are names, rather than the numbers that stand for them in data sets without any."""
+    return bool(names) and list(names) != [str(label) for label in range(len(names))]
+
+
+def check_meaning(source: TrainedModel, facts: Mapping[str, Any], *, new_latents: bool) -> None:
+    """Raise ValueError for a model of pixels on latents, of latents on pixels, or on those of another autoencoder.
+
+    facts: of the training data. new_latents: anything goes.
+    """
+    ours = LatentSpace.of(facts["autoencoder"]) if facts.get("autoencoder") else None
+    theirs, remedy = source.space, "--new-latents starts from it all the same"
+    if new_latents:
+        return
+    if theirs is None and not source.of_pixels:
+        echo("init_from: the autoencoder of its latents is not known, and taken to be that of the data; --vae names it")
+    elif theirs is None or ours is None:
+        if theirs is not ours:
+            kinds = [f"latents of {space.spec}" if space else "pixels" for space in (theirs, ours)]
+            raise ValueError(f"init_from: a model of {kinds[0]}, but the data are {kinds[1]}; {remedy}")
+    elif difference := theirs.difference(ours):
+        raise ValueError(f"init_from: its latents are not the data's: {difference}; {remedy}")
 
 
 def by_layer(became: dict[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from triptych_common import data as sources
 from triptych_common.cli import echo, option
 
-from triptych_dit.config import DiTConfig
+from triptych_dit.config import CheckpointOptions, DiTConfig
 from triptych_dit.objective import pictures
 from triptych_dit.train_config import TrainConfig
 
@@ -56,7 +56,12 @@ def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | No
     if init_from:
         from triptych_dit.interop import load_any
 
-        model = load_any(init_from).model.config
+        stated = {name: option(argv, name.replace("_", "-"))[0] for name in CheckpointOptions.__dataclass_fields__}
+        options: dict[str, Any] = {
+            n: int(value) if value.isdecimal() else value for n, value in stated.items() if value
+        }
+        source = load_any(init_from, **options)
+        model, config = source.model.config, replace(config, predict=source.diffusion.predict)
     typed = {name: option(argv, f"model.{name.replace('_', '-')}")[0] for name in DiTConfig.__dataclass_fields__}
     patch = typed["patch_size"] or ""
     if patch.isdecimal() and int(patch) and not init_from:

@@ -23,9 +23,10 @@ from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
 
 from triptych_dit.config import DiTConfig
+from triptych_dit.labels import listed
 from triptych_dit.model import DiT, drop_labels
 from triptych_dit.train_config import TrainConfig
-from triptych_dit.weights import make_diffusion
+from triptych_dit.weights import LatentSpace, make_diffusion
 
 if TYPE_CHECKING:
     from triptych_common.data import ImageDataset, ImageSource, UnreadableImage
@@ -141,13 +142,18 @@ def draw_timesteps(config: TrainConfig, counters: Sequence[int], num_steps: int)
     return (share * num_steps).long().clamp(max=num_steps - 1)
 
 
-def open_validation_data(config: TrainConfig) -> "TrainingData | None":
-    """The data to validate on, or None if there is no validation. Raises ValueError if there are none."""
+def open_validation_data(config: TrainConfig, training_data: "TrainingData") -> "TrainingData | None":
+    """The data to validate on, or None if there is no validation.
+
+    Raises ValueError if there are none, or if they are of another kind than the training data.
+    """
     if config.validation_every == 0:
         return None
     try:
         spec = config.validation_data or config.data
-        return open_training_data(spec, config.model, "held_out", out=config.out, strict=config.strict)
+        held_out = open_training_data(spec, config.model, "held_out", out=config.out, strict=config.strict)
+        check_same_kind(training_data, held_out)
+        return held_out
     except (ValueError, OSError) as error:
         raise ValueError(f"validation_every {config.validation_every}: {error}; pass --validation-data") from error
 
@@ -390,6 +396,16 @@ def _check_fits(model: DiTConfig, training_data: TrainingData) -> None:
             f"{training_data.name} has labels 0..{training_data.num_classes - 1}, the model num_classes="
             f"{model.num_classes}; pass --model.num-classes {training_data.num_classes}"
         )
+
+
+def check_same_kind(ours: TrainingData, theirs: TrainingData) -> None:
+    """Raise ValueError unless both have the same classes in the same order, and latents of one autoencoder."""
+    mine, others = (list(data.facts.get("class_names") or ()) for data in (ours, theirs))
+    if mine and others and mine[: len(others)] != others and ours.num_classes > 1:
+        raise ValueError(f"{theirs.name} has the classes {listed(others)}, {ours.name} has {listed(mine)}")
+    spaces = [LatentSpace.of(facts) if (facts := data.facts.get("autoencoder")) else None for data in (ours, theirs)]
+    if spaces[0] and spaces[1] and (difference := spaces[0].difference(spaces[1])):
+        raise ValueError(f"{theirs.name} has latents of another autoencoder than {ours.name}: {difference}")
 
 
 Item = TypeVar("Item")

@@ -4,7 +4,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from itertools import groupby
@@ -16,18 +16,22 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 from triptych_common.cli import echo
+from triptych_common.data import UnreadableImage
+from triptych_common.data.decoding import read_image
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Execution, Ranks, prepare, process_group
 from triptych_common.progress import Progress
 from triptych_common.samplers import evaluations
 from triptych_common.storage import checkpoint
-from triptych_common.storage.files import write_json, writing
+from triptych_common.storage.arrays import Npz
+from triptych_common.storage.files import fitting, write_json, writing
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.interop import load_any
-from triptych_dit.sampling import autoencoder_of, check_labels, sample_images, trajectory
+from triptych_dit.labels import resolved
+from triptych_dit.sampling import autoencoder_of, sample_images, trajectory
 from triptych_dit.settings import SampleConfig, SamplerSettings
-from triptych_dit.weights import TrainedModel
+from triptych_dit.weights import FETCH, TrainedModel
 
 __all__ = ["SampleConfig", "SamplerSettings", "read_npz", "sample", "sample_images", "trajectory"]
 GRID = 100  # images in grid.png
@@ -39,21 +43,27 @@ def sample(config: SampleConfig) -> dict[str, Any]:
 
     Raises ValueError for a request that does not fit the model, or what `out` already holds.
     """
-    trained = load_any(config.checkpoint)
-    labels = labels_of(config, trained)
+    trained = load_any(config.checkpoint, **config.loading())
+    classes = classes_of(config, trained)
+    labels = torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)]) if classes else None
     # With the weights' hash, so that samples of a model and of its retrained successor are never joined.
     request = identity(config, trained) | {
-        "labels": list(config.labels or range(trained.model.config.num_classes)), "num_samples": config.num_samples,
+        "labels": list(classes), "num_samples": config.num_samples,
         "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
     steps = evaluations(config, trained.diffusion)
-    finished = (config.out / "samples.npz").exists()
     with process_group(config.device) as ranks:
+        if ranks.is_main:
+            drop_damaged(config.out / "samples.npz", *(path for _, _, path in _parts(config.out)))
+        ranks.barrier()
+        finished = (config.out / "samples.npz").exists()
         if not finished or config.vae is not None:
             request |= place(trained, ranks, config)
-        with RunDirectory(config.out, request, is_main=ranks.is_main) as run:
+        with RunDirectory(config.out, request, is_main=ranks.is_main, device=ranks.device.type) as run:
             ranks.barrier()  # the main rank has checked the folder
             if not finished:
+                if ranks.is_main and _parts(run.path):
+                    run.compare_hardware()
 
                 def draw(batch: range, step: Callable[[], None]) -> Images:
                     some = None if labels is None else labels[batch.start : batch.stop]
@@ -74,27 +84,23 @@ def sample(config: SampleConfig) -> dict[str, Any]:
                 result["images"] = str(run.path / "images")
                 ranks.barrier()
             if ranks.is_main:
-                write_grid(run.path, len(config.labels) or trained.model.config.num_classes or 10)
+                write_grid(run.path, len(classes) or 10)
                 write_json(run.path / "samples.json", {**request, **result})
                 for file in result.values():
                     echo(f"wrote {file}")
     return result
 
 
-def labels_of(config: SampleConfig, trained: TrainedModel) -> Int[Tensor, " n"] | None:
-    """The class of each sample; None for a model without classes.
+def classes_of(config: SampleConfig, trained: TrainedModel) -> tuple[int, ...]:
+    """The classes that samples have in turn; empty for a model without classes.
 
     Raises ValueError for labels that the model does not have, and for guidance that it cannot do.
     """
     config.check(trained.model.config)
-    num_classes = trained.model.config.num_classes
-    if not num_classes and not config.labels:
-        return None
-    if not num_classes:
+    num_classes, names = trained.model.config.num_classes, trained.class_names
+    if not num_classes and config.labels:
         raise ValueError(f"labels {config.labels}: this model is unconditional (num_classes=0); leave --labels out")
-    check_labels(torch.tensor(config.labels, dtype=torch.long), num_classes)
-    classes = config.labels or range(num_classes)
-    return torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)])
+    return resolved(config.labels or range(min(num_classes, len(names) or num_classes)), num_classes, names)
 
 
 def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
     settings["sampler"] = config.sampler_name()
     if config.clip_x_0 is None:
-        settings["clip_x_0"] = trained.facts.get("autoencoder") is None
+        settings["clip_x_0"] = trained.of_pixels
     return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})
 
 
@@ -113,13 +119,13 @@ def place(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
     """
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
     prepare(trained.model, ranks, Execution(precision=config.precision or stored, compile=config.compile_blocks))
-    autoencoder = autoencoder_of(trained, ranks.device, config.vae)
+    autoencoder, space = autoencoder_of(trained, ranks.device, config.vae), trained.space
     if autoencoder is None:
         return {}
-    facts = trained.facts["autoencoder"]
+    given = config.vae is not None and trained.facts.get(FETCH)  # no file of the model says which
     # Released models know only the name of their autoencoder.
-    same = autoencoder.sha256 == facts["sha256"] if facts["sha256"] else autoencoder.spec == facts["spec"]
-    return {} if same else {"decoder": autoencoder.sha256}
+    same = space and (space.sha256 == autoencoder.sha256 if space.sha256 else space.spec == autoencoder.spec)
+    return {} if same and not given else {"decoder": autoencoder.sha256}
 
 
 def draw_missing(
@@ -173,23 +179,30 @@ def write_grid(out: Path, columns: int) -> None:
 
 
 def _write_images(out: Path, trained: TrainedModel, labels: Tensor | None, ranks: Ranks) -> None:
-    """OUT/images: a PNG for each sample that has none yet; ranks take turns."""
+    """OUT/images: a PNG for each sample that has none yet, or a damaged one; ranks take turns."""
     first = 0
     for batch in read_batches(out / "samples.npz", GRID):
         for index, image in enumerate(batch, start=first):
             path = out / "images" / image_name(index, trained, None if labels is None else int(labels[index]))
-            if index % ranks.world_size == ranks.rank and not path.exists():
+            if index % ranks.world_size == ranks.rank and not _is_picture(path):
                 write_png(path, image)
         first += len(batch)
+
+
+def _is_picture(path: Path) -> bool:
+    with suppress(FileNotFoundError, UnreadableImage):
+        read_image(path)
+        return True
+    return False
 
 
 def image_name(index: int, trained: TrainedModel, label: int | None) -> str:
     """000123-CLASS.png, with the class's name if the model file has it; 000123.png without classes."""
     if label is None:
         return f"{index:06d}.png"
-    names = trained.facts.get("class_names") or ()
+    names = trained.class_names
     name = re.sub(r"[^\w.-]+", "-", names[label].split(",")[0]).strip("-.") if label < len(names) else ""
-    return f"{index:06d}-{name or label}.png"
+    return fitting(f"{index:06d}-{name or label}", ".png")
 
 
 def write_npz(path: Path, batches: Iterable[Images], count: int, labels: Int[Tensor, " n"] | None = None) -> None:
@@ -228,36 +241,40 @@ def read_npz(path: Path) -> tuple[Images, Int[Tensor, " n"] | None]:
 
     Raises FileNotFoundError for an absent file, ValueError for another or a damaged one.
     """
-    path = Path(path)
-    with _intact(path), np.load(path, allow_pickle=False) as arrays:
-        images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if not isinstance(images, np.ndarray):  # numpy gives the bytes of a member that is no array
-        raise ValueError(f"{path}: arr_0 is no array; make it again")
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, channels)")
+    file = _samples(Path(path))
+    images = file.array("arr_0")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return pixels, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    if "arr_1" not in file.headers:
+        return pixels, None
+    file.expect("arr_1", "integers", (len(images),))
+    return pixels, torch.from_numpy(file.array("arr_1").astype(np.int64))
 
 
 def read_batches(path: Path, size: int) -> Iterator[Images]:
     """The images of a file written by `write_npz`, in order, `size` at a time. Raises as `read_npz` does."""
-    with _intact(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        np.lib.format.read_magic(member)
-        (count, *shape), _, _ = np.lib.format.read_array_header_1_0(member)
-        for start in range(0, count, size):
-            n = min(size, count - start)
-            pixels = np.frombuffer(bytearray(member.read(n * int(np.prod(shape)))), dtype=np.uint8)
-            yield torch.from_numpy(pixels.reshape(n, *shape)).permute(0, 3, 1, 2)
+    for rows in _samples(path).rows("arr_0", size):
+        yield torch.from_numpy(rows).permute(0, 3, 1, 2)
 
 
-@contextmanager
-def _intact(path: Path) -> Iterator[None]:
-    """Turn whatever an absent or damaged archive raises into one line."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such samples file; make one with triptych-dit sample") from error
-    except (MemoryError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # zipfile and numpy raise anything on damaged archives
-        raise ValueError(f"{path}: not an npz file with arr_0, or a damaged one ({error}); make it again") from error
+def drop_damaged(*paths: Path) -> None:
+    """Remove those samples files that are not whole, so that they are made again."""
+    for path in paths:
+        try:
+            file = _samples(path)
+            for name in file.headers:
+                for _ in file.rows(name, 256):
+                    pass
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            echo(f"{path}: damaged; sampling it again")
+            path.unlink()
+
+
+def _samples(path: Path) -> Npz:
+    """An open samples file, whose pictures are not read yet."""
+    file = Npz(path, absent="no such samples file; make one with triptych-dit sample")
+    if "arr_0" not in file.headers:
+        raise ValueError(f"{path}: holds no arr_0, expected a samples file")
+    file.expect("arr_0", "uint8", (None, None, None, None))
+    return file

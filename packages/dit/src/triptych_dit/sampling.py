@@ -13,6 +13,7 @@ from triptych_common.randomness import SampleNoise
 from triptych_common.sampler_settings import TIMESTEPS
 from triptych_common.samplers import Denoise, Step, final, guided, sampling
 
+from triptych_dit.labels import check
 from triptych_dit.model import DiT
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.weights import FETCH, TrainedModel
@@ -40,13 +41,13 @@ def trajectory(
     """
     config, weight = trained.model.config, trained.model.pos_embed
     settings.check(config)
-    check_labels(labels, config.num_classes)
+    check_labels(labels, config.num_classes, trained.class_names)
     if noise is None:
         shape = (config.in_channels, *config.input_size)
         noise = SampleNoise(seed, indices, shape, device=weight.device, dtype=weight.dtype)
     denoise = bind(trained.model, labels, len(indices), settings)
     # Latents exceed [-1, 1], pixels do not.
-    clip = settings.clip_x_0 if settings.clip_x_0 is not None else trained.facts.get("autoencoder") is None
+    clip = settings.clip_x_0 if settings.clip_x_0 is not None else trained.of_pixels
     return sampling(settings, denoise, trained.diffusion, noise, clip_x_0=clip)
 
 
@@ -122,7 +123,7 @@ def sample_images(
     labels: one class for each image, or a mixture. count: number of images, for a model without classes.
     settings: sampler, number of steps, guidance; by default 250 steps of DDPM without guidance.
     first_index: number of the first image: image i is the same in every batch that holds it. seed, noise: as for `trajectory`.
-    vae: autoencoder of a latent model, if it has moved since training. progress: called after each step.
+    vae: autoencoder of a latent model, if it has moved since training, or is not known. progress: called after each step.
     Raises ValueError as `trajectory` and `decoded` do, and if the images come out as NaN.
     """
     count = len(labels) if labels is not None else count
@@ -151,55 +152,50 @@ def autoencoder_of(trained: TrainedModel, device: torch.device, vae: str | None 
     """The autoencoder of a model's latents, loaded once; None for a model of pixels.
 
     vae: a folder or a name on the hub; by default where training found the autoencoder.
-    Raises ValueError for another autoencoder, or for one given to a model of pixels, and whatever `load_autoencoder` raises.
+    Raises ValueError for another autoencoder, for one given to a model of pixels, for latents of an unknown one, and whatever
+    `load_autoencoder` raises.
     """
-    facts = trained.facts.get("autoencoder")
-    if facts is not None:
-        download = vae is not None or trained.facts.get(FETCH, False)
-        found = _autoencoder(vae or facts["spec"], download, facts["sha256"], facts.get("encoder_sha256"), device)
-        for name in ("scale_factor", "shift_factor") if facts["sha256"] else ():
-            ours, theirs = facts.get(name), getattr(found, name)
-            if ours not in (None, theirs):
-                raise ValueError(f"autoencoder {found.spec}: {name} is {theirs}, the model's is {ours}; {_REMEDY}")
-        return found
-    if vae is not None:
-        raise ValueError(f"vae {vae}: this model generates pixels and needs none; leave --vae out")
-    return None
+    space, channels = trained.space, trained.model.config.in_channels
+    if trained.of_pixels:
+        if vae is not None:
+            raise ValueError(f"vae {vae}: this model generates pixels and needs none; leave --vae out")
+        return None
+    if space is None and vae is None:
+        raise ValueError(
+            f"the model's samples have {channels} channels, which are no picture's, and no autoencoder of theirs is known; "
+            "pass --vae with its folder or hub name"
+        )
+    download = vae is not None or trained.facts.get(FETCH, False)
+    found = _autoencoder(vae or (space.spec if space else ""), download, device)
+    if found.latent_channels != channels:
+        raise ValueError(f"autoencoder {found.spec}: has {found.latent_channels} latent channels, the model {channels}")
+    hashed = space is not None and (space.sha256 or space.encoder_sha256)  # released checkpoints only name theirs
+    if space and hashed and (difference := found.space.difference(replace(space, spec="the model's"))):
+        raise ValueError(f"autoencoder {found.spec}: {difference}; {_REMEDY}")
+    return found
 
 
 _REMEDY = "pass --vae with the folder or hub name of the autoencoder that the model's latents are of"
 
 
 @lru_cache(maxsize=1)
-def _autoencoder(
-    spec: str, download: bool, sha256: str | None, encoder_sha256: str | None, device: torch.device
-) -> "Autoencoder":
+def _autoencoder(spec: str, download: bool, device: torch.device) -> "Autoencoder":
     from triptych_dit.autoencoder.model import load_autoencoder
 
     try:
-        found = load_autoencoder(spec, device=device, download=download)
+        return load_autoencoder(spec, device=device, download=download)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; or {_REMEDY}") from error
-    # Latents depend on the encoder alone: stabilityai's ft-MSE and ft-EMA are decoders fine-tuned for the same one.
-    same = found.sha256 == sha256 or found.encoder_sha256 == encoder_sha256
-    if sha256 is not None and not same:  # released checkpoints name theirs without a hash
-        raise ValueError(f"autoencoder {spec}: sha256 is {found.sha256[:12]}, the model's is {sha256[:12]}; {_REMEDY}")
-    return found
 
 
-def check_labels(labels: Labels, num_classes: int) -> None:
-    """Raise ValueError for a label outside 0 .. num_classes-1, unneeded labels, and missing ones."""
+def check_labels(labels: Labels, num_classes: int, names: Sequence[str] = ()) -> None:
+    """Raise ValueError for a label outside 0 .. num_classes-1 or the names of classes, unneeded labels, and missing ones."""
     if (labels is None) == bool(num_classes):
         expected = "one a sample" if num_classes else "none, it is unconditional"
         raise ValueError(f"labels: the model has num_classes={num_classes} and takes {expected}")
     if labels is None:
         return
-    if labels.is_floating_point():
-        if labels.shape[1:] != (num_classes,):
-            raise ValueError(
-                f"mixtures {tuple(labels.shape)}: expected (batch, {num_classes}), a weight for each class"
-            )
-        return
-    for label in labels.tolist():
-        if not 0 <= label < num_classes:
-            raise ValueError(f"label {label} is outside 0..{num_classes - 1} (num_classes={num_classes})")
+    if not labels.is_floating_point():
+        check(labels.unique(sorted=False).tolist(), num_classes, names)
+    elif labels.shape[1:] != (num_classes,):
+        raise ValueError(f"mixtures {tuple(labels.shape)}: expected (batch, {num_classes}), a weight for each class")

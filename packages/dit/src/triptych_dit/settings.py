@@ -12,7 +12,7 @@ from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge, Interval, OneOf
 from triptych_common.sampler_settings import TIMESTEPS
 
-from triptych_dit.config import DiTConfig
+from triptych_dit.config import CheckpointOptions, DiTConfig
 
 FORMATS = ("mp4", "gif")
 _SCALE = Interval(ge=0, lt=math.inf, wanted="a number of at least 0; 1 is no guidance")
@@ -52,14 +52,12 @@ class SamplerSettings(sampler_settings.SamplerSettings):
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(CheckpointOptions):
     """Which model, and how it is run."""
 
     checkpoint: str = "runs/dit"
     """a model file, the folder of a finished training run, a released checkpoint or its name (DiT-XL/2@256), or a folder of
     diffusers"""
-    vae: str | None = None
-    """models of latents: their autoencoder, a folder or a hub name, if it has moved since training"""
     precision: Literal["float32", "bf16", "float64"] | None = None
     """arithmetic of the network; by default that of the model file. bf16 is for GPUs"""
     compile_blocks: bool = False
@@ -74,8 +72,8 @@ class SampleConfig(CommonOptions, SamplerSettings, ModelOptions):
     """where to write samples.npz (arr_0: NHWC uint8, arr_1: labels) and grid.png"""
     num_samples: Annotated[int, Ge(1)] = 100
     """images to make"""
-    labels: tuple[int, ...] = ()
-    """classes, repeated in turn; all classes in turn by default"""
+    labels: tuple[int | str, ...] = ()
+    """classes, by number or name ("tabby cat"), repeated in turn; all classes in turn by default"""
     images: bool = False
     """write each image to OUT/images too, as 000123-CLASS.png"""
     batch_size: Annotated[int, Ge(1)] = 100
@@ -92,10 +90,10 @@ class WalkConfig(CommonOptions, SamplerSettings, ModelOptions):
     """ddim: deterministic, so that neighbouring frames are alike; also ddpm, and a scheduler of diffusers by its name"""
     num_inference_steps: int = 50
     """denoising steps of each frame, evenly spaced over the 1000"""
-    labels: tuple[int, ...] = ()
-    """one class: walk between noises; several: walk from class to class. By default class 0"""
+    labels: tuple[int | str, ...] = ()
+    """one class, by number or name: walk between noises; several: walk from class to class. By default class 0"""
     blend: tuple[str, ...] = ()
-    """walk between noises at a mixture of classes instead: LABEL:WEIGHT for each, such as 3:0.5 8:0.5"""
+    """walk between noises at a mixture of classes instead: LABEL:WEIGHT for each, such as 3:0.5 8:0.5 or cat:1 dog:3"""
     noises: Annotated[tuple[int, ...], Ge(0, "numbers of samples, from 0")] = ()
     """noises to walk between, numbered like the samples of triptych-dit sample; 0 1 2 3 by default, 0 from class to class"""
     frames: Annotated[int, Ge(1)] = 24
@@ -165,7 +163,7 @@ class EvaluateConfig(CommonOptions):
 
 
 @dataclass(frozen=True)
-class ExportConfig(CommonOptions):
+class ExportConfig(CommonOptions, CheckpointOptions):
     """Write a model, wherever it comes from, in the format of triptych, of the released DiT or of diffusers."""
 
     checkpoint: str = "runs/dit"
@@ -175,39 +173,33 @@ class ExportConfig(CommonOptions):
     out: Path = Path("runs/export")
     """folder to write"""
     vae: str | None = None
-    """diffusers: autoencoder to put beside the model, a folder or hub repository"""
+    """autoencoder of the model's latents, a folder or hub repository; in diffusers' format it is put beside the model"""
     scheduler: str | None = None
     """diffusers: a scheduler by name; DDIMScheduler by default"""
     labels_file: Path | None = None
-    """diffusers: JSON object of labels and names, {"0": "tench, Tinca tinca", ...}"""
-    weights: Literal["ema", "model"] | None = None
-    """released training checkpoints: which weights; the average where there is one"""
-    num_heads: int | None = None
-    """released files of a width that was not published: attention heads"""
-    num_classes: int | None = None
-    """released files and diffusers: classes, where the label table leaves them open"""
+    """diffusers: JSON object of labels and names, {"0": "tench, Tinca tinca", ...}; by default the names of the data"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("vae", "scheduler", "labels_file") if getattr(self, name) is not None]
+        given = [name for name in ("scheduler", "labels_file") if getattr(self, name) is not None]
         if self.format != "diffusers" and given:
             option = f"--{given[0].replace('_', '-')}"
             raise ValueError(f"{option} is for --format diffusers, not {self.format}; leave it out")
 
 
-def blended(blend: Sequence[str]) -> dict[int, float]:
-    """LABEL:WEIGHT words as weights of labels, scaled to add up to 1. Raises ValueError for anything else."""
-    weights: dict[int, float] = {}
+def blended(blend: Sequence[str]) -> dict[str, float]:
+    """LABEL:WEIGHT words as weights of labels or names, scaled to add up to 1. Raises ValueError for anything else."""
+    weights: dict[str, float] = {}
     for word in blend:
-        label, _, weight = word.partition(":")
+        label, _, weight = word.rpartition(":")
         try:
-            number, value = int(label), float(weight)
+            value = float(weight)
         except ValueError:
-            number, value = -1, math.nan
-        if number < 0 or not (math.isfinite(value) and value > 0) or number in weights:
+            value = math.nan
+        if not label or not (math.isfinite(value) and value > 0) or label in weights:
             raise ValueError(
                 f"blend {word!r}: expected LABEL:WEIGHT, weights above 0 and each label once, as in 3:0.5 8:0.5"
             )
-        weights[number] = value
+        weights[label] = value
     total = sum(weights.values())
     return {label: weight / total for label, weight in weights.items()}

@@ -1,6 +1,6 @@
 """Train a DiT."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
         training_data = open_training_data(config.data, config.model, out=config.out, strict=config.strict)
     if config.horizontal_flip:
         training_data.check_flips()
-    held_out, facts = open_validation_data(config), {"data": training_data.identity}
+    held_out, facts = open_validation_data(config, training_data), {"data": training_data.identity}
     sources = {"data": training_data, "validation_data": held_out}
     contents = {name: source.contents for name, source in sources.items() if source and source.contents}
     with (
@@ -61,7 +61,7 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
         training_data.verify(ranks)
         if ranks.is_main:
             write_unusable([e for source in sources.values() for e in getattr(source, "unusable", ())], run.path)
-        state = make_state(config, ranks, run)
+        state = make_state(config, ranks, run, training_data.facts)
         describe(config, state, training_data)
         objective = Objective(config, training_data)
         validate = make_validation(config, held_out, run, ranks)
@@ -85,6 +85,9 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
             drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / FILE_NAME, config, state, training_data)
+        for path in (snapshot_path(run.path, count) for count in config.snapshots):
+            if not path.exists():
+                echo(f"{path}: lost; only training from the start, in another --out, makes it again")
         echo(f"model: {run.path / FILE_NAME}")
         return {"model": str(run.path / FILE_NAME), **summary(run)}
 
@@ -117,20 +120,28 @@ def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
             yield part
 
 
-def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = None) -> TrainState:
+def make_state(
+    config: TrainConfig, ranks: Ranks, run: RunDirectory | None = None, facts: Mapping[str, Any] | None = None
+) -> TrainState:
     """The model, freshly initialised or started from another one, with its moving average and AdamW.
 
+    facts: of the training data, which a model to start from is compared with.
     Fine-tuning reports what happened to each layer of the other model, and writes it to the run directory as init.json.
     """
     # From the run's own stream: ranks start from equal weights, whatever was drawn before.
     model = DiT(config.model)
     model.initialize_weights(randomness.generator(config.seed, "init"), embeddings=config.embedding_init)
     if config.init_from is not None:
-        from triptych_dit.fine_tune import by_layer, start_from
+        from triptych_dit.fine_tune import by_layer, check_meaning, start_from
         from triptych_dit.interop import load_any
 
-        source = load_any(config.init_from)
-        became = start_from(model, source.model, new_class_table=config.new_class_table)
+        source = load_any(config.init_from, **config.loading())
+        if facts is not None:
+            check_meaning(source, facts, new_latents=config.new_latents)
+        became = start_from(
+            model, source.model, new_class_table=config.new_class_table, names=(facts or {}).get("class_names") or (),
+            source_names=source.class_names,
+        )  # fmt: skip
         if run is not None and ranks.is_main and not run.metrics_path.exists():
             echo(f"start from {Path(config.init_from).name}:")
             for layer, fate in by_layer(became).items():
@@ -141,6 +152,15 @@ def make_state(config: TrainConfig, ranks: Ranks, run: RunDirectory | None = Non
     )
     state = TrainState(model.to(config.dtype), adamw, ranks, **config.state_options())
     describe(config, state)
+    if config.continue_optimizer:
+        from triptych_dit.interop.released import TABLE
+        from triptych_dit.interop.training import read_training
+
+        if "initialised" in became.get(TABLE, "") or "by name" in became.get(TABLE, ""):
+            raise ValueError("continue_optimizer: the classes are others than the checkpoint's; leave it out")
+        tensors, steps = read_training(Path(str(config.init_from)), model)
+        state.load(tensors, None)
+        echo(f"go on with the weights, average and AdamW's moments of step {steps:,}, and this run's learning rate")
     return state
 
 

@@ -8,13 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import TransformerSettings
 
-from triptych_dit.config import PRESETS, DiTConfig
+from triptych_dit.config import PRESETS, CheckpointOptions, DiTConfig
 
 FORWARDS_PER_STEP = 3  # a backward pass is two forward passes' worth of products
 
 
 @dataclass(frozen=True)
-class TrainConfig(TransformerSettings):
+class TrainConfig(TransformerSettings, CheckpointOptions):
     """Train a DiT on a data set, a folder of images or cached latents. Repeating the command resumes it."""
 
     scaled: ClassVar[tuple[str, ...]] = ("snapshots",)
@@ -37,7 +37,7 @@ class TrainConfig(TransformerSettings):
     ema_half_life_images: Annotated[int, Gt(0)] = 1_774_000
     """half-life of the weights' moving average; 1,774,000 is decay 0.9999 at batch 256, the published setting"""
     predict: Literal["noise", "sample"] = "noise"
-    """what the network predicts"""
+    """what the network predicts; by default noise, or what that of init_from does"""
     timesteps: Literal["uniform", "uniform_spread", "logit_normal"] = "uniform"
     """how often each timestep is trained: equally, as published; equally, consecutive samples spread evenly over all; or
     most around a third of the way to noise"""
@@ -54,6 +54,10 @@ class TrainConfig(TransformerSettings):
     """fine-tune: a model file, run folder, released checkpoint or diffusers folder to start from"""
     new_class_table: bool = False
     """with init_from: initialise all class embeddings, even if the number of classes is the same"""
+    new_latents: bool = False
+    """with init_from: start although the data are not of the autoencoder, or not the pixels, that the model is of"""
+    continue_optimizer: bool = False
+    """with init_from, a training checkpoint with `opt`: go on with its weights, average and AdamW's moments"""
     validation_data: Annotated[str | None, FREE] = None
     """data to validate the averaged weights on, as `data`; by default the held-out part of a named data set"""
     validation_every: Annotated[int, Ge(0, "a number of steps, or 0 for none"), FREE] = 0
@@ -67,8 +71,13 @@ class TrainConfig(TransformerSettings):
         super().__post_init__()
         if any(not 0 < count <= self.total_images for count in self.snapshots):
             raise ValueError(f"snapshots {self.snapshots}: expected counts in 1..{self.total_images} (total_images)")
-        if self.new_class_table and self.init_from is None:
-            raise ValueError("new_class_table is for fine-tuning: pass --init-from too")
+        for name in ("new_class_table", "new_latents", "continue_optimizer", *CheckpointOptions.__dataclass_fields__):
+            if self.init_from is None and name != "predict" and getattr(self, name) not in (None, False):
+                raise ValueError(f"{name} is for fine-tuning: pass --init-from too")
+        if self.continue_optimizer and (self.new_class_table or self.parallel == "fsdp" or self.weights):
+            raise ValueError(
+                "continue_optimizer: not with --new-class-table, --weights or --parallel fsdp; leave one out"
+            )
 
     def learning_rate(self, samples_seen: int) -> float:
         """Learning rate of the step that starts after `samples_seen` images: linear warmup times the schedule."""

@@ -20,10 +20,10 @@ from triptych_common.storage import checkpoint
 from triptych_common.storage.run import RunDirectory
 from triptych_common.video import course, ends, import_av, write_video
 
-from triptych_dit.config import DiTConfig
 from triptych_dit.interop import load_any
-from triptych_dit.sample import identity, place, read_npz, write_npz
-from triptych_dit.sampling import check_labels, sample_images
+from triptych_dit.labels import resolved
+from triptych_dit.sample import drop_damaged, identity, place, read_npz, write_npz
+from triptych_dit.sampling import sample_images
 from triptych_dit.settings import WalkConfig, blended
 from triptych_dit.weights import TrainedModel
 
@@ -39,15 +39,16 @@ def walk(config: WalkConfig) -> dict[str, Any]:
         raise ValueError("walk is for one process")
     if config.format == "mp4":
         import_av()  # before the work, not after it
-    trained = load_any(config.checkpoint)
+    trained = load_any(config.checkpoint, **config.loading())
     config.check(trained.model.config)
     noises = config.noises or ((0,) if len(config.labels) > 1 else (0, 1, 2, 3))
-    mixtures = stops_between_classes(config, trained.model.config)
+    mixtures = stops_between_classes(config, trained)
     request = identity(config, trained) | {
         "labels": list(config.labels), "blend": list(config.blend), "noises": list(noises), "frames": config.frames,
         "loop": config.loop, "model_sha256": checkpoint.digest(trained.model.state_dict()),
     }  # fmt: skip
     steps = evaluations(config, trained.diffusion)
+    drop_damaged(config.out / "walk.npz")
     finished = (config.out / "walk.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
@@ -72,19 +73,19 @@ def show(out: Path, config: WalkConfig) -> dict[str, Any]:
     return {"video": str(video), "strip": str(strip), "frames": str(out / "walk.npz")}
 
 
-def stops_between_classes(config: WalkConfig, model: DiTConfig) -> Float[Tensor, "stops classes"] | None:
+def stops_between_classes(config: WalkConfig, trained: TrainedModel) -> Float[Tensor, "stops classes"] | None:
     """The classes of the walk, or its one class or blend, as weights of all classes; None for a model without classes.
 
     Raises ValueError for labels that the model does not have.
     """
-    blend = blended(config.blend)
-    labels = list(blend) or list(config.labels) or [0]
-    if not model.num_classes:
+    blend, num_classes = blended(config.blend), trained.model.config.num_classes
+    words: Sequence[int | str] = list(blend) or config.labels or [0]
+    if not num_classes:
         if config.labels or blend:
-            raise ValueError(f"labels {labels}: this model is unconditional (num_classes=0); leave them out")
+            raise ValueError(f"labels {list(words)}: this model is unconditional (num_classes=0); leave them out")
         return None
-    check_labels(torch.tensor(labels), model.num_classes)
-    stops = F.one_hot(torch.tensor(labels), model.num_classes).double()
+    labels = resolved(words, num_classes, trained.class_names)
+    stops = F.one_hot(torch.tensor(labels), num_classes).double()
     return torch.tensor([list(blend.values())]).double() @ stops if blend else stops
 
 

@@ -1,5 +1,10 @@
 """The command `triptych-gangealing`."""
 
+if __name__ == "__main__":  # before anything that takes time to import
+    from triptych_common.interrupts import install
+
+    install()
+
 from collections.abc import Sequence
 
 from triptych_common.cli import Command, leave, main

@@ -24,7 +24,7 @@ START, STREAM = "start.safetensors", "k-means++"
 def start(objective: Objective, directions: Directions, ranks: Ranks, folder: Path) -> dict[str, Tensor]:
     """Where modes start ("origins", "alpha"): computed once in a run, and stored in its folder."""
     path = folder / START
-    if ranks.is_main and not path.exists():
+    if ranks.is_main and not checkpoint.is_whole(path):
         checkpoint.write(path, starting_modes(objective, directions), {"kind": "starting modes"})
     ranks.barrier()
     return checkpoint.read(path)[0]

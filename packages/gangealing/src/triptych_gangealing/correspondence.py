@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
+from triptych_common.fields import printable
 from triptych_common.plots import figure_png
 
 from triptych_gangealing.aligner import Alignment
@@ -74,7 +75,7 @@ def matches_figure(
     for axis, image, name in zip(axes, (source, target), names, strict=True):
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_axis_off()
-        axis.set_title(name, fontsize=9)
+        axis.set_title(printable(name if len(name) < 50 else f"{name[:46]}..."), fontsize=9)
     span = here.amax(0) - here.amin(0) if len(here) else here.new_ones(2)
     style: dict[str, Any] = {"lw": 0.7, "alpha": 0.8}
     for a, b in zip(here, there, strict=True):

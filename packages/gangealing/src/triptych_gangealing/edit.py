@@ -34,15 +34,23 @@ class RunningAverage:
         return mean.float()
 
 
-def propagate(edit: Float[Tensor, "4 edit_height edit_width"], warp: Warp, images: Images) -> Images:
+def propagate(
+    edit: Float[Tensor, "4 edit_height edit_width"],
+    warp: Warp,
+    images: Images,
+    *,
+    first: int = 0,
+    rows: int | None = None,
+) -> Images:
     """Pictures in [-1, 1] with an edit laid over them.
 
     edit: RGB in [-1, 1] and alpha in 0..1, in congealed coordinates. warp: of each picture, from congealed to its coordinates.
     Where its inverse has no solution, or leads out of the edit, the picture stays unchanged.
+    first, rows: for images that are a part of larger ones, their first row there, and the number of rows of the whole.
     """
     # Each pixel looks up its congealed place, so no holes appear. Where a flow folds it has several, and shows one of them.
     n, _, height, width = images.shape
-    places = centres((height, width), images).view(1, -1, 2).expand(n, -1, -1)
+    places = centres((height, width), images, first=first, rows=rows).view(1, -1, 2).expand(n, -1, -1)
     congealed = warp.inverse().map_points(places)
     shown = (congealed.converged & congealed.inside).view(n, 1, height, width)
     # Colours are multiplied by alpha first: transparent pixels have no colour to blend in.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 from triptych_common.cli import echo
@@ -18,10 +18,12 @@ from triptych_gangealing import settings
 from triptych_gangealing.aligner import Aligner, Alignment, open_aligner
 from triptych_gangealing.correspondence import matches_figure, middle_points, transfer
 from triptych_gangealing.edit import RunningAverage, as_edit, propagate
-from triptych_gangealing.pictures import Folder, align_pictures, read_picture, warped
+from triptych_gangealing.pictures import Folder, align_pictures, detail, read_picture, shrunk, warped
 from triptych_gangealing.warp import Warp, to_normalised, to_pixels
 
 SHOWN, CELL_PX = 10, 96  # pictures in each row of a grid, and their size there
+SHOWN_PX = 256  # an eighth of the pixels that a very large picture keeps in a figure of matches
+EDITED_PX = 1 << 21  # pixels of a picture that are edited at once, which takes 250 bytes for each
 FARTHEST_PX = 1e6  # largest coordinate of a point: beyond any picture, and still exact enough in float32
 CORNERS = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]])
 
@@ -54,7 +56,7 @@ def write_aligned(config: settings.AlignConfig) -> dict[str, Any]:
     """
     aligner, options = _open(config)
     size, padding = _shown(config, aligner)
-    folder = Folder(config.images, config.limit)
+    folder = Folder(config.images, config.limit, detail(aligner, size))
     alignment = align_pictures(aligner, folder, **options)
     averages, rows = Averages(heads=aligner.config.heads), []
     cells: list[tuple[Tensor, Tensor]] = []
@@ -64,7 +66,7 @@ def write_aligned(config: settings.AlignConfig) -> dict[str, Any]:
         write_png(config.out / "aligned" / png, to_uint8(image)[0])
         averages.add(int(alignment.cluster[i]), image, warp)
         if len(cells) < SHOWN:
-            cells.append((_cell(picture.values()), _cell(from_uint8(to_uint8(image)))))
+            cells.append((shrunk(picture.pixels, (CELL_PX, CELL_PX)), _cell(from_uint8(to_uint8(image)))))
         row = {
             "picture": picture.name,
             "aligned": png,
@@ -92,7 +94,7 @@ def write_average(config: settings.AverageConfig) -> dict[str, Any]:
     if config.keep < 1 and aligner.transformer.flow is None:
         raise ValueError(f"keep {config.keep}: a transformer without flow cannot rank its warps; pass --keep 1")
     size, padding = _shown(config, aligner)
-    folder = Folder(config.images, config.limit)
+    folder = Folder(config.images, config.limit, detail(aligner, size))
     alignment = align_pictures(aligner, folder, **options)
     kept = smoothest(alignment, config.keep)
     averages = Averages(heads=aligner.config.heads)
@@ -147,11 +149,24 @@ def _edited(
 ) -> dict[str, Any]:
     edited = 0
     for i, picture in folder.again():
-        image = picture.values()
+        pixels = picture.pixels
         if i in here:
-            image, edited = propagate(edit, alignment.warp.select([i]), image), edited + 1
-        write_png(out / folder.pngs[picture.name], to_uint8(image)[0])
+            pixels, edited = _with_edit(edit, alignment.warp.select([i]), pixels), edited + 1
+        write_png(out / folder.pngs[picture.name], pixels)
     return _reported({"pictures": str(out)}) | {"edited": edited}
+
+
+def _with_edit(
+    edit: Float[Tensor, "4 size size"], warp: Warp, pixels: UInt8[Tensor, "3 height width"]
+) -> UInt8[Tensor, "3 height width"]:
+    """A picture with an edit laid over it, some rows at a time where it is larger than `EDITED_PX`."""
+    _, height, width = pixels.shape
+    out = torch.empty_like(pixels)
+    step = max(1, EDITED_PX // width)
+    for first in range(0, height, step):
+        rows = from_uint8(pixels[None, :, first : first + step])
+        out[:, first : first + step] = to_uint8(propagate(edit, warp, rows, first=first, rows=height))[0]
+    return out
 
 
 def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
@@ -160,7 +175,7 @@ def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
     Raises ValueError for pictures of different clusters, else as `write_aligned`.
     """
     aligner, options = _open(config)
-    source, target = read_picture(config.source), read_picture(config.target)
+    source, target = (read_picture(path, detail(aligner, SHOWN_PX)) for path in (config.source, config.target))
     here, there = (align_pictures(aligner, [picture], **options) for picture in (source, target))
     if config.points is None:
         start = here.warp.map_points(middle_points(config.spacing))
@@ -177,8 +192,11 @@ def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
         "reliable": reliable.tolist(),
     }
     write_text(config.out / "matches.json", json.dumps(matches, indent=1, allow_nan=False))
-    ends = points[0, reliable], transferred.points[0, reliable]
-    picture = matches_figure(source.pixels, target.pixels, *ends, (source.name, target.name))
+    shown = [
+        to_pixels(to_normalised(place[0, reliable], picture.size), (picture.pixels.shape[1], picture.pixels.shape[2]))
+        for place, picture in ((points, source), (transferred.points, target))
+    ]
+    picture = matches_figure(source.pixels, target.pixels, shown[0], shown[1], (source.name, target.name))
     write_bytes(config.out / "matches.png", picture)
     return _reported({"matches": str(config.out / "matches.json"), "picture": str(config.out / "matches.png")})
 

@@ -15,27 +15,33 @@ from torch import Tensor
 from torch.nn import functional as F
 from triptych_common.cli import echo
 from triptych_common.data import ImageFolder
-from triptych_common.data.decoding import UnreadableImage, read_image, to_tensor
+from triptych_common.data.decoding import UnreadableImage, read_reduced, to_tensor
 from triptych_common.images import from_uint8
+from triptych_common.storage.files import fitting
 
-from triptych_gangealing.aligner import AT_ONCE, Aligner, Alignment, load_aligner
+from triptych_gangealing.aligner import AT_ONCE, RESAMPLED, Aligner, Alignment, load_aligner
 from triptych_gangealing.correspondence import Transferred, transfer
 from triptych_gangealing.warp import Affine, Warp
 
+_AT_ONCE_PX = 1 << 20  # pixels that are floats at the same time
 LARGEST = 4  # times the output's size: pictures are reduced to it before they are sampled
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and its name, as its folder has it."""
+    """A picture and its name, as its folder has it.
+
+    whole: (height, width) of the file's picture, where `pixels` are a reduced one.
+    """
 
     name: str
     pixels: UInt8[Tensor, "3 height width"]
+    whole: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.pixels.shape[1], self.pixels.shape[2]
+        """(height, width), to which coordinates in pixels refer."""
+        return self.whole or (self.pixels.shape[1], self.pixels.shape[2])
 
     def values(self) -> Float[Tensor, "1 3 height width"]:
         """In [-1, 1]."""
@@ -47,13 +53,14 @@ class Folder:
 
     Iteration reads one picture after another, and reports the unreadable ones at its end; it raises ValueError where none can be
     read. Afterwards `seen` has the (height, width) of each readable picture by its name, `unreadable` a line for each other one.
-    pngs: a distinct name of a PNG made of each. limit: how many pictures, from the first.
+    pngs: a distinct name of a PNG made of each. limit: how many pictures, from the first. at_least: pixels along the longer side
+    that very large pictures keep, as `read_picture` takes it.
     Raises FileNotFoundError for no folder, ValueError for one without pictures.
     """
 
-    def __init__(self, root: Path, limit: int | None = None) -> None:
+    def __init__(self, root: Path, limit: int | None = None, at_least: int | None = None) -> None:
         source = ImageFolder(root, unconditional=True)
-        self.root, self.names = source.root, source.files[:limit]
+        self.root, self.names, self.at_least = source.root, source.files[:limit], at_least
         self.pngs = dict(zip(self.names, png_names(self.names), strict=True))
         self.seen: dict[str, tuple[int, int]] = {}
         self.unreadable: list[str] = []
@@ -94,36 +101,74 @@ class Folder:
             raise ValueError(f"{self.root}: none of {len(self.seen):,} pictures could be read a second time")
 
     def _read(self, name: str) -> Picture:
-        path = self.root / name
-        return Picture(name, to_tensor(read_image(path), 3))
+        return replace(read_picture(self.root / name, self.at_least), name=name)
 
 
 def png_names(names: Sequence[str]) -> list[str]:
     """Distinct names of PNGs made of files: a.png for a.jpg, or a.jpg.png where another file would become a.png too."""
-    short = [Path(name).with_suffix(".png").as_posix() for name in names]
-    count, long = Counter(short), {f"{name}.png" for name in names}
-    pairs = zip(short, names, strict=True)
-    return [brief if count[brief] == 1 and brief not in long else f"{name}.png" for brief, name in pairs]
+    paths = [Path(name) for name in names]
+    short = [str(path.with_name(fitting(path.stem, ".png"))) for path in paths]
+    long = [str(path.with_name(fitting(path.name, ".png"))) for path in paths]
+    count, taken = Counter(short), set(long)
+    pairs = zip(short, long, strict=True)
+    return [brief if count[brief] == 1 and brief not in taken else whole for brief, whole in pairs]
 
 
-def read_picture(path: Path) -> Picture:
-    """Raises FileNotFoundError where there is none, UnreadableImage (a ValueError) for what is no picture."""
-    if not path.is_file():
+def read_picture(path: Path, at_least: int | None = None) -> Picture:
+    """A file's picture.
+
+    at_least: as `read_reduced` takes it; by default the picture comes whole.
+    Raises FileNotFoundError where there is none, UnreadableImage (a ValueError) for what is no picture.
+    """
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such picture")
-    return Picture(path.name, to_tensor(read_image(path), 3))
+    image, size = read_reduced(path, at_least)
+    return Picture(path.name, to_tensor(image, 3), size)
 
 
 def squared(images: Float[Tensor, "n 3 height width"]) -> tuple[Float[Tensor, "n 3 side side"], Affine]:
     """Images in the middle of squares filled with their edges, and the map from a square's points to those of its image."""
     height, width = images.shape[2:]
+    framed = F.pad(images, _frame(height, width), mode="replicate")
+    return framed, Affine(_from_square(height, width).to(images).repeat(len(images), 1, 1))
+
+
+def _frame(height: int, width: int) -> tuple[int, int, int, int]:
+    """Pixels to add at the left, right, top and bottom of an image for a square."""
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    framed = F.pad(images, (left, side - width - left, top, side - height - top), mode="replicate")
+    return left, side - width - left, top, side - height - top
+
+
+def _from_square(height: int, width: int) -> Float[Tensor, "2 3"]:
+    """From a square's points to those of the image in its middle."""
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
     # x of the square is pixel (x + 1) side / 2 from its left edge; less `left`, as a share of `width`, it is x of the picture.
     to_x = [side / width, 0, (side - 2 * left) / width - 1]
     to_y = [0, side / height, (side - 2 * top) / height - 1]
-    matrix = images.new_tensor([to_x, to_y])
-    return framed, Affine(matrix.repeat(len(images), 1, 1))
+    return torch.tensor([to_x, to_y])
+
+
+def shrunk(
+    pixels: UInt8[Tensor, "3 height width"], size: tuple[int, int], frame: tuple[int, int, int, int] = (0, 0, 0, 0)
+) -> Float[Tensor, "1 3 new_height new_width"]:
+    """A picture in [-1, 1], reduced to (height, width) `size` with an antialiasing tent filter.
+
+    frame: pixels that repeat its left, right, top and bottom edges, added before.
+    """
+    # The filter is separable: rows first, some at a time, so that floats never take the memory of the whole.
+    left, right, top, bottom = frame
+    rows = max(1, _AT_ONCE_PX // (pixels.shape[2] + left + right))
+    parts = []
+    for some in pixels.split(rows, dim=1):
+        framed = F.pad(from_uint8(some[None]), (left, right, 0, 0), mode="replicate")
+        parts.append(_resized(framed, (some.shape[1], size[1])))
+    return _resized(F.pad(torch.cat(parts, dim=2), (0, 0, top, bottom), mode="replicate"), size)
+
+
+def _resized(images: Float[Tensor, "n 3 height width"], size: tuple[int, int]) -> Float[Tensor, "n 3 h w"]:
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def align_pictures(
@@ -133,9 +178,8 @@ def align_pictures(
     reduced, ways = [], []
     # One at a time: a whole photograph takes hundreds of megabytes, the square that the transformer sees little.
     for picture in pictures:
-        framed, way = squared(picture.values())
-        reduced.append(aligner.reduced(framed))
-        ways.append(way.matrix)
+        reduced.append(_seen(picture, RESAMPLED * aligner.config.input_size))
+        ways.append(_from_square(*picture.size)[None])
     if not reduced:
         raise ValueError("no pictures: expected at least one to align")
     by_size: dict[int, list[int]] = {}
@@ -149,6 +193,14 @@ def align_pictures(
     alignment = Alignment.cat(parts).select(torch.tensor(list(chain.from_iterable(batches))).argsort())
     # The composition reads left to right: a congealed point goes to the square first, then to the picture.
     return replace(alignment, warp=alignment.warp.compose(Warp((Affine(torch.cat(ways)),))))
+
+
+def _seen(picture: Picture, most: int) -> Float[Tensor, "1 3 side side"]:
+    """The square that a transformer sees, of a side of at most `most`: enough to find a warp for the original."""
+    height, width = picture.pixels.shape[1:]
+    if max(height, width) <= most:
+        return squared(picture.values())[0]
+    return shrunk(picture.pixels, (most, most), _frame(height, width))
 
 
 def align(
@@ -179,7 +231,7 @@ def align(
     aligner = aligner if isinstance(aligner, Aligner) else load_aligner(aligner)
     options = aligner.options(iterations, flips)
     if isinstance(images, str | Path):
-        folder = Folder(Path(images))
+        folder = Folder(Path(images), at_least=detail(aligner))
         return replace(align_pictures(aligner, folder, **options), names=tuple(folder.seen))
     if not isinstance(images, Tensor):
         return replace(align_pictures(aligner, images, **options), names=tuple(picture.name for picture in images))
@@ -223,8 +275,13 @@ def correspond(
 def warped(picture: Picture, warp: Warp, size: int, padding: str) -> Float[Tensor, "1 3 {size} {size}"]:
     """A picture as its warp shows it, in [-1, 1]."""
     height, width = picture.size
-    values, share = picture.values(), LARGEST * size / max(height, width)
-    if share < 1:  # the sampler's pyramid ends at 5.7 times the output's size, and a warp fits any size
-        smaller = max(1, round(height * share)), max(1, round(width * share))
-        values = F.interpolate(values, smaller, mode="bilinear", align_corners=False, antialias=True)
+    share = LARGEST * size / max(height, width)
+    # The sampler's pyramid ends at 5.7 times the output's size, and a warp fits any size.
+    smaller = max(1, round(height * share)), max(1, round(width * share))
+    values = shrunk(picture.pixels, smaller) if share < 1 else picture.values()
     return warp.sample(values, (size, size), padding=padding)
+
+
+def detail(aligner: Aligner, size: int = 1) -> int:
+    """Pixels along the longer side that a very large picture keeps: twice as many as an aligned one of a `size` is made of."""
+    return 2 * max(RESAMPLED * aligner.config.input_size, LARGEST * size)

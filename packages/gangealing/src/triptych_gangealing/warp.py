@@ -194,11 +194,11 @@ def to_pixels(normalised: Float[Tensor, "*dims 2"], size: Size) -> Float[Tensor,
     return ((normalised + 1) * _sides(normalised, size) - 1) / 2
 
 
-def centres(size: Size, like: Tensor) -> Float[Tensor, "h w 2"]:
-    """The centre of every pixel, normalised."""
-    rows, columns = (torch.arange(side, dtype=like.dtype, device=like.device) for side in size)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return to_normalised(torch.stack((x, y), dim=-1), size)
+def centres(size: Size, like: Tensor, *, first: int = 0, rows: int | None = None) -> Float[Tensor, "h w 2"]:
+    """The centre of every pixel, normalised; or of those from row `first` on of an image that has `rows`."""
+    down, across = (torch.arange(side, dtype=like.dtype, device=like.device) for side in size)
+    y, x = torch.meshgrid(down + first, across, indexing="ij")
+    return to_normalised(torch.stack((x, y), dim=-1), (rows or size[0], size[1]))
 
 
 def _sides(points: Tensor, size: Size) -> Float[Tensor, " 2"]:

@@ -1,5 +1,10 @@
 """The command `triptych-gpt`."""
 
+if __name__ == "__main__":  # before anything that takes time to import
+    from triptych_common.interrupts import install
+
+    install()
+
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,10 +38,10 @@ COMMANDS = {
         writes="file",
     ),
     "import": Command(
-        "import the released G.pt data as a zoo",
+        "import a folder of checkpoints, or the released G.pt data, as a zoo",
         "triptych_gpt.settings:ImportConfig",
-        "triptych_gpt.zoo.lmdb_import:import_lmdb",
-        preview="triptych_gpt.zoo.lmdb_import:preview",
+        "triptych_gpt.zoo.importing:import_zoo",
+        preview="triptych_gpt.zoo.importing:preview",
     ),
     "train": Command(
         "train a G.pt on a zoo, or resume",

@@ -1,6 +1,5 @@
 """`triptych-gpt evaluate`: how well a trained G.pt follows prompts on networks it never saw, beside baselines."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -10,15 +9,22 @@ from typing import Any
 from triptych_common.cli import echo
 from triptych_common.plots import figure_png
 from triptych_common.storage.checkpoint import digest
-from triptych_common.storage.files import write_bytes, write_json
+from triptych_common.storage.files import open_ended, read_json, write_bytes, write_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
+from typing_extensions import TypedDict
 
 from triptych_gpt.evaluation.plots import alignment_figure, quality
 from triptych_gpt.evaluation.records import interval, plain, table
 from triptych_gpt.evaluation.trial import Trial, alignment_beside_baselines, quality_against_sampler_steps
 from triptych_gpt.settings import EvaluateConfig
-from triptych_gpt.zoo.source import recipe_of
+from triptych_gpt.zoo.source import json_digest
+
+
+@open_ended
+class _Written(TypedDict):
+    result: dict[str, Any]
+    sha256: str  # of the result
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     amounts = {"networks": config.networks, "prompts": config.prompts}
     identity = {
         "weights": digest(trial.trained.model.state_dict())[:16],
-        "zoo": {"recipe": recipe_of(trial.zoo), "runs": trial.zoo.splits},
+        "zoo": trial.zoo_identity(),
         **amounts,
         "sampler": asdict(config.settings),
         "seed": config.seed,
@@ -63,10 +69,15 @@ def alignment_table(alignments: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _measured(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result at `path`, measured and written if it is not there yet."""
+    """The result at `path`, measured and written if it is not there yet. Raises ValueError for a damaged file."""
     if path.exists():
-        return json.loads(path.read_text())["result"]
+        remedy = "delete this file and repeat the command, which measures it again"
+        written = read_json(path, _Written, remedy=remedy)
+        if written["sha256"] != json_digest(written["result"]):
+            raise ValueError(f"{path}: altered since it was written (its checksum differs); {remedy}")
+        return written["result"]
     began = time.perf_counter()
     result = plain(measure())
-    write_json(path, {"seconds": round(time.perf_counter() - began, 1), "result": result, **provenance()})
+    made = {"seconds": round(time.perf_counter() - began, 1), **provenance()}
+    write_json(path, {"result": result, "sha256": json_digest(result), **made})
     return result

@@ -7,7 +7,6 @@ query, key and value are separate layers.
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,10 @@ from triptych_gpt.config import GptConfig
 from triptych_gpt.model import Gpt
 from triptych_gpt.presets import PRESETS
 from triptych_gpt.settings import RELEASED
+from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.tokenizers import RAW_FREQUENCIES, RAW_OCTAVES, raw_frequencies, splits
 
-_FREQUENCIES = "scalar_embedder.frequencies"
+_FREQUENCIES, _POSITIONS = "scalar_embedder.frequencies", "decoder.pos_emb"
 
 
 def load_released(path: Path, preset: str | GptConfig) -> Gpt:
@@ -32,7 +32,7 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
     if isinstance(preset, str) and preset not in RELEASED:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(RELEASED)}")
     config = PRESETS[preset] if isinstance(preset, str) else preset
-    state = _unwrap(foreign.read(path), path)
+    state = _state_dict(path)
     _check_kind(config)
     with torch.device("meta"):
         model = Gpt(config)
@@ -45,6 +45,51 @@ def load_released(path: Path, preset: str | GptConfig) -> Gpt:
         ours[mine] = joined.reshape(wanted[mine].shape).to(torch.float32, copy=True).contiguous()
     model.load_state_dict(ours, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def config_of(
+    path: Path, symmetry: PermutationSpec, *, num_heads: int | None = None, metric_factor: float = 1.0
+) -> GptConfig:
+    """The shape of a model trained with the original code on networks of this symmetry, from the tensors in its file.
+
+    num_heads: not in the file; by default those of a released model of this width and depth.
+    Raises FileNotFoundError for an absent file, ValueError for one that is damaged, unsafe, or of other networks.
+    """
+    state = _state_dict(path)
+    width = state[_POSITIONS].shape[-1]
+    blocks = {int(found[1]) for name in state if (found := re.match(r"decoder\.blocks\.(\d+)\.", name))}
+    pattern = re.compile(r"decoder\.output_parameter_projections\.(\d+)\.0\.weight")
+    tokens = {int(found[1]): len(x) for name, x in state.items() if (found := pattern.fullmatch(name))}
+    sizes, layout = [tokens[i] for i in sorted(tokens)], symmetry.layout
+    if num_heads is None:
+        known = [
+            c.num_heads for n, c in PRESETS.items() if n in RELEASED and (c.width, c.depth) == (width, len(blocks))
+        ]
+        if len(set(known)) != 1:
+            problem = f"width {width} and {len(blocks)} blocks do not tell the number of attention heads"
+            raise ValueError(f"{path}: {problem}; give --num-heads")
+        num_heads = known[0]
+    chunk = max(sizes, default=0)
+    shapes = [("layer", None), ("chunk", chunk)] if chunk else []
+    for tokenizer, chunk_size in shapes:
+        config = GptConfig(
+            symmetry, tokenizer, chunk_size, width, len(blocks), num_heads, scalars="raw", metric_factor=metric_factor
+        )
+        if splits(config) == sizes:
+            return config
+    raise ValueError(
+        f"{path}: tokens of {', '.join(map(str, sizes[:8]))}{', ...' if len(sizes) > 8 else ''} parameters ({sum(sizes):,}), the "
+        f"task's networks have {', '.join(str(s.stop - s.start) for s in list(layout.spans.values())[:8])} ({layout.size:,}); "
+        "give the --task that it was trained on"
+    )
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    state = foreign.state_dict(path, holds=[_POSITIONS]).tensors
+    if _POSITIONS not in state:
+        expected = f"expected a dict with G_ema or G, holding {_POSITIONS}"
+        raise ValueError(f"{path}: not a checkpoint of wpeebles/G.pt; {expected}")
+    return state
 
 
 def export_released(model: Gpt) -> dict[str, Tensor]:
@@ -74,7 +119,7 @@ def _check_kind(config: GptConfig) -> None:
 
 def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
     """Our name of each tensor and theirs, several if ours is theirs concatenated."""
-    yield "positions", ["decoder.pos_emb"]
+    yield "positions", [_POSITIONS]
     for ours, norm in (("norm_in", "ln_in"), ("norm_out", "ln_f")):
         yield from ((f"{ours}.{kind}", [f"decoder.{norm}.{kind}"]) for kind in ("weight", "bias"))
     layers = {"norm1": ["ln1"], "norm2": ["ln2"], "attn.qkv": ["attn.query", "attn.key", "attn.value"],
@@ -89,17 +134,6 @@ def _names(config: GptConfig) -> Iterator[tuple[str, list[str]]]:
         yield f"{ours}.weight", [f"decoder.input_parameter_projections.{i}.0.weight"]
     for i in range(tokens):
         yield f"tokenizer.decoders.{i}.weight", [f"decoder.output_parameter_projections.{i}.0.weight"]
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, without the prefixes of wrappers."""
-    if isinstance(content, Mapping):
-        content = next((content[name] for name in ("G_ema", "G") if isinstance(content.get(name), Mapping)), content)
-    if not isinstance(content, Mapping) or not any(str(name).endswith("decoder.pos_emb") for name in content):
-        expected = "expected a dict with G_ema or G, holding decoder.pos_emb"
-        raise ValueError(f"{path}: not a checkpoint of wpeebles/G.pt; {expected}")
-    # torch.compile and DistributedDataParallel put their own prefixes before the names.
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in content.items() if isinstance(x, Tensor)}
 
 
 def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -5,7 +5,7 @@ are compared exactly, in order of their bounds, only while the bound beats the b
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from triptych_gpt.symmetry.matching import match
-from triptych_gpt.symmetry.spec import Axis, PermutationSpec
+from triptych_gpt.symmetry.spec import PermutationSpec
 from triptych_gpt.zoo.zoo import Zoo
 
 _BLOCK = 512  # checkpoints bounded at a time, fewer where theta is long
@@ -33,8 +33,8 @@ class UnitVectors:
 
     def __init__(self, spec: PermutationSpec | None) -> None:
         self.spec = spec if spec is not None and spec.groups else None
-        axes = [] if self.spec is None else self.spec.axes.values()
-        self.exact = all(sum(axis is not None for axis in each) <= 1 for each in axes)
+        pieces = [] if self.spec is None else self.spec.pieces
+        self.exact = all(sum(group is not None for group, _ in piece.dims) <= 1 for piece in pieces)
 
     def of(self, theta: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n fixed"], list[Float[Tensor, "units n _"]]]:
         """What stays in place (all of theta without a spec), and each group's units."""
@@ -42,23 +42,23 @@ class UnitVectors:
             return theta, []
         fixed = [theta[:, :0]]
         units: dict[str, list[Tensor]] = {group: [] for group in self.spec.groups}
-        for name, values in self.spec.layout.unflatten(theta).items():
-            axes = self.spec.axes[name]
-            permuting = {dim: axis for dim, axis in enumerate(axes) if axis is not None}
+        for piece in self.spec.pieces:
+            values = piece.view(theta)
+            permuting = [dim for dim, (group, _) in enumerate(piece.dims) if group is not None]
             if not permuting:
                 fixed.append(values.flatten(1))
                 continue
-            group = next(iter(permuting.values())).group
+            group = piece.dims[permuting[0]][0]
+            assert group is not None
             units[group].append(_owner_first(values, permuting).flatten(2))
         return torch.cat(fixed, 1), [torch.cat(parts, 2) for parts in units.values() if parts]
 
 
-def _owner_first(values: Tensor, axes: dict[int, Axis]) -> Float[Tensor, "units n *rest"]:
-    """[n, *shape] with the units of the first permuting axis in front, reduced to norms over the units of the others."""
-    owner, *others = axes
-    for dim in reversed(others):  # from the last, so that earlier dimensions keep their places
-        values = values.unflatten(dim + 1, (-1, axes[dim].block)).movedim(dim + 1, -1)
-    values = values.unflatten(owner + 1, (-1, axes[owner].block)).movedim(owner + 1, 0)
+def _owner_first(values: Float[Tensor, "n *dims"], permuting: Sequence[int]) -> Float[Tensor, "units n *rest"]:
+    """The units of the first permuting dimension in front, reduced to norms over the units of the others."""
+    owner, *others = permuting
+    values = values.movedim([owner + 1, *(dim + 1 for dim in others)], [0, *range(-len(others), 0)])
+    values = values[..., None] if values.ndim - len(others) == 2 else values  # a feature, if there is none
     return values.flatten(-len(others)).norm(dim=-1, keepdim=True) if others else values
 
 

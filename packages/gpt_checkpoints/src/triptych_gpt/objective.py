@@ -20,9 +20,10 @@ from triptych_common.parallel import onto
 
 from triptych_gpt.config import GptConfig, MetricScale
 from triptych_gpt.model import Gpt
+from triptych_gpt.tokenizers import coarsened
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.pairs import Pairs, stratified
-from triptych_gpt.zoo.source import recipe_of, task_of
+from triptych_gpt.zoo.source import contents_of, recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
 
 PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], for which the noise schedule was designed
@@ -77,6 +78,13 @@ class TrainingZoo:
         return PIXEL_STD / (squares / count - (total / count) ** 2) ** 0.5
 
     @cached_property
+    def augmented(self) -> bool:
+        """Whether units are permuted at random: by default wherever the tokens do not follow every permutation by themselves."""
+        symmetry, config = self.task.symmetry, self.config
+        follow = config.tokenizer == "neuron" and coarsened(symmetry) is symmetry
+        return config.augment == "on" or (config.augment == "auto" and not follow)
+
+    @cached_property
     def orders(self) -> dict[str, Int[Tensor, "runs _"]] | None:
         """Permutations that bring each run's units into the order of the first run's; None unless canonicalise is set."""
         if not self.config.canonicalise:
@@ -97,7 +105,7 @@ class TrainingZoo:
         return GptConfig(self.task.symmetry, metric_scale=scale, **shape)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the content of training: the recipe of the runs, and which of them."""
+        """What decides the content of training: the recipe of the runs, which of them, and their bytes."""
         return {
             "task": self.zoo.task,
             "recipe": recipe_of(self.zoo),
@@ -105,7 +113,15 @@ class TrainingZoo:
             "checkpoints": self.zoo.checkpoints,
             "training_runs": len(self.rows),
             "last_run": int(self.zoo.runs.run[self.rows[-1]]),
+            "contents": contents_of(self.zoo.shards_of(self._used)),
         }
+
+    @property
+    def _used(self) -> list[int]:
+        """Rows of the runs to train on and of those to validate on."""
+        validated = self.config.validation_networks if self.config.validation_every else 0
+        held = self.zoo.runs_in("validation")[:validated].tolist() if "validation" in self.zoo.splits else []
+        return [*self.rows.tolist(), *held]
 
 
 class Objective:
@@ -126,7 +142,7 @@ class Objective:
         if data.orders is not None:
             both = symmetry.apply(both, {group: order[batch.places] for group, order in data.orders.items()})
         # Augmentation: afresh for every pair, a network with its units in another order, which computes the same function.
-        if self.config.augmented:
+        if data.augmented:
             both = symmetry.apply(both, symmetry.draw(seed, counters))
         theta, theta_star = (both.to(dtype) * data.scale).unbind(1)
         # Timesteps of consecutive counters are evenly spread over 0..999, which lowers the variance of a batch's loss.

@@ -28,7 +28,6 @@ from triptych_gpt.settings import PromptConfig, SamplerSettings, parse_target
 from triptych_gpt.trained import TrainedGpt, load
 
 _UPDATES = 1 << 20  # more than a sample ever goes through, so that no two samples share noise
-_ENTRIES = ("state_dict", "model_state_dict", "model")  # where training scripts put the network beside other things
 Network = nn.Module | Mapping[str, Tensor] | Path | str
 
 
@@ -47,7 +46,7 @@ class Answer:
     @property
     def state_dict(self) -> dict[str, Tensor]:
         """The network as a state dict, for `load_state_dict`."""
-        return {name: value.clone() for name, value in self.layout.unflatten(self.theta).items()}
+        return self.layout.state_dict(self.theta)
 
 
 class OutsideTrainedRange(UserWarning):
@@ -128,7 +127,7 @@ def theta_of(network: Network, layout: ParameterLayout) -> Float[Tensor, " D"]:
         where, content = f"{network}: ", _read(Path(network))
     else:
         content = network.state_dict() if isinstance(network, nn.Module) else network
-    state, entry = _state_dict(content, where)
+    state, entry = _state_dict(content, layout, where)
     for name, value in state.items():
         _check_values(value, f"{where}{name}", weights=name in layout.shapes)
     try:
@@ -137,7 +136,7 @@ def theta_of(network: Network, layout: ParameterLayout) -> Float[Tensor, " D"]:
         raise ValueError(f"{where}{error}") from error
     if theta.ndim != 1:
         raise ValueError(f"{where}several networks stacked ({tuple(theta.shape)}); give one")
-    if entry is not None:
+    if entry:
         warnings.warn(f"{where}the network is its entry {entry!r}, which is used", UserWarning, stacklevel=3)
     return theta.detach().float().cpu()
 
@@ -152,24 +151,15 @@ def _read(path: Path) -> Any:
     raise FileNotFoundError(f"{path}: no such file; {expected}")
 
 
-def _state_dict(content: Any, where: str) -> tuple[Mapping[str, Tensor], str | None]:
-    """The state dict in a file's content, and the name of its entry if it is not the whole content."""
-    if _holds_tensors(content):
-        return content, None
-    if isinstance(content, Mapping):
-        inner = [name for name, value in content.items() if _holds_tensors(value)]
-        named = [name for name in _ENTRIES if name in inner] or inner
-        if len(named) == 1 or (named and named[0] in _ENTRIES):
-            return content[named[0]], named[0]
-        if named:
-            raise ValueError(f"{where}holds several state dicts ({', '.join(map(str, named))}); save the one to use")
-    problem = "not a state dict (a mapping of names to tensors), nor a file with one as an entry"
-    raise ValueError(f"{where}{problem}; save one with torch.save(network.state_dict(), PATH)")
-
-
-def _holds_tensors(content: Any) -> bool:
-    entries = content.items() if isinstance(content, Mapping) else ()
-    return bool(entries) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries)
+def _state_dict(content: Any, layout: ParameterLayout, where: str) -> tuple[Mapping[str, Tensor], str]:
+    """The network's state dict in a file's content, and the name of its entry, empty if it is the whole content."""
+    try:
+        state, entry, _ = foreign.network_in(content, holds=layout.shapes, prefer="model")
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+    if not state:
+        raise ValueError(f"{where}not a state dict, nor one within; save torch.save(network.state_dict(), PATH)")
+    return state, entry
 
 
 def _check_values(value: Tensor, where: str, *, weights: bool) -> None:

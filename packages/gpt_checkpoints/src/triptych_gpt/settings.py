@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from triptych_common import sampler_settings
 from triptych_common.cli import CommonOptions
-from triptych_common.fields import Ge, Interval
+from triptych_common.fields import Ge, Gt, Interval
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 
@@ -164,24 +164,55 @@ class ExportConfig(Options):
 
 @dataclass(frozen=True)
 class ImportConfig(Options):
-    """Make a zoo of the released G.pt checkpoint data. Repeating the command resumes it."""
+    """Make a zoo of checkpoints that others have saved, or of the released G.pt data. Repeating the command resumes it."""
 
-    lmdb: Path = Path("checkpoint_datasets/mnist")
-    """folder of the released data: an LMDB environment for each run, or for several runs"""
+    folder: Path | None = None
+    """folder of checkpoints, a subfolder for each run: state dicts, Lightning's, safetensors, or checkpoint-N folders"""
+    lmdb: Path | None = None
+    """folder of the released data instead: an LMDB environment for each run, or for several runs"""
     out: Path = Path("runs/zoo")
     """folder of the zoo"""
-    task: str = "mnist_mlp"
-    """the task whose networks these are"""
-    num_test_runs: Annotated[int, Ge(0)] = 500
-    """runs in the test split, the last ones by name; released: 500 for MNIST, 2050 for the others"""
-    checkpoints: Annotated[int, Ge(2)] = 200
-    """checkpoints of a run; runs with another number are dropped"""
+    task: str | None = None
+    """the task whose networks these are, a name or file.py:NAME; default: of a folder none, of released data mnist_mlp"""
+    pattern: str | None = None
+    """where the folder's checkpoints are, such as {run}/step_{step}.pt (* is any text); default: a subfolder a run, files in
+    the order of the number in their names"""
+    metrics: Path | None = None
+    """the folder's metrics: a CSV, JSON or Parquet table with columns run, step, and one for each metric"""
+    rescore: bool = False
+    """let the task score the folder's checkpoints, all or those of its metrics that the table lacks"""
+    better: tuple[str, ...] = ()
+    """which way a metric of the table is better if the task does not say, such as test_error=lower accuracy=higher"""
+    num_test_runs: Annotated[int | None, Ge(0)] = None
+    """runs in the test split; default: of a folder one in ten, drawn by --seed; of released data 500, the last ones by name
+    (released: 2050 for all but MNIST)"""
+    validation_runs: Annotated[int | None, Ge(0)] = None
+    """runs in the validation split, by which training chooses its model; default: one in ten, of released data at most 16"""
+    checkpoints: Annotated[int | None, Ge(2)] = None
+    """checkpoints of a run; of a folder's runs with more, evenly spaced ones are taken, other runs are dropped; default: of a
+    folder what most runs have, of released data 200"""
     cohort_runs: Annotated[int, Ge(1)] = 50
-    """runs in a shard"""
+    """runs in a shard, fewer if they are large"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: half the bytes, 8 bits of precision"""
     repair: bool = False
     """verify the existing shards, and import damaged ones again"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folder is not None and self.lmdb is not None:
+            raise ValueError(f"folder {self.folder} and lmdb {self.lmdb}: give one of them")
+        if self.folder is None and (self.pattern or self.metrics or self.rescore or self.better):
+            raise ValueError(
+                "--pattern, --metrics, --rescore and --better are about a --folder; give it, or leave them out"
+            )
+        if self.pattern is not None and not ("{run}" in self.pattern and "{step}" in self.pattern):
+            raise ValueError(
+                f"pattern {self.pattern!r}: expected {{run}} and {{step}} in it, such as {{run}}/step_{{step}}.pt"
+            )
+        for text in self.better:
+            if text.partition("=")[2] not in ("lower", "higher"):
+                raise ValueError(f"better {text!r}: expected METRIC=lower or METRIC=higher")
 
 
 class Released(NamedTuple):
@@ -209,10 +240,24 @@ class ConvertConfig(Options):
     checkpoint: Path | None = None
     """the released file, such as best.pt; read without executing code from it"""
     released: str = "mnist_loss"
-    """which model it is: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
+    """which model it is, or was trained like: mnist_loss, mnist_error, cifar10_loss, cifar10_error or cartpole"""
     out: Path = Path("runs/released")
     """folder for model.safetensors"""
+    num_heads: Annotated[int | None, Ge(1)] = None
+    """attention heads, which the file does not tell; needed if width and depth are not the released model's"""
+    task: str | None = None
+    """the task whose networks it generates, if it is another: a name, or file.py:NAME; then --metric and --scale, too"""
+    metric: str | None = None
+    """what the model is prompted with, a metric of that task"""
+    scale: Annotated[float | None, Gt(0)] = None
+    """what parameters were multiplied by in training: in the released code 0.538 / their standard deviation"""
+    metric_factor: Annotated[float | None, Gt(0)] = None
+    """what our metric is multiplied by to be the one trained on: 100 for errors in per cent"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.released not in RELEASED:
             raise ValueError(f"released {self.released!r}: expected one of {', '.join(RELEASED)}")
+        if self.task is not None and (self.metric is None or self.scale is None):
+            problem = "a model of another task needs --metric and --scale, which its file does not hold"
+            raise ValueError(f"task {self.task!r}: {problem}")

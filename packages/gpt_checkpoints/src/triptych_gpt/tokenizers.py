@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych_gpt.config import GptConfig, MetricScale
-from triptych_gpt.symmetry.spec import PermutationSpec
+from triptych_gpt.symmetry.spec import PermutationSpec, Piece
 
 TOKENS = {"raw": 4, "normalised": 2}  # of timestep and metrics
 RAW_FREQUENCIES, RAW_OCTAVES = 128, 14.0
@@ -95,49 +95,51 @@ class SequenceTokens(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter tensor, indexed by the hidden units that its axes belong to."""
+    """A piece of a parameter tensor, indexed by the hidden units that its axes belong to."""
 
-    span: slice
-    split: tuple[int, ...]  # the parameter's shape, a permuting axis as (units, block)
-    order: tuple[int, ...]  # of these dimensions, units first
+    piece: Piece
+    order: tuple[int, ...]  # of the piece's dimensions, units first
     groups: tuple[str, ...]  # of the units, two at most, in the spec's order
     features: int  # entries for each unit or pair of units
 
     def take(self, theta: Float[Tensor, "n D"]) -> Float[Tensor, "n *units features"]:
-        """The parameter's entries, by unit."""
-        value = theta[:, self.span].view(len(theta), *self.split)
-        units = [self.split[dim] for dim in self.order[: len(self.groups)]]
-        return value.permute(0, *(1 + dim for dim in self.order)).reshape(len(theta), *units, self.features)
+        """The piece's entries, by unit."""
+        units = [self.piece.dims[dim][1] for dim in self.order[: len(self.groups)]]
+        value = self.piece.view(theta).permute(0, *(1 + dim for dim in self.order))
+        return value.reshape(len(theta), *units, self.features)
 
     def put(self, entries: Float[Tensor, "n *units features"]) -> Float[Tensor, "n size"]:
-        """The inverse of `take`: entries by unit, flattened in the order of theta."""
-        value = entries.reshape(len(entries), *(self.split[dim] for dim in self.order))
+        """The inverse of `take`: entries by unit, flattened in the order of the piece."""
+        value = entries.reshape(len(entries), *(self.piece.dims[dim][1] for dim in self.order))
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return value.permute(0, *(1 + dim for dim in back)).reshape(len(entries), self.span.stop - self.span.start)
+        return value.permute(0, *(1 + dim for dim in back)).flatten(1)
+
+
+def coarsened(spec: PermutationSpec) -> PermutationSpec:
+    """The spec without the groups that would leave a piece of a parameter with more than two: units within units first."""
+    # A head's channels within the heads: the head becomes the token, and its channels are features of it.
+    fixed: set[str] = set()
+    for piece in spec.pieces:
+        inner = [group for factors in piece.factors for group, _ in factors[::-1] if group is not None]
+        outer = {next((group for group, _ in factors if group is not None), None) for factors in piece.factors}
+        free = [group for group in inner if group not in fixed]
+        for group in sorted(free, key=lambda group: (group in outer, spec.groups[group])):
+            if len([other for other in free if other not in fixed]) > 2:
+                fixed.add(group)
+    return spec.without(fixed) if fixed else spec
 
 
 def parts_of(spec: PermutationSpec) -> list[Part]:
-    """A part for each parameter, in the layout's order. Raises ValueError for one with three permuting axes or more."""
+    """A part for each piece of a parameter, in the layout's order, under a `coarsened` spec."""
+    spec = coarsened(spec)
     rank = {group: place for place, group in enumerate(spec.groups)}
     parts = []
-    for name, axes in spec.axes.items():
-        split: list[int] = []
-        units: list[tuple[int, int, str]] = []  # rank of the group, dimension, group
-        for axis, length in zip(axes, spec.layout.shapes[name], strict=True):
-            if axis is not None:
-                units.append((rank[axis.group], len(split), axis.group))
-                split.append(length // axis.block)
-            if axis is None or axis.block > 1:
-                split.append(length if axis is None else axis.block)
-        if len(units) > 2:
-            problem = f"{len(units)} of its axes permute, neuron tokens know at most 2"
-            raise ValueError(f"{name}: {problem}; use layer or chunk tokens")
-        units.sort()
+    for piece in spec.pieces:
+        units = sorted((rank[group], dim, group) for dim, (group, _) in enumerate(piece.dims) if group is not None)
         first = [dim for _, dim, _ in units]
-        rest = [dim for dim in range(len(split)) if dim not in first]
-        features = math.prod(split[dim] for dim in rest)
-        groups = tuple(group for *_, group in units)
-        parts.append(Part(spec.layout.spans[name], tuple(split), (*first, *rest), groups, features))
+        rest = [dim for dim in range(len(piece.dims)) if dim not in first]
+        features = math.prod(piece.dims[dim][1] for dim in rest)
+        parts.append(Part(piece, (*first, *rest), tuple(group for *_, group in units), features))
     return parts
 
 
@@ -145,6 +147,29 @@ def written(updates: Float[Tensor, "n *units features"], parts: Sequence[Part]) 
     """The update of each part, flattened in the order of theta, from the features of all of them."""
     split = updates.split([part.features for part in parts], dim=-1)
     return [part.put(update) for part, update in zip(parts, split, strict=True)]
+
+
+def joined(updates: Sequence[Float[Tensor, "n _"]], pieces: Sequence[Piece]) -> Float[Tensor, "n D"]:
+    """theta of all pieces, in its order: those of one parameter are put together first."""
+    whole: list[Tensor] = []
+    for _, group in itertools.groupby(zip(updates, pieces, strict=True), key=lambda pair: pair[1].span.start):
+        own = list(group)
+        blocks = [
+            update.view(len(update), *(where.stop - where.start for where in piece.where)) for update, piece in own
+        ]
+        ends = [tuple(where.stop for where in piece.where) for _, piece in own]
+        for dim in reversed(range(len(own[0][1].shape))):
+            if len(blocks) > 1:  # neighbours along this dimension end where no more follow
+                last, kept, parts = own[0][1].shape[dim], list[Tensor](), list[Tensor]()
+                for block, end in zip(blocks, ends, strict=True):
+                    parts.append(block)
+                    if end[dim] == last:
+                        kept.append(torch.cat(parts, dim + 1))
+                        parts = []
+                ends = [end for end in ends if end[dim] == last]
+                blocks = kept
+        whole.append(blocks[0].flatten(1))
+    return torch.cat(whole, dim=1)
 
 
 class Units(nn.Module):
@@ -177,15 +202,16 @@ class NeuronTokens(nn.Module):
 
     A group's units share encoder, decoder and position. Permuting the units of both networks therefore permutes the update in the
     same way, exactly and for any PermutationSpec, so that no augmentation is needed.
-    Raises ValueError for a parameter with three permuting axes or more.
+    A parameter has two kinds of units at most: groups within others, such as the channels of a head, are features of them instead.
     """
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
         together: dict[tuple[str, ...], list[Part]] = {}
-        for part in parts_of(config.symmetry):
+        symmetry = coarsened(config.symmetry)
+        for part in parts_of(symmetry):
             together.setdefault(part.groups, []).append(part)
-        counts: dict[tuple[str, ...], int] = {(group,): count for group, count in config.symmetry.groups.items()}
+        counts: dict[tuple[str, ...], int] = {(group,): count for group, count in symmetry.groups.items()}
         if () in together:  # parameters of no unit, such as output biases: a group of one, the global token
             counts = {(): 1, **counts}
         self.depth, self.heads, self.scalars = config.depth, config.num_heads, TOKENS[config.scalars]
@@ -193,13 +219,15 @@ class NeuronTokens(nn.Module):
         units = [Units(n, together.get(key, ()), config.width) for key, n in counts.items()]
         warn_if_lossy(max(each.features for each in units), config)
         between = [key for key in together if len(key) == 2]
-        places = {key[0]: place for place, key in enumerate(counts) if key}
-        self.ends = [(places[first], places[second]) for first, second in between]  # indices into units
+        rows = {key[0]: place for place, key in enumerate(counts) if key}
+        self.ends = [(rows[first], rows[second]) for first, second in between]  # indices into units
         self.units: Any = nn.ModuleList(units)
         self.edges: Any = nn.ModuleList(Edges(together[key], config) for key in between)
         # Parts are decoded group by group; this puts them back in the order of theta.
-        starts = [part.span.start for module in (*self.units, *self.edges) for part in module.parts]
-        self.order = sorted(range(len(starts)), key=starts.__getitem__)
+        parts = [part for module in (*self.units, *self.edges) for part in module.parts]
+        places = [(part.piece.span.start, *(where.start for where in part.piece.where)) for part in parts]
+        self.order = sorted(range(len(parts)), key=places.__getitem__)
+        self.pieces = [parts[place].piece for place in self.order]
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
         for units in self.units:
@@ -239,7 +267,7 @@ class NeuronTokens(nn.Module):
         updates = [update for units, h in zip(self.units, last, strict=True) for update in units.decode(h)]
         for edges, e, (first, second) in zip(self.edges, encoded.edges, self.ends, strict=True):
             updates += edges.decode(last[first], last[second], e)
-        return torch.cat([updates[place] for place in self.order], dim=1)
+        return joined([updates[place] for place in self.order], self.pieces)
 
 
 class Edges(nn.Module):

@@ -32,6 +32,7 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     check(config, data)
     # Builds the model, so that a config that does not work is refused before there is a folder.
     flops = training_flops(data.model_config)
+    data.zoo.verify_once()
     with process_group(config.device) as ranks, open_run(config, ranks, {"zoo": data.identity()}) as run:
         state, objective = make_state(config, data, ranks), Objective(data)
         state.describe = lambda: {"ema": FORMAT.facts_of(data.model_config.to_json(), facts_about(config, state, data))}

@@ -72,10 +72,6 @@ class GptTrainConfig(TransformerSettings):
     validation_inference_steps: Annotated[int, Interval(ge=1, le=1000)] = 25
     """denoising steps of their updates"""
 
-    @property
-    def augmented(self) -> bool:
-        return self.augment == "on" or (self.augment == "auto" and self.tokenizer != "neuron")
-
     def learning_rate(self, samples_seen: int) -> float:
         """Learning rate of the step that starts after `samples_seen` pairs: linear warmup, then half a cosine to zero."""
         if samples_seen < self.warmup_pairs:

@@ -19,6 +19,7 @@ from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Metric
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import TrainedGpt
+from triptych_gpt.zoo.source import NO_TASK
 
 SEED = 3_022  # of every run's validation, so that runs can be compared
 PROMPTS = 20
@@ -93,6 +94,9 @@ def check(config: GptTrainConfig, data: TrainingZoo) -> None:
     if config.validation_every == 0:
         return
     metric_of(data)
+    if data.zoo.task == NO_TASK and data.config.task is None:
+        problem = "came without a task, so that no model can be validated by prompting"
+        raise ValueError(f"{data.zoo.path}: {problem}; give --task file.py:NAME, or --validation-every 0")
     held, ranks = data.zoo.splits.get("validation", 0), int(os.environ.get("WORLD_SIZE", 1))
     if held < ranks:
         problem = f"{held:,} validation runs, too few to choose a model by (a rank needs one)"

@@ -1,10 +1,15 @@
 """The command `triptych`."""
 
+if __name__ == "__main__":  # before anything that takes time to import
+    from triptych_common.interrupts import install
+
+    install()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from triptych_common.cli import Command, main
+from triptych_common.cli import Command, leave, main
 
 THESIS, RUN = "triptych_thesis", "triptych_thesis.study.runner:run"
 SUBJECTS = {
@@ -51,4 +56,4 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    leave(run())

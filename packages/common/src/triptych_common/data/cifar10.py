@@ -28,6 +28,7 @@ CIFAR10_SHA256 = {
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
+LARGEST = 1 << 25  # bytes of a file in an archive: the binary ones have 31 million
 PER_CLASS = {"train": 5000, "test": 1000}
 
 Images = UInt8[np.ndarray, "items 3 32 32"]
@@ -58,8 +59,9 @@ def _records(contents: dict[str, bytes], where: Path) -> tuple[Images, Labels]:
     """Images and labels from files of records, checked by SHA-256."""
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != CIFAR10_SHA256[name]:
+            file, part = (where / name, "content") if where.is_dir() else (where, name)
             raise ValueError(
-                f"{where}: {name} is not CIFAR-10's (SHA-256 differs); delete {where} and repeat the command"
+                f"{file}: {part} is not CIFAR-10's (SHA-256 differs); delete the file and repeat the command"
             )
     # Each record is a byte of label and the red, green and blue planes, row by row.
     rows = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
@@ -73,7 +75,7 @@ def _members(archive: Path, folder: str) -> Iterator[tuple[str, bytes]]:
             for member in tar:
                 content = tar.extractfile(member) if member.isfile() and folder in member.name.split("/")[:-1] else None
                 if content is not None:
-                    yield member.name, content.read()
+                    yield member.name, content.read(LARGEST)
     except (tarfile.TarError, EOFError, BadGzipFile, LZMAError, ZlibError) as error:
         raise ValueError(f"{archive}: damaged, or no archive; delete the file and repeat the command") from error
 

@@ -20,14 +20,16 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
+_REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 MAX_SIDE = 32_768
 MAX_MEGAPIXELS = 64.0
 MAX_MEGAPIXELS_VARIABLE = "TRIPTYCH_MAX_MEGAPIXELS"
 MAX_FILE_BYTES = 1 << 30
+WHOLE_MEGAPIXELS = 16  # pictures up to this size, as most cameras make them, are never reduced while they are read
 
 
 class UnreadableImage(ValueError):
@@ -51,13 +53,25 @@ def decode(content: bytes, path: str, *, mode: Literal["RGB", "RGBA"] = "RGB") -
     Raises UnreadableImage if it is truncated, no image in one of `FORMATS`, larger than what may be decoded, or of a format
     without a defined white.
     """
+    return _decoded(content, path, mode)[0]
+
+
+def _decoded(content: bytes, path: str, mode: str, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """`decode`, and the (height, width) of the whole; see `read_reduced` for `at_least`."""
     if not content:
         raise UnreadableImage(path, "the file is empty")
     try:
         image = _opened(content)
+        width, height = image.size
+        least = at_least if at_least is not None and width * height > WHOLE_MEGAPIXELS * 1e6 else max(image.size)
+        size = (width, height) if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else (height, width)
+        if (factor := max(image.size) // least) > 1:
+            image.draft(None, (width // factor, height // factor))  # JPEG decodes at a half, a quarter or an eighth
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image) if mode == "RGB" else image.convert(mode)
+        if (factor := max(image.size) // least) > 1:
+            image = (image if image.mode in _REDUCIBLE else _to_rgb(image)).reduce(factor)
+        return _to_rgb(image) if mode == "RGB" else image.convert(mode), size
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -69,12 +83,25 @@ def decode(content: bytes, path: str, *, mode: Literal["RGB", "RGBA"] = "RGB") -
 
 def read_image(path: Path, *, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
     """`decode` of a file. Raises UnreadableImage also for a pipe or device and a file above 1 GB, OSError as `open` does."""
+    return decode(_content(path), str(path), mode=mode)
+
+
+def read_reduced(path: Path, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """`read_image`, and the (height, width) of the whole picture.
+
+    at_least: above `WHOLE_MEGAPIXELS` it comes reduced, by a box filter and a whole number, if its longer side keeps that many
+        pixels, so that memory follows what is made of the picture. Smaller ones always come as they are.
+    """
+    return _decoded(_content(path), str(path), "RGB", at_least)
+
+
+def _content(path: Path) -> bytes:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableImage(str(path), "not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise UnreadableImage(str(path), f"{status.st_size:,} bytes, above the {MAX_FILE_BYTES:,} of an image file")
-    return decode(path.read_bytes(), str(path), mode=mode)
+    return path.read_bytes()
 
 
 def max_megapixels() -> float:

@@ -36,7 +36,7 @@ class ImageFolder(ImageSource):
 
     def __init__(self, root: str | Path, split: str = "train", *, unconditional: bool = False) -> None:
         self.root = _enter(Path(root), split)
-        self.name = Path(root).resolve().name
+        self.name = os.fsencode(Path(root).resolve().name).decode(errors="replace")
         listed, classes = _list_images(self.root)
         self.files = [file.path for file in listed]
         self._sizes, self._changed_ns = (torch.tensor(column) for column in list(zip(*listed, strict=True))[1:])
@@ -159,6 +159,9 @@ def _labels(root: Path, files: list[str], classes: list[str]) -> list[int]:
             f"{root}: {len(loose):,} images, such as {loose[0]}, are beside the class folders; "
             "move them into one, or read the folder as unconditional"
         )
+    if odd := [name for name in classes if not name.isascii() and os.fsencode(name).decode(errors="ignore") != name]:
+        # Model files record the names as text.
+        raise ValueError(f"{root}: the name of class folder {os.fsencode(odd[0])!r} is not UTF-8; rename it")
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of[file.partition("/")[0]] for file in files]
     if empty := sorted(set(range(len(classes))) - set(labels)):

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from triptych_common.cli import echo
 from triptych_common.data.decoding import UnreadableImage, decode, read_image
 from triptych_common.data.source import ImageSource, choose_split
 from triptych_common.extras import import_extra
+from triptych_common.storage.files import FileName, open_ended, read_json
 
 Dataset = Any  # datasets.Dataset: the library takes seconds to import, so that happens where it is used
 
@@ -82,8 +84,10 @@ def is_saved_dataset(folder: Path) -> bool:
 def _load(name: str, config: str | None, split: str) -> Dataset:
     datasets = import_extra("datasets", "Hugging Face data sets need a package: pip install 'triptych-common[hub]'")
     try:
-        loaded = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name, config)
-    except ValueError as error:  # for instance for a missing config
+        if saved := is_saved_dataset(Path(name)):
+            _check_states(Path(name))
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # for a missing config, or a damaged file
         raise ValueError(f"Hugging Face data set {name}: {_one_line(error)}") from error
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise OSError(
@@ -92,6 +96,24 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
         ) from error
     parts = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
     return parts[choose_split(split, list(parts), name)]
+
+
+def _check_states(folder: Path) -> None:
+    """Raise ValueError where a saved data set names files that are not beside its state.json."""
+    for path in sorted(folder.rglob("state.json")):
+        state = read_json(path, _State, remedy="save it again")
+        for entry in state["_data_files"]:
+            if not (path.parent / entry["filename"]).is_file():
+                raise ValueError(f"{path}: names {entry['filename']}, which is no file beside it")
+
+
+class _DataFile(TypedDict):
+    filename: FileName
+
+
+@open_ended
+class _State(TypedDict):
+    _data_files: list[_DataFile]
 
 
 def _one_line(error: Exception) -> str:

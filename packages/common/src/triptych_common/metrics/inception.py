@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
 from triptych_common.extras import import_extra
+from triptych_common.storage import torch_file
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAME}"
@@ -73,7 +74,9 @@ def load_inception(path: Path | None = None, *, device: torch.device | str = "cp
     network_class = import_extra("torch_fidelity.feature_extractor_inceptionv3", needs).FeatureExtractorInceptionV3
     content = _read(path) if path is not None else _published(url)
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        file = io.BytesIO(content)
+        torch_file.check(file, len(content))
+        state = torch.load(file, map_location="cpu", weights_only=True)
         plain = io.BytesIO()  # the port's constructor unpickles whatever it reads, so it reads bytes written here
         torch.save(state, plain)
         plain.seek(0)

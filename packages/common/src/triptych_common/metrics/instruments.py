@@ -5,15 +5,16 @@ them records SHA-256, held-out accuracy, command, seed and commit.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from triptych_common.images import from_uint8
+from triptych_common.storage.files import open_ended, read_json
 
 FOLDER = Path(__file__).parent / "weights"
 
@@ -72,6 +73,11 @@ def load_instrument(name: str, folder: Path = FOLDER) -> Instrument:
     return Instrument(name, network[:-2] if name == "mnist_features" else network, sha256, record)
 
 
+@open_ended
+class _Record(TypedDict):
+    sha256: str
+
+
 def load_frozen(name: str, network: nn.Sequential, folder: Path) -> tuple[nn.Sequential, str, dict]:
     """Load weights from `folder` into a network and freeze it; returns it, the weights' SHA-256 and the record of its training.
 
@@ -79,7 +85,9 @@ def load_frozen(name: str, network: nn.Sequential, folder: Path) -> tuple[nn.Seq
     """
     from safetensors.torch import load
 
-    record = json.loads((folder / "instruments.json").read_text())[name]
+    records = read_json(folder / "instruments.json", dict[str, _Record], remedy="reinstall the package")
+    if (record := records.get(name)) is None:
+        raise ValueError(f"{folder / 'instruments.json'}: has no {name}; reinstall the package")
     content = (folder / f"{name}.safetensors").read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != record["sha256"]:

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from triptych_common.cli import echo
 from triptych_common.fields import Ge, OneOf
-from triptych_common.storage.files import PARTIAL, FileName, check, parse, read_json, replacing
+from triptych_common.storage.files import PARTIAL, FileName, check, parse, read_json, regular, replacing
 
 INDEX = "index.json"
 DTYPES = {
@@ -84,7 +85,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.is_dir():
         return _read_folder(path)
-    path.open("rb").close()  # so that missing permission is not reported as damage
+    regular(path).open("rb").close()  # so that missing permission is not reported as damage
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -96,6 +97,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest(tensors, metadata["state"]) != metadata["sha256"]:
         raise ValueError(f"{path}: checksum differs from the recorded one; {remedy(path)}")
     return tensors, parse(metadata["state"], dict[str, Any], source=str(path), remedy=remedy(path))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file that `write` made is there and whole; a damaged one is reported, as the caller makes it again."""
+    try:
+        read(path)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        echo(f"{path}: damaged; making it again")
+        return False
+    return True
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -138,7 +151,7 @@ def verify_files(folder: Path, files: Sequence[str], index: Mapping[str, Any]) -
 
 def part_reader(root: Path) -> Callable[..., Tensor]:
     """A function that reads a chunk of a tensor, or a box within it; it keeps files open."""
-    opened = functools.cache(lambda name: safe_open(root / name, framework="pt"))
+    opened = functools.cache(lambda name: safe_open(regular(root / name), framework="pt"))
 
     def part(chunk: Mapping[str, Any], box: tuple[slice, ...] = ()) -> Tensor:
         file = opened(chunk["file"])
@@ -159,14 +172,14 @@ def index_digest(index: Mapping[str, Any]) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(path: Path) -> str:
     """The recorded SHA-256 of a file's tensors and state."""
     # Unlike the hash of the file it is reproducible: safetensors writes metadata in arbitrary order.
-    with safe_open(path, framework="pt") as file:
+    with safe_open(regular(path), framework="pt") as file:
         return file.metadata()["sha256"]
 
 
@@ -210,7 +223,8 @@ def remedy(path: Path) -> str:
     if not _NAME.fullmatch(path.name):
         return "make or fetch it again"
     older = [p.name for p in steps_in(path.parent) if _order(p) < _order(path)]
-    return f"delete it to go on from {older[-1]}" if older else "delete it to start afresh"
+    it = "it" if path.suffix else path.name  # of a folder, the message names a file inside
+    return f"delete {it} to go on from {older[-1]}" if older else f"delete {it} to start afresh"
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -99,9 +99,9 @@ def new_folder(path: Path, *, replaces: str) -> Iterator[Path]:
         raise ValueError(f"{path}: holds something else (no {replaces}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".*{PARTIAL}"):
-        if re.fullmatch(rf"\.{re.escape(path.name)}-\w{{8}}{re.escape(PARTIAL)}", left.name):
+        if re.fullmatch(rf"\.{re.escape(path.name[:40])}-\w{{8}}{re.escape(PARTIAL)}", left.name):
             shutil.rmtree(left, ignore_errors=True)  # by a killed process
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}-", suffix=PARTIAL, dir=path.parent))
     try:
         whole = temporary / "new"
         whole.mkdir()
@@ -142,6 +142,15 @@ def reason(error: Exception) -> str:
 # --- reading
 
 
+def fitting(name: str, suffix: str) -> str:
+    """A file's name of at most `LONGEST_NAME` bytes: name and suffix, or a beginning of the name, a hash of all of it, suffix."""
+    whole = os.fsencode(name)
+    if len(whole) + len(suffix) <= LONGEST_NAME:
+        return name + suffix
+    ending = f"-{hashlib.sha256(whole).hexdigest()[:12]}{suffix}"
+    return whole[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
+
+
 class PlainName(Constraint):
     """The name of a file beside the one that names it: no path, nothing hidden, 200 characters at most."""
 
@@ -175,13 +184,18 @@ def read_bytes(path: Path, *, largest: int = LARGEST_BYTES) -> bytes:
 
     Raises FileNotFoundError for an absent file, ValueError for one that is not regular or has more than `largest` bytes.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise ValueError(f"{path}: larger than the {largest:,} bytes that such a file may have")
     return content
+
+
+def regular(path: Path) -> Path:
+    """The path itself. Raises ValueError for a folder, and for a pipe or device, since opening or reading it may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
+    return path
 
 
 def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
@@ -192,6 +206,8 @@ def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(f"{source}: {_explained(error)}; {remedy}") from error
+    except ArithmeticError as error:  # of a class's own check, on numbers that are too large
+        raise ValueError(f"{source}: {error}; {remedy}") from error
 
 
 def check(value: Any, kind: Any, *, source: str, remedy: str) -> Any:

@@ -73,6 +73,8 @@ class ModelFormat:
         Tensors are on the CPU; facts include "kind" and "config". Raises FileNotFoundError for an absent file, ValueError for
         one that is damaged, of another kind, or that `build` fails on.
         """
+        from triptych_common.storage.bounded import Bounded  # training reads no model file
+
         path = self.path(path)
         try:
             tensors, facts = checkpoint.read(path)
@@ -91,7 +93,8 @@ class ModelFormat:
         )
         refuse_non_finite(tensors, str(path))
         try:
-            return build(tensors, facts)
+            with Bounded(path.stat().st_size):
+                return build(tensors, facts)
         except (LookupError, TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"{path}: made by another version of triptych, or its weights do not fit its own config "

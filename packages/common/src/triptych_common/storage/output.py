@@ -69,7 +69,7 @@ def _stranger(folder: Path, command: str) -> str | None:
     """What in a folder the command did not write, in a few words; None in a folder that is absent, empty or its own."""
     mark, run = folder / MARK, folder / _RUN
     if mark.is_file():
-        owner = read_json(mark, _Mark, remedy="delete this file if the folder may be written to")["command"]
+        owner = read_json(mark, _Mark, remedy="delete it and repeat with --overwrite")["command"]
         return None if owner == command else f"what {json.dumps(owner)} wrote"
     if run.is_file() and str(_made_by(run)).startswith((command, "python -m")):
         return None

@@ -26,18 +26,29 @@ from triptych_common.data.contents import Contents
 from triptych_common.fields import Ge
 from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
-from triptych_common.storage.files import FileName, check, open_ended, parse, read_json, recorded_command, write_json
+from triptych_common.storage.files import (
+    FileName,
+    check,
+    open_ended,
+    parse,
+    read_json,
+    recorded_command,
+    regular,
+    write_json,
+)
+from triptych_common.storage.model_file import refuse_non_finite
 from triptych_common.storage.provenance import PROVENANCE, provenance
 from triptych_common.storage.verified import verify_once
 from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.model import scaled_sample
+from triptych_dit.weights import LatentSpace
 
 Moments = Float[Tensor, "n twice_channels height width"]
 MANIFEST, SKIPPED, CONFIG = "manifest.json", "skipped.json", "config.json"
 _KIND = "latent cache"
 _ENCODE = "repeat the encode command with its settings"
-_BY_PLACE = {"autoencoder": ("spec", "encoder_sha256"), "source": ("spec", "class_names")}
+_BY_PLACE = {"autoencoder": ("spec", "encoder_sha256", "image_channels"), "source": ("spec", "class_names")}
 
 
 class LatentCache:
@@ -52,6 +63,7 @@ class LatentCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.facts = _read_manifest(self.folder)
+        self.space = LatentSpace.of(self.facts["autoencoder"], str(self.folder / MANIFEST))
         self.latent_shape: tuple[int, int, int] = tuple(self.facts["latent_shape"])
         self.has_flips: bool = self.facts["flips"]
         self.class_names: tuple[str, ...] = tuple(self.facts["source"]["class_names"])
@@ -87,18 +99,6 @@ class LatentCache:
         found = [self._rows[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
         return torch.stack(found).float()
 
-    def check(self, autoencoder: Mapping[str, Any] | None) -> None:
-        """Raise ValueError unless these are the facts of the autoencoder that encoded the cache, wherever it is stored."""
-        mine = self.facts["autoencoder"]
-        if autoencoder is None:
-            raise ValueError(f"{self.folder}: latents of the autoencoder {mine['spec']}, but pixels are expected")
-        for name in mine.keys() - {"spec", "encoder_sha256"}:
-            if mine[name] != autoencoder.get(name):
-                raise ValueError(
-                    f"{self.folder}: encoded by the autoencoder {mine['spec']} with {name} {mine[name]}, not "
-                    f"{autoencoder.get(name)} as in {autoencoder.get('spec')}; use that autoencoder, or encode again"
-                )
-
     def check_flips(self) -> None:
         """Raise ValueError if mirror images were not encoded."""
         if not self.has_flips:
@@ -107,11 +107,14 @@ class LatentCache:
             )
 
     def verify(self) -> None:
-        """Read every shard that is not known to be whole. Raises ValueError at the first whose checksum differs."""
+        """Read every shard that is not known to be whole.
+
+        Raises ValueError at the first whose checksum differs, or which holds values that are not finite.
+        """
 
         def read(name: str) -> None:
             try:
-                checkpoint.read(self.folder / name)
+                refuse_non_finite(checkpoint.read(self.folder / name)[0], name)
             except ValueError as error:
                 raise ValueError(f"{self.folder / name}: damaged; {_remedy(self.facts)}") from error
 
@@ -121,7 +124,7 @@ class LatentCache:
         """The tensors of a shard: safetensors maps the file, and nothing is read before it is used."""
         path = self.folder / shard["file"]
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(regular(path), framework="pt") as file:
                 sha256 = (file.metadata() or {}).get("sha256")
                 tensors = {name: file.get_tensor(name) for name in ("moments", "labels", "items")}
         except FileNotFoundError as error:
@@ -155,9 +158,7 @@ class LatentData:
     def examples(self, items: Tensor, flipped: Tensor, seed: int, counters: Sequence[int]) -> Tensor:
         # By the sample counter, not the image: every epoch samples the posterior afresh.
         noise = randomness.normal(seed, "posterior", counters, self.shape)
-        autoencoder = self.facts["autoencoder"]
-        moments = self.cache.moments(items, flipped)
-        return scaled_sample(moments, noise, autoencoder["scale_factor"], autoencoder["shift_factor"])
+        return scaled_sample(self.cache.moments(items, flipped), noise, self.cache.space)
 
     def check_flips(self) -> None:
         self.cache.check_flips()

@@ -126,3 +126,32 @@ class EncodeConfig(CommonOptions):
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+@dataclass(frozen=True)
+class ImportConfig(CommonOptions):
+    """Make a latent cache of latents that others computed, one sample for each image. Repeating the command resumes it."""
+
+    out: Path = Path("runs/latents")
+    """folder of the cache"""
+    features: Path = Path("features")
+    """fast-DiT's folder of NAME_features/*.npy and NAME_labels/*.npy; a .npy, .npz or .safetensors file of latents (n, channels,
+    height, width) and labels; or a folder of such .safetensors files"""
+    labels: Path | None = None
+    """.npy file of labels, for a file of latents alone; without it there is one class"""
+    class_names: Path | None = None
+    """JSON list of names by label"""
+    vae: str | None = None
+    """their autoencoder, a folder or a hub name; by default, for fast-DiT's folders, that of the released models"""
+    scale_factor: Annotated[float | None, Gt(0)] = None
+    """what latents were multiplied by, if the autoencoder is not at hand"""
+    latents_mean: tuple[float, ...] = ()
+    """mean of each channel that was subtracted before, likewise"""
+    latents_std: Annotated[tuple[float, ...], Gt(0, "numbers above 0")] = ()
+    """standard deviation of each channel that was divided by, likewise"""
+    raw: bool = False
+    """latents are the autoencoder's, not yet scaled"""
+    dtype: Literal["float16", "float32"] = "float32"
+    """of the stored latents"""
+    shard_size: Annotated[int, Ge(1)] = 4096
+    """latents a shard"""

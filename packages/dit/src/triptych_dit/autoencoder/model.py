@@ -1,6 +1,7 @@
 """Images to latents and back: a frozen `AutoencoderKL` of diffusers, from the hub or from a folder (extra: latents)."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -11,15 +12,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.extras import import_extra
-from triptych_common.storage import checkpoint
+from triptych_common.storage import checkpoint, torch_file
+from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.model_file import ModelFormat, refuse_non_finite
+
+from triptych_dit.weights import LatentSpace
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 Images = Float[Tensor, "batch channels height width"]
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' bounds; untrained networks can leave them
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin"))
+_SHARD = r"(?:-\d+-of-\d+)?"
+_WEIGHT_FILE = re.compile(
+    rf"diffusion_pytorch_model{_SHARD}(?:\.(?P<variant>\w+){_SHARD})?\.(?P<suffix>safetensors|bin)"
+)
 CHECKPOINT = ModelFormat(
     kinds=("autoencoder",),
     file_name="vae.safetensors",
@@ -36,8 +44,7 @@ class Autoencoder:
     """A frozen autoencoder: images in [-1, 1], posterior moments, and the scaled latents a DiT works in.
 
     Encoding runs in `dtype`, decoding always in full float32; neither depends on the batch beyond float32 rounding.
-    Latents are (z - shift_factor) * scale_factor, of about unit variance.  [Rombach et al. 2022, D.1]
-    module: the network itself.
+    space: how latents are scaled. module: the network itself.
     """
 
     def __init__(
@@ -45,13 +52,9 @@ class Autoencoder:
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"autoencoder dtype {dtype}: expected float32, bfloat16 or float16")
-        config = vae.config
-        self.spec = spec
-        self.scale_factor, self.shift_factor = float(config.scaling_factor), float(config.shift_factor or 0.0)
-        if not self.scale_factor > 0:
-            raise ValueError(f"autoencoder {spec}: scaling_factor {config.scaling_factor}, expected a number above 0")
-        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
+        self.spec, config = spec, vae.config
         self.latent_channels, self.image_channels = config.latent_channels, config.in_channels
+        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.device, self.dtype = torch.device(device), dtype
         self.module = vae.cpu().requires_grad_(False).eval()
         for part in self.module.children():
@@ -61,13 +64,17 @@ class Autoencoder:
         self.sha256 = checkpoint.digest(weights)
         encoding = {name: value for name, value in weights.items() if name.split(".")[0] in _ENCODING}
         self.encoder_sha256 = checkpoint.digest(encoding)  # which fine-tuned decoders share
+        hashes = {"sha256": self.sha256, "encoder_sha256": self.encoder_sha256}
+        try:
+            self.space = LatentSpace.of_config(config, spec, **hashes)
+        except ValueError as error:
+            raise ValueError(f"autoencoder {spec}: {error}") from error
         for name, part in self.module.named_children():
             part.to(self.device, dtype if name in _ENCODING else torch.float32)
 
     def facts(self) -> dict[str, Any]:
         """The facts recorded in a cache of latents and in models trained on them, as JSON can hold them."""
-        names = ("spec", "sha256", "encoder_sha256", "scale_factor", "shift_factor", "downsampling", "latent_channels")
-        return {name: getattr(self, name) for name in names}
+        return self.space.facts()
 
     @torch.inference_mode()
     def moments(self, images: Images) -> Float[Tensor, "batch moments latent_height latent_width"]:
@@ -94,7 +101,7 @@ class Autoencoder:
             raise ValueError(f"latents have {channels} channels, autoencoder {self.spec} has {self.latent_channels}")
         height, width = (side * self.downsampling for side in latents.shape[2:])
         # In parts, since a decoder's activations are hundreds of times larger than its images.
-        z = latents.to(self.device, torch.float32) / self.scale_factor + self.shift_factor
+        z = self.space.unscaled(latents.to(self.device, torch.float32))
         with _full_float32():
             parts = [self.module.decode(part).sample for part in z.split(max(1, _DECODED_PIXELS // (height * width)))]
         return torch.cat(parts).clamp(-1, 1)
@@ -102,11 +109,11 @@ class Autoencoder:
 
 def scaled_sample(
     moments: Float[Tensor, "batch moments height width"], noise: Float[Tensor, "batch latent_channels height width"],
-    scale_factor: float, shift_factor: float = 0.0,
+    space: LatentSpace,
 ) -> Float[Tensor, "batch latent_channels height width"]:  # fmt: skip
-    """Sample scaled latents from posteriors: (mean + std * noise - shift) * scale."""
+    """Sample latents, scaled as the space is, from posteriors."""
     mean, log_variance = moments.chunk(2, dim=1)
-    return (mean + torch.exp(0.5 * log_variance) * noise - shift_factor) * scale_factor
+    return space.scaled(mean + torch.exp(0.5 * log_variance) * noise)
 
 
 def load_autoencoder(
@@ -184,21 +191,28 @@ def _fetched(spec: str, download: bool) -> Path:
 
 
 def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderKL":
-    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    found = [match for path in sorted(folder.iterdir()) if (match := _WEIGHT_FILE.fullmatch(path.name))]
     if not found:
         raise FileNotFoundError(f"autoencoder {spec}: no {WEIGHTS[0]} beside {folder / 'config.json'}")
+    best = min(found, key=lambda match: (match["suffix"] == "bin", match["variant"] or ""))  # pickles are a last resort
     try:
         name = kind.load_config(folder).get("_class_name")
         if name != "AutoencoderKL":
             raise ValueError(f"its config says {name}, expected AutoencoderKL")
-        safetensors = found[0] == WEIGHTS[0]  # anything else diffusers reads with weights_only
-        vae, info = kind.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=safetensors,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        safetensors = best["suffix"] == "safetensors"  # anything else diffusers reads with weights_only
+        files = [path for path in folder.iterdir() if path.suffix == f".{best['suffix']}"]  # one, or all shards
+        for path in files if not safetensors else ():
+            with path.open("rb") as file:
+                torch_file.check(file, path.stat().st_size)
+        with Bounded(sum(path.stat().st_size for path in files)):
+            vae, info = kind.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                variant=best["variant"],
+                use_safetensors=safetensors,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # a foreign config or file can make diffusers raise anything
         raise ValueError(f"autoencoder {spec}: cannot be read ({_one_line(error)})") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]

@@ -7,9 +7,10 @@ divergence. There is no perceptual loss: the only network for digits is the one 
 import copy
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import torch
 from jaxtyping import Float, UInt8
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common import data, randomness
 from triptych_common.cli import echo
+from triptych_common.data.decoding import read_image
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Ranks, process_group
-from triptych_common.storage.files import write_bytes, write_json
+from triptych_common.storage.files import open_ended, read_json, write_bytes, write_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.training import TrainState, open_run, summary, training_steps
+from typing_extensions import TypedDict
 
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import (
@@ -38,8 +41,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 FOLDER = "vae"  # below the run's: where a diffusers pipeline has its own
+MEASURED, PICTURE = "autoencoder.json", "reconstructions.png"
 LARGEST = 64  # side that pictures are cropped to for training on a laptop
-MEASURED = 64  # images of which checkpoints measure the scale factor
+SOME = 64  # images of which checkpoints measure the scale factor
 
 
 class Reconstruction(nn.Module):
@@ -127,7 +131,7 @@ def held_out_images(config: AutoencoderTrainConfig, train_set: data.ImageDataset
 def checkpoint_facts(config: AutoencoderTrainConfig, state: TrainState, train_set: data.ImageDataset) -> dict[str, Any]:
     """What makes a checkpoint's average an autoencoder: its config, with the scale factor of its latents so far."""
     vae: Any = copy.deepcopy(state.ema.vae)
-    images = some_images(train_set, config.seed)[:MEASURED]
+    images = some_images(train_set, config.seed)[:SOME]
     scale_to_unit(Autoencoder(vae, "", device=state.ranks.device), images, config.seed)
     return CHECKPOINT.facts_of(json.loads(vae.to_json_string()), {})
 
@@ -137,7 +141,7 @@ def scale_to_unit(autoencoder: Autoencoder, images: Tensor, seed: int) -> Float[
     returned unscaled.
     """
     # As for Stable Diffusion's 0.18215: diffusion assumes data of about unit variance.  [Rombach et al. 2022, D.1]
-    latents = draw_latents(autoencoder, images, seed) / autoencoder.scale_factor
+    latents = draw_latents(autoencoder, images, seed) / autoencoder.space.scale_factor
     std = float(latents.std())
     autoencoder.module.register_to_config(scaling_factor=1 / std if std > 0 and math.isfinite(std) else 1.0)
     return latents
@@ -171,23 +175,49 @@ def make_vae(config: AutoencoderTrainConfig, dataset: data.ImageDataset) -> "Aut
 def finish(
     config: AutoencoderTrainConfig, vae: "AutoencoderKL", dataset: data.ImageDataset, ranks: Ranks
 ) -> dict[str, Any]:
-    """Set the scale factor, write the autoencoder, and measure how well held-out images are reconstructed."""
+    """Set the scale factor, write the autoencoder, and measure how well held-out images are reconstructed.
+
+    Returns what was measured, by an earlier end of the run if its files are whole: on other threads, the scale factor's last
+    digits might change, and caches of latents are of one scale factor.
+    """
     folder = config.out / FOLDER
     raw = Autoencoder(vae, str(folder), device=ranks.device)
+    if (before := measured_before(config, raw)) is not None:
+        return before
     latents = scale_to_unit(raw, some_images(dataset, config.seed), config.seed)
     write_vae(folder, vae)
     autoencoder = load_autoencoder(str(folder), device=ranks.device)
     held_out = held_out_images(config, dataset)
     images = some_images(held_out or dataset, config.seed)
     back = autoencoder.decode(draw_latents(autoencoder, images, config.seed)).cpu()
-    write_png(config.out / "reconstructions.png", side_by_side(to_uint8(images), to_uint8(back)), scale=2)
+    write_png(config.out / PICTURE, side_by_side(to_uint8(images), to_uint8(back)), scale=2)
     facts = {
         "autoencoder": autoencoder.facts(),
-        "latent_std": (latents.std(dim=(0, 2, 3)) * autoencoder.scale_factor).tolist(),
+        "latent_std": (latents.std(dim=(0, 2, 3)) * autoencoder.space.scale_factor).tolist(),
         "held_out" if held_out else "training": {"images": len(images), "mse": float(F.mse_loss(back, images))},
     }
-    write_json(config.out / "autoencoder.json", facts | provenance())
+    write_json(config.out / MEASURED, facts | provenance())
     return facts
+
+
+@open_ended
+class _Measured(TypedDict):
+    autoencoder: dict[str, Any]
+    latent_std: list[float]
+    held_out: NotRequired[dict[str, Any]]
+    training: NotRequired[dict[str, Any]]
+
+
+def measured_before(config: AutoencoderTrainConfig, vae: Autoencoder) -> dict[str, Any] | None:
+    """What OUT/autoencoder.json says, if it is of these weights and every file beside it is whole."""
+    with suppress(OSError, ValueError):
+        facts = read_json(config.out / MEASURED, _Measured, remedy="")
+        read_image(config.out / PICTURE)
+        written = load_autoencoder(str(config.out / FOLDER)).facts()
+        same = written == {**facts["autoencoder"], "spec": written["spec"]}
+        if same and written["sha256"] == vae.sha256:
+            return {name: facts[name] for name in _Measured.__annotations__ if name in facts}
+    return None
 
 
 def some_images(dataset: data.ImageDataset, seed: int) -> Float[Tensor, "images channels height width"]:
@@ -199,7 +229,7 @@ def draw_latents(autoencoder: Autoencoder, images: Tensor, seed: int) -> Float[T
     """Scaled latents: a sample from each image's posterior."""
     moments = torch.cat([autoencoder.moments(part).cpu() for part in images.split(256)])
     noise = randomness.normal(seed, "measuring", range(len(images)), (moments.shape[1] // 2, *moments.shape[2:]))
-    return scaled_sample(moments, noise, autoencoder.scale_factor, autoencoder.shift_factor)
+    return scaled_sample(moments, noise, autoencoder.space)
 
 
 def write_vae(folder: Path, vae: "AutoencoderKL") -> None:

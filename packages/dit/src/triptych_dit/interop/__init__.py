@@ -15,53 +15,82 @@ from triptych_dit.interop.diffusers import (
     to_diffusers,
     use_released_timesteps,
 )
-from triptych_dit.interop.released import PUBLISHED, export_released, load_released
-from triptych_dit.weights import FETCH, FILE_NAME, TrainedModel, load_model, make_diffusion
+from triptych_dit.interop.pipeline_parts import fitting_autoencoder
+from triptych_dit.interop.released import PUBLISHED, export_released, load_released, read_released
+from triptych_dit.weights import (
+    FETCH,
+    FILE_NAME,
+    PICTURES,
+    STABLE_DIFFUSION,
+    Prediction,
+    TrainedModel,
+    load_model,
+    make_diffusion,
+)
 
 __all__ = [
     "PUBLISHED", "diffusers_transformer", "export_released", "from_diffusers", "load_any", "load_released", "to_diffusers",
     "use_released_timesteps",
 ]  # fmt: skip
 
-STABLE_DIFFUSION_VAE: dict[str, Any] = {  # what the released models were trained with
-    "spec": "stabilityai/sd-vae-ft-ema", "sha256": None, "scale_factor": 0.18215, "shift_factor": 0.0, "downsampling": 8,
-    "latent_channels": 4,
-}  # fmt: skip
-
 
 def load_any(
-    spec: str | Path, *, weights: str | None = None, num_heads: int | None = None, num_classes: int | None = None
-) -> TrainedModel:
+    spec: str | Path, *, predict: Prediction | None = None, vae: str | None = None, weights: str | None = None,
+    num_heads: int | None = None, num_classes: int | None = None, input_size: int | None = None,
+) -> TrainedModel:  # fmt: skip
     """Load a model of any kind, onto the CPU and in evaluation mode.
 
-    spec: a model file or run folder of this package, a released file or a published name, or a folder or hub repository of
-        diffusers.
-    weights, num_heads, num_classes: as for `load_released` and `from_diffusers`.
-    Raises OSError if there is no such file, ValueError if it is not such a model, or for an option that it has no use for.
+    spec: a model file or run folder of this package, a released file or a published name, a folder with a training script's
+        model.safetensors or pytorch_model.bin, or a folder or hub repository of diffusers.
+    predict, vae: what the model predicts and the autoencoder of its latents, where its files do not say.
+    weights, num_heads, num_classes, input_size: as for `load_released` and `from_diffusers`.
+    Raises OSError if there is no such file, ValueError if it is not such a model, for an option that it has no use for, or a
+    prediction that contradicts its files.
     """
     path, name = Path(spec).expanduser(), str(spec)
-    options = {"weights": weights, "num_heads": num_heads, "num_classes": num_classes}
+    options: dict[str, Any] = {
+        "weights": weights,
+        "num_heads": num_heads,
+        "num_classes": num_classes,
+        "input_size": input_size,
+    }
+    repository = False
     if "state" in foreign.metadata(path / FILE_NAME if path.is_dir() else path):
         _refuse(name, options, "a model file of triptych's own")
-        return load_model(path)
-    if path.is_file() or name in PUBLISHED:
-        model = load_released(spec, weights=weights, num_heads=num_heads, num_classes=num_classes)
-        autoencoder = STABLE_DIFFUSION_VAE if model.config.in_channels == 4 else None
-        facts: dict[str, Any] = {"predict": "noise", "autoencoder": autoencoder, "source": name}
-        facts[FETCH] = name in PUBLISHED
-        return TrainedModel(model, make_diffusion(model.config, "noise"), facts)
-    if path.is_dir() and not is_of_diffusers(path):
+        model, _, facts = load_model(path)
+        if model.config.in_channels in PICTURES:
+            facts.setdefault("autoencoder", None)
+    elif (file := _weights_in(path)) or name in PUBLISHED:
+        model, facts = read_released(file or spec, **options)
+        facts |= {"source": name, FETCH: name in PUBLISHED}
+        if not vae and "autoencoder" not in facts and model.config.in_channels == STABLE_DIFFUSION.latent_channels:
+            facts["autoencoder"] = STABLE_DIFFUSION.facts()
+    elif path.is_dir() and not is_of_diffusers(path):
         return load_model(path)  # a run without a finished model, of which this raises
-    repository = re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", name) and not path.parent.exists() and name not in PRESETS
-    if not path.is_dir() and not repository:
-        raise FileNotFoundError(
-            f"{name}: no such file or folder, and no published model; expected a model file, a run's folder, a released .pt, "
-            f"{', '.join(known for known in PUBLISHED if '@' in known)}, or a folder or hub repository of diffusers"
-        )
-    del options["num_classes"]
-    _refuse(name, options, "of diffusers")
-    model, facts = read_folder(spec, num_classes=num_classes)
-    return TrainedModel(model, make_diffusion(model.config, facts["predict"]), facts | {FETCH: bool(repository)})
+    else:
+        repository = bool(re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", name)) and not path.parent.exists()
+        if not path.is_dir() and (not repository or name in PRESETS):
+            raise FileNotFoundError(
+                f"{name}: no such file or folder, and no published model; expected a model file, a run's folder, a released .pt, "
+                f"{', '.join(known for known in PUBLISHED if '@' in known)}, or a folder or hub repository of diffusers"
+            )
+        del options["num_classes"]
+        _refuse(name, options, "of diffusers")
+        model, facts = read_folder(spec, num_classes=num_classes, predict=predict)
+        facts[FETCH] = repository
+    if predict and facts.setdefault("predict", predict) != predict:
+        raise ValueError(f"{name}: predicts the {facts['predict']}, as its files say; leave --predict {predict} out")
+    facts.setdefault("predict", "noise")
+    known = "autoencoder" in facts and (facts["autoencoder"] or model.config.in_channels in PICTURES)
+    if vae and not known:
+        facts |= {"autoencoder": fitting_autoencoder(vae, model.config.in_channels).facts(), FETCH: True}
+    return TrainedModel(model, make_diffusion(model.config, facts["predict"]), facts)
+
+
+def _weights_in(path: Path) -> Path | None:
+    """The file itself, or that in a folder which a training script of Hugging Face's libraries wrote."""
+    names = (FILE_NAME, "pytorch_model.bin")
+    return path if path.is_file() else next((path / name for name in names if (path / name).is_file()), None)
 
 
 def _refuse(name: str, options: dict[str, Any], what: str) -> None:

@@ -30,8 +30,10 @@ from triptych_dit.interop.pipeline_parts import (
     import_diffusers,
     prediction,
 )
-from triptych_dit.interop.released import TABLE, assembled, check_keys, fold_table, require_square
+from triptych_dit.interop.released import TABLE, assembled, check_keys, fold_table, require_square, skeleton
+from triptych_dit.labels import of_id2label
 from triptych_dit.model import DiT, sincos_position_embedding
+from triptych_dit.weights import Facts, Prediction, recorded
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiTTransformer2DModel, SchedulerMixin
@@ -69,19 +71,22 @@ def to_diffusers(
     model: a DiT of square inputs with adaLN-Zero blocks.
     vae: decoder of the model's latents. Without it, pass one to `DiTPipeline.from_pretrained(folder, vae=...)`.
     scheduler: an instance, or the name of a class of diffusers, made for the released noise schedule; by default DDIM.
-    id2label: names of the classes by label; synonyms are separated by commas.
-    facts: those of the model's file (what it predicts, its autoencoder); by default it predicts noise.
+    id2label: names of the classes by label; synonyms are separated by commas. By default those of the facts.
+    facts: those of the model's file (what it predicts, its autoencoder, names); by default it predicts noise.
 
     Raises ValueError for a model or parts that the pipeline cannot run, OSError if the folder cannot be written, ImportError
     without diffusers.
     """
     diffusers = import_diffusers()
-    kept = {name: fact for name, fact in (facts or {}).items() if name not in ("kind", "config")}
-    facts = {"predict": "noise"} | kept
-    folder, names = Path(folder), check_names(id2label, model.config)
+    facts = {"predict": "noise", **recorded(facts or {})}
+    id2label = dict(enumerate(facts.get("class_names") or ())) if id2label is None else id2label
+    folder, names = Path(folder), check_names(id2label if model.config.num_classes else None, model.config)
+    autoencoder = None if vae is None else checked_vae(vae, model.config, facts)
+    if autoencoder is not None:
+        facts["autoencoder"] = autoencoder.facts()
     parts: dict[str, Any] = {
         "scheduler": checked_scheduler(scheduler, str(facts["predict"])),
-        "vae": None if vae is None else checked_vae(vae, model.config, facts),
+        "vae": autoencoder and autoencoder.module,
         "transformer": diffusers_transformer(model).float().cpu(),
     }
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
@@ -110,16 +115,26 @@ def from_diffusers(
     return _read(source, num_classes, timestep_frequency_shift)[0]
 
 
-def read_folder(source: str | Path, *, num_classes: int | None = None) -> tuple[DiT, dict[str, Any]]:
-    """Like `from_diffusers`, with the facts of the model: what it predicts, and its autoencoder if the folder has one.
+def read_folder(
+    source: str | Path, *, num_classes: int | None = None, predict: Prediction | None = None
+) -> tuple[DiT, dict[str, Any]]:
+    """Like `from_diffusers`, with the facts of the model: what it predicts, its autoencoder and names of its classes, as far
+    as the folder has them.
 
-    Raises ValueError also for a pipeline of a diffusion process other than the released one.
+    predict: replaces what the scheduler says. Raises ValueError also for a pipeline of a diffusion process other than the
+    released one.
     """
     model, root, facts = _read(source, num_classes)
-    if not facts:
-        facts = {"predict": prediction(_read_json(root / "scheduler" / "scheduler_config.json"), str(source))}
-    vae = _read_json(root / "vae" / "config.json")
-    facts["autoencoder"] = autoencoder_facts(vae, str(source), facts.get("autoencoder"))
+    scheduler = _read_json(root / "scheduler" / "scheduler_config.json")
+    if "predict" not in facts and (predict or scheduler):
+        facts["predict"] = predict or prediction(scheduler, str(source))
+    if vae := _read_json(root / "vae" / "config.json"):
+        facts["autoencoder"] = autoencoder_facts(vae, str(source), facts.get("autoencoder"))
+    names = _read_json(root / "model_index.json").get("id2label")
+    if names and "class_names" not in facts:
+        names = check(names, dict[str, str], source=f"{source}: id2label", remedy="fetch the folder again")
+        rows = (pipeline_label(label, model.config) for label in range(model.config.num_classes))
+        facts["class_names"] = of_id2label(names, rows)
     return model, {**facts, "source": str(source)}
 
 
@@ -152,7 +167,10 @@ def _read(
         raise ValueError(f"{source}: config.json or {SIDE_FILE} is not of a DiT ({error!r})") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    return assembled(config, ours, str(source)), root, dict(side.get("facts", {}))
+    facts = side.get("facts", {})
+    if facts:
+        check(facts, Facts, source=str(root / SIDE_FILE), remedy="fetch the folder again")
+    return assembled(config, ours, str(source)), root, dict(facts)
 
 
 def diffusers_transformer(model: DiT) -> "DiTTransformer2DModel":
@@ -191,7 +209,8 @@ def use_released_timesteps(transformer: "DiTTransformer2DModel", shift: int = 0)
 
 def is_of_diffusers(folder: Path) -> bool:
     """Whether a folder is a pipeline or model of diffusers', of whatever kind."""
-    return (folder / "model_index.json").is_file() or "_class_name" in _read_json(folder / "config.json")
+    parts = ("model_index.json", "transformer/config.json")
+    return any((folder / part).is_file() for part in parts) or "_class_name" in _read_json(folder / "config.json")
 
 
 @open_ended
@@ -207,15 +226,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a transformer's folder, in one file or in shards."""
+    """All tensors of a transformer's folder, in one file or in shards, of whatever variant (such as fp16) it has."""
     for suffix in (".safetensors", ".bin"):
-        whole, index = folder / f"{WEIGHTS}{suffix}", folder / f"{WEIGHTS}{suffix}.index.json"
+        whole, index = folder / f"{WEIGHTS}{suffix}", f"{WEIGHTS}{suffix}.index"
         if whole.is_file():
             return dict(foreign.read(whole))
-        if index.is_file():
-            content = check(_read_json(index), _WeightIndex, source=str(index), remedy="fetch the folder again")
-            shards = sorted(set(content["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in foreign.read(folder / shard).items()}
+        for listed in (folder / f"{index}.json", *sorted(folder.glob(f"{index}.*.json"))):
+            if listed.is_file():
+                content = check(_read_json(listed), _WeightIndex, source=str(listed), remedy="fetch the folder again")
+                shards = sorted(set(content["weight_map"].values()))
+                return {name: tensor for shard in shards for name, tensor in foreign.read(folder / shard).items()}
+        for variant in sorted(folder.glob(f"{WEIGHTS}.*{suffix}")):
+            return dict(foreign.read(variant))
     raise FileNotFoundError(f"{folder}: has no {WEIGHTS}.safetensors")
 
 
@@ -261,9 +283,8 @@ def translated(
         timestep_frequency_shift=shift, mlp_norm_eps=theirs.get("norm_eps", 1e-5),
     )  # fmt: skip
     state.pop("pos_embed.pos_embed", None)  # old folders have it; it is the sine-cosine one
-    with torch.device("meta"):
-        expected = DiT(shape).state_dict()
-        expected[TABLE] = torch.empty(theirs["num_embeds_ada_norm"] + 1, width)
+    expected = skeleton(shape, state, "transformer").state_dict()
+    expected[TABLE] = torch.empty(theirs["num_embeds_ada_norm"] + 1, width, device="meta")
     check_keys(state, renamed(expected, depth), "transformer")
     # Diffusers gives every block a copy of the embedders, which training there lets drift apart.
     for theirs_name in _EMBEDDINGS.values():

@@ -1,6 +1,7 @@
 """The other parts of a diffusers pipeline: scheduler and autoencoder, and the hub it may come from."""
 
 import contextlib
+import copy
 import inspect
 import logging
 from collections.abc import Mapping
@@ -8,12 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from triptych_common import schedulers
 from triptych_common.cli import echo
+from triptych_common.diffusion import NoiseSchedule
 from triptych_common.extras import import_extra
 
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
 from triptych_dit.config import DiTConfig
+from triptych_dit.weights import LatentSpace, Prediction
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 WEIGHTS = "diffusion_pytorch_model"
 RELEASED_REPOSITORIES = ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512")  # the released weights, converted
 _PREDICTIONS = {"noise": "epsilon", "sample": "sample"}
+_KINDS: dict[str, Prediction] = {"epsilon": "noise", "sample": "sample"}
 _PROCESS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 # Of a hub repository, besides the weights.
 _FILES = ("triptych.json", "model_index.json", "scheduler/scheduler_config.json", "vae/config.json")
@@ -51,19 +56,31 @@ def checked_scheduler(scheduler: "SchedulerMixin | str | None", predict: str) ->
     return scheduler
 
 
-def prediction(scheduler: Mapping[str, Any], source: str) -> str:
+def prediction(scheduler: Mapping[str, Any], source: str) -> Prediction:
     """The prediction of a pipeline's model according to its scheduler's config: "noise" or "sample".
 
     Raises ValueError for a process other than the released one, the only one that is sampled here.
     """
-    wrong = _differences(scheduler, _PROCESS)
-    kinds = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in kinds:
-        wrong.append(f"prediction_type {kind} (expected {' or '.join(kinds)})")
+    wrong = _differences(scheduler, {**_PROCESS, "rescale_betas_zero_snr": False, "use_flow_sigmas": False})
+    kind, betas = scheduler.get("prediction_type", "epsilon"), scheduler.get("trained_betas")
+    if "beta_schedule" not in scheduler and scheduler.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
+        wrong.append(f"{scheduler.get('_class_name')} has no betas (expected a scheduler such as DDIMScheduler)")
+    if kind not in _KINDS:
+        wrong.append(f"prediction_type {kind} (expected {' or '.join(_KINDS)})")
+    if betas is not None and not _are_linear(betas):
+        wrong.append("trained_betas are not the linear ones")
     if wrong:
-        raise ValueError(f"{source}: its scheduler is of another process: {', '.join(wrong)}")
-    return kinds[kind]
+        remedy = "pass --predict if the model was trained on the released process all the same"
+        raise ValueError(f"{source}: its scheduler is of another process: {', '.join(wrong)}; {remedy}")
+    return _KINDS[kind]
+
+
+def _are_linear(betas: Any) -> bool:
+    numbers = isinstance(betas, list) and all(isinstance(beta, int | float) for beta in betas)
+    linear = NoiseSchedule.linear().betas
+    return (
+        numbers and len(betas) == len(linear) and bool(((torch.tensor(betas).to(linear) - linear).abs() < 1e-6).all())
+    )
 
 
 def _differences(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -71,49 +88,71 @@ def _differences(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
     return [f"{name} {config[name]} (expected {value})" for name, value in different.items()]
 
 
+def fitting_autoencoder(spec: str, channels: int) -> Autoencoder:
+    """The autoencoder that is named for a model that does not say which it needs. Raises ValueError if its channels differ."""
+    found = load_autoencoder(spec)
+    if found.latent_channels != channels:
+        raise ValueError(
+            f"vae {spec}: has {found.latent_channels} latent channels, the model {channels}; pass another --vae"
+        )
+    return found
+
+
 def checked_vae(
     vae: "AutoencoderKL | Autoencoder | str | Path", config: DiTConfig, facts: Mapping[str, Any]
-) -> "AutoencoderKL":
-    """The autoencoder's module. Raises ValueError if it is not that of the model's latents, or the pipeline cannot use it."""
-    if isinstance(vae, str | Path):
-        vae = load_autoencoder(str(vae))
-    known = facts.get("autoencoder") or {}
-    module = vae.module if isinstance(vae, Autoencoder) else vae
-    theirs = module.config
-    if "autoencoder" in facts and not known:
+) -> "Autoencoder":
+    """The autoencoder, as the pipeline can use it: one whose latents are divided by the scale factor alone.
+
+    Raises ValueError if it is not that of the model's latents, or the pipeline cannot use it.
+    """
+    if not isinstance(vae, Autoencoder):
+        vae = load_autoencoder(str(vae)) if isinstance(vae, str | Path) else Autoencoder(vae, "given")
+    if "autoencoder" in facts and not facts["autoencoder"]:
         raise ValueError("export: the model was trained on pixels, which no autoencoder decodes; leave --vae out")
-    channels = theirs.latent_channels
-    if channels != config.in_channels:
-        raise ValueError(f"export: the autoencoder has {channels} latent channels, the model {config.in_channels}")
-    if theirs.shift_factor:
-        raise ValueError(f"export: the autoencoder has shift_factor {theirs.shift_factor}, which DiTPipeline ignores")
-    if theirs.scaling_factor != known.get("scale_factor", theirs.scaling_factor):
-        raise ValueError(
-            f"export: the autoencoder has scaling_factor {theirs.scaling_factor}, "
-            f"the model was trained with {known['scale_factor']}"
-        )
-    if isinstance(vae, Autoencoder) and known.get("sha256") not in (None, vae.sha256):
-        raise ValueError(
-            f"export: autoencoder {vae.spec} is not the one the model was trained with "
-            f"({known['spec']}; SHA-256 {vae.sha256[:12]} for {known['sha256'][:12]})"
-        )
-    return module
+    if vae.latent_channels != config.in_channels:
+        channels = f"{vae.latent_channels} latent channels, the model {config.in_channels}"
+        raise ValueError(f"export: the autoencoder has {channels}")
+    known = LatentSpace.of(facts["autoencoder"]) if facts.get("autoencoder") else vae.space
+    if difference := known.difference(vae.space):
+        raise ValueError(f"export: the model's latents are of another autoencoder, {known.spec}: {difference}")
+    return folded(vae) if vae.space.is_channelwise else vae
 
 
-def autoencoder_facts(theirs: Mapping[str, Any], source: str, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Facts of the autoencoder in a pipeline's folder, from its config, or those known of one that is stored elsewhere.
+@torch.no_grad()
+def folded(autoencoder: Autoencoder) -> Autoencoder:
+    """An autoencoder whose z is normalised by itself, so that pipelines which ignore mean and std decode as they should.
+
+    Raises ValueError for one without the 1x1 convolutions that take over the means and standard deviations.
+    """
+    module = copy.deepcopy(autoencoder.module)
+    if module.quant_conv is None or module.post_quant_conv is None:
+        raise ValueError(f"export: {autoencoder.spec} has latents_mean or a shift_factor, which DiTPipeline ignores")
+    mean, std = (
+        part.flatten().expand(autoencoder.latent_channels) for part in autoencoder.space.statistics(torch.zeros(1))
+    )
+    after, before = module.post_quant_conv, module.quant_conv
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[:, None, None]
+    # The first half of the channels are z's means, the second its log-variances.
+    before.bias -= torch.cat([mean, 2 * std.log()])
+    scale = torch.cat([std, torch.ones_like(std)])
+    before.weight /= scale[:, None, None, None]
+    before.bias /= scale
+    module.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
+    return Autoencoder(module, autoencoder.spec)
+
+
+def autoencoder_facts(theirs: Mapping[str, Any], source: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Facts of the autoencoder in a pipeline's folder: its config's, and those known of it.
 
     Raises ValueError for an autoencoder of another kind.
     """
-    if not theirs:
-        return dict(known) if known else None
     if theirs.get("_class_name") != "AutoencoderKL" or not {"block_out_channels", "latent_channels"} <= theirs.keys():
         raise ValueError(f"{source}: its vae is a {theirs.get('_class_name')}; expected an AutoencoderKL")
-    return {
-        "sha256": None, "scale_factor": theirs.get("scaling_factor", 0.18215),
-        "shift_factor": theirs.get("shift_factor") or 0.0, "downsampling": 2 ** (len(theirs["block_out_channels"]) - 1),
-        "latent_channels": theirs["latent_channels"], **(known or {}), "spec": source,
-    }  # fmt: skip
+    try:
+        return {**LatentSpace.of_config(theirs, source).facts(), **(known or {}), "spec": source}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its vae cannot be used ({error})") from error
 
 
 def fetched(name: str) -> Path:
@@ -133,10 +172,13 @@ def fetched(name: str) -> Path:
         for file in _FILES:
             with contextlib.suppress(EntryNotFoundError):
                 download(name, file)
-        try:
-            download(name, f"transformer/{WEIGHTS}.safetensors")
-        except EntryNotFoundError:
-            download(name, f"transformer/{WEIGHTS}.bin")
+        for last, file in enumerate((f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors", f"{WEIGHTS}.bin")):
+            try:
+                download(name, f"transformer/{file}")
+                break
+            except EntryNotFoundError:
+                if last == 2:
+                    raise
     except (OSError, ValueError) as error:
         here = f"{name}: no such file or folder here, and not available from the Hugging Face hub"
         raise OSError(f"{here} ({' '.join(str(error).split())[:200]}); check name and network") from error

@@ -1,4 +1,5 @@
-"""Files of the released DiT (facebookresearch/DiT): a bare state dict, or a training checkpoint {model, ema, opt, args}.
+"""Files of the released DiT (facebookresearch/DiT): a bare state dict, or a training checkpoint {model, ema, opt, args},
+of that code, its descendants, or anybody's own loop over its model.
 
 Our modules have the released names, so nothing is renamed; a model's shape follows from its tensors.
 """
@@ -16,14 +17,19 @@ from triptych_common.cli import echo
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
 from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage.bounded import Bounded
+from triptych_common.storage.files import check
 from triptych_common.storage.model_file import refuse_non_finite
 
 from triptych_dit.config import PRESETS, DiTConfig
 from triptych_dit.flops import parameter_count
 from triptych_dit.model import DiT, sincos_position_embedding
+from triptych_dit.weights import Facts, recorded
 
 TABLE = "y_embedder.embedding_table.weight"
+FACTS = "triptych"  # entry of the facts in exported files
 TIMESTEP_BIAS = "t_embedder.mlp.2.bias"
+LANDMARKS = ("x_embedder.proj.weight", TABLE, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
 _HEADS = {config.hidden_size: config.num_heads for name, config in PRESETS.items() if name.startswith("DiT-")}
 _URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 
@@ -50,16 +56,24 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def load_released(
-    source: str | Path, *, weights: str | None = None, num_heads: int | None = None, num_classes: int | None = None
-) -> DiT:
-    """Read a released or self-trained file of facebookresearch/DiT: float32, on the CPU, in evaluation mode.
+def load_released(source: str | Path, **options: Any) -> DiT:
+    """The model of `read_released`, without its facts."""
+    return read_released(source, **options)[0]
 
-    source: a file (.pt, or its state dict as .safetensors), or a published name ("DiT-XL/2@256", "DiT-XL/2@512"), which is
-        downloaded to `$TRIPTYCH_DATA/dit` once.
+
+def read_released(
+    source: str | Path, *, weights: str | None = None, num_heads: int | None = None, num_classes: int | None = None,
+    input_size: int | None = None,
+) -> tuple[DiT, dict[str, Any]]:  # fmt: skip
+    """Read a released or self-trained file of facebookresearch/DiT: float32, on the CPU, in evaluation mode, and its facts,
+    which only `export_released` writes.
+
+    source: a file (.pt, .ckpt or .safetensors), whatever wrapped its network, or a published name ("DiT-XL/2@256",
+        "DiT-XL/2@512"), which is downloaded to `$TRIPTYCH_DATA/dit` once.
     weights: "ema" or "model" of a training checkpoint; by default "ema" if it has them.
     num_heads: number of attention heads; needed for widths that were not published.
     num_classes: by default that of the checkpoint's arguments, else one less than the label table has rows.
+    input_size: side of the inputs of a file without a position embedding; by default that of its arguments, else 32.
     Raises FileNotFoundError if there is no such file, ValueError if it is not such a model.
     """
     path = Path(source).expanduser()
@@ -67,15 +81,17 @@ def load_released(
         path = published_file(str(source))
     if "state" in foreign.metadata(path):
         raise ValueError(f"{path}: a model file of triptych's own, not a released one; read it with load_model")
-    # Training checkpoints of the released code pickle their command line's arguments.
-    content = foreign.read(path, allow=[argparse.Namespace])
-    state, args = _unwrap(content, path, weights)
+    state, args, facts = _network(path, weights)
     _check_family(state, path, args)
-    argument, rows = getattr(args, "num_classes", None), len(state[TABLE])
-    if num_classes is None:
-        num_classes = argument if isinstance(argument, int) and rows - argument in (0, 1) else rows - 1
-    heads = num_heads or getattr(PRESETS.get(getattr(args, "model", "")), "num_heads", None)
+    heads = num_heads or getattr(PRESETS.get(str(args.get("model"))), "num_heads", None)
     try:
+        if "pos_embed" not in state:
+            state["pos_embed"] = _computed_embedding(state, args, input_size)
+            note = f"has no position embedding; computed for {state['pos_embed'].shape[1]} tokens, as --input-size sets"
+            echo(f"{path}: {note}")
+        argument, rows = args.get("num_classes"), len(state[TABLE])
+        if num_classes is None:
+            num_classes = argument if isinstance(argument, int) and rows - argument in (0, 1) else rows - 1
         config = infer_config(state, num_heads=heads, num_classes=num_classes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -86,7 +102,7 @@ def load_released(
     gap = float((model.pos_embed[0] - ours).abs().max())
     if gap > 1e-6:
         echo(f"{path}: its position embedding is not the sine-cosine one (differs by up to {gap:.2g}); kept as it is")
-    return model
+    return model, facts
 
 
 def published_file(name: str) -> Path:
@@ -105,9 +121,10 @@ def published_file(name: str) -> Path:
     return path
 
 
-def export_released(model: DiT, path: Path) -> None:
-    """Write a model's state dict, in float32, as the original code reads it.
+def export_released(model: DiT, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a model's state dict, in float32, as the original code reads it: as the average of a training checkpoint.
 
+    facts: of the model, for `read_released`; the original code knows nothing of them.
     A model without classes gets a label table of one row of zeros: pass label 0 there.
     Raises ValueError for a model that the original code cannot run, OSError if the file cannot be written.
     """
@@ -119,7 +136,7 @@ def export_released(model: DiT, path: Path) -> None:
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if not config.num_classes:
         state[TABLE] = torch.zeros(1, config.hidden_size)
-    foreign.write(path, state)
+    foreign.write(path, {"ema": state, FACTS: {"predict": "noise", **recorded(facts or {})}})
 
 
 def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, num_classes: int) -> DiTConfig:
@@ -171,13 +188,22 @@ def fold_table(state: dict[str, Tensor]) -> None:
 
 def assembled(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
     """The model of a complete state dict: float32, frozen, in evaluation mode. Raises ValueError if it does not fit."""
-    with torch.device("meta"):
-        model = DiT(config)
+    model = skeleton(config, state, source)
     check_keys(state, model.state_dict(), source)
     refuse_non_finite(state, source)
     owned = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
     model.load_state_dict(owned, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def skeleton(config: DiTConfig, state: Mapping[str, Tensor], source: str) -> DiT:
+    """The model without values. Raises ValueError for a config of a model far larger than the state dict."""
+    try:
+        with Bounded(sum(tensor.nbytes for tensor in state.values())), torch.device("meta"):
+            return DiT(config)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source}: config and weights are not of one model ({reason})") from error
 
 
 def check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
@@ -200,23 +226,32 @@ def require_square(config: DiTConfig, whose: str) -> None:
         raise ValueError(f"export: input_size {height}x{width}: {whose} knows only squares")
 
 
-def _unwrap(content: Any, path: Path, weights: str | None) -> tuple[dict[str, Tensor], argparse.Namespace | None]:
-    """State dict and, if present, arguments of a checkpoint, without the prefixes of DDP's and compile's wrappers."""
+def _network(path: Path, weights: str | None) -> tuple[dict[str, Tensor], Mapping[str, Any], dict[str, Any]]:
+    """The state dict of a file, the arguments of the released code's command line, and the facts of our export, if any."""
     if weights not in (None, "ema", "model"):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
-    inner = {key: value for key, value in content.items() if isinstance(value, Mapping)}
-    bare = not {"ema", "model", "state_dict"} & inner.keys()
-    if bare and weights:
+    found = foreign.state_dict(path, holds=LANDMARKS, prefer="model" if weights == "model" else "ema")
+    if weights and not found.place:
         raise ValueError(f"{path}: a bare state dict, with no choice of weights {weights!r}; leave the option out")
-    if weights and weights not in inner:
-        raise ValueError(f"{path}: has no weights {weights!r}, only {', '.join(inner)}")
-    state = content if bare else inner[weights or next(key for key in ("ema", "model", "state_dict") if key in inner)]
-    args = content.get("args")
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
-    return plain, args if isinstance(args, argparse.Namespace) else None
+    if weights and found.is_average != (weights == "ema"):
+        raise ValueError(f"{path}: has no weights {weights!r}, only {found.place}")
+    args, facts = (found.content.get(name, {}) for name in ("args", FACTS))
+    if facts:
+        check(facts, Facts, source=f"{path}: {FACTS}", remedy="export it again")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return found.tensors, args if isinstance(args, Mapping) else {}, dict(facts)
+
+
+def _computed_embedding(state: Mapping[str, Tensor], args: Mapping[str, Any], side: int | None) -> Tensor:
+    """The position embedding that files of trained parameters alone lack."""
+    (width, _, patch, _), pixels = state["x_embedder.proj.weight"].shape, args.get("image_size")
+    if side is None:
+        side = (
+            pixels // 8 if isinstance(pixels, int) else 32
+        )  # eight pixels a latent, as with the released code's autoencoder
+    if not 0 < side < 1 << 12 or side % patch:
+        raise ValueError(f"input_size {side}: expected a multiple of its patch size, {patch}")
+    return sincos_position_embedding(side // patch, side // patch, width)[None]
 
 
 _FAMILIES = {  # names that only they have
@@ -234,15 +269,14 @@ _FAMILIES = {  # names that only they have
 }
 
 
-def _check_family(state: Mapping[str, Tensor], path: Path, args: argparse.Namespace | None) -> None:
+def _check_family(state: Mapping[str, Tensor], path: Path, args: Mapping[str, Any]) -> None:
     """Raise ValueError if it is not a released DiT, naming the model that it looks like."""
     looks = next((what for names, what in _FAMILIES.items() if any(re.match(names, key) for key in state)), None)
-    if hasattr(args, "path_type") or path.name.startswith("SiT"):  # its tensors are named and shaped as a DiT's
+    if "path_type" in args or path.name.startswith("SiT"):  # its tensors are named and shaped as a DiT's
         looks = "a SiT, which predicts velocities"
     if looks:
         raise ValueError(f"{path}: looks like {looks}; expected a model of facebookresearch/DiT")
-    needed = ("pos_embed", "x_embedder.proj.weight", TABLE, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
-    missing = [name for name in needed if name not in state]
+    missing = [name for name in LANDMARKS if name not in state]
     if missing:
         held = f"missing: {_first(missing)}; it holds: {_first(list(state)) or 'no tensors'}"
         raise ValueError(f"{path}: not a model of facebookresearch/DiT; {held}")

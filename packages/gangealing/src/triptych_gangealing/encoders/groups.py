@@ -41,7 +41,7 @@ def open_groups(
         torch.manual_seed(randomness.generator(seed, "descriptor/init").initial_seed())
         groups = Groups(encoder.config, generator.config.resolution, clusters)
     path = folder / GROUPS
-    if ranks.is_main and not path.exists():
+    if ranks.is_main and not checkpoint.is_whole(path):
         groups.descriptor.trunk.load_state_dict(encoder.state_dict())
         groups.to(ranks.device)
         _train(groups, generator, images, seed, folder / "descriptor", Ranks(0, 1, ranks.device))

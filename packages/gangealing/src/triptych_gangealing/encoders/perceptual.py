@@ -168,10 +168,9 @@ def read_vgg(path: Path) -> Vgg16:
     """
     from triptych_common.storage import foreign
 
-    content, network = foreign.read(path), Vgg16()
+    network = Vgg16()
     wanted = network.state_dict()
-    given = content if isinstance(content, Mapping) else {}
-    tensors = {str(name).removeprefix("features."): value for name, value in given.items()}
+    tensors = foreign.state_dict(path, holds=wanted).tensors
     for name, value in wanted.items():
         shape = tuple(getattr(tensors.get(name), "shape", ()))
         if shape != tuple(value.shape):

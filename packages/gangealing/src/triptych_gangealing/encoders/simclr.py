@@ -143,7 +143,7 @@ def train_encoder(generator: Generator, config: EncoderTrainConfig) -> Encoder:
             raise ValueError(f"{ranks.world_size} ranks: the encoder trains in one process; start it without torchrun")
         with open_run(config, ranks, origin) as directory:
             of_this_length = directory.recorded(config.length) == config.total_images
-            if not of_this_length or not (config.out / ENCODER_FILE).exists():
+            if not of_this_length or not checkpoint.is_whole(config.out / ENCODER_FILE):
                 generator, psi = generator.to(ranks.device), config.truncation_psi
                 pool = sample_images(generator, range(config.pool_images), seed=config.seed, truncation_psi=psi)
                 encoder = make_encoder(config)

@@ -4,7 +4,6 @@ It reads pickles of stylegan2-ada-pytorch and stylegan3 (StyleGAN2 networks) and
 rosinality/stylegan2-pytorch, and checks a file's options against its tensors. Entry point: `weights.open_networks`.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from triptych_common.storage import foreign
+from triptych_common.storage.pickle_machine import Refused
 
 from triptych_gangealing.stylegan2 import rosinality, shapes, tensorflow_era
 from triptych_gangealing.stylegan2.discriminator import Discriminator
 from triptych_gangealing.stylegan2.generator import Generator
-from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle, refused_name
+from triptych_gangealing.stylegan2.pickles import PickledNetwork, load_pickle
 
 # NVIDIA's options: fields of our configs; values that every network here has; options of training or speed, or that shapes repeat.
 _FIELDS = {name: name for name in ("c_dim", "channel_base", "channel_max", "architecture", "conv_clamp")}
@@ -46,16 +46,15 @@ def read_rosinality(path: Path) -> dict[str, Any]:
     Raises ValueError for one that would run code or holds no networks.
     """
     try:
-        content = foreign.read(path, allow=[argparse.Namespace])  # the options of a training run
+        content = foreign.read(path)
     except ValueError as error:
-        if error.__cause__ is None or (name := refused_name(error.__cause__)) is None:
+        if not isinstance(error.__cause__, Refused):
             raise
-        reason = f"names {name}, which no network needs and which could run code; nothing was run"
-        raise ValueError(f"{path}: {reason}") from error
+        raise ValueError(f"{path}: {error.__cause__}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a checkpoint with g_ema")
-    state = rosinality.generator_state(content)
-    discriminator_state = content["d"] if isinstance(content.get("d"), Mapping) else None
+    state = _located(path, lambda: rosinality.generator_state(content))
+    discriminator_state = _located(path, lambda: rosinality.discriminator_state(content))
     if state is None and discriminator_state is None:
         raise ValueError(f"{path}: holds no networks; expected a checkpoint with g_ema, as rosinality's code writes")
     average = content["latent_avg"] if isinstance(content.get("latent_avg"), Tensor) else None

@@ -7,7 +7,6 @@ are pickles within the pickle, are read by torch's own restricted reader; arrays
 import io
 import math
 import mmap
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from triptych_gangealing.stylegan2.pickle_machine import Machine, Name, Refused, dictionary, plain_keys
+from triptych_common.storage import torch_file
+from triptych_common.storage.files import regular
+from triptych_common.storage.pickle_machine import Budget, Machine, Name, Refused, TooLarge, dictionary, plain_keys
 
 _SCALARS = (str, int, float, bool, type(None))
 _MOST_MODULES, _DEEPEST = 5000, 8  # of a network: ten times NVIDIA's largest
@@ -47,21 +47,16 @@ def load_pickle(path: Path) -> dict[str, PickledNetwork]:
     Raises FileNotFoundError for an absent file; ValueError for one that names anything networks do not need (nothing has been
     run), is damaged, or holds no networks.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return dict(_networks(Machine(_CALLS, _build).run(content)))
+        with regular(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            budget = Budget(len(content))
+            return dict(_networks(Machine(_CALLS, _build, budget).run(content), budget))
     except Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except _DAMAGE as error:
         raise ValueError(f"{path}: truncated, or no pickle of networks; make or fetch it again") from error
-
-
-def refused_name(error: BaseException) -> str | None:
-    """The name that torch's restricted reader refused to import, from its error."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return found[1][:100] if found else None
 
 
 @dataclass
@@ -144,17 +139,19 @@ def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
 
 def _storage(content: Any) -> Tensor:
     """A stored tensor's numbers, which are a pickle within the pickle."""
+    file = io.BytesIO(content)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # typed storages are deprecated
-            storage = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            if not isinstance(storage, torch.storage.TypedStorage):
-                raise ValueError("no storage")
-            return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
-    except pickle.UnpicklingError as error:
-        if (name := refused_name(error)) is None:
-            raise ValueError("damaged storage") from error
-        raise Refused(f"names {name} within a stored tensor, which could run code; nothing was run") from error
+        torch_file.check(file, len(content))
+    except TooLarge:
+        raise
+    except Refused as error:
+        raise Refused(f"has a stored tensor that {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # typed storages are deprecated
+        storage = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(storage, torch.storage.TypedStorage):
+            raise ValueError("no storage")
+        return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
 
 
 def _dtype(code: Any, *_: Any) -> np.dtype:
@@ -192,12 +189,12 @@ _CALLS: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def _networks(content: Any) -> Iterator[tuple[str, PickledNetwork]]:
+def _networks(content: Any, budget: Budget) -> Iterator[tuple[str, PickledNetwork]]:
     """Of NVIDIA's dictionaries, and of the older triples (G, D, G_ema)."""
     if type(content) is tuple and len(content) == 3:
         content = dict(zip(("G", "D", "G_ema"), content, strict=True))
     networks = content if type(content) is dict else {}
-    readers: dict[type, Callable[[Any], PickledNetwork]] = {
+    readers: dict[type, Callable[[Any, Budget], PickledNetwork]] = {
         _Module: _taken_apart,
         _TensorFlowNetwork: _taken_apart_tensorflow,
     }
@@ -205,7 +202,7 @@ def _networks(content: Any) -> Iterator[tuple[str, PickledNetwork]]:
     if not keys:
         raise Refused("holds no networks: expected a dictionary with G, D and G_ema")
     for key in keys:
-        yield key, readers[type(networks[key])](networks[key])
+        yield key, readers[type(networks[key])](networks[key], budget)
 
 
 def _walk(root: Any, children: Callable[[Any], Iterable[tuple[str, Any]]], separator: str) -> Iterator[tuple[str, Any]]:
@@ -221,11 +218,14 @@ def _walk(root: Any, children: Callable[[Any], Iterable[tuple[str, Any]]], separ
             todo.append((f"{prefix}{name[:100]}{separator}", child))
 
 
-def _taken_apart(root: _Module) -> PickledNetwork:
+def _taken_apart(root: _Module, budget: Budget) -> PickledNetwork:
     tensors, settings = dict[str, Tensor](), dict[str, Any]()
     for prefix, module in _walk(root, _modules, "."):
         named = [*_part(module, "_parameters"), *_part(module, "_buffers")]
-        tensors |= {prefix + name: value for name, value in named if isinstance(value, Tensor)}
+        for name, value in named:
+            if isinstance(value, Tensor):
+                budget.spend(4 * value.numel())  # networks are of float32
+                tensors[prefix + name] = value
         settings |= {f"{prefix}{k}": v for k, v in module.state.items() if type(v) in _SCALARS and type(k) is str}
     kwargs = root.state.get("_init_kwargs", {})
     return PickledNetwork(root.class_name, kwargs if type(kwargs) is dict else {}, tensors, settings)
@@ -242,11 +242,12 @@ def _part(module: _Module, name: str) -> list[tuple[str, Any]]:
     return list(part.items())
 
 
-def _taken_apart_tensorflow(root: _TensorFlowNetwork) -> PickledNetwork:
+def _taken_apart_tensorflow(root: _TensorFlowNetwork, budget: Budget) -> PickledNetwork:
     tensors: dict[str, Tensor] = {}
     for prefix, network in _walk(root, _components, "/"):
         for name, value in map(_pair, network.state.get("variables", [])):
             if type(name) is str and isinstance(value, np.ndarray | float | int):
+                budget.spend(4 * np.size(value))
                 tensors[f"{prefix}{name[:100]}"] = torch.from_numpy(np.array(value, dtype=np.float32))
     kwargs, name = root.state.get("static_kwargs", {}), root.state.get("build_func_name", "")
     named = name if type(name) is str else ""

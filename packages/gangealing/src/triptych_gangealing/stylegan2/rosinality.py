@@ -1,12 +1,12 @@
 """Checkpoints of rosinality/stylegan2-pytorch, both ways: other names, and a few more dimensions of length one."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from triptych_common import randomness
+from triptych_common.storage import foreign
 
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
 from triptych_gangealing.stylegan2.discriminator import Discriminator
@@ -24,8 +24,14 @@ _DISCRIMINATOR_FILTERS = {r"convs\.\d+\.(conv2|skip)\.0\.kernel": 1.0}
 
 def generator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Their state dict of a checkpoint's generator, the average rather than the one in training; a bare one is one too."""
-    state = next((content[key] for key in ("g_ema", "g") if isinstance(content.get(key), Mapping)), content)
-    return state if any(str(name).endswith("input.input") for name in state) else None
+    state = foreign.network_in(content, holds=["input.input"]).tensors
+    return state if "input.input" in state else None
+
+
+def discriminator_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Their state dict of a checkpoint's discriminator, if it has one."""
+    state = foreign.network_in(content, holds=["final_linear.0.weight"]).tensors
+    return state if "final_linear.0.weight" in state else None
 
 
 def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> dict[str, Tensor]:
@@ -33,7 +39,7 @@ def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> di
 
     Raises ValueError, naming the tensor, for one that is missing, oddly shaped or unknown, or another filter than [1, 3, 3, 1].
     """
-    state = without_filters(_unwrapped(state), _GENERATOR_FILTERS)
+    state = without_filters(state, _GENERATOR_FILTERS)
     layers = len(numbers(state, r"style\.(\d+)\.weight"))
     blocks = len(numbers(state, r"to_rgbs\.(\d+)\.conv\.weight"))
     tensors = _to_ours(state, _generator_rows(layers, blocks))
@@ -42,7 +48,7 @@ def generator_tensors(state: Mapping[str, Any], latent_avg: Tensor | None) -> di
 
 def discriminator_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """A discriminator's tensors by NVIDIA's names. Raises as `generator_tensors`."""
-    state = without_filters(_unwrapped(state), _DISCRIMINATOR_FILTERS)
+    state = without_filters(state, _DISCRIMINATOR_FILTERS)
     return _to_ours(state, _discriminator_rows(len(numbers(state, r"convs\.(\d+)\.skip\.1\.weight"))))
 
 
@@ -158,7 +164,3 @@ def _to_ours(state: Tensors, rows: Iterator[Row]) -> dict[str, Tensor]:
         return value.reshape(ours)
 
     return renamed(state, rows, shortened, "rosinality's")
-
-
-def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {re.sub(r"^(module\.)+", "", str(name)): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -9,6 +9,7 @@ from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
+from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.model_file import non_finite
 
 from triptych_gangealing.stylegan2.config import Architecture, DiscriminatorConfig, GeneratorConfig
@@ -74,7 +75,10 @@ def build(config: GeneratorConfig | DiscriminatorConfig, tensors: Tensors) -> Ge
     Raises ValueError for the first tensor that is missing, of another shape, or no part of such a network.
     """
     network_class: Any = Generator if isinstance(config, GeneratorConfig) else Discriminator
-    with torch.device("meta"):  # shapes alone: a wrong config may be huge
+    with (
+        Bounded(sum(value.nbytes for value in tensors.values())),
+        torch.device("meta"),
+    ):  # shapes alone: a wrong config may be huge
         expected = {name: tuple(value.shape) for name, value in network_class(config).state_dict().items()}
     widths = f"channel_base {config.channel_base}, channel_max {config.channel_max}"
     by_config = f"expected by its resolution {config.resolution}, {widths}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from triptych_common.cli import echo
 from triptych_common.storage import checkpoint
+from triptych_common.storage.files import regular
 from triptych_common.storage.model_file import ModelFormat
 
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
@@ -76,7 +77,7 @@ def open_networks(path: str | Path) -> Source:
     path = locate(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return _own(path)
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         start = file.read(len(_LEGACY_TORCH))
     if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
         from triptych_gangealing.stylegan2.interop import read_rosinality as read_foreign

@@ -24,7 +24,7 @@ from triptych_gpt.memorization import audit
 from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.tasks.task import Metric, Task
 from triptych_gpt.trained import TrainedGpt, load
-from triptych_gpt.zoo.source import recipe_of
+from triptych_gpt.zoo.source import contents_of, recipe_of
 from triptych_gpt.zoo.zoo import Zoo
 
 CANDIDATES = (0.0, 0.1, 0.5, 0.9, 1.0)  # quantiles of the metric at which training runs end
@@ -55,14 +55,15 @@ class Trial:
         cls, model: str | Path, zoo: str | Path, settings: SamplerSettings, seed: int = 0, device: str = "auto",
         task: str | None = None,
     ) -> "Trial":  # fmt: skip
-        """The model of a run folder or model file, on a device, with its zoo. Raises what `load` and `Zoo` raise.
+        """The model of a run folder or model file, on a device, with its zoo, verified. Raises what `load` and `Zoo` raise.
 
         task: as for `load`.
         """
-        trained = load(model, task)
+        trial = cls(load(model, task), Zoo(zoo), settings, seed)
         with process_group(device) as ranks:
-            trained.to(ranks.device)
-        return cls(trained, Zoo(zoo), settings, seed)
+            trial.trained.to(ranks.device)
+        trial.zoo.verify_once()
+        return trial
 
     @property
     def task(self) -> Task:
@@ -86,6 +87,11 @@ class Trial:
     def trained_best(self) -> dict[str, float]:
         """The best value of every metric over the training checkpoints."""
         return trained_best(self.zoo, self.training)
+
+    def zoo_identity(self) -> dict[str, Any]:
+        """What of the zoo decides results."""
+        zoo = self.zoo
+        return {"recipe": recipe_of(zoo), "runs": zoo.splits, "contents": contents_of(zoo.manifest.shards)}
 
     def starts(self, split: str, count: int) -> Float[Tensor, "n D"]:
         """Untrained networks of the first runs of a split, on the model's device. Raises ValueError if it has fewer."""

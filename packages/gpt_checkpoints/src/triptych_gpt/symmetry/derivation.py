@@ -28,18 +28,29 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def derive(network: nn.Module) -> PermutationSpec:
-    """The permutation symmetry of an nn.Sequential, nested or not, between fixed inputs and outputs.
+def derive(network: nn.Module, inputs: Tensor | None = None) -> PermutationSpec:
+    """The permutation symmetry of a network between fixed inputs and outputs.
 
-    Known layers are Linear, (transposed) convolutions, batch, instance, layer and RMS normalisation, GroupNorm of one group,
-    elementwise activations, softmax, PReLU, pooling, Flatten, dropout, Identity and `Residual`. Groups are named after the layer
-    that first produces them. Inputs are [batch, features] or [batch, channels, *spatial].
+    An nn.Sequential, nested or not, is read layer by layer. Known are Linear, (transposed) convolutions, batch, instance, layer and
+    RMS normalisation, GroupNorm of one group, elementwise activations, softmax, PReLU, pooling, Flatten, dropout, Identity and
+    `Residual`. Groups are named after the layer that first produces them.
+    Inputs are [batch, features] or [batch, channels, *spatial].
+    Any other network is traced on `inputs`, a batch of which only shape and type matter: see `triptych_gpt.symmetry.traced`.
 
-    Raises ValueError naming the first layer that is not known, or a tensor that the network holds twice.
+    Raises ValueError naming the first layer that is not known if there are no inputs to trace the network on.
     """
     layout = ParameterLayout.of(network)
     walk = _Walk(layout)
-    walk.fix(walk.visit(network, "", _Value()).node)
+    try:
+        if layout.tied:
+            _refuse("", network, f"holds a tensor twice ({' and '.join(next(iter(layout.tied.items())))})")
+        walk.fix(walk.visit(network, "", _Value()).node)
+    except ValueError:
+        if inputs is None:
+            raise
+        from triptych_gpt.symmetry.traced import trace  # imports torch's tracing, which takes a second
+
+        return trace(network, inputs)
     return PermutationSpec(layout, {name: walk.resolve(name) for name in layout.names})
 
 
@@ -236,8 +247,8 @@ def _flatten(walk: _Walk, module: nn.Flatten, name: str, value: _Value) -> _Valu
 
 def _refuse(name: str, module: nn.Module, reason: str) -> NoReturn:
     raise ValueError(
-        f"layer {name or '(the network itself)'} ({type(module).__name__}): {reason}; build the network of known layers "
-        "in nn.Sequential and triptych_gpt.symmetry.derivation.Residual, or declare its PermutationSpec by hand"
+        f"layer {name or '(the network itself)'} ({type(module).__name__}): {reason}; give derive a batch of inputs to "
+        "trace the network on, build it of known layers in nn.Sequential and Residual, or declare its PermutationSpec by hand"
     )
 
 

@@ -80,11 +80,10 @@ def _best_order(
 
     units = spec.groups[group]
     products = torch.zeros(len(current), units, units, dtype=current.dtype)
-    theirs, ours = spec.layout.unflatten(reference), spec.layout.unflatten(current)
-    for name, axes in spec.axes.items():
-        for dim, axis in enumerate(axes):
-            if axis is not None and axis.group == group:
-                a = theirs[name].movedim(dim, 0).reshape(units, axis.block, -1).flatten(1)
-                b = ours[name].movedim(dim + 1, 1).reshape(len(current), units, axis.block, -1).flatten(2)
+    for piece in spec.pieces:
+        for dim, (name, _) in enumerate(piece.dims):
+            if name == group:
+                a = piece.view(reference).movedim(dim, 0).reshape(units, -1)
+                b = piece.view(current).movedim(dim + 1, 1).reshape(len(current), units, -1)
                 products += a @ b.mT
     return torch.from_numpy(np.stack([linear_sum_assignment(each, maximize=True)[1] for each in products.numpy()]))

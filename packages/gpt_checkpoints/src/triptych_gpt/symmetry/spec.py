@@ -15,19 +15,20 @@ G.pt's augmentation permutes theta and theta* alike, afresh for every sample:
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from triptych_common import randomness
 
-from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.layout import Functional, ParameterLayout
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,74 @@ class Axis:
     block: int = 1  # more after a feature map was flattened: a channel's height x width columns move as one
 
 
+Factor = tuple[str | None, int]  # a group or None, and how many units or entries
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A dimension that consists of segments one after another, each the product of its factors, the last one changing fastest.
+
+    The rows of four heads of eight channels are Blocks(((("heads", 4), ("channels", 8)),)); those of an LSTM's four gates are
+    Blocks((((None, 4), ("hidden", 16)),)), and a concatenation has a segment for each part.
+    """
+
+    segments: tuple[tuple[Factor, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.segments or not all(segment and min(n for _, n in segment) > 0 for segment in self.segments):
+            raise ValueError(f"blocks {self.segments}: expected segments of factors (group or None, 1 or more)")
+
+
+Entry = Axis | Blocks | None
+
+
+def segments_of(entry: Entry, length: int) -> tuple[tuple[Factor, ...], ...]:
+    """A dimension's segments, whichever way they are declared. Raises ValueError if they are not `length` entries."""
+    if isinstance(entry, Blocks):
+        lengths = [math.prod(n for _, n in segment) for segment in entry.segments]
+        if sum(lengths) != length:
+            raise ValueError(f"a dimension of {length} in segments of {lengths}; they must add up to it")
+        return entry.segments
+    if entry is None:
+        return (((None, length),),)
+    if entry.block < 1 or length % entry.block:
+        raise ValueError(f"a dimension of {length} in blocks of {entry.block}; they must divide it")
+    units = (entry.group, length // entry.block)
+    return ((units, (None, entry.block)),) if entry.block > 1 else ((units,),)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a parameter in one segment of each of its dimensions, indexed by the factors of these segments."""
+
+    name: str
+    span: slice  # of the parameter
+    shape: tuple[int, ...]  # of the parameter
+    where: tuple[slice, ...]  # in each of its dimensions
+    factors: tuple[tuple[Factor, ...], ...]  # of each of its dimensions
+
+    @property
+    def dims(self) -> list[Factor]:
+        return [factor for factors in self.factors for factor in factors]
+
+    def view(self, theta: Float[Tensor, "*batch D"]) -> Tensor:
+        """These entries of theta, [*batch, *dims]; a view."""
+        value = theta[..., self.span].unflatten(-1, self.shape)[(..., *self.where)]
+        for dim, factors in reversed(list(enumerate(self.factors, start=theta.ndim - 1))):
+            value = value.unflatten(dim, [n for _, n in factors])
+        return value
+
+
 @dataclass(frozen=True)
 class PermutationSpec:
     """The axes of a network's parameters that share permutations.  [thesis 3.2.1]
 
-    axes: an entry for each dimension of every parameter, None if it is fixed.
+    axes: an entry for each dimension of every parameter, None if it is fixed; `Blocks` where one group is not enough.
     Raises ValueError if parameters or dimensions lack an entry, or if sizes do not agree within a group.
     """
 
     layout: ParameterLayout
-    axes: Mapping[str, tuple[Axis | None, ...]]
+    axes: Mapping[str, tuple[Entry, ...]]
 
     def __post_init__(self) -> None:
         for name in self.axes:
@@ -63,22 +122,45 @@ class PermutationSpec:
         _ = self.groups  # checks sizes
 
     @cached_property
+    def pieces(self) -> list[Piece]:
+        """The pieces of every parameter, in order of theta; most parameters are a single one."""
+        pieces = []
+        for name, entries in self.axes.items():
+            shape = self.layout.shapes[name] or (1,)
+            try:
+                segments = [segments_of(*pair) for pair in zip(entries or (None,), shape, strict=True)]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            ends = [accumulate((math.prod(n for _, n in one) for one in each), initial=0) for each in segments]
+            places = [[slice(*pair) for pair in pairwise(each)] for each in ends]
+            for chosen in product(*map(zip, segments, places)):
+                factors, where = zip(*chosen, strict=True)
+                pieces.append(Piece(name, self.layout.spans[name], shape, where, factors))
+        return pieces
+
+    @cached_property
     def groups(self) -> dict[str, int]:
         """Number of units of every group, in order of appearance."""
         groups: dict[str, int] = {}
         first: dict[str, str] = {}
-        for name, axes in self.axes.items():
-            for axis, length in zip(axes, self.layout.shapes[name], strict=True):
-                if axis is None:
-                    continue
-                if axis.block < 1 or length % axis.block:
-                    raise ValueError(f"{name}: a dimension of {length} in blocks of {axis.block}; they must divide it")
-                units = length // axis.block
-                if groups.setdefault(axis.group, units) != units:
-                    known = f"{groups[axis.group]} in {first[axis.group]}; give them different groups or another block"
-                    raise ValueError(f"{name}: {units} units in group {axis.group!r}, which has {known}")
-                first.setdefault(axis.group, name)
+        for piece in self.pieces:
+            for group, units in piece.dims:
+                if group is not None and groups.setdefault(group, units) != units:
+                    known = f"{groups[group]} in {first[group]}; give them different groups or another block"
+                    raise ValueError(f"{piece.name}: {units} units in group {group!r}, which has {known}")
+                first.setdefault(str(group), piece.name)
         return groups
+
+    def without(self, groups: Collection[str]) -> "PermutationSpec":
+        """The spec with these groups fixed."""
+        axes: dict[str, tuple[Entry, ...]] = {}
+        for name, entries in self.axes.items():
+            named = [segments_of(*pair) for pair in zip(entries, self.layout.shapes[name], strict=True)]
+            axes[name] = tuple(
+                Blocks(tuple(tuple((None if g in groups else g, n) for g, n in segment) for segment in each))
+                for each in named
+            )
+        return PermutationSpec(self.layout, axes)
 
     def draw(
         self, seed: int, indices: Sequence[int] | Int[Tensor, " n"], stream: str = "permute"
@@ -116,8 +198,8 @@ class PermutationSpec:
             {group: p.reshape(n, -1).to(theta.device, torch.long) for group, p in each.items()}
             for each in (permutations, inverse)
         ]
-        for span, dims in self._moves:
-            _move(source[..., span], target[..., span], dims, *tables)
+        for view, dims in self._moves:
+            _move(view(source), view(target), dims, *tables)
         return out
 
     def inverse(self, permutations: Mapping[str, Int[Tensor, "*n _"]]) -> dict[str, Int[Tensor, "*n _"]]:
@@ -143,28 +225,35 @@ class PermutationSpec:
         return inverses
 
     @cached_property
-    def _moves(self) -> list[tuple[slice, list[tuple[int, str | None]]]]:
-        """Stretches of theta to move at once, each as dimensions (length, group or None); neighbours that stay are merged."""
-        moves: list[tuple[slice, list[tuple[int, str | None]]]] = []
-        for name, axes in self.axes.items():
-            span, dims = self.layout.spans[name], list[tuple[int, str | None]]()
-            for axis, length in zip(axes, self.layout.shapes[name], strict=True):
-                block = length if axis is None else axis.block
-                dims += [] if axis is None else [(length // block, axis.group)]
-                if dims and dims[-1][1] is None:
-                    dims[-1] = (dims[-1][0] * block, None)
-                elif block > 1:
-                    dims.append((block, None))
-            fixed = all(group is None for _, group in dims)
-            if fixed and moves and all(group is None for _, group in moves[-1][1]):
-                span = slice(moves.pop()[0].start, span.stop)
-            moves.append((span, [] if fixed else dims))
+    def _moves(self) -> list[tuple[Callable[[Tensor], Tensor], list[Factor]]]:
+        """What to move at once: views of theta by factors; neighbours that stay, within a tensor or not, are merged."""
+        moves: list[tuple[Callable[[Tensor], Tensor], list[Factor]]] = []
+        for piece in self.pieces:
+            if piece.where != tuple(slice(0, length) for length in piece.shape):
+                moves.append((piece.view, piece.dims))
+                continue
+            dims: list[Factor] = []
+            for group, length in piece.dims:
+                if dims and group is None and dims[-1][0] is None:
+                    dims[-1] = (None, dims[-1][1] * length)
+                elif length > 1 or not dims:
+                    dims.append((group, length))
+            span = piece.span
+            if len(dims) == 1 and dims[0][0] is None and moves and isinstance(moves[-1][0], _Stretch):
+                before = moves[-1][0]
+                if before.lengths is None and before.span.stop == span.start:
+                    moves.pop()
+                    span = slice(before.span.start, span.stop)
+            fixed = all(group is None for group, _ in dims)
+            moves.append((_Stretch(span, None if fixed else [n for _, n in dims]), [] if fixed else dims))
         return moves
 
     def to_json(self) -> dict[str, Any]:
-        """{"layout": ..., "axes": {name: [null or [group, block], ...]}}."""
-        axes = {name: [axis and [axis.group, axis.block] for axis in axes] for name, axes in self.axes.items()}
-        return {"layout": self.layout.to_json(), "axes": axes}
+        """{"layout": ..., "axes": {name: [null, [group, block] or segments [[[group or null, units], ...], ...], ...]}}."""
+        return {
+            "layout": self.layout.to_json(),
+            "axes": {name: list(map(_json, axes)) for name, axes in self.axes.items()},
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "PermutationSpec":
@@ -172,19 +261,31 @@ class PermutationSpec:
         try:
             axes, layout = {}, content["layout"]
             for name, entries in content["axes"].items():
-                axes[name] = tuple(None if axis is None else Axis(str(axis[0]), int(axis[1])) for axis in entries)
+                axes[name] = tuple(map(_entry, entries))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError('not a permutation spec; expected {"layout": ..., "axes": {name: [...]}}') from error
         return cls(ParameterLayout.from_json(layout), axes)
 
 
+@contextmanager
+def mha_fastpath(*, enabled: bool) -> Iterator[None]:
+    """Whether attention layers may take a fused path in evaluation, which neither vmap nor tracing can see through."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def forward_of(network: nn.Module) -> Callable[[Tensor, Any], Tensor]:
     """The network in evaluation mode and float64 as a function of (theta [D], inputs)."""
     network = copy.deepcopy(network).eval().double()
-    layout = ParameterLayout.of(network)
+    layout, call = ParameterLayout.of(network), Functional(network)
 
     def forward(theta: Float[Tensor, " D"], inputs: Any) -> Tensor:
-        return functional_call(network, layout.unflatten(theta), (inputs,))
+        with mha_fastpath(enabled=False):  # its sums have another order, and less precision
+            return call(layout.unflatten(theta), inputs)
 
     return forward
 
@@ -207,19 +308,45 @@ def check_invariance(
     return torch.stack(changes).max().item()  # torch's max, unlike Python's, returns NaN if there is one
 
 
+def _json(entry: Entry) -> list[Any] | None:
+    if isinstance(entry, Blocks):
+        return [[list(factor) for factor in segment] for segment in entry.segments]
+    return None if entry is None else [entry.group, entry.block]
+
+
+def _entry(content: Any) -> Entry:
+    """The inverse of `_json`."""
+    if content is None:
+        return None
+    if isinstance(content[0], str):
+        return Axis(content[0], int(content[1]))
+    named = [[(None if group is None else str(group), int(n)) for group, n in segment] for segment in content]
+    return Blocks(tuple(map(tuple, named)))
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """theta from one place to another, as dimensions of these lengths."""
+
+    span: slice
+    lengths: Sequence[int] | None
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        stretch = theta[..., self.span]
+        return stretch if self.lengths is None else stretch.unflatten(-1, self.lengths)
+
+
 def _move(
-    source: Float[Tensor, "more n _"],
-    target: Float[Tensor, "more n _"],
-    dims: Sequence[tuple[int, str | None]],
+    source: Float[Tensor, "more n *dims"],
+    target: Float[Tensor, "more n *dims"],
+    dims: Sequence[Factor],
     forward: Mapping[str, Int[Tensor, "n _"]],
     backward: Mapping[str, Int[Tensor, "n _"]],
 ) -> None:
-    """Copy a stretch of theta into its reordered place."""
+    """Copy some entries of theta into their reordered places."""
     # Contiguous runs are written whole where they belong, as fast as a plain copy; gather takes an index for each entry. Only a
     # last dimension that is permuted itself, so that runs have one entry, is gathered first.
-    lengths, groups = [length for length, _ in dims], [group for _, group in dims]
-    if dims:
-        source, target = source.unflatten(-1, lengths), target.unflatten(-1, lengths)
+    groups, lengths = [group for group, _ in dims], [length for _, length in dims]
     last = groups[-1] if groups else None
     if last is not None:
         groups.pop()

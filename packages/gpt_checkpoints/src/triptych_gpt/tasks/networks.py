@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from triptych_gpt.tasks.optimizers import OptimizerSettings
@@ -129,7 +129,7 @@ class Folding:
         for start, stop in self._spans:
             self._constants[start:stop] = 0
 
-    def inputs(self, inputs: Float[Tensor, "items *shape"]) -> Tensor:
+    def inputs(self, inputs: Shaped[Tensor, "items *shape"]) -> Tensor:
         """The features that vary, in the memory order in which a product of weights and inputs reads them."""
         return inputs if self.layer is None else self._varying(inputs).T.contiguous().T
 

@@ -1,21 +1,24 @@
 """One network's forward pass for many parameter vectors at once.
 
 An `nn.Sequential` of common layers is computed by batched products and grouped convolutions; a minibatch that all networks share
-enters the first layer as one large product. Any other module goes through `torch.func.vmap`, with the same results but slower.
+enters the first layer as one large product. Any other module goes through `torch.func.vmap`, with the same results but slower; one
+that vmap cannot batch, such as a GRU or one whose control flow depends on data, runs network by network.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 
-from triptych_gpt.layout import ParameterLayout
+from triptych_gpt.layout import Functional, ParameterLayout
 from triptych_gpt.symmetry.derivation import ELEMENTWISE, POOLING, Residual, join
+from triptych_gpt.symmetry.spec import mha_fastpath
 
 Parameters = Mapping[str, Tensor]  # each [networks, *shape]
 
@@ -39,6 +42,10 @@ class _Activations:
 _Layer = Callable[[Parameters, _Activations, bool], _Activations]
 
 
+class OneByOneWarning(UserWarning):
+    """Networks that cannot be batched are trained and scored one after another."""
+
+
 class _NoBatchedForm(Exception):
     """A layer meets activations for which only vmap works."""
 
@@ -55,18 +62,20 @@ class Stack:
         self.layout = ParameterLayout.of(network)
         self.trainable = tuple(name for name, p in network.named_parameters() if p.requires_grad)
         self.network = network
+        self._alone = Functional(network)
         for name, module in network.named_modules():
             _check(name, module)
         self._writes = any(getattr(module, "inplace", False) for module in network.modules())
         self._layer = _compile(network, "")
         self._batchable: dict[tuple[bool, int], bool] = {}  # by kind of input
+        self._vmappable: dict[bool, bool] = {}  # in training or not
 
     @property
     def batched(self) -> bool:
         """Whether every layer has a batched form for all inputs so far; otherwise vmap runs the network."""
         return self._layer is not None and all(self._batchable.values())
 
-    def widest(self, inputs: Float[Tensor, "one *shape"]) -> int:
+    def widest(self, inputs: Shaped[Tensor, "one *shape"]) -> int:
         """Numbers in the largest output of a layer for one item and one network, which limits how many fit at once."""
         sizes = [1]
 
@@ -77,7 +86,9 @@ class Stack:
         hooks = [module.register_forward_hook(note) for module in leaves]
         try:
             with torch.no_grad():
-                self.network.eval()(inputs.to(next(self.network.parameters())))
+                self.network.eval()(
+                    inputs.to(next(self.network.parameters())) if inputs.is_floating_point() else inputs
+                )
         finally:
             for hook in hooks:
                 hook.remove()
@@ -91,12 +102,26 @@ class Stack:
         kind = shared, inputs.ndim
         if kind not in self._batchable:
             self._batchable[kind] = self._layer is not None and self._fits(parameters, inputs, shared)
-        run = self._batched if self._batchable[kind] else self._vmapped
-        return run(parameters, inputs, shared, training)
+        if self._batchable[kind]:
+            aliases = {name: parameters[other] for name, other in self.layout.tied.items()}
+            return self._batched({**parameters, **aliases}, inputs, shared, training)
+        any_of_them = next(iter(parameters.values()))
+        with torch.inference_mode(False):  # since buffers that theta does not hold outlive this call
+            self.network.train(training).to(any_of_them.device, any_of_them.dtype)
+        if training not in self._vmappable:
+            self._vmappable[training] = self._can_vmap(parameters, inputs, shared)
+        return (self._vmapped if self._vmappable[training] else self._one_by_one)(parameters, inputs, shared)
+
+    def probe(self, inputs: Shaped[Tensor, "items *shape"]) -> None:
+        """Find out now, on one network, how networks run; warns if one by one."""
+        state = {name: tensor[None] for name, tensor in self.network.state_dict().items() if name in self.layout.shapes}
+        with torch.no_grad():
+            self(state, inputs)
 
     def _fits(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
         """Whether all layers can batch these activations; tried on one network and item, in evaluation so that nothing changes."""
         one = {name: value[:1] for name, value in parameters.items()}
+        one |= {name: one[other] for name, other in self.layout.tied.items()}
         try:
             with torch.no_grad():
                 self._batched(one, inputs[:1] if shared else inputs[:1, :1], shared, False)
@@ -116,12 +141,46 @@ class Stack:
         state = self._layer(parameters, state, training)
         return (_stacked(state) if state.kind == "input" else _features(state)).values.mT
 
-    def _vmapped(self, parameters: Parameters, inputs: Tensor, shared: bool, training: bool) -> Tensor:
-        any_of_them = next(iter(parameters.values()))
-        with torch.inference_mode(False):  # since buffers that theta does not hold outlive this call
-            self.network.train(training).to(any_of_them.device, any_of_them.dtype)
+    def _vmapped(self, parameters: Parameters, inputs: Tensor, shared: bool) -> Tensor:
         dims = (dict.fromkeys(parameters, 0), None if shared else 0)
-        return vmap(lambda p, x: functional_call(self.network, p, x), in_dims=dims)(dict(parameters), inputs)
+        with mha_fastpath(enabled=False):
+            return vmap(self._alone, in_dims=dims)(dict(parameters), inputs)
+
+    def _one_by_one(self, parameters: Parameters, inputs: Tensor, shared: bool) -> Tensor:
+        each = range(len(next(iter(parameters.values()))))
+        views = [{name: value[i] for name, value in parameters.items()} for i in each]
+        return torch.stack(
+            [self._alone(view, inputs if shared else inputs[i]) for i, view in zip(each, views, strict=True)]
+        )
+
+    def _can_vmap(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
+        """Whether vmap can batch the network; tried on two copies of one network. Raises ValueError for one that is random."""
+        two = {name: value[:1].detach().repeat(2, *[1] * (value.ndim - 1)) for name, value in parameters.items()}
+        try:
+            with torch.no_grad():
+                self._vmapped(two, inputs.clone() if shared else inputs[:1].repeat(2, *[1] * (inputs.ndim - 1)), shared)
+        except RuntimeError as error:
+            if "randomness" in str(error) or self._draws(
+                {name: value[0] for name, value in two.items()}, inputs, shared
+            ):
+                raise ValueError(
+                    f"network {type(self.network).__name__}: draws random numbers, so that runs would depend on ambient "
+                    "randomness; leave out its dropout"
+                ) from error
+            kind, reason = type(self.network).__name__, " ".join(str(error).split())[:100]
+            problem = f"{kind} cannot be batched ({reason}...), so its networks run one by one, slower"
+            warnings.warn(problem, OneByOneWarning, stacklevel=2)
+            return False
+        return True
+
+    def _draws(self, parameters: Parameters, inputs: Tensor, shared: bool) -> bool:
+        """Whether the network draws random numbers."""
+        devices = [inputs.device] if inputs.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            before = torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
+            self._alone(parameters, inputs if shared else inputs[0])
+            after = torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
+        return not all(map(torch.equal, before, after))
 
 
 def _check(name: str, module: nn.Module) -> None:

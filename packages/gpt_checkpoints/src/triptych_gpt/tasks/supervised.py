@@ -27,17 +27,19 @@ from triptych_gpt.tasks.task import Cohort, Metric, Prompts, Speed, Task, Trajec
 
 @dataclass(frozen=True)
 class Items:
-    """One part of a data set. Raises ValueError for inputs that are not floating-point, or not as many as targets."""
+    """One part of a data set. Raises ValueError for inputs that are neither floating-point nor numbers of tokens, or not as many as
+    targets."""
 
-    inputs: Float[Tensor, "items *shape"]
+    inputs: Float[Tensor, "items *shape"] | Int[Tensor, "items *shape"]
     targets: Tensor
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets) or not len(self.inputs):
             counts = f"{len(self.inputs)} inputs and {len(self.targets)} targets"
             raise ValueError(f"{counts}: expected as many, at least one")
-        if not self.inputs.is_floating_point():
-            raise ValueError(f"inputs of {self.inputs.dtype}: expected floating-point, normalised; use .float()")
+        if not (self.inputs.is_floating_point() or self.inputs.dtype == torch.long):
+            expected = "expected floating-point, normalised (.float()), or numbers of tokens (.long())"
+            raise ValueError(f"inputs of {self.inputs.dtype}: {expected}")
 
     def spread(self, count: int) -> "Items":
         """At most `count` items, evenly spread over all."""
@@ -46,6 +48,7 @@ class Items:
         return Items(self.inputs[chosen], self.targets[chosen])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Items":
+        dtype = dtype if self.inputs.is_floating_point() else self.inputs.dtype
         return Items(self.inputs.to(device, dtype), self.targets.to(device))
 
 
@@ -95,11 +98,11 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class SupervisedTask(Checked, Task):
     """Networks trained by minibatches of labelled items.  [thesis 3.3, Algorithm 1]
 
-    network: builds a freshly initialised one: best an `nn.Sequential`, which is fast and whose symmetry is derived, or any module
-    whose forward pass takes a batch. permutations: the symmetry of one for which derivation fails. data: the "train" and "test"
+    network: builds a freshly initialised one: best an `nn.Sequential` of known layers, which is fast, or any module whose forward
+    pass takes a batch. permutations: its symmetry, if it is not to be derived. data: the "train" and "test"
     items. scored_train_items: number of training items, evenly spread over the set, that `train_loss` is the mean of.
 
-    Raises ValueError, when used, for a batch larger than the data or a network whose symmetry cannot be derived.
+    Raises ValueError, when used, for a batch larger than the data.
     """
 
     name: str
@@ -131,13 +134,20 @@ class SupervisedTask(Checked, Task):
 
     @cached_property
     def symmetry(self) -> PermutationSpec:
-        return self.permutations or derive(self.stack.network)
+        if self.permutations is not None:
+            return self.permutations
+        try:
+            return derive(self.stack.network)
+        except (
+            ValueError
+        ):  # not made of known layers: traced on the shape of an input, for which the data have to be loaded
+            return derive(self.stack.network, self.items["train"].inputs[:2])
 
     def check_symmetry(self) -> None:
         """Raises ValueError if permuted networks compute something else on the task's own items."""
         # Derivation does not know the shape of inputs, and a spec declared by hand may be wrong.
         theta, inputs = self.initial(0, range(3)), self.items["test"].inputs[:8]
-        difference = check_invariance(forward_of(self.stack.network), self.symmetry, theta.double(), inputs.double())
+        difference = check_invariance(forward_of(self.stack.network), self.symmetry, theta, inputs)
         if not difference < 1e-8:
             problem = f"permuting hidden units changes outputs by {difference:.2g}"
             raise ValueError(f"task {self.name}: {problem}; declare permutations= that leave them as they are")

@@ -1,5 +1,6 @@
 """Cohorts of runs, their splits, and the work on one: training, scoring, writing."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,8 +9,9 @@ from typing import Literal
 
 import torch
 
+from triptych_gpt.tasks.stack import OneByOneWarning
 from triptych_gpt.tasks.task import Cohort, Task, Trajectories
-from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
+from triptych_gpt.zoo.source import TaskSpec, json_digest, one_line
 from triptych_gpt.zoo.store import CohortData, ShardRecord, shard_name, unsound, write_shard
 
 # Columns of the index that describe a run, besides the task's own settings.
@@ -21,7 +23,7 @@ _SCORED_AT_ONCE = 4000  # checkpoints on the device
 def _opened(spec: TaskSpec, recipe: str) -> Task:
     """The task, opened once in this process. Raises ValueError if it is not the one of the zoo."""
     task = spec.open()
-    if recipe_digest(task.recipe()) != recipe:
+    if json_digest(task.recipe()) != recipe:
         remedy = "make its data and settings the same in every process (seed what is random)"
         raise ValueError(f"task {task.name}: another recipe each time it is opened, or changed meanwhile; {remedy}")
     return task
@@ -63,7 +65,8 @@ def collect_cohort(work: Work, device: str) -> ShardRecord:
     Raises OSError if the files cannot be written, ValueError for a cohort that the task cannot train.
     """
     task, on, cohort, runs = _opened(work.task, work.recipe), torch.device(device), work.cohort, work.cohort.runs
-    with one_line(f"task {task.name}, runs {runs[0]}..{runs[-1]}"):
+    with one_line(f"task {task.name}, runs {runs[0]}..{runs[-1]}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", OneByOneWarning)  # reported by whoever gives out the work, not by every process
         trained = task.train_cohort(cohort, on, work.networks_at_once)
         _check(trained, work, task)
         if work.dtype == "bfloat16":  # scored as they are stored

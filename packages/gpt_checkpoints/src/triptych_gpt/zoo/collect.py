@@ -22,8 +22,8 @@ from triptych_gpt.tasks.task import Cohort, Speed, Task
 from triptych_gpt.zoo import PRELOAD
 from triptych_gpt.zoo.cohorts import SETTINGS, Work, cohorts, collect_cohort, split_of
 from triptych_gpt.zoo.collect_config import IDENTITY, CollectConfig
-from triptych_gpt.zoo.source import TaskSpec, one_line, recipe_digest
-from triptych_gpt.zoo.store import DTYPES, MANIFEST, OWN_COLUMNS, SHARDS, Manifest, to_repair
+from triptych_gpt.zoo.source import TaskSpec, json_digest, one_line
+from triptych_gpt.zoo.store import DTYPES, MANIFEST, OWN_COLUMNS, Manifest, refuse_damaged, to_repair
 
 RECIPE_VERSION = 1  # raised whenever the same recipe gives other runs
 
@@ -62,10 +62,13 @@ def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
         task.symmetry  # noqa: B018 - a network that cannot be permuted is refused now
         identity: dict[str, Any] = {"recipe_version": RECIPE_VERSION, "task": task.name, "recipe": task.recipe()}
         identity |= spec.source()
-        recipe_digest(identity["recipe"])  # refuses one that is not JSON-able
+        json_digest(identity["recipe"])  # refuses one that is not JSON-able
         _check(config, task)
         if isinstance(task, SupervisedTask):
             task.check_symmetry()
+            task.stack.probe(
+                task.items["train"].inputs[:2]
+            )  # so that a slow way of running is reported before it begins
     early = {"early": True} if config.early else {}  # left out otherwise, as in zoos that are older than the option
     return task, identity | {name: getattr(config, name) for name in IDENTITY} | early
 
@@ -136,18 +139,17 @@ def _measured(task: Task, config: CollectConfig) -> Speed:
 
 
 def _refuse_another(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Raises ValueError for a zoo of another recipe, or shards without their manifest."""
-    if (folder / MANIFEST).exists():
-        if changed := differences(Manifest.read(folder).facts.get("recipe"), json.loads(json.dumps(identity))):
-            raise ValueError(f"{folder}: a zoo of another recipe, {changed}; repeat its settings, or use another --out")
-    elif any((folder / SHARDS).glob("runs-*")):
-        raise ValueError(f"{folder}: shards without their {MANIFEST}; put it back, or use another --out")
+    """Raises ValueError for a zoo of another recipe, or shards that nothing lists."""
+    found = Manifest.recover(folder)
+    if found and (changed := differences(found.facts.get("recipe"), json.loads(json.dumps(identity)))):
+        raise ValueError(f"{folder}: a zoo of another recipe, {changed}; repeat its settings, or use another --out")
 
 
 def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) -> Manifest:
-    """The zoo's manifest, created if there is none."""
-    if (config.out / MANIFEST).exists():
-        return Manifest.read(config.out)
+    """The zoo's manifest, made again if it was lost, created if there is none."""
+    if found := Manifest.recover(config.out):
+        found.save()
+        return found
     # Measured only now, and saved: with another number, rounding would make the rest of the zoo differ.
     at_once = config.networks_at_once or _measured(task, config).networks_at_once
     facts = {
@@ -181,7 +183,7 @@ def _work(runs: range, manifest: Manifest, config: CollectConfig) -> Work:
         config.seed, number, runs, config.checkpoints, config.initialiser, config.shared_batches, config.early
     )
     at_once = config.networks_at_once or manifest.facts["networks_at_once"]
-    recipe = recipe_digest(manifest.facts["recipe"]["recipe"])
+    recipe = json_digest(manifest.facts["recipe"]["recipe"])
     split = split_of(number, config.split_every)
     return Work(spec_of(config), recipe, config.out.resolve(), cohort, split, config.dtype, at_once)
 
@@ -198,7 +200,7 @@ def _missing(manifest: Manifest, config: CollectConfig) -> list[Work]:
 
 
 def _damaged(manifest: Manifest, config: CollectConfig) -> list[Work]:
-    """Work for the shards whose files are not as they were written. Raises ValueError for them without --repair."""
+    """Work for the shards whose files are not as they were written. Raises ValueError for any without --repair."""
     damaged = to_repair(manifest, repair=config.repair)
     for damage in damaged:
         echo(f"{damage}; collecting it again")
@@ -229,7 +231,8 @@ def _collect(manifest: Manifest, units: Sequence[Work], again: set[str], config:
 
 
 def _summary(manifest: Manifest, config: CollectConfig) -> dict[str, Any]:
-    """Print and return what the zoo holds now. Raises ValueError if every run was dropped."""
+    """Print and return what the zoo holds now. Raises ValueError if every run was dropped, or a file has vanished meanwhile."""
+    refuse_damaged(manifest, contents=False)
     counts, dropped = manifest.counts()
     kept = {"train": 0, "validation": 0, "test": 0, **counts}
     if not sum(kept.values()):

@@ -9,7 +9,7 @@ from triptych_common.storage import checkpoint, foreign
 
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.settings import PICKLE_SUFFIXES, ExportConfig, InfoConfig, VerifyConfig
-from triptych_gpt.zoo.store import Manifest, damages
+from triptych_gpt.zoo.store import Manifest, damages, refuse_damaged
 from triptych_gpt.zoo.zoo import Zoo
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -94,7 +94,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     zoo = Zoo(config.zoo)
     row = zoo.row_of(config.run)
     place = _checkpoint(zoo, row, config.checkpoint)
-    state_dict = zoo.layout.unflatten(zoo.theta([row], [place])[0])
+    refuse_damaged(Manifest(zoo.path, zoo.facts, zoo.shards_of([row])), contents=True)
+    state_dict = zoo.layout.state_dict(zoo.theta([row], [place])[0])
     metrics = {name: float(zoo.metrics(name)[row, place]) for name in zoo.metric_names}
     split, step = str(zoo.runs.split[row]), int(zoo.steps[row, place])
     facts = {"task": zoo.task, "run": config.run, "split": split, "checkpoint": place, "step": step, "metrics": metrics}

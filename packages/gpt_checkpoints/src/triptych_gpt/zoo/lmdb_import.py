@@ -8,7 +8,7 @@ sizes of the parameters, also raw float32. Values are read as numbers of a known
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,8 @@ from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.registry import open_task
 from triptych_gpt.zoo import lmdb_reader
 from triptych_gpt.zoo.lmdb_reader import AGAIN
-from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
+from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, to_repair, unsound, write_shard
 
-_CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"
 _KEY = re.compile(r".*/ep(\d{1,9})_it(\d{1,9})\.pt", re.DOTALL)
 
@@ -49,8 +48,9 @@ SUPERVISED = {
 }
 
 
-def preview(config: ImportConfig) -> dict[str, Any]:
+def preview_lmdb(config: ImportConfig) -> dict[str, Any]:
     """What --dry-run prints."""
+    assert config.lmdb is not None
     runs, skipped = find_runs(config.lmdb)
     return {"config": asdict(config), "runs": len(runs), "unfinished_folders": skipped}
 
@@ -62,57 +62,87 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
     foreign folder; ImportError without the package lmdb; OSError if writing fails, with all earlier shards intact.
     """
     lmdb_reader.require_lmdb()
-    layout = open_task(config.task).layout if layout is None else layout
+    assert config.lmdb is not None
+    task = config.task or "mnist_mlp"
+    layout = open_task(task).layout if layout is None else layout
     # Runs are numbered in the released code's order, folders by name, since its test split is the last ones.
     runs, skipped = find_runs(config.lmdb)
-    if len(runs) <= config.num_test_runs:
-        held = f"the {len(runs):,} runs in {config.lmdb}"
-        raise ValueError(f"num_test_runs {config.num_test_runs}: expected less than {held}")
+    test = 500 if config.num_test_runs is None else config.num_test_runs
+    validation = max(0, min(16, (len(runs) - test) // 10)) if config.validation_runs is None else config.validation_runs
+    splits = Splits.of(len(runs), validation, test, f"the {len(runs):,} runs in {config.lmdb}")
     names = xxhash.xxh3_128("/".join(name for name, _ in runs).encode()).hexdigest()
     settings = {"origin": ORIGIN, "runs": len(runs), "run_names": names}
-    identity = {**settings, **{name: getattr(config, name) for name in _CHOSEN}}
-    with RunDirectory(config.out, identity):
-        manifest = _manifest(config, layout, identity)
-        done = {record.name for record in manifest.shards}
-        again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
-        with Progress("import", len(runs), "runs") as progress:
-            progress.at(0)
-            for split, cohort in _cohorts(len(runs), config):
-                name = shard_name(cohort)
-                if name not in done or name in again:
-                    data = _read_cohort(cohort, runs, split, config.checkpoints, layout)
-                    record = write_shard(config.out, name, data, config.dtype)
-                    manifest.commit(record, replace=name in again)
-                progress.advance(len(cohort))
-    return _summary(config, manifest, skipped)
-
-
-def _manifest(config: ImportConfig, layout: ParameterLayout, recipe: Mapping[str, Any]) -> Manifest:
-    if (config.out / MANIFEST).exists():
-        manifest = Manifest.read(config.out)
-        if manifest.layout != layout:
-            raise ValueError(f"{config.out}: a zoo of another version of {config.task}; use another --out")
-        return manifest
-    options = " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in _CHOSEN)
+    # Options that decide what the zoo is; without a validation split, as before there was one.
+    chosen: dict[str, Any] = {"task": task, "num_test_runs": test, "checkpoints": config.checkpoints or 200}
+    chosen |= {"cohort_runs": config.cohort_runs, "dtype": config.dtype}
+    chosen |= {"validation_runs": validation} if validation else {}
+    identity = {**settings, **chosen}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
     facts = {
-        "task": config.task,
+        "task": task,
         "layout": layout.to_json(),
-        "checkpoints": config.checkpoints,
+        "checkpoints": chosen["checkpoints"],
         "dtype": config.dtype,
         "metrics": dict.fromkeys(SUPERVISED, "lower"),
-        "recipe": dict(recipe),
+        "recipe": identity,
         "repair": f"triptych-gpt import --repair --lmdb {shlex.quote(str(config.lmdb))} {options}",
-        "provenance": provenance(),
     }
-    return Manifest.create(config.out, facts)
+    with RunDirectory(config.out, identity):
+        manifest = write_zoo(
+            config, facts, splits.cohorts(config.cohort_runs),
+            lambda split, cohort: _read_cohort(cohort, runs, split, chosen["checkpoints"], layout),
+        )  # fmt: skip
+    return {**summary(config, manifest, f"skipped {skipped:,} folders without DONE.txt"), "unfinished_folders": skipped}
 
 
-def _cohorts(runs: int, config: ImportConfig) -> Iterator[tuple[str, range]]:
-    """Split and consecutive runs of each shard."""
-    first_test = runs - config.num_test_runs
-    for split, numbers in (("train", range(first_test)), ("test", range(first_test, runs))):
-        for start in range(0, len(numbers), config.cohort_runs):
-            yield split, numbers[start : start + config.cohort_runs]
+class Splits(NamedTuple):
+    """Consecutive runs for training, validation and testing."""
+
+    train: range
+    validation: range
+    test: range
+
+    @classmethod
+    def of(cls, runs: int, validation: int, test: int, held: str) -> "Splits":
+        """The last `test` runs are for testing, those before them for validation. Raises ValueError if none are left to train."""
+        if validation + test >= runs:
+            names = f"num_test_runs {test}" + (f" and validation_runs {validation}" if validation else "")
+            raise ValueError(f"{names}: expected less than {held}")
+        return cls(
+            range(runs - test - validation), range(runs - test - validation, runs - test), range(runs - test, runs)
+        )
+
+    def cohorts(self, cohort_runs: int) -> Iterator[tuple[str, range]]:
+        """Split and consecutive runs of each shard."""
+        for split, numbers in self._asdict().items():
+            for start in range(0, len(numbers), cohort_runs):
+                yield split, numbers[start : start + cohort_runs]
+
+
+def write_zoo(
+    config: ImportConfig,
+    facts: Mapping[str, Any],
+    cohorts: Iterator[tuple[str, range]],
+    read: Callable[[str, range], CohortData],
+) -> Manifest:
+    """Write those shards of a zoo that it lacks, or that are to be repaired; returns its manifest."""
+    if found := Manifest.recover(config.out):
+        if found.layout.to_json() != facts["layout"]:
+            raise ValueError(f"{config.out}: a zoo of another version of {facts['task']}; use another --out")
+        found.save()
+    manifest = found or Manifest.create(config.out, {**facts, "provenance": provenance()})
+    done = {record.name for record in manifest.shards}
+    again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
+    units = list(cohorts)
+    with Progress("import", units[-1][1].stop, "runs") as progress:
+        progress.at(0)
+        for split, cohort in units:
+            name = shard_name(cohort)
+            if name not in done or name in again:
+                record = write_shard(config.out, name, read(split, cohort), config.dtype)
+                manifest.commit(record, replace=name in again)
+            progress.advance(len(cohort))
+    return manifest
 
 
 def _read_cohort(
@@ -164,16 +194,18 @@ def _read_run(
     return unsound(torch.from_numpy(theta))
 
 
-def _summary(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
+def summary(config: ImportConfig, manifest: Manifest, left_out: str = "") -> dict[str, Any]:
+    """Print and return what the zoo holds. Raises ValueError if every run was dropped."""
     counts, dropped = manifest.counts()
     runs = {"train": 0, "test": 0, **counts}
-    left_out = f"dropped {dropped.total():,}, skipped {skipped:,} folders without DONE.txt"
-    echo(f"wrote {config.out}: {runs['train']:,} training and {runs['test']:,} test runs; {left_out}")
+    held = ", ".join(f"{count:,} {split}" for split, count in runs.items())
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common(3))
+    why = f"dropped {dropped.total():,}{f' ({reasons})' if reasons else ''}"
+    echo(f"wrote {config.out}: runs {held}; {'; '.join(filter(None, (why, left_out)))}")
     if not sum(runs.values()):
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common(3))
-        raise ValueError(f"{config.lmdb}: no run could be used ({reasons}); see --checkpoints and --task")
-    held = {"runs": runs, "dropped": dict(dropped), "unfinished_folders": skipped, "shards": len(manifest.shards)}
-    return {"out": str(config.out), **held}
+        source = config.folder or config.lmdb
+        raise ValueError(f"{source}: no run could be used ({reasons}); see --checkpoints and --task")
+    return {"out": str(config.out), "runs": runs, "dropped": dict(dropped), "shards": len(manifest.shards)}
 
 
 def find_runs(folder: Path) -> tuple[list[tuple[str, Path]], int]:

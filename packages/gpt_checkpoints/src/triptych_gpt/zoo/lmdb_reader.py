@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
+from triptych_common.interrupts import Unheard
 
 AGAIN = "fetch this folder again, or move it away"
 
@@ -32,6 +33,8 @@ def read_apart(folder: Path, keys: Sequence[str], sizes: Sequence[int]) -> Float
 def _process() -> ProcessPoolExecutor:
     """The reading process; started once, as that takes half a second."""
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with Unheard():
+        pool.submit(int)
     atexit.register(pool.shutdown, wait=False, cancel_futures=True)
     return pool
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from triptych_common.cli import echo
-from triptych_common.storage.files import check
+from triptych_common.storage.files import check, read_bytes
 
+from triptych_gpt.zoo.store import ShardRecord
 from triptych_gpt.zoo.zoo import Zoo
 
 if TYPE_CHECKING:
     from triptych_gpt.tasks.task import Task
+
+
+NO_TASK = "none"
+"""The task of a zoo of checkpoints that came without one: its networks are known by their parameters alone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class TaskSpec:
     def source(self) -> dict[str, str]:
         """A hash of a user's task file, since its functions are only names in the recipe."""
         path, _, _ = self.task.rpartition(":")
-        return {"task_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} if path.endswith(".py") else {}
+        return {"task_file": hashlib.sha256(read_bytes(Path(path))).hexdigest()[:16]} if path.endswith(".py") else {}
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,20 @@ class _RecordedSpec(TaskSpec):
         return super().open()
 
 
-def recipe_digest(recipe: Mapping[str, Any]) -> str:
-    """A hash of a recipe. Raises TypeError for one that is not JSON-able."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+def json_digest(content: Mapping[str, Any]) -> str:
+    """A hash of a recipe or a result. Raises TypeError for one that is not JSON-able."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def recipe_of(zoo: Zoo) -> str:
     """A short hash of the zoo's recipe, which models and results save."""
-    return recipe_digest(zoo.facts.get("recipe", {}))[:16]
+    return json_digest(zoo.facts.get("recipe", {}))[:16]
+
+
+def contents_of(shards: Sequence[ShardRecord]) -> str:
+    """A short hash of the bytes of these shards."""
+    files = [file.xxh3_128 for record in shards for file in record.files().values()]
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
 
 
 def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
@@ -80,6 +91,10 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
     Raises ValueError for a task of another architecture or recipe than the zoo's.
     """
     spec = TaskSpec.recorded(zoo.facts.get("opened_by") or {"task": zoo.task}, str(zoo.path), task)
+    if spec.task == NO_TASK:
+        from triptych_gpt.tasks.unknown import UnknownTask
+
+        return UnknownTask(zoo.layout, zoo.better), spec
     report_changes(spec, zoo.facts.get("recipe", {}), str(zoo.path))
     with one_line(f"task {spec.task}"):
         opened = spec.open()
@@ -88,7 +103,7 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
         sizes = f"networks of {opened.layout.size:,} parameters, the zoo's have {zoo.layout.size:,}"
         raise ValueError(f"task {spec.task}: {sizes}; give the zoo's own with --task")
     collected = zoo.facts.get("recipe", {}).get("recipe")
-    if collected is not None and recipe_digest(collected) != recipe_digest(recipe):
+    if collected is not None and json_digest(collected) != json_digest(recipe):
         problem = f"another recipe than that of {zoo.path} (its data or settings changed)"
         raise ValueError(f"task {spec.task}: {problem}; give the same with --task, or collect again")
     return opened, spec

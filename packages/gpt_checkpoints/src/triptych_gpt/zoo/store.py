@@ -5,11 +5,15 @@ run by run: run, checkpoint, step, the metrics, the settings. Both are written w
 
 Only one process writes the manifest, whole and atomically, one shard at a time. A process killed anywhere leaves the zoo as it was
 after the last commit; files that the manifest does not list were left by such a process, and are ignored.
+
+`records/NAME.json` is a manifest of one shard, with all facts of the zoo: from these a lost or damaged manifest is made again.
 """
 
+import contextlib
 import hashlib
 import json
 import shlex
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,23 +24,29 @@ import numpy as np
 import torch
 import xxhash
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor
+from triptych_common.cli import echo
 from triptych_common.fields import Ge, OneOf
 from triptych_common.storage.files import (
     FileName,
     check,
     flush_file,
     open_ended,
+    read_bytes,
     read_json,
     recorded_command,
+    regular,
     write_text,
     writing,
 )
+from triptych_common.storage.model_file import refuse_non_finite
+from triptych_common.storage.verified import verify_once
 from typing_extensions import TypedDict
 
 from triptych_gpt.layout import ParameterLayout
 
-SHARDS, THETA, INDEX = "shards", ".safetensors", ".parquet"
+SHARDS, RECORDS, THETA, INDEX = "shards", "records", ".safetensors", ".parquet"
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
 _ALIGNMENT = 64  # bytes of theta's start in a file, as fits vector instructions
 MAX_WEIGHT = 10.0  # of the released data, too
@@ -204,7 +214,7 @@ _OWN = {"kind", "format", "shards", "xxh3_128"}
 @open_ended
 class _Facts(TypedDict):
     task: str
-    layout: list[tuple[str, list[Annotated[int, Ge(1)]]]]
+    layout: list[tuple[str, list[Annotated[int, Ge(1)]] | str]]
     checkpoints: Annotated[int, Ge(2)]  # of each run, to make pairs of them
     dtype: Annotated[str, OneOf(DTYPES)]
     metrics: dict[str, Literal["lower", "higher"]]
@@ -214,15 +224,16 @@ class _Facts(TypedDict):
 
 
 class Manifest:
-    """Facts and shards of the zoo at `folder`.
+    """Facts and shards of the zoo at `folder`, in the order of their runs.
 
     facts: "task" (name), "layout" (ParameterLayout.to_json()), "checkpoints" (of each run), "dtype", "metrics" (name -> "lower" or
     "higher", which is better), and others; "repair" is the command that makes damaged shards again, without its --out.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], shards: list[ShardRecord]) -> None:
-        self.folder, self.facts, self.shards = Path(folder), dict(facts), list(shards)
-        self._lines = [json.dumps(record.to_json()) for record in shards]  # all are written again with every commit
+    def __init__(self, folder: Path, facts: Mapping[str, Any], shards: Iterable[ShardRecord]) -> None:
+        self.folder, self.facts = Path(folder), dict(facts)
+        self.shards = sorted(shards, key=lambda record: record.first)
+        self._lines = [json.dumps(record.to_json()) for record in self.shards]  # all are written with every commit
 
     @classmethod
     def create(cls, folder: Path, facts: Mapping[str, Any]) -> "Manifest":
@@ -233,16 +244,62 @@ class Manifest:
         content = json.loads(json.dumps(facts))  # as it will be read
         _check(content, "facts of a zoo")
         made = cls(folder, content, [])
-        made._write()
+        write_text(path, made._text([]))
         return made
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """The zoo at `folder`. Raises FileNotFoundError if there is none, ValueError if it is damaged or of another version."""
         path = Path(folder) / MANIFEST
-        if not path.is_file():
+        try:
+            return cls._parsed(path, Path(folder))
+        except (FileNotFoundError, ValueError) as error:
+            if (made := cls.from_records(folder)) is not None:
+                problem = str(error).removeprefix(f"{path}: ").partition(";")[0]
+                problem = "missing" if isinstance(error, FileNotFoundError) else problem
+                remedy = f"run {made.remedy()}, which makes it again from {RECORDS}/"
+                raise ValueError(f"{path}: {problem}; {remedy}") from error
+            if isinstance(error, ValueError):
+                raise
             remedy = f"make one with triptych-gpt collect --out {folder}"
-            raise FileNotFoundError(f"{folder}: no zoo (it holds no {MANIFEST}); {remedy}")
+            raise FileNotFoundError(f"{folder}: no zoo (it holds no {MANIFEST}); {remedy}") from error
+
+    @classmethod
+    def recover(cls, folder: Path) -> "Manifest | None":
+        """The zoo at `folder`, from the records of its shards if its manifest is missing or damaged; None if there is none.
+
+        Nothing is written until it is saved. Raises ValueError if shards are there, and nothing that lists them.
+        """
+        path = Path(folder) / MANIFEST
+        try:
+            return cls._parsed(path, Path(folder))
+        except (FileNotFoundError, ValueError) as error:
+            if (made := cls.from_records(folder)) is None and isinstance(error, ValueError):
+                raise
+        if made is None and any((Path(folder) / SHARDS).glob("runs-*")):
+            problem = f"shards without their {MANIFEST} and {RECORDS}/"
+            raise ValueError(f"{folder}: {problem}; put one of them back, or use another --out")
+        return made
+
+    @classmethod
+    def from_records(cls, folder: Path) -> "Manifest | None":
+        """The zoo that the whole ones of its shards' records make up; None if there are none.
+
+        Raises ValueError for records of several zoos.
+        """
+        held: list[Manifest] = []
+        for path in sorted((Path(folder) / RECORDS).glob("*.json")):
+            with contextlib.suppress(ValueError, OSError):  # its shard is collected again
+                one = cls._parsed(path, Path(folder))
+                held += [one] if [record.name for record in one.shards] == [path.stem] else []
+        if other := [one for one in held if one.facts != held[0].facts]:
+            names = f"{held[0].shards[0].name} and {other[0].shards[0].name}"
+            raise ValueError(f"{Path(folder) / RECORDS}: {names} are of different zoos; take away those of the other")
+        return cls(folder, held[0].facts, [record for one in held for record in one.shards]) if held else None
+
+    @classmethod
+    def _parsed(cls, path: Path, folder: Path) -> "Manifest":
+        """A manifest, or the record of a shard."""
         content = read_json(path, remedy=_LOST)
         if content.get("kind") != _KIND:
             raise ValueError(f"{path}: not the manifest of a {_KIND}; expected a folder that triptych-gpt collect made")
@@ -290,14 +347,24 @@ class Manifest:
         for name in record.files():
             flush_file(self.folder / name)
         before = self.shards, self._lines
-        place = self.shards.index(same[0]) if same else len(self.shards)
-        self.shards = [*self.shards[:place], record, *self.shards[place + 1 :]]
-        self._lines = [*self._lines[:place], json.dumps(record.to_json()), *self._lines[place + 1 :]]
+        place = bisect_left(self.shards, record.first, key=lambda old: old.first)
+        after = place + len(same)
+        self.shards = [*self.shards[:place], record, *self.shards[after:]]
+        self._lines = [*self._lines[:place], json.dumps(record.to_json()), *self._lines[after:]]
         try:
-            self._write()
+            write_text(self.folder / MANIFEST, self._text(self._lines))
         except BaseException:
             self.shards, self._lines = before
             raise
+        # The record last: whatever has one is in the manifest, so that records never contradict each other.
+        self._write_record(place)
+
+    def save(self) -> None:
+        """Write what is missing or differs of the manifest and the records of its shards."""
+        if _write_new(self.folder / MANIFEST, self._text(self._lines)):
+            echo(f"{self.folder / MANIFEST}: written again, with {len(self.shards):,} shards")
+        for place in range(len(self.shards)):
+            self._write_record(place)
 
     def remedy(self) -> str:
         """What to run to make damaged shards again: the command in the manifest, if it can do nothing else."""
@@ -307,15 +374,27 @@ class Manifest:
             return f"{command} --out {shlex.quote(str(self.folder))}"
         return "triptych-gpt collect --repair with the task, settings and --out that made the zoo"
 
-    def _write(self) -> None:
+    def _write_record(self, place: int) -> None:
+        path = self.folder / RECORDS / f"{self.shards[place].name}.json"
+        _write_new(path, self._text(self._lines[place : place + 1]))
+
+    def _text(self, lines: Sequence[str]) -> str:
         content = {"kind": _KIND, "format": FORMAT, **self.facts}
-        digest = _digest(content, self._lines)
-        head = json.dumps({**content, "xxh3_128": digest}, indent=2, allow_nan=False).removesuffix("\n}")
-        lines = ",\n".join(self._lines)  # one line a shard: thousands stay readable
-        write_text(self.folder / MANIFEST, f'{head},\n  "shards": [\n{lines}\n]}}\n')
+        head = json.dumps({**content, "xxh3_128": _digest(content, lines)}, indent=2, allow_nan=False)
+        records = ",\n".join(lines)  # one line a shard: thousands stay readable
+        return head.removesuffix("\n}") + f',\n  "shards": [\n{records}\n]}}\n'
 
 
 _LOST = "copy the zoo again from where it is whole, or collect into another --out"
+
+
+def _write_new(path: Path, text: str) -> bool:
+    """Write a file unless that is its content; returns whether it was written."""
+    with contextlib.suppress(OSError, ValueError):
+        if read_bytes(path) == text.encode():
+            return False
+    write_text(path, text)
+    return True
 
 
 @dataclass(frozen=True)
@@ -345,17 +424,38 @@ def damages(
             progress(file.bytes)
 
 
+def refuse_damaged(manifest: Manifest, *, contents: bool) -> None:
+    """Raises ValueError for a file that is missing, of another size or, if `contents` are read, of another checksum."""
+    if damage := next(damages(manifest, contents=contents), None):
+        raise ValueError(f"{damage}; run {manifest.remedy()}")
+
+
+def verify_shards(manifest: Manifest) -> None:
+    """Raises ValueError for a damaged file, or weights that are not finite; contents are read once, see `verify_once`."""
+    refuse_damaged(manifest, contents=False)
+    files = {name: file for record in manifest.shards for name, file in record.files().items()}
+
+    def verify(name: str) -> None:
+        path, file = manifest.folder / name, files[name]
+        if problem := _problem(path, file.bytes, file.xxh3_128):
+            raise ValueError(f"{path}: {problem}; run {manifest.remedy()}")
+        if name.endswith(THETA):
+            refuse_non_finite(load_file(path), str(path))
+
+    verify_once(manifest.folder, {name: file.xxh3_128 for name, file in files.items()}, verify)
+
+
 def to_repair(manifest: Manifest, *, repair: bool) -> list[Damage]:
-    """All damage by checksum, to be repaired. Raises ValueError for a missing file or wrong size if nothing is to be repaired."""
-    damaged = list(damages(manifest, contents=repair))
-    if damaged and not repair:
-        raise ValueError(f"{damaged[0]}; run {manifest.remedy()}")
-    return damaged
+    """All damage, to be repaired. Raises ValueError for any if nothing is to be repaired."""
+    if repair:
+        return list(damages(manifest))
+    verify_shards(manifest)
+    return []
 
 
 def _problem(path: Path, size: int, checksum: str | None) -> str | None:
     try:
-        found = path.stat().st_size
+        found = regular(path).stat().st_size
         if found != size:
             return f"{found:,} bytes, the manifest says {size:,}"
         if checksum is not None:
@@ -364,6 +464,8 @@ def _problem(path: Path, size: int, checksum: str | None) -> str | None:
                     return "contents differ from the manifest's checksum"
     except FileNotFoundError:
         return "missing"
+    except ValueError:
+        return "no regular file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None

@@ -1,5 +1,6 @@
 """Reading a zoo: its runs as a table, metrics and steps as matrices, theta row by row from memory-mapped files."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,21 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from triptych_common.storage.files import regular
 
 from triptych_gpt.layout import ParameterLayout
-from triptych_gpt.zoo.store import DTYPES, INDEX, SHARDS, THETA, Damage, Manifest, damages, to_repair
+from triptych_gpt.zoo.store import (
+    DTYPES,
+    INDEX,
+    SHARDS,
+    THETA,
+    Damage,
+    Manifest,
+    ShardRecord,
+    damages,
+    refuse_damaged,
+    verify_shards,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -34,13 +47,13 @@ class Zoo:
     """A zoo, finished or growing, as it was when it was opened.
 
     A "row" below is a row of `runs`, not a run's number. Raises FileNotFoundError if there is no zoo, ValueError for a file that is
-    missing or truncated; only `verify` compares contents with their checksums.
+    missing or truncated; only `verify` and `verify_once` compare contents with their checksums.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
-        to_repair(self.manifest, repair=False)
+        refuse_damaged(self.manifest, contents=False)
         self.facts: Mapping[str, Any] = self.manifest.facts
         self.task: str = self.facts["task"]
         self.layout: ParameterLayout = self.manifest.layout
@@ -106,10 +119,13 @@ class Zoo:
         system clears page by page. Raises IndexError outside the zoo.
         """
         rows, checkpoints = _checked(rows, len(self), "row"), _checked(checkpoints, self.checkpoints, "checkpoint")
+        shards = self.runs.shard[rows]
+        maps = {
+            shard: self._map(shard) for shard in np.unique(shards).tolist()
+        }  # before memory is taken for what they claim
+        places = self.runs.row[rows] * self.checkpoints + checkpoints
         if out is None:
             out = torch.empty(len(rows), self.layout.size)
-        shards, places = self.runs.shard[rows], self.runs.row[rows] * self.checkpoints + checkpoints
-        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist()}
         where = zip(shards.tolist(), places.tolist(), strict=True)
         if self.facts["dtype"] == "float32":
             for row, (shard, place) in zip(out.numpy(), where, strict=True):
@@ -129,22 +145,33 @@ class Zoo:
         """
         import pyarrow as pa
 
-        order = sorted((record for record in self.manifest.shards if record.index), key=lambda record: record.first)
-        tables = [self._read_index(record.name, columns) for record in order]
+        tables = [self._read_index(record.name, columns) for record in self.manifest.shards if record.index]
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
 
     def verify(self) -> list[Damage]:
         """All files that are not as they were written; reads every one."""
         return list(damages(self.manifest))
 
+    def verify_once(self) -> None:
+        """Compare every file with its checksum unless it was found whole before and has not changed since.
+
+        To be called before anything is learned from a zoo; does nothing on ranks other than the main one, which wait for it where
+        they join the process group. Raises ValueError for a damaged file.
+        """
+        if int(os.environ.get("RANK", 0)) == 0:
+            verify_shards(self.manifest)
+
+    def shards_of(self, rows: Indices) -> list[ShardRecord]:
+        """The shards that hold these rows, by run."""
+        return [self.manifest.shards[shard] for shard in np.unique(self.runs.shard[np.asarray(rows)]).tolist()]
+
     def _run_table(self) -> RunTable:
-        order = sorted(range(len(self.manifest.shards)), key=lambda shard: self.manifest.shards[shard].first)
-        records = [(shard, self.manifest.shards[shard]) for shard in order]
-        counts = np.array([len(record.runs) for _, record in records], dtype=np.int64)
+        records = self.manifest.shards
+        counts = np.array([len(record.runs) for record in records], dtype=np.int64)
         return RunTable(
-            run=np.array([run for _, record in records for run in record.runs], dtype=np.int64),
-            split=np.repeat(np.array([record.split for _, record in records], dtype=np.str_), counts),
-            shard=np.repeat(np.array(order, dtype=np.int64), counts),
+            run=np.array([run for record in records for run in record.runs], dtype=np.int64),
+            split=np.repeat(np.array([record.split for record in records], dtype=np.str_), counts),
+            shard=np.repeat(np.arange(len(records)), counts),
             row=np.array([row for count in counts for row in range(count)], dtype=np.int64),
         )
 
@@ -157,7 +184,7 @@ class Zoo:
             shape = (len(record.runs), self.checkpoints, self.layout.size)
             dtype = DTYPES[self.facts["dtype"]][1]
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(regular(path), framework="pt") as file:
                     theta = file.get_tensor("theta")
             except (SafetensorError, OSError) as error:
                 raise self._damaged(path) from error
@@ -170,16 +197,19 @@ class Zoo:
 
     def _column(self, name: str) -> Tensor:
         if name not in self._columns:
-            shape = (len(self), self.checkpoints)
-            values = torch.empty(shape, dtype=torch.int64 if name == "step" else torch.float32)
+            dtype = torch.int64 if name == "step" else torch.float32
+            parts = {}
             for shard in np.unique(self.runs.shard).tolist():
-                rows = torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])
                 record = self.manifest.shards[shard]
                 found = self._read_index(record.name, [name]).column(name)
                 try:
-                    values[rows] = torch.tensor(found.to_numpy(), dtype=values.dtype).view(len(rows), -1)
+                    parts[shard] = torch.tensor(found.to_numpy(), dtype=dtype).view(-1, self.checkpoints)
                 except (TypeError, ValueError, RuntimeError) as error:  # not numbers, or not as many
                     raise self._damaged(self.path / SHARDS / (record.name + INDEX)) from error
+            # Only now, as the manifest's numbers are claims until the files have as many.
+            values = torch.empty((len(self), self.checkpoints), dtype=dtype)
+            for shard, part in parts.items():
+                values[torch.from_numpy(np.nonzero(self.runs.shard == shard)[0])] = part
             self._columns[name] = values
         return self._columns[name]
 
@@ -189,14 +219,17 @@ class Zoo:
 
         path = self.path / SHARDS / (name + INDEX)
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(regular(path)) as file:
                 held = file.schema_arrow.names
-                # Before anything is read: a few bytes can claim any number of equal rows.
-                if file.metadata.num_rows != self._expected_rows[name]:
+                # Before anything is read: a few bytes can claim any number of equal rows, in the manifest too, or of equal texts.
+                rows, theta = file.metadata.num_rows, (self.path / SHARDS / (name + THETA)).stat().st_size
+                kinds = (pa.types.is_primitive, pa.types.is_dictionary, pa.types.is_null)
+                small = all(any(is_kind(column) for is_kind in kinds) for column in file.schema_arrow.types)
+                if rows != self._expected_rows[name] or rows > theta or not small:
                     raise self._damaged(path)
                 absent = [column for column in columns or () if column not in held]
                 table = file.read(None if columns is None else list(columns)) if not absent else None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._damaged(path) from error
         if absent:
             raise ValueError(f"{path}: no column {absent[0]!r}; expected one of {', '.join(held)}")

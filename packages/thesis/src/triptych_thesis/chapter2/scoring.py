@@ -3,7 +3,6 @@
 Replicates resample samples and real digits both.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +16,9 @@ from triptych_common import data, randomness
 from triptych_common.images import from_uint8
 from triptych_common.metrics import coverage, fit_gaussian, frechet_influence, inception_score, precision_recall
 from triptych_common.metrics.digits import NEIGHBOURS, DigitScorer
-from triptych_common.storage.files import write_json
+from triptych_common.storage.files import read_json, write_json
 from triptych_dit.sample import read_npz
+from typing_extensions import TypedDict
 
 from triptych_thesis.chapter2.comparisons import Score
 from triptych_thesis.chapter2.digits import without_margin
@@ -161,17 +161,18 @@ def score_of(scores: dict[str, Any], metric: str) -> Score:
     return Score(score["value"], tuple(score["replicates"]), score.get("deviation", 0.0), score.get("trials", 0))
 
 
+class _Saved(TypedDict):
+    asked: dict[str, Any]
+    scores: dict[str, Any]
+
+
 def saved_scores(samples: Path, settings: dict[str, Any], score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The scores beside a samples file, made where they are missing or of other settings. ValueError for a damaged file."""
     path = samples.with_name("scores.json")
     if path.exists():
-        try:
-            known = json.loads(path.read_text())
-            made_with, scores = known["asked"], known["scores"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged, expected a scorer's JSON; delete it, and it is made again") from error
-        if made_with == settings:
-            return scores
+        known = read_json(path, _Saved, remedy="delete it, and it is made again")
+        if known["asked"] == settings:
+            return known["scores"]
     scores = score()
     write_json(path, {"asked": settings, "scores": scores})  # the settings' name in files of earlier versions
     return scores

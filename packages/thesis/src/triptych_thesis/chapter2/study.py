@@ -1,10 +1,13 @@
 """Chapter 2 (DiT) as a study: digits, block designs, scaling, guidance and samplers over models that are trained once."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NotRequired
+
+from triptych_common.fields import Ge
+from triptych_common.storage.files import rows
+from typing_extensions import TypedDict
 
 from triptych_thesis.chapter2.sizes import SIZES, Model, Size
 from triptych_thesis.study.experiment import Opening, Picture, Study
@@ -208,6 +211,9 @@ class Chapter2(Study):
         return []
 
 
+_Timed = TypedDict("_Timed", {"time/seconds": NotRequired[Annotated[float, Ge(0)]]})
+
+
 def _seconds(log: Path) -> float:
-    """Seconds of training in a run's log."""
-    return sum(float(seconds) for seconds in re.findall(r'"time/seconds": ([\d.]+)', log.read_text()))
+    """Seconds of training in a run's log, without damaged rows."""
+    return sum(row.get("time/seconds", 0.0) for row in rows(log, _Timed, damaged=[]))

@@ -23,7 +23,7 @@ from triptych_common.training import TrainState, open_run, training_steps
 from triptych_dit.config import DiTConfig
 from triptych_dit.flops import gflops
 from triptych_dit.objective import Objective, open_training_data
-from triptych_dit.sample import SampleConfig, draw_missing, gather, identity, write_grid
+from triptych_dit.sample import SampleConfig, draw_missing, drop_damaged, gather, identity, write_grid
 from triptych_dit.sampling import decoded
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.train import snapshot_path
@@ -175,6 +175,7 @@ def sample_unet_file(config: SampleConfig) -> None:
             some = labels[batch.start : batch.stop]
             return sample_unet(trained, some, config, seed=config.seed, first_index=batch.start, vae=config.vae)
 
+        drop_damaged(config.out / "samples.npz")
         if not (config.out / "samples.npz").exists():
             draw_missing(config, draw, 1, ranks)
         gather(config, labels)

@@ -13,7 +13,6 @@ from triptych_gpt.evaluation.records import plain
 from triptych_gpt.evaluation.trial import Trial
 from triptych_gpt.settings import SamplerSettings
 from triptych_gpt.train_config import GptTrainConfig
-from triptych_gpt.zoo.source import recipe_of
 
 from triptych_thesis.chapter3.sizes import Amounts, Variants
 from triptych_thesis.study.estimates import quantile
@@ -44,11 +43,11 @@ class Context:
 
     def identity(self) -> dict[str, Any]:
         """What decides the results; a folder that holds another model's results is refused by it."""
-        trained, zoo = self.trial.trained, self.trial.zoo
+        trained = self.trial.trained
         return {
             "model": trained.facts.get("zoo"), "weights": digest(trained.model.state_dict())[:16],
             "pairs_seen": trained.facts.get("pairs_seen"), "validation": trained.facts.get("validation"),
-            "zoo": {"recipe": recipe_of(zoo), "runs": zoo.splits}, "sampler": asdict(self.settings),
+            "zoo": self.trial.zoo_identity(), "sampler": asdict(self.settings),
             "amounts": asdict(self.amounts), "seed": self.seed,
         }  # fmt: skip
 

@@ -1,10 +1,10 @@
 """What the experiments of chapter 4 share: the settings of every training and scoring, and the trained alignments."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triptych_common.storage.files import open_ended, read_json
 from triptych_gangealing.aligner import FILE, Aligner, load_aligner
 from triptych_gangealing.encoders.perceptual import open_distance
 from triptych_gangealing.encoders.simclr import EncoderTrainConfig
@@ -12,6 +12,7 @@ from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.stylegan2.weights import load_generator
 from triptych_gangealing.train import digest_of, train
 from triptych_gangealing.train_config import AlignTrainConfig
+from typing_extensions import TypedDict
 
 from triptych_thesis.chapter4 import sizes
 from triptych_thesis.chapter4.alignment_scores import score_alignment
@@ -140,9 +141,14 @@ class Context:
         return _scores(config)[OURS]
 
 
+@open_ended
+class _Scored(TypedDict):
+    scores: dict[str, dict[str, Any]]
+
+
 def _scores(config: AlignmentScoreConfig) -> dict[str, Any]:
     """Scores by method, computed where their file is missing."""
     path = config.out / "pck.json"
     if not path.exists():
         score_alignment(config)
-    return json.loads(path.read_text())["scores"]
+    return read_json(path, _Scored, remedy="delete it and repeat the command, which scores again")["scores"]

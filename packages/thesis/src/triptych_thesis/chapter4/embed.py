@@ -10,12 +10,22 @@ from typing import Any
 
 from triptych_common.images import image_grid, write_png
 from triptych_common.storage import checkpoint
+from triptych_common.storage.files import open_ended, read_json
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 from triptych_gangealing.stylegan2.instrument import gan_scores, load_instrument
 from triptych_gangealing.stylegan2.train_config import PRESETS
 from triptych_gangealing.stylegan2.weights import EMBEDDED, GENERATOR_FILE, read_network, write_network
+from typing_extensions import TypedDict
 
 IMAGES, COLUMNS, LIMIT_BYTES = 1_000, 16, 5_000_000
+
+
+@open_ended
+class _Made(TypedDict):
+    command: str
+    commit: str
+    versions: dict[str, str]
+    hardware: dict[str, Any]
 
 
 def embed(run: Path, name: str, folder: Path = EMBEDDED) -> dict[str, Any]:
@@ -26,7 +36,7 @@ def embed(run: Path, name: str, folder: Path = EMBEDDED) -> dict[str, Any]:
     generator, facts = read_network(run / GENERATOR_FILE)
     if not isinstance(generator, Generator):
         raise ValueError(f"{run / GENERATOR_FILE}: expected a generator")
-    made = json.loads((run / "config.json").read_text())
+    made = read_json(run / "config.json", _Made, remedy="restore it")
     images = sample_images(generator, range(IMAGES))
     digit = facts["data"].partition(":")[2]
     scores = gan_scores(images, int(digit) if digit else None)

@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from triptych_common.cli import CommonOptions, echo
-from triptych_common.storage.files import write_text
+from triptych_common.storage.files import read_json, write_text
+from typing_extensions import TypedDict
 from tyro.conf import Positional, Suppress
 
 from triptych_thesis.study.verdicts import CONFIRMED, REFUTED, UNDECIDED, VERDICTS
 
-FOUND = ("verdict", "size", "interval", "command")  # what a run writes about a claim
+
+class _Found(TypedDict):
+    """What a run writes about a claim."""
+
+    verdict: str
+    size: str
+    interval: str
+    command: str
+
+
+FOUND = tuple(_Found.__annotations__)
 KINDS = ("ordering", "number", "gallery", "diagram", "setting")
 
 
@@ -94,18 +105,19 @@ def record_results(results: Path, ledger: Path) -> list[str]:
     return list(verdicts)
 
 
+class _Results(TypedDict):
+    claims: dict[str, _Found]
+    chapter: int
+    size: str
+
+
 def _verdicts(results: Path) -> tuple[dict[str, dict[str, str]], int]:
     """A run's verdict on each claim, and its chapter."""
     if not results.exists():
         raise FileNotFoundError(f"{results}: no such file; expected the results.json of triptych reproduce")
-    try:
-        content = json.loads(results.read_text())
-        verdicts = {claim: {name: row[name] for name in FOUND} for claim, row in content["claims"].items()}
-        chapter, size = content["chapter"], content["size"]
-    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
-        raise ValueError(
-            f"{results}: no results of a study, expected the results.json of triptych reproduce"
-        ) from error
+    content = read_json(results, _Results, remedy="expected the results.json of triptych reproduce")
+    verdicts = content["claims"]
+    chapter, size = content["chapter"], content["size"]
     if not verdicts or size.startswith("smoke"):
         larger = "expected its results.json, of a size larger than smoke"
         raise ValueError(f"{results}: decides no claim of chapter {chapter}; {larger}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from triptych_common.cli import echo
 from triptych_common.plots import figure_png
-from triptych_common.storage.files import write_bytes, write_json
+from triptych_common.storage.files import read_json, write_bytes, write_json
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import default_workers, on_gpu, run_all
@@ -33,11 +33,8 @@ class Stopwatch:
 
     def __init__(self, path: Path, *, finished: bool = False) -> None:
         self.path, self.finished = path, finished
-        try:
-            saved = json.loads(path.read_text()) if path.exists() else {}
-            self.seconds: dict[str, float] = {stage: float(seconds) for stage, seconds in saved.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: damaged, expected JSON; delete it, only the recorded times are lost") from error
+        remedy = "delete it, only the recorded times are lost"
+        self.seconds: dict[str, float] = read_json(path, dict[str, float], remedy=remedy) if path.exists() else {}
 
     @contextmanager
     def __call__(self, stage: str, *, afresh: bool = False) -> Iterator[None]:
@@ -120,13 +117,10 @@ def draw(experiment: Experiment, result: Any, figures: Path) -> None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """What `measure` wrote: {"made": {"command", "commit"}, "result"}. Raises ValueError for a damaged file."""
-    try:
-        # Earlier versions had the result, or command and commit, at the top.
-        content = json.loads(path.read_text())
-        made = content.pop("made", None) or {name: content.get(name, "unknown") for name in ("command", "commit")}
-        return {"made": made, "result": content.get("result", content)}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, expected JSON with a result; delete it and repeat the command") from error
+    # Earlier versions had the result, or command and commit, at the top.
+    content = read_json(path, remedy="delete it and repeat the command")
+    made = content.pop("made", None) or {name: content.get(name, "unknown") for name in ("command", "commit")}
+    return {"made": made, "result": content.get("result", content)}
 
 
 def alike(before: Any, now: Any) -> bool:

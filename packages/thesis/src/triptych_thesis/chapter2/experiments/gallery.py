@@ -1,6 +1,5 @@
 """Figure 2.1 in small: what the main model draws, and its scores beside real digits and trivial baselines."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from triptych_common.images import image_grid, png_bytes, to_uint8
 from triptych_common.metrics.digits import NEAR_DUPLICATE_QUANTILE
 from triptych_common.plots import BLUE, ORANGE, PALE_BLUE, figure_png, legend, panels, thousands
-from triptych_common.storage.files import write_bytes
+from triptych_common.storage.files import open_ended, read_json, write_bytes
 from triptych_common.storage.provenance import command_line, git_commit
 from triptych_common.storage.run import RunDirectory
 from triptych_dit.model import DiT
@@ -20,6 +19,7 @@ from triptych_dit.sample import read_npz
 from triptych_dit.sampling import decoded, sample_images, trajectory
 from triptych_dit.settings import SamplerSettings
 from triptych_dit.weights import TrainedModel, load_model
+from typing_extensions import TypedDict
 
 from triptych_thesis.chapter2.context import Context, SampleSet
 from triptych_thesis.chapter2.digits import with_margin, without_margin
@@ -135,11 +135,19 @@ def _thesis_table(study: Study, result: Result) -> Table:
     )
 
 
+@open_ended
+class _Results(TypedDict):
+    space: str
+    model: dict[str, Any]
+    experiments: dict[str, dict[str, Any]]
+
+
 def _spaces_table(study: Study) -> list[Table]:
     """Latents beside pixels, where the other has been run too."""
     base = study.size.removesuffix("-pixels")
     paths = [study.out / size / "results.json" for size in (base, f"{base}-pixels")]
-    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    remedy = "repeat the study of that size, which writes it again"
+    results = [read_json(path, _Results, remedy=remedy) for path in paths if path.exists()]
     if len(results) < 2 or not all("gallery" in each["experiments"] for each in results):
         return []
     metrics, rows = ("frechet", "precision", "recall", "accuracy"), []

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from triptych_common.plots import BLUE, ORANGE, intervals, legend, panels, thousands
-from triptych_common.storage.files import write_json
+from triptych_common.storage.files import read_json, write_json
 from triptych_common.storage.run import differences, without
 from triptych_gpt.evaluation.alignment import prompt_alignment
 from triptych_gpt.evaluation.trial import Trial
@@ -17,6 +17,7 @@ from triptych_gpt.train import train
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.trained import load
 from triptych_gpt.zoo.zoo import Zoo
+from typing_extensions import TypedDict
 
 from triptych_thesis.chapter3.context import Context
 from triptych_thesis.chapter3.sizes import Amounts
@@ -28,6 +29,27 @@ CLAIM = "gpt.fig-3.7"
 PANELS = (("parameters of G.pt", "width", "parameters"), ("training runs", "runs", "training_runs"))
 LOOKS = (("points", "unseen networks", BLUE, "o-"), ("train", "training networks", ORANGE, "s--"))
 FLAT_FROM = 25_000  # training runs of 200 checkpoints: the thesis's 5 million checkpoints
+
+
+class _Estimate(TypedDict):
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class _Row(TypedDict):
+    parameters: int
+    training_runs: int
+    pairs: int
+    unseen: _Estimate
+    unseen_at_best: _Estimate
+    train: _Estimate
+    train_at_best: _Estimate
+
+
+class _Measured(TypedDict):
+    row: _Row
+    asked: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,8 +105,9 @@ class FurtherModel:
         write_json(self.path, {"row": row, "asked": self.identity})  # its name in files of earlier versions
 
     def row(self) -> dict[str, Any]:
-        """The alignment as it was measured. Raises ValueError where it was measured with other settings."""
-        known = json.loads(self.path.read_text())
+        """The alignment as it was measured. Raises ValueError for a damaged file, or where it was measured with other settings."""
+        remedy = "delete this file and repeat the command, which measures it again"
+        known = read_json(self.path, _Measured, remedy=remedy)
         if changed := differences(without(FREED, known["asked"]), without(FREED, self.identity)):
             raise ValueError(f"{self.path}: measured with {changed}; delete {self.config.out}, or use another --out")
         return known["row"]

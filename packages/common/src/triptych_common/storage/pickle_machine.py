@@ -2,6 +2,9 @@
 
 A pickle is a program that may import and call anything. This machine has a short list of names, each with a function that makes
 the object; any other name, and every other way to reach one, is refused with an error that names it.
+
+What a pickle makes is bounded by its size. Each opcode makes little and their number is bounded; a call may copy its arguments,
+which an opcode of two bytes can repeat, so that calls are charged for them.
 """
 
 import io
@@ -13,14 +16,36 @@ from typing import IO, Any, cast
 
 _LITERALS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE",
-    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "UNICODE", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_MOST_OPCODES = 1_000_000  # ten times those of NVIDIA's largest network
 _PLAIN_KEYS = (str, int, float, bool, bytes, type(None))  # hashing a nested tuple may overflow the stack
 
 
 class Refused(ValueError):
     """A pickle uses something that is not allowed; the message names it."""
+
+
+def largest(size: int) -> int:
+    """Bytes that a foreign file of this size may take in memory: float32 out of uint8 takes four times the bytes."""
+    return 4 * size + (1 << 26)
+
+
+class TooLarge(Refused):
+    """A file of a few bytes makes many."""
+
+
+class Budget:
+    """Bytes that are left to what a file makes. Raises TooLarge when they are spent."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.left = size, largest(size)
+
+    def spend(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise TooLarge(f"would take more than {largest(self.size):,} bytes of memory, out of {self.size:,}")
 
 
 @dataclass(frozen=True)
@@ -34,11 +59,14 @@ class Machine:
     """Runs one pickle.
 
     calls: functions by name, which make objects; None for a name that may be mentioned but not called. build: sets the state of
-    an object that a call made, or raises Refused.
+    an object that a call made, or raises Refused. budget: of the file. persistent: makes the object of a persistent id.
     """
 
-    def __init__(self, calls: Mapping[str, Callable[..., Any] | None], build: Callable[[Any, Any], None]) -> None:
-        self.calls, self.build = calls, build
+    def __init__(
+        self, calls: Mapping[str, Callable[..., Any] | None], build: Callable[[Any, Any], None], budget: Budget,
+        persistent: Callable[[Any], Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.calls, self.build, self.budget, self.persistent = calls, build, budget, persistent
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -46,7 +74,9 @@ class Machine:
     def run(self, content: mmap.mmap | io.BytesIO) -> Any:
         """The object that a pickle describes. Raises Refused, or any error that damaged bytes lead to."""
         # genops only decodes opcodes; what they do is below, on lists instead of Python's own unpickler.
-        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], content))):
+            if number == _MOST_OPCODES:
+                raise TooLarge(f"has more than {_MOST_OPCODES:,} opcodes")
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in _LITERALS:
@@ -123,8 +153,11 @@ class Machine:
                 self.stack.append(self._call(function, arguments))
             case "BUILD":
                 state = self.stack.pop()
+                self.budget.spend(_weight(state))
                 self.build(self.stack[-1], state)
-            case _:  # persistent ids, extension codes, INST, OBJ, out-of-band buffers, Python 2's strings
+            case "BINPERSID" if self.persistent is not None:
+                self.stack.append(self.persistent(self.stack.pop()))
+            case _:  # persistent ids, extension codes, INST, OBJ, out-of-band buffers, Python 2's long strings
                 if opcode == "INST":
                     self._name(*argument.split(" ", 1))  # to refuse a harmful name by name
                 argument = f" {argument}" if type(argument) is int else ""
@@ -151,12 +184,22 @@ class Machine:
         call = self.calls.get(function.text) if type(function) is Name else None
         if call is None or type(arguments) is not tuple:
             raise Refused("calls what is no function")
+        self.budget.spend(_weight(arguments))
         try:
             return call(*arguments)
         except Refused:
             raise
         except Exception as error:  # of any kind, as arguments may be anything
             raise Refused(f"calls {function.text} with arguments that make nothing") from error
+
+
+def _weight(value: Any, deep: bool = True) -> int:
+    """Bytes that a copy of an argument, or of the parts of one, takes."""
+    if type(value) in (bytes, str):
+        return len(value)
+    if type(value) in (list, tuple, set, frozenset, dict):
+        return 100 * len(value) + (sum(_weight(part, False) for part in value) if deep else 0)
+    return 100
 
 
 def dictionary(items: Sequence[Any]) -> dict[Any, Any]:

@@ -1,0 +1,213 @@
+"""Latents that others computed, as a cache: fast-DiT's folders, LightningDiT's shards, and arrays with labels.
+
+A cache holds posteriors; of one sampled latent it holds the sample, with the least variance that a cache can have.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from triptych_common.cli import echo
+from triptych_common.progress import Progress
+from triptych_common.storage import checkpoint
+from triptych_common.storage.files import read_json
+from triptych_common.storage.run import RunDirectory
+
+from triptych_dit.autoencoder.cache import MANIFEST, finished_shards, write_manifest, write_shard
+from triptych_dit.autoencoder.config import ImportConfig
+from triptych_dit.autoencoder.model import LOG_VARIANCE_RANGE, load_autoencoder
+from triptych_dit.weights import STABLE_DIFFUSION, LatentSpace
+
+_LATENTS, _FLIPPED, _LABELS = ("latents", "features", "x", "arr_0"), ("latents_flip",), ("labels", "y", "arr_1")
+_FAST_DIT = ("_features", "_labels")  # ends of the names of its two folders
+
+
+class Part(NamedTuple):
+    """Consecutive latents, without and with mirrored ones, and their labels."""
+
+    latents: Float[np.ndarray, "n flips channels height width"]
+    labels: Int[np.ndarray, " n"]
+
+
+class Features:
+    """Latents in files, read one by one.
+
+    source: a folder of fast-DiT's, which holds NAME_features/*.npy and NAME_labels/*.npy; a file .npy, .npz or .safetensors; or a
+        folder of .safetensors files. labels: a .npy file of labels, for a file without any.
+    Raises ValueError or FileNotFoundError for anything else.
+    """
+
+    def __init__(self, source: Path, labels: Path | None = None) -> None:
+        self.source, self.labels = source, labels
+        self.files, self.label_files = _files(source)
+        if not self.files:
+            raise ValueError(f"features {source}: no latents there; expected NAME_features/*.npy, .npz or .safetensors")
+        first = next(iter(self))
+        self.flips, self.latent_shape = first.latents.shape[1], first.latents.shape[2:]
+
+    @property
+    def is_fast_dit(self) -> bool:
+        return bool(self.label_files)
+
+    def labels_of(self, number: int) -> Int[np.ndarray, " n"] | None:
+        """Labels of the latents of a file."""
+        path = self.label_files[number] if self.label_files else self.labels
+        found = _array(self.files[number], _LABELS) if path is None else _array(path, ("", *_LABELS))
+        if found is not None and (found.dtype.kind not in "iu" or (found.size and found.min() < 0)):
+            raise ValueError(f"{self.files[number]}: labels are {found.dtype}, expected an integer for each, from 0")
+        return None if found is None else found.reshape(-1).astype(np.int64)
+
+    def __iter__(self) -> Iterator[Part]:
+        for number, path in enumerate(self.files):
+            latents, flipped, labels = _array(path, ("", *_LATENTS)), _array(path, _FLIPPED), self.labels_of(number)
+            if latents is None or latents.ndim not in (3, 4) or latents.dtype.kind != "f":
+                raise ValueError(
+                    f"{path}: expected floats (n, channels, height, width) as one of {', '.join(_LATENTS)}"
+                )
+            latents = latents[None] if latents.ndim == 3 else latents
+            labels = np.zeros(len(latents), np.int64) if labels is None else labels
+            if len(labels) != len(latents):
+                raise ValueError(f"{path}: {len(labels)} labels for {len(latents)} latents")
+            views = [latents] if flipped is None else [latents, flipped]
+            if views[-1].shape != latents.shape:
+                raise ValueError(f"{path}: {_FLIPPED[0]} are {views[-1].shape}, latents {latents.shape}")
+            for start in range(0, len(latents), 1024):  # so that one array of everything stays on the disk
+                some = slice(start, start + 1024)
+                yield Part(np.stack([view[some] for view in views], axis=1), labels[some])
+
+    def classes(self) -> int:
+        """Number of classes, if the largest label is the last."""
+        found = (self.labels_of(number) for number in range(1 if self.labels else len(self.files)))
+        return 1 + max((int(labels.max()) for labels in found if labels is not None and len(labels)), default=0)
+
+    def fingerprint(self) -> str:
+        """A hash of names and sizes."""
+        digest = hashlib.sha256()
+        for path in (*self.files, *self.label_files):
+            digest.update(b"\n%b\0%d" % (path.name.encode(), path.stat().st_size))
+        return f"names-and-sizes:{digest.hexdigest()}"
+
+
+def import_features(config: ImportConfig) -> dict[str, Any]:
+    """Write the cache; repeating the command goes on where it was interrupted. Returns its path and contents.
+
+    Raises ValueError for latents that do not fit each other or the autoencoder, or are not finite.
+    """
+    features = Features(config.features, config.labels)
+    space = _space(config, features)
+    names = _names(config, features.classes())
+    facts: dict[str, Any] = {
+        "autoencoder": space.facts(),
+        "source": {
+            "spec": str(config.features), "split": "train", "fingerprint": features.fingerprint(),
+            "class_names": names,
+        },
+        "lossy": False, "latent_shape": list(features.latent_shape), "flips": features.flips == 2, "dtype": config.dtype,
+        "shard_size": config.shard_size, "sampled": True,
+    }  # fmt: skip
+    with RunDirectory(config.out, facts) as run, Progress("importing", len(features.files), "files") as progress:
+        request, rows, shards = checkpoint.index_digest(facts), _rows(features, progress.advance), 0
+        done = finished_shards(run.path, len(list(run.path.glob("shard-*.safetensors"))), request)
+        while some := list(islice(rows, config.shard_size)):
+            shard, shards = shards, shards + 1
+            if shard not in done:
+                moments = _moments(torch.stack([row for row, _ in some]), space, config)
+                items = torch.arange(len(some)) + shard * config.shard_size
+                write_shard(
+                    run.path, shard, moments, torch.tensor([label for _, label in some]), items, request=request
+                )
+        items = write_manifest(run.path, shards, facts)["items"]
+    echo(f"latent cache of {items:,} latents in {len(names):,} classes: {config.out}")
+    return {
+        "cache": config.out,
+        "manifest": config.out / MANIFEST,
+        "items": items,
+        "latent_shape": features.latent_shape,
+    }
+
+
+def _space(config: ImportConfig, features: Features) -> LatentSpace:
+    names = ("scale_factor", "latents_mean", "latents_std")
+    stated: dict[str, Any] = {name: value for name in names if (value := getattr(config, name))}
+    channels = features.latent_shape[0]
+    if config.vae is not None:
+        if stated:
+            raise ValueError(f"{', '.join(stated)}: the autoencoder {config.vae} says them itself; leave them out")
+        space = load_autoencoder(config.vae).space
+    elif stated:
+        space = LatentSpace("unknown", **({"scale_factor": 1.0} | stated), latent_channels=channels)
+    elif features.is_fast_dit:
+        space = STABLE_DIFFUSION
+    else:
+        raise ValueError(f"features {config.features}: pass their autoencoder as --vae, or --scale-factor")
+    if space.latent_channels != channels:
+        raise ValueError(
+            f"features {config.features}: {channels} channels, those of {space.spec} have {space.latent_channels}"
+        )
+    return space
+
+
+def _moments(latents: Tensor, space: LatentSpace, config: ImportConfig) -> Tensor:
+    if latents.std() == 0 or not latents.isfinite().all():
+        raise ValueError(f"features {config.features}: latents that are not finite, or all the same")
+    z = latents if config.raw else space.unscaled(latents)
+    return torch.cat([z, torch.full_like(z, LOG_VARIANCE_RANGE[0])], dim=2).to(getattr(torch, config.dtype))
+
+
+def _rows(features: Features, advance: Callable[[], None]) -> Iterator[tuple[Tensor, int]]:
+    for part in features:
+        advance()
+        if part.latents.shape[1:] != (features.flips, *features.latent_shape):
+            shapes = f"both {part.latents.shape[2:]} and {features.latent_shape}"
+            raise ValueError(f"features {features.source}: latents of {shapes}")
+        yield from zip(torch.from_numpy(part.latents).float(), part.labels.tolist(), strict=True)
+
+
+def _names(config: ImportConfig, classes: int) -> list[str]:
+    if config.class_names is None:
+        return [str(label) for label in range(classes)]
+    names = read_json(config.class_names, list[str], remedy='expected a JSON list of names, ["tench", ...]')
+    if len(names) < classes:
+        raise ValueError(f"class_names {config.class_names}: {len(names)} names for labels 0..{classes - 1}")
+    return names
+
+
+def _files(source: Path) -> tuple[list[Path], list[Path]]:
+    """Files of latents and, in fast-DiT's folders, the files of labels that go with them."""
+    if source.is_file():
+        return [source], []
+    if not source.is_dir():
+        raise FileNotFoundError(f"features {source}: no such file or folder")
+    folders = [[f for f in sorted(source.iterdir()) if f.is_dir() and f.name.endswith(end)] for end in _FAST_DIT]
+    if [len(found) for found in folders] != [1, 1]:
+        return sorted(source.glob("*.safetensors")), []
+    files, labels = ({path.stem: path for path in folder.glob("*.npy")} for (folder,) in folders)
+    if files.keys() != labels.keys():
+        lost = min(files.keys() ^ labels.keys())
+        raise ValueError(
+            f"features {source}: {lost}.npy is in only one of {folders[0][0].name} and {folders[1][0].name}"
+        )
+    order = sorted(files, key=lambda stem: (len(stem), stem))  # 2 before 10
+    return [files[stem] for stem in order], [labels[stem] for stem in order]
+
+
+def _array(path: Path, names: Sequence[str]) -> np.ndarray | None:
+    """The first of several arrays that a file has; that of a .npy file has the name ""."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:
+                return next((file.get_tensor(name) for name in names if name in file.keys()), None)  # noqa: SIM118
+        found = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        arrays = {"": found} if isinstance(found, np.ndarray) else found
+        return next((arrays[name] for name in names if name in arrays), None)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, SafetensorError, TypeError) as error:
+        raise ValueError(f"{path}: not an array file, or a damaged one ({error})") from error

@@ -1,0 +1,158 @@
+"""Latents of others: fast-DiT's folders, LightningDiT's shards, plain arrays; trained on as they were."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from triptych_dit import load_model
+from triptych_dit.autoencoder.cache import LatentCache, LatentData
+from triptych_dit.config import DiTConfig
+from triptych_dit.objective import open_training_data
+from triptych_dit.testing import random_vae, run_dit
+from triptych_dit.weights import STABLE_DIFFUSION
+
+N, SHAPE = 11, (4, 8, 8)
+
+
+def latents(channels=4, n=N):
+    return torch.randn(n, channels, 8, 8, generator=torch.Generator().manual_seed(channels))
+
+
+def labels():
+    return torch.arange(N) % 3
+
+
+def fast_dit(folder: Path) -> Path:
+    """As extract_features.py writes them: an image a file, numbered, in batches of one."""
+    for name in ("imagenet256_features", "imagenet256_labels"):
+        (folder / name).mkdir(parents=True)
+    for i, (x, y) in enumerate(zip(latents(), labels(), strict=True)):
+        np.save(folder / "imagenet256_features" / f"{i}.npy", x[None].numpy())
+        np.save(folder / "imagenet256_labels" / f"{i}.npy", y[None].numpy())
+    return folder
+
+
+def imported(out: Path, source: Path, *options: object) -> LatentData:
+    done = run_dit("import", "--features", source, "--out", out, "--shard-size", 4, *options)
+    assert done.returncode == 0, done.stderr
+    return LatentData(LatentCache(out))
+
+
+def examples(data: LatentData, flipped: bool = False) -> torch.Tensor:
+    return data.examples(torch.arange(N), torch.full((N,), flipped), 0, range(N))
+
+
+def test_fast_dits_folder_is_trained_on_as_it_is(tmp_path):
+    data = imported(tmp_path / "cache", fast_dit(tmp_path / "fast"))
+    torch.testing.assert_close(examples(data), latents(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(data.labels, labels())
+    assert data.cache.space == STABLE_DIFFUSION
+    assert open_training_data(str(tmp_path / "cache"), DiTConfig((8, 8), 4, num_classes=3)).identity == data.identity
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("shard-*")}
+    imported(tmp_path / "cache", tmp_path / "fast")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("form", ["npy", "npz", "safetensors"])
+def test_arrays_of_any_autoencoder_with_their_facts(tmp_path, form):
+    x, path = latents(16), tmp_path / f"latents.{form}"
+    (tmp_path / "names.json").write_text(json.dumps(["cat", "dog", "bird"]))
+    mean, std = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
+    options = [
+        "--latents-mean",
+        *mean,
+        "--latents-std",
+        *std,
+        "--scale-factor",
+        0.5,
+        "--class-names",
+        tmp_path / "names.json",
+    ]
+    if form == "npy":
+        np.save(path, x.numpy())
+        np.save(tmp_path / "y.npy", labels().numpy())
+        options += ["--labels", tmp_path / "y.npy"]
+    elif form == "npz":
+        np.savez(path, arr_0=x.numpy(), arr_1=labels().numpy())
+    else:
+        save_file({"latents": x, "labels": labels()}, path)
+    data = imported(tmp_path / "cache", path, *options)
+    torch.testing.assert_close(examples(data), x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(data.labels, labels())
+    assert data.facts["class_names"] == ["cat", "dog", "bird"]
+    assert (data.cache.space.latents_mean, data.cache.space.scale_factor) == (pytest.approx(mean), 0.5)
+
+
+def test_lightning_dits_shards_have_mirror_images_and_are_not_scaled_yet(tmp_path):
+    vae = random_vae((4, 4, 8), latent_channels=4, scaling_factor=0.5, latents_mean=(1.0,) * 4, latents_std=(2.0,) * 4)
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "shards").mkdir()
+    for i, some in enumerate((slice(0, 6), slice(6, N))):
+        tensors = {
+            "latents": latents()[some],
+            "latents_flip": latents()[some].flip(-1).contiguous(),
+            "labels": labels()[some],
+        }
+        save_file(tensors, tmp_path / "shards" / f"latents_rank00_shard{i:03d}.safetensors")
+    data = imported(tmp_path / "cache", tmp_path / "shards", "--raw", "--vae", tmp_path / "vae")
+    expected = (latents() - 1) / 2 * 0.5
+    torch.testing.assert_close(examples(data), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(examples(data, flipped=True), expected.flip(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_wide_latents_are_encoded_trained_on_and_sampled(tmp_path):
+    """16 channels with a mean and std of each, from pictures to pictures."""
+    options = {"latents_mean": (0.1,) * 16, "latents_std": (0.3,) * 16}
+    random_vae((4, 4, 8), latent_channels=16, in_channels=1, out_channels=1, **options).save_pretrained(
+        tmp_path / "vae"
+    )
+    cache = tmp_path / "cache"
+    words = [
+        "encode",
+        "--source",
+        "mnist5k",
+        "--no-flips",
+        "--image-size",
+        28,
+        "--vae",
+        tmp_path / "vae",
+        "--workers",
+        0,
+    ]
+    assert run_dit(*words, "--out", cache).returncode == 0
+    small = ["--model.in-channels", 16, "--model.input-size", 7, 7, "--model.patch-size", 1, "--model.depth", 1]
+    small += ["--model.hidden-size", 16, "--model.num-heads", 2, "--batch-size", 8, "--total-images", 16]
+    small += ["--warmup-images", 0, "--snapshots"]
+    done = run_dit("train", "--preset", "digits-latent", "--data", cache, *small, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert load_model(tmp_path / "run").space == LatentCache(cache).space
+    sampled = ["--num-samples", 2, "--num-inference-steps", 2, "--labels", 3, "--out", tmp_path / "samples"]
+    done = run_dit("sample", "--checkpoint", tmp_path / "run", *sampled)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_equal(np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape, (2, 28, 28, 1))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda folder: (folder / "imagenet256_labels" / "3.npy").unlink(), "3.npy is in only one of imagenet256_features and"),
+    (lambda folder: np.save(folder / "imagenet256_labels" / "0.npy", np.array([0.5])), "expected an integer for each"),
+    (lambda folder: np.save(folder / "imagenet256_features" / "10.npy", np.zeros((1, 4, 4, 4), np.float32)), "latents of both"),
+    (lambda folder: np.save(folder / "imagenet256_features" / "0.npy", np.array(["a"], dtype=object)), "damaged one"),
+    (lambda folder: np.save(folder / "imagenet256_features" / "0.npy", np.full((1, *SHAPE), np.nan, np.float32)), "not finite"),
+])  # fmt: skip
+def test_features_that_cannot_be_used_are_one_line(tmp_path, change, message):
+    change(fast_dit(tmp_path / "fast"))
+    done = run_dit("import", "--features", tmp_path / "fast", "--out", tmp_path / "cache")
+    assert done.returncode == 1
+    assert message in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_the_facts_of_arrays_must_be_given(tmp_path):
+    np.save(tmp_path / "x.npy", latents(16).numpy())
+    done = run_dit("import", "--features", tmp_path / "x.npy", "--out", tmp_path / "cache")
+    assert "pass their autoencoder as --vae, or --scale-factor" in done.stderr
+    random_vae(latent_channels=4).save_pretrained(tmp_path / "vae")
+    done = run_dit("import", "--features", tmp_path / "x.npy", "--vae", tmp_path / "vae", "--out", tmp_path / "cache")
+    assert f"16 channels, those of {tmp_path / 'vae'} have 4" in done.stderr
