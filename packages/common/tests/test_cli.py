@@ -162,3 +162,12 @@ def test_out_of_memory_is_one_line(seed):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--dry-run"]])
+def test_output_that_nobody_reads_to_its_end_is_no_error(words):
+    program = [sys.executable, "-m", "triptych_dit.cli", *words]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 141

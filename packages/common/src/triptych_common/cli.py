@@ -115,12 +115,12 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
     instead.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview(prog, commands))
-        return 0 if argv else 2
-    if argv[0] not in commands:
-        return _fail(f"unknown command {argv[0]!r}: expected {one_of(argv[0], commands)}", 2)
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview(prog, commands), flush=True)
+            return 0 if argv else 2
+        if argv[0] not in commands:
+            return _fail(f"unknown command {argv[0]!r}: expected {one_of(argv[0], commands)}", 2)
         command = commands[argv[0]]
         with _stdout_reserved("--json" in argv):  # from the start: defaults that come from data are reported
             config = parse(f"{prog} {argv[0]}", command, argv[1:])
@@ -128,6 +128,9 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
             return _run(f"{prog} {argv[0]}", command, config)
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code, prefix="")
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return _fail(interrupts.LINE, 128 + (interrupts.received() or signal.SIGINT), prefix="")
     except Exception as error:
