@@ -118,6 +118,8 @@ def read_folder(source: str | Path, *, num_classes: int | None = None) -> tuple[
     model, root, facts = _read(source, num_classes)
     if not facts:
         facts = {"predict": prediction(_read_json(root / "scheduler" / "scheduler_config.json"), str(source))}
+    if facts.get("predict") not in ("noise", "sample"):
+        raise ValueError(f"{root / SIDE_FILE}: predict {facts.get('predict')!r}, expected noise or sample")
     vae = _read_json(root / "vae" / "config.json")
     facts["autoencoder"] = autoencoder_facts(vae, str(source), facts.get("autoencoder"))
     return model, {**facts, "source": str(source)}
