@@ -127,14 +127,17 @@ def main(prog: str, commands: Commands, argv: Sequence[str] | None = None) -> in
         with _stdout_reserved(config.json):
             return _run(f"{prog} {argv[0]}", command, config)
     except Interrupted as stop:
+        interrupts.said()
         return _fail(str(stop), stop.exit_code, prefix="")
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
+        interrupts.said()
         return _fail(interrupts.LINE, 128 + (interrupts.received() or signal.SIGINT), prefix="")
     except Exception as error:
         if signum := interrupts.received():  # an interrupted import may come back as any other error
+            interrupts.said()
             return _fail(interrupts.LINE, 128 + signum, prefix="")
         return _explained(error)
 

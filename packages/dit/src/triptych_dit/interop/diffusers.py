@@ -128,6 +128,8 @@ def read_folder(
     scheduler = _read_json(root / "scheduler" / "scheduler_config.json")
     if "predict" not in facts and (predict or scheduler):
         facts["predict"] = predict or prediction(scheduler, str(source))
+    if facts.get("predict", "noise") not in ("noise", "sample"):
+        raise ValueError(f"{root / SIDE_FILE}: predict {facts['predict']!r}, expected noise or sample")
     if vae := _read_json(root / "vae" / "config.json"):
         facts["autoencoder"] = autoencoder_facts(vae, str(source), facts.get("autoencoder"))
     names = _read_json(root / "model_index.json").get("id2label")
