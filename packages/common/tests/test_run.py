@@ -141,3 +141,19 @@ def test_a_setting_that_changed_is_recorded_beside_what_was(tmp_path):
         run.record("total_images", 20)
     began["config"]["total_images"] = 20
     assert json.loads((tmp_path / "config.json").read_text()) == began
+
+
+def test_a_setting_that_an_earlier_version_lacked_may_have_its_default(tmp_path):
+    with RunDirectory(tmp_path, {"lr": 0.1}):
+        pass
+    with RunDirectory(tmp_path, {"lr": 0.1, "mirror": False}, defaults={"mirror": False, "lr": 0.5}):
+        pass
+    for now, message in (
+        ({"lr": 0.1, "mirror": True}, r"mirror=None \(now True\)"),
+        ({"lr": 0.5}, r"lr=0.1 \(now 0.5\)"),
+    ):
+        with (
+            pytest.raises(ValueError, match=message),
+            RunDirectory(tmp_path, now, defaults={"mirror": False, "lr": 0.5}),
+        ):
+            pass

@@ -71,3 +71,10 @@ def test_dry_run_opens_the_data_and_estimates_memory_and_time():
     assert available_bytes(ALONE.device) > 1e9
     absent = run_dit("train", "--preset", "DiT-S/8", "--dry-run", "--json", "--device", "cpu", "--micro-batch", 1)
     assert json.loads(absent.stdout.splitlines()[-1])["data"] == "latents/imagenet-256: not there yet"
+
+
+def test_dry_run_plans_for_a_larger_machine_too(monkeypatch):
+    monkeypatch.setattr(cost, "available_bytes", lambda device: 8e9)
+    done = run_dit("train", "--preset", "DiT-XL/2", "--dry-run", "--json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "choose a smaller model" in json.loads(done.stdout.splitlines()[-1])["estimate"]["refused"]

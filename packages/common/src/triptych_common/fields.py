@@ -15,7 +15,7 @@ import operator
 import types
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -160,6 +160,11 @@ def identity(settings: Any) -> dict[str, Any]:
 def free_names(cls: type) -> set[str]:
     """The names of a dataclass's fields that are marked `FREE`."""
     return {name for name, metadata in _metadata(cls).items() if FREE in metadata}
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """The defaults of a dataclass's fields that have plain ones."""
+    return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
 
 
 @cache

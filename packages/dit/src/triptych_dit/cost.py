@@ -104,11 +104,14 @@ def _seconds(network: DiT, model: DiTConfig, images: int, config: TrainConfig) -
 
 
 def estimate(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """Memory of a step on each rank, and duration of the run. Raises ValueError as `within_memory`."""
-    within_memory(config, ranks)
-    rate = images_per_second(config, ranks.device) * ranks.world_size
-    return {
+    """Memory of a step on each rank, and duration of the run; what is wrong, for a step that does not fit, as training refuses."""
+    memory = {
         "device": str(ranks.device), "gigabytes_of_a_step": round(step_bytes(config, ranks.world_size) / 1e9, 3),
-        "gigabytes_there": round(available_bytes(ranks.device) / 1e9, 1), "images_per_second": float(f"{rate:.3g}"),
-        "time": duration(config.total_images / rate),
+        "gigabytes_there": round(available_bytes(ranks.device) / 1e9, 1),
     }  # fmt: skip
+    try:
+        within_memory(config, ranks)
+    except ValueError as error:  # not raised: the run may be meant for another machine
+        return memory | {"refused": str(error)}
+    rate = images_per_second(config, ranks.device) * ranks.world_size
+    return memory | {"images_per_second": float(f"{rate:.3g}"), "time": duration(config.total_images / rate)}

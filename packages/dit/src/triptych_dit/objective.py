@@ -17,13 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.diffusion import GaussianDiffusion, Loss
-from triptych_common.images import from_uint8
 from triptych_common.parallel import Ranks, onto
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import TrainState
 
 from triptych_dit.config import DiTConfig
-from triptych_dit.labels import listed
 from triptych_dit.model import DiT, drop_labels
 from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import LatentSpace, make_diffusion
@@ -322,7 +320,7 @@ class PairData:
         image, label = self.dataset[item]
         image, name = torch.as_tensor(image), f"{self.name}[{item}]"
         if image.dtype == torch.uint8:
-            image = from_uint8(image)
+            image = image.float() / 127.5 - 1  # as `images.from_uint8`
         check_images(image[None], self.model, name)
         classes = torch.as_tensor(label if self.model.num_classes else 0)
         check_classes(classes.reshape(-1), self.model.num_classes, f"{name}, class")
@@ -400,6 +398,8 @@ def _check_fits(model: DiTConfig, training_data: TrainingData) -> None:
 
 def check_same_kind(ours: TrainingData, theirs: TrainingData) -> None:
     """Raise ValueError unless both have the same classes in the same order, and latents of one autoencoder."""
+    from triptych_dit.labels import listed
+
     mine, others = (list(data.facts.get("class_names") or ()) for data in (ours, theirs))
     if mine and others and mine[: len(others)] != others and ours.num_classes > 1:
         raise ValueError(f"{theirs.name} has the classes {listed(others)}, {ours.name} has {listed(mine)}")

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.data import DATASETS, write_unusable
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.files import write_json
 from triptych_common.storage.run import RunDirectory
 from triptych_common.training import Batch, TrainState, open_run, summary, training_steps
 
-from triptych_dit.cost import estimate, within_memory
 from triptych_dit.model import DiT
 from triptych_dit.objective import (
     Examples,
@@ -29,7 +27,6 @@ from triptych_dit.objective import (
     open_validation_data,
     prefetch,
 )
-from triptych_dit.previews import make_previews
 from triptych_dit.train_config import TrainConfig
 from triptych_dit.weights import FILE_NAME, facts_of, write_model
 
@@ -44,6 +41,12 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
     Returns the paths of the model file and the metrics, and the last row of the metrics.
     Raises ValueError for settings that do not fit the data, the run directory or the ranks; Interrupted after a signal.
     """
+    # Imported here: the loop itself needs none of it.
+    from triptych_common.data import write_unusable
+
+    from triptych_dit.cost import within_memory
+    from triptych_dit.previews import make_previews
+
     training_data: TrainingData
     if dataset is not None:
         training_data = PairData(dataset, config.model)
@@ -95,8 +98,12 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
 def preview(config: TrainConfig) -> dict[str, Any]:
     """What --dry-run prints: the settings, the data, and what a step takes in memory and the whole run in time.
 
-    Raises ValueError or OSError for data that cannot be used, and a batch that does not fit into memory.
+    Raises ValueError or OSError for data that cannot be used.
     """
+    from triptych_common.data import DATASETS
+
+    from triptych_dit.cost import estimate
+
     found = config.resolved()
     if config.data in DATASETS or config.data.startswith("hub:") or Path(config.data).exists():
         training_data = open_training_data(config.data, config.model, out=config.out, strict=config.strict)

@@ -188,7 +188,7 @@ def write_model(path: Path, config: DiTConfig, tensors: Mapping[str, Tensor], fa
 
 def facts_of(config: DiTConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Everything but the weights of a model file, for checkpoints of a training run."""
-    return _FORMAT.facts_of(asdict(config), facts)
+    return _FORMAT.facts_of(asdict(config), {"process": PROCESS, **facts})
 
 
 def load_model(path: str | Path) -> TrainedModel:

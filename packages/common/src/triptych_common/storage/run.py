@@ -36,7 +36,7 @@ class RunDirectory:
     identity: the part of the config that decides the run's results. A folder that holds another identity is refused, so
         that repeating a command can only resume its run. contents: by the name of a part of it, the images that it stands for;
         where a run has recorded them, they are compared in its place. free: names of what may differ, at any depth, also where
-        an earlier version recorded it.
+        an earlier version recorded it. defaults: of settings; one that an earlier version lacked may have its default.
     is_main: on ranks other than the main one nothing is locked or written. device: the type of device that computes, such as
         "cpu", for `compare_hardware`. tensorboard: write TensorBoard events too.
 
@@ -45,12 +45,14 @@ class RunDirectory:
 
     def __init__(
         self, path: Path, identity: Mapping[str, Any], *, contents: "Mapping[str, Contents] | None" = None,
-        free: Collection[str] = (), is_main: bool = True, device: str = "", tensorboard: bool = False,
+        free: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
+        is_main: bool = True, device: str = "", tensorboard: bool = False,
     ) -> None:  # fmt: skip
         self.path, self.is_main = Path(path), is_main
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when config.json is read
         self.checkpoints = self.path / "checkpoints"
         self._contents, self._free = dict(contents or {}), free
+        self._defaults = json.loads(json.dumps(dict(defaults or {}), default=str))
         self._device, self._begun = device, dict[str, Any]()
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
@@ -107,7 +109,8 @@ class RunDirectory:
             without(self._free, {key: value for key, value in settings.items() if key not in recorded})
             for settings in (self._begun["config"], self.identity)
         )
-        if changed := differences(before, now):
+        added = {key for key in self._defaults.keys() & now.keys() - before.keys() if now[key] == self._defaults[key]}
+        if changed := differences(before, without(added, now)):
             raise ValueError(
                 f"{self.path}: holds a run with {changed}; repeat its settings to resume it, or use another --out"
             )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triptych_common.cli import Diverged, Interrupted, echo
-from triptych_common.fields import free_names
+from triptych_common.fields import defaults_of, free_names
 from triptych_common.parallel import Ranks
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
@@ -56,8 +56,8 @@ def open_run(
         torch.set_float32_matmul_precision("high")
     return RunDirectory(
         out or config.out, {**config.identity(), **(facts or {})}, contents=contents,
-        free={*free_names(type(config)), config.length}, is_main=ranks.is_main, device=ranks.device.type,
-        tensorboard=config.tensorboard,
+        free={*free_names(type(config)), config.length}, defaults=defaults_of(type(config)), is_main=ranks.is_main,
+        device=ranks.device.type, tensorboard=config.tensorboard,
     )  # fmt: skip
 
 
