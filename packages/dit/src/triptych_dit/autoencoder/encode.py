@@ -6,6 +6,7 @@ changes the last bits of a convolution: for equal bytes OMP_NUM_THREADS must be 
 """
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
