@@ -17,7 +17,7 @@ class CollectConfig(CommonOptions):
     """Train networks in many runs and save their checkpoints. Repeating the command resumes; more --runs extend the zoo."""
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")] = tyro.MISSING
-    """mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME for a task of your own"""
+    """mnist_mlp, mnist_mlp_14, cifar_cnn, cartpole, cartpole_small, or file.py:NAME for a task of your own"""
     runs: Annotated[int | None, Ge(1)] = None
     """training runs of the finished zoo, including dropped ones; default: 1,000, or none more with --repair"""
     out: Path = Path("runs/zoo")
