@@ -269,8 +269,8 @@ class _FastSelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        negative = x.clamp(max=0).exp_().sub_(1).mul_(_FastSelu.ALPHA * _FastSelu.SCALE)
-        out = negative.add_(x.clamp(min=0).mul_(_FastSelu.SCALE))
+        lowest = _FastSelu.ALPHA * _FastSelu.SCALE
+        out = x.clamp(max=0).exp_().mul_(lowest).sub_(lowest).add_(x.relu(), alpha=_FastSelu.SCALE)
         ctx.save_for_backward(out)
         return out
 

@@ -124,7 +124,7 @@ class CartpoleBatch:
 
     def step(self, actions: Float[Tensor, "policies 1 environments"]) -> Step:
         self.count += 1
-        self.state = self.cartpole.advanced(self.state, actions[:, 0])
+        self.state = self.advance(actions[:, 0])
         self.progress += 1
         if self.autoreset == "next_step":
             self._restart()
@@ -135,6 +135,10 @@ class CartpoleBatch:
             self._restart()
             step = step._replace(observation=self._observed())
         return step
+
+    def advance(self, action: Float[Tensor, "policies environments"]) -> State:
+        """The states after an action."""
+        return self.cartpole.advanced(self.state, action)
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with these policies alone."""

@@ -1,7 +1,7 @@
 """Reinforcement learning as a task: policies trained by PPO, scored by the return of whole episodes."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Annotated, Any
@@ -135,13 +135,8 @@ class ReinforcementTask(Checked, Task):
             return permutation(cohort.seed, f"items/cohort-{cohort.number}", epoch, items)
         return torch.stack([permutation(cohort.seed, f"items/run-{run}", epoch, items) for run in runs])
 
-    def evaluate(self, theta: Float[Tensor, "n D"]) -> dict[str, Float[Tensor, " n"]]:
-        at_once = max(1, _AT_ONCE // self.episodes) if theta.device.type == "cpu" else len(theta)
-        parts = theta.split(max(1, at_once))
-        return {
-            "return": torch.cat([self.returns(part) for part in parts]),
-            "train_return": torch.cat([self.returns(part, sampled=True) for part in parts]),
-        }
+    def evaluate(self, theta: Float[Tensor, "n D"]) -> Mapping[str, Float[Tensor, " n"]]:
+        return Returns(self, theta)
 
     @torch.no_grad()
     def returns(self, theta: Float[Tensor, "n D"], *, sampled: bool = False) -> Float[Tensor, " n"]:
@@ -189,6 +184,27 @@ class ReinforcementTask(Checked, Task):
         theta = self.initial(0, range(cohort_runs)).to(device)
         score = seconds_each(lambda count: self.evaluate(theta[:count])["return"].cpu(), len(theta))
         return Speed(best, timed[best] * self.steps, score)
+
+
+class Returns(Mapping[str, Tensor]):
+    """What `evaluate` scores, when it is looked up: collecting has train_return already, and scoring is half of its time."""
+
+    def __init__(self, task: ReinforcementTask, theta: Float[Tensor, "n D"]) -> None:
+        self.task, self.theta = task, theta
+        self.names = [metric.name for metric in task.metrics]
+
+    def __getitem__(self, name: str) -> Float[Tensor, " n"]:
+        if name not in self.names:
+            raise KeyError(name)
+        at_once = max(1, _AT_ONCE // self.task.episodes) if self.theta.device.type == "cpu" else max(1, len(self.theta))
+        parts = self.theta.split(at_once)
+        return torch.cat([self.task.returns(part, sampled=name == "train_return") for part in parts])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _iterate(learner: Learner, count: int) -> None:
