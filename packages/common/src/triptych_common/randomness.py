@@ -71,7 +71,7 @@ def stream_keys(seed: int, streams: Sequence[str], device: torch.device | str = 
     return torch.tensor([_signed(_hash64(seed, stream)) for stream in streams], device=device)
 
 
-def counted_bits(keys: Int[Tensor, "*n"], counters: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+def counted_bits(keys: Int[Tensor, "..."], counters: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """64 bits for each counter of each key, broadcast: splitmix64, on the tensors' device and the same on every one."""
     # torch shifts signed numbers: the copies of the sign are masked.
     z = keys + counters * _signed(_GOLDEN)
@@ -80,12 +80,12 @@ def counted_bits(keys: Int[Tensor, "*n"], counters: Int[Tensor, "*n"]) -> Int[Te
     return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
 
 
-def counted_uniform(keys: Int[Tensor, "*n"], counters: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+def counted_uniform(keys: Int[Tensor, "..."], counters: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """A float32 in [0, 1) for each counter of each key, of 24 bits."""
     return (counted_bits(keys, counters) >> 40).bitwise_and_((1 << 24) - 1).float().mul_(2.0**-24)
 
 
-def counted_normal(keys: Int[Tensor, "*n"], counters: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+def counted_normal(keys: Int[Tensor, "..."], counters: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """A standard normal float32 for each counter of each key, by inversion; at most 5.4 in absolute value."""
     # Odd multiples of 2^-24 are exact in float32, symmetric, and never -1, 0 or 1.
     odd = (counted_bits(keys, counters) >> 39).bitwise_or_(1)

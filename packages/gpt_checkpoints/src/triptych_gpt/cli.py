@@ -33,10 +33,10 @@ COMMANDS = {
         writes="file",
     ),
     "import": Command(
-        "import the released G.pt data as a zoo",
+        "import the released G.pt data, or stable-baselines3's policies, as a zoo",
         "triptych_gpt.settings:ImportConfig",
-        "triptych_gpt.zoo.lmdb_import:import_lmdb",
-        preview="triptych_gpt.zoo.lmdb_import:preview",
+        "triptych_gpt.zoo.sb3_import:import_zoo",
+        preview="triptych_gpt.zoo.sb3_import:preview",
     ),
     "train": Command(
         "train a G.pt on a zoo, or resume",

@@ -164,10 +164,12 @@ class ExportConfig(Options):
 
 @dataclass(frozen=True)
 class ImportConfig(Options):
-    """Make a zoo of the released G.pt checkpoint data. Repeating the command resumes it."""
+    """Make a zoo of the released G.pt checkpoint data, or of stable-baselines3's policies. Repeating the command resumes it."""
 
     lmdb: Path = Path("checkpoint_datasets/mnist")
     """folder of the released data: an LMDB environment for each run, or for several runs"""
+    sb3: Path | None = None
+    """in place of --lmdb: a folder for each run, of stable-baselines3's checkpoints NAME_STEPS_steps.zip; scored by --task"""
     out: Path = Path("runs/zoo")
     """folder of the zoo"""
     task: str = "mnist_mlp"

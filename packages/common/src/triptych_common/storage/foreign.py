@@ -1,6 +1,7 @@
 """Files of other programs, read only as tensors and plain containers, since unpickling anything else runs code."""
 
 import contextlib
+import io
 import pickle
 import warnings
 import zipfile
@@ -39,6 +40,18 @@ def read(path: Path, *, allow: Sequence[type] = ()) -> Any:
         raise _damaged(path) from error
     except (SafetensorError, OSError, ValueError, LookupError, EOFError, TypeError, AttributeError) as error:
         raise _damaged(path) from error
+
+
+def read_bytes(content: bytes, where: str) -> Any:
+    """A torch.save file in memory, as `read` reads one. Raises ValueError for one that is damaged or holds other objects."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"{where}: damaged, or holds Python objects besides tensors; make or fetch it again"
+        ) from error
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -73,7 +73,7 @@ class Speed:
     seconds_per_score: float  # of one checkpoint
 
 
-class _Nominal(type(Protocol)):  # type: ignore[misc]
+class Nominal(type(Protocol)):  # type: ignore[misc]
     """Makes instances of a class that inherits from the protocol instances of it without a look at their attributes."""
 
     # Python 3.11 would read a task's properties, and so load its data.
@@ -83,7 +83,7 @@ class _Nominal(type(Protocol)):  # type: ignore[misc]
 
 
 @runtime_checkable
-class Task(Protocol, metaclass=_Nominal):
+class Task(Protocol, metaclass=Nominal):
     """What collecting, training and scoring need of a task."""
 
     name: str

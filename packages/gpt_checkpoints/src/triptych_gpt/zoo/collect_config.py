@@ -64,5 +64,7 @@ class CollectConfig(CommonOptions):
 PRESETS = {  # the released data sets' numbers of runs, thesis 3.3
     "mnist": CollectConfig(task="mnist_mlp", runs=10_728),
     "cifar10": CollectConfig(task="cifar_cnn", runs=56_840),
+    "cartpole": CollectConfig(task="cartpole", runs=50_026),
+    "cartpole_small": CollectConfig(task="cartpole_small", runs=1000, checkpoints=40, early=True),
     "laptop": CollectConfig(task="mnist_mlp_14", runs=6000, checkpoints=40, early=True, split_every=20),
 }

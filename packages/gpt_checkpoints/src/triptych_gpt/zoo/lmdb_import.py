@@ -2,16 +2,17 @@
 
 DATA/RUN/ (or DATA/RUN_RUN_RUN/, several runs in one) is an LMDB environment with a runs.json and, once complete, a DONE.txt.
 runs.json lists the checkpoints of a run (of each run by name, if there are several) with their metrics under keys
-RUN/epEEE_itIIIII.pt, `it` iterations into epoch `ep`. Each key's value is theta, raw float32; with "_arch" appended to the key, the
-sizes of the parameters, also raw float32. Values are read as numbers of a known length and as nothing else.
+RUN/epEEE_itIIIII.pt, `it` iterations into epoch `ep`; those of policies are RUN/itIIIII.pt. Each key's value is theta, raw float32;
+with "_arch" appended to the key, the sizes of the parameters, also raw float32. Values are read as numbers of a known length and as
+nothing else.
 """
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,20 +26,23 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.registry import open_task
+from triptych_gpt.tasks.supervised import SupervisedTask
+from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo import lmdb_reader
 from triptych_gpt.zoo.lmdb_reader import AGAIN
 from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
 
 _CHOSEN = ("task", "num_test_runs", "checkpoints", "cohort_runs", "dtype")  # options that decide what the zoo is
 ORIGIN = "released G.pt data"
-_KEY = re.compile(r".*/ep(\d{1,9})_it(\d{1,9})\.pt", re.DOTALL)
+_KEY = re.compile(r".*/(?:ep(\d{1,9})_)?it(\d{1,9})\.pt", re.DOTALL)
 
 
 class Source(NamedTuple):
-    """A metric's key in runs.json, and the factor that makes it ours. Lower is better."""
+    """A metric's key in runs.json, the factor that makes it ours, and which way is better."""
 
     key: str
     scale: float
+    better: Literal["lower", "higher"] = "lower"
 
 
 SUPERVISED = {
@@ -47,6 +51,12 @@ SUPERVISED = {
     "minibatch_loss": Source("avg_train_loss", 1.0),  # of that step's minibatch, not of the training set
     "minibatch_error": Source("avg_train_err", 0.01),
 }
+REINFORCEMENT = {"train_return": Source("train_ret", 1.0, "higher")}
+
+
+def sources_of(task: Task) -> dict[str, Source]:
+    """The metrics that the released data of a task record."""
+    return SUPERVISED if isinstance(task, SupervisedTask) else REINFORCEMENT
 
 
 def preview(config: ImportConfig) -> dict[str, Any]:
@@ -62,17 +72,41 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
     foreign folder; ImportError without the package lmdb; OSError if writing fails, with all earlier shards intact.
     """
     lmdb_reader.require_lmdb()
-    layout = open_task(config.task).layout if layout is None else layout
+    task = open_task(config.task)
+    layout, sources = task.layout if layout is None else layout, sources_of(task)
     # Runs are numbered in the released code's order, folders by name, since its test split is the last ones.
     runs, skipped = find_runs(config.lmdb)
+    better = {name: source.better for name, source in sources.items()}
+
+    def read(cohort: range, split: str) -> CohortData:
+        return _read_cohort(cohort, runs, split, config.checkpoints, layout, sources)
+
+    return import_runs(config, Found(config.lmdb, runs, skipped, ORIGIN), layout, better, read)
+
+
+class Found(NamedTuple):
+    """Runs to import: where from, their names and folders, and how many folders are unfinished."""
+
+    folder: Path
+    runs: Sequence[tuple[str, Path]]
+    skipped: int
+    origin: str
+
+
+def import_runs(
+    config: ImportConfig, found: Found, layout: ParameterLayout, better: Mapping[str, str],
+    read: Callable[[range, str], CohortData],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the zoo, or the rest of it, cohort by cohort as `read` reads them; returns counts."""
+    runs = found.runs
     if len(runs) <= config.num_test_runs:
-        held = f"the {len(runs):,} runs in {config.lmdb}"
+        held = f"the {len(runs):,} runs in {found.folder}"
         raise ValueError(f"num_test_runs {config.num_test_runs}: expected less than {held}")
     names = xxhash.xxh3_128("/".join(name for name, _ in runs).encode()).hexdigest()
-    settings = {"origin": ORIGIN, "runs": len(runs), "run_names": names}
+    settings = {"origin": found.origin, "runs": len(runs), "run_names": names}
     identity = {**settings, **{name: getattr(config, name) for name in _CHOSEN}}
     with RunDirectory(config.out, identity):
-        manifest = _manifest(config, layout, identity)
+        manifest = _manifest(config, found.folder, layout, identity, better)
         done = {record.name for record in manifest.shards}
         again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
         with Progress("import", len(runs), "runs") as progress:
@@ -80,28 +114,30 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
             for split, cohort in _cohorts(len(runs), config):
                 name = shard_name(cohort)
                 if name not in done or name in again:
-                    data = _read_cohort(cohort, runs, split, config.checkpoints, layout)
-                    record = write_shard(config.out, name, data, config.dtype)
+                    record = write_shard(config.out, name, read(cohort, split), config.dtype)
                     manifest.commit(record, replace=name in again)
                 progress.advance(len(cohort))
-    return _summary(config, manifest, skipped)
+    return _summary(config, manifest, found)
 
 
-def _manifest(config: ImportConfig, layout: ParameterLayout, recipe: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    config: ImportConfig, folder: Path, layout: ParameterLayout, recipe: Mapping[str, Any], better: Mapping[str, str]
+) -> Manifest:
     if (config.out / MANIFEST).exists():
         manifest = Manifest.read(config.out)
         if manifest.layout != layout:
             raise ValueError(f"{config.out}: a zoo of another version of {config.task}; use another --out")
         return manifest
+    kind = "lmdb" if config.sb3 is None else "sb3"
     options = " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in _CHOSEN)
     facts = {
         "task": config.task,
         "layout": layout.to_json(),
         "checkpoints": config.checkpoints,
         "dtype": config.dtype,
-        "metrics": dict.fromkeys(SUPERVISED, "lower"),
+        "metrics": dict(better),
         "recipe": dict(recipe),
-        "repair": f"triptych-gpt import --repair --lmdb {shlex.quote(str(config.lmdb))} {options}",
+        "repair": f"triptych-gpt import --repair --{kind} {shlex.quote(str(folder))} {options}",
         "provenance": provenance(),
     }
     return Manifest.create(config.out, facts)
@@ -116,16 +152,18 @@ def _cohorts(runs: int, config: ImportConfig) -> Iterator[tuple[str, range]]:
 
 
 def _read_cohort(
-    cohort: range, runs: Sequence[tuple[str, Path]], split: str, checkpoints: int, layout: ParameterLayout
-) -> CohortData:
+    cohort: range, runs: Sequence[tuple[str, Path]], split: str, checkpoints: int, layout: ParameterLayout,
+    sources: Mapping[str, Source],
+) -> CohortData:  # fmt: skip
     shape = (len(cohort), checkpoints)
     theta, steps = np.empty((*shape, layout.size), dtype=np.float32), np.empty(shape, dtype=np.int64)
-    values = {name: np.empty(shape, dtype=np.float32) for name in SUPERVISED}
+    values = {name: np.empty(shape, dtype=np.float32) for name in sources}
     complete: list[int] = []
     dropped: dict[int, str] = {}
     for run in cohort:
         row = len(complete)  # of a dropped run, the next one overwrites it
-        reason = _read_run(*runs[run], layout, theta[row], steps[row], {name: v[row] for name, v in values.items()})
+        each = {name: v[row] for name, v in values.items()}
+        reason = _read_run(*runs[run], layout, theta[row], steps[row], each, sources)
         if reason is None:
             complete.append(run)
         else:
@@ -148,6 +186,7 @@ def _read_run(
     theta: np.ndarray,
     steps: np.ndarray,
     values: Mapping[str, np.ndarray],
+    sources: Mapping[str, Source],
 ) -> str | None:
     """Fill a run's theta [checkpoints, D], steps and values [checkpoints]; why it is dropped, if it is."""
     listed = checkpoints_of(name, folder)
@@ -155,7 +194,7 @@ def _read_run(
         return f"{len(listed)} checkpoints"
     order = sorted(listed, key=lambda key: listed[key][0])
     steps[:] = [listed[key][0] for key in order]
-    for metric, source in SUPERVISED.items():
+    for metric, source in sources.items():
         values[metric][:] = [read_metric(source, listed[key][1], folder, key) for key in order]
     sizes = [span.stop - span.start for span in layout.spans.values()]
     theta[:] = lmdb_reader.read_apart(folder, order, sizes)
@@ -164,15 +203,15 @@ def _read_run(
     return unsound(torch.from_numpy(theta))
 
 
-def _summary(config: ImportConfig, manifest: Manifest, skipped: int) -> dict[str, Any]:
+def _summary(config: ImportConfig, manifest: Manifest, found: Found) -> dict[str, Any]:
     counts, dropped = manifest.counts()
     runs = {"train": 0, "test": 0, **counts}
-    left_out = f"dropped {dropped.total():,}, skipped {skipped:,} folders without DONE.txt"
+    left_out = f"dropped {dropped.total():,}, skipped {found.skipped:,} folders without DONE.txt"
     echo(f"wrote {config.out}: {runs['train']:,} training and {runs['test']:,} test runs; {left_out}")
     if not sum(runs.values()):
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common(3))
-        raise ValueError(f"{config.lmdb}: no run could be used ({reasons}); see --checkpoints and --task")
-    held = {"runs": runs, "dropped": dict(dropped), "unfinished_folders": skipped, "shards": len(manifest.shards)}
+        raise ValueError(f"{found.folder}: no run could be used ({reasons}); see --checkpoints and --task")
+    held = {"runs": runs, "dropped": dict(dropped), "unfinished_folders": found.skipped, "shards": len(manifest.shards)}
     return {"out": str(config.out), **held}
 
 
@@ -204,8 +243,10 @@ def checkpoints_of(name: str, folder: Path) -> dict[str, tuple[int, Mapping[str,
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of checkpoints as the released data has them; {AGAIN}") from error
     if wrong := [key for key, (place, _) in places.items() if place is None]:
-        raise ValueError(f"{path}: checkpoint {wrong[0][:80]!r}, expected RUN/epEEE_itIIIII.pt; {AGAIN}")
-    epochs = {key: (int(place[1]), int(place[2])) for key, (place, _) in places.items() if place is not None}
+        raise ValueError(
+            f"{path}: checkpoint {wrong[0][:80]!r}, expected RUN/epEEE_itIIIII.pt or RUN/itIIIII.pt; {AGAIN}"
+        )
+    epochs = {key: (int(place[1] or 0), int(place[2])) for key, (place, _) in places.items() if place is not None}
     # The last checkpoint is at the end of an epoch, so the largest `it` is the number of iterations of an epoch.
     length = max((iteration for _, iteration in epochs.values()), default=0)
     return {key: (epoch * length + iteration, listed[key]) for key, (epoch, iteration) in epochs.items()}

@@ -6,7 +6,6 @@ A cart on rails is pushed so that the pole on it stays upright. Angles are 0 upr
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from triptych_common.fields import Checked, Ge, Gt
 from triptych_common.randomness import counted_uniform, stream_keys
 
-from triptych_gpt.tasks.reinforcement.environments import Continuous, Environments, Step
+from triptych_gpt.tasks.reinforcement.environments import Continuous, Environments, Step, World
 
 State = Float[Tensor, "4 *batch"]
 """Position of the cart (m), its velocity, angle of the pole (rad), its velocity."""
@@ -23,12 +22,17 @@ State = Float[Tensor, "4 *batch"]
 
 @dataclass(frozen=True)
 class Cartpole(Checked):
-    """Constants of the original. Parity with PhysX cannot be shown without it; inertia, damping and substeps are therefore settings."""
+    """The original's constants.
+
+    Parity with PhysX cannot be shown without it; inertia, damping and substeps are therefore settings.
+    """
 
     cart_mass: Annotated[float, Gt(0)] = 1.0  # kg
     pole_mass: Annotated[float, Gt(0)] = 1.0
     pole_centre: Annotated[float, Gt(0)] = 0.47  # m above the hinge
-    pole_inertia: Annotated[float, Ge(0)] = (0.06**2 + 1.0**2) / 12  # kg m^2 about its centre: a box, 0.06 m wide, 1 m long
+    pole_inertia: Annotated[float, Ge(0)] = (
+        0.06**2 + 1.0**2
+    ) / 12  # kg m^2 about its centre: a box, 0.06 m wide, 1 m long
     cart_damping: Annotated[float, Ge(0)] = 0.0  # N per m/s
     pole_damping: Annotated[float, Ge(0)] = 0.0  # N m per rad/s
     gravity: float = 9.81
@@ -46,8 +50,8 @@ class Cartpole(Checked):
     ) -> tuple[Any, Any]:
         """Of cart and pole: Lagrange's equations of a cart with a rigid pole, solved for them.
 
-            (m_c + m_p) x'' + m_p l cos(theta) theta'' = F - b x' + m_p l sin(theta) theta'^2
-            m_p l cos(theta) x'' + (I + m_p l^2) theta'' = m_p g l sin(theta) - c theta'
+        (m_c + m_p) x'' + m_p l cos(theta) theta'' = F - b x' + m_p l sin(theta) theta'^2
+        m_p l cos(theta) x'' + (I + m_p l^2) theta'' = m_p g l sin(theta) - c theta'
         """
         coupling, total = self.pole_mass * self.pole_centre, self.cart_mass + self.pole_mass
         inertia = self.pole_inertia + self.pole_mass * self.pole_centre**2
@@ -171,7 +175,7 @@ class CartpoleBatch:
 
 
 @dataclass(frozen=True)
-class CartpoleWorld:
+class CartpoleWorld(World):
     """Cartpoles for training and evaluation, see `environments.World`."""
 
     cartpole: Cartpole = field(default_factory=Cartpole)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from triptych_gpt.tasks.task import Nominal
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Step(NamedTuple):
     final: Float[Tensor, "policies observations environments"]
 
 
+@runtime_checkable
 class Environments(Protocol):
     """Environments [policies, environments], which start the next episode by themselves."""
 
@@ -55,7 +58,8 @@ class Environments(Protocol):
         """Free what they hold."""
 
 
-class World(Protocol):
+@runtime_checkable
+class World(Protocol, metaclass=Nominal):
     """A kind of environment."""
 
     @property

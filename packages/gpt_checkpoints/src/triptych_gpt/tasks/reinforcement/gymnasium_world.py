@@ -16,13 +16,13 @@ from triptych_common.extras import import_extra
 from triptych_common.fields import Checked, Ge, Gt
 from triptych_common.randomness import counted_bits, stream_keys
 
-from triptych_gpt.tasks.reinforcement.environments import Actions, Continuous, Discrete, Environments, Step
+from triptych_gpt.tasks.reinforcement.environments import Actions, Continuous, Discrete, Environments, Step, World
 from triptych_gpt.tasks.reinforcement.serving import serve
 from triptych_gpt.tasks.supervised import describe
 
 
 @dataclass(frozen=True)
-class GymnasiumWorld(Checked):
+class GymnasiumWorld(Checked, World):
     """Environments with Box observations and Box or Discrete actions.
 
     environment: an id of gymnasium, "module:id" to import the module first, or a function that makes an environment.
@@ -102,7 +102,9 @@ class GymnasiumWorld(Checked):
         return self._batch(stream_keys(0, ["evaluation"]).expand(networks), episodes, device, dtype)
 
     def _batch(self, keys: Tensor, count: int, device: torch.device, dtype: torch.dtype) -> "GymnasiumBatch":
-        seeds = counted_bits(keys[:, None], torch.arange(count)) >> 33 & (1 << 31) - 1  # 31 bits, as environments take them
+        seeds = (
+            counted_bits(keys[:, None], torch.arange(count)) >> 33 & (1 << 31) - 1
+        )  # 31 bits, as environments take them
         return GymnasiumBatch(self.process, seeds, device, dtype)
 
     def describe(self) -> dict[str, Any]:
@@ -131,8 +133,8 @@ class GymnasiumBatch:
         flat = actions.transpose(1, 2).flatten(0, 1).cpu().numpy()
         observed, rewards, terminated, truncated, final = self.process.ask("step", flat)
         numbers = torch.from_numpy(rewards).to(self.device, self.dtype).view(self.seeds.shape)
-        flags = (torch.from_numpy(x).to(self.device).view(self.seeds.shape) for x in (terminated, truncated))
-        return Step(self._tensor(observed), numbers, *flags, self._tensor(final))
+        failed, late = (torch.from_numpy(x).to(self.device).view(self.seeds.shape) for x in (terminated, truncated))
+        return Step(self._tensor(observed), numbers, failed, late, self._tensor(final))
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         count = self.seeds.shape[1]
@@ -183,7 +185,9 @@ class Process:
             right, answer = pipe.recv()
         except (EOFError, ConnectionError) as error:
             self.stop()
-            raise ValueError(f"environment {self.name}: its process ended during a {command}; was it killed?") from error
+            raise ValueError(
+                f"environment {self.name}: its process ended during a {command}; was it killed?"
+            ) from error
         if not right:
             self.stop()
             raise ValueError(f"environment {self.name}: {command} fails ({answer})")

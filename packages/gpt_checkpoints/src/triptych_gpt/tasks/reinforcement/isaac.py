@@ -3,16 +3,20 @@
 Imported by nothing else. Isaac Gym wants to be imported before torch; the types of its calls come from isaacgym-stubs.
 """
 
-from isaacgym import gymapi, gymtorch  # isort: skip
+from isaacgym import gymapi  # isort: skip
 
+import importlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from triptych_gpt.tasks.reinforcement.cartpole import Cartpole, CartpoleBatch, State
+
+gymtorch: Any = importlib.import_module("isaacgym.gymtorch")  # has no stubs
 
 _URDF = """<robot name="cartpole">
   <link name="rail"/>

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,7 @@ class Selu:
 
     def __call__(self) -> nn.Sequential:
         sizes = (self.observations, self.hidden, self.hidden, self.outputs)
-        linears = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         for linear, gain in zip(linears, (2**0.5, 2**0.5, self.last_gain), strict=True):
             nn.init.orthogonal_(linear.weight, gain)
         first, second, third = linears

@@ -7,7 +7,7 @@ gradients and Adam: it becomes what it would be alone.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,7 +56,9 @@ class PpoSettings(Checked):
         super().__post_init__()
         items = self.environments * self.steps
         if items % self.minibatches or items // self.minibatches < 2:
-            expected = f"a divisor of {items:,} ({self.environments} environments x {self.steps} steps), half of it at most"
+            expected = (
+                f"a divisor of {items:,} ({self.environments} environments x {self.steps} steps), half of it at most"
+            )
             raise ValueError(f"minibatches {self.minibatches}: expected {expected}")
 
     def rate(self, iteration: int, epoch: int) -> float:
@@ -81,7 +83,9 @@ class Rollout(NamedTuple):
             return Rollout(*(x[..., items] for x in self))
         if items.ndim == 1:
             return Rollout(*(x.index_select(-1, items) for x in self))
-        return Rollout(*(x.gather(-1, items.view(len(items), *[1] * (x.ndim - 2), -1).expand(*x.shape[:-1], -1)) for x in self))
+        return Rollout(
+            *(x.gather(-1, items.view(len(items), *[1] * (x.ndim - 2), -1).expand(*x.shape[:-1], -1)) for x in self)
+        )
 
 
 def advantages_of(

@@ -19,16 +19,16 @@ class Sb3VecEnv(VecEnv):
     def __init__(self, environments: VectorEnv) -> None:
         mode = environments.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
-            raise ValueError(f"autoreset_mode {mode}: stable-baselines3 needs {AutoresetMode.SAME_STEP}; pass it to make_vec")
+            raise ValueError(
+                f"autoreset_mode {mode}: stable-baselines3 needs {AutoresetMode.SAME_STEP}; pass it to make_vec"
+            )
         self.environments = environments
         self.render_mode = environments.render_mode
-        super().__init__(
-            environments.num_envs, environments.single_observation_space, environments.single_action_space
-        )
+        super().__init__(environments.num_envs, environments.single_observation_space, environments.single_action_space)
 
     def reset(self) -> np.ndarray:
-        seeds = [None if seed is None else int(seed) for seed in self._seeds]
-        observations, _ = self.environments.reset(seed=seeds if any(s is not None for s in seeds) else None)
+        first = self._seeds[0]  # the others' follow it, as gymnasium's do
+        observations, _ = self.environments.reset(seed=None if first is None else int(first))
         self._reset_seeds()
         return observations
 
@@ -60,7 +60,8 @@ class Sb3VecEnv(VecEnv):
         return [False] * len(self._rows(indices))
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return self.environments.render() or [None] * self.num_envs
+        images: Any = self.environments.render()
+        return list(images) if images else [None] * self.num_envs
 
     def _rows(self, indices: VecEnvIndices) -> list[int]:
         return list(self._get_indices(indices))

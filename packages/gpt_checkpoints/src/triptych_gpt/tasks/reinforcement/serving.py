@@ -1,4 +1,7 @@
-"""The process in which a user's environments run: it may hang, raise or die without harm to the one that trains. Imports no torch."""
+"""The process in which a user's environments run: it may hang, raise or die without harm to the one that trains.
+
+Imports no torch.
+"""
 
 from collections.abc import Callable
 from multiprocessing.connection import Connection

@@ -218,9 +218,15 @@ def with_one_output(network: Callable[[], nn.Module]) -> nn.Module:
     built = network()
     last = built[-1] if isinstance(built, nn.Sequential) and len(built) else built
     if not isinstance(last, nn.Linear):
-        raise ValueError(f"network ending in {type(last).__name__}: expected an nn.Sequential ending in nn.Linear, or give a critic")
+        raise ValueError(
+            f"network ending in {type(last).__name__}: expected an nn.Sequential ending in nn.Linear, or give a critic"
+        )
     value = nn.Linear(last.in_features, 1)
-    return nn.Sequential(OrderedDict([*list(built.named_children())[:-1], ("value", value)])) if last is not built else value
+    return (
+        nn.Sequential(OrderedDict([*list(built.named_children())[:-1], ("value", value)]))
+        if last is not built
+        else value
+    )
 
 
 def _check(name: str, policies: Policies, world: World) -> None:
@@ -235,17 +241,30 @@ def _check(name: str, policies: Policies, world: World) -> None:
                 found = tuple(network.eval()(inputs).shape[1:])
         except RuntimeError as error:
             first = next((tuple(p.shape) for p in network.parameters() if p.ndim > 1), "unknown")
-            raise ValueError(f"task {name}: the {what}'s first weight is {first}, the environment has {given}; fit one to the other") from error
+            raise ValueError(
+                f"task {name}: the {what}'s first weight is {first}, the environment has {given}; fit one to the other"
+            ) from error
         if found != (count,):
-            raise ValueError(f"task {name}: the {what} gives {found}, the environment needs {given}; fit one to the other")
+            raise ValueError(
+                f"task {name}: the {what} gives {found}, the environment needs {given}; fit one to the other"
+            )
 
 
 _PROMPTS = Prompts(500.0, 500.0, 1.0)  # released
 
 CARTPOLE = ReinforcementTask(
-    "cartpole", CartpoleWorld(), Selu(), critic=Selu(last_gain=1.0), prompts=_PROMPTS,
+    "cartpole",
+    CartpoleWorld(),
+    Selu(),
+    critic=Selu(last_gain=1.0),
+    prompts=_PROMPTS,
 )
 CARTPOLE_SMALL = ReinforcementTask(
-    "cartpole_small", CartpoleWorld(), Selu(), critic=Selu(last_gain=1.0), prompts=_PROMPTS, episodes=8,
+    "cartpole_small",
+    CartpoleWorld(),
+    Selu(),
+    critic=Selu(last_gain=1.0),
+    prompts=_PROMPTS,
+    episodes=8,
     ppo=PpoSettings(environments=32, steps=16, iterations=200, epochs=4, minibatches=2, learning_rate=3e-3),
 )
