@@ -40,7 +40,9 @@ def test_accelerations_are_those_of_sympys_lagrangian():
         angle, x_dot, theta_dot, push = rng.uniform(-2, 2, 4)
         at = {x.diff(t): x_dot, theta.diff(t): theta_dot, force: push, b: pole.cart_damping, c: pole.pole_damping}
         expected = [float(solved[q.diff(t, 2)].subs(at).subs(theta, angle)) for q in (x, theta)]
-        assert pole.accelerations(angle, x_dot, theta_dot, push, math.sin, math.cos) == pytest.approx(expected, rel=1e-9)
+        assert pole.accelerations(angle, x_dot, theta_dot, push, math.sin, math.cos) == pytest.approx(
+            expected, rel=1e-9
+        )
 
 
 def integrated(cartpole: Cartpole, state: list[float], action: float, seconds: float) -> np.ndarray:
@@ -93,7 +95,9 @@ def test_damping_takes_energy():
 
 
 def test_rewards_and_failures_are_those_of_the_original():
-    states = torch.tensor([[0, 2.0, 0.1, -3.0], [3.1, 0, 0, 0], [0, 0, 1.6, 0], [-2.9, 0, -1.5, 0]], dtype=torch.float64)
+    states = torch.tensor(
+        [[0, 2.0, 0.1, -3.0], [3.1, 0, 0, 0], [0, 0, 1.6, 0], [-2.9, 0, -1.5, 0]], dtype=torch.float64
+    )
     reward, failed = Cartpole().rewarded(states.T)
     assert reward.tolist() == pytest.approx([1 - 0.01 - 0.02 - 0.015, -2, -2, 1 - 2.25])
     assert failed.tolist() == [False, True, True, False]
@@ -164,7 +168,10 @@ def test_evaluation_starts_alike_for_every_network_and_networks_can_leave():
 
 
 def test_float32_and_float64_start_alike():
-    states = [CartpoleBatch(Cartpole(), stream_keys(1, ["a"]), 64, dtype=dtype).reset() for dtype in (torch.float32, torch.float64)]
+    states = [
+        CartpoleBatch(Cartpole(), stream_keys(1, ["a"]), 64, dtype=dtype).reset()
+        for dtype in (torch.float32, torch.float64)
+    ]
     assert torch.allclose(states[0].observation.double(), states[1].observation, atol=1e-7)
 
 
@@ -213,7 +220,10 @@ def test_gymnasium_finds_the_environment_by_the_entry_point():
         f"import gymnasium, {module} as m; m.{name}(); import sys; assert 'torch' not in sys.modules; "
         "print(gymnasium.make('triptych/Cartpole-v0').reset(seed=0)[0].shape)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "(4,)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "(4,)"
+    )
 
 
 def test_pictures_move_with_the_state():

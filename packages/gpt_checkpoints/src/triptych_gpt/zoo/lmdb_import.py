@@ -26,8 +26,7 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.registry import open_task
-from triptych_gpt.tasks.supervised import SupervisedTask
-from triptych_gpt.tasks.task import Task
+from triptych_gpt.tasks.reinforcement.task import ReinforcementTask
 from triptych_gpt.zoo import lmdb_reader
 from triptych_gpt.zoo.lmdb_reader import AGAIN
 from triptych_gpt.zoo.store import MANIFEST, CohortData, Manifest, shard_name, to_repair, unsound, write_shard
@@ -54,11 +53,6 @@ SUPERVISED = {
 REINFORCEMENT = {"train_return": Source("train_ret", 1.0, "higher")}
 
 
-def sources_of(task: Task) -> dict[str, Source]:
-    """The metrics that the released data of a task record."""
-    return SUPERVISED if isinstance(task, SupervisedTask) else REINFORCEMENT
-
-
 def preview(config: ImportConfig) -> dict[str, Any]:
     """What --dry-run prints."""
     runs, skipped = find_runs(config.lmdb)
@@ -72,8 +66,9 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
     foreign folder; ImportError without the package lmdb; OSError if writing fails, with all earlier shards intact.
     """
     lmdb_reader.require_lmdb()
-    task = open_task(config.task)
-    layout, sources = task.layout if layout is None else layout, sources_of(task)
+    task = open_task(config.task) if layout is None else None
+    layout = layout or task.layout  # type: ignore[union-attr]
+    sources = REINFORCEMENT if isinstance(task, ReinforcementTask) else SUPERVISED
     # Runs are numbered in the released code's order, folders by name, since its test split is the last ones.
     runs, skipped = find_runs(config.lmdb)
     better = {name: source.better for name, source in sources.items()}
