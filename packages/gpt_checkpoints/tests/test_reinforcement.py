@@ -6,8 +6,11 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from dataclasses import replace
@@ -133,7 +136,7 @@ def test_policies_of_other_shapes_are_refused_with_both():
     one_line(error)
     with pytest.raises(ValueError, match=r"the network gives \(2,\), the environment needs .* outputs \(1,\)"):
         task(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))).layout  # noqa: B018
-    with pytest.raises(ValueError, match="expected an nn.Sequential ending in nn.Linear, or give a critic"):
+    with pytest.raises(ValueError, match=r"expected an nn\.Sequential ending in nn\.Linear, or give a critic"):
         task(nn.Sequential(nn.Linear(4, 1), nn.Tanh())).layout  # noqa: B018
 
 
@@ -149,6 +152,7 @@ from dataclasses import replace
 from triptych_gpt.tasks.reinforcement import CARTPOLE_SMALL, PpoSettings
 PPO = PpoSettings(environments=4, steps=8, iterations=6, epochs=1, minibatches=2, learning_rate=1e-2)
 TINY = replace(CARTPOLE_SMALL, name="tiny_cartpole", ppo=PPO, episodes=2)
+SLOW = replace(TINY, name="slow_cartpole", ppo=replace(PPO, iterations=300))
 """
 
 
@@ -189,9 +193,43 @@ def test_other_processes_and_repairs_give_the_same_bytes(policies, tmp_path):
     collected(task, tmp_path / "zoo", engine="local", workers=2)
     assert bytes_of(tmp_path / "zoo") == bytes_of(policies / "zoo")
     spoiled = sorted((tmp_path / "zoo" / "shards").glob("*.safetensors"))[1]
-    spoiled.write_bytes(b"\\0" * spoiled.stat().st_size)
+    spoiled.write_bytes(b"\0" * spoiled.stat().st_size)
     collected(task, tmp_path / "zoo", repair=True)
     assert bytes_of(tmp_path / "zoo") == bytes_of(policies / "zoo")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_worker_killed_in_mid_cohort_costs_its_cohort_alone(policies, tmp_path):
+    words = ["collect", f"{policies / 'policies.py'}:SLOW", "--runs", "6", "--cohort-runs", "2", "--checkpoints", "5",
+             "--networks-at-once", "2", "--workers", "1", "--out", str(tmp_path / "zoo")]  # fmt: skip
+    running = subprocess.Popen([sys.executable, "-m", "triptych_gpt.cli", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "zoo" / "shards").glob("*.parquet")):
+        assert running.poll() is None, running.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for pid in descendants(running.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "a worker process died" in errors
+    assert "Traceback" not in errors
+    options = {"runs": 6, "cohort_runs": 2, "networks_at_once": 2, "split_every": 10}
+    assert 0 < len(Zoo(tmp_path / "zoo")) < 6
+    for name in ("zoo", "whole"):
+        collected(f"{policies / 'policies.py'}:SLOW", tmp_path / name, **options)
+    assert bytes_of(tmp_path / "zoo") == bytes_of(tmp_path / "whole")
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those they started."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(re.search(r"PPid:\t(\d+)", status.read_text())[1])
+    found = [child for child, parent in parents.items() if parent == pid]
+    return found + [deeper for child in found for deeper in descendants(child)]
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +274,8 @@ def control(tmp_path_factory) -> Path:
         assert large in example
         example = example.replace(large, small)
     path = tmp_path_factory.mktemp("control") / "control.py"
-    path.write_text(example.replace("episodes=4", "episodes=1"))
+    short = example.replace("episodes=4", "episodes=1").replace('"Pendulum-v1"', '"Pendulum-v1", max_episode_steps=20')
+    path.write_text(short)
     return path
 
 
@@ -409,9 +448,9 @@ def test_a_killed_process_of_environments_is_noticed():
     batch = world.training(0, range(1), 1, CPU, torch.float32)
     batch.reset()
     os.kill(world.process._started[0].pid, signal.SIGKILL)
+    world.process._started[0].join()
     with pytest.raises(ValueError, match="its process ended"):
-        for _ in range(3):
-            batch.step(torch.zeros(1, 1, 1, dtype=torch.long))
+        batch.step(torch.zeros(1, 1, 1, dtype=torch.long))
     assert batch.reset().observation.shape == (1, 4, 1)  # another one is started
     world.process.stop()
 
@@ -459,7 +498,7 @@ from triptych_gpt.tasks.reinforcement import GymnasiumWorld, ReinforcementTask
 def network():
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
 
-SWING = ReinforcementTask("swing", GymnasiumWorld("Pendulum-v1"), network, episodes=1)
+SWING = ReinforcementTask("swing", GymnasiumWorld("Pendulum-v1", {"max_episode_steps": 20}), network, episodes=1)
 """
 
 
@@ -530,7 +569,7 @@ def test_nothing_of_an_archive_is_unpickled(sb3_runs, tmp_path):
     evil = pickle.dumps(Evil(tmp_path / "ran"))
     for content in (evil, b"", b"PK nothing"):
         archive(content)
-        with pytest.raises(ValueError, match="policy.pth: damaged, or holds Python objects besides tensors") as error:
+        with pytest.raises(ValueError, match=r"policy\.pth: damaged, or holds Python objects besides tensors") as error:
             import_zoo(config)
         one_line(error)
     with zipfile.ZipFile(source) as whole:
@@ -552,8 +591,6 @@ def test_nothing_of_an_archive_is_unpickled(sb3_runs, tmp_path):
     ],
 )
 def test_damaged_archives_are_one_line(spoil, message, sb3_runs, tmp_path):
-    import shutil
-
     shutil.copytree(sb3_runs, tmp_path / "copy")
     spoil(tmp_path / "copy" / "runs")
     with pytest.raises(ValueError, match=message) as error, quiet():
@@ -566,6 +603,6 @@ def test_archives_of_other_networks_are_refused_with_both_shapes(sb3_runs, tmp_p
         import_zoo(sb3_config(sb3_runs, tmp_path / "zoo", task="cartpole_small"))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         import_zoo(ImportConfig(sb3=tmp_path / "absent", out=tmp_path / "zoo"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no runs; expected a folder for each"):
-        (tmp_path / "empty").mkdir()
         import_zoo(ImportConfig(sb3=tmp_path / "empty", out=tmp_path / "zoo"))

@@ -46,12 +46,10 @@ class GymnasiumWorld(Checked, World):
         return Process(self.name, self._maker(), self.timeout)
 
     def _maker(self) -> bytes:
-        import_extra("gymnasium", "environments of your own need a package: pip install 'triptych-gpt[rl]'")
+        gymnasium = _gymnasium()
         import cloudpickle
 
         if isinstance(self.environment, str):
-            import gymnasium
-
             return cloudpickle.dumps(partial(gymnasium.make, self.environment, **self.arguments))
         # A task's file is no module that another process could import.
         module = sys.modules.get(getattr(self.environment, "__module__", ""))
@@ -66,8 +64,7 @@ class GymnasiumWorld(Checked, World):
 
     @cached_property
     def _spaces(self) -> tuple[int, Actions, int]:
-        from gymnasium import spaces
-
+        spaces = _gymnasium().spaces
         observed, acted, limit, _ = self.process.ask("spaces")
         if not isinstance(observed, spaces.Box):
             remedy = "expected a Box; wrap it, such as in gymnasium.wrappers.FlattenObservation"
@@ -108,11 +105,13 @@ class GymnasiumWorld(Checked, World):
         return GymnasiumBatch(self.process, seeds, device, dtype)
 
     def describe(self) -> dict[str, Any]:
-        from gymnasium import spaces  # noqa: F401 - unpickled by the process's answer
-
         observed, acted, limit, words = self.process.ask("spaces")
         described = {"environment": self.name, "instance": words, "observations": str(observed), "actions": str(acted)}
         return {**described, "arguments": dict(self.arguments), "max_steps": limit or self.episode_steps}
+
+
+def _gymnasium() -> Any:
+    return import_extra("gymnasium", "environments of your own need a package: pip install 'triptych-gpt[rl]'")
 
 
 @dataclass
