@@ -10,7 +10,7 @@ import torch
 PRESETS = {  # module, table of presets, digest of all their identities
     "dit": ("triptych_dit.train_config", "TRAIN_PRESETS", "95eff8e09598"),
     "autoencoder": ("triptych_dit.autoencoder.config", "AUTOENCODER_PRESETS", "73373ee335f9"),
-    "gpt": ("triptych_gpt.train_config", "TRAIN_PRESETS", "ce4b97a83086"),
+    "gpt": ("triptych_gpt.train_config", "TRAIN_PRESETS", "1ee878b51c32"),
     "gan": ("triptych_gangealing.stylegan2.train_config", "PRESETS", "eb8b58c4a09a"),
     "align": ("triptych_gangealing.train_config", "PRESETS", "81f4e211c1e6"),
 }
