@@ -18,7 +18,8 @@ MODULES = {name: f"triptych_{name}" for name in PACKAGES} | {"gpt_checkpoints": 
 LIBRARIES = [name for name in PACKAGES if name != "thesis"]
 DISTRIBUTIONS = {  # import name -> distribution, where they differ
     "PIL": "pillow", "triptych_common": "triptych-common", "torch_fidelity": "torch-fidelity", "sklearn": "scikit-learn",
-    "stable_baselines3": "stable-baselines3", "triptych_dit": "triptych-dit", "triptych_gpt": "triptych-gpt", "triptych_gangealing": "triptych-gangealing",
+    "stable_baselines3": "stable-baselines3",
+    "triptych_dit": "triptych-dit", "triptych_gpt": "triptych-gpt", "triptych_gangealing": "triptych-gangealing",
 }  # fmt: skip
 FILES_BEHIND_TRAINING = {"triptych_dit.train": 25, "triptych_gpt.train": 35, "triptych_gangealing.train": 30}
 PROGRAMS = ["triptych_dit.cli", "triptych_gpt.cli", "triptych_gangealing.cli", "triptych_thesis.cli"]

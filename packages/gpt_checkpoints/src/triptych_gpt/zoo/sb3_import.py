@@ -101,7 +101,7 @@ def _read_cohort(
 def checkpoints_of(folder: Path) -> dict[int, Path]:
     """The archives of a run by their steps, ascending. Raises ValueError for a name without a number, or a number twice."""
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob("*.zip")):
+    for path in sorted(path for path in folder.glob("*.zip") if path.is_file()):
         match = _STEPS.fullmatch(path.name)
         if match is None or int(match[1]) in found:
             problem = "no number of steps in its name" if match is None else f"{match[1]} steps, as another one"

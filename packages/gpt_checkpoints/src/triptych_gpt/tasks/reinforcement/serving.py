@@ -3,6 +3,10 @@
 Imports no torch.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -12,16 +16,25 @@ import numpy as np
 
 def serve(pipe: Connection) -> None:
     """Answer each (name, arguments) with (True, result) or (False, error in one line), until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     state: dict[str, Batch] = {}
     while True:
         try:
             name, arguments = pipe.recv()
-        except (EOFError, OSError, KeyboardInterrupt):
+        except (EOFError, OSError):
             return
         try:
             pipe.send((True, _COMMANDS[name](state, *arguments)))
         except Exception as error:
             pipe.send((False, " ".join(f"{type(error).__name__}: {error}".split())))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "served by a child"
+    parent.join()
+    os._exit(1)  # even if an environment hangs
 
 
 def _make(state: dict[str, "Batch"], maker: bytes) -> None:
