@@ -15,6 +15,7 @@ from benchmarks.suites import (
     gpt_collect,
     gpt_gpu,
     gpt_pairs,
+    gpt_policies,
     gpt_training,
     warp,
 )
@@ -26,6 +27,8 @@ SUITES: dict[str, Callable[[], Sequence[Job]]] = {
     "dit_gpu": dit_gpu.jobs,
     "gpt_collect": gpt_collect.jobs,
     "gpt_pairs": gpt_pairs.jobs,
+    "gpt_policies": gpt_policies.jobs,
+    "gpt_policies_gpu": gpt_policies.gpu_jobs,
     "gpt_training": gpt_training.jobs,
     "gpt_gpu": gpt_gpu.jobs,
     "gan_ops": gan_ops.jobs,

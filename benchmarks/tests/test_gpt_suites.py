@@ -9,7 +9,7 @@ from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.tasks import TASKS, Items
 
 from benchmarks.runner import Job, Plan, run_suite
-from benchmarks.suites import gpt_collect, gpt_gpu, gpt_pairs
+from benchmarks.suites import gpt_collect, gpt_gpu, gpt_pairs, gpt_policies
 from benchmarks.suites.gpt_collect import CIFAR, MNIST, SIZES, jobs_of
 from benchmarks.suites.gpt_storage import bytes_per_checkpoint, effect_of_bfloat16
 
@@ -124,3 +124,13 @@ def test_bfloat16_hardly_changes_metrics():
         assert found[name]["mean"] > 0
         assert found[name]["largest_absolute_change"] < bound
     assert found["test_loss"]["mean_absolute_change"] > 0
+
+
+def test_policies_are_stepped_updated_and_scored():
+    jobs = gpt_policies.jobs_of(gpt_policies.Size(policies=2, environments=8, small=4, steps=4))
+    result = run_suite("toy", list(jobs), Plan(1, 2))
+    assert result["failed"] == {}
+    assert len(result["jobs"]) + len(result["skipped"]) == 16
+    rows = {row["name"]: row for row in result["jobs"]}
+    assert rows["stepping: policies"]["items"] == 2 * 8 * 4
+    assert rows["updates, cartpole_small: 4 policies"]["times_as_long"]

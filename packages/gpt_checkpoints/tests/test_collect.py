@@ -422,7 +422,7 @@ def test_bad_requests_are_one_line(options, message, status, tasks, tmp_path):
 
 def test_bad_tasks_are_one_line(tasks, tmp_path):
     for spec, message in (
-        ("mnist", "task 'mnist': expected one of mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME"),
+        ("mnist", "task 'mnist': expected one of mnist_mlp, mnist_mlp_14, cifar_cnn, cartpole, cartpole_small, or"),
         (f"{tasks}:ABSENT", "has no ABSENT"),
         (f"{tasks}:NOTHING", "int, no Task"),
         (f"{tasks}:TIED", "network Sequential: cannot be run on a batch [2, 3] (TypeError: Bilinear"),

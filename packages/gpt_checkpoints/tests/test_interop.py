@@ -271,7 +271,7 @@ def test_what_does_not_convert_is_one_line(tmp_path):
 
 
 def test_presets_have_the_facts_that_files_lack():
-    assert set(RELEASED) == set(PRESETS) - {"laptop"}
+    assert set(RELEASED) == set(PRESETS) - {"laptop", "cartpole_small"}
     assert {name: facts.scale for name, facts in RELEASED.items()} == {
         "mnist_loss": 4.185, "mnist_error": 4.185, "cifar10_loss": 1.646, "cifar10_error": 1.646, "cartpole": 2.06
     }  # fmt: skip

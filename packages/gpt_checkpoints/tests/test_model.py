@@ -65,10 +65,13 @@ def test_released_models_have_their_number_of_parameters(preset, parameters):
 
 
 def test_presets_are_of_the_tasks_networks():
-    for preset, task in {"mnist_loss": "mnist_mlp", "cifar10_loss": "cifar_cnn", "laptop": "mnist_mlp_14"}.items():
+    tasks = {"mnist_loss": "mnist_mlp", "cifar10_loss": "cifar_cnn", "laptop": "mnist_mlp_14", "cartpole": "cartpole",
+             "cartpole_small": "cartpole_small"}  # fmt: skip
+    for preset, task in tasks.items():
         assert PRESETS[preset].symmetry == TASKS[task].symmetry
     assert {name: config.symmetry.layout.size for name, config in PRESETS.items()} == {
-        "mnist_loss": 7960, "mnist_error": 7960, "cifar10_loss": 5370, "cifar10_error": 5370, "cartpole": 1250, "laptop": 2080
+        "mnist_loss": 7960, "mnist_error": 7960, "cifar10_loss": 5370, "cifar10_error": 5370, "cartpole": 1250, "laptop": 2080,
+        "cartpole_small": 1250,
     }  # fmt: skip
     assert PRESETS["mnist_error"].metric_factor == PRESETS["cifar10_error"].metric_factor == 100
 

@@ -241,3 +241,15 @@ def test_frozen_parameters_are_not_trainable():
     network = twice()
     network[2].requires_grad_(False)
     assert Stack(network).trainable == ("0.weight", "0.bias", "4.weight", "4.bias")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 2e-15)])
+def test_selu_by_exp_is_selu(dtype, tolerance):
+    x = torch.linspace(-20, 5, 1001, dtype=dtype).requires_grad_()
+    network = Stack(nn.Sequential(nn.Linear(1, 1), nn.SELU()))  # the identity first
+    parameters = {"0.weight": torch.ones(1, 1, 1, dtype=dtype), "0.bias": torch.zeros(1, 1, dtype=dtype)}
+    found, expected = network(parameters, x[None, :, None], shared=False)[0, :, 0], nn.functional.selu(x)
+    assert network.batched
+    assert (found - expected).abs().max() <= tolerance
+    gradients = [torch.autograd.grad(values.sum(), x)[0] for values in (found, expected)]
+    assert (gradients[0] - gradients[1]).abs().max() <= tolerance

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
+
 
 def _hash64(seed: int, stream: str, index: int = 0) -> int:
     digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
@@ -56,12 +58,43 @@ def evenly_spread(seed: int, stream: str, indices: Sequence[int]) -> Float[Tenso
 
 
 def _weyl(seed: int, stream: str, indices: Sequence[int]) -> np.ndarray:
-    """The stream's key plus index * 2^64 / golden ratio, modulo 2^64."""
-    return np.uint64(_hash64(seed, stream)) + np.asarray(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    """The stream's key plus index * _GOLDEN, modulo 2^64."""
+    return np.uint64(_hash64(seed, stream)) + np.asarray(indices, dtype=np.uint64) * np.uint64(_GOLDEN)
 
 
 def _fraction(z: np.ndarray) -> Float[Tensor, " batch"]:
     return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)  # float64 has 53 bits
+
+
+def stream_keys(seed: int, streams: Sequence[str], device: torch.device | str = "cpu") -> Int[Tensor, " streams"]:
+    """The key of each stream, for `counted_bits`."""
+    return torch.tensor([_signed(_hash64(seed, stream)) for stream in streams], device=device)
+
+
+def counted_bits(keys: Int[Tensor, "..."], counters: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """64 bits for each counter of each key, broadcast: splitmix64, on the tensors' device and the same on every one."""
+    # torch shifts signed numbers: the copies of the sign are masked.
+    z = keys + counters * _signed(_GOLDEN)
+    z = z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z = z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(0x94D049BB133111EB))
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def counted_uniform(keys: Int[Tensor, "..."], counters: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A float32 in [0, 1) for each counter of each key, of 24 bits."""
+    return (counted_bits(keys, counters) >> 40).bitwise_and_((1 << 24) - 1).float().mul_(2.0**-24)
+
+
+def counted_normal(keys: Int[Tensor, "..."], counters: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A standard normal float32 for each counter of each key, by inversion; at most 5.4 in absolute value."""
+    # Odd multiples of 2^-24 are exact in float32, symmetric, and never -1, 0 or 1.
+    odd = (counted_bits(keys, counters) >> 39).bitwise_or_(1)
+    return odd.float().mul_(2.0**-24).erfinv_().mul_(2.0**0.5)
+
+
+def _signed(word: int) -> int:
+    """64 bits as torch's integers hold them."""
+    return word - (1 << 64) if word >> 63 else word
 
 
 def permutation(seed: int, stream: str, index: int, n: int) -> Int[Tensor, " n"]:

@@ -38,7 +38,7 @@ COMMANDS = {
         writes="file",
     ),
     "import": Command(
-        "import a folder of checkpoints, or the released G.pt data, as a zoo",
+        "import anybody's checkpoints, stable-baselines3's policies or the released G.pt data as a zoo",
         "triptych_gpt.settings:ImportConfig",
         "triptych_gpt.zoo.importing:import_zoo",
         preview="triptych_gpt.zoo.importing:preview",

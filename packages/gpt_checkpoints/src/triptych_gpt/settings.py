@@ -170,6 +170,8 @@ class ImportConfig(Options):
     """folder of checkpoints, a subfolder for each run: state dicts, Lightning's, safetensors, or checkpoint-N folders"""
     lmdb: Path | None = None
     """folder of the released data instead: an LMDB environment for each run, or for several runs"""
+    sb3: Path | None = None
+    """folder of stable-baselines3's checkpoints instead, a subfolder for each run of NAME_STEPS_steps.zip; scored by --task"""
     out: Path = Path("runs/zoo")
     """folder of the zoo"""
     task: str | None = None

@@ -118,6 +118,7 @@ TRAIN_PRESETS = {
         width=208, depth=1, num_heads=4, total_pairs=12_800, batch_size=128, warmup_pairs=1_280, log_every=20,
         checkpoint_every=50, validation_every=50, validation_networks=4, validation_inference_steps=10,
     ),
+    "cartpole_small": GptTrainConfig(metric="return", width=128, total_pairs=256_000, batch_size=128, lr=2e-3),
     "mnist_loss": _released("test_loss", batch_size=1024, **_MNIST),
     "mnist_error": _released("test_error", batch_size=512, metric_factor=100.0, **_MNIST),
     "cifar10_loss": _released("test_loss", **_CIFAR),

@@ -8,6 +8,7 @@ finds a network in what anybody's training script saved: within entries (`state_
 
 import argparse
 import contextlib
+import io
 import pathlib
 import pickle
 import re
@@ -164,6 +165,19 @@ def read(path: Path) -> Any:
         raise
     except Exception as error:  # damaged bytes can raise anything
         raise _damaged(path) from error
+
+
+def read_bytes(content: bytes, where: str) -> Any:
+    """A torch.save file in memory, as `read` reads one. Raises ValueError for one that is damaged or holds other objects."""
+    try:
+        torch_file.check(io.BytesIO(content), len(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"{where}: damaged, or holds Python objects besides tensors; make or fetch it again"
+        ) from error
 
 
 def metadata(path: Path) -> dict[str, str]:

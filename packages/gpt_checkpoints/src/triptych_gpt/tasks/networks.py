@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.tasks.optimizers import OptimizerSettings
 from triptych_gpt.tasks.stack import Stack, computes
 
@@ -35,9 +36,9 @@ def train_networks(
     parameters = {name: value.clone(memory_format=contiguous) for name, value in views.items()}
     trained = [parameters[name].requires_grad_() for name in stack.trainable]
     steps = optimizer.make(trained)
-    due = _by_step(record)
+    due = due_steps(record)
     losses = torch.zeros(record.shape, dtype=theta.dtype, device=theta.device)
-    _take(due.get(0), parameters, stack, out)
+    take_checkpoints(due.get(0), parameters, stack.layout, out)
     for step, (inputs, targets) in enumerate(minibatches, start=1):
         for group in steps.param_groups:
             group["lr"] = rates[step - 1]
@@ -52,14 +53,15 @@ def train_networks(
         for at in (due.get(0), due.get(1)) if step == 1 else (due.get(step),):
             if at is not None:
                 losses[at] = each.detach()[at[0]]
-        _take(due.get(step), parameters, stack, out)
+        take_checkpoints(due.get(step), parameters, stack.layout, out)
     return losses
 
 
-_At = tuple[Tensor, Tensor]  # networks, and which of their checkpoints
+At = tuple[Tensor, Tensor]
+"""Networks, and which of their checkpoints."""
 
 
-def _by_step(record: Tensor) -> dict[int, _At]:
+def due_steps(record: Int[Tensor, "networks checkpoints"]) -> dict[int, At]:
     """For each step, the networks with a checkpoint after it, and which one."""
     steps, order = record.flatten().sort()
     values, counts = steps.unique_consecutive(return_counts=True)
@@ -67,12 +69,12 @@ def _by_step(record: Tensor) -> dict[int, _At]:
     return {step: (at // record.shape[1], at % record.shape[1]) for step, at in parts}
 
 
-def _take(at: _At | None, parameters: Mapping[str, Tensor], stack: Stack, out: Tensor) -> None:
+def take_checkpoints(at: At | None, parameters: Mapping[str, Tensor], layout: ParameterLayout, out: Tensor) -> None:
     """Copy some networks' parameters into their checkpoints, whole rows at a time."""
     if at is None:
         return
     networks, checkpoints = at
-    taken = [parameters[name].detach().index_select(0, networks).flatten(1) for name in stack.layout.names]
+    taken = [parameters[name].detach().index_select(0, networks).flatten(1) for name in layout.names]
     rows = networks * out.shape[1] + checkpoints
     out.view(-1, out.shape[-1]).index_copy_(0, rows, torch.cat(taken, 1))
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from triptych_gpt.tasks.cifar_cnn import CIFAR_CNN
 from triptych_gpt.tasks.mnist_mlp import MNIST_MLP, MNIST_MLP_14
+from triptych_gpt.tasks.reinforcement.task import CARTPOLE, CARTPOLE_SMALL
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (MNIST_MLP, MNIST_MLP_14, CIFAR_CNN)}
+TASKS: dict[str, Task] = {task.name: task for task in (MNIST_MLP, MNIST_MLP_14, CIFAR_CNN, CARTPOLE, CARTPOLE_SMALL)}
 
 
 def open_task(spec: str, *, data: str | None = None, epochs: int | None = None) -> Task:

@@ -73,7 +73,7 @@ class Speed:
     seconds_per_score: float  # of one checkpoint
 
 
-class _Nominal(type(Protocol)):  # type: ignore[misc]
+class Nominal(type(Protocol)):  # type: ignore[misc]
     """Makes instances of a class that inherits from the protocol instances of it without a look at their attributes."""
 
     # Python 3.11 would read a task's properties, and so load its data.
@@ -83,7 +83,7 @@ class _Nominal(type(Protocol)):  # type: ignore[misc]
 
 
 @runtime_checkable
-class Task(Protocol, metaclass=_Nominal):
+class Task(Protocol, metaclass=Nominal):
     """What collecting, training and scoring need of a task."""
 
     name: str
@@ -106,7 +106,7 @@ class Task(Protocol, metaclass=_Nominal):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of a run."""
+        """Optimiser steps of a run, or other units that checkpoints are taken between."""
 
     def recipe(self) -> dict[str, Any]:
         """Everything that decides what a run is, JSON-able: zoos of one recipe are the same zoo."""
@@ -120,7 +120,7 @@ class Task(Protocol, metaclass=_Nominal):
     def train_cohort(self, cohort: Cohort, device: torch.device, networks_at_once: int) -> Trajectories:
         """Train the cohort's runs; returns their checkpoints on the CPU."""
 
-    def evaluate(self, theta: Float[Tensor, "n D"]) -> dict[str, Float[Tensor, " n"]]:
+    def evaluate(self, theta: Float[Tensor, "n D"]) -> Mapping[str, Float[Tensor, " n"]]:
         """Every metric of some networks, scored on theta's device."""
 
     def measure(self, device: torch.device, cohort_runs: int, shared_batches: bool = True) -> Speed:

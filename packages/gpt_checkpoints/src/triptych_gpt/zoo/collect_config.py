@@ -17,7 +17,7 @@ class CollectConfig(CommonOptions):
     """Train networks in many runs and save their checkpoints. Repeating the command resumes; more --runs extend the zoo."""
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")] = tyro.MISSING
-    """mnist_mlp, mnist_mlp_14, cifar_cnn, or file.py:NAME for a task of your own"""
+    """mnist_mlp, mnist_mlp_14, cifar_cnn, cartpole, cartpole_small, or file.py:NAME for a task of your own"""
     runs: Annotated[int | None, Ge(1)] = None
     """training runs of the finished zoo, including dropped ones; default: 1,000, or none more with --repair"""
     out: Path = Path("runs/zoo")
@@ -64,5 +64,7 @@ class CollectConfig(CommonOptions):
 PRESETS = {  # the released data sets' numbers of runs, thesis 3.3
     "mnist": CollectConfig(task="mnist_mlp", runs=10_728),
     "cifar10": CollectConfig(task="cifar_cnn", runs=56_840),
+    "cartpole": CollectConfig(task="cartpole", runs=50_026),
+    "cartpole_small": CollectConfig(task="cartpole_small", runs=1000, checkpoints=40, early=True),
     "laptop": CollectConfig(task="mnist_mlp_14", runs=6000, checkpoints=40, early=True, split_every=20),
 }

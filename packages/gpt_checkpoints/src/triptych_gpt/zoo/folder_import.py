@@ -71,7 +71,7 @@ def import_folder(config: ImportConfig) -> dict[str, Any]:
     assert config.folder is not None
     of_run = source.checkpoints * source.layout.size
     cohort_runs = max(1, min(config.cohort_runs, _COHORT_FLOATS // of_run))
-    spec = _spec(config)
+    spec = spec_of(config)
     listed = [[name, [step for step, _ in files]] for name, files in source.runs.items()]
     identity: dict[str, Any] = {
         "origin": ORIGIN,
@@ -112,7 +112,7 @@ def _open(config: ImportConfig) -> _Source:
     for reason, paths in found.left_out.items():
         some = ", ".join(str(path.relative_to(config.folder)) for path in paths[:3])
         echo(f"left out {len(paths):,} ({reason}): {some}{', ...' if len(paths) > 3 else ''}")
-    spec = _spec(config)
+    spec = spec_of(config)
     task = None if spec is None else spec.open()
     first = next(iter(next(iter(found.runs.values())).values()))
     if task is None:
@@ -139,7 +139,8 @@ def _open(config: ImportConfig) -> _Source:
     return _Source(ordered, dropped, layout, task, whose, table, better, rescored, count, splits)
 
 
-def _spec(config: ImportConfig) -> TaskSpec | None:
+def spec_of(config: ImportConfig) -> TaskSpec | None:
+    """The task to open, with the absolute path of a user's file; None without one."""
     if config.task is None:
         return None
     path, colon, name = config.task.rpartition(":")

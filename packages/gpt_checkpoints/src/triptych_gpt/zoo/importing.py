@@ -6,11 +6,15 @@ from triptych_gpt.settings import ImportConfig
 
 
 def import_zoo(config: ImportConfig) -> dict[str, Any]:
-    """Write the zoo, or the rest of it; returns counts. Raises what the two kinds of imports raise, ValueError without a source."""
+    """Write the zoo, or the rest of it; returns counts. Raises what the kinds of imports raise, ValueError without a source."""
     if config.lmdb is not None:
         from triptych_gpt.zoo.lmdb_import import import_lmdb
 
         return import_lmdb(config)
+    if config.sb3 is not None:
+        from triptych_gpt.zoo.sb3_import import import_sb3
+
+        return import_sb3(config)
     _check_source(config)
     from triptych_gpt.zoo.folder_import import import_folder
 
@@ -23,6 +27,10 @@ def preview(config: ImportConfig) -> dict[str, Any]:
         from triptych_gpt.zoo.lmdb_import import preview_lmdb
 
         return preview_lmdb(config)
+    if config.sb3 is not None:
+        from triptych_gpt.zoo.sb3_import import preview_sb3
+
+        return preview_sb3(config)
     _check_source(config)
     from triptych_gpt.zoo.folder_import import preview_folder
 
@@ -32,5 +40,5 @@ def preview(config: ImportConfig) -> dict[str, Any]:
 def _check_source(config: ImportConfig) -> None:
     if config.folder is None:
         raise ValueError(
-            "nothing to import: give --folder FOLDER of checkpoints, or --lmdb FOLDER of the released data"
+            "nothing to import: give --folder FOLDER of checkpoints, --sb3 FOLDER of policies or --lmdb FOLDER of released data"
         )

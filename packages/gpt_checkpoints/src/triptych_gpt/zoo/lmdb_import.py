@@ -2,8 +2,9 @@
 
 DATA/RUN/ (or DATA/RUN_RUN_RUN/, several runs in one) is an LMDB environment with a runs.json and, once complete, a DONE.txt.
 runs.json lists the checkpoints of a run (of each run by name, if there are several) with their metrics under keys
-RUN/epEEE_itIIIII.pt, `it` iterations into epoch `ep`. Each key's value is theta, raw float32; with "_arch" appended to the key, the
-sizes of the parameters, also raw float32. Values are read as numbers of a known length and as nothing else.
+RUN/epEEE_itIIIII.pt, `it` iterations into epoch `ep`; those of policies are RUN/itIIIII.pt. Each key's value is theta, raw float32;
+with "_arch" appended to the key, the sizes of the parameters, also raw float32. Values are read as numbers of a known length and as
+nothing else.
 """
 
 import re
@@ -11,7 +12,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,19 +26,21 @@ from triptych_common.storage.run import RunDirectory
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.registry import open_task
+from triptych_gpt.tasks.reinforcement.task import ReinforcementTask
 from triptych_gpt.zoo import lmdb_reader
 from triptych_gpt.zoo.lmdb_reader import AGAIN
 from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, to_repair, unsound, write_shard
 
 ORIGIN = "released G.pt data"
-_KEY = re.compile(r".*/ep(\d{1,9})_it(\d{1,9})\.pt", re.DOTALL)
+_KEY = re.compile(r".*/(?:ep(\d{1,9})_)?it(\d{1,9})\.pt", re.DOTALL)
 
 
 class Source(NamedTuple):
-    """A metric's key in runs.json, and the factor that makes it ours. Lower is better."""
+    """A metric's key in runs.json, the factor that makes it ours, and which way is better."""
 
     key: str
     scale: float
+    better: Literal["lower", "higher"] = "lower"
 
 
 SUPERVISED = {
@@ -46,6 +49,7 @@ SUPERVISED = {
     "minibatch_loss": Source("avg_train_loss", 1.0),  # of that step's minibatch, not of the training set
     "minibatch_error": Source("avg_train_err", 0.01),
 }
+REINFORCEMENT = {"train_return": Source("train_ret", 1.0, "higher")}
 
 
 def preview_lmdb(config: ImportConfig) -> dict[str, Any]:
@@ -63,36 +67,73 @@ def import_lmdb(config: ImportConfig, layout: ParameterLayout | None = None) -> 
     """
     lmdb_reader.require_lmdb()
     assert config.lmdb is not None
-    task = config.task or "mnist_mlp"
-    layout = open_task(task).layout if layout is None else layout
+    task = open_task(config.task or "mnist_mlp") if layout is None else None
+    layout = layout or task.layout  # type: ignore[union-attr]
+    sources = REINFORCEMENT if isinstance(task, ReinforcementTask) else SUPERVISED
     # Runs are numbered in the released code's order, folders by name, since its test split is the last ones.
     runs, skipped = find_runs(config.lmdb)
-    test = 500 if config.num_test_runs is None else config.num_test_runs
+    better = {name: source.better for name, source in sources.items()}
+    checkpoints = config.checkpoints or 200
+
+    def read(split: str, cohort: range) -> CohortData:
+        return _read_cohort(cohort, runs, split, checkpoints, layout, sources)
+
+    found = Found(
+        config.lmdb, runs, skipped, ORIGIN, checkpoints, 500 if config.num_test_runs is None else config.num_test_runs
+    )
+    facts = {"task": config.task or "mnist_mlp", "metrics": better}
+    return import_runs(config, found, layout, facts, read)
+
+
+class Found(NamedTuple):
+    """Runs to import: where from, their names and folders, how many folders are unfinished, how many checkpoints a run has and how
+    many runs are for testing.
+    """
+
+    folder: Path
+    runs: Sequence[tuple[str, Path]]
+    skipped: int
+    origin: str
+    checkpoints: int
+    test: int
+
+
+def import_runs(
+    config: ImportConfig, found: Found, layout: ParameterLayout, facts: Mapping[str, Any],
+    read: Callable[[str, range], CohortData],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the zoo, or the rest of it, cohort by cohort as `read` reads them; returns counts.
+
+    facts: "task" and "metrics" of the manifest, and others.
+    """
+    runs, test = found.runs, found.test
     validation = max(0, min(16, (len(runs) - test) // 10)) if config.validation_runs is None else config.validation_runs
-    splits = Splits.of(len(runs), validation, test, f"the {len(runs):,} runs in {config.lmdb}")
+    splits = Splits.of(len(runs), validation, test, f"the {len(runs):,} runs in {found.folder}")
     names = xxhash.xxh3_128("/".join(name for name, _ in runs).encode()).hexdigest()
-    settings = {"origin": ORIGIN, "runs": len(runs), "run_names": names}
+    settings = {"origin": found.origin, "runs": len(runs), "run_names": names}
     # Options that decide what the zoo is; without a validation split, as before there was one.
-    chosen: dict[str, Any] = {"task": task, "num_test_runs": test, "checkpoints": config.checkpoints or 200}
+    chosen: dict[str, Any] = {
+        "task": config.task or facts["task"],
+        "num_test_runs": test,
+        "checkpoints": found.checkpoints,
+    }
     chosen |= {"cohort_runs": config.cohort_runs, "dtype": config.dtype}
     chosen |= {"validation_runs": validation} if validation else {}
     identity = {**settings, **chosen}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
-    facts = {
-        "task": task,
+    kind = "lmdb" if config.sb3 is None else "sb3"
+    manifest_facts = {
         "layout": layout.to_json(),
-        "checkpoints": chosen["checkpoints"],
+        "checkpoints": found.checkpoints,
         "dtype": config.dtype,
-        "metrics": dict.fromkeys(SUPERVISED, "lower"),
         "recipe": identity,
-        "repair": f"triptych-gpt import --repair --lmdb {shlex.quote(str(config.lmdb))} {options}",
+        "repair": f"triptych-gpt import --repair --{kind} {shlex.quote(str(found.folder))} {options}",
+        **facts,
     }
     with RunDirectory(config.out, identity):
-        manifest = write_zoo(
-            config, facts, splits.cohorts(config.cohort_runs),
-            lambda split, cohort: _read_cohort(cohort, runs, split, chosen["checkpoints"], layout),
-        )  # fmt: skip
-    return {**summary(config, manifest, f"skipped {skipped:,} folders without DONE.txt"), "unfinished_folders": skipped}
+        manifest = write_zoo(config, manifest_facts, splits.cohorts(config.cohort_runs), read)
+    left_out = f"skipped {found.skipped:,} folders without DONE.txt"
+    return {**summary(config, manifest, left_out), "unfinished_folders": found.skipped}
 
 
 class Splits(NamedTuple):
@@ -146,16 +187,18 @@ def write_zoo(
 
 
 def _read_cohort(
-    cohort: range, runs: Sequence[tuple[str, Path]], split: str, checkpoints: int, layout: ParameterLayout
-) -> CohortData:
+    cohort: range, runs: Sequence[tuple[str, Path]], split: str, checkpoints: int, layout: ParameterLayout,
+    sources: Mapping[str, Source],
+) -> CohortData:  # fmt: skip
     shape = (len(cohort), checkpoints)
     theta, steps = np.empty((*shape, layout.size), dtype=np.float32), np.empty(shape, dtype=np.int64)
-    values = {name: np.empty(shape, dtype=np.float32) for name in SUPERVISED}
+    values = {name: np.empty(shape, dtype=np.float32) for name in sources}
     complete: list[int] = []
     dropped: dict[int, str] = {}
     for run in cohort:
         row = len(complete)  # of a dropped run, the next one overwrites it
-        reason = _read_run(*runs[run], layout, theta[row], steps[row], {name: v[row] for name, v in values.items()})
+        each = {name: v[row] for name, v in values.items()}
+        reason = _read_run(*runs[run], layout, theta[row], steps[row], each, sources)
         if reason is None:
             complete.append(run)
         else:
@@ -178,6 +221,7 @@ def _read_run(
     theta: np.ndarray,
     steps: np.ndarray,
     values: Mapping[str, np.ndarray],
+    sources: Mapping[str, Source],
 ) -> str | None:
     """Fill a run's theta [checkpoints, D], steps and values [checkpoints]; why it is dropped, if it is."""
     listed = checkpoints_of(name, folder)
@@ -185,7 +229,7 @@ def _read_run(
         return f"{len(listed)} checkpoints"
     order = sorted(listed, key=lambda key: listed[key][0])
     steps[:] = [listed[key][0] for key in order]
-    for metric, source in SUPERVISED.items():
+    for metric, source in sources.items():
         values[metric][:] = [read_metric(source, listed[key][1], folder, key) for key in order]
     sizes = [span.stop - span.start for span in layout.spans.values()]
     theta[:] = lmdb_reader.read_apart(folder, order, sizes)
@@ -203,7 +247,7 @@ def summary(config: ImportConfig, manifest: Manifest, left_out: str = "") -> dic
     why = f"dropped {dropped.total():,}{f' ({reasons})' if reasons else ''}"
     echo(f"wrote {config.out}: runs {held}; {'; '.join(filter(None, (why, left_out)))}")
     if not sum(runs.values()):
-        source = config.folder or config.lmdb
+        source = config.folder or config.lmdb or config.sb3
         raise ValueError(f"{source}: no run could be used ({reasons}); see --checkpoints and --task")
     return {"out": str(config.out), "runs": runs, "dropped": dict(dropped), "shards": len(manifest.shards)}
 
@@ -236,8 +280,10 @@ def checkpoints_of(name: str, folder: Path) -> dict[str, tuple[int, Mapping[str,
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of checkpoints as the released data has them; {AGAIN}") from error
     if wrong := [key for key, (place, _) in places.items() if place is None]:
-        raise ValueError(f"{path}: checkpoint {wrong[0][:80]!r}, expected RUN/epEEE_itIIIII.pt; {AGAIN}")
-    epochs = {key: (int(place[1]), int(place[2])) for key, (place, _) in places.items() if place is not None}
+        raise ValueError(
+            f"{path}: checkpoint {wrong[0][:80]!r}, expected RUN/epEEE_itIIIII.pt or RUN/itIIIII.pt; {AGAIN}"
+        )
+    epochs = {key: (int(place[1] or 0), int(place[2])) for key, (place, _) in places.items() if place is not None}
     # The last checkpoint is at the end of an epoch, so the largest `it` is the number of iterations of an epoch.
     length = max((iteration for _, iteration in epochs.values()), default=0)
     return {key: (epoch * length + iteration, listed[key]) for key, (epoch, iteration) in epochs.items()}
