@@ -130,11 +130,11 @@ def test_losses_are_the_written_out_formulas(actions, settings):
         for i in range(len(a)):
             ratio = torch.exp(log_prob[i] - batch.log_prob[row, i])
             clipped += not 0.8 <= ratio <= 1.2
-            surrogate = min(ratio * a[i], ratio.clamp(0.8, 1.2) * a[i])
+            surrogate = torch.minimum(ratio * a[i], ratio.clamp(0.8, 1.2) * a[i])
             error = (values[i] - batch.returns[row, i]) ** 2
             if settings.clip_values:
                 near = batch.values[row, i] + (values[i] - batch.values[row, i]).clamp(-0.2, 0.2)
-                error = max(error, (near - batch.returns[row, i]) ** 2)
+                error = torch.maximum(error, (near - batch.returns[row, i]) ** 2)
             total += (settings.value_coef * error - surrogate - settings.entropy_coef * entropy[i]).item()
         assert float(found[row]) == pytest.approx(total / len(a), rel=1e-9)
         assert 0 < clipped < len(a)
