@@ -136,7 +136,7 @@ def test_losses_are_the_written_out_formulas(actions, settings):
                 near = batch.values[row, i] + (values[i] - batch.values[row, i]).clamp(-0.2, 0.2)
                 error = torch.maximum(error, (near - batch.returns[row, i]) ** 2)
             total += (settings.value_coef * error - surrogate - settings.entropy_coef * entropy[i]).item()
-        assert float(found[row]) == pytest.approx(total / len(a), rel=1e-9)
+        assert found[row].item() == pytest.approx(total / len(a), rel=1e-9)
         assert 0 < clipped < len(a)
 
 
