@@ -101,6 +101,7 @@ def test_counted_numbers_are_those_of_uniform():
 
 
 def test_counted_normals_are_normal_and_belong_to_their_counters():
+    stats = pytest.importorskip("scipy.stats")
     keys, counters = randomness.stream_keys(0, ["x", "y"]), torch.arange(20_000)
     values = randomness.counted_normal(keys[:, None], counters)
     assert values.dtype == torch.float32

@@ -304,9 +304,9 @@ def test_timeouts_are_bootstrapped_only_if_asked(bootstrap):
     rollout = learner.rollout()
     value = learner.policies.values(learner.parameters, torch.full((1, 4, 1), 3.5, dtype=torch.float64))
     # The last step of the environment that is out of time: nothing follows, or the value of what it ended with.
-    expected = settings.gamma * float(value) if bootstrap else 0.0
+    expected = settings.gamma * value.item() if bootstrap else 0.0
     assert float(rollout.returns.view(3, 2)[2, 0]) == pytest.approx(expected)
-    assert float(value.abs()) > 1e-3
+    assert value.abs().item() > 1e-3
 
 
 def test_minibatches_are_the_rollouts_order_or_shuffled():
