@@ -88,3 +88,24 @@ def test_sample_noise_is_independent_of_batch_over_several_draws():
 PINNED_UNIFORM = [0.9544573577470625, 0.30342625125175904, 0.12781298751309034]
 PINNED_PERMUTATION = [5, 0, 3, 2, 1, 4]
 PINNED_NORMAL = [-0.2138320803642273, -0.2092512845993042, 0.6296062469482422]
+
+
+def test_counted_numbers_are_those_of_uniform():
+    """The same splitmix64 in torch, for many streams at once: its upper 24 bits are those of `uniform`."""
+    counters = [0, 1, 2, 2**40, 2**62]
+    keys = randomness.stream_keys(3, ["a", "b"])
+    found = randomness.counted_uniform(keys[:, None], torch.tensor(counters))
+    for row, stream in zip(found, ["a", "b"], strict=True):
+        expected = torch.from_numpy(np.floor(randomness.uniform(3, stream, counters).numpy() * 2**24) / 2**24)
+        assert torch.equal(row.double(), expected)
+
+
+def test_counted_normals_are_normal_and_belong_to_their_counters():
+    stats = pytest.importorskip("scipy.stats")
+    keys, counters = randomness.stream_keys(0, ["x", "y"]), torch.arange(20_000)
+    values = randomness.counted_normal(keys[:, None], counters)
+    assert values.dtype == torch.float32
+    assert stats.kstest(values[0].numpy(), "norm").pvalue > 0.01
+    assert abs(np.corrcoef(values.numpy())[0, 1]) < 0.03
+    assert abs(np.corrcoef(values[0, 1:].numpy(), values[0, :-1].numpy())[0, 1]) < 0.03
+    assert torch.equal(randomness.counted_normal(keys[1:], counters[77:78]), values[1, 77:78])

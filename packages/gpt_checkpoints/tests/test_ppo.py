@@ -130,13 +130,13 @@ def test_losses_are_the_written_out_formulas(actions, settings):
         for i in range(len(a)):
             ratio = torch.exp(log_prob[i] - batch.log_prob[row, i])
             clipped += not 0.8 <= ratio <= 1.2
-            surrogate = min(ratio * a[i], ratio.clamp(0.8, 1.2) * a[i])
+            surrogate = torch.minimum(ratio * a[i], ratio.clamp(0.8, 1.2) * a[i])
             error = (values[i] - batch.returns[row, i]) ** 2
             if settings.clip_values:
                 near = batch.values[row, i] + (values[i] - batch.values[row, i]).clamp(-0.2, 0.2)
-                error = max(error, (near - batch.returns[row, i]) ** 2)
+                error = torch.maximum(error, (near - batch.returns[row, i]) ** 2)
             total += (settings.value_coef * error - surrogate - settings.entropy_coef * entropy[i]).item()
-        assert float(found[row]) == pytest.approx(total / len(a), rel=1e-9)
+        assert found[row].item() == pytest.approx(total / len(a), rel=1e-9)
         assert 0 < clipped < len(a)
 
 
@@ -304,9 +304,9 @@ def test_timeouts_are_bootstrapped_only_if_asked(bootstrap):
     rollout = learner.rollout()
     value = learner.policies.values(learner.parameters, torch.full((1, 4, 1), 3.5, dtype=torch.float64))
     # The last step of the environment that is out of time: nothing follows, or the value of what it ended with.
-    expected = settings.gamma * float(value) if bootstrap else 0.0
+    expected = settings.gamma * value.item() if bootstrap else 0.0
     assert float(rollout.returns.view(3, 2)[2, 0]) == pytest.approx(expected)
-    assert float(value.abs()) > 1e-3
+    assert value.abs().item() > 1e-3
 
 
 def test_minibatches_are_the_rollouts_order_or_shuffled():
