@@ -175,8 +175,8 @@ def reseal_zoo(path: Path, rng: random.Random) -> None:
 def latents(folder: Path) -> Path:
     moments = torch.zeros(2, 1, 4, 2, 2, dtype=torch.float16)
     write_shard(folder, 0, moments, torch.zeros(2, dtype=torch.long), torch.arange(2))
-    source = {"spec": "x", "class_names": ["zero"]}
-    write_manifest(folder, 1, {"autoencoder": {}, "source": source, "flips": False, "latent_shape": [2, 2, 2]})
+    source, autoencoder = {"spec": "x", "class_names": ["zero"]}, {"spec": "x", "scale_factor": 1.0}
+    write_manifest(folder, 1, {"autoencoder": autoencoder, "source": source, "flips": False, "latent_shape": [2, 2, 2]})
     return folder / "manifest.json"
 
 
@@ -349,8 +349,8 @@ DOORS = {
     "reference": Door(statistics, read_as_reference, share=0.05),
     "zoo": Door(zoo, read_zoo, reseal_zoo), "latents": Door(latents, read_latents, reseal_json),
     "run": Door(run, read_run, reseal_json),
-    "torch zip": Door(partial(torch_file, zipped=True), partial(foreign.read, allow=[Namespace])),
-    "torch legacy": Door(partial(torch_file, zipped=False), partial(foreign.read, allow=[Namespace])),
+    "torch zip": Door(partial(torch_file, zipped=True), foreign.read),
+    "torch legacy": Door(partial(torch_file, zipped=False), foreign.read),
     "safetensors": Door(safetensors, foreign.read), "nvidia pickle": Door(nvidia, read_networks, share=0.5),
     "tensorflow pickle": Door(tensorflow_era, read_networks, share=0.2),
     "rosinality zip": Door(partial(rosinality, zipped=True), read_networks, share=0.2),

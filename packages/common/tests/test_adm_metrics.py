@@ -433,7 +433,7 @@ SOME = np.zeros((5, 8, 8, 3), np.uint8)
     ({"images": SOME, "labels": np.zeros(5)}, "holds images, labels; expected images in arr_0"),
     ({}, "holds nothing; expected images in arr_0"),
     ({"arr_0": SOME.astype(np.float32)}, r"arr_0 is float32 \(5, 8, 8, 3\), expected uint8"),
-    ({"arr_0": SOME[..., :1]}, r"arr_0 is uint8 \(5, 8, 8, 1\), expected uint8 \(n, height, width, 3\)"),
+    ({"arr_0": SOME[..., :2]}, r"arr_0 is uint8 \(5, 8, 8, 2\), expected uint8 \(n, height, width, 3\), or 1 for gray"),
     ({"arr_0": SOME[0]}, r"arr_0 is uint8 \(8, 8, 3\), expected"),
     ({"arr_0": SOME[:0]}, r"arr_0 is uint8 \(0, 8, 8, 3\), expected"),
     ({"arr_0": np.asfortranarray(SOME)}, "Fortran order"),

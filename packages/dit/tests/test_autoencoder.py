@@ -304,7 +304,10 @@ def test_a_repeated_command_makes_what_was_lost_again_and_leaves_the_rest(whole,
     for name in names:
         assert ((run / name).stat().st_mtime_ns == (whole / name).stat().st_mtime_ns) == unchanged
     written, expected = (load_autoencoder(str(folder)) for folder in (run, whole))
-    assert (written.sha256, written.scale_factor) == (expected.sha256, pytest.approx(expected.scale_factor, rel=1e-5))
+    assert (written.sha256, written.space.scale_factor) == (
+        expected.sha256,
+        pytest.approx(expected.space.scale_factor, rel=1e-5),
+    )
     assert (run / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()
 
 
@@ -312,7 +315,7 @@ def test_any_checkpoint_is_an_autoencoder(whole, tmp_path):
     newest = checkpoint.steps_in(whole / "checkpoints")[-1]
     ours, theirs = load_autoencoder(str(newest)), load_autoencoder(str(whole))
     assert ours.sha256 == theirs.sha256
-    assert ours.scale_factor == pytest.approx(theirs.scale_factor, rel=0.1)  # of fewer images
+    assert ours.space.scale_factor == pytest.approx(theirs.space.scale_factor, rel=0.1)  # of fewer images
     shutil.copytree(whole / "checkpoints", tmp_path / "run/checkpoints")
     assert load_autoencoder(str(tmp_path / "run")).sha256 == theirs.sha256
 
@@ -356,7 +359,7 @@ def metrics(out: Path) -> list[dict]:
     ({"lr": 0.0}, "lr 0.0: expected a number above 0"),
     ({"grad_clip": 0.0}, "grad_clip 0.0: expected a number above 0, or None"),
     ({"warmup_images": 10**9}, "warmup_images 1000000000: expected 0.."),
-    ({"data": "nowhere"}, "data set 'nowhere': expected one of mnist5k, mnist"),
+    ({"data": "nowhere"}, "data 'nowhere': expected mnist5k, mnist"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -82,8 +82,12 @@ def test_a_run_goes_on_with_the_same_pictures_elsewhere_and_refuses_others(pictu
     )
     assert changed in refused(*run(held, copy))
     (copy / "train/apples").rename(copy / "train/quinces")
+    (held / "train/apples").rename(held / "train/quinces")
+    (held / "val/apples").rename(held / "val/quinces")
     changed = "data changed since it began: class names: was apples, pears; now pears, quinces; put back what was there"
     assert changed in refused(*run(copy, held))
+    (held / "train/quinces").rename(held / "train/apples")
+    (held / "val/quinces").rename(held / "val/apples")
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config.pop("contents").keys() == {"data", "validation_data"}  # which earlier versions did not record
     (tmp_path / "run/config.json").write_text(json.dumps(config))

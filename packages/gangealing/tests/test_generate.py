@@ -201,7 +201,7 @@ def test_a_bad_request_is_one_line_and_leaves_nothing(files, tmp_path, network, 
 @pytest.mark.parametrize(("name", "message"), [
     ("digits64", "digits64: no such file or folder, nor an embedded generator ("),
     ("../weights/digits32", "no such file or folder"),
-    ("empty", "no generator.safetensors or discriminator.safetensors in this folder"),
+    ("empty", "no finished generator; train one with triptych-gangealing train-gan --out empty"),
     ("text.pkl", "text.pkl"),
 ])  # fmt: skip
 def test_what_is_no_generator_is_one_line(tmp_path, monkeypatch, name, message):

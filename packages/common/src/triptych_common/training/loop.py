@@ -54,9 +54,10 @@ def open_run(
     # A switch of the whole process, unlike the other precisions, which `prepare` applies to a model.
     if isinstance(config, ExecutionSettings) and config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
+    # A fact may have the name of a free setting: where the data lie may change, what they are may not.
+    free = {*free_names(type(config)), config.length} - (facts or {}).keys()
     return RunDirectory(
-        out or config.out, {**config.identity(), **(facts or {})}, contents=contents,
-        free={*free_names(type(config)), config.length}, defaults=defaults_of(type(config)), is_main=ranks.is_main,
+        out or config.out, {**config.identity(), **(facts or {})}, contents=contents, free=free, defaults=defaults_of(type(config)), is_main=ranks.is_main,
         device=ranks.device.type, tensorboard=config.tensorboard,
     )  # fmt: skip
 
