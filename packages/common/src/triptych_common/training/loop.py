@@ -57,8 +57,8 @@ def open_run(
     # A fact may have the name of a free setting: where the data lie may change, what they are may not.
     free = {*free_names(type(config)), config.length} - (facts or {}).keys()
     return RunDirectory(
-        out or config.out, {**config.identity(), **(facts or {})}, contents=contents, free=free, defaults=defaults_of(type(config)), is_main=ranks.is_main,
-        device=ranks.device.type, tensorboard=config.tensorboard,
+        out or config.out, {**config.identity(), **(facts or {})}, contents=contents, free=free,
+        defaults=defaults_of(type(config)), is_main=ranks.is_main, device=ranks.device.type, tensorboard=config.tensorboard,
     )  # fmt: skip
 
 
