@@ -672,7 +672,7 @@ def run(root: Path, commands: list[str], faults: list[str], trials: int, seed: i
 
 def table(trials: list[Trial]) -> str:
     """Markdown: a row for each command, a column for each fault, outcomes counted."""
-    short = {"identical": "same", "refused": "refused", "not applicable": "-"}
+    short = {**{good: good for good in GOOD}, "identical": "same", "not applicable": "-"}
     rows = ["| command | " + " | ".join(FAULTS) + " |", "|---" * (len(FAULTS) + 1) + "|"]
     for command in [name for name in COMMANDS if any(trial.command == name for trial in trials)]:
         cells = []
