@@ -344,9 +344,9 @@ def test_networks_that_are_not_finite_are_never_written(gpt, network, tmp_path):
 
 
 def test_a_missing_task_must_be_given(gpt, network, tmp_path):
-    spec = {"task": "cartpole", "data": None, "epochs": None}
+    spec = {"task": "walker", "data": None, "epochs": None}
     write_model(tmp_path / "model.safetensors", gpt.model.config, gpt.model.state_dict(), facts_of(gpt, task=spec))
-    assert load(tmp_path).spec.task == "cartpole"
+    assert load(tmp_path).spec.task == "walker"
     for start in ([], ["--checkpoint", network]):
         words = ["prompt", *start, "--target", "test_loss=2", "--model", tmp_path, "--out", tmp_path / "new", *FEW]
         fails_with(command(*words), "a task of your own is run only where you name it; pass --task file.py:NAME")

@@ -171,7 +171,7 @@ def test_an_edge_reaches_the_tokens_of_both_ends_and_the_attention_between_them(
     spec = SPECS["cartpole"]
     model, inputs = random_model(spec), random_inputs(spec)
     other = inputs["theta"].clone()
-    spec.layout.unflatten(other)["fc2.weight"][:, 5, 11] += 1  # from unit 11 of fc1 to unit 5 of fc2
+    spec.layout.unflatten(other)["actor.2.weight"][:, 5, 11] += 1  # from unit 11 of fc1 to unit 5 of fc2
     with torch.no_grad():
         before = model.tokenizer.encode(inputs["noised"], inputs["theta"])
         after = model.tokenizer.encode(inputs["noised"], other)
@@ -186,12 +186,12 @@ def test_the_update_of_an_edge_is_the_pairwise_formula():
     spec = SPECS["cartpole"]
     tokenizer = random_model(spec).tokenizer
     inputs = random_inputs(spec)
-    edges, theirs = tokenizer.edges[0], spec.layout.unflatten(inputs["theta"])["fc2.weight"]
-    noised = spec.layout.unflatten(inputs["noised"])["fc2.weight"]
+    edges, theirs = tokenizer.edges[0], spec.layout.unflatten(inputs["theta"])["actor.2.weight"]
+    noised = spec.layout.unflatten(inputs["noised"])["actor.2.weight"]
     hidden = torch.randn(N, 69, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
         update = tokenizer.decode(hidden, tokenizer.encode(inputs["noised"], inputs["theta"]))
-        found = spec.layout.unflatten(update)["fc2.weight"][1, 5, 11]
+        found = spec.layout.unflatten(update)["actor.2.weight"][1, 5, 11]
         e = edges.embed.weight @ torch.stack([theirs[1, 5, 11], noised[1, 5, 11]]) + edges.embed.bias
         ends = edges.from_first(hidden[1, 1 + 11]) + edges.from_second.weight @ hidden[1, 1 + 32 + 5]
         z = ends + edges.from_edge.weight @ e

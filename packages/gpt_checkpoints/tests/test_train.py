@@ -385,7 +385,7 @@ def test_dry_run_shows_parameters_and_cost_and_writes_nothing(zoo, whole, tmp_pa
     (["--warmup-pairs", "601"], 2, "warmup_pairs 601: expected 0..600 (total_pairs)"),
     (["--validation-inference-steps", "1001"], 2, "validation_inference_steps 1001: expected 1..1000"),
     (["--device", "tpu"], 1, "device 'tpu': not available here"),
-    (["--preset", "huge"], 2, "preset 'huge': expected one of laptop, smoke, mnist_loss"),
+    (["--preset", "huge"], 2, "preset 'huge': expected one of laptop, smoke"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(zoo, tmp_path, options, status, message):
     fails_with(train(zoo, tmp_path / "run", *options), message, status)

@@ -118,8 +118,8 @@ class TrainingZoo:
 
     @property
     def _used(self) -> list[int]:
-        """Rows of the runs to train on and of those to validate on."""
-        validated = self.config.validation_networks if self.config.validation_every else 0
+        """Rows of the runs to train on and of those to validate on, also while there is no validation, which may begin later."""
+        validated = self.config.validation_networks
         held = self.zoo.runs_in("validation")[:validated].tolist() if "validation" in self.zoo.splits else []
         return [*self.rows.tolist(), *held]
 
