@@ -1,4 +1,4 @@
-"""Registers the environments with gymnasium, which calls `register` when it is imported; imports nothing itself."""
+"""Registers the environments with gymnasium; imports nothing itself."""
 
 CARTPOLE_ID = "triptych/Cartpole-v0"
 
