@@ -13,7 +13,7 @@ import pytest
 START = "import sys; print('up', flush=True); from triptych_common.interrupts import {0}; {0}()"
 PROGRAMS = {
     "triptych_dit": ["train", "--preset", "digits"],
-    "triptych_gangealing": ["train", "--preset", "digits32"],
+    "triptych_gangealing": ["train-gan", "--preset", "digits32"],
     "triptych_gpt": ["collect", "mnist_mlp_14", "--engine", "here"],
     "triptych_thesis": ["reproduce", "ch2", "--size", "smoke"],
 }

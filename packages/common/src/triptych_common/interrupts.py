@@ -41,7 +41,7 @@ def received() -> int | None:
 
 
 class Work:
-    """Within it, a signal raises KeyboardInterrupt, and a second one ends the process; afterwards the first does."""
+    """Within it, a signal raises KeyboardInterrupt, and a second Ctrl-C ends the process; afterwards any signal does."""
 
     def __enter__(self) -> None:
         if _installed:
@@ -94,6 +94,8 @@ def _interrupt(signum: int, _frame: object) -> None:
     global _received
     _received = signum
     _handle_by(_end)
+    if signum == signal.SIGTERM:
+        _set(signum, signal.SIG_IGN)  # a scheduler repeats it, and what is under way cleans up
     raise KeyboardInterrupt
 
 

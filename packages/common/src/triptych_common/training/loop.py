@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from triptych_common import interrupts
 from triptych_common.cli import Diverged, Interrupted, echo
 from triptych_common.fields import defaults_of, free_names
 from triptych_common.parallel import Ranks
@@ -234,7 +235,8 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        # One that came before, and that a library which imports what it can in a `try` has lost.
+        self.received: int | None = interrupts.received()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Signals":
