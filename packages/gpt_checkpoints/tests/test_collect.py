@@ -1,6 +1,5 @@
 """`triptych-gpt collect` at a tiny size, as a user would run it: repeated, extended, interrupted, killed, spoiled."""
 
-import contextlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from triptych_common import testing, workers
-from triptych_common.testing import run_cli, run_here
+from triptych_common.testing import descendants, run_cli, run_here
 from triptych_gpt import cli
 from triptych_gpt.tasks import Cohort, open_task
 from triptych_gpt.zoo import PRELOAD
@@ -251,16 +250,6 @@ def start_slowly(tasks: Path, out: Path, *options: str) -> "subprocess.Popen[str
         time.sleep(0.05)
     time.sleep(0.8)  # into the next cohort
     return running
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those they started."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            parents[int(status.parent.name)] = int(re.search(r"PPid:\t(\d+)", status.read_text())[1])
-    found = [child for child, parent in parents.items() if parent == pid]
-    return found + [deeper for child in found for deeper in descendants(child)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

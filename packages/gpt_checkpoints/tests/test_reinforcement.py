@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from triptych_common.testing import descendants
 from triptych_gpt.evaluation.prompted import measured
 from triptych_gpt.prompting import OutsideTrainedRange, prompt
 from triptych_gpt.settings import ImportConfig
@@ -221,16 +222,6 @@ def test_a_worker_killed_in_mid_cohort_costs_its_cohort_alone(policies, tmp_path
     for name in ("zoo", "whole"):
         collected(f"{policies / 'policies.py'}:SLOW", tmp_path / name, **options)
     assert bytes_of(tmp_path / "zoo") == bytes_of(tmp_path / "whole")
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those they started."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            parents[int(status.parent.name)] = int(re.search(r"PPid:\t(\d+)", status.read_text())[1])
-    found = [child for child, parent in parents.items() if parent == pid]
-    return found + [deeper for child in found for deeper in descendants(child)]
 
 
 @pytest.fixture(scope="module")

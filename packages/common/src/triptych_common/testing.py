@@ -89,6 +89,16 @@ def run_here(run: Callable[[Sequence[str]], int], *words: object) -> Done:
     return Done([str(word) for word in words], status, out.getvalue(), errors.getvalue())
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those they started."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(re.findall(r"PPid:\t(\d+)", status.read_text())[0])
+    found = [child for child, parent in parents.items() if parent == pid]
+    return found + [deeper for child in found for deeper in descendants(child)]
+
+
 def fails_with(done: Done, message: str, status: int = 1, *, quiet: tuple[str, ...] = ()) -> None:
     """Assert that a command ended with `status` and one line on stderr with `message`; lines that begin as `quiet` don't count."""
     assert done.returncode == status, done.stderr
