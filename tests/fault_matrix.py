@@ -150,6 +150,14 @@ class Running:
         """Whether it still runs."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
+    def wait_for_handlers(self, limit: float = 30.0) -> None:
+        """Wait until a fresh interpreter handles SIGTERM: before the program's first line nobody can say anything."""
+        caught, until = 0, time.monotonic() + limit
+        while not caught & 1 << signal.SIGTERM - 1 and self.poll() and time.monotonic() < until:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            caught = int(re.search(r"SigCgt:\s+(\w+)", status)[1], 16)  # type: ignore[index]
+            time.sleep(0.001)
+
     def send(self, *signals: int, pause: float = 0.0) -> None:
         for number in signals:
             with contextlib.suppress(ProcessLookupError):
@@ -397,6 +405,8 @@ def _interrupt(*signals: int, pause: float = 0.0) -> Callable[..., None]:
         for _ in range(6):
             shutil.rmtree(place / "out/run", ignore_errors=True)
             running = bench.start(place, fresh=fresh)
+            if fresh:
+                running.wait_for_handlers()
             time.sleep(rng.uniform(0, span + 2 * fresh))
             alive = running.poll()
             running.send(*signals, pause=rng.uniform(0, pause))
