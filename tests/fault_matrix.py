@@ -204,7 +204,7 @@ BY_PRODUCT = re.compile(
     r"/(checkpoints|snapshots|samples|previews|digits32)/"
 )  # never read again by a run that is finished
 UNSTABLE = re.compile(r"#.*(commit|seconds|time|command)")  # of JSON fields; two runs may happen to agree on them
-IGNORED = re.compile(r"(^|/)(\.lock|\.triptych\.lock|\.verified\.json|tensorboard/.*|logs/.*)$")
+IGNORED = re.compile(r"(^|/)(\.lock|\.triptych\.lock|\.verified\.json|\.metrics\.crc32|tensorboard/.*|logs/.*)$")
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -348,7 +348,7 @@ class Bench:
         elif statuses is not None and ended.status not in statuses:
             result.outcome, result.note = "wrong status", f"{ended.status}: {ended.errors[-500:]}"
         elif ended.status not in (0, -signal.SIGKILL) and not lines_of_error(ended):
-            result.outcome, result.note = "no word", f"status {ended.status}"
+            result.outcome, result.note = "no word", f"status {ended.status}: {ended.errors[-500:]}"
         return not result.outcome
 
     def repeated(
@@ -395,8 +395,9 @@ class Bench:
 
 
 def lines_of_error(ended: Ended) -> list[str]:
-    """The lines on stderr that are not about progress."""
-    return [line for line in ended.errors.splitlines() if line.startswith(("error:", "stopped", "interrupted"))]
+    """The lines on stderr that are not about progress. OpenBLAS ends a process by itself, with a line of its own."""
+    starts = ("error:", "stopped", "interrupted", "OpenBLAS error: Memory allocation")
+    return [line for line in ended.errors.splitlines() if line.startswith(starts)]
 
 
 def _interrupt(*signals: int, pause: float = 0.0) -> Callable[..., None]:
