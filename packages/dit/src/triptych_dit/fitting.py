@@ -39,12 +39,15 @@ class Look(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What data say about the model: channels, height and width, number of classes, and how they came about."""
+    """What data say about a run: channels, height and width, number of classes, how they came about, and whether there are
+    mirror images.
+    """
 
     in_channels: int
     input_size: tuple[int, int]
     num_classes: int
     reason: str
+    flips: bool = True
 
 
 def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | None = None) -> TrainConfig:
@@ -72,8 +75,12 @@ def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | No
         "in_channels": model.in_channels if init_from else found.in_channels,
     }  # fmt: skip
     taken = {name: value for name, value in given.items() if typed[name] is None}
-    if taken:
-        echo(f"from {data}: {', '.join(map(_said, taken, taken.values()))} ({found.reason})")
+    said = [_said(name, value) for name, value in taken.items()]
+    if config.horizontal_flip and not found.flips:
+        config = replace(config, horizontal_flip=False)  # what is typed holds
+        said.append("--no-horizontal-flip")
+    if said:
+        echo(f"from {data}: {', '.join(said)} ({found.reason})")
     return replace(config, data=data, model=replace(model, **taken))
 
 
@@ -85,12 +92,15 @@ def _said(name: str, value: Any) -> str:
 def look_at(data: str, model: DiTConfig, typed: dict[str, str | None], *, keep_size: bool) -> Found:
     """What a model is to be like for some data. typed: what options say of it; keep_size: pictures are cropped to its own."""
     from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache
+    from triptych_dit.autoencoder.features import refuse_features
 
     if is_latent_cache(Path(data)):
         cache = LatentCache(Path(data))
         channels, *size = cache.latent_shape
-        return Found(channels, (size[0], size[1]), _classes(cache.num_classes), f"{len(cache):,} latents")
+        reason = f"{len(cache):,} latents" + ("" if cache.has_flips else " without mirror images")
+        return Found(channels, (size[0], size[1]), _classes(cache.num_classes), reason, cache.has_flips)
     if model.in_channels not in (1, 3) and typed["in_channels"] is None and not keep_size:
+        refuse_features(data)
         raise ValueError(_encode_first(data, model))
     source = pictures(data, unconditional=typed["num_classes"] == "0")
     classes = _classes(source.num_classes)
