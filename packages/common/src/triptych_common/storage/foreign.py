@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from triptych_common.cli import is_out_of_memory
+from triptych_common.cli import echo, is_out_of_memory
 from triptych_common.storage import torch_file
 from triptych_common.storage.files import regular, replacing
 from triptych_common.storage.pickle_machine import Refused, TooLarge
@@ -72,6 +72,8 @@ def network_in(content: Any, *, holds: Collection[str], prefer: Literal["ema", "
         largest = max(_entries(content), key=lambda entry: len(entry[1]), default=("", {}))
         return StateDict(without_wrappers(largest[1], holds), largest[0], content)
     chosen = [one for one in found if one.is_average == (prefer == "ema")] or found
+    if prefer == "ema" and not any(one.is_average for one in chosen) and (unnamed := _unnamed_average(content)):
+        echo(f"the average {unnamed!r} has no names of tensors and is left aside: these are weights in training")
     usual = [one for one in chosen if one.place.rpartition(".")[2] in _USUAL]
     if len(chosen) > 1 and not usual:
         raise ValueError(
@@ -94,6 +96,23 @@ def networks_in(content: Mapping[Any, Any], *, holds: Collection[str]) -> list[S
             named = {name: tensor for name, tensor in named.items() if name in holds or name not in _COUNTERS}
             found.append(StateDict(named, ".".join(filter(None, (place, prefix.rstrip(".")))), content))
     return found
+
+
+def _unnamed_average(content: Mapping[Any, Any]) -> str | None:
+    """The entry of a moving average that is a list of tensors, or whose names have lost their dots, as some scripts write it."""
+    for name, value in content.items():
+        inner = list(value.values()) if isinstance(value, Mapping) else [value]
+        lists = any(isinstance(part, list) and part and isinstance(part[0], Tensor) for part in inner)
+        if (
+            isinstance(name, str)
+            and _AVERAGE.search(name)
+            and (lists or (isinstance(value, Tensor) and value.ndim > 0))
+        ):
+            return name
+    nested = (
+        _unnamed_average(value) for name, value in content.items() if isinstance(value, Mapping) and name in _USUAL
+    )
+    return next(filter(None, nested), None)
 
 
 def _entries(content: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
