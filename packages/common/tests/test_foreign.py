@@ -109,6 +109,20 @@ def test_networks_that_nothing_tells_apart_are_named():
         foreign.network_in([NET], holds=list(NET))
 
 
+@pytest.mark.parametrize(("content", "left"), [
+    ({"model": NET, "ema": {"decay": 0.99, "shadow_params": list(AVERAGE.values())}}, "ema"),  # diffusers' EMAModel, torch_ema
+    ({"state_dict": under("model.", NET) | {"model_ema.blocks0attnb": torch.ones(3)}}, "model_ema.blocks0attnb"),  # LitEma
+    ({"model": NET, "ema_decay": 0.99, "ema": AVERAGE}, None),
+    ({"model": NET, "ema": {"decay": torch.tensor(0.99)}}, None),
+])  # fmt: skip
+def test_an_average_that_cannot_be_used_is_not_passed_over_in_silence(content, left, capsys):
+    foreign.network_in(content, holds=list(NET))
+    said = f"the average {left!r} has no names of tensors and is left aside: these are weights in training\n"
+    assert capsys.readouterr().out == (said if left else "")
+    foreign.network_in(content, holds=list(NET), prefer="model")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_module_may_be_named_as_a_wrapper_is_and_a_mapping_hold_itself():
     own = under("module.", NET)
     assert foreign.network_in(own, holds=list(own)).tensors.keys() == own.keys()

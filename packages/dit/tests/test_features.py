@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from triptych_common.testing import fails_with
 from triptych_dit import load_model
+from triptych_dit.autoencoder import features
 from triptych_dit.autoencoder.cache import LatentCache, LatentData
 from triptych_dit.config import DiTConfig
 from triptych_dit.objective import open_training_data
@@ -54,6 +57,60 @@ def test_fast_dits_folder_is_trained_on_as_it_is(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("shard-*")}
     imported(tmp_path / "cache", tmp_path / "fast")
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_as_data_they_say_the_command_that_makes_a_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fast_dit(tmp_path / "fast")
+    np.savez("own.npz", latents=latents().numpy(), labels=labels().numpy())
+    small = (
+        "--model.depth",
+        1,
+        "--model.hidden-size",
+        16,
+        "--model.num-heads",
+        2,
+        "--batch-size",
+        4,
+        "--total-images",
+        8,
+        "--preview-images",
+        0,
+    )
+    for source in ("fast", "fast/imagenet256_features", "own.npz"):
+        for preset in ("DiT-S/8", "digits"):
+            refused = run_dit("train", "--preset", preset, "--data", source, *small)
+            fails_with(
+                refused, f"data {source}: latents of other programs; make a cache of them once: triptych-dit import"
+            )
+        command, data = refused.stderr.split("once: triptych-dit ")[1].split("; then pass ")
+        done = run_dit(*command.replace("--vae AUTOENCODER", "--scale-factor 1").split())
+        assert done.returncode == 0, done.stderr
+        done = run_dit(
+            "train", "--preset", "DiT-S/8", *data.split(), *small, "--device", "cpu", "--out", f"runs/{source}"
+        )
+        assert done.returncode == 0, done.stderr
+        # fast-DiT mirrors no image either
+        assert "--model.in-channels 4, --no-horizontal-flip (11 latents without mirror images)" in done.stdout
+
+
+def test_an_interrupted_import_says_what_to_do_and_goes_on(tmp_path, monkeypatch):
+    np.savez(tmp_path / "own.npz", latents=latents().numpy(), labels=labels().numpy())
+    words = ("import", "--features", tmp_path / "own.npz", "--scale-factor", 1, "--shard-size", 4, "--out")
+    assert run_dit(*words, tmp_path / "whole").returncode == 0
+    monkeypatch.setattr(
+        features, "write_shard", Mock(wraps=features.write_shard, side_effect=[DEFAULT, KeyboardInterrupt])
+    )
+    assert run_dit(*words, tmp_path / "cache").returncode == 130
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="cache: incomplete, 1 shards are there; repeat the encode or import command"):
+        LatentCache(tmp_path / "cache")
+    written = (tmp_path / "cache/shard-000000.safetensors").stat().st_mtime_ns
+    assert run_dit(*words, tmp_path / "cache").returncode == 0
+    assert (tmp_path / "cache/shard-000000.safetensors").stat().st_mtime_ns == written
+    shards = [[path.read_bytes() for path in sorted((tmp_path / name).glob("shard-*"))] for name in ("cache", "whole")]
+    assert len(shards[0]) == 3
+    assert shards[0] == shards[1]
 
 
 @pytest.mark.parametrize("form", ["npy", "npz", "safetensors"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triptych_common.cli import option
 from triptych_dit import DiT, DiTConfig, testing
-from triptych_dit.fine_tune import by_layer, check_meaning, fitted_config, start_from
+from triptych_dit.fine_tune import by_layer, check_meaning, start_from
 from triptych_dit.model import sincos_position_embedding
 from triptych_dit.weights import LatentSpace, TrainedModel, make_diffusion
 
@@ -19,9 +19,9 @@ TABLE = "y_embedder.embedding_table.weight"
 def test_same_shape_is_an_exact_copy():
     source, model = random_model(SMALL, seed=0), random_model(SMALL, seed=1)
     became = start_from(model, source)
-    assert became.pop(TABLE) == "5 classes copied by number, as names are not known, null row copied"
-    assert set(became.values()) == {"copied"}
-    became[TABLE] = ""
+    assert became[TABLE].words == "5 classes copied by number, as names are not known, null row copied"
+    assert {fate.words for name, fate in became.items() if name != TABLE} == {"copied"}
+    assert all(fate.is_copy for fate in became.values())
     assert became.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name]), name
@@ -29,12 +29,11 @@ def test_same_shape_is_an_exact_copy():
 
 def test_new_resolution_and_classes_change_exactly_position_and_table():
     source = random_model(SMALL, seed=0)
-    config = fitted_config(SMALL, input_size=(16, 8), num_classes=9)
-    model = random_model(config, seed=1)
+    model = random_model(replace(SMALL, input_size=(16, 8), num_classes=9), seed=1)
     drawn = model.state_dict()[TABLE].clone()
     became = start_from(model, source)
     state, before = model.state_dict(), source.state_dict()
-    assert {name for name, fate in became.items() if fate != "copied"} == {"pos_embed", TABLE}
+    assert {name for name, fate in became.items() if not fate.is_copy} == {"pos_embed", TABLE}
     assert torch.equal(state["pos_embed"][0], sincos_position_embedding(8, 4, 16))
     assert torch.equal(state[TABLE][:9], drawn[:9])
     assert torch.equal(state[TABLE][9], before[TABLE][5])  # the null row
@@ -58,12 +57,11 @@ def test_a_new_table_is_possible_at_the_same_number_of_classes():
 
 def test_classes_stay_when_only_the_null_row_comes_or_goes():
     with_null, without = random_model(SMALL, seed=0), random_model(replace(SMALL, class_dropout_prob=0.0), seed=1)
-    assert start_from(without, with_null)[TABLE] == "5 classes copied by number, as names are not known"
+    assert start_from(without, with_null)[TABLE] == (False, "5 classes copied by number, as names are not known")
     assert torch.equal(without.state_dict()[TABLE], with_null.state_dict()[TABLE][:5])
     model = random_model(SMALL, seed=2)
-    assert (
-        start_from(model, without)[TABLE] == "5 classes copied by number, as names are not known, null row initialised"
-    )
+    said = "5 classes copied by number, as names are not known, null row initialised"
+    assert start_from(model, without)[TABLE] == (False, said)
     assert torch.equal(model.state_dict()[TABLE][:5], without.state_dict()[TABLE])
 
 
@@ -72,6 +70,7 @@ THEIRS = ("tabby, tabby cat", "great dane", "goldfish", "hen", "crane")
 
 @pytest.mark.parametrize(("names", "rows", "said"), [
     (("Great Dane", "hen", "crane", "goldfish", "tabby cat"), (1, 3, 4, 2, 0), "5 classes copied by name, null row copied"),
+    (THEIRS, range(5), "5 classes copied by name, null row copied"),
     (("hen", "zebra", "okapi"), (3, None, None), "1 classes copied by name, 2 classes initialised (zebra, okapi), null row copied"),
     (("a", "b", "c", "d", "e"), (None,) * 5, "5 classes initialised, null row copied"),
     (tuple("01234"), range(5), "5 classes copied by number, as names are not known, null row copied"),
@@ -80,7 +79,8 @@ def test_rows_of_the_class_table_go_by_name(names, rows, said):
     """As many classes are not the same classes; another order is the same ones."""
     source, model = random_model(SMALL, seed=0), random_model(replace(SMALL, num_classes=len(names)), seed=1)
     drawn = model.state_dict()[TABLE].clone()
-    assert start_from(model, source, names=names, source_names=THEIRS)[TABLE] == said
+    fate = start_from(model, source, names=names, source_names=THEIRS)[TABLE]
+    assert fate == (list(rows) == [0, 1, 2, 3, 4], said)
     table, theirs = model.state_dict()[TABLE], source.state_dict()[TABLE]
     for label, row in enumerate(rows):
         assert torch.equal(table[label], drawn[label] if row is None else theirs[row])
@@ -128,7 +128,7 @@ def test_any_other_difference_is_refused_with_both_sides(change, message):
 
 
 def test_the_report_has_a_line_a_layer():
-    model = DiT(fitted_config(SMALL, input_size=(4, 4), num_classes=2))
+    model = DiT(replace(SMALL, input_size=(4, 4), num_classes=2))
     lines = by_layer(start_from(model, DiT(SMALL)))
     assert list(lines) == ["pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks.0", "blocks.1", "final_layer"]
     assert lines["blocks.0"] == "copied (10 tensors)"

@@ -254,7 +254,7 @@ def test_a_killed_run_loses_one_shard_and_resumes_to_the_same_bytes(images, vae,
     killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL
     assert is_latent_cache(tmp_path)
-    with pytest.raises(ValueError, match=r"incomplete, 2 of 6 shards are there; repeat the encode command"):
+    with pytest.raises(ValueError, match=r"incomplete, 2 of 6 shards are there; repeat the encode or import command"):
         LatentCache(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*.safetensors")}
     assert sorted(before) == ["shard-000000.safetensors", "shard-000001.safetensors"]
@@ -274,7 +274,7 @@ def test_damaged_and_missing_shards_are_named_and_encoded_again(images, vae, who
     path = shard_path(copy, 3)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"shard-000003.safetensors: damaged; repeat the encode command"):
+    with pytest.raises(ValueError, match=r"shard-000003.safetensors: damaged; repeat the encode or import command"):
         LatentCache(copy).verify()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"shard-000003.safetensors: truncated or of another kind; repeat the encode"):
@@ -283,15 +283,15 @@ def test_damaged_and_missing_shards_are_named_and_encoded_again(images, vae, who
     with pytest.raises(ValueError, match=r"shard-000003.safetensors: not the shard that the manifest lists; repeat"):
         LatentCache(copy)
     shard_path(copy, 0).unlink()
-    with pytest.raises(ValueError, match=r"shard-000000.safetensors: missing; repeat the encode command"):
+    with pytest.raises(ValueError, match=r"shard-000000.safetensors: missing; repeat the encode or import command"):
         LatentCache(copy)
     path.write_bytes(content[:99])
     assert encode(config_of(images, vae, copy))["items"] == 17
-    assert f"{path}: truncated or of another kind; encoding it again" in capfd.readouterr().out
+    assert f"{path}: truncated or of another kind; making it again" in capfd.readouterr().out
     assert contents(copy) == contents(whole)
     shutil.copy(shard_path(copy, 4), path)
     encode(config_of(images, vae, copy))
-    assert f"{path}: a shard of another cache or number; encoding it again" in capfd.readouterr().out
+    assert f"{path}: a shard of another cache or number; making it again" in capfd.readouterr().out
     assert contents(copy) == contents(whole)
 
 
@@ -322,7 +322,9 @@ def test_training_refuses_a_flipped_bit_and_reads_shards_once(copy, tmp_path, mo
     flip_a_bit(shard_path(copy, 3))
     assert train_on(copy, tmp_path / "third", "--dry-run").returncode == 0
     failed = train_on(copy, tmp_path / "third")
-    testing.fails_with(failed, "shard-000003.safetensors: damaged; repeat the encode command", quiet=("verifying",))
+    testing.fails_with(
+        failed, "shard-000003.safetensors: damaged; repeat the encode or import command", quiet=("verifying",)
+    )
 
 
 def test_training_refuses_latents_that_are_not_finite_though_their_checksum_is_right(copy, tmp_path):
@@ -336,7 +338,9 @@ def test_training_refuses_latents_that_are_not_finite_though_their_checksum_is_r
     manifest["shards"][3]["sha256"] = sha256
     (copy / "manifest.json").write_text(json.dumps(manifest))
     failed = train_on(copy, tmp_path / "run")
-    testing.fails_with(failed, "shard-000003.safetensors: damaged; repeat the encode command", quiet=("verifying",))
+    testing.fails_with(
+        failed, "shard-000003.safetensors: damaged; repeat the encode or import command", quiet=("verifying",)
+    )
 
 
 def test_a_repeated_encode_reads_shards_once_and_repairs_a_flipped_bit(images, vae, whole, copy, monkeypatch, capfd):
@@ -404,7 +408,7 @@ def test_lost_and_damaged_records_are_made_again_byte_for_byte(images, vae, copy
         for name in names:
             (copy / name).unlink() if text is None else (copy / name).write_text(text)
         if text is not None:
-            again = r"repeat the encode command.*, which makes the manifest again from the shards; nothing else is lost"
+            again = r"repeat the encode or import command.*, which makes the manifest again from the shards; nothing else is lost"
             with pytest.raises(ValueError, match=again):
                 LatentCache(copy)
         encode(config_of(images, vae, copy))
@@ -426,7 +430,9 @@ def test_lost_and_damaged_records_are_made_again_byte_for_byte(images, vae, copy
     assert json.loads((copy / "manifest.json").read_text()) == made
     for name in ("config.json", "manifest.json"):
         (copy / name).unlink()
-    with pytest.raises(ValueError, match=r"manifest.json and config.json are lost; repeat the encode command"):
+    with pytest.raises(
+        ValueError, match=r"manifest.json and config.json are lost; repeat the encode or import command"
+    ):
         LatentCache(copy)
 
 
@@ -483,7 +489,7 @@ def test_a_cache_without_flips_has_none_to_give(images, vae, tmp_path):
     cache, rows = LatentCache(tmp_path), torch.arange(5)
     assert cache.latent_shape == (3, 3, 4)
     assert cache.moments(rows, torch.zeros(5, dtype=torch.bool)).shape == (5, 6, 3, 4)
-    with pytest.raises(ValueError, match="holds no mirror images; train without horizontal flips"):
+    with pytest.raises(ValueError, match="holds no mirror images; pass --no-horizontal-flip"):
         cache.moments(rows, rows > 3)
 
 

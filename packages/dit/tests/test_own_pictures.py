@@ -12,8 +12,10 @@ from triptych_common.images import image_grid, to_uint8
 from triptych_common.storage import checkpoint
 from triptych_common.testing import fails_with, logged, one_thread, run_torchrun
 from triptych_dit import DiTConfig, Objective, SamplerSettings, TrainConfig, load_model, sample_images
-from triptych_dit.testing import run_dit
+from triptych_dit.autoencoder.model import load_autoencoder
+from triptych_dit.testing import random_model, random_vae, run_dit
 from triptych_dit.train import train as train_here
+from triptych_dit.weights import save_model
 
 TINY = [
     "--model.depth", "1", "--model.hidden-size", "16", "--model.num-heads", "2", "--batch-size", "8",
@@ -117,6 +119,7 @@ def test_a_short_run_of_a_preset_is_scaled_and_what_is_typed_holds(tmp_path):
         "config"
     ]
     assert (config["warmup_images"], config["snapshots"]) == (32, [64, 256, 768, 1600])
+    assert config["checkpoint_every"] == 20  # 5 would be too few steps
     options = ("--total-images", 2880, "--warmup-images", 0, "--snapshots")
     config = json.loads(run_dit("train", "--dry-run", "--json", *options).stdout.splitlines()[-1])["config"]
     assert (config["warmup_images"], config["snapshots"]) == (0, [])
@@ -240,6 +243,26 @@ def test_previews_grow_from_the_same_noise_and_change_no_result(photos, tmp_path
     expected = image_grid(to_uint8(images), columns=4).repeat_interleave(4, 1).repeat_interleave(4, 2)
     found = np.asarray(Image.open(tmp_path / "with/previews/images-000000032.png"), dtype=int)
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_run_shorter_than_a_checkpoint_interval_ends_with_a_preview(photos, tmp_path):
+    train(tmp_path / "run", "--data", photos, "--total-images", 24, "--checkpoint-every", 1000)
+    assert [p.name for p in (tmp_path / "run/previews").iterdir()] == ["images-000000024.png"]
+
+
+def test_a_model_of_latents_meets_pictures_with_the_command_that_encodes_them(photos, tmp_path):
+    random_vae(latent_channels=4).save_pretrained(tmp_path / "vae")
+    config = DiTConfig((8, 8), 4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=2)
+    space = load_autoencoder(str(tmp_path / "vae")).facts()
+    save_model(tmp_path / "latent.safetensors", random_model(config), {"predict": "noise", "autoencoder": space})
+    done = run_dit("train", "--init-from", tmp_path / "latent.safetensors", "--data", photos, "--out", tmp_path / "run")
+    fails_with(
+        done, f"triptych-dit encode --source {photos} --vae {tmp_path / 'vae'} --image-size 16 --out latents/photos-16;"
+    )
+    pixels = DiTConfig((28, 28), 3, patch_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+    save_model(tmp_path / "rgb.safetensors", random_model(pixels), {"predict": "noise"})
+    done = run_dit("train", "--init-from", tmp_path / "rgb.safetensors", "--out", tmp_path / "run")
+    fails_with(done, "data mnist5k: 1 channels, those of the model to start from have 3")
 
 
 def pairs(count: int = 12) -> list[tuple[torch.Tensor, int]]:

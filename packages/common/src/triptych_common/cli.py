@@ -149,12 +149,16 @@ def _explained(error: Exception) -> int:
         if os.environ.get("TRIPTYCH_DEBUG"):
             raise error
         return _fail(_one_line(error), 1)
-    if isinstance(error, RuntimeError):
-        # By name, as only torch has that class, and importing torch takes seconds; on the CPU it raises a plain RuntimeError.
-        out_of_memory = type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _OUT_OF_MEMORY)
-        if out_of_memory and not os.environ.get("TRIPTYCH_DEBUG"):
-            return _fail(f"{_one_line(error)}; use a smaller batch", 1)
+    if is_out_of_memory(error) and not os.environ.get("TRIPTYCH_DEBUG"):
+        return _fail(f"{_one_line(error)}; use a smaller batch", 1)
     raise error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was short, of the machine or a GPU, rather than anything wrong."""
+    # By name, as only torch has that class, and importing torch takes seconds; on the CPU it raises a plain RuntimeError.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY))
 
 
 def leave(status: int) -> NoReturn:

@@ -33,6 +33,7 @@ COMMANDS = {
         "train an autoencoder for latents, or resume", "triptych_dit.autoencoder.config:AutoencoderTrainConfig",
         "triptych_dit.autoencoder.train:train_autoencoder",
         presets="triptych_dit.autoencoder.config:AUTOENCODER_PRESETS", default="digits", start=to_length,
+        preview="triptych_dit.autoencoder.train:preview",
     ),
     "encode": Command(
         "encode images into a cache of latents, or resume", "triptych_dit.autoencoder.config:EncodeConfig",

@@ -73,7 +73,7 @@ class Pictures(Images):
         self.path, self.unusable = path, list[data.UnreadableImage]()
         source = data.open_source(str(path), unconditional=True)
         self.images = data.in_memory(source, size, unusable=self.unusable).images
-        data.report_unusable(self.unusable, len(source), out)
+        data.report_unusable(self.unusable, len(source), out, strict=False)
         self.count, self.crc32 = len(self.images), f"{zlib.crc32(self.images.contiguous().numpy().data):08x}"
 
     def batches(self, size: int) -> Iterator[Tensor]:

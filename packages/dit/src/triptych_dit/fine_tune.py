@@ -1,8 +1,8 @@
 """Start a model from the weights of another one, with a new class table or resolution if needed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from triptych_common.cli import echo
@@ -16,15 +16,17 @@ TABLE = "y_embedder.embedding_table.weight"
 _MAY_DIFFER = {"input_size", "num_classes", "class_dropout_prob"}
 
 
-def fitted_config(source: DiTConfig, *, input_size: tuple[int, int], num_classes: int) -> DiTConfig:
-    """The source's shape at another resolution and number of classes; an unconditional source stays so."""
-    return replace(source, input_size=input_size, num_classes=num_classes if source.num_classes else 0)
+class Fate(NamedTuple):
+    """What became of a tensor: whether it is the source's, whole and in its order, and in words."""
+
+    is_copy: bool
+    words: str
 
 
 @torch.no_grad()
 def start_from(
     model: DiT, source: DiT, *, new_class_table: bool = False, names: Sequence[str] = (), source_names: Sequence[str] = ()
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, Fate]:  # fmt: skip
     """Copy the weights of `source` into `model`, in place; returns what happened to each tensor, by name.
 
     Not copied are the position embedding, if the grids differ, and rows of the class table that the source does not have or,
@@ -33,21 +35,21 @@ def start_from(
     Raises ValueError, listing both sides, if the models differ in anything else.
     """
     _check_same_shape(model.config, source.config)
-    found, became = source.state_dict(), {}
+    found, became = source.state_dict(), dict[str, Fate]()
     for name, tensor in model.state_dict().items():
         if name == "pos_embed" and model.config.grid != source.config.grid:
-            became[name] = f"computed for {model.config.grid[0]}x{model.config.grid[1]} tokens"
+            became[name] = Fate(False, f"computed for {model.config.grid[0]}x{model.config.grid[1]} tokens")
         elif name == TABLE:
             rows, how = _shared_classes(model.config, source.config, names, source_names)
             became[name] = _copy_rows(model, source, {} if new_class_table else rows, how, names)
         else:
             tensor.copy_(found[name])
-            became[name] = "copied"
+            became[name] = Fate(True, "copied")
     return became
 
 
-def _copy_rows(model: DiT, source: DiT, rows: Mapping[int, int], how: str, names: Sequence[str]) -> str:
-    """Copy rows of the class table, and what the source knows without a label; returns in words what happened."""
+def _copy_rows(model: DiT, source: DiT, rows: Mapping[int, int], how: str, names: Sequence[str]) -> Fate:
+    """Copy rows of the class table, and what the source knows without a label."""
     table, theirs = (part.state_dict()[TABLE] for part in (model, source))
     for label, row in rows.items():
         table[label] = theirs[row]
@@ -60,7 +62,7 @@ def _copy_rows(model: DiT, source: DiT, rows: Mapping[int, int], how: str, names
         if source.config.null_label is not None:
             table[null] = theirs[source.config.null_label]
         said.append(f"null row {'initialised' if source.config.null_label is None else 'copied'}")
-    return ", ".join(said)
+    return Fate(torch.equal(table, theirs), ", ".join(said))
 
 
 def _shared_classes(
@@ -100,12 +102,12 @@ def check_meaning(source: TrainedModel, facts: Mapping[str, Any], *, new_latents
         raise ValueError(f"init_from: its latents are not the data's: {difference}; {remedy}")
 
 
-def by_layer(became: dict[str, str]) -> dict[str, str]:
+def by_layer(became: Mapping[str, Fate]) -> dict[str, str]:
     """The same in one line per layer: what happened to its tensors, and how many there are."""
     layers: dict[str, list[str]] = {}
     for name, fate in became.items():
         parts = name.split(".")
-        layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(fate)
+        layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(fate.words)
     return {layer: f"{' and '.join(dict.fromkeys(fates))} ({len(fates)} tensors)" for layer, fates in layers.items()}
 
 

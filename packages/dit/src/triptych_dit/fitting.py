@@ -13,6 +13,7 @@ from triptych_common.cli import echo, option
 from triptych_dit.config import CheckpointOptions, DiTConfig
 from triptych_dit.objective import pictures
 from triptych_dit.train_config import TrainConfig
+from triptych_dit.weights import PICTURES, LatentSpace
 
 LOOKED_AT = 64  # pictures, from all over a source
 LAPTOP_SIDE = 32  # a model of larger pixels takes hours without a GPU; larger pictures are for latents, or on request
@@ -39,12 +40,15 @@ class Look(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What data say about the model: channels, height and width, number of classes, and how they came about."""
+    """What data say about a run: channels, height and width, number of classes, how they came about, and whether there are
+    mirror images.
+    """
 
     in_channels: int
     input_size: tuple[int, int]
     num_classes: int
     reason: str
+    flips: bool = True
 
 
 def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | None = None) -> TrainConfig:
@@ -52,7 +56,7 @@ def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | No
 
     Raises ValueError or OSError for data that cannot be opened, and for pictures where the preset is one of latents.
     """
-    model = config.model
+    model, space = config.model, None
     if init_from:
         from triptych_dit.interop import load_any
 
@@ -62,18 +66,28 @@ def fit(config: TrainConfig, argv: Sequence[str], data: str, init_from: str | No
         }
         source = load_any(init_from, **options)
         model, config = source.model.config, replace(config, predict=source.diffusion.predict)
+        space = source.space
     typed = {name: option(argv, f"model.{name.replace('_', '-')}")[0] for name in DiTConfig.__dataclass_fields__}
     patch = typed["patch_size"] or ""
     if patch.isdecimal() and int(patch) and not init_from:
         model = replace(model, patch_size=int(patch), input_size=(int(patch), int(patch)))
-    found = look_at(data, model, typed, keep_size=bool(init_from))
+    found = look_at(data, model, typed, keep_size=bool(init_from), space=space)
+    if init_from and found.in_channels != model.in_channels:
+        raise ValueError(
+            f"data {data}: {found.in_channels} channels, those of the model to start from have {model.in_channels}; "
+            "choose data as that model's, or leave --init-from out"
+        )
     given: dict[str, Any] = {
         "num_classes": found.num_classes if model.num_classes or not init_from else 0, "input_size": found.input_size,
         "in_channels": model.in_channels if init_from else found.in_channels,
     }  # fmt: skip
     taken = {name: value for name, value in given.items() if typed[name] is None}
-    if taken:
-        echo(f"from {data}: {', '.join(map(_said, taken, taken.values()))} ({found.reason})")
+    said = [_said(name, value) for name, value in taken.items()]
+    if config.horizontal_flip and not found.flips:
+        config = replace(config, horizontal_flip=False)  # what is typed holds
+        said.append("--no-horizontal-flip")
+    if said:
+        echo(f"from {data}: {', '.join(said)} ({found.reason})")
     return replace(config, data=data, model=replace(model, **taken))
 
 
@@ -82,16 +96,24 @@ def _said(name: str, value: Any) -> str:
     return f"--model.{name.replace('_', '-')} {shown}"
 
 
-def look_at(data: str, model: DiTConfig, typed: dict[str, str | None], *, keep_size: bool) -> Found:
-    """What a model is to be like for some data. typed: what options say of it; keep_size: pictures are cropped to its own."""
+def look_at(
+    data: str, model: DiTConfig, typed: dict[str, str | None], *, keep_size: bool, space: LatentSpace | None = None
+) -> Found:  # fmt: skip
+    """What a model is to be like for some data.
+
+    typed: what options say of it. keep_size: pictures are cropped to its own. space: of its latents, if known.
+    """
     from triptych_dit.autoencoder.cache import LatentCache, is_latent_cache
+    from triptych_dit.autoencoder.features import refuse_features
 
     if is_latent_cache(Path(data)):
         cache = LatentCache(Path(data))
         channels, *size = cache.latent_shape
-        return Found(channels, (size[0], size[1]), _classes(cache.num_classes), f"{len(cache):,} latents")
-    if model.in_channels not in (1, 3) and typed["in_channels"] is None and not keep_size:
-        raise ValueError(_encode_first(data, model))
+        reason = f"{len(cache):,} latents" + ("" if cache.has_flips else " without mirror images")
+        return Found(channels, (size[0], size[1]), _classes(cache.num_classes), reason, cache.has_flips)
+    if model.in_channels not in PICTURES and typed["in_channels"] is None:
+        refuse_features(data)
+        raise ValueError(_encode_first(data, model, space))
     source = pictures(data, unconditional=typed["num_classes"] == "0")
     classes = _classes(source.num_classes)
     reason = f"{len(source):,} pictures"
@@ -134,10 +156,12 @@ def look_over(source: sources.ImageSource) -> Look:
     return Look(1 if gray else 3, list(map(min, sizes)), smallest, largest)
 
 
-def _encode_first(data: str, model: DiTConfig) -> str:
-    """How to come from pictures to the latents that a preset is for, as commands to paste."""
+def _encode_first(data: str, model: DiTConfig, space: LatentSpace | None) -> str:
+    """How to come from pictures to the latents that a model is for, as commands to paste."""
     name = Path(data).name.replace(":", "-")
-    if model.input_size[0] * 8 in (256, 512):
+    if space is not None:
+        vae, side, first = space.spec, model.input_size[0] * (space.downsampling or 8), ""
+    elif model.input_size[0] * 8 in (256, 512):
         vae, side, first = "stabilityai/sd-vae-ft-ema", model.input_size[0] * 8, ""
     else:
         vae, side = "runs/autoencoder", model.input_size[0] * 4
@@ -145,7 +169,7 @@ def _encode_first(data: str, model: DiTConfig) -> str:
     flips = " --no-flips" if data in ("mnist5k", "mnist") else ""
     cache = f"latents/{name}-{side}"
     return (
-        f"data {data}: pictures, but the preset is for latents; make them once: {first}triptych-dit encode --source {data} "
-        f"--vae {vae} --image-size {side}{flips} --out {cache}; then pass --data {cache}. Or leave the "
-        "preset out, to train on pixels"
+        f"data {data}: pictures, but the model is for latents; make them once: {first}triptych-dit encode --source {data} "
+        f"--vae {vae} --image-size {side}{flips} --out {cache}; then pass --data {cache}. Or leave "
+        "--preset and --init-from out, to train on pixels"
     )

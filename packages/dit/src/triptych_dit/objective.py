@@ -341,12 +341,22 @@ _looked_at: dict[tuple[str, bool], "ImageSource"] = {}
 
 def pictures(spec: str, *, unconditional: bool) -> "ImageSource":
     """Open pictures to look at before training on them; `open_training_data` then needs no second listing of their folder."""
-    from triptych_common import data
-
     _looked_at.clear()
-    source = data.open_source(spec, "train", unconditional=unconditional)
+    source = _open_pictures(spec, "train", unconditional)
     _looked_at[spec, unconditional or source.num_classes == 1] = source
     return source
+
+
+def _open_pictures(spec: str, split: str, unconditional: bool) -> "ImageSource":
+    from triptych_common import data
+
+    try:
+        return data.open_source(spec, split, unconditional=unconditional)
+    except (ValueError, OSError):
+        from triptych_dit.autoencoder.features import refuse_features
+
+        refuse_features(spec)
+        raise
 
 
 def open_training_data(
@@ -371,7 +381,7 @@ def open_training_data(
     else:
         unconditional, unusable = model.num_classes == 0, list["UnreadableImage"]()
         source = _looked_at.pop((spec, unconditional), None) if split == "train" else None
-        source = source or data.open_source(spec, split, unconditional=unconditional)
+        source = source or _open_pictures(spec, split, unconditional)
         options: dict[str, Any] = {"channels": model.in_channels, "unusable": None if strict else unusable}
         dataset = data.in_memory(source, model.input_size, split=split, **options)
         data.report_unusable(unusable, len(source), out)

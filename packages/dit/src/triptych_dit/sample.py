@@ -27,6 +27,7 @@ from triptych_common.storage.arrays import Npz
 from triptych_common.storage.files import fitting, write_json, writing
 from triptych_common.storage.run import RunDirectory
 
+from triptych_dit.cost import refuse_beyond, sampling_bytes
 from triptych_dit.interop import load_any
 from triptych_dit.labels import resolved
 from triptych_dit.sampling import autoencoder_of, sample_images, trajectory
@@ -58,7 +59,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         ranks.barrier()
         finished = (config.out / "samples.npz").exists()
         if not finished or config.vae is not None:
-            request |= place(trained, ranks, config)
+            request |= place(trained, ranks, config, config.num_samples)
         with RunDirectory(config.out, request, is_main=ranks.is_main, device=ranks.device.type) as run:
             ranks.barrier()  # the main rank has checked the folder
             if not finished:
@@ -112,11 +113,18 @@ def identity(config: Any, trained: TrainedModel) -> dict[str, Any]:
     return settings | {"seed": config.seed} | ({"precision": config.precision} if config.precision else {})
 
 
-def place(trained: TrainedModel, ranks: Ranks, config: Any) -> dict[str, str]:
+def place(trained: TrainedModel, ranks: Ranks, config: Any, count: int) -> dict[str, str]:
     """Put the model on its device, in the requested precision, and load the autoencoder of its latents.
 
-    Returns what identifies the decoder, if it is another one than in training. Raises ValueError if it cannot be loaded.
+    count: images to make. Returns what identifies the decoder, if it is another one than in training.
+    Raises ValueError if it cannot be loaded, and for a batch that does not fit into memory.
     """
+    model, value_bytes = trained.model.config, trained.model.pos_embed.itemsize
+    refuse_beyond(
+        min(config.batch_size, count),
+        lambda n: sampling_bytes(model, n if config.guidance_scale == 1 else 2 * n, value_bytes=value_bytes),
+        ranks.device, "sampling", "--batch-size", "choose a smaller model",
+    )  # fmt: skip
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
     prepare(trained.model, ranks, Execution(precision=config.precision or stored, compile=config.compile_blocks))
     autoencoder, space = autoencoder_of(trained, ranks.device, config.vae), trained.space

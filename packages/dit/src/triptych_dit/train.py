@@ -1,6 +1,6 @@
 """Train a DiT."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,8 +64,7 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
         training_data.verify(ranks)
         if ranks.is_main:
             write_unusable([e for source in sources.values() for e in getattr(source, "unusable", ())], run.path)
-        state = make_state(config, ranks, run, training_data.facts)
-        describe(config, state, training_data)
+        state = make_state(config, ranks, run, training_data)
         objective = Objective(config, training_data)
         validate = make_validation(config, held_out, run, ranks)
         keep_snapshot, preview = make_snapshots(config, run, training_data), make_previews(config, run, training_data)
@@ -128,11 +127,11 @@ def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:
 
 
 def make_state(
-    config: TrainConfig, ranks: Ranks, run: RunDirectory | None = None, facts: Mapping[str, Any] | None = None
+    config: TrainConfig, ranks: Ranks, run: RunDirectory | None = None, training_data: TrainingData | None = None
 ) -> TrainState:
     """The model, freshly initialised or started from another one, with its moving average and AdamW.
 
-    facts: of the training data, which a model to start from is compared with.
+    training_data: compared with what a model to start from is of, and recorded in checkpoints.
     Fine-tuning reports what happened to each layer of the other model, and writes it to the run directory as init.json.
     """
     # From the run's own stream: ranks start from equal weights, whatever was drawn before.
@@ -143,27 +142,28 @@ def make_state(
         from triptych_dit.interop import load_any
 
         source = load_any(config.init_from, **config.loading())
-        if facts is not None:
+        facts = {} if training_data is None else training_data.facts
+        if training_data is not None:
             check_meaning(source, facts, new_latents=config.new_latents)
         became = start_from(
-            model, source.model, new_class_table=config.new_class_table, names=(facts or {}).get("class_names") or (),
+            model, source.model, new_class_table=config.new_class_table, names=facts.get("class_names") or (),
             source_names=source.class_names,
         )  # fmt: skip
         if run is not None and ranks.is_main and not run.metrics_path.exists():
             echo(f"start from {Path(config.init_from).name}:")
             for layer, fate in by_layer(became).items():
                 echo(f"  {layer}: {fate}")
-            write_json(run.path / "init.json", {"init_from": config.init_from, "tensors": became})
+            words = {name: fate.words for name, fate in became.items()}
+            write_json(run.path / "init.json", {"init_from": config.init_from, "tensors": words})
     adamw = partial(
         torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
     )
     state = TrainState(model.to(config.dtype), adamw, ranks, **config.state_options())
-    describe(config, state)
+    state.describe = lambda: {"ema": facts_of(config.model, facts_about(config, state, training_data))}
     if config.continue_optimizer:
-        from triptych_dit.interop.released import TABLE
         from triptych_dit.interop.training import read_training
 
-        if "initialised" in became.get(TABLE, "") or "by name" in became.get(TABLE, ""):
+        if not all(fate.is_copy for name, fate in became.items() if name != "pos_embed"):  # which is not trained
             raise ValueError("continue_optimizer: the classes are others than the checkpoint's; leave it out")
         tensors, steps = read_training(Path(str(config.init_from)), model)
         state.load(tensors, None)
@@ -189,11 +189,6 @@ def save_average(path: Path, config: TrainConfig, state: TrainState, training_da
     tensors = state.averaged()
     if state.ranks.is_main:
         write_model(path, config.model, tensors, facts_about(config, state, training_data))
-
-
-def describe(config: TrainConfig, state: TrainState, training_data: TrainingData | None = None) -> None:
-    """Make checkpoints record what makes model files of them."""
-    state.describe = lambda: {"ema": facts_of(config.model, facts_about(config, state, training_data))}
 
 
 def facts_about(config: TrainConfig, state: TrainState, training_data: TrainingData | None = None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def walk(config: WalkConfig) -> dict[str, Any]:
     finished = (config.out / "walk.npz").exists()
     with process_group(config.device) as ranks:
         if not finished or config.vae is not None:
-            request |= place(trained, ranks, config)
+            request |= place(trained, ranks, config, config.frames * max(len(noises), len(config.labels)))
         with RunDirectory(config.out, request) as run:
             if not finished:
                 images = film(trained, config, noises, mixtures, steps)

@@ -184,12 +184,16 @@ def _check_classes(source: ImageSource, kept: list[int], unusable: Sequence[Unre
         )
 
 
-def report_unusable(unusable: Sequence[UnreadableImage], total: int, out: Path) -> None:
-    """Say how many images are left out, and name the first three; `write_unusable` lists all of them in the folder `out`."""
+def report_unusable(unusable: Sequence[UnreadableImage], total: int, out: Path, *, strict: bool = True) -> None:
+    """Say how many images are left out, and name the first three; `write_unusable` lists all of them in the folder `out`.
+
+    strict: whether there is an option of this name.
+    """
     if not unusable:
         return
     named = "; ".join(map(str, unusable[:3])) + (f"; all of them in {out / UNUSABLE}" if len(unusable) > 3 else "")
-    echo(f"left out {len(unusable):,} of {total:,} images, which cannot be used (--strict stops there): {named}")
+    hint = " (--strict stops there)" if strict else ""
+    echo(f"left out {len(unusable):,} of {total:,} images, which cannot be used{hint}: {named}")
 
 
 def write_unusable(unusable: Sequence[UnreadableImage], out: Path) -> None:

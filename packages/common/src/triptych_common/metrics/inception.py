@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from triptych_common.cli import is_out_of_memory
 from triptych_common.data.datasets import data_root
 from triptych_common.data.files import fetch
 from triptych_common.extras import import_extra
-from triptych_common.storage import torch_file
+from triptych_common.storage import foreign
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAME}"
@@ -74,14 +75,13 @@ def load_inception(path: Path | None = None, *, device: torch.device | str = "cp
     network_class = import_extra("torch_fidelity.feature_extractor_inceptionv3", needs).FeatureExtractorInceptionV3
     content = _read(path) if path is not None else _published(url)
     try:
-        file = io.BytesIO(content)
-        torch_file.check(file, len(content))
-        state = torch.load(file, map_location="cpu", weights_only=True)
         plain = io.BytesIO()  # the port's constructor unpickles whatever it reads, so it reads bytes written here
-        torch.save(state, plain)
+        torch.save(foreign.read(path or cached_path(), content), plain)
         plain.seek(0)
         network = network_class("inception-v3-compat", ["2048"], feature_extractor_weights_path=plain)
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # weights of another network can raise anything
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
             f"{path or cached_path()}: no weights of torch-fidelity's InceptionV3 ({reason}); expected {FILE_NAME}"

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from triptych_common.cli import echo, is_out_of_memory
 from triptych_common.storage import torch_file
 from triptych_common.storage.files import regular, replacing
 from triptych_common.storage.pickle_machine import Refused, TooLarge
@@ -71,6 +72,8 @@ def network_in(content: Any, *, holds: Collection[str], prefer: Literal["ema", "
         largest = max(_entries(content), key=lambda entry: len(entry[1]), default=("", {}))
         return StateDict(without_wrappers(largest[1], holds), largest[0], content)
     chosen = [one for one in found if one.is_average == (prefer == "ema")] or found
+    if prefer == "ema" and not any(one.is_average for one in chosen) and (unnamed := _unnamed_average(content)):
+        echo(f"the average {unnamed!r} has no names of tensors and is left aside: these are weights in training")
     usual = [one for one in chosen if one.place.rpartition(".")[2] in _USUAL]
     if len(chosen) > 1 and not usual:
         raise ValueError(
@@ -93,6 +96,23 @@ def networks_in(content: Mapping[Any, Any], *, holds: Collection[str]) -> list[S
             named = {name: tensor for name, tensor in named.items() if name in holds or name not in _COUNTERS}
             found.append(StateDict(named, ".".join(filter(None, (place, prefix.rstrip(".")))), content))
     return found
+
+
+def _unnamed_average(content: Mapping[Any, Any]) -> str | None:
+    """The entry of a moving average that is a list of tensors, or whose names have lost their dots, as some scripts write it."""
+    for name, value in content.items():
+        inner = list(value.values()) if isinstance(value, Mapping) else [value]
+        lists = any(isinstance(part, list) and part and isinstance(part[0], Tensor) for part in inner)
+        if (
+            isinstance(name, str)
+            and _AVERAGE.search(name)
+            and (lists or (isinstance(value, Tensor) and value.ndim > 0))
+        ):
+            return name
+    nested = (
+        _unnamed_average(value) for name, value in content.items() if isinstance(value, Mapping) and name in _USUAL
+    )
+    return next(filter(None, nested), None)
 
 
 def _entries(content: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -134,50 +154,39 @@ def _harmless() -> list[Any]:
     return [argparse.Namespace, np.ndarray, np.dtype, *numbers, *named]
 
 
-def read(path: Path) -> Any:
+def read(path: Path, content: bytes | None = None) -> Any:
     """The content of a safetensors or torch.save file, on the CPU and memory-mapped if its format permits.
 
+    content: bytes of a torch.save file, which `path` then only names.
     Raises FileNotFoundError for an absent file, ValueError for one that is damaged or holds other objects than tensors, plain
     containers and harmless values.
     """
-    if not path.exists():
+    if content is None and not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    regular(path).open("rb").close()  # so that missing permission is not reported as damage
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        with path.open("rb") as file:
-            torch_file.check(file, path.stat().st_size, _harmless())
-        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they concern formats that are rejected here anyway
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except TooLarge as error:
-        raise ValueError(f"{path}: {error}; make or fetch it again") from error
-    except (Refused, pickle.UnpicklingError, RuntimeError) as error:
-        if objects := _refused(path):
+    # Opened first, so that missing permission is not reported as damage.
+    with regular(path).open("rb") if content is None else io.BytesIO(content) as file:
+        try:
+            if content is None and path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as tensors:
+                    return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+            torch_file.check(file, path.stat().st_size if content is None else len(content), _harmless())
+            with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they concern formats that are rejected here anyway
+                mapped = content is None and zipfile.is_zipfile(path)
+                return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+        except TooLarge as error:
+            raise ValueError(f"{path}: {error}; make or fetch it again") from error
+        except Exception as error:  # damaged bytes can raise anything
+            if is_out_of_memory(error):
+                raise
+            if isinstance(error, Refused | pickle.UnpicklingError | RuntimeError) and (objects := _refused(file)):
+                raise ValueError(
+                    f"{path}: holds Python objects besides tensors ({', '.join(objects)}), which may run code when read; "
+                    "save its state dict alone where it was made, or get its weights as safetensors"
+                ) from error
             raise ValueError(
-                f"{path}: holds Python objects besides tensors ({', '.join(objects)}), which may run code when read; "
-                "save its state dict alone where it was made, or get its weights as safetensors"
+                f"{path}: truncated, or neither a safetensors nor a torch.save file of weights; make or fetch it again"
             ) from error
-        raise _damaged(path) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged bytes can raise anything
-        raise _damaged(path) from error
-
-
-def read_bytes(content: bytes, where: str) -> Any:
-    """A torch.save file in memory, as `read` reads one. Raises ValueError for one that is damaged or holds other objects."""
-    try:
-        torch_file.check(io.BytesIO(content), len(content))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(
-            f"{where}: damaged, or holds Python objects besides tensors; make or fetch it again"
-        ) from error
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -194,16 +203,11 @@ def write(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def _refused(path: Path) -> list[str]:
+def _refused(file: io.BufferedIOBase) -> list[str]:
     """Names of the classes and functions in a torch.save file that keep it from being read."""
     try:
+        file.seek(0)
         with torch.serialization.safe_globals(_harmless()):
-            return torch.serialization.get_unsafe_globals_in_checkpoint(path)[:3]
+            return torch.serialization.get_unsafe_globals_in_checkpoint(file)[:3]
     except Exception:  # a damaged file can raise anything, and lists no objects
         return []
-
-
-def _damaged(path: Path) -> ValueError:
-    return ValueError(
-        f"{path}: truncated, or neither a safetensors nor a torch.save file of weights; make or fetch it again"
-    )

@@ -69,10 +69,13 @@ class LoopSettings(CommonOptions):
 
 
 Settings = TypeVar("Settings", bound=LoopSettings)
+_LEAST_STEPS = 20  # between checkpoints of a shortened run: below, its previews would take a tenth of the time
 
 
 def to_length(preset: Settings, argv: Sequence[str]) -> Settings:
     """A preset at the length that a command line asks for, its warmup and the fields in `scaled` with it: for `Command.start`.
+
+    A shorter run has as many checkpoints as the preset, and so previews, if that leaves some steps between them.
 
     A run that is there already goes on with its own; what is typed holds in any case, as it overrides this.
     """
@@ -92,6 +95,8 @@ def to_length(preset: Settings, argv: Sequence[str]) -> Settings:
         values[name] = _scaled(was, total, preset.total_samples)
         if name in begun and type(begun[name]) is type(was):
             values[name] = begun[name]
+    every = preset.checkpoint_every
+    values["checkpoint_every"] = min(every, max(_LEAST_STEPS, _scaled(every, total, preset.total_samples)))
     untyped = [name for name in values if option(argv, name.replace("_", "-"))[0] is None]
     changed = {name: values[name] for name in untyped if values[name] != getattr(preset, name)}
     if changed and not {"-h", "--help"} & set(argv):

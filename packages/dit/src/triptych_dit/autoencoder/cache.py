@@ -47,7 +47,7 @@ from triptych_dit.weights import LatentSpace
 Moments = Float[Tensor, "n twice_channels height width"]
 MANIFEST, SKIPPED, CONFIG = "manifest.json", "skipped.json", "config.json"
 _KIND = "latent cache"
-_ENCODE = "repeat the encode command with its settings"
+_AGAIN = "repeat the encode or import command with its settings"
 _BY_PLACE = {"autoencoder": ("spec", "encoder_sha256", "image_channels"), "source": ("spec", "class_names")}
 
 
@@ -68,7 +68,7 @@ class LatentCache:
         self.has_flips: bool = self.facts["flips"]
         self.class_names: tuple[str, ...] = tuple(self.facts["source"]["class_names"])
         if not self.facts["shards"]:
-            raise ValueError(f"{self.folder}: lists no shards; {_ENCODE}")
+            raise ValueError(f"{self.folder}: lists no shards; {_AGAIN}")
         shards = [self._open(shard) for shard in self.facts["shards"]]
         self.labels: Int[Tensor, " items"] = torch.cat([tensors["labels"] for tensors in shards])
         self.items: Int[Tensor, " items"] = torch.cat([tensors["items"] for tensors in shards])
@@ -103,7 +103,7 @@ class LatentCache:
         """Raise ValueError if mirror images were not encoded."""
         if not self.has_flips:
             raise ValueError(
-                f"{self.folder}: holds no mirror images; train without horizontal flips, or encode without --no-flips"
+                f"{self.folder}: holds no mirror images; pass --no-horizontal-flip, or encode without --no-flips"
             )
 
     def verify(self) -> None:
@@ -215,7 +215,7 @@ def finished_shards(folder: Path, num_shards: int, request: str) -> set[int]:
                 damaged[name] = f"{folder / name}: a shard of another cache or number"
     verify_once(folder, recorded, lambda name: checkpoint.read(folder / name), damaged=damaged)
     for message in damaged.values():
-        echo(f"{message}; encoding it again")
+        echo(f"{message}; making it again")
     return {paths[name] for name in recorded.keys() - damaged.keys()}
 
 
@@ -230,7 +230,7 @@ def refuse_other_settings(folder: Path, num_shards: int, request: str) -> None:
     else:
         return
     lost = f"made with other settings, and {CONFIG}, which held them, is lost"
-    raise ValueError(f"{path}: {lost}; {_ENCODE}, or use another --out")
+    raise ValueError(f"{path}: {lost}; {_AGAIN}, or use another --out")
 
 
 def _header(path: Path) -> tuple[dict[str, Any], "_State"]:
@@ -240,7 +240,7 @@ def _header(path: Path) -> tuple[dict[str, Any], "_State"]:
             metadata, items = file.metadata() or {}, file.get_slice("labels").get_shape()[0]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: truncated or of another kind") from error
-    state = parse(metadata.get("state", ""), _State, source=str(path), remedy=_ENCODE)
+    state = parse(metadata.get("state", ""), _State, source=str(path), remedy=_AGAIN)
     return {"file": path.name, "items": items, "sha256": metadata.get("sha256", "")}, state
 
 
@@ -325,7 +325,7 @@ class _Manifest(TypedDict):
 
 @open_ended
 class _Counted(TypedDict):
-    images: Annotated[int, Ge(0)]
+    images: NotRequired[Annotated[int, Ge(0)]]
 
 
 @open_ended
@@ -346,15 +346,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _incomplete(folder: Path) -> ValueError:
     if not (folder / CONFIG).exists():
-        return ValueError(f"{folder}: {MANIFEST} and {CONFIG} are lost; {_ENCODE}, which makes them again")
-    request = read_json(folder / CONFIG, remedy=f"delete this file and {_ENCODE}, which makes it again")
+        return ValueError(f"{folder}: {MANIFEST} and {CONFIG} are lost; {_AGAIN}, which makes them again")
+    request = read_json(folder / CONFIG, remedy=f"delete this file and {_AGAIN}, which makes it again")
     source = f"{folder}: a run of another command, no latent cache"
-    facts = check(request.get("config"), _Request, source=source, remedy=_ENCODE)
-    shards = math.ceil(facts["source"]["images"] / facts["shard_size"])
-    done = sum(shard_path(folder, shard).exists() for shard in range(shards))
-    return ValueError(f"{folder}: incomplete, {done:,} of {shards:,} shards are there; {_remedy(request)}")
+    facts = check(request.get("config"), _Request, source=source, remedy=_AGAIN)
+    images, done = facts["source"].get("images"), len(list(folder.glob("shard-*.safetensors")))
+    of = "" if images is None else f"of {math.ceil(images / facts['shard_size']):,} "
+    return ValueError(f"{folder}: incomplete, {done:,} {of}shards are there; {_remedy(request)}")
 
 
 def _remedy(facts: Mapping[str, Any]) -> str:
-    command = recorded_command(facts.get("command"), "triptych-dit encode")
-    return f"repeat the encode command: {command}" if command else _ENCODE
+    """The command that goes on with a cache. facts: its manifest, or its settings, with the provenance."""
+    for name in ("encode", "import"):
+        if command := recorded_command(facts.get("command"), f"triptych-dit {name}"):
+            return f"repeat the {name} command: {command}"
+    return _AGAIN

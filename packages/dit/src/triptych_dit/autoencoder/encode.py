@@ -40,6 +40,7 @@ from triptych_dit.autoencoder.cache import (
 )
 from triptych_dit.autoencoder.config import EncodeConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder
+from triptych_dit.cost import encoding_bytes, refuse_beyond
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIGITS = ("mnist5k", "mnist")
@@ -72,6 +73,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     with process_group(config.device) as ranks:
         autoencoder = load_autoencoder(config.vae, device=ranks.device, dtype=PRECISIONS[config.precision])
         extent = _extent(source, autoencoder, config)
+        refuse_large_batch(source, autoencoder, config)
         facts = cache_facts(source, autoencoder, config) if ranks.is_main else {}
         request, finished = checkpoint.index_digest(identity(facts)), set[int]()
         listing = source.listing()
@@ -101,6 +103,16 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     echo(f"latent cache of {manifest['items']:,} images: {config.out}")
     counts = {name: manifest[name] for name in ("items", "skipped", "latent_shape")}
     return {"cache": config.out, "manifest": config.out / MANIFEST, "skipped_list": listed, **counts}
+
+
+def refuse_large_batch(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig) -> None:
+    """Raise ValueError for more images at once than the encoder has memory for."""
+    channels, value_bytes = autoencoder.module.config.block_out_channels[0], PRECISIONS[config.precision].itemsize
+    refuse_beyond(
+        min(config.batch_size, config.shard_size, len(source)),
+        lambda n: encoding_bytes(channels, prod(config.size), n, value_bytes=value_bytes),
+        autoencoder.device, "encoding", "--batch-size", "choose a smaller --image-size",
+    )  # fmt: skip
 
 
 def latent_shape(autoencoder: Autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from triptych_common.cli import echo
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint
-from triptych_common.storage.files import read_json
+from triptych_common.storage.arrays import Npz
+from triptych_common.storage.files import read_json, regular
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.autoencoder.cache import MANIFEST, finished_shards, write_manifest, write_shard
@@ -27,6 +28,7 @@ from triptych_dit.weights import STABLE_DIFFUSION, LatentSpace
 
 _LATENTS, _FLIPPED, _LABELS = ("latents", "features", "x", "arr_0"), ("latents_flip",), ("labels", "y", "arr_1")
 _FAST_DIT = ("_features", "_labels")  # ends of the names of its two folders
+_SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 class Part(NamedTuple):
@@ -179,12 +181,26 @@ def _names(config: ImportConfig, classes: int) -> list[str]:
     return names
 
 
+def refuse_features(data: str) -> None:
+    """Raise ValueError, with the command that makes a cache of them, for data that are latents of others."""
+    source = Path(data)
+    if source.suffix in _SUFFIXES if source.is_file() else source.is_dir() and _files(source)[1]:
+        facts = "" if source.is_dir() else "--vae AUTOENCODER "
+        cache = f"latents/{source.resolve().stem}"
+        command = f"triptych-dit import --features {data} {facts}--out {cache}"
+        raise ValueError(
+            f"data {data}: latents of other programs; make a cache of them once: {command}; then pass --data {cache}"
+        )
+
+
 def _files(source: Path) -> tuple[list[Path], list[Path]]:
     """Files of latents and, in fast-DiT's folders, the files of labels that go with them."""
     if source.is_file():
         return [source], []
     if not source.is_dir():
         raise FileNotFoundError(f"features {source}: no such file or folder")
+    if source.name.endswith(_FAST_DIT):
+        source = source.absolute().parent
     folders = [[f for f in sorted(source.iterdir()) if f.is_dir() and f.name.endswith(end)] for end in _FAST_DIT]
     if [len(found) for found in folders] != [1, 1]:
         return sorted(source.glob("*.safetensors")), []
@@ -200,13 +216,14 @@ def _files(source: Path) -> tuple[list[Path], list[Path]]:
 
 def _array(path: Path, names: Sequence[str]) -> np.ndarray | None:
     """The first of several arrays that a file has; that of a .npy file has the name ""."""
+    if path.suffix == ".npz":
+        held = Npz(path)
+        return next((held.array(name) for name in names if name in held.headers), None)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
+            with safe_open(regular(path), framework="np") as file:
                 return next((file.get_tensor(name) for name in names if name in file.keys()), None)  # noqa: SIM118
-        found = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        arrays = {"": found} if isinstance(found, np.ndarray) else found
-        return next((arrays[name] for name in names if name in arrays), None)
+        return np.lib.format.open_memmap(regular(path), mode="r") if "" in names else None
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError, SafetensorError, TypeError) as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from triptych_common.cli import is_out_of_memory
 from triptych_common.extras import import_extra
 from triptych_common.storage import checkpoint, torch_file
 from triptych_common.storage.bounded import Bounded
@@ -217,6 +218,8 @@ def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderK
                 output_loading_info=True,
             )
     except Exception as error:  # a foreign config or file can make diffusers raise anything
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"autoencoder {spec}: cannot be read ({_one_line(error)})") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:

@@ -7,6 +7,7 @@ divergence. There is no perceptual loss: the only network for digits is the one 
 import copy
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,7 @@ from triptych_dit.autoencoder.model import (
     load_autoencoder,
     scaled_sample,
 )
+from triptych_dit.cost import SLACK, estimated, images_per_second, kept_bytes, refuse_beyond
 from triptych_dit.fitting import look_over
 
 if TYPE_CHECKING:
@@ -74,18 +76,21 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
     """
     unusable: list[data.UnreadableImage] = []
     train_set = load_images(config, unusable)
-    check_fits(config, train_set)
     contents = None if config.data in data.DATASETS else {"data": data.contents_of(train_set)}
-    with process_group(config.device) as ranks, open_run(config, ranks, contents=contents) as run:
+    model = Reconstruction(make_vae(config, train_set))
+    with (
+        process_group(config.device) as ranks,
+        open_run(config, within_memory(config, model, train_set, ranks), contents=contents) as run,
+    ):
         if ranks.is_main:
             data.write_unusable(unusable, run.path)
-        model = Reconstruction(make_vae(config, train_set)).to(ranks.device)
+        model = model.to(ranks.device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
         )
         state = TrainState(model, optimizer, ranks, **config.state_options())
         state.describe = lambda: {"ema.vae": checkpoint_facts(config, state, train_set)}
-        height, width = (side // config.downsampling for side in train_set.images.shape[2:])
+        height, width = latent_size(config, train_set)
 
         def losses(counters: range) -> dict[str, Tensor]:
             images = train_set.scaled(randomness.shuffled(config.seed, "order", counters, len(train_set)))
@@ -103,16 +108,75 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
         return {"vae": str(config.out / FOLDER), **facts, **summary(run, "mse")}
 
 
+def preview(config: AutoencoderTrainConfig) -> dict[str, Any]:
+    """What --dry-run prints: the settings, the data, and what a step takes in memory and the whole run in time."""
+    train_set = load_images(config, [])
+    model, images = Reconstruction(make_vae(config, train_set)), config.micro_batch or config.batch_size
+    with process_group(config.device) as ranks:
+        needed = step_bytes(config, model, train_set)(images)
+
+        def run(count: int) -> None:
+            error, kl = model(*(part.to(ranks.device) for part in some_inputs(config, train_set, count)))
+            (error + kl).backward()
+            float(error.detach())  # waits for a GPU
+
+        def rate() -> float:
+            model.to(ranks.device)
+            return images_per_second(run, min(images, config.batch_size))
+
+        found = estimated(
+            config.total_images, needed, lambda: within_memory(config, model, train_set, ranks), rate, ranks
+        )
+    described = {"examples": len(train_set), "shape": list(train_set.images.shape[1:])}
+    return config.resolved() | {"data": described, "estimate": found}
+
+
+def within_memory(
+    config: AutoencoderTrainConfig, model: Reconstruction, train_set: data.ImageDataset, ranks: Ranks
+) -> Ranks:
+    """The ranks. Raises ValueError for a batch whose step needs more memory than they have."""
+    images = min(config.micro_batch or config.batch_size, max(1, config.batch_size // ranks.world_size))
+    refuse_beyond(
+        images, step_bytes(config, model, train_set), ranks.device, "a training step", "--micro-batch",
+        "use fewer --block-out-channels, or a smaller --image-size",
+    )  # fmt: skip
+    return ranks
+
+
+def step_bytes(
+    config: AutoencoderTrainConfig, model: Reconstruction, train_set: data.ImageDataset
+) -> Callable[[int], float]:
+    """Memory of a training step, by the number of images: weights, gradients, average and AdamW's slots, and activations."""
+    states = 5 * sum(p.nbytes for p in model.parameters())
+    an_image = SLACK * kept_bytes(model, *some_inputs(config, train_set, 1))
+    return lambda images: states + images * an_image
+
+
+def some_inputs(config: AutoencoderTrainConfig, train_set: data.ImageDataset, count: int) -> tuple[Tensor, Tensor]:
+    """Images and noise of the sizes that training has."""
+    shape = train_set.images.shape[1:]
+    return torch.zeros(count, *shape), torch.zeros(count, config.latent_channels, *latent_size(config, train_set))
+
+
+def latent_size(config: AutoencoderTrainConfig, train_set: data.ImageDataset) -> tuple[int, int]:
+    """Height and width of latents."""
+    height, width = train_set.images.shape[2:]
+    return height // config.downsampling, width // config.downsampling
+
+
 def load_images(config: AutoencoderTrainConfig, unusable: list[data.UnreadableImage]) -> data.ImageDataset:
     """The images to train on, of which those that cannot be used are left out, unless `strict`, reported and appended."""
     if config.data in data.DATASETS:
-        return data.load(config.data, "train")
+        found = data.load(config.data, "train")
+        check_fits(config, found)
+        return found
     source = data.open_source(config.data, unconditional=True)
     look = look_over(source)
     side = config.image_size or look.usable(config.downsampling, LARGEST) // config.downsampling * config.downsampling
     echo(f"from {config.data}: {len(source):,} pictures, --image-size {side}, channels {look.channels} ({look})")
     images = data.in_memory(source, side, channels=look.channels, unusable=None if config.strict else unusable)
     data.report_unusable(unusable, len(source), config.out)
+    check_fits(config, images)
     return images
 
 

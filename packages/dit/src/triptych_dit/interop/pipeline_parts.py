@@ -63,8 +63,9 @@ def prediction(scheduler: Mapping[str, Any], source: str) -> Prediction:
     """
     wrong = _differences(scheduler, {**_PROCESS, "rescale_betas_zero_snr": False, "use_flow_sigmas": False})
     kind, betas = scheduler.get("prediction_type", "epsilon"), scheduler.get("trained_betas")
-    if "beta_schedule" not in scheduler and scheduler.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
-        wrong.append(f"{scheduler.get('_class_name')} has no betas (expected a scheduler such as DDIMScheduler)")
+    name = scheduler.get("_class_name")
+    if "Flow" in str(name) or ("beta_schedule" not in scheduler and name not in ("DDPMScheduler", "DDIMScheduler")):
+        wrong.append(f"{name} has no betas (expected a scheduler such as DDIMScheduler)")
     if kind not in _KINDS:
         wrong.append(f"prediction_type {kind} (expected {' or '.join(_KINDS)})")
     if betas is not None and not _are_linear(betas):

@@ -135,7 +135,7 @@ def _state_dict(path: Path) -> Mapping[str, Tensor]:
             content = archive.read("policy.pth")
     except (zipfile.BadZipFile, KeyError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged, or not an archive of stable-baselines3 ({error}); {again}") from error
-    state = foreign.read_bytes(content, f"{path}, policy.pth")
+    state = foreign.read(path / "policy.pth", content)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: policy.pth is no state dict; {again}")
     return state
