@@ -1,13 +1,12 @@
 """What a training run costs on this machine: memory of a step, computed, and time, measured."""
 
-import math
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from triptych_common.cost import MEASURED_SECONDS, available_bytes, check_memory
 from triptych_common.parallel import Execution, Ranks, prepare
 from triptych_common.progress import duration
 from triptych_common.randomness import generator
@@ -18,7 +17,6 @@ from triptych_dit.model import DiT
 from triptych_dit.train_config import TrainConfig
 
 SLACK = 1.15  # gradients of activations while they are computed, and what the allocator leaves unused
-MEASURED_SECONDS = 1.0  # a measurement lasts about so long
 MEASURED_PARAMETERS = 100_000_000  # of larger models on a CPU, two blocks are measured
 
 
@@ -43,33 +41,12 @@ def step_bytes(config: TrainConfig, ranks: int, micro_batch: int | None = None) 
     return states + SLACK * images * activation
 
 
-def available_bytes(device: torch.device) -> float:
-    """Memory of the GPU, or this process's share of the machine's, which a container may bound; infinity if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else ""
-        found += [float(text)] if text.isdecimal() else []
-    return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def within_memory(config: TrainConfig, ranks: Ranks) -> Ranks:
     """The ranks. Raises ValueError for a batch whose step needs more memory than they have, with the micro-batch that fits."""
-    needed, there = step_bytes(config, ranks.world_size), available_bytes(ranks.device)
-    if needed <= there:
-        return ranks
-    what = f"a step takes about {needed / 1e9:,.1f} GB, this {'GPU' if ranks.device.type == 'cuda' else 'machine'} has "
-    what += f"{there / 1e9:,.1f}"
-    one, two = (step_bytes(config, ranks.world_size, images) for images in (1, 2))
-    fits = int((0.8 * there - one) / max(two - one, 1)) + 1
-    if fits < 1:
-        remedy = "choose a smaller model, --activation-checkpointing, or more GPUs with --parallel fsdp"
-    else:
-        remedy = f"pass --micro-batch {2 ** int(math.log2(fits))}, which computes the same step in parts"
-    raise ValueError(f"batch_size {config.batch_size}: {what}; {remedy}")
+    otherwise = "choose a smaller model, --activation-checkpointing, or more GPUs with --parallel fsdp"
+    needed = partial(step_bytes, config, ranks.world_size)
+    check_memory(config, ranks, needed, available_bytes(ranks.device), otherwise=otherwise)
+    return ranks
 
 
 def images_per_second(config: TrainConfig, device: torch.device) -> float:
