@@ -48,6 +48,13 @@ def place(tmp_path_factory) -> Path:
         (root / folder).mkdir()
         for name, content in files.items():
             (root / folder / name).write_bytes(content())
+    for name, content in hostile.POLICIES.items():
+        (root / "policies" / name / "run").mkdir(parents=True)
+        for steps in (4, 8):
+            (root / "policies" / name / "run" / f"model_{steps}_steps.zip").write_bytes(content())
+    for kind in ("pipe", "zero"):
+        (root / "policies" / kind / "run").mkdir(parents=True)
+        _replace(root / "policies" / kind / "run" / "model_8_steps.zip", kind)
     os.mkfifo(root / "pictures" / "pipe.png")
     (root / "pictures" / "zero.png").symlink_to("/dev/zero")
     for suffix in (".pt", ".safetensors"):
@@ -159,6 +166,8 @@ def doors(root: Path) -> list[list[str]]:
             ["triptych-gangealing", "propagate", "--aligner", root / "aligner", "--images", root / "pictures", "--points", path],
             ["triptych-gangealing", "propagate", "--aligner", root / "aligner", "--images", root / "pictures", "--edit", path],
         ]  # fmt: skip
+    for path in sorted((root / "policies").iterdir()):
+        commands.append(["triptych-gpt", "import", "--sb3", path, "--task", "cartpole_small", "--num-test-runs", "0"])
     for path in sorted((root / "pictures").iterdir()):
         commands.append(
             ["triptych-gangealing", "correspond", "--aligner", root / "aligner", "--source", path, "--target", path]

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +75,13 @@ def write_huggingface(folder: Path, number: int, step: int) -> None:
     torch.save({"step": step}, inner / "optimizer.pt")
 
 
+def write_nested(folder: Path, number: int, step: int) -> None:
+    """Within entries of a script's own, beside an average that the metrics are not of."""
+    average = {name: x + 1 for name, x in state_of(number, step).items()}
+    trainer = {"epoch": 3, "networks": {"policy": state_of(number, step), "ema": average}}
+    torch.save({"trainer": trainer, "path": folder}, folder / f"step_{step}.pt")
+
+
 def write_bin(folder: Path, number: int, step: int) -> None:
     (folder / f"checkpoint-{step}").mkdir()
     torch.save(state_of(number, step), folder / f"checkpoint-{step}" / "pytorch_model.bin")
@@ -98,6 +105,7 @@ Write = Callable[[Path, int, int], None]
 LAYOUTS: dict[str, Write] = {
     "state dicts": write_pt, "wrapped": write_wrapped, "lightning": write_lightning, "safetensors": write_safetensors,
     "hugging face": write_huggingface, "bin": write_bin, "sharded": write_sharded, "one folder a checkpoint": write_sane,
+    "nested": write_nested,
 }  # fmt: skip
 
 
@@ -226,11 +234,11 @@ def test_an_interrupted_import_resumes(task, tmp_path, monkeypatch):
     config = ImportConfig(folder=folder, metrics=table, task=task, cohort_runs=2, out=tmp_path / "zoo")
     read, calls = folder_import.read_state, []
 
-    def failing(path: Path) -> dict[str, Tensor]:
+    def failing(path: Path, holds: Collection[str]) -> dict[str, Tensor]:
         calls.append(path)
         if len(calls) > 9:
             raise OSError("no such device")
-        return read(path)
+        return read(path, holds)
 
     monkeypatch.setattr(folder_import, "read_state", failing)
     with pytest.raises(OSError, match="no such device"):

@@ -16,6 +16,7 @@ from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory, differences
+from triptych_common.throughput import keep_freed_memory
 
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Cohort, Speed, Task
@@ -127,7 +128,8 @@ def preview(config: CollectConfig) -> dict[str, Any]:
 
 
 def _measured(task: Task, config: CollectConfig) -> Speed:
-    """A short measurement on one thread, as in a worker."""
+    """A short measurement on one thread, as in a worker, which keeps the memory it frees."""
+    keep_freed_memory()
     device, threads = _device(config.device), torch.get_num_threads()
     torch.set_num_threads(1)
     most = 4096 if device.type == "cuda" else 256  # more was never faster

@@ -119,7 +119,7 @@ def _open(config: ImportConfig) -> _Source:
         layout, whose = layout_of(read_state(first)), f"the one in {first}"
     else:
         layout, whose = task.layout, f"task {task.name}'s"
-    theta_of(read_state(first), layout, str(first), whose)  # refused before there is a folder
+    theta_of(read_state(first, layout.shapes), layout, str(first), whose)  # refused before there is a folder
     table, columns = _read_table(config.metrics) if config.metrics is not None else ({}, ())
     better, rescored = _metrics(config, task, columns)
     count = config.checkpoints or _common_count(found.runs)
@@ -270,7 +270,7 @@ def _read_cohort(source: _Source, split: str, cohort: range, names: Sequence[str
     for run in cohort:
         row = theta[len(kept)]
         for place, (_, path) in enumerate(source.runs[names[run]]):
-            row[place] = theta_of(read_state(path), source.layout, str(path), source.whose)
+            row[place] = theta_of(read_state(path, source.layout.shapes), source.layout, str(path), source.whose)
         problem = unsound(row) or _lacking(source, names[run])
         if problem is None:
             kept.append(run)

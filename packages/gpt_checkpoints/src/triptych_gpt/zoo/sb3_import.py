@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.storage import foreign
+from triptych_common.storage.pickle_machine import Budget, TooLarge
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
@@ -27,7 +28,6 @@ from triptych_gpt.zoo.source import one_line
 from triptych_gpt.zoo.store import CohortData, unsound
 
 _STEPS = re.compile(r".*?(\d{1,15})(?:_steps)?\.zip")
-_MAX_BYTES = 1 << 30  # of an unpacked policy
 _POLICY = re.compile(r"mlp_extractor\.policy_net\.\d+\.(weight|bias)|action_net\.(weight|bias)")
 
 
@@ -65,7 +65,8 @@ def find_runs(folder: Path) -> list[tuple[str, Path]]:
     """Name and folder of each run, by name. Raises FileNotFoundError for an absent folder, ValueError for one without runs."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the one that holds a folder for each run")
-    runs = [(path.name, path) for path in sorted(folder.iterdir()) if path.is_dir() and any(path.glob("*.zip"))]
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    runs = [(path.name, path) for path in found if any(file.is_file() for file in path.glob("*.zip"))]
     if not runs:
         raise ValueError(f"{folder}: no runs; expected a folder for each, with checkpoints NAME_STEPS_steps.zip")
     return runs
@@ -130,9 +131,10 @@ def _state_dict(path: Path) -> Mapping[str, Tensor]:
     again = "save it again with stable-baselines3's save()"
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.getinfo("policy.pth").file_size > _MAX_BYTES:
-                raise ValueError(f"{path}: policy.pth is larger than {_MAX_BYTES:,} bytes; {again}")
+            Budget(path.stat().st_size).spend(archive.getinfo("policy.pth").file_size)
             content = archive.read("policy.pth")
+    except TooLarge as error:
+        raise ValueError(f"{path}: policy.pth {error}; {again}") from error
     except (zipfile.BadZipFile, KeyError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged, or not an archive of stable-baselines3 ({error}); {again}") from error
     state = foreign.read(path / "policy.pth", content)

@@ -10,10 +10,8 @@ from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from triptych_gpt.tasks.reinforcement import registration  # noqa: F401 - so that importing this module registers them, too
 from triptych_gpt.tasks.reinforcement.cartpole import Cartpole
-from triptych_gpt.tasks.reinforcement.registration import register
-
-register()
 
 _WIDTH, _HEIGHT, _SCALE = 600, 400, 85  # pixels; pixels per metre
 
