@@ -24,7 +24,6 @@ from triptych_thesis.study.experiment import FREED, Experiment, Section, Study
 from triptych_thesis.study.report import Report, facts_table, publish
 from triptych_thesis.study.verdicts import Verdict, merged
 
-
 _AGAIN = "delete it and repeat the command"
 
 
