@@ -78,6 +78,12 @@ def _folders(root: Path) -> None:
         for name in ("config.json", "manifest.json", "model_index.json", "state.json", "dataset_dict.json"):
             (place / name).mkdir()
             _replace(place / name / name, kind)
+    for number, path in enumerate(sorted((root / "weights").iterdir())):
+        for suffix in (path.suffix, ".zip"):
+            run = root / f"runs{suffix}" / str(number) / "run"
+            run.mkdir(parents=True)
+            for step in range(2):
+                (run / f"{step}_steps{suffix}").symlink_to(path)
     (root / "script").mkdir()
     (root / "script" / "script.py").write_text(hostile.EVIL_MODULE)
     Image.new("RGB", (8, 8)).save(root / "script" / "a.png")
@@ -166,7 +172,7 @@ def doors(root: Path) -> list[list[str]]:
     commands += [
         ["triptych-gangealing", "align", "--aligner", root / "aligner", "--images", root / "pictures"],
         ["triptych-gangealing", "train-gan", "--data", root / "pictures", "--dry-run"],
-        ["triptych-dit", "encode", "--source", root / "pictures", "--size", "16", "16", "--unconditional", "--dry-run"],
+        ["triptych-dit", "encode", "--source", root / "pictures", "--image-size", "16", "--unconditional", "--dry-run"],
         ["triptych-dit", "train", "--data", root / "pictures", "--dry-run"],
         ["triptych-dit", "evaluate", root / "samples.npz", root / "samples.npz"],
         ["triptych-gpt", "prompt", "--model", root / "gpt", "--target", "test_loss=0.3"],
@@ -174,15 +180,15 @@ def doors(root: Path) -> list[list[str]]:
         ["triptych-gpt", "train", "--zoo", root / "zoo"],
         ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", root / "zoo"],
         ["triptych-gpt", "audit", "--model", root / "gpt", "--zoo", root / "zoo"],
-        ["triptych-gpt", "info", root / "zoo"],
-        ["triptych-gpt", "verify", root / "zoo"],
-        ["triptych-gpt", "export", root / "zoo"],
+        ["triptych-gpt", "info", "--zoo", root / "zoo"],
+        ["triptych-gpt", "verify", "--zoo", root / "zoo"],
+        ["triptych-gpt", "export", "--zoo", root / "zoo"],
     ]
     for place in (root / "folders" / kind for kind in ("pipe", "zero")):
         for zoo in (place / "zoo", place / "zoo of no manifest"):
             commands += [
-                ["triptych-gpt", "train", "--zoo", zoo], ["triptych-gpt", "info", zoo], ["triptych-gpt", "verify", zoo],
-                ["triptych-gpt", "export", zoo], ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", zoo],
+                *(["triptych-gpt", command, "--zoo", zoo] for command in ("train", "info", "verify", "export")),
+                ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", zoo],
                 ["triptych", "figures", "--model", root / "gpt", "--zoo", zoo],
             ]  # fmt: skip
         for name in ("config.json", "manifest.json", "model_index.json", "state.json", "dataset_dict.json"):
@@ -193,6 +199,9 @@ def doors(root: Path) -> list[list[str]]:
                 ["triptych-dit", "encode", "--source", root / "album", "--vae", place / name],
                 ["triptych-gangealing", "align", "--aligner", place / name, "--images", root / "album"],
             ]
+    for folder in sorted(root.glob("runs*/*")):
+        kind = ["--sb3", folder, "--task", "cartpole_small"] if folder.parent.suffix == ".zip" else ["--folder", folder]
+        commands.append(["triptych-gpt", "import", *kind, "--metrics", root / "results" / "rows.json"])
     for data in (root / "script", root / "script and table", root / "saved"):
         short = ["--total-images", "8", "--batch-size", "8", "--preview-images", "0"]  # one of them holds a picture
         commands += [["triptych-dit", "train", "--data", text, *short] for text in (f"hub:{data}", data)]
@@ -214,7 +223,8 @@ def doors(root: Path) -> list[list[str]]:
 
 def where(words: list, out: str) -> list[str]:
     """The option of where to write, for commands that have it."""
-    return [] if words[1] == "claims" else ["--out", out]
+    suffix = ".safetensors" if words[:2] == ["triptych-gpt", "export"] else ""
+    return [] if words[1] == "claims" else ["--out", out + suffix]
 
 
 def digest(root: Path) -> str:
@@ -276,6 +286,8 @@ def fault_of(row: dict) -> str | None:
     weights = [Path(word).name for word in row["words"] if "/weights/" in word]
     if weights and weights[0].encode("unicode_escape").decode() not in printed:
         return f"{what}: stopped before it came to the file, {printed[-300:]!r}"
+    if row["err"].rstrip().endswith("--help)"):
+        return f"{what}: no command line, {row['err'][-300:]!r}"
     if row["status"] and len([line for line in row["err"].splitlines() if line.startswith("error: ")]) != 1:
         return f"{what}: status {row['status']}, {row['err'][-300:]!r}"
     return None

@@ -623,8 +623,11 @@ def test_damaged_archives_are_one_line(spoil, message, sb3_runs, tmp_path):
 def test_archives_of_other_networks_are_refused_with_both_shapes(sb3_runs, tmp_path):
     with pytest.raises(ValueError, match=r"a policy of shapes .*\(6, 3\).*the task's has .*\(32, 4\)"), quiet():
         import_zoo(sb3_config(sb3_runs, tmp_path / "zoo", task="cartpole_small"))
+    shutil.copytree(sb3_runs, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "runs").glob("*/*[1-9]*_steps.zip"):
+        path.unlink()
     with pytest.raises(ValueError, match="checkpoints 1: expected 2 or more"):
-        import_zoo(sb3_config(sb3_runs, tmp_path / "zoo", checkpoints=1))
+        import_zoo(sb3_config(tmp_path / "copy", tmp_path / "zoo", checkpoints=None))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         import_zoo(ImportConfig(sb3=tmp_path / "absent", out=tmp_path / "zoo"))
     (tmp_path / "empty").mkdir()
