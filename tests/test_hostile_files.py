@@ -200,8 +200,9 @@ def doors(root: Path) -> list[list[str]]:
                 ["triptych-gangealing", "align", "--aligner", place / name, "--images", root / "album"],
             ]
     for folder in sorted(root.glob("runs*/*")):
-        kind = ["--sb3", folder, "--task", "cartpole_small"] if folder.parent.suffix == ".zip" else ["--folder", folder]
-        commands.append(["triptych-gpt", "import", *kind, "--metrics", root / "results" / "rows.json"])
+        policies = ["--sb3", folder, "--task", "cartpole_small"]
+        anything = ["--folder", folder, "--metrics", root / "results" / "rows.json"]
+        commands.append(["triptych-gpt", "import", *(policies if folder.parent.suffix == ".zip" else anything)])
     for data in (root / "script", root / "script and table", root / "saved"):
         short = ["--total-images", "8", "--batch-size", "8", "--preview-images", "0"]  # one of them holds a picture
         commands += [["triptych-dit", "train", "--data", text, *short] for text in (f"hub:{data}", data)]

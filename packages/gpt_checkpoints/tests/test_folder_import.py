@@ -279,6 +279,29 @@ def test_what_does_not_fit_is_one_line(task, tmp_path):
     assert not out.exists()
 
 
+def test_a_shard_is_repaired_only_from_the_runs_that_it_held(task, tmp_path):
+    folder, out = write_runs(tmp_path / "runs"), tmp_path / "zoo"
+    options = {
+        "folder": folder,
+        "metrics": write_table(tmp_path / "table.csv"),
+        "task": task,
+        "out": out,
+        "repair": True,
+    }
+    import_zoo(ImportConfig(**options))
+    whole = {path: path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+    kept = {path: path.read_bytes() for path in folder.rglob("*.pt")}
+    next(iter(whole)).unlink()
+    for number in range(6):
+        torch.save(state_of(number + 1, 20), folder / f"run{number}" / "epoch1_20.pt")
+    assert "are not those that were imported; put them back" in refusal(**options)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    import_zoo(ImportConfig(**options))
+    assert whole == {path: path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+    check_zoo(Zoo(out))
+
+
 def test_names_and_networks_that_no_zoo_can_hold_are_named(task, tmp_path):
     out, options = tmp_path / "zoo", {"task": task, "rescore": True}
     folder = write_runs(tmp_path / "steps")

@@ -182,7 +182,7 @@ def write_zoo(
             raise ValueError(f"{config.out}: a zoo of another version of {facts['task']}; use another --out")
         found.save()
     manifest = found or Manifest.create(config.out, {**facts, "provenance": provenance()})
-    done = {record.name for record in manifest.shards}
+    done = {record.name: record for record in manifest.shards}
     again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
     units = list(cohorts)
     with Progress("import", units[-1][1].stop, "runs") as progress:
@@ -191,6 +191,10 @@ def write_zoo(
             name = shard_name(cohort)
             if name not in done or name in again:
                 record = write_shard(config.out, name, read(split, cohort), config.dtype)
+                if name in done and record.theta != done[name].theta:
+                    source = config.folder or config.lmdb or config.sb3
+                    changed = f"runs {cohort.start}..{cohort.stop - 1} are not those that were imported"
+                    raise ValueError(f"{source}: {changed}; put them back, or use another --out")
                 manifest.commit(record, replace=name in again)
             progress.advance(len(cohort))
     return manifest
