@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from triptych_dit.testing import random_vae
 from triptych_gangealing.aligner import Aligner, write_aligner
 from triptych_gangealing.config import SpatialTransformerConfig
 from triptych_gangealing.modes import Directions, Mode
@@ -61,6 +62,7 @@ def place(tmp_path_factory) -> Path:
     (root / "samples.npz").write_bytes(hostile.pickled_npz())
     np.savez(root / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
     _aligner(root / "aligner")
+    random_vae().save_pretrained(root / "vae")
     _gpt(root)
     _folders(root)
     return root
@@ -141,7 +143,7 @@ def _gpt(root: Path) -> None:
 
 def doors(root: Path) -> list[list[str]]:
     """Command lines, each with a hostile file where a file is expected."""
-    out, commands = str(root / "out"), []
+    out, commands, vae = str(root / "out"), [], ["--vae", root / "vae"]
     for path in sorted((root / "weights").iterdir()):
         commands += [
             ["triptych-dit", "sample", "--checkpoint", path, "--num-samples", "1"],
@@ -172,7 +174,18 @@ def doors(root: Path) -> list[list[str]]:
     commands += [
         ["triptych-gangealing", "align", "--aligner", root / "aligner", "--images", root / "pictures"],
         ["triptych-gangealing", "train-gan", "--data", root / "pictures", "--dry-run"],
-        ["triptych-dit", "encode", "--source", root / "pictures", "--image-size", "16", "--unconditional", "--dry-run"],
+        [
+            "triptych-dit",
+            "encode",
+            "--source",
+            root / "pictures",
+            *vae,
+            "--image-size",
+            "16",
+            "--workers",
+            "0",
+            "--unconditional",
+        ],
         ["triptych-dit", "train", "--data", root / "pictures", "--dry-run"],
         ["triptych-dit", "evaluate", root / "samples.npz", root / "samples.npz"],
         ["triptych-gpt", "prompt", "--model", root / "gpt", "--target", "test_loss=0.3"],
