@@ -132,7 +132,6 @@ class Study(CommonOptions):
     """The options that the studies of all chapters share. Everything else is a chapter's own."""
 
     chapter: ClassVar[int]
-    sizes: ClassVar[Collection[str]]  # their names
     results_folder: ClassVar[str] = "experiments"
     decisive: ClassVar[Sequence[str]] = ()  # the chapter's own options that decide results
 
@@ -158,9 +157,19 @@ class Study(CommonOptions):
                 raise ValueError(f"experiment {name!r}: expected one of {', '.join(self.offered)} at size {self.size}")
 
     @property
+    @abstractmethod
+    def sizes(self) -> Collection[str]:
+        """Names of the sizes."""
+
+    @property
+    def home(self) -> Path:
+        """The folder of all sizes, and of the latest report."""
+        return self.out
+
+    @property
     def folder(self) -> Path:
         """The folder of this size."""
-        return self.out / self.size
+        return self.home / self.size
 
     @property
     def experiments(self) -> Mapping[str, Experiment]:
@@ -201,6 +210,10 @@ class Study(CommonOptions):
     def facts(self, context: Any) -> dict[str, Any]:
         """What results.json holds besides: models, data, settings."""
 
+    def judged(self, verdict: Verdict) -> Verdict | None:
+        """An experiment's verdict as one on a row of the ledger; None where the claim does not speak of what was studied."""
+        return verdict
+
     def check(self) -> None:
         """Raise for whatever would fail later: missing files, a damaged ledger."""
         if self.claims.exists():
@@ -212,6 +225,11 @@ class Study(CommonOptions):
     def units(self, context: Any, needs: Sequence[Any]) -> Mapping[str, Sequence["Unit"]]:
         """What the experiments need, each once, as units of work by stage, in the order of the stages."""
         return {}
+
+    @property
+    def target(self) -> str:
+        """The target of make that makes the results, with its variables."""
+        return f"reproduce-ch{self.chapter} SIZE={self.size}"
 
     @property
     def command(self) -> str:

@@ -88,7 +88,7 @@ def run(study: Study) -> dict[str, Any]:
     counts = Counter(each["verdict"] for each in results["claims"].values())
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "none decided"
     echo(f"claims of the thesis: {summary}")
-    for path in publish(study.folder, study.out):
+    for path in publish(study.folder, study.home):
         echo(f"wrote {path} (size {study.size})")
     return results
 
@@ -158,7 +158,9 @@ def assemble(study: Study, context: Any, seconds: Mapping[str, float]) -> dict[s
 
 def _verdicts(study: Study, experiments: Mapping[str, Any]) -> list[tuple[str, Verdict]]:
     """The verdicts of every experiment, each with the experiment's name."""
-    return [(name, each) for name, result in experiments.items() for each in study.experiments[name].verdicts(result)]
+    found = [(name, each) for name, result in experiments.items() for each in study.experiments[name].verdicts(result)]
+    judged = ((name, study.judged(each)) for name, each in found)
+    return [(name, each) for name, each in judged if each is not None]
 
 
 def write_report(study: Study, results: Mapping[str, Any]) -> None:
@@ -184,7 +186,7 @@ def write_report(study: Study, results: Mapping[str, Any]) -> None:
             (each, f"{ledger[claim].item}: {ledger[claim].title}" if claim in ledger else claim)
             for claim, each in in_order(verdicts, ledger).items()
         ],
-        command=f"make reproduce-ch{study.chapter} SIZE={study.size}\n{study.command}",
+        command=f"make {study.target} SIZE={study.size}\n{study.command}",
         facts=facts_table({**origins(results["made"]), **facts}),
         sections=[study.experiments[name].section(study, result) for name, result in results["experiments"].items()],
     )
