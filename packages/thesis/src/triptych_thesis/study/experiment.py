@@ -107,7 +107,8 @@ class Experiment:
     measure: Callable[[Any], Result]  # with the chapter's context
     section: Callable[[Any, Result], Section]  # its part of the study's report
     verdicts: Callable[[Result], list[Verdict]] = lambda result: []
-    figures: Callable[[Result], Mapping[str, "Figure"]] = lambda result: {}  # by title, for PNG files beside the result
+    # By title, for PNG files beside the result; bytes are such a file, which may be animated.
+    figures: Callable[[Result], Mapping[str, "Figure | bytes"]] = lambda result: {}
     # What must be trained or sampled first, by any experiment.
     needs: Callable[[Any], Sequence[Any]] = lambda context: ()
     kept: bool = False  # an existing result is not measured again: what it depends on is part of the study's identity

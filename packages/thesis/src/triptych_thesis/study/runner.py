@@ -112,7 +112,7 @@ def measure(experiment: Experiment, context: Any, path: Path, figures: Path, com
 def draw(experiment: Experiment, result: Any, figures: Path) -> None:
     """Write an experiment's figures into a folder."""
     for title, figure in experiment.figures(result).items():
-        write_bytes(figures / f"{title}.png", figure_png(figure))
+        write_bytes(figures / f"{title}.png", figure if isinstance(figure, bytes) else figure_png(figure))
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -195,7 +195,7 @@ class CartpoleWorld(World):
         keys = stream_keys(seed, [f"cartpole/{run}" for run in runs], device)
         return CartpoleBatch(self.cartpole, keys, environments, dtype=dtype)
 
-    def evaluation(self, networks: int, episodes: int, device: torch.device, dtype: torch.dtype) -> Environments:
+    def evaluation(self, networks: int, episodes: int, device: torch.device, dtype: torch.dtype) -> CartpoleBatch:
         keys = stream_keys(0, ["cartpole evaluation"], device).expand(networks)
         return CartpoleBatch(self.cartpole, keys, episodes, dtype=dtype)
 

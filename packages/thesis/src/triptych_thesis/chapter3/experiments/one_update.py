@@ -73,7 +73,7 @@ def verdicts(result: Result) -> list[Verdict]:
 def figure(data: Result) -> Figure:
     """What one update gives, a bar for each method from the top in the order given.  [Fig. 3.3]
 
-    data: of one metric: {"metric", "start": mean before the update or None, "trained_best": or None, "methods": [{"name",
+    data: of one metric: {"metric", "better", "start": mean before the update or None, "trained_best": or None, "methods": [{"name",
     "kind": "model" | "optimiser" | "baseline", "mean", "low", "high"}]}; low and high end the error bar and may be None.
     """
     methods, metric = list(data["methods"]), data["metric"]
@@ -85,7 +85,7 @@ def figure(data: Result) -> Figure:
         axes.barh(positions[own], values[own], height=0.62, color=plots.KINDS[kind], label=WORDS[kind])
     axes.errorbar(values, positions, xerr=intervals(methods, "mean"), fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
     finite = values[np.isfinite(values)]
-    if finite.size and finite.min() > 0 and finite.max() > 30 * finite.min():
+    if data.get("better") == "lower" and finite.size and finite.min() > 0 and finite.max() > 30 * finite.min():
         axes.set_xscale("log")
     plots.measure(axes.xaxis, metric)
     axes.set_yticks(positions, [method["name"] for method in methods])
