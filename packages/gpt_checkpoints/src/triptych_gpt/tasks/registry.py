@@ -15,9 +15,7 @@ from triptych_gpt.tasks.task import Task
 TASKS: dict[str, Task] = {task.name: task for task in (MNIST_MLP, MNIST_MLP_14, CIFAR_CNN, CARTPOLE, CARTPOLE_SMALL)}
 
 
-def open_task(
-    spec: str, *, data: str | None = None, epochs: int | None = None, iterations: int | None = None
-) -> Task:
+def open_task(spec: str, *, data: str | None = None, epochs: int | None = None, iterations: int | None = None) -> Task:
     """A registered task by name, or `file.py:NAME`: a Task, or a function without arguments that returns one.
 
     data, epochs, iterations: replace the task's own; supervised tasks have the first two, policies the third. Opening

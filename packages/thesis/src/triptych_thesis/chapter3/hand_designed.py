@@ -34,7 +34,11 @@ OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # by name: the clas
     "NAdam": ("NAdam", {}),
     "Adadelta": ("Adadelta", {}),
 }
-PPO = "PPO"  # a step is an iteration: a rollout, and the recipe's epochs of minibatches on it
+PPO = "PPO"
+OF_POLICIES = (
+    " A policy's step follows PPO's objective on a rollout that the policy has just collected. PPO itself is not tuned: its steps are "
+    "iterations of the task's recipe, a rollout and all epochs of minibatches on it."
+)
 RATE_FACTORS = (0.1, 1.0, 10.0)  # times PyTorch's default learning rate
 WEIGHT_DECAYS = (0.0, 5e-5, 5e-4)
 
@@ -76,6 +80,11 @@ class Curve:
             "envelope": {"points": [self.grid[i]._asdict() for i in self.chosen], **_moments(self.envelope)},
             "grid": [{**point._asdict(), "validation": plain(values)} for point, values in scored],
         }  # fmt: skip
+
+
+def one_step(optimizer: str) -> str:
+    """In running text."""
+    return f"one {'iteration' if optimizer == PPO else 'step'} of {optimizer}"
 
 
 def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from triptych_thesis.chapter3.sizes import CARTPOLE
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study
 
 EVERY = 3  # steps of 1/60 s in a frame
-FALLEN = 45  # steps that a failed episode's last state stays in sight
+HELD = 45  # steps that a failed episode's last state stays in sight
 ROWS = slice(190, 330)  # of the environment's picture, in which the pole moves
 
 
@@ -73,7 +73,7 @@ def _shown(episodes: list[Float[Tensor, "steps 4"]], steps: int) -> list[list[li
     for states in episodes:
         if room > 0:
             shown.append([[round(x, 4), round(angle, 4)] for x, angle in states[:, [0, 2]].tolist()])
-            room -= len(states) + FALLEN
+            room -= len(states) + HELD
     return shown
 
 
@@ -98,9 +98,9 @@ def _row(one: Result, data: Result, cartpole: Cartpole) -> list[np.ndarray]:
     title = "before the update" if one["asked"] is None else f"after one update, asked for {one['asked']:.0f}"
     title += f": {named(data['metric'])} {one['achieved']:.0f}"
     states = []
-    for number, episode in enumerate(cycle(one["episodes"]) if one["episodes"] else ()):
-        held = [episode[-1]] * (FALLEN if len(episode) < data["steps"] else 0)
-        states += [(number, *state, "") for state in episode] + [(number, *state, "fallen") for state in held]
+    for number, episode in enumerate(cycle(one["episodes"])):
+        held = [episode[-1]] * (HELD if len(episode) < data["steps"] else 0)
+        states += [(number, *state, "") for state in episode] + [(number, *state, "failed") for state in held]
         if len(states) >= data["steps"]:
             break
     return [_frame(title, *state, cartpole) for state in islice(states, 0, data["steps"], EVERY)]
