@@ -1,8 +1,8 @@
 """Hand-designed optimisers, tuned: what one update of a generative model is compared with.  [thesis 3.4.1, Fig 3.3, 3.4]
 
 Every optimiser is tried at each point of a grid of learning rates and weight decays, at a constant rate. Points are chosen on
-validation networks, and reported on others. All networks see the same minibatches, the task's own. A policy's step has the gradient
-of PPO's objective on a rollout that the policy has just collected, whole; PPO itself, by the task's recipe, stands beside the others.
+validation networks, and reported on others. All networks see the same minibatches, the task's own. A policy's step has the
+gradient of PPO's objective on a rollout that the policy has just collected, whole; PPO itself stands beside the others.
 """
 
 import math
@@ -36,8 +36,8 @@ OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # by name: the clas
 }
 PPO = "PPO"
 OF_POLICIES = (
-    " A policy's step follows PPO's objective on a rollout that the policy has just collected. PPO itself is not tuned: its steps are "
-    "iterations of the task's recipe, a rollout and all epochs of minibatches on it."
+    " A policy's step follows PPO's objective on a rollout that the policy has just collected. PPO itself is not tuned: its steps "
+    "are iterations of the task's recipe, a rollout and all epochs of minibatches on it."
 )
 RATE_FACTORS = (0.1, 1.0, 10.0)  # times PyTorch's default learning rate
 WEIGHT_DECAYS = (0.0, 5e-5, 5e-4)

@@ -34,12 +34,12 @@ class Chapter3(Study):
     decisive: ClassVar = ("task",)
 
     out: Path = Path("runs/ch3")
-    """everything goes to OUT/SIZE; OUT/report.html is the latest finished size (of cartpole OUT/cartpole/SIZE, OUT/cartpole/report.html)"""
+    """everything goes to OUT/SIZE, OUT/report.html is the latest finished size; of cartpole in OUT/cartpole"""
     task: str = MNIST
     """what the networks do: mnist (classify images), or cartpole (balance a pole, learned by PPO, prompted for returns)"""
     size: str = "laptop"
-    """smoke (a minute), laptop (two cores, under twenty minutes), gpu (one GPU, resumable slices), paper (the thesis's settings; train
-    under torchrun first); of mnist also gpu-cifar10 and paper-cifar10"""
+    """smoke (a minute), laptop (two cores, under twenty minutes), gpu (one GPU, resumable slices), paper (the thesis's settings;
+    train under torchrun first); of mnist also gpu-cifar10 and paper-cifar10"""
     all: bool = False
     """also what takes longer: the figures left out, and models trained to compare (scaling, ablations)"""
 

@@ -23,7 +23,7 @@ ROWS = slice(190, 330)  # of the environment's picture, in which the pole moves
 
 
 def measure(context: Context) -> Result:
-    """The evaluation's episodes of the first unseen network and of its updates; {"none": why} for networks that are no cartpole's."""
+    """Episodes of the first unseen network and of its updates; {"none": why} for networks that balance no pole."""
     trial, name = context.trial, context.trial.metric.name
     task = trial.task
     if not (isinstance(task, ReinforcementTask) and isinstance(task.world, CartpoleWorld)):
@@ -78,7 +78,7 @@ def _shown(episodes: list[Float[Tensor, "steps 4"]], steps: int) -> list[list[li
 
 
 def film(data: Result) -> bytes:
-    """An animated PNG, a row for each policy, at the speed of life; episodes follow one another where they are shorter than the film.
+    """An animated PNG with a row for each policy, in real time; episodes follow one another where they are shorter than the film.
 
     data: {"metric", "steps": of the film, "cartpole": settings, "policies": [{"asked": prompt or None, "achieved", "episodes":
     [[[position, angle], ...], ...]}]}.
