@@ -125,7 +125,7 @@ def optimise(
         raise ValueError(f"steps {steps}: expected ascending numbers of updates, the first at least 1")
     networks = torch.cat([test, validation])
     if optimizer == PPO and isinstance(task, ReinforcementTask):
-        grid = (GridPoint(task.ppo.learning_rate, 0.0),)  # the recipe's own
+        grid: tuple[GridPoint, ...] = (GridPoint(task.ppo.learning_rate, 0.0),)  # the recipe's own
         longer = max(task.ppo.iterations, steps[-1])
         trained = _policies(replace(task, ppo=replace(task.ppo, iterations=longer)), networks, steps, seed)[None]
     else:

@@ -97,20 +97,21 @@ def _row(one: Result, data: Result, cartpole: Cartpole) -> list[np.ndarray]:
     """Every frame of one policy."""
     title = "before the update" if one["asked"] is None else f"after one update, asked for {one['asked']:.0f}"
     title += f": {named(data['metric'])} {one['achieved']:.0f}"
-    states = []
-    for number, episode in enumerate(cycle(one["episodes"])):
+    states: list[tuple[str, list[float]]] = []
+    for number, episode in enumerate(cycle(one["episodes"]), start=1):
         held = [episode[-1]] * (HELD if len(episode) < data["steps"] else 0)
-        states += [(number, *state, "") for state in episode] + [(number, *state, "failed") for state in held]
+        states += [(f"episode {number}", state) for state in episode] + [("failed", state) for state in held]
         if len(states) >= data["steps"]:
             break
     return [_frame(title, *state, cartpole) for state in islice(states, 0, data["steps"], EVERY)]
 
 
-def _frame(title: str, number: int, position: float, angle: float, end: str, cartpole: Cartpole) -> np.ndarray:
+def _frame(title: str, now: str, state: list[float], cartpole: Cartpole) -> np.ndarray:
+    position, angle = state
     image = Image.fromarray(drawn([position, 0.0, angle, 0.0], cartpole)[ROWS])
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=20)
     draw.text((8, 4), title, INK, font)
-    draw.text((image.width - 8, 4), end or f"episode {number + 1}", INK, font, anchor="ra")
+    draw.text((image.width - 8, 4), now, INK, font, anchor="ra")
     return np.asarray(image)
 
 
