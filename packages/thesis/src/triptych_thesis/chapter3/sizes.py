@@ -140,13 +140,16 @@ _MNIST: dict[str, Size] = {  # and the thesis's other images, CIFAR-10
 _SMALL_ZOO = COLLECT_PRESETS["cartpole_small"]
 _CARTPOLE: dict[str, Size] = {
     "smoke": Size(
-        replace(_SMALL_ZOO, runs=30, cohort_runs=10, iterations=40, checkpoints=20, split_every=3),
-        replace(TRAIN_PRESETS["smoke"], metric="return", width=64, total_pairs=6_400),
+        replace(_SMALL_ZOO, runs=18, cohort_runs=6, iterations=25, checkpoints=16, split_every=3),
+        replace(
+            TRAIN_PRESETS["smoke"], metric="return", width=64, total_pairs=1_920, batch_size=64, warmup_pairs=192, log_every=5,
+            validation_every=15,
+        ),
         Variants(total_pairs=640, widths=(32, 64), runs=(5, 10), chunk_size=64),
         num_inference_steps=5,
         amounts=Amounts(
-            networks=4, prompts=5, baseline_networks=2, optimizer_steps=6, updates=2, recursion_networks=2, samples=4,
-            audit_samples=8, neighbour_prompts=2, sampler_steps=(2, 5),
+            networks=4, prompts=5, baseline_networks=2, optimizer_steps=3, updates=2, recursion_networks=2, samples=4,
+            audit_samples=4, neighbour_prompts=2, every=4, sampler_steps=(2, 5),
         ),
     ),
     "laptop": Size(
