@@ -85,7 +85,7 @@ def figure(data: Result) -> Figure:
         axes.barh(positions[own], values[own], height=0.62, color=plots.KINDS[kind], label=WORDS[kind])
     axes.errorbar(values, positions, xerr=intervals(methods, "mean"), fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
     finite = values[np.isfinite(values)]
-    if data.get("better") == "lower" and finite.size and finite.min() > 0 and finite.max() > 30 * finite.min():
+    if data.get("better") != "higher" and finite.size and finite.min() > 0 and finite.max() > 30 * finite.min():
         axes.set_xscale("log")
     plots.measure(axes.xaxis, metric)
     axes.set_yticks(positions, [method["name"] for method in methods])

@@ -112,7 +112,7 @@ def figure(data: Result) -> Figure:
         axes.axhspan(level["low"], level["high"], color=BLUE, alpha=0.15, linewidth=0)
     plots.best_line(axes, data.get("trained_best"))
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
-    if data.get("better") == "lower" and 0 < lowest < data["start"] / 5:
+    if data.get("better") != "higher" and 0 < lowest < data["start"] / 5:
         axes.set_yscale("log")
     of_policies = any(curve["optimizer"] == PPO for curve in data["curves"])
     axes.set(xlabel="optimiser steps" + ", iterations of PPO" * of_policies, ylabel=plots.words(metric), xlim=(0, None))
