@@ -52,7 +52,7 @@ def spec_of(config: CollectConfig) -> TaskSpec:
     """The task as workers open it, with the absolute path of a user's file."""
     path, colon, name = config.task.rpartition(":")
     own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else config.task
-    return TaskSpec(own, config.data, config.epochs)
+    return TaskSpec(own, config.data, config.epochs, config.iterations)
 
 
 def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
@@ -172,7 +172,7 @@ def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) ->
 def _words(config: CollectConfig) -> list[str]:
     """The command line with every setting that decides what the zoo is."""
     words = [config.task]
-    for name in ("data", "epochs", "early", *IDENTITY):
+    for name in ("data", "epochs", "iterations", "early", *IDENTITY):
         value, flag = getattr(config, name), name.replace("_", "-")
         if value != CollectConfig.__dataclass_fields__[name].default:
             words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]

@@ -106,7 +106,7 @@ def run(study: Study) -> dict[str, Any]:
     counts = Counter(each["verdict"] for each in results["claims"].values())
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "none decided"
     echo(f"claims of the thesis: {summary}")
-    for path in publish(study.folder, study.out):
+    for path in publish(study.folder, study.home):
         echo(f"wrote {path} (size {study.size})")
     return results
 
@@ -131,7 +131,7 @@ def measure(experiment: Experiment, context: Any, path: Path, figures: Path, com
 def draw(experiment: Experiment, result: Any, figures: Path) -> None:
     """Write an experiment's figures into a folder."""
     for title, figure in experiment.figures(result).items():
-        write_bytes(figures / f"{title}.png", figure_png(figure))
+        write_bytes(figures / f"{title}.png", figure if isinstance(figure, bytes) else figure_png(figure))
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -190,7 +190,8 @@ def _verdicts(study: Study, experiments: Mapping[str, Any]) -> list[tuple[str, V
     found = []
     for name, result in experiments.items():
         with _known(study.result_path(name)):
-            found += [(name, each) for each in study.experiments[name].verdicts(result)]
+            judged = [study.judged(each) for each in study.experiments[name].verdicts(result)]
+        found += [(name, each) for each in judged if each is not None]
     return found
 
 
@@ -217,7 +218,7 @@ def write_report(study: Study, results: Mapping[str, Any]) -> None:
             (each, f"{ledger[claim].item}: {ledger[claim].title}" if claim in ledger else claim)
             for claim, each in in_order(verdicts, ledger).items()
         ],
-        command=f"make reproduce-ch{study.chapter} SIZE={study.size}\n{study.command}",
+        command=f"make {study.target} SIZE={study.size}\n{study.command}",
         facts=facts_table({**origins(results["made"]), **facts}),
         sections=[_section(study, name, result) for name, result in results["experiments"].items()],
     )
