@@ -167,7 +167,9 @@ class Aligner(nn.Module):
                 if self.classifier is None:
                     raise ValueError(f"{heads} clusters, no classifier: pass the clusters, or train a classifier")
                 cluster = self.classifier(images).argmax(1)
-            return torch.zeros(len(images), dtype=torch.long, device=images.device) if cluster is None else cluster, None
+            return torch.zeros(
+                len(images), dtype=torch.long, device=images.device
+            ) if cluster is None else cluster, None
         sides = self.classifier(images).unflatten(1, (2, heads))  # n side head
         best = sides.flatten(1).argmax(1) % heads if cluster is None else cluster
         return best, chosen(sides.transpose(1, 2), best).argmax(1).bool()

@@ -7,7 +7,6 @@ clusters; its generator is read by `stylegan2.weights`.
 import argparse
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -110,11 +109,12 @@ def to_released(aligner: Aligner) -> dict[str, Any]:
 
 def _built(content: Mapping[str, Any]) -> Aligner:
     theirs, args = foreign.without_wrappers(content[TRANSFORMER]), _settings(content)
+    size = args.pop("size")
     names = _places(theirs)
     heads = _heads(theirs, names)
     classifier = content.get(CLASSIFIER)
     own = foreign.without_wrappers(classifier) if isinstance(classifier, Mapping) else None
-    config = _config(theirs, names, heads, args["padding"], own)
+    config = _config(theirs, names, heads, args["padding"], own, size)
     tensors: dict[str, Tensor] = {}
     for kind, prefix in names.items():
         part = {name.removeprefix(prefix): x for name, x in theirs.items() if name.startswith(prefix)}
@@ -134,13 +134,16 @@ def _built(content: Mapping[str, Any]) -> Aligner:
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Padding and flips of their command line."""
+    """Padding, flips and input size of their command line."""
     args = content.get("args")
     given = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     padding = given.get("padding_mode", "reflection")
     if padding not in get_args(Padding):
         raise ValueError(f"args: padding_mode {padding!r}, expected one of {', '.join(get_args(Padding))}")
-    return {"padding": padding, "flips": given.get("flips") is True}
+    size = given.get("flow_size", 128)
+    if not isinstance(size, int) or not 2 * SMALLEST <= size <= 4096:
+        raise ValueError(f"args: flow_size {size!r}, expected 8 to 4096")
+    return {"padding": padding, "flips": given.get("flips") is True, "size": size}
 
 
 def _places(theirs: Tensors) -> dict[str, str]:
@@ -163,11 +166,16 @@ def _heads(theirs: Tensors, names: Mapping[str, str]) -> int:
 
 
 def _config(
-    theirs: Tensors, names: Mapping[str, str], heads: int, padding: Padding, classifier: Tensors | None
+    theirs: Tensors,
+    names: Mapping[str, str],
+    heads: int,
+    padding: Padding,
+    classifier: Tensors | None,
+    size: int,
 ) -> SpatialTransformerConfig:
     """The config that the tensors fit. Raises ValueError for a shape that no config has."""
     shapes = {kind: _shapes(theirs, prefix) for kind, prefix in names.items()}
-    upsampling, classes, size = 8, None, 128
+    upsampling, classes = 8, None
     if "flow" in shapes:
         upsampling = 2 ** shapes["flow"].halved
         cells = _of(theirs, names["flow"] + "warp_head.mask_out.2.bias").shape[0]
@@ -282,7 +290,9 @@ def _to_theirs(state: Tensors, rows: Iterator[Row], config: SpatialTransformerCo
 def _constants(config: SpatialTransformerConfig, kind: str, prefix: str, *, head: bool = True) -> dict[str, Tensor]:
     """Filters that their strict loading expects."""
     halved, _ = _counted(config, kind)
-    found = {f"{prefix}convs.{i}.{name}.0.kernel": FILTER.clone() for i in range(1, halved + 1) for name in ("conv2", "skip")}
+    found = {
+        f"{prefix}convs.{i}.{name}.0.kernel": FILTER.clone() for i in range(1, halved + 1) for name in ("conv2", "skip")
+    }
     if head:
         found[f"{prefix}warp_head.warper.blur_filter"] = FILTER[None, None].clone()
         if kind == "similarity":
@@ -298,7 +308,9 @@ def _modes(content: Mapping[str, Any], heads: int) -> Mode:
     alpha, components, mean = (_of(theirs, name).float() for name in ("coefficients", "directions", "lat_mean"))
     if alpha.shape != (heads, len(components)) or mean.shape != (1, components.shape[-1]):
         shapes = f"{tuple(alpha.shape)}, {tuple(components.shape)}, {tuple(mean.shape)}"
-        raise ValueError(f"{MODES}: coefficients, directions and mean of shapes {shapes}, expected {heads} modes of one W")
+        raise ValueError(
+            f"{MODES}: coefficients, directions and mean of shapes {shapes}, expected {heads} modes of one W"
+        )
     refuse_non_finite({"coefficients": alpha, "directions": components, "lat_mean": mean}, MODES)
     mode = Mode(Directions(mean[0], components, torch.ones(len(components))), heads)
     mode.begin(mode.origins, alpha)

@@ -152,21 +152,29 @@ class GenerateConfig(CommonOptions):
 
 @dataclass(frozen=True)
 class ConvertConfig(CommonOptions):
-    """Convert StyleGAN2 networks: from NVIDIA's pickles, rosinality's checkpoints or our files."""
+    """Convert StyleGAN2 networks and aligners: of NVIDIA's pickles, checkpoints of rosinality's and the released GANgealing code, ours."""
 
     checkpoint: Path | None = None
     """file to read; none of its code is run"""
-    format: Literal["safetensors", "rosinality"] = "safetensors"
-    """safetensors: our files; rosinality: a checkpoint that rosinality/stylegan2-pytorch loads"""
+    format: Literal["safetensors", "rosinality", "gangealing"] = "safetensors"
+    """safetensors: our files; rosinality: a checkpoint that rosinality/stylegan2-pytorch loads; gangealing: one that the
+    released GANgealing code loads, of an aligner trained with --design released"""
+    generator: str | None = None
+    """with --format gangealing: the generator that the aligner was trained on, which goes into the file too"""
     generator_only: bool = False
     """leave the discriminator out"""
     out: Path = Path("runs/converted")
-    """folder to write to, or a file: .safetensors for a generator alone, .pt for rosinality's"""
+    """folder to write to, or a file: .safetensors for a generator alone, .pt for checkpoints of others"""
 
     def __post_init__(self) -> None:
         suffix = self.out.suffix
-        if (suffix, self.format) in ((".pt", "safetensors"), (".safetensors", "rosinality")):
+        if suffix == (".pt" if self.format == "safetensors" else ".safetensors"):
             raise ValueError(f"--out {self.out}: not a file of format {self.format}; choose another name or --format")
+        if (self.generator is None) == (self.format == "gangealing"):
+            raise ValueError(
+                f"--format {self.format}, --generator {self.generator}: expected a generator with --format gangealing, "
+                "and only there"
+            )
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}
