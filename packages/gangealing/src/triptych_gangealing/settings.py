@@ -152,7 +152,7 @@ class GenerateConfig(CommonOptions):
 
 @dataclass(frozen=True)
 class ConvertConfig(CommonOptions):
-    """Convert StyleGAN2 networks and aligners: of NVIDIA's pickles, checkpoints of rosinality's and the released GANgealing code, ours."""
+    """Convert StyleGAN2 networks and aligners of NVIDIA's, rosinality's and the released GANgealing code, and ours."""
 
     checkpoint: Path | None = None
     """file to read; none of its code is run"""
