@@ -8,7 +8,7 @@ import argparse
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -81,8 +81,8 @@ def to_released(aligner: Aligner) -> dict[str, Any]:
         if name.startswith("classifier") and aligner.classifier is None:
             continue
         if getattr(config, name) != wanted:
-            found = f"the aligner has {name} {getattr(config, name)}, the released code {wanted}"
-            raise ValueError(f"{found}; train with --design released to export to it")
+            other = f"the aligner has {name} {getattr(config, name)}, the released code {wanted}"
+            raise ValueError(f"{other}; train with --design released to export to it")
     state = aligner.state_dict()
     single, transformer = len(config.transforms) == 1, dict[str, Tensor]()
     for place, kind in enumerate(config.transforms):
@@ -190,7 +190,7 @@ def _config(
     one = next(iter(shapes.values()))
     most = one.widths[-1]
     return SpatialTransformerConfig(
-        input_size=size, channel_max=most, channel_multiplier=2 * one.widths[1] / most, heads=heads, transforms=tuple(names),
+        input_size=size, channel_max=most, channel_multiplier=2 * one.widths[1] / most, heads=heads, transforms=cast(Any, tuple(names)),
         flow_size=size // upsampling, flow_upsampling=upsampling, padding=padding,
         **{**DESIGN, "flow_unit_factor": float(upsampling), "classifier": "clusters" if classes == heads else "sides"},
     )  # fmt: skip

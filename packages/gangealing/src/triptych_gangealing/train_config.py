@@ -134,7 +134,9 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
         shape: dict[str, Any] = {name: getattr(self, name) for name in names}
         shape |= {"heads": self.clusters, "transforms": tuple(self.transforms.split(","))}
         finer = max(1, self.input_size // self.flow_size)
-        design = {name: float(finer) if name == "flow_unit_factor" else x for name, x in DESIGNS[self.design].items()}
+        design: dict[str, Any] = {
+            name: float(finer) if name == "flow_unit_factor" else x for name, x in DESIGNS[self.design].items()
+        }
         return SpatialTransformerConfig(**shape, flow_upsampling=finer, **design)
 
     def resolved(self) -> dict[str, Any]:
