@@ -65,7 +65,7 @@ COMMANDS = {
         "triptych_gangealing.keypoints.evaluate:evaluate",
     ),
     "convert": Command(
-        "convert StyleGAN2 checkpoints of other implementations, or ours to rosinality's",
+        "convert StyleGAN2 and GANgealing checkpoints of other implementations, or ours to theirs",
         "triptych_gangealing.settings:ConvertConfig",
         "triptych_gangealing.stylegan2.convert:convert",
         writes="file",

@@ -15,6 +15,8 @@ from triptych_gangealing.keypoints.synthetic import Pairs, pairs, posed_digits
 from triptych_gangealing.settings import PckConfig
 
 OURS = "GANgealing"
+DIGITS = ("mnist5k", "mnist")
+PAIRS = 300  # of digits
 FITTED = 400  # training images that classical Congealing is fitted to
 
 
@@ -60,7 +62,12 @@ def methods_of(config: PckConfig) -> tuple[dict[str, Method], dict[str, Any]]:
 def pairs_of(config: PckConfig) -> Pairs:
     """The pairs to score on."""
     return pairs(
-        config.pairs, config.seed, config.digit, elastic_px=config.elastic_px, grey=config.grey, source=config.data
+        config.pairs or PAIRS,
+        config.seed,
+        config.digit,
+        elastic_px=config.elastic_px,
+        grey=config.grey,
+        source=config.data,
     )
 
 
@@ -75,6 +82,10 @@ def write_scores(config: PckConfig, options: dict[str, Any], scores: dict[str, A
 
 def evaluate(config: PckConfig) -> dict[str, Any]:
     """Score every method and write pck.json. Raises ValueError or OSError for a file that is no aligner."""
+    if config.data not in DIGITS:
+        from triptych_gangealing.keypoints.benchmarked import evaluate_benchmark  # readers of many layouts
+
+        return evaluate_benchmark(config)
     methods, options = methods_of(config)
     several, scores = pairs_of(config), {}
     for name, method in methods.items():
