@@ -189,11 +189,22 @@ def _config(
             raise ValueError(f"{CLASSIFIER}: {classes} classes, expected {heads} clusters, or twice as many")
     one = next(iter(shapes.values()))
     most = one.widths[-1]
+    design = {
+        **DESIGN,
+        "flow_unit_factor": float(upsampling),
+        "classifier": "clusters" if classes == heads else "sides",
+    }
     return SpatialTransformerConfig(
-        input_size=size, channel_max=most, channel_multiplier=2 * one.widths[1] / most, heads=heads, transforms=cast(Any, tuple(names)),
-        flow_size=size // upsampling, flow_upsampling=upsampling, padding=padding,
-        **{**DESIGN, "flow_unit_factor": float(upsampling), "classifier": "clusters" if classes == heads else "sides"},
-    )  # fmt: skip
+        input_size=size,
+        channel_max=most,
+        channel_multiplier=2 * one.widths[1] / most,
+        heads=heads,
+        transforms=cast(Any, tuple(names)),
+        flow_size=size // upsampling,
+        flow_upsampling=upsampling,
+        padding=padding,
+        **design,
+    )
 
 
 def _shapes(tensors: Tensors, prefix: str) -> Shapes:

@@ -92,8 +92,8 @@ class CorrespondConfig(UseOptions):
 
 
 @dataclass(frozen=True)
-class PckConfig(CommonOptions):
-    """Score an aligner, or anyone's predictions, by PCK: on a benchmark's pairs by every protocol, or on coloured digits."""
+class DigitPairsConfig(CommonOptions):
+    """Score an aligner by PCK on pairs of held-out coloured digits whose correspondences are known, beside baselines."""
 
     out: Path = Path("runs/pck")
     """where to write pck.json and, of a benchmark, the predictions of every method"""
@@ -101,6 +101,26 @@ class PckConfig(CommonOptions):
     """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
     digit: Annotated[int | None, Interval(ge=0, le=9, wanted="0 to 9, or None for all")] = 3
     """digit to align; None: all"""
+    data: str = "mnist5k"
+    """held-out digits of mnist5k, which need no download, or mnist's test split"""
+    pairs: Annotated[int | None, Ge(1)] = None
+    """pairs to score, the first; default: 300 of digits, all of a benchmark"""
+    elastic_px: float = 2.5
+    """largest elastic displacement of each image of a pair, in pixels of a 28-pixel digit"""
+    grey: bool = False
+    """white digits on black instead of coloured ones; the baselines are strong on them"""
+    iterations: Annotated[int | None, Ge(1)] = None
+    """iterations of the aligner's similarity network; default: as in training"""
+    flips: Flips = "trained"
+    """mirror images whose flow is smoother then; trained: as in training"""
+    baselines: Literal["all", "none"] = "all"
+    """score baselines too: of digits moments and classical Congealing; of a benchmark the identity, mean keypoints, Congealing"""
+
+
+@dataclass(frozen=True)
+class PckConfig(DigitPairsConfig):
+    """Score an aligner, or anyone's predictions, by PCK: on a benchmark's pairs by every protocol, or on coloured digits."""
+
     data: str = "mnist5k"
     """held-out digits of mnist5k, which need no download, or of mnist; or a benchmark's layout and folder: spair:PATH, cub:PATH,
     willow:PATH, ap10k:PATH"""
@@ -120,18 +140,6 @@ class PckConfig(CommonOptions):
     """which of its stages; -1: the last"""
     debias: bool = False
     """remove what features of a place have in common over all pictures"""
-    pairs: Annotated[int | None, Ge(1)] = None
-    """pairs to score, the first; default: 300 of digits, all of a benchmark"""
-    elastic_px: float = 2.5
-    """largest elastic displacement of each image of a pair, in pixels of a 28-pixel digit"""
-    grey: bool = False
-    """white digits on black instead of coloured ones; the baselines are strong on them"""
-    iterations: Annotated[int | None, Ge(1)] = None
-    """iterations of the aligner's similarity network; default: as in training"""
-    flips: Flips = "trained"
-    """mirror images whose flow is smoother then; trained: as in training"""
-    baselines: Literal["all", "none"] = "all"
-    """score moments and classical Congealing too"""
 
 
 @dataclass(frozen=True)

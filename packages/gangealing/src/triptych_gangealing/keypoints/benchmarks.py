@@ -160,7 +160,7 @@ class _Coco(TypedDict):
 
 
 def open_benchmark(data: str, category: str | None = None, split: str = "test", seed: int = 0) -> Benchmark:
-    """A benchmark by its layout and folder, such as "spair:PATH"; PATH of "cub" may be ACSM's val_cub_cleaned.mat within its folder.
+    """A benchmark by its layout and folder, such as "spair:PATH"; of "cub", PATH may be ACSM's val_cub_cleaned.mat in the folder.
 
     Raises ValueError for another layout, category or split, and for annotations that are damaged or contradict each other,
     FileNotFoundError for a folder or picture that is absent.

@@ -12,7 +12,7 @@ from triptych_gangealing.baselines.methods import Method, baselines, learned
 from triptych_gangealing.correspondence import between
 from triptych_gangealing.keypoints.pck import BOX, IMAGE, PER_POINT, PckTable, box_size, pck
 from triptych_gangealing.keypoints.synthetic import Pairs, pairs, posed_digits
-from triptych_gangealing.settings import PckConfig
+from triptych_gangealing.settings import DigitPairsConfig, PckConfig
 
 OURS = "GANgealing"
 DIGITS = ("mnist5k", "mnist")
@@ -43,7 +43,7 @@ def score_pairs(method: Method, several: Pairs, *, seed: int = 0) -> PairScores:
     return PairScores(table, int(apart.sum()))
 
 
-def methods_of(config: PckConfig) -> tuple[dict[str, Method], dict[str, Any]]:
+def methods_of(config: DigitPairsConfig) -> tuple[dict[str, Method], dict[str, Any]]:
     """The methods to score, by name, and the options with which the aligner looks at images.
 
     Raises ValueError or OSError for a file that is no aligner.
@@ -59,7 +59,7 @@ def methods_of(config: PckConfig) -> tuple[dict[str, Method], dict[str, Any]]:
     return methods, options
 
 
-def pairs_of(config: PckConfig) -> Pairs:
+def pairs_of(config: DigitPairsConfig) -> Pairs:
     """The pairs to score on."""
     return pairs(
         config.pairs or PAIRS,
@@ -71,7 +71,7 @@ def pairs_of(config: PckConfig) -> Pairs:
     )
 
 
-def write_scores(config: PckConfig, options: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+def write_scores(config: DigitPairsConfig, options: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     """Write scores and settings to pck.json; returns what the command reports."""
     file = config.out / "pck.json"
     settings = {**asdict(config), **options, "out": str(config.out), "aligner": str(config.aligner)}
