@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,8 @@ def network_in(content: Any, *, holds: Collection[str], prefer: Literal["ema", "
 
 def networks_in(content: Mapping[Any, Any], *, holds: Collection[str]) -> list[StateDict]:
     """All networks with tensors of certain names, each once, in the order of the file."""
-    landmark, found = next(iter(holds), None), []
-    for place, entry in _entries(content) if landmark is not None else ():
+    landmark, found = next(iter(holds), ""), []
+    for place, entry in _entries(content) if holds else ():
         tensors = without_wrappers(entry, holds)
         ends = [name.removesuffix(landmark) for name in tensors if f".{name}".endswith(f".{landmark}")]
         prefixes = [prefix for prefix in ends if all(prefix + name in tensors for name in holds)]
@@ -203,7 +203,7 @@ def write(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def _refused(file: io.BufferedIOBase) -> list[str]:
+def _refused(file: IO[bytes]) -> list[str]:
     """Names of the classes and functions in a torch.save file that keep it from being read."""
     try:
         file.seek(0)
