@@ -210,7 +210,7 @@ class RunDirectory:
     def truncate_metrics(self, step: int) -> None:
         """Remove rows after `step`, which a resumed run writes again, and a half-written last one."""
         if self.is_main and self.metrics_path.exists():
-            content = "".join(json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step)
+            content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.metrics() if row["step"] <= step)
             write_text(self.metrics_path, content)
             self._seal(Sum.of(content.encode()))
 
