@@ -129,7 +129,7 @@ def test_rows_end_with_the_last_whole_line(tmp_path):
 
 def test_numbers_and_words_that_look_infinite_are_read():
     text = '{"step": 1, "digest": "1e999", "word": "NaN", "small": 1e-400, "large": 1e+300}'
-    assert parse(text, Row, source="c", remedy="r") == {
+    assert parse(text, dict[str, Any], source="c", remedy="r") == {
         "step": 1, "digest": "1e999", "word": "NaN", "small": 0.0, "large": 1e300,
     }  # fmt: skip
 
