@@ -203,7 +203,7 @@ def write(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def _refused(file: io.BufferedIOBase) -> list[str]:
+def _refused(file: Any) -> list[str]:
     """Names of the classes and functions in a torch.save file that keep it from being read."""
     try:
         file.seek(0)
