@@ -1,11 +1,13 @@
 # make setup | test | fuzz | faults | lint | types | bench | docs | reproduce-ch2 | reproduce-ch3 | reproduce-ch4 | reproduce [SIZE=smoke|laptop|...] [ARGS=--all]
 #      train-generators | vendor-stylegan2-ada
+# TASK: of chapter 3: mnist, or cartpole (policies).
 # PYTHON: interpreter to build .venv from. TORCH: another requirement for torch, such as a CPU build's version or wheel.
 # CONSTRAINTS: file of exact versions, those last tested by default; CONSTRAINTS= takes the newest that the packages admit.
 PYTHON ?= python3
 TORCH ?=
 CONSTRAINTS ?= constraints.txt
 SIZE ?= laptop
+TASK ?= mnist
 ARGS ?=
 CASES ?= 20000
 SEED ?= 0
@@ -60,7 +62,7 @@ reproduce-ch2: setup
 	$(BIN)/triptych reproduce ch2 --size $(SIZE) $(ARGS)
 
 reproduce-ch3: setup
-	$(BIN)/triptych reproduce ch3 --size $(SIZE) $(ARGS)
+	$(BIN)/triptych reproduce ch3 --task $(TASK) --size $(SIZE) $(ARGS)
 
 reproduce-ch4: setup
 	$(BIN)/triptych reproduce ch4 --size $(SIZE) $(ARGS)

@@ -87,6 +87,26 @@ WEIGHTS = {  # name -> content, of files in place of a model
     "escape\x1b[2J\x1b]0;owned\x07.safetensors": lambda: b"nothing",
     "empty.pt": lambda: b"",
 }
+
+
+def archived(policy: bytes, data: bytes = b"{}", compression: int = zipfile.ZIP_STORED) -> bytes:
+    """As stable-baselines3 saves a model."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("policy.pth", policy)
+        archive.writestr("data", data)
+        archive.writestr("pytorch_variables.pth", data)
+    return file.getvalue()
+
+
+POLICIES = {  # a run's folder -> content of its archive
+    "pickle": lambda: archived(pickle.dumps(Run()), pickle.dumps(Run())),
+    "zipped pickle": lambda: archived(zipped_pickle({"log_std": Run()})),
+    "bomb": lambda: archived(bytes(1 << 30), compression=zipfile.ZIP_DEFLATED),
+    "no policy": lambda: zipped_pickle({"policy.pth": Run()}),
+    "escape\x1b[2J": lambda: b"nothing",
+    "empty": lambda: b"",
+}
 PICTURES = {
     "program.png": lambda: EPS,
     "wide.png": lambda: png_header(89_000_000, 1),

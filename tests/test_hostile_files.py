@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from triptych_dit.testing import random_vae
 from triptych_gangealing.aligner import Aligner, write_aligner
 from triptych_gangealing.config import SpatialTransformerConfig
 from triptych_gangealing.modes import Directions, Mode
@@ -48,6 +49,13 @@ def place(tmp_path_factory) -> Path:
         (root / folder).mkdir()
         for name, content in files.items():
             (root / folder / name).write_bytes(content())
+    for name, content in hostile.POLICIES.items():
+        (root / "policies" / name / "run").mkdir(parents=True)
+        for steps in (4, 8):
+            (root / "policies" / name / "run" / f"model_{steps}_steps.zip").write_bytes(content())
+    for kind in ("pipe", "zero"):
+        (root / "policies" / kind / "run").mkdir(parents=True)
+        _replace(root / "policies" / kind / "run" / "model_8_steps.zip", kind)
     os.mkfifo(root / "pictures" / "pipe.png")
     (root / "pictures" / "zero.png").symlink_to("/dev/zero")
     for suffix in (".pt", ".safetensors"):
@@ -61,6 +69,7 @@ def place(tmp_path_factory) -> Path:
     (root / "samples.npz").write_bytes(hostile.pickled_npz())
     np.savez(root / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
     _aligner(root / "aligner")
+    random_vae().save_pretrained(root / "vae")
     _gpt(root)
     _folders(root)
     return root
@@ -78,6 +87,12 @@ def _folders(root: Path) -> None:
         for name in ("config.json", "manifest.json", "model_index.json", "state.json", "dataset_dict.json"):
             (place / name).mkdir()
             _replace(place / name / name, kind)
+    for number, path in enumerate(sorted((root / "weights").iterdir())):
+        for suffix in (path.suffix, ".zip"):
+            run = root / f"runs{suffix}" / str(number) / "run"
+            run.mkdir(parents=True)
+            for step in range(2):
+                (run / f"{step}_steps{suffix}").symlink_to(path)
     (root / "script").mkdir()
     (root / "script" / "script.py").write_text(hostile.EVIL_MODULE)
     Image.new("RGB", (8, 8)).save(root / "script" / "a.png")
@@ -135,7 +150,7 @@ def _gpt(root: Path) -> None:
 
 def doors(root: Path) -> list[list[str]]:
     """Command lines, each with a hostile file where a file is expected."""
-    out, commands = str(root / "out"), []
+    out, commands, vae = str(root / "out"), [], ["--vae", root / "vae"]
     for path in sorted((root / "weights").iterdir()):
         commands += [
             ["triptych-dit", "sample", "--checkpoint", path, "--num-samples", "1"],
@@ -159,6 +174,8 @@ def doors(root: Path) -> list[list[str]]:
             ["triptych-gangealing", "propagate", "--aligner", root / "aligner", "--images", root / "pictures", "--points", path],
             ["triptych-gangealing", "propagate", "--aligner", root / "aligner", "--images", root / "pictures", "--edit", path],
         ]  # fmt: skip
+    for path in sorted((root / "policies").iterdir()):
+        commands.append(["triptych-gpt", "import", "--sb3", path, "--task", "cartpole_small", "--num-test-runs", "0"])
     for path in sorted((root / "pictures").iterdir()):
         commands.append(
             ["triptych-gangealing", "correspond", "--aligner", root / "aligner", "--source", path, "--target", path]
@@ -166,7 +183,18 @@ def doors(root: Path) -> list[list[str]]:
     commands += [
         ["triptych-gangealing", "align", "--aligner", root / "aligner", "--images", root / "pictures"],
         ["triptych-gangealing", "train-gan", "--data", root / "pictures", "--dry-run"],
-        ["triptych-dit", "encode", "--source", root / "pictures", "--size", "16", "16", "--unconditional", "--dry-run"],
+        [
+            "triptych-dit",
+            "encode",
+            "--source",
+            root / "pictures",
+            *vae,
+            "--image-size",
+            "16",
+            "--workers",
+            "0",
+            "--unconditional",
+        ],
         ["triptych-dit", "train", "--data", root / "pictures", "--dry-run"],
         ["triptych-dit", "evaluate", root / "samples.npz", root / "samples.npz"],
         ["triptych-gpt", "prompt", "--model", root / "gpt", "--target", "test_loss=0.3"],
@@ -174,15 +202,15 @@ def doors(root: Path) -> list[list[str]]:
         ["triptych-gpt", "train", "--zoo", root / "zoo"],
         ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", root / "zoo"],
         ["triptych-gpt", "audit", "--model", root / "gpt", "--zoo", root / "zoo"],
-        ["triptych-gpt", "info", root / "zoo"],
-        ["triptych-gpt", "verify", root / "zoo"],
-        ["triptych-gpt", "export", root / "zoo"],
+        ["triptych-gpt", "info", "--zoo", root / "zoo"],
+        ["triptych-gpt", "verify", "--zoo", root / "zoo"],
+        ["triptych-gpt", "export", "--zoo", root / "zoo"],
     ]
     for place in (root / "folders" / kind for kind in ("pipe", "zero")):
         for zoo in (place / "zoo", place / "zoo of no manifest"):
             commands += [
-                ["triptych-gpt", "train", "--zoo", zoo], ["triptych-gpt", "info", zoo], ["triptych-gpt", "verify", zoo],
-                ["triptych-gpt", "export", zoo], ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", zoo],
+                *(["triptych-gpt", command, "--zoo", zoo] for command in ("train", "info", "verify", "export")),
+                ["triptych-gpt", "evaluate", "--model", root / "gpt", "--zoo", zoo],
                 ["triptych", "figures", "--model", root / "gpt", "--zoo", zoo],
             ]  # fmt: skip
         for name in ("config.json", "manifest.json", "model_index.json", "state.json", "dataset_dict.json"):
@@ -193,6 +221,10 @@ def doors(root: Path) -> list[list[str]]:
                 ["triptych-dit", "encode", "--source", root / "album", "--vae", place / name],
                 ["triptych-gangealing", "align", "--aligner", place / name, "--images", root / "album"],
             ]
+    for folder in sorted(root.glob("runs*/*")):
+        policies = ["--sb3", folder, "--task", "cartpole_small"]
+        anything = ["--folder", folder, "--metrics", root / "results" / "rows.json"]
+        commands.append(["triptych-gpt", "import", *(policies if folder.parent.suffix == ".zip" else anything)])
     for data in (root / "script", root / "script and table", root / "saved"):
         short = ["--total-images", "8", "--batch-size", "8", "--preview-images", "0"]  # one of them holds a picture
         commands += [["triptych-dit", "train", "--data", text, *short] for text in (f"hub:{data}", data)]
@@ -214,7 +246,8 @@ def doors(root: Path) -> list[list[str]]:
 
 def where(words: list, out: str) -> list[str]:
     """The option of where to write, for commands that have it."""
-    return [] if words[1] == "claims" else ["--out", out]
+    suffix = ".safetensors" if words[:2] == ["triptych-gpt", "export"] else ""
+    return [] if words[1] == "claims" else ["--out", out + suffix]
 
 
 def digest(root: Path) -> str:
@@ -276,6 +309,8 @@ def fault_of(row: dict) -> str | None:
     weights = [Path(word).name for word in row["words"] if "/weights/" in word]
     if weights and weights[0].encode("unicode_escape").decode() not in printed:
         return f"{what}: stopped before it came to the file, {printed[-300:]!r}"
+    if row["err"].rstrip().endswith("--help)"):
+        return f"{what}: no command line, {row['err'][-300:]!r}"
     if row["status"] and len([line for line in row["err"].splitlines() if line.startswith("error: ")]) != 1:
         return f"{what}: status {row['status']}, {row['err'][-300:]!r}"
     return None

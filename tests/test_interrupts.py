@@ -45,7 +45,7 @@ def test_a_program_ends_in_one_line(program, signum, tmp_path):
 LOST = """
 import os, signal, sys
 from triptych_common import interrupts
-from triptych_common.cli import Command, CommonOptions, main
+from triptych_common.cli import Command, CommonOptions, leave, main
 
 class Holder:
     def __del__(self):
@@ -57,7 +57,7 @@ def work(config):
 
 interrupts.install()
 command = Command("", CommonOptions, work)
-sys.exit(main("x", {{"work": command}}, ["work", "--out", "out"]))
+leave(main("x", {{"work": command}}, ["work", "--out", "out"]))
 """
 
 
@@ -67,6 +67,8 @@ sys.exit(main("x", {{"work": command}}, ["work", "--out", "out"]))
         ("holder = Holder(); del holder; return {}", 130),  # Python would print the exception, and go on
         ("try: os.kill(os.getpid(), signal.SIGTERM)\n    except BaseException: import not_there", 143),
         ("os.kill(os.getpid(), signal.SIGINT)", 130),
+        # Python notes an interruption that leaves such a text, and would end by SIGINT whatever the status.
+        ("exec('os.kill(os.getpid(), signal.SIGTERM)\\nfor _ in range(100): pass')", 143),
     ],
 )
 def test_a_signal_is_neither_lost_nor_taken_for_another_error(body, status, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from triptych_common.throughput import keep_freed_memory
 from triptych_gpt.tasks import Cohort
 from triptych_gpt.tasks.reinforcement import CARTPOLE, CARTPOLE_SMALL, ReinforcementTask
 from triptych_gpt.tasks.reinforcement.ppo import Learner
@@ -38,6 +39,7 @@ class Size:
 
 
 def learner_of(task: ReinforcementTask, policies: int, device: str, seed: int) -> Learner:
+    keep_freed_memory()  # as in the processes of `collect`
     cohort = Cohort(seed, 0, range(policies), 2)
     return task.learner(cohort, cohort.runs, torch.device(device))
 

@@ -59,6 +59,28 @@ def test_metrics_survive_a_torn_row_and_refuse_nan(tmp_path):
             run.log({"step": 5, "loss": float("nan")})
 
 
+def test_a_flipped_bit_in_metrics_is_told_once_wherever_it_is(tmp_path, capsys):
+    with RunDirectory(tmp_path, {}) as run:
+        for step in (1, 2, 3):
+            run.log({"step": step, "loss": 0.5})
+    whole = run.metrics_path.read_bytes()
+    for place in (whole.index(b"0.5") + 2, whole.index(b"loss") + 1):  # a number, a name: still valid JSON
+        run.metrics_path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with RunDirectory(tmp_path, {}) as again:
+            assert len(again.metrics()) == 3
+            assert "metrics.jsonl: changed since it was written" in capsys.readouterr().out
+    run.metrics_path.write_bytes(whole)
+    with RunDirectory(tmp_path, {}) as again:
+        again.truncate_metrics(2)
+        again.log({"step": 3, "loss": 0.25})
+        again.log({"step": 4, "loss": 0.25})
+    with again.metrics_path.open("a") as file:
+        file.write('{"step": 5')  # torn behind the seal
+    with RunDirectory(tmp_path, {}) as last:
+        assert [row["step"] for row in last.metrics()] == [1, 2, 3, 4]
+    assert "changed" not in capsys.readouterr().out
+
+
 def test_tensorboard_events_are_written(tmp_path):
     pytest.importorskip("tensorboard")
     with RunDirectory(tmp_path, {}, tensorboard=True) as run:

@@ -97,7 +97,11 @@ def test_a_run_interrupted_anywhere_ends_bit_identical(tmp_path):
 
 def contents(run):
     """Every file of a run, but for logs of time: checkpoints by the hash of their tensors and state."""
-    paths = [path for path in run.rglob("*") if path.is_file() and path.name not in ("metrics.jsonl", ".lock")]
+    paths = [
+        path
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in ("metrics.jsonl", ".metrics.crc32", ".lock")
+    ]
     return {
         str(path.relative_to(run)): checkpoint.content_sha256(path)
         if path.suffix == ".safetensors"

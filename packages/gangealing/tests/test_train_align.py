@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from triptych_common import randomness, testing
+from triptych_common import cost, randomness, testing
 from triptych_common.storage import checkpoint
 from triptych_common.testing import logged, run_here, run_signalled, run_torchrun
 from triptych_gangealing import cli, clustering
@@ -161,6 +161,16 @@ def test_every_preset_has_a_dry_run(name):
     done = succeeds("train", "--preset", name, "--dry-run", "--json")
     parameters = json.loads(done.stdout.splitlines()[-1])["parameters"]
     assert parameters < 1_000_000 if name.startswith(("digits", "smoke")) else parameters >= 43_000_000
+
+
+def test_dry_run_estimates_memory_and_time_and_a_batch_that_does_not_fit_is_refused(given, tmp_path, monkeypatch):
+    options = ["train", *TINY, *given, "--out", tmp_path / "run"]
+    estimate = json.loads(succeeds(*options, "--dry-run", "--json").stdout.splitlines()[-1])["estimate"]
+    assert estimate["images_per_second"] > 1
+    assert 0 < estimate["gigabytes_of_a_step"] < 0.1 < estimate["gigabytes_there"]
+    monkeypatch.setattr(cost, "available_bytes", lambda device: 2e9 * estimate["gigabytes_of_a_step"])
+    fails_with(command(*options, "--batch-size", 960), "pass --micro-batch")
+    assert not (tmp_path / "run").exists()
 
 
 # --- the loss

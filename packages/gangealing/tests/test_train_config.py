@@ -14,7 +14,7 @@ command = partial(run_here, cli.run)
 
 def resolved(*options: object) -> dict:
     """What --dry-run says a command comes to."""
-    done = command("train-gan", *options, "--dry-run", "--json")
+    done = command("train-gan", "--data", "nowhere", *options, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from scipy import linalg
-from triptych_common import testing
+from triptych_common import cost, testing
+from triptych_common.cost import Memory, state_bytes
 from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
 from triptych_common.testing import logged, run_here, run_signalled, run_torchrun
@@ -24,7 +26,7 @@ from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.data import open_images
 from triptych_gangealing.stylegan2.generator import Generator, sample_images
 from triptych_gangealing.stylegan2.objective import Objective
-from triptych_gangealing.stylegan2.train import adversarial_step, make_state
+from triptych_gangealing.stylegan2.train import adversarial_step, make_state, parts_of, step_cost
 from triptych_gangealing.stylegan2.train_config import GanTrainConfig
 from triptych_gangealing.stylegan2.weights import read_network, write_network
 
@@ -131,6 +133,26 @@ def test_dry_run_reports_sizes_and_writes_nothing(pictures, whole, tmp_path):
         network = read_network(whole / f"{name}.safetensors").network
         assert printed[f"{name}_parameters"] == sum(p.numel() for p in network.parameters())
     assert printed["steps"] == STEPS
+    assert printed["data"] == {"examples": 24, "classes": 1}
+    assert printed["estimate"]["images_per_second"] > 1
+    assert 0 < printed["estimate"]["gigabytes_of_a_step"] < 0.1 < printed["estimate"]["gigabytes_there"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimated_memory_is_that_of_a_step(pictures):
+    objective, state = tiny_state(pictures)
+    parts_of(state)[2].augment_p.fill_(0.5)
+    found = step_cost(state, objective).step_bytes(8)
+    with Memory() as memory:
+        adversarial_step(state, objective, Batch(0, 8, range(8)))
+    assert found == pytest.approx(max(memory.history) + state_bytes(state), rel=0.25)
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_there_is_a_folder(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "available_bytes", lambda device: 3e6)
+    done = train_gan(pictures, tmp_path / "run", "--batch-size", 96)
+    fails_with(done, "this machine has 0.0; pass --micro-batch")
+    assert int(re.search(r"--micro-batch (\d+)", done.stderr)[1]) % 4 == 0
     assert not (tmp_path / "run").exists()
 
 

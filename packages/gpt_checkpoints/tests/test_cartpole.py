@@ -212,16 +212,18 @@ def test_the_vector_environment_equals_single_ones_bit_for_bit(mode):
     assert ends > 10
 
 
-def test_registering_the_environment_loads_no_torch():
+def test_gymnasium_finds_the_environment_by_its_module():
+    """In a fresh process, without any import of ours; registering loads no torch."""
     module = "triptych_gpt.tasks.reinforcement.registration"
-    code = (
-        f"import gymnasium, {module} as m; m.register(); import sys; assert 'torch' not in sys.modules; "
-        "print(gymnasium.make('triptych/Cartpole-v0').reset(seed=0)[0].shape)"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "(4,)"
-    )
+    code = f"""
+import sys, gymnasium
+many = gymnasium.make_vec("{module}:triptych/Cartpole-v0", 3)
+print(type(many.unwrapped).__name__, gymnasium.make("triptych/Cartpole-v0").reset(seed=0)[0].shape)
+"""
+    alone = f"import {module}, sys; assert 'torch' not in sys.modules"
+    for text, printed in ((code, "CartpoleVectorEnv (4,)"), (alone, "")):
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, printed), done.stderr
 
 
 def test_pictures_move_with_the_state():

@@ -67,6 +67,26 @@ def test_results_are_those_of_the_model_and_the_zoo(evaluated, place):
     ]  # fmt: skip
 
 
+def test_by_default_it_takes_as_many_networks_as_there_are(place, tmp_path):
+    held = len(Zoo(place / "zoo").runs_in("test"))
+    words = [
+        "evaluate",
+        "--model",
+        place / "gpt",
+        "--zoo",
+        place / "zoo",
+        "--out",
+        tmp_path / "out",
+        *FEW[:2],
+        *FEW[4:],
+    ]
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"{held} networks, all test runs of {place / 'zoo'}, rather than 32" in done.stdout
+    result = strict_json((tmp_path / "out/alignment.json").read_text())["result"]
+    assert result["alignment"]["G.pt"]["networks"] == held
+
+
 def test_repeating_measures_only_what_is_missing(evaluated, place):
     (evaluated / "sampler-steps-1-2.json").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in evaluated.glob("[!.]*.json")}

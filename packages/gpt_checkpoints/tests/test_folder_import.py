@@ -3,9 +3,10 @@
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -75,6 +76,13 @@ def write_huggingface(folder: Path, number: int, step: int) -> None:
     torch.save({"step": step}, inner / "optimizer.pt")
 
 
+def write_nested(folder: Path, number: int, step: int) -> None:
+    """Within entries of a script's own, beside an average that the metrics are not of."""
+    average = {name: x + 1 for name, x in state_of(number, step).items()}
+    trainer = {"epoch": 3, "networks": {"policy": state_of(number, step), "ema": average}}
+    torch.save({"trainer": trainer, "path": folder}, folder / f"step_{step}.pt")
+
+
 def write_bin(folder: Path, number: int, step: int) -> None:
     (folder / f"checkpoint-{step}").mkdir()
     torch.save(state_of(number, step), folder / f"checkpoint-{step}" / "pytorch_model.bin")
@@ -98,6 +106,7 @@ Write = Callable[[Path, int, int], None]
 LAYOUTS: dict[str, Write] = {
     "state dicts": write_pt, "wrapped": write_wrapped, "lightning": write_lightning, "safetensors": write_safetensors,
     "hugging face": write_huggingface, "bin": write_bin, "sharded": write_sharded, "one folder a checkpoint": write_sane,
+    "nested": write_nested,
 }  # fmt: skip
 
 
@@ -226,11 +235,11 @@ def test_an_interrupted_import_resumes(task, tmp_path, monkeypatch):
     config = ImportConfig(folder=folder, metrics=table, task=task, cohort_runs=2, out=tmp_path / "zoo")
     read, calls = folder_import.read_state, []
 
-    def failing(path: Path) -> dict[str, Tensor]:
+    def failing(path: Path, holds: Collection[str]) -> dict[str, Tensor]:
         calls.append(path)
         if len(calls) > 9:
             raise OSError("no such device")
-        return read(path)
+        return read(path, holds)
 
     monkeypatch.setattr(folder_import, "read_state", failing)
     with pytest.raises(OSError, match="no such device"):
@@ -276,6 +285,62 @@ def test_what_does_not_fit_is_one_line(task, tmp_path):
     torch.save(state_of(0, 20), folder / "run0" / "other_20.pt")
     assert "step 20 of run run0, as" in refusal(folder=folder, metrics=table, task=task, out=out)
     assert not out.exists()
+
+
+def test_a_shard_is_repaired_only_from_the_runs_that_it_held(task, tmp_path):
+    folder, out = write_runs(tmp_path / "runs"), tmp_path / "zoo"
+    options = {
+        "folder": folder,
+        "metrics": write_table(tmp_path / "table.csv"),
+        "task": task,
+        "out": out,
+        "repair": True,
+    }
+    import_zoo(ImportConfig(**options))
+    whole = {path: path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+    kept = {path: path.read_bytes() for path in folder.rglob("*.pt")}
+    next(iter(whole)).unlink()
+    for number in range(6):
+        torch.save(state_of(number + 1, 20), folder / f"run{number}" / "epoch1_20.pt")
+    assert "are not those that were imported; put them back" in refusal(**options)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    import_zoo(ImportConfig(**options))
+    assert whole == {path: path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+    check_zoo(Zoo(out))
+
+
+def test_names_and_networks_that_no_zoo_can_hold_are_named(task, tmp_path):
+    out, options = tmp_path / "zoo", {"task": task, "rescore": True}
+    folder = write_runs(tmp_path / "steps")
+    (folder / "run2" / "epoch1_100.pt").rename(folder / "run2" / f"epoch1_{1 << 63}.pt")
+    assert f"epoch1_{1 << 63}.pt: a step above" in refusal(folder=folder, **options, out=out)
+    folder = write_runs(tmp_path / "names")
+    (folder / "run2").rename(os.fsdecode(bytes(folder) + b"/run\xff"))
+    assert "the name of run b'run\\xff' is not UTF-8" in refusal(folder=folder, **options, out=out)
+    folder, table = write_runs(tmp_path / "empty"), write_table(tmp_path / "table.csv")
+    for path in folder.glob("*/*.pt"):
+        torch.save({"nothing": torch.zeros(0, 3)}, path)
+    said = refusal(folder=folder, metrics=table, better=("test_loss=lower",), out=out)
+    assert "run0/epoch1_0.pt: nothing: shape (0, 3) has no entries" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            lambda: pa.table({"run": np.zeros(3 << 20, np.int8), "step": np.zeros(3 << 20, np.int8)}),
+            "3,145,728 rows in",
+        ),
+        (lambda: pa.table({"run": ["r" * 300] * 2, "step": [1, 2]}), "a run's name of 300 bytes"),
+        (lambda: b"PAR1" + bytes(100) + b"PAR1", "no Parquet file, or a damaged one"),
+    ],
+)
+def test_a_table_takes_no_more_memory_than_it_has_bytes(table, message, task, tmp_path):
+    folder, path, content = write_runs(tmp_path / "runs"), tmp_path / "table.parquet", table()
+    path.write_bytes(content) if isinstance(content, bytes) else pq.write_table(content, path)
+    assert f"table.parquet: {message}" in refusal(folder=folder, metrics=path, task=task, out=tmp_path / "zoo")
 
 
 class Malicious:

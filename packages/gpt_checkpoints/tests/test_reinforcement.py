@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -412,10 +413,7 @@ def test_environments_that_fail_in_mid_rollout_are_one_line_and_lose_nothing(nam
         ("DICT", r"observations are Dict\(.*expected a Box; wrap it, such as in gymnasium.wrappers.FlattenObservation"),
         ("SEVERAL", r"actions are MultiDiscrete\(.*expected a Box or Discrete"),
         ("UNKNOWN", r"environment Cartpoole-v3: make fails \(.*Cartpoole"),
-        (
-            "NAN",
-            r"every run was dropped \(metrics that are not finite: 2|every run was dropped \(weights that are not finite",
-        ),
+        ("NAN", r"environment .*make_nan: a reward of nan in a step; make it finite, or clip it"),
     ],
 )
 def test_environments_that_do_not_fit_are_one_line(name, message, broken, tmp_path):
@@ -571,9 +569,38 @@ def test_nothing_of_an_archive_is_unpickled(sb3_runs, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def policy(runs: Path, change: Callable[[dict], dict], packing: int = zipfile.ZIP_STORED) -> Path:
+    """Write an archive again with another policy."""
+    path = runs / "run0" / "rl_model_0_steps.zip"
+    with zipfile.ZipFile(path) as whole:
+        state = torch.load(io.BytesIO(whole.read("policy.pth")), weights_only=True)
+    torch.save(change(state), content := io.BytesIO())
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("policy.pth", content.getvalue())
+    return path
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[200:204] = bytes(byte ^ 255 for byte in content[200:204])
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (
+            lambda runs: policy(runs, lambda state: {**state, "more": torch.zeros(30_000_000)}, zipfile.ZIP_DEFLATED),
+            r"policy\.pth of 120,[\d,]+ bytes, expected at most",
+        ),
+        (lambda runs: damage(policy(runs, dict, zipfile.ZIP_LZMA)), "damaged, or not an archive"),
+        (lambda runs: damage(policy(runs, dict, zipfile.ZIP_DEFLATED)), "damaged, or not an archive"),
+        (lambda runs: policy(runs, lambda state: {**state, 0: torch.zeros(1)}), "no state dict"),
+        (
+            lambda runs: policy(runs, lambda state: {name: x.cfloat() for name, x in state.items()}),
+            "is torch.complex64, expected floating-point numbers",
+        ),
+        (lambda runs: (runs / "run0").rename(os.fsdecode(bytes(runs) + b"/run\xff")), "is not UTF-8; rename it"),
         (
             lambda runs: (runs / "run0" / "rl_model_0_steps.zip").write_bytes(b"PK"),
             "not an archive of stable-baselines3",
@@ -593,6 +620,11 @@ def test_damaged_archives_are_one_line(spoil, message, sb3_runs, tmp_path):
 def test_archives_of_other_networks_are_refused_with_both_shapes(sb3_runs, tmp_path):
     with pytest.raises(ValueError, match=r"a policy of shapes .*\(6, 3\).*the task's has .*\(32, 4\)"), quiet():
         import_zoo(sb3_config(sb3_runs, tmp_path / "zoo", task="cartpole_small"))
+    shutil.copytree(sb3_runs, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "runs").glob("*/*[1-9]*_steps.zip"):
+        path.unlink()
+    with pytest.raises(ValueError, match="checkpoints 1: expected 2 or more"):
+        import_zoo(sb3_config(tmp_path / "copy", tmp_path / "zoo", checkpoints=None))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         import_zoo(ImportConfig(sb3=tmp_path / "absent", out=tmp_path / "zoo"))
     (tmp_path / "empty").mkdir()

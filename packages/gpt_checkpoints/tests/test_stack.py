@@ -244,7 +244,7 @@ def test_frozen_parameters_are_not_trainable():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 2e-15)])
-def test_selu_by_exp_is_selu(dtype, tolerance):
+def test_selu_by_exp2_is_selu(dtype, tolerance):
     x = torch.linspace(-20, 5, 1001, dtype=dtype).requires_grad_()
     network = Stack(nn.Sequential(nn.Linear(1, 1), nn.SELU()))  # the identity first
     parameters = {"0.weight": torch.ones(1, 1, 1, dtype=dtype), "0.bias": torch.zeros(1, 1, dtype=dtype)}

@@ -13,13 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import triptych_gpt.train
 from torch.func import functional_call
-from triptych_common import testing
+from triptych_common import cost, testing
+from triptych_common.cost import Memory, state_bytes
+from triptych_common.parallel import Ranks
 from triptych_common.storage import checkpoint
 from triptych_common.testing import logged, run_cli, run_here, run_torchrun
+from triptych_common.training import Batch
 from triptych_gpt import SamplerSettings, TrainedGpt, Zoo, cli, load
 from triptych_gpt.objective import Objective, TrainingZoo
 from triptych_gpt.tasks import open_task
+from triptych_gpt.train import make_state, step_cost
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.validation import PROMPTS, SEED
 from triptych_gpt.zoo.collect import collect
@@ -36,6 +41,8 @@ SCORE = "validation/alignment"
 
 pytestmark = pytest.mark.filterwarnings("ignore:tokens of up to")
 
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 command = partial(run_here, cli.run)
 
@@ -152,6 +159,14 @@ def test_every_validation_has_the_same_networks_and_prompts(zoo, tmp_path):
     assert len(set(rows.values())) == 1
     assert load(tmp_path).facts["validation"]["step"] == STEPS  # of equals the last
     assert next(iter(rows.values())) == pytest.approx(alignment_of_the_identity(Zoo(zoo)), abs=1e-4)
+
+
+def test_a_zoo_of_few_validation_runs_is_validated_on_those(zoo, tmp_path):
+    done = train(zoo, tmp_path / "more", "--validation-networks", 16)
+    assert done.returncode == 0, done.stderr
+    assert f"validated on 5 networks, not 16: {zoo} has no more for it" in done.stdout
+    trained(zoo, tmp_path / "all", "--validation-networks", 5)
+    assert scores(tmp_path / "more") == scores(tmp_path / "all")
 
 
 def alignment_of_the_identity(zoo: Zoo) -> float:
@@ -371,13 +386,40 @@ def test_dry_run_shows_parameters_and_cost_and_writes_nothing(zoo, whole, tmp_pa
     assert printed["steps"] == STEPS
     assert printed["training_gflops"] == pytest.approx(600 * printed["gflops_per_pair"], rel=0.01, abs=0.1)
     assert printed["zoo"]["training_runs"] == 5
+    assert printed["estimate"]["pairs_per_second"] > 1
+    assert 0 < printed["estimate"]["gigabytes_of_a_step"] < 0.1 < printed["estimate"]["gigabytes_there"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("fits", "remedy"), [(0.7, "pass --micro-batch"), (0.001, "choose a smaller model")])
+def test_a_batch_that_does_not_fit_is_refused_before_there_is_a_folder(zoo, tmp_path, monkeypatch, fits, remedy):
+    config = GptTrainConfig(zoo=zoo, width=16, depth=1, num_heads=2, batch_size=1024)
+    data = TrainingZoo(config)
+    whole = step_cost(config, data, ALONE).step_bytes(1024)
+    for module in (cost, triptych_gpt.train):
+        monkeypatch.setattr(module, "available_bytes", lambda device: fits * whole)
+    fails_with(train(zoo, tmp_path / "run", "--batch-size", 1024, "--total-pairs", 2048), remedy)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimated_memory_is_that_of_a_step(zoo):
+    config = GptTrainConfig(zoo=zoo, width=16, depth=1, num_heads=2, batch_size=64)
+    data = TrainingZoo(config)
+    state, objective = make_state(config, data, ALONE), Objective(data)
+
+    def losses(counters: range) -> dict[str, torch.Tensor]:
+        return {"loss": objective.loss(state.parallel_model, objective.draw(counters), ALONE.device).total.mean()}
+
+    state.update(Batch(0, 64, range(64)), state.accumulate(Batch(0, 64, range(64)), None, losses))
+    with Memory() as memory:
+        state.accumulate(Batch(1, 64, range(64)), None, losses)
+    found = step_cost(config, data, ALONE).step_bytes(64)
+    assert found == pytest.approx(max(memory.history) + state_bytes(state), rel=0.1)
 
 
 @pytest.mark.parametrize(("options", "status", "message"), [
     (["--metric", "return"], 1, "metric 'return': expected one of test_loss, test_error, train_loss"),
     (["--runs", "99"], 1, "runs 99: "),
-    (["--validation-networks", "6"], 1, "validation_networks 6: expected 1 to 5"),
     (["--zoo", "nowhere"], 1, "nowhere"),
     (["--width", "15"], 1, "width 15 is not a multiple of num_heads 2"),
     (["--tokenizer", "chunk"], 1, "chunk_size"),

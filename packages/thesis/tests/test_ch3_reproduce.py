@@ -1,5 +1,6 @@
-"""`make reproduce-ch3 SIZE=smoke ARGS=--all`, without the network."""
+"""`make reproduce-ch3 SIZE=smoke ARGS=--all`, and TASK=cartpole, without the network."""
 
+import base64
 import json
 import re
 from html import unescape
@@ -132,3 +133,51 @@ def test_results_of_other_amounts_are_refused(out):
         config.write_text(content)
     assert done.returncode == 1
     assert "holds a run with amounts.networks=5 (now 4)" in done.stderr
+
+
+# --- TASK=cartpole
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory, reproduce) -> Path:
+    folder = tmp_path_factory.mktemp("policies")
+    reproduce(3, folder, "--task", "cartpole")
+    return folder / "cartpole"
+
+
+def test_a_study_of_policies_compares_them_with_ppo_too(policies):
+    results = results_in(policies)
+    experiments = results["experiments"]
+    assert experiments.keys() == (FIRST | {"film"}) - {"filters"}
+    assert results["zoo"]["parameters"] == 1250
+    assert results["model"]["metric"] == "return"
+    steps = experiments["fig-3.3"]["figures"]["return"]
+    assert steps["better"] == "higher"
+    names = [method["name"] for method in steps["methods"]]
+    assert {"G.pt", "retrieval", "identity", "mean of finals", "SGD", "AdamW", "PPO"} <= set(names)
+    curves = {curve["optimizer"]: curve for curve in experiments["fig-3.4"]["curves"]}
+    assert curves["PPO"]["steps"] == [1, 2, 3]
+    # Prompts from the 500 that no policy exceeds to what each network starts from, where the identity is right.
+    prompts = experiments["fig-3.5"]["sweeps"]["identity"]["prompts"]
+    assert all(row[0] == 500 and row[-1] < 30 for row in prompts)
+    assert experiments["fig-3.5"]["alignment"]["retrieval"]["r2_reachable"]["value"] > 0.8
+    assert all(group["agreement"] is None for group in experiments["audit"]["groups"])
+
+
+def test_policies_have_rows_of_their_own_in_the_ledger(policies):
+    claims, ledger = results_in(policies)["claims"], load_claims(ROOT / "claims.toml")
+    assert claims.keys() == {f"gpt.fig-3.{number}-cartpole" for number in (3, 4, 5)}
+    assert all("cartpole" in ledger[claim].item.lower() for claim in claims)
+    assert all("--task cartpole" in claim["command"] for claim in claims.values())
+
+
+def test_the_report_of_policies_has_the_film_inside(policies):
+    page, film = (policies / "report.html").read_text(), policies / "smoke/figures/film.png"
+    assert_self_contained(page, pictures=len([*film.parent.glob("*.png")]))
+    assert base64.b64encode(film.read_bytes()).decode() in page
+    assert film.stat().st_size < 300_000
+    headline = re.search(r'<p class="headline">(.*?)</p>', page, re.DOTALL).group(1)
+    assert headline.index("copying the training network nearest") < headline.index("G.pt")
+    assert "make reproduce-ch3 SIZE=smoke TASK=cartpole" in page
+    for absent in ("shared errors", "First-layer filters"):
+        assert absent not in page

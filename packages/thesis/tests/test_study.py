@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -209,6 +210,19 @@ def test_results_of_earlier_versions_are_read(tmp_path):
         assert runner.read_result(tmp_path / "old.json") == {"made": made, "result": {"rows": [1]}}
 
 
+@pytest.mark.parametrize("name", ["one", "other"])
+@pytest.mark.parametrize(
+    "content", [{"a": 1}, {"result": [1]}, {"result": {"rows": [{}]}}, {"result": {"rows": [{"x": 1}]}, "made": [1]}]
+)
+def test_a_file_that_holds_no_result_is_named(tmp_path, name, content):
+    """Whether its experiment is kept, or is another than those that run."""
+    both = [experiment(kept=True), experiment("other")]
+    runner.run(tiny(tmp_path, *both))
+    (tmp_path / f"laptop/experiments/{name}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{name}\.json: .*; delete it and repeat the command"):
+        runner.run(tiny(tmp_path, *both, only=("one",)))
+
+
 def test_a_claims_command_is_that_of_its_experiments(tmp_path):
     """A claim of two experiments has the commands of both, where they differ."""
     both = [experiment(claims=("a.fig-1", "a.fig-10")), experiment("two", claims=("a.fig-9", "a.fig-1"))]
@@ -400,6 +414,24 @@ def test_a_verdict_enters_its_row_and_no_other(ledger, tmp_path):
     assert ledger.read_text().splitlines() == new_text
 
 
+def test_any_text_of_a_verdict_leaves_the_ledger_readable(ledger, tmp_path):
+    text = "".join(map(chr, (*range(1, 0xD800), *range(0xE000, 0x10800)))) + '"\n[[claim]]\n'
+    row = {"verdict": "undecided", "size": "laptop", "interval": text, "command": "make x"}
+    (tmp_path / "results.json").write_text(
+        json.dumps({"chapter": 4, "size": "laptop", "claims": {"gangealing.table-4.3": row}})
+    )
+    record_results(tmp_path / "results.json", ledger)
+    assert load_claims(ledger)["gangealing.table-4.3"].interval == text
+
+
+@pytest.mark.parametrize("wrong", ["title = 1", "title = 1979-05-27", 'chapter = "2"', "id = []"])
+def test_values_of_other_types_are_no_claim(ledger, wrong):
+    name = wrong.split(" = ")[0]
+    ledger.write_text(re.sub(rf"^{name} = .*$", wrong, ledger.read_text(), count=1, flags=re.MULTILINE))
+    with pytest.raises(ValueError, match=r"claims\.toml: .*; mend this line"):
+        load_claims(ledger)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"size": "smoke"}, "decides no claim of chapter 4"), ({"chapter": 2}, "decides no claim of chapter 2")],
@@ -422,10 +454,14 @@ def test_the_ledger_takes_its_own_claims_and_verdicts_alone(ledger, tmp_path):
         record_results(tmp_path / "results.json", ledger)
 
 
-@pytest.mark.parametrize("content", ["a = 1", "[[claim", "claim = 1", "claim = [1]", None])
+DEEP = f"claim = {'[' * 5000}{']' * 5000}"
+
+
+@pytest.mark.parametrize("content", ["a = 1", "[[claim", "claim = 1", "claim = [1]", DEEP, "folder", "pipe", "device"])
 def test_what_is_no_ledger_is_said_before_the_work(tmp_path, content):
     file = tmp_path / "claims.toml"
-    file.write_text(content) if content else file.mkdir()
+    special = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero")}
+    special.get(content, lambda: file.write_text(content))()
     with pytest.raises(ValueError, match=r"claims\.toml: no ledger, expected TOML with \[\[claim\]\] tables"):
         runner.run(tiny(tmp_path / "out", experiment(), claims=file))
     assert not (tmp_path / "out").exists()

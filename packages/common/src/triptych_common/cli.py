@@ -5,6 +5,7 @@ and a function that takes an instance of it and returns a result that JSON can h
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import json
@@ -161,13 +162,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """End the program, as the last line of one that torchrun may have started."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Now and then a thread that gloo leaves behind aborts a rank whose work is done, while the process is torn down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    """End the program, as the last line of one that torchrun may have started, or a signal interrupted."""
+    # Now and then a thread that gloo leaves behind aborts a rank whose work is done, while the process is torn down. And an
+    # interruption that passed through `exec` of a text, as libraries call it, makes `python -m` kill itself by SIGINT at its end.
+    rank, interrupted = "TORCHELASTIC_RUN_ID" in os.environ, interrupts.received() is not None
+    if not (rank or interrupted):
+        sys.exit(status)
+    if interrupted:
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def parse(prog: str, command: Command, argv: Sequence[str]) -> Any:

@@ -1,16 +1,15 @@
 """What training, sampling and encoding cost on this machine: memory, computed, and time, measured."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from triptych_common.cost import MEASURED_SECONDS, available_bytes
 from triptych_common.parallel import Execution, Ranks, prepare
 from triptych_common.progress import duration
 from triptych_common.randomness import generator
@@ -21,7 +20,6 @@ from triptych_dit.model import DiT
 from triptych_dit.train_config import TrainConfig
 
 SLACK = 1.15  # gradients of activations while they are computed, and what the allocator leaves unused
-MEASURED_SECONDS = 1.0  # a measurement lasts about so long
 MEASURED_PARAMETERS = 100_000_000  # of larger models on a CPU, two blocks are measured
 
 
@@ -44,19 +42,6 @@ def step_bytes(config: TrainConfig, ranks: int, micro_batch: int) -> float:
         value_bytes=2.5 if config.precision == "bf16" else value,
     )  # fmt: skip
     return states + SLACK * images * activation
-
-
-def available_bytes(device: torch.device) -> float:
-    """Memory of the GPU, or this process's share of the machine's, which a container may bound; infinity if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else ""
-        found += [float(text)] if text.isdecimal() else []
-    return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def sampling_bytes(model: DiTConfig, images: int, *, value_bytes: int = 4) -> float:

@@ -16,7 +16,13 @@ from typing_extensions import TypedDict
 
 from triptych_gangealing.config import Flips, SpatialTransformerConfig
 from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, reduced, total_variation
+from triptych_gangealing.spatial_transformer import (
+    ClusterClassifier,
+    SpatialTransformer,
+    chosen,
+    reduced,
+    total_variation,
+)
 from triptych_gangealing.warp import Warp
 
 FILE = "aligner.safetensors"
@@ -111,14 +117,18 @@ class Aligner(nn.Module):
         """Warps of images, `AT_ONCE` at a time; the result is on the images' device, whatever that of the networks.
 
         iterations: how often the similarity network looks. flips: mirror images whose flow is smoother then. cluster: of each
-        image; by default the classifier's. Raises ValueError as the transformer does.
+        image; by default the classifier's. A classifier that tells sides apart decides which images are mirrored, whatever
+        `flips`. Raises ValueError as the transformer does.
         """
         device, parts = next(self.parameters()).device, []
         for i in range(0, len(images), AT_ONCE):
             part = images[i : i + AT_ONCE].to(device)
-            head = self.clusters(part) if cluster is None else cluster[i : i + AT_ONCE].to(device)
+            given = None if cluster is None else cluster[i : i + AT_ONCE].to(device)
+            head, side = self.assigned(part, given)
             # Either way the warp leads to the image as it is, not to its mirror image.
-            if flips:
+            if side is not None:
+                aligned, flipped = self.transformer.align_turned(part, side, iterations=iterations, head=head), side
+            elif flips:
                 aligned, flipped = self.transformer.align_flips(part, iterations=iterations, head=head)
             else:
                 aligned = self.transformer(part, iterations=iterations, head=head)
@@ -141,11 +151,28 @@ class Aligner(nn.Module):
 
     def clusters(self, images: Images) -> Int[Tensor, " n"]:
         """Cluster of each image; 0 where there is one cluster. Raises ValueError for several clusters without a classifier."""
-        if self.config.heads == 1:
-            return torch.zeros(len(images), dtype=torch.long, device=images.device)
-        if self.classifier is None:
-            raise ValueError(f"{self.config.heads} clusters, no classifier: pass the clusters, or train a classifier")
-        return self.classifier(images).argmax(1)
+        return self.assigned(images)[0]
+
+    def assigned(
+        self, images: Images, cluster: Int[Tensor, " n"] | None = None
+    ) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"] | None]:
+        """Cluster of each image, and whether it is to be mirrored, None where no classifier tells.
+
+        cluster: of each image, if it is known; its side is then the likelier one within it.
+        Raises ValueError for several clusters without a classifier.
+        """
+        heads = self.config.heads
+        if self.classifier is None or self.config.classifier == "clusters":
+            if cluster is None and heads > 1:
+                if self.classifier is None:
+                    raise ValueError(f"{heads} clusters, no classifier: pass the clusters, or train a classifier")
+                cluster = self.classifier(images).argmax(1)
+            return torch.zeros(
+                len(images), dtype=torch.long, device=images.device
+            ) if cluster is None else cluster, None
+        sides = self.classifier(images).unflatten(1, (2, heads))  # n side head
+        best = sides.flatten(1).argmax(1) % heads if cluster is None else cluster
+        return best, chosen(sides.transpose(1, 2), best).argmax(1).bool()
 
 
 def write_aligner(path: Path, aligner: Aligner, facts: Mapping[str, Any]) -> None:
@@ -165,10 +192,15 @@ def _state(classifier: nn.Module | None, facts: Mapping[str, Any]) -> dict[str, 
 
 
 def load_aligner(path: str | Path) -> Aligner:
-    """An aligner from its file or run folder, or from a run's checkpoint without a classifier, on the CPU, for evaluation.
+    """An aligner from its file or run folder, from a run's checkpoint without a classifier, or from a checkpoint of the released
+    code (.pt), on the CPU, for evaluation.
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
+    if (path := Path(path)).suffix in (".pt", ".pth"):
+        from triptych_gangealing.released import read  # few have one
+
+        return read(path)
     return _FORMAT.read(path, _build)
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
         presets="triptych_gangealing.stylegan2.train_config:PRESETS",
         default="digits32",
         start="triptych_gangealing.stylegan2.train_config:start",
+        preview="triptych_gangealing.stylegan2.train:preview",
     ),
     "generate": Command(
         "sample images from a generator",
@@ -36,6 +37,7 @@ COMMANDS = {
         presets="triptych_gangealing.train_config:PRESETS",
         default="digits32",
         start="triptych_common.training.settings:to_length",
+        preview="triptych_gangealing.train:preview",
     ),
     "align": Command(
         "align a folder of images",
@@ -63,7 +65,7 @@ COMMANDS = {
         "triptych_gangealing.keypoints.evaluate:evaluate",
     ),
     "convert": Command(
-        "convert StyleGAN2 checkpoints of other implementations, or ours to rosinality's",
+        "convert StyleGAN2 and GANgealing checkpoints of other implementations, or ours to theirs",
         "triptych_gangealing.settings:ConvertConfig",
         "triptych_gangealing.stylegan2.convert:convert",
         writes="file",

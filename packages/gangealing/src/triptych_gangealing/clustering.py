@@ -133,10 +133,12 @@ def train_classifier(
 
     def losses(counters: range) -> dict[str, Tensor]:
         samples = objective.samples(counters, "classifier")
-        cluster = objective.choose(transformer, mode, samples, 0.0).cluster
+        choice = objective.choose(transformer, mode, samples, 0.0)
+        sides = classifier.config.classifier == "sides"
+        label = choice.cluster + choice.flipped * config.clusters if sides else choice.cluster
         logits = classifier(samples.images)  # never mirrored, as real images come
-        right = (logits.argmax(1) == cluster).to(logits.dtype).mean()
-        return {"loss": F.cross_entropy(logits, cluster), "accuracy": right}
+        right = (logits.argmax(1) == label).to(logits.dtype).mean()
+        return {"loss": F.cross_entropy(logits, label), "accuracy": right}
 
     facts = {"transformer": checkpoint.digest(transformer.state_dict()), "mode": checkpoint.digest(mode.state_dict())}
     with open_run(config, ranks, facts, out=out) as run:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from triptych_common.fields import Checked, Ge, Interval
 
+Padding = Literal["border", "reflection", "zeros"]
 Flips = Literal["trained", "yes", "no"]  # mirror images whose flow is smoother then; trained: where the training did
 SMALLEST = 4  # pixels of the feature maps that the similarity network ends with
 DESCRIPTOR_POOL = 8_000  # most generated images that a descriptor is trained on and groups are formed of
@@ -34,7 +35,13 @@ class SpatialTransformerConfig(Checked):
     """factor on the flow; 8 in the released code, which treats normalised units as cells of the coarse grid"""
     flow_padding: Literal["replicate", "zeros"] = "replicate"
     """displacements beyond the coarse grid; zeros, as in the released code, weaken them at borders and even more in corners"""
-    padding: Literal["border", "reflection", "zeros"] = "border"
+    flow_activation: Literal["lrelu", "relu"] = "lrelu"
+    """between the two convolutions of the flow network's heads; relu in the released code"""
+    classifier: Literal["clusters", "sides"] = "clusters"
+    """what the classifier tells apart: clusters, or also pictures from mirror images, as in the released code"""
+    classifier_hidden: bool = True
+    """a hidden layer before the classifier's last; the released code has none"""
+    padding: Padding = "border"
     """what the networks see beyond the edges of an already warped image"""
     image_channels: Annotated[int, Ge(1)] = 3
     """colours of the images"""
@@ -54,12 +61,25 @@ class SpatialTransformerConfig(Checked):
         """The config whose `dataclasses.asdict` went through JSON, which has no tuples."""
         return cls(**{**facts, "transforms": tuple(facts["transforms"])})
 
+    @property
+    def classes(self) -> int:
+        """Outputs of the classifier: clusters, then those of their mirror images where it tells sides apart."""
+        return self.heads * (2 if self.classifier == "sides" else 1)
+
     def channels_at(self, size: int) -> int:
         """Feature maps `size` pixels high and wide."""
         coarser = 4 * size / self.input_size
         return self.channel_max if coarser <= 1 else max(1, int(self.channel_max * self.channel_multiplier / coarser))
 
 
+# Where the released code's networks differ from ours, see docs/deviations.md; flow_unit_factor is always the upsampling.
+DESIGNS: dict[str, dict[str, Any]] = {
+    "own": {},
+    "released": {
+        "flow_unit_factor": 8.0, "flow_padding": "zeros", "flow_activation": "relu", "classifier": "sides",
+        "classifier_hidden": False,
+    },
+}  # fmt: skip
 PRESETS: dict[str, SpatialTransformerConfig] = {
     "paper": SpatialTransformerConfig(),  # 22.42M and 20.63M parameters
     "digits32": SpatialTransformerConfig(  # 0.07M and 0.12M

@@ -130,7 +130,7 @@ def squared(images: Float[Tensor, "n 3 height width"]) -> tuple[Float[Tensor, "n
     """Images in the middle of squares filled with their edges, and the map from a square's points to those of its image."""
     height, width = images.shape[2:]
     framed = F.pad(images, _frame(height, width), mode="replicate")
-    return framed, Affine(_from_square(height, width).to(images).repeat(len(images), 1, 1))
+    return framed, Affine(from_square(height, width).to(images).repeat(len(images), 1, 1))
 
 
 def _frame(height: int, width: int) -> tuple[int, int, int, int]:
@@ -140,7 +140,7 @@ def _frame(height: int, width: int) -> tuple[int, int, int, int]:
     return left, side - width - left, top, side - height - top
 
 
-def _from_square(height: int, width: int) -> Float[Tensor, "2 3"]:
+def from_square(height: int, width: int) -> Float[Tensor, "2 3"]:
     """From a square's points to those of the image in its middle."""
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -179,7 +179,7 @@ def align_pictures(
     # One at a time: a whole photograph takes hundreds of megabytes, the square that the transformer sees little.
     for picture in pictures:
         reduced.append(_seen(picture, RESAMPLED * aligner.config.input_size))
-        ways.append(_from_square(*picture.size)[None])
+        ways.append(from_square(*picture.size)[None])
     if not reduced:
         raise ValueError("no pictures: expected at least one to align")
     by_size: dict[int, list[int]] = {}
@@ -197,10 +197,14 @@ def align_pictures(
 
 def _seen(picture: Picture, most: int) -> Float[Tensor, "1 3 side side"]:
     """The square that a transformer sees, of a side of at most `most`: enough to find a warp for the original."""
-    height, width = picture.pixels.shape[1:]
-    if max(height, width) <= most:
+    if max(picture.pixels.shape[1:]) <= most:
         return squared(picture.values())[0]
-    return shrunk(picture.pixels, (most, most), _frame(height, width))
+    return square_of(picture, most)
+
+
+def square_of(picture: Picture, side: int) -> Float[Tensor, "1 3 {side} {side}"]:
+    """The square around a picture, its edges repeated, at a size."""
+    return shrunk(picture.pixels, (side, side), _frame(*picture.pixels.shape[1:]))
 
 
 def align(

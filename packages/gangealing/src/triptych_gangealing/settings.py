@@ -92,19 +92,19 @@ class CorrespondConfig(UseOptions):
 
 
 @dataclass(frozen=True)
-class PckConfig(CommonOptions):
+class DigitPairsConfig(CommonOptions):
     """Score an aligner by PCK on pairs of held-out coloured digits whose correspondences are known, beside baselines."""
 
     out: Path = Path("runs/pck")
-    """where to write pck.json"""
+    """where to write pck.json and, of a benchmark, the predictions of every method"""
     aligner: Path | None = Path("runs/align-digits32")
     """run folder of triptych-gangealing train, or its aligner.safetensors; None: the baselines alone"""
     digit: Annotated[int | None, Interval(ge=0, le=9, wanted="0 to 9, or None for all")] = 3
     """digit to align; None: all"""
-    data: Data = "mnist5k"
+    data: str = "mnist5k"
     """held-out digits of mnist5k, which need no download, or mnist's test split"""
-    pairs: Annotated[int, Ge(1)] = 300
-    """pairs of images for PCK"""
+    pairs: Annotated[int | None, Ge(1)] = None
+    """pairs to score, the first; default: 300 of digits, all of a benchmark"""
     elastic_px: float = 2.5
     """largest elastic displacement of each image of a pair, in pixels of a 28-pixel digit"""
     grey: bool = False
@@ -114,7 +114,32 @@ class PckConfig(CommonOptions):
     flips: Flips = "trained"
     """mirror images whose flow is smoother then; trained: as in training"""
     baselines: Literal["all", "none"] = "all"
-    """score moments and classical Congealing too"""
+    """score baselines too: of digits moments and classical Congealing; of a benchmark the identity, mean keypoints, Congealing"""
+
+
+@dataclass(frozen=True)
+class PckConfig(DigitPairsConfig):
+    """Score an aligner, or anyone's predictions, by PCK: on a benchmark's pairs by every protocol, or on coloured digits."""
+
+    data: str = "mnist5k"
+    """held-out digits of mnist5k, which need no download, or of mnist; or a benchmark's layout and folder: spair:PATH, cub:PATH,
+    willow:PATH, ap10k:PATH"""
+    category: str | None = None
+    """of a benchmark, such as cat; spair needs one"""
+    split: str = "test"
+    """of a benchmark"""
+    predictions: Path | None = None
+    """score these too: a .csv or .parquet table of pair, keypoint, x and y, in pixels of the target"""
+    features: str | None = None
+    """match features of a network of timm too, such as timm:vit_small_patch14_dinov2"""
+    features_weights: Path | None = None
+    """file of its weights"""
+    features_size: Annotated[int, Ge(1)] = 224
+    """pixels of the squares that it sees"""
+    features_layer: int = -1
+    """which of its stages; -1: the last"""
+    debias: bool = False
+    """remove what features of a place have in common over all pictures"""
 
 
 @dataclass(frozen=True)
@@ -152,21 +177,29 @@ class GenerateConfig(CommonOptions):
 
 @dataclass(frozen=True)
 class ConvertConfig(CommonOptions):
-    """Convert StyleGAN2 networks: from NVIDIA's pickles, rosinality's checkpoints or our files."""
+    """Convert StyleGAN2 networks and aligners of NVIDIA's, rosinality's and the released GANgealing code, and ours."""
 
     checkpoint: Path | None = None
     """file to read; none of its code is run"""
-    format: Literal["safetensors", "rosinality"] = "safetensors"
-    """safetensors: our files; rosinality: a checkpoint that rosinality/stylegan2-pytorch loads"""
+    format: Literal["safetensors", "rosinality", "gangealing"] = "safetensors"
+    """safetensors: our files; rosinality: a checkpoint that rosinality/stylegan2-pytorch loads; gangealing: one that the
+    released GANgealing code loads, of an aligner trained with --design released"""
+    generator: str | None = None
+    """with --format gangealing: the generator that the aligner was trained on, which goes into the file too"""
     generator_only: bool = False
     """leave the discriminator out"""
     out: Path = Path("runs/converted")
-    """folder to write to, or a file: .safetensors for a generator alone, .pt for rosinality's"""
+    """folder to write to, or a file: .safetensors for a generator alone, .pt for checkpoints of others"""
 
     def __post_init__(self) -> None:
         suffix = self.out.suffix
-        if (suffix, self.format) in ((".pt", "safetensors"), (".safetensors", "rosinality")):
+        if suffix == (".pt" if self.format == "safetensors" else ".safetensors"):
             raise ValueError(f"--out {self.out}: not a file of format {self.format}; choose another name or --format")
+        if (self.generator is None) == (self.format == "gangealing"):
+            raise ValueError(
+                f"--format {self.format}, --generator {self.generator}: expected a generator with --format gangealing, "
+                "and only there"
+            )
 
     def resolved(self) -> dict[str, Any]:
         return {"config": asdict(self)}

@@ -119,13 +119,20 @@ class SpatialTransformer(nn.Module):
             return torch.where(flipped.view(-1, *[1] * (a.ndim - 1)), a, b)
 
         similarity, delta = None, better(mirrored.delta, plain.delta)
-        matrix = torch.eye(2, 3, dtype=delta.dtype, device=delta.device).repeat(len(delta), 1, 1)
         if self.similarity is not None:
             similarity = Similarity(*map(better, mirrored.similarity, plain.similarity))
-            matrix = similarity.affine().matrix
-        # A mirror image's x is the original's -x: the first row changes its sign.
-        to_original = better(matrix.new_tensor([[-1.0], [1.0]]).expand(len(matrix), 2, 1), torch.ones_like(matrix))
-        return Aligned(Warp((Flow(delta), Affine(matrix * to_original))), similarity, delta), flipped
+        return _leading_back(similarity, delta, flipped), flipped
+
+    def align_turned(
+        self, images: Images, flipped: Bool[Tensor, " n"], *, iterations: int = 1, head: Int[Tensor, " n"] | None = None
+    ) -> Aligned:
+        """Warps of the images, or of the mirror images of those that are `flipped`; they lead to the originals either way.
+
+        Of a mirrored one, similarity and delta are of its mirror image. Raises as `forward`.
+        """
+        turned = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        aligned = self(turned, iterations=iterations, head=head)
+        return _leading_back(aligned.similarity, aligned.delta, flipped)
 
     def _seen(self, images: Images, similarity: Similarity) -> Float[Tensor, "n channels size size"]:
         size = (self.config.input_size, self.config.input_size)
@@ -146,14 +153,28 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"head {int(head.min())}..{int(head.max())}: expected 0 to {config.heads - 1}")
 
 
+def _leading_back(similarity: Similarity | None, delta: Delta | None, flipped: Bool[Tensor, " n"]) -> Aligned:
+    """The warps of images, or of mirror images where `flipped`, to the images themselves."""
+    like = delta if delta is not None else similarity.shift if similarity is not None else None
+    assert like is not None  # a transformer has one of them
+    identity = torch.eye(2, 3, dtype=like.dtype, device=like.device).repeat(len(like), 1, 1)
+    matrix = identity if similarity is None else similarity.affine().matrix
+    # A mirror image's x is the original's -x: the first row changes its sign.
+    signs = torch.where(flipped, -1.0, 1.0).to(like)
+    matrix = matrix * torch.stack([signs, torch.ones_like(signs)], 1)[:, :, None]
+    flow = () if delta is None else (Flow(delta),)
+    return Aligned(Warp((*flow, Affine(matrix))), similarity, delta)
+
+
 class ClusterClassifier(nn.Module):
-    """Images to logits over classes, by a network like the transformer's similarity trunk; by default one class for each head."""
+    """Images to logits over classes, by a network like the transformer's similarity trunk; by default the config's classes."""
 
     def __init__(self, config: SpatialTransformerConfig, num_classes: int | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.trunk = SimilarityTrunk(config)
-        self.head = FullyConnected(config.channels_at(SMALLEST), config.heads if num_classes is None else num_classes)
+        self.config, channels = config, config.channels_at(SMALLEST)
+        self.trunk = SimilarityTrunk(config, hidden=config.classifier_hidden)
+        features = channels if config.classifier_hidden else channels * SMALLEST**2
+        self.head = FullyConnected(features, config.classes if num_classes is None else num_classes)
 
     @classmethod
     def from_transformer(cls, transformer: SpatialTransformer, num_classes: int | None = None) -> "ClusterClassifier":
@@ -164,7 +185,8 @@ class ClusterClassifier(nn.Module):
         if transformer.similarity is None:
             raise ValueError("classifier: the transformer has no similarity network to start from")
         classifier = cls(transformer.config, num_classes).to(next(transformer.parameters()))
-        classifier.trunk.load_state_dict(transformer.similarity.trunk.state_dict())
+        trunk = transformer.similarity.trunk.state_dict()
+        classifier.trunk.load_state_dict({name: trunk[name] for name in classifier.trunk.state_dict()})
         return classifier
 
     def forward(self, images: Images) -> Float[Tensor, "n classes"]:
@@ -224,13 +246,11 @@ def _down_to(size: int, config: SpatialTransformerConfig) -> list[nn.Module]:
 class SimilarityTrunk(nn.Sequential):
     """Images of `input_size` to features."""
 
-    def __init__(self, config: SpatialTransformerConfig) -> None:
+    def __init__(self, config: SpatialTransformerConfig, *, hidden: bool = True) -> None:
         channels = config.channels_at(SMALLEST)
+        last = [FullyConnected(channels * SMALLEST**2, channels, activation="lrelu")] if hidden else []
         super().__init__(
-            *_down_to(SMALLEST, config),
-            Conv2d(channels, channels, 3, activation="lrelu"),
-            nn.Flatten(),
-            FullyConnected(channels * SMALLEST**2, channels, activation="lrelu"),
+            *_down_to(SMALLEST, config), Conv2d(channels, channels, 3, activation="lrelu"), nn.Flatten(), *last
         )
 
 
@@ -259,9 +279,9 @@ class FlowNetwork(nn.Module):
             Conv2d(channels, channels, 3, activation="lrelu"),
         )
         # Zero displacements are upsampled to zeros whatever the mask, whose layers may therefore start at random.
-        self.delta = _two_convolutions(channels, 2 * config.heads)
+        self.delta = _two_convolutions(channels, 2 * config.heads, config.flow_activation)
         nn.init.zeros_(self.delta.get_parameter("1.weight"))
-        self.mask = _two_convolutions(channels, 9 * config.flow_upsampling**2 * config.heads)
+        self.mask = _two_convolutions(channels, 9 * config.flow_upsampling**2 * config.heads, config.flow_activation)
 
     def forward(self, images: Images, head: Int[Tensor, " n"] | None) -> Float[Tensor, "rows 2 fine_height fine_width"]:
         config, x = self.config, self.trunk(images)
@@ -272,8 +292,8 @@ class FlowNetwork(nn.Module):
         return convex_upsample(delta, mask, config.flow_padding) * config.flow_unit_factor
 
 
-def _two_convolutions(channels: int, out: int) -> nn.Sequential:
-    return nn.Sequential(Conv2d(channels, channels, 3, activation="lrelu"), Conv2d(channels, out, 3))
+def _two_convolutions(channels: int, out: int, activation: Literal["lrelu", "relu"]) -> nn.Sequential:
+    return nn.Sequential(Conv2d(channels, channels, 3, activation=activation), Conv2d(channels, out, 3))
 
 
 def convex_upsample(

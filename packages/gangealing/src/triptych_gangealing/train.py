@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from triptych_common import randomness
 from triptych_common.cli import echo
+from triptych_common.cost import StepCost
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage import checkpoint
 from triptych_common.throughput import keep_freed_memory
 from triptych_common.training import Batch, TrainState, is_due, open_run, summary, training_steps
 
 from triptych_gangealing.encoders.perceptual import Encoder, open_distance
-from triptych_gangealing.modes import Mode, pca
+from triptych_gangealing.modes import Directions, Mode, pca
 from triptych_gangealing.objective import Objective
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
@@ -39,6 +40,7 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
     with process_group(config.device) as ranks:
         generator, distance = generator.to(ranks.device, config.dtype), distance.to(ranks.device, config.dtype)
         objective = Objective(config, generator, distance)
+        step_cost(objective).check(config, ranks)
         facts = {"generator": digest_of(generator), "distance": digest_of(distance)}
         with open_run(config, ranks, facts) as run:
             state = make_state(objective, ranks, run.path)
@@ -59,6 +61,40 @@ def train(config: AlignTrainConfig) -> dict[str, Any]:
             write_aligner(path, Aligner(transformer, mode, classifier), facts_about(config, facts))
     echo(f"aligner: {path}")
     return {"aligner": str(path), **metrics}
+
+
+def preview(config: AlignTrainConfig) -> dict[str, Any]:
+    """What --dry-run prints: the settings; and, where generator and distance are there, memory of a step and time of the run.
+
+    Raises ValueError or OSError for those that cannot be used.
+    """
+    from triptych_gangealing.stylegan2.weights import load_generator
+
+    found = config.resolved()
+    try:
+        generator = load_generator(config.generator)
+        distance = open_distance(config.distance, weights=config.distance_weights)
+    except FileNotFoundError as error:
+        return found | {"estimate": f"not yet: {error}"}
+    with process_group(config.device) as ranks:
+        generator, distance = generator.to(ranks.device, config.dtype), distance.to(ranks.device, config.dtype)
+        return found | {"estimate": step_cost(Objective(config, generator, distance)).estimate(config, ranks)}
+
+
+def step_cost(objective: Objective) -> StepCost:
+    """What a step takes, measured on one and two images with a transformer and modes as they begin."""
+    config, w = objective.config, objective.generator.mapping.w_avg
+    transformer = SpatialTransformer(config.transformer()).to(w)
+    mode = Mode(Directions(w, w.new_zeros(config.components, len(w)), w.new_ones(config.components)), config.clusters)
+    trained = nn.ModuleList([transformer, mode.to(w)])
+
+    def run(counters: range) -> None:
+        objective.loss(transformer, mode, counters, images_seen=0)["loss"].backward()
+        trained.zero_grad(set_to_none=True)
+
+    frozen = nn.ModuleList([objective.generator, objective.distance])
+    sizes = [times * tensor.nbytes for part, times in ((trained, 4), (frozen, 1)) for tensor in part.parameters()]
+    return StepCost.of([(run, 1)], sum(sizes))
 
 
 def step(objective: Objective, state: TrainState, batch: Batch) -> None:

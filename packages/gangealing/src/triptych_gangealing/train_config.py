@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from triptych_common.fields import FREE, Ge, Gt
 from triptych_common.training.settings import AccumulatingSettings, WeightPrecision
 
-from triptych_gangealing.config import DESCRIPTOR_POOL, SpatialTransformerConfig
+from triptych_gangealing.config import DESCRIPTOR_POOL, DESIGNS, SpatialTransformerConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     """how fast clusters with more than an equal share of a batch become less attractive; 0: never, as published"""
     flips: bool = False
     """try each image mirrored too"""
+    design: Literal["own", "released"] = "own"
+    """details of the networks: ours, or those of the released code, to which such an aligner can be exported"""
     cutoff: Annotated[int, Ge(0)] = 5
     """the generator's first layers, which take the mode's style and with it its pose; the others keep the image's own style"""
     components: Annotated[int, Ge(0)] = 1
@@ -109,6 +111,8 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
         if descriptor and not self.distance.startswith("simclr:"):
             start = "the descriptor starts from an encoder; pass --distance simclr:PATH"
             raise ValueError(f"assignment descriptor, distance {self.distance}: {start}")
+        if self.design == "released" and several and not self.flips:
+            raise ValueError(f"design released, {clusters}: its classifier tells sides apart; pass --flips too")
         if descriptor and self.flips:
             raise ValueError("assignment descriptor, flips: the descriptor does not see mirroring; pass one of them")
         if self.clusters > self.init_images:
@@ -129,7 +133,11 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
         names = ("input_size", "channel_max", "channel_multiplier", "flow_size", "padding")
         shape: dict[str, Any] = {name: getattr(self, name) for name in names}
         shape |= {"heads": self.clusters, "transforms": tuple(self.transforms.split(","))}
-        return SpatialTransformerConfig(**shape, flow_upsampling=max(1, self.input_size // self.flow_size))
+        finer = max(1, self.input_size // self.flow_size)
+        design: dict[str, Any] = {
+            name: float(finer) if name == "flow_unit_factor" else x for name, x in DESIGNS[self.design].items()
+        }
+        return SpatialTransformerConfig(**shape, flow_upsampling=finer, **design)
 
     def resolved(self) -> dict[str, Any]:
         """What --dry-run prints."""

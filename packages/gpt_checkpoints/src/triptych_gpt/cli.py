@@ -50,7 +50,7 @@ COMMANDS = {
         presets="triptych_gpt.train_config:TRAIN_PRESETS",
         default="laptop",
         start="triptych_common.training.settings:to_length",
-        preview="triptych_gpt.objective:plan",
+        preview="triptych_gpt.train:preview",
     ),
     "prompt": Command(
         "generate networks that achieve a prompted metric",

@@ -20,6 +20,8 @@ from triptych_gpt.evaluation.trial import Trial, alignment_beside_baselines, qua
 from triptych_gpt.settings import EvaluateConfig
 from triptych_gpt.zoo.source import json_digest
 
+USUAL = 32  # networks
+
 
 @open_ended
 class _Written(TypedDict):
@@ -33,9 +35,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises what `Trial.open` raises, and ValueError for a zoo with too few unseen networks, or a folder of another model's results.
     """
     trial = Trial.open(config.model, config.zoo, config.settings, config.seed, config.device, config.task)
-    trial.rows("test", config.networks)  # refused before there is a folder
-    trial.rows("validation", min(config.networks, 16) if config.sampler_steps else 0)
-    amounts = {"networks": config.networks, "prompts": config.prompts}
+    networks = config.networks or max(1, min(USUAL, trial.zoo.splits.get("test", 0)))
+    trial.rows("test", networks)  # refused before there is a folder
+    trial.rows("validation", min(networks, 16) if config.sampler_steps else 0)
+    if config.networks is None and networks < USUAL:
+        echo(f"{networks:,} networks, all test runs of {config.zoo}, rather than {USUAL}")
+    amounts = {"networks": networks, "prompts": config.prompts}
     identity = {
         "weights": digest(trial.trained.model.state_dict())[:16],
         "zoo": trial.zoo_identity(),

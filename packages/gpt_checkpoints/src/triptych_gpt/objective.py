@@ -5,7 +5,6 @@ theta* and both metrics, and predicts theta*: it learns which changes of paramet
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -168,19 +167,3 @@ def training_flops(config: GptConfig) -> int:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(theta, scalar, theta, scalar, scalar)
     return 3 * counter.get_total_flops()
-
-
-def plan(config: GptTrainConfig) -> dict[str, Any]:
-    """What --dry-run prints: sizes and arithmetic."""
-    data = TrainingZoo(replace(config, canonicalise=False))
-    flops = training_flops(data.model_config)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Gpt(data.model_config).parameters())
-    return {
-        "config": asdict(config),
-        "zoo": data.identity(),
-        "parameters": parameters,
-        "gflops_per_pair": round(flops / 1e9, 6),
-        "steps": -(-config.total_pairs // config.batch_size),
-        "training_gflops": round(flops / 1e9 * config.total_pairs, 1),
-    }

@@ -101,8 +101,8 @@ class EvaluateConfig(SamplingOptions):
     """the zoo it was trained on"""
     out: Path = Path("runs/gpt-evaluation")
     """folder for alignment.json and alignment.png"""
-    networks: Annotated[int, Ge(1)] = 32
-    """networks of test runs, which the model never saw"""
+    networks: Annotated[int | None, Ge(1)] = None
+    """networks of test runs, which the model never saw; default: 32, or as many as the zoo has"""
     prompts: Annotated[int, Ge(2)] = 20
     """prompts for each network, from the best value to the network's own"""
     sampler_steps: Annotated[tuple[int, ...], Interval(ge=1, le=1000)] = ()

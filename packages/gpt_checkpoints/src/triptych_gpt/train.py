@@ -1,6 +1,6 @@
 """Train a G.pt."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.parallel import Ranks, process_group
+from triptych_common.cost import StepCost, available_bytes
+from triptych_common.parallel import Ranks, prepare, process_group
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
 from triptych_gpt.model import FILE_NAME, FORMAT, Gpt, decayed, write_model
@@ -33,22 +34,71 @@ def train(config: GptTrainConfig) -> dict[str, Any]:
     # Builds the model, so that a config that does not work is refused before there is a folder.
     flops = training_flops(data.model_config)
     data.zoo.verify_once()
-    with process_group(config.device) as ranks, open_run(config, ranks, {"zoo": data.identity()}) as run:
-        state, objective = make_state(config, data, ranks), Objective(data)
-        state.describe = lambda: {"ema": FORMAT.facts_of(data.model_config.to_json(), facts_about(config, state, data))}
-        save = partial(save_average, config, state, data)
-        validation = Validation(config, data, run, ranks, save)
+    with process_group(config.device) as ranks:
+        step_cost(config, data, ranks).check(config, ranks)
+        with open_run(config, ranks, {"zoo": data.identity()}) as run:
+            state, objective = make_state(config, data, ranks), Objective(data)
+            state.describe = lambda: {
+                "ema": FORMAT.facts_of(data.model_config.to_json(), facts_about(config, state, data))
+            }
+            save = partial(save_average, config, state, data)
+            validation = Validation(config, data, run, ranks, save)
 
-        # A step's loss depends on its range of counters alone, so resuming, ranks and micro-batches change no pair.
-        def losses(counters: range) -> dict[str, Tensor]:
-            return {"loss": objective.loss(state.parallel_model, objective.draw(counters), ranks.device).total.mean()}
+            # A step's loss depends on its range of counters alone, so resuming, ranks and micro-batches change no pair.
+            def losses(counters: range) -> dict[str, Tensor]:
+                return {
+                    "loss": objective.loss(state.parallel_model, objective.draw(counters), ranks.device).total.mean()
+                }
 
-        for batch in training_steps(config, state, run, on_step=validation, flops_per_sample=flops):
-            state.update(batch, state.accumulate(batch, config.micro_batch, losses))
-        save(run.path / LAST, {})
-        chosen = validation.finish(run.path / LAST)
-        echo(f"model: {run.path / FILE_NAME} ({chosen})")
-        return {"model": str(run.path / FILE_NAME), "kept": chosen, **summary(run)}
+            for batch in training_steps(config, state, run, on_step=validation, flops_per_sample=flops):
+                state.update(batch, state.accumulate(batch, config.micro_batch, losses))
+            save(run.path / LAST, {})
+            chosen = validation.finish(run.path / LAST)
+            echo(f"model: {run.path / FILE_NAME} ({chosen})")
+            return {"model": str(run.path / FILE_NAME), "kept": chosen, **summary(run)}
+
+
+def preview(config: GptTrainConfig) -> dict[str, Any]:
+    """What --dry-run prints: the settings, what there is to train on, and what a step takes in memory and the whole run in time.
+
+    Raises ValueError or OSError for a zoo that cannot be used.
+    """
+    data = TrainingZoo(config)
+    flops = training_flops(data.model_config)
+    with process_group(config.device) as ranks:
+        return config.resolved() | {
+            "zoo": data.identity(),
+            "parameters": parameter_count(data),
+            "gflops_per_pair": round(flops / 1e9, 6),
+            "training_gflops": round(flops / 1e9 * config.total_pairs, 1),
+            "estimate": step_cost(config, data, ranks).estimate(config, ranks),
+        }
+
+
+def step_cost(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> StepCost:
+    """What a step takes, measured on one and two pairs; of a model that is sharded or does not fit, what its weights do."""
+    value = 8 if config.precision == "float64" else 4
+    states = 4 * value * parameter_count(data)  # weights, average and AdamW's two slots; gradients are measured
+    if config.execution.sharded(ranks):
+        return StepCost.of((), states * 5 / 4 / ranks.world_size)
+    if states > available_bytes(ranks.device):
+        return StepCost.of((), states * 5 / 4)
+    model = Gpt(data.model_config).to(ranks.device, config.dtype)
+    prepare(model, Ranks(0, 1, ranks.device), replace(config.execution, compile=False))
+    objective = Objective(TrainingZoo(replace(config, canonicalise=False)))  # the order of units costs no memory
+
+    def run(counters: range) -> None:
+        objective.loss(model, objective.draw(counters), ranks.device).total.mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return StepCost.of([(run, 1)], states)
+
+
+def parameter_count(data: TrainingZoo) -> int:
+    """Parameters of the model."""
+    shape = data.model_config
+    with torch.device("meta"):
+        return sum(p.numel() for p in Gpt(shape).parameters())
 
 
 def make_state(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> TrainState:

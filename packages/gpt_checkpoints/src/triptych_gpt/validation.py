@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from triptych_common.cli import echo
 from triptych_common.parallel import Ranks
 from triptych_common.storage.files import write_bytes
 from triptych_common.storage.run import RunDirectory
@@ -40,7 +41,8 @@ class Validation:
         self.config, self.data, self.run, self.ranks, self.save = config, data, run, ranks, save
         if config.validation_every == 0:
             return
-        n = config.validation_networks - config.validation_networks % ranks.world_size
+        n = min(config.validation_networks, data.zoo.splits["validation"])
+        n -= n % ranks.world_size
         self.mine = ranks.share(range(n))
         rows = torch.from_numpy(data.zoo.runs_in("validation"))[list(self.mine)]
         self.theta = data.zoo.theta(rows, torch.zeros_like(rows)).to(ranks.device)  # where it is scored
@@ -89,7 +91,7 @@ class Validation:
 
 
 def check(config: GptTrainConfig, data: TrainingZoo) -> None:
-    """Raises ValueError if the zoo has too few validation runs, or the task does not score the metric."""
+    """Raises ValueError if the zoo has no validation runs, or the task does not score the metric; says if there are few."""
     # Called before there is a run's folder, which would refuse the settings that the messages recommend.
     if config.validation_every == 0:
         return
@@ -101,9 +103,11 @@ def check(config: GptTrainConfig, data: TrainingZoo) -> None:
     if held < ranks:
         problem = f"{held:,} validation runs, too few to choose a model by (a rank needs one)"
         raise ValueError(f"{data.zoo.path}: {problem}; collect more, or --validation-every 0")
-    if not ranks <= config.validation_networks <= held:
-        expected = f"{ranks} to {held:,} (one a rank, at most the zoo's runs), or --validation-every 0"
+    if config.validation_networks < ranks:
+        expected = f"at least {ranks} (one a rank), or --validation-every 0"
         raise ValueError(f"validation_networks {config.validation_networks}: expected {expected}")
+    if config.validation_networks > held:
+        echo(f"validated on {held:,} networks, not {config.validation_networks:,}: {data.zoo.path} has no more for it")
 
 
 def metric_of(data: TrainingZoo) -> Metric:

@@ -62,7 +62,7 @@ def network_in(content: Any, *, holds: Collection[str], prefer: Literal["ema", "
     """The network in a file's content; of several, the moving average or the one in training, as preferred.
 
     holds: names, without those that wrappers insert, that all of its tensors' names include. If no entry has them, the largest
-        entry is returned, for the caller to tell what is missing.
+        entry is returned, for the caller to tell what is missing; so it is without any names.
     Raises ValueError for content that is no mapping, and for several networks where neither name nor preference decides.
     """
     if not isinstance(content, Mapping):
@@ -84,8 +84,8 @@ def network_in(content: Any, *, holds: Collection[str], prefer: Literal["ema", "
 
 def networks_in(content: Mapping[Any, Any], *, holds: Collection[str]) -> list[StateDict]:
     """All networks with tensors of certain names, each once, in the order of the file."""
-    landmark, found = next(iter(holds)), []
-    for place, entry in _entries(content):
+    landmark, found = next(iter(holds), ""), []
+    for place, entry in _entries(content) if holds else ():
         tensors = without_wrappers(entry, holds)
         ends = [name.removesuffix(landmark) for name in tensors if f".{name}".endswith(f".{landmark}")]
         prefixes = [prefix for prefix in ends if all(prefix + name in tensors for name in holds)]

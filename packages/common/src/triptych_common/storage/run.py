@@ -1,17 +1,27 @@
 """The run directory: a locked folder with the config, provenance, metrics and checkpoints of a run."""
 
 import json
+import zlib
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired
 
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from triptych_common.cli import echo
 from triptych_common.fields import Ge
-from triptych_common.storage.files import cannot_write, check, open_ended, read_json, rows, write_json, write_text
+from triptych_common.storage.files import (
+    cannot_write,
+    check,
+    open_ended,
+    read_json,
+    rows,
+    write_json,
+    write_text,
+    writing,
+)
 
 if TYPE_CHECKING:
     from triptych_common.data.contents import Contents
@@ -28,6 +38,24 @@ class _Config(TypedDict):
 @open_ended
 class _Row(TypedDict):
     step: Annotated[int, Ge(0)]
+
+
+_SEAL = ".metrics.crc32"
+
+
+class Sum(NamedTuple):
+    """Length of a file, bytes, and the CRC-32 of its content."""
+
+    size: int
+    crc32: int
+
+    @classmethod
+    def of(cls, content: bytes) -> "Sum":
+        return cls(len(content), zlib.crc32(content))
+
+    def then(self, more: bytes) -> "Sum":
+        """Of the content with more behind it."""
+        return Sum(self.size + len(more), zlib.crc32(more, self.crc32))
 
 
 class RunDirectory:
@@ -56,6 +84,7 @@ class RunDirectory:
         self._device, self._begun = device, dict[str, Any]()
         self._want_tensorboard = tensorboard
         self._tensorboard: Any = None
+        self._sum: Sum | None = None  # of metrics.jsonl, once it is known
 
     def __enter__(self) -> "RunDirectory":
         if not self.is_main:
@@ -155,6 +184,7 @@ class RunDirectory:
                 file.write(line)
         except OSError as error:
             raise cannot_write(self.metrics_path, error) from error
+        self._seal((self._sum or Sum.of(self.metrics_path.read_bytes()[: -len(line)])).then(line.encode()))
         if self._want_tensorboard:
             if self._tensorboard is None:
                 from torch.utils.tensorboard import SummaryWriter
@@ -169,6 +199,8 @@ class RunDirectory:
         """The rows of metrics.jsonl, without damaged ones, which are reported, and without a half-written last one."""
         if not self.metrics_path.exists():
             return []
+        if self._sum is None:
+            self._check_seal()
         damaged: list[str] = []
         found = list(rows(self.metrics_path, _Row, damaged=damaged))
         if damaged:
@@ -178,8 +210,29 @@ class RunDirectory:
     def truncate_metrics(self, step: int) -> None:
         """Remove rows after `step`, which a resumed run writes again, and a half-written last one."""
         if self.is_main and self.metrics_path.exists():
-            lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
-            write_text(self.metrics_path, "".join(lines))
+            content = "".join(json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step)
+            write_text(self.metrics_path, content)
+            self._seal(Sum.of(content.encode()))
+
+    def _seal(self, now: "Sum") -> None:
+        """Write the length and the checksum of metrics.jsonl beside it."""
+        # A flipped bit in a number or a name leaves valid JSON, and metrics decide which model is kept.
+        self._sum = now
+        with writing(self.path / _SEAL, flush=False) as file:
+            file.write(f"{now.size} {now.crc32:08x}\n".encode())
+
+    def _check_seal(self) -> None:
+        """Report a metrics.jsonl that is not as it was written; what was appended after the last seal is not covered."""
+        try:
+            size, crc32 = (self.path / _SEAL).read_text().split()
+            sealed = Sum(int(size), int(crc32, 16))
+        except (OSError, ValueError):  # of an earlier version, or interrupted
+            return
+        content = self.metrics_path.read_bytes()
+        if Sum.of(content[: sealed.size]) != sealed:
+            echo(
+                f"{self.metrics_path}: changed since it was written, so its numbers may be wrong; weights do not depend on it"
+            )
 
 
 def without(names: Collection[str], tree: Any) -> Any:

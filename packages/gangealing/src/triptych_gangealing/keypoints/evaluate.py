@@ -12,9 +12,11 @@ from triptych_gangealing.baselines.methods import Method, baselines, learned
 from triptych_gangealing.correspondence import between
 from triptych_gangealing.keypoints.pck import BOX, IMAGE, PER_POINT, PckTable, box_size, pck
 from triptych_gangealing.keypoints.synthetic import Pairs, pairs, posed_digits
-from triptych_gangealing.settings import PckConfig
+from triptych_gangealing.settings import DigitPairsConfig, PckConfig
 
 OURS = "GANgealing"
+DIGITS = ("mnist5k", "mnist")
+PAIRS = 300  # of digits
 FITTED = 400  # training images that classical Congealing is fitted to
 
 
@@ -41,7 +43,7 @@ def score_pairs(method: Method, several: Pairs, *, seed: int = 0) -> PairScores:
     return PairScores(table, int(apart.sum()))
 
 
-def methods_of(config: PckConfig) -> tuple[dict[str, Method], dict[str, Any]]:
+def methods_of(config: DigitPairsConfig) -> tuple[dict[str, Method], dict[str, Any]]:
     """The methods to score, by name, and the options with which the aligner looks at images.
 
     Raises ValueError or OSError for a file that is no aligner.
@@ -57,14 +59,19 @@ def methods_of(config: PckConfig) -> tuple[dict[str, Method], dict[str, Any]]:
     return methods, options
 
 
-def pairs_of(config: PckConfig) -> Pairs:
+def pairs_of(config: DigitPairsConfig) -> Pairs:
     """The pairs to score on."""
     return pairs(
-        config.pairs, config.seed, config.digit, elastic_px=config.elastic_px, grey=config.grey, source=config.data
+        config.pairs or PAIRS,
+        config.seed,
+        config.digit,
+        elastic_px=config.elastic_px,
+        grey=config.grey,
+        source=config.data,
     )
 
 
-def write_scores(config: PckConfig, options: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+def write_scores(config: DigitPairsConfig, options: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     """Write scores and settings to pck.json; returns what the command reports."""
     file = config.out / "pck.json"
     settings = {**asdict(config), **options, "out": str(config.out), "aligner": str(config.aligner)}
@@ -75,6 +82,10 @@ def write_scores(config: PckConfig, options: dict[str, Any], scores: dict[str, A
 
 def evaluate(config: PckConfig) -> dict[str, Any]:
     """Score every method and write pck.json. Raises ValueError or OSError for a file that is no aligner."""
+    if config.data not in DIGITS:
+        from triptych_gangealing.keypoints.benchmarked import evaluate_benchmark  # readers of many layouts
+
+        return evaluate_benchmark(config)
     methods, options = methods_of(config)
     several, scores = pairs_of(config), {}
     for name, method in methods.items():

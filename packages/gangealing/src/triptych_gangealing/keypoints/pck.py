@@ -92,7 +92,6 @@ def pck(
     if not alphas or min(alphas) <= 0:
         raise ValueError(f"alphas {tuple(alphas)}: expected shares above 0, such as 0.1")
     counted = valid.any(1)
-    together = None if groups is None else groups[counted]
     distance = torch.linalg.vector_norm(predicted.double() - target.double(), dim=-1)
     scores = []
     for threshold, size in sizes.items():
@@ -102,12 +101,27 @@ def pck(
             for alpha in alphas:
                 radius = alpha * size.double()
                 hits = (distance <= radius[:, None]) & valid  # never true of NaN
-                # Images are resampled, not points: points of one image are right or wrong together.
-                tally = torch.stack([hits.sum(1), valid.sum(1)], dim=1)[counted].double()
-                estimate = bootstrap(_AVERAGES[average], tally, repeats=repeats, seed=seed, groups=together)
-                estimate = as_share(estimate, len(tally) if together is None else len(together.unique()))
+                estimate = averaged(hits, valid, average, repeats=repeats, seed=seed, groups=groups)
                 scores.append(Score(threshold, average, float(alpha), float(radius[counted].mean()), estimate))
     return PckTable(int(counted.sum()), int(valid.sum()), tuple(scores))
+
+
+def averaged(
+    hits: Bool[Tensor, "n k"],
+    valid: Bool[Tensor, "n k"],
+    average: str,
+    *,
+    repeats: int,
+    seed: int,
+    groups: Int[Tensor, " n"] | None = None,
+) -> Estimate:
+    """The share of valid points that are hits, `average` as in `Score`; intervals as `pck` describes them."""
+    # Images are resampled, not points: points of one image are right or wrong together.
+    counted = valid.any(1)
+    tally = torch.stack([hits.sum(1), valid.sum(1)], dim=1)[counted].double()
+    together = None if groups is None else groups[counted]
+    estimate = bootstrap(_AVERAGES[average], tally, repeats=repeats, seed=seed, groups=together)
+    return as_share(estimate, len(tally) if together is None else len(together.unique()))
 
 
 def _pooled(tally: Float[Tensor, "n 2"]) -> float:

@@ -1,4 +1,4 @@
-"""`triptych-gangealing convert`: StyleGAN2 networks from any known file to ours, or to rosinality's, checked by their outputs."""
+"""`triptych-gangealing convert`: StyleGAN2 networks and aligners from any known file to ours or to others', checked by outputs."""
 
 import math
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from triptych_common import randomness
 from triptych_common.cli import echo
 from triptych_common.storage import checkpoint, foreign
 
+from triptych_gangealing import released
+from triptych_gangealing.aligner import FILE, load_aligner, write_aligner
 from triptych_gangealing.settings import ConvertConfig
 from triptych_gangealing.stylegan2 import rosinality
 from triptych_gangealing.stylegan2.config import DiscriminatorConfig, GeneratorConfig
@@ -24,13 +26,14 @@ from triptych_gangealing.stylegan2.weights import (
     DISCRIMINATOR_FILE,
     GENERATOR_FILE,
     Source,
+    load_generator,
     open_networks,
     write_network,
 )
 
 _TOLERANCE = 1e-4  # of the outputs' range, or of one where that is smaller
 _IMAGES = 2
-_ROSINALITY_FILE = "stylegan2.pt"
+_ROSINALITY_FILE, _GANGEALING_FILE = "stylegan2.pt", "gangealing.pt"
 Network = Generator | Discriminator
 Built = dict[str, tuple[Network, Mapping[str, Tensor]]]  # and the source's tensors
 
@@ -43,6 +46,8 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     """
     if config.checkpoint is None:
         raise ValueError("no checkpoint: give the file to convert, --checkpoint network.pkl")
+    if config.format == "gangealing":
+        return _export_aligner(config)
     source = open_networks(config.checkpoint)
     built = _built(source, config)
     found = {name: _describe(network) for name, (network, _) in built.items()}
@@ -56,10 +61,41 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     }
     write = _write_rosinality if config.format == "rosinality" else _write_own
     differences, written = write(built, facts, config)
+    if config.format == "safetensors" and config.out.suffix != ".safetensors":
+        written += _convert_aligner(config, facts)
     for name, value in differences.items():
         echo(f"{name}: outputs differ from a plain forward pass of the source's tensors by {value:.2g} at most")
     echo(f"wrote {', '.join(written)}")
     return {"found": found, "format": source.format, "difference": differences, "written": written, "facts": facts}
+
+
+def _convert_aligner(config: ConvertConfig, facts: dict[str, Any]) -> list[str]:
+    """Write the aligner of a released GANgealing checkpoint; returns its file, nothing where the source has none."""
+    assert config.checkpoint is not None
+    if config.checkpoint.suffix not in (".pt", ".pth") or not released.holds_aligner(foreign.read(config.checkpoint)):
+        return []
+    aligner, path = load_aligner(config.checkpoint), config.out / FILE
+    write_aligner(path, aligner, {**aligner.facts, **facts})
+    echo(f"aligner: {aligner.config.heads} clusters, {', '.join(aligner.config.transforms)}")
+    return [str(path)]
+
+
+def _export_aligner(config: ConvertConfig) -> dict[str, Any]:
+    assert config.checkpoint is not None
+    assert config.generator is not None
+    aligner, generator = load_aligner(config.checkpoint), load_generator(config.generator)
+    if generator.config.w_dim != aligner.mode.origins.shape[1]:
+        sizes = f"{generator.config.w_dim} dimensions, the aligner's modes {aligner.mode.origins.shape[1]}"
+        raise ValueError(f"--generator {config.generator}: its W has {sizes}; give the one that it was trained on")
+    path = config.out if config.out.suffix == ".pt" else config.out / _GANGEALING_FILE
+    _refuse_to_replace(path)
+    facts = {"converted_from": config.checkpoint.name, "source_format": "triptych"}
+    released.write(path, aligner, rosinality.to_rosinality(generator), facts)
+    shape = aligner.config
+    if (shape.input_size, shape.channel_max) != (128, 512) or not rosinality.fixed_widths(generator.config):
+        echo("the released code has fixed sizes, 128 pixels and 512 feature maps: edit `channels` in it before loading")
+    echo(f"wrote {path}")
+    return {"written": [str(path)], "format": config.format, "facts": facts}
 
 
 def _built(source: Source, config: ConvertConfig) -> Built:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 Images = Float[Tensor, "batch channels height width"]
 Resample = Literal["same", "up", "down"]
-Activation = Literal["linear", "lrelu"]
-ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2)}  # they keep the variance at one
+Activation = Literal["linear", "lrelu", "relu"]
+ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2), "relu": math.sqrt(2)}  # they keep the variance at one
 
 
 # --- Layers
@@ -160,7 +160,7 @@ def bias_act(
     gain: float | None = None,
     clamp: float | None = None,
 ) -> Float[Tensor, "batch channels *rest"]:
-    """x + bias, through the activation ("linear", or "lrelu" of slope 0.2), times `gain`, clamped to +-`clamp`.
+    """x + bias, through the activation ("linear", "relu", or "lrelu" of slope 0.2), times `gain`, clamped to +-`clamp`.
 
     gain: by default the activation's own. Layers here scale weights and bias instead, which spares a pass over x.
     """
@@ -168,6 +168,8 @@ def bias_act(
         x = x + bias.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
     if activation == "lrelu":
         x = F.leaky_relu(x, 0.2, inplace=bias is not None)  # in place on the sum above, never on the caller's x
+    elif activation == "relu":
+        x = x.relu()
     gain = ACTIVATION_GAINS[activation] if gain is None else gain
     if gain != 1:
         x = x * gain

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.data import write_unusable
+from triptych_common.cost import StepCost, state_bytes
+from triptych_common.data import DATASETS, write_unusable
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage.run import RunDirectory
 from triptych_common.throughput import keep_freed_memory
@@ -47,6 +49,7 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
         state = make_state(config, ranks, images)
         generator, discriminator, _ = parts_of(state)
         objective = Objective(config, images, generator, discriminator)
+        step_cost(state, objective).check(config, ranks)
         # Opened last: a command refused above must not leave a folder that then refuses the corrected one.
         # Where pictures have moved, or their folder has another name, it is enough that they are the same.
         contents = dict.fromkeys(("data", "images"), images.contents) if images.contents else None
@@ -62,6 +65,39 @@ def train_gan(config: GanTrainConfig) -> dict[str, Any]:
             save_networks(config, run, state)
             files = {"generator": str(run.path / GENERATOR_FILE), "discriminator": str(run.path / DISCRIMINATOR_FILE)}
             return files | summary(run, "loss/generator")
+
+
+def preview(config: GanTrainConfig) -> dict[str, Any]:
+    """What --dry-run prints: the settings, the pictures, and what a step takes in memory and the whole run in time.
+
+    Raises ValueError or OSError for data that cannot be used, or networks that do not fit.
+    """
+    found = config.resolved()
+    named = config.data.partition(":")[0] in ("digits32", "hub", *DATASETS)
+    if not named and not Path(config.data).exists():
+        return found | {"data": f"{config.data}: not there yet"}
+    out = None if config.strict else config.out
+    images = open_images(config.data, config.resolution, conditional=config.conditional, x_flip=config.x_flip, out=out)
+    found["data"] = {"examples": len(images), "classes": images.num_classes}
+    with process_group(config.device) as ranks:
+        config.check_groups(ranks.world_size)
+        state = make_state(config, ranks, images)
+        objective = Objective(config, images, *parts_of(state)[:2])
+        return found | {"estimate": step_cost(state, objective).estimate(config, ranks)}
+
+
+def step_cost(state: TrainState, objective: Objective) -> StepCost:
+    """What a step takes, measured on two and four images, augmented."""
+    config, passes = objective.config, []
+    for play in passes_of(state, objective, images_seen=0, p=0.5).values():
+
+        def run(counters: range, play: Pass = play) -> None:
+            _pass(state, Batch(0, len(counters), counters), play, None)
+            state.model.zero_grad(set_to_none=True)
+
+        if play.weight > 0:
+            passes.append((run, play.every))
+    return StepCost.of(passes, state_bytes(state), few=2, multiple=min(config.mbstd_group_size, config.batch_size))
 
 
 class Statistics(nn.Module):
@@ -99,26 +135,30 @@ class Pass(NamedTuple):
     stride: int = 1
 
 
-def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> None:
-    """Generator, its path lengths, discriminator, its gradient penalty: an optimiser step each.  [Karras et al. 2020]"""
-    config, ranks = objective.config, state.ranks
-    generator, _, statistics = parts_of(state)
-    p = float(statistics.augment_p)
+def passes_of(state: TrainState, objective: Objective, images_seen: int, p: float) -> dict[str, Pass]:
+    """The passes of a step, with augmentations of probability p."""
+    config, statistics = objective.config, parts_of(state)[2]
     path_mean = statistics.path_length.to(objective.dtype)
-    r1_weight, path_weight = config.gamma(batch.step * batch.size) / 2, config.path_length_weight
     # Lazy regularisation: what is computed every 16th step weighs 16 times as much.
-    passes = {
+    return {
         "generator": Pass("generator", 1, 1.0, partial(objective.generator_loss, p=p)),
         "path_length": Pass(  # of half a batch
-            "generator", config.path_length_every, path_weight * config.path_length_every,
+            "generator", config.path_length_every, config.path_length_weight * config.path_length_every,
             partial(objective.path_length_penalty, mean=path_mean), stride=2,
         ),
         "discriminator": Pass("discriminator", 1, 1.0, partial(objective.discriminator_loss, p=p)),
         "r1": Pass(
-            "discriminator", config.r1_every, r1_weight * config.r1_every,
+            "discriminator", config.r1_every, config.gamma(images_seen) / 2 * config.r1_every,
             lambda counters: (objective.r1_penalty(counters, p), torch.zeros(())),
         ),
     }  # fmt: skip
+
+
+def adversarial_step(state: TrainState, objective: Objective, batch: Batch) -> None:
+    """Generator, its path lengths, discriminator, its gradient penalty: an optimiser step each.  [Karras et al. 2020]"""
+    config, ranks = objective.config, state.ranks
+    generator, _, statistics = parts_of(state)
+    passes = passes_of(state, objective, batch.step * batch.size, float(statistics.augment_p))
     losses, observed, finite = {}, {}, True
     for name, play in passes.items():
         if batch.step % play.every == 0 and play.weight > 0:

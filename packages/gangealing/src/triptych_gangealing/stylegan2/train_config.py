@@ -203,11 +203,11 @@ PRESETS: dict[str, GanTrainConfig] = {
     "digits32": _DIGITS,
     "digits32-3": replace(  # one digit, from the finished run of all
         _DIGITS, data="digits32:3", out=Path("runs/gan-digits32-3"), init_from="runs/gan-digits32", total_images=48_000,
-        r1_gamma=0.05, r1_gamma_later=None,
+        r1_gamma=0.05, r1_gamma_later=None, r1_gamma_switch=0,
     ),
     "smoke": replace(
         _DIGITS, out=Path("runs/gan-smoke"), total_images=512, channel_base=256, channel_max=16, z_dim=16, noise=True,
-        path_length_weight=2.0, augment="bgc", ada_images=5_000, log_every=4, checkpoint_every=8, snapshot_every=256,
-        score_images=64,
+        r1_gamma_later=None, r1_gamma_switch=0, path_length_weight=2.0, augment="bgc", ada_images=5_000, log_every=4,
+        checkpoint_every=8, snapshot_every=256, score_images=64,
     ),
 }  # fmt: skip

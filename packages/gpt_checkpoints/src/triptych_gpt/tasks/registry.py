@@ -8,18 +8,18 @@ from typing import Any
 
 from triptych_gpt.tasks.cifar_cnn import CIFAR_CNN
 from triptych_gpt.tasks.mnist_mlp import MNIST_MLP, MNIST_MLP_14
-from triptych_gpt.tasks.reinforcement.task import CARTPOLE, CARTPOLE_SMALL
+from triptych_gpt.tasks.reinforcement.task import CARTPOLE, CARTPOLE_SMALL, ReinforcementTask
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (MNIST_MLP, MNIST_MLP_14, CIFAR_CNN, CARTPOLE, CARTPOLE_SMALL)}
 
 
-def open_task(spec: str, *, data: str | None = None, epochs: int | None = None) -> Task:
+def open_task(spec: str, *, data: str | None = None, epochs: int | None = None, iterations: int | None = None) -> Task:
     """A registered task by name, or `file.py:NAME`: a Task, or a function without arguments that returns one.
 
-    data, epochs: replace the task's own; only supervised tasks have them. Opening a file runs it. Raises ValueError for what cannot
-    be found or is no task, FileNotFoundError for an absent file.
+    data, epochs, iterations: replace the task's own; supervised tasks have the first two, policies the third. Opening
+    a file runs it. Raises ValueError for what cannot be found or is no task, FileNotFoundError for an absent file.
     """
     path, colon, name = spec.rpartition(":")
     if colon and path.endswith(".py"):
@@ -37,6 +37,10 @@ def open_task(spec: str, *, data: str | None = None, epochs: int | None = None) 
         if not isinstance(task, SupervisedTask):
             raise ValueError(f"epochs {epochs}: task {task.name} is not supervised; leave out --epochs")
         task = replace(task, epochs=epochs)
+    if iterations is not None:
+        if not isinstance(task, ReinforcementTask):
+            raise ValueError(f"iterations {iterations}: task {task.name} has no policies; leave out --iterations")
+        task = replace(task, ppo=replace(task.ppo, iterations=iterations))
     return task
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from triptych_gpt.layout import ParameterLayout
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # of a folder that holds one checkpoint
-_ENTRIES = ("state_dict", "model_state_dict", "model")
 _SHOWN = 3
 
 
@@ -110,31 +109,35 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file or folder by name, wherever training scripts put them and without wrappers' prefixes."""
-    if path.is_dir():
-        whole = _weights_in(path)
-        assert whole is not None  # or it would not have been found
-        if whole.name.endswith(".index.json"):
-            names = read_json(whole, remedy="fetch it again").get("weight_map", {})
-            files = sorted({str(name) for name in names.values()} if isinstance(names, Mapping) else ())
-            if not files or any(Path(name).name != name for name in files):
-                raise ValueError(f"{whole}: not an index of files in its folder; fetch it again")
-            return {name: tensor for file in files for name, tensor in _unwrapped(path / file).items()}
-        path = whole
-    return _unwrapped(path)
+def read_state(path: Path, holds: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file or folder by name, wherever training scripts put them and without wrappers' prefixes.
 
-
-def _unwrapped(path: Path) -> dict[str, Tensor]:
-    content: Any = foreign.read(path)
-    for _ in range(2):  # {"state_dict": {"model": ...}} at most
-        if isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-            content = next((content[name] for name in _ENTRIES if isinstance(content.get(name), Mapping)), content)
-    found = content.items() if isinstance(content, Mapping) else ()
-    state = foreign.without_wrappers({str(name): value for name, value in found if isinstance(value, Tensor)})
+    holds: names that the network has; without any, the largest state dict is taken. Of weights and their average it is the weights,
+    which metrics are usually of. Raises ValueError for a file without tensors.
+    """
+    content = _content(path)
+    try:
+        state = foreign.network_in(content, holds=holds, prefer="model").tensors
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not state:
-        raise ValueError(f"{path}: holds no state dict, itself or as {', '.join(_ENTRIES)}; save one with torch.save")
+        raise ValueError(f"{path}: holds no state dict; save one with torch.save")
     return state
+
+
+def _content(path: Path) -> Any:
+    if not path.is_dir():
+        return foreign.read(path)
+    whole = _weights_in(path)
+    assert whole is not None  # or it would not have been found
+    if not whole.name.endswith(".index.json"):
+        return foreign.read(whole)
+    names = read_json(whole, remedy="fetch it again").get("weight_map", {})
+    files = sorted({str(name) for name in names.values()} if isinstance(names, Mapping) else ())
+    if not files or any(Path(name).name != name for name in files):
+        raise ValueError(f"{whole}: not an index of files in its folder; fetch it again")
+    parts = [foreign.read(path / file) for file in files]
+    return {name: tensor for part in parts if isinstance(part, Mapping) for name, tensor in part.items()}
 
 
 def layout_of(state: Mapping[str, Tensor]) -> ParameterLayout:
@@ -144,7 +147,6 @@ def layout_of(state: Mapping[str, Tensor]) -> ParameterLayout:
 
 def theta_of(state: Mapping[str, Tensor], layout: ParameterLayout, where: str, whose: str) -> Float[Tensor, " D"]:
     """The parameters as one float32 vector. Raises ValueError showing both sides if the state dict is of another network."""
-    state = _under(_prefix(state, layout), state)
     theirs = {name: tuple(x.shape) for name, x in state.items() if x.is_floating_point()}
     expected = {
         **layout.shapes,
@@ -161,14 +163,3 @@ def theta_of(state: Mapping[str, Tensor], layout: ParameterLayout, where: str, w
         more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ValueError(f"{where}: a network other than {whose}: {'; '.join(wrong[:_SHOWN])}{more}")
     return layout.flatten({name: x.float() for name, x in state.items() if name in expected}).contiguous()
-
-
-def _prefix(state: Mapping[str, Tensor], layout: ParameterLayout) -> str:
-    """What stands before the layout's names, such as the attribute of a Lightning module that holds the network."""
-    first = next(iter(layout.shapes))
-    ends = [name[: -len(first)] for name in state if name == first or name.endswith(f".{first}")]
-    return max(ends, key=lambda prefix: sum(prefix + name in state for name in layout.shapes), default="")
-
-
-def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}

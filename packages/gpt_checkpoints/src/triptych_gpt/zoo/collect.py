@@ -16,6 +16,7 @@ from triptych_common.parallel import process_group
 from triptych_common.progress import Progress
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory, differences
+from triptych_common.throughput import keep_freed_memory
 
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Cohort, Speed, Task
@@ -51,7 +52,7 @@ def spec_of(config: CollectConfig) -> TaskSpec:
     """The task as workers open it, with the absolute path of a user's file."""
     path, colon, name = config.task.rpartition(":")
     own = f"{Path(path).resolve()}:{name}" if colon and path.endswith(".py") else config.task
-    return TaskSpec(own, config.data, config.epochs)
+    return TaskSpec(own, config.data, config.epochs, config.iterations)
 
 
 def request(config: CollectConfig) -> tuple[Task, dict[str, Any]]:
@@ -127,7 +128,8 @@ def preview(config: CollectConfig) -> dict[str, Any]:
 
 
 def _measured(task: Task, config: CollectConfig) -> Speed:
-    """A short measurement on one thread, as in a worker."""
+    """A short measurement on one thread, as in a worker, which keeps the memory it frees."""
+    keep_freed_memory()
     device, threads = _device(config.device), torch.get_num_threads()
     torch.set_num_threads(1)
     most = 4096 if device.type == "cuda" else 256  # more was never faster
@@ -170,7 +172,7 @@ def _manifest(task: Task, config: CollectConfig, identity: Mapping[str, Any]) ->
 def _words(config: CollectConfig) -> list[str]:
     """The command line with every setting that decides what the zoo is."""
     words = [config.task]
-    for name in ("data", "epochs", "early", *IDENTITY):
+    for name in ("data", "epochs", "iterations", "early", *IDENTITY):
         value, flag = getattr(config, name), name.replace("_", "-")
         if value != CollectConfig.__dataclass_fields__[name].default:
             words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]

@@ -26,6 +26,8 @@ class CollectConfig(CommonOptions):
     """data set in place of the task's own, such as mnist5k for mnist_mlp"""
     epochs: int | None = None
     """epochs in place of the task's own"""
+    iterations: int | None = None
+    """iterations of PPO in place of the task's own"""
     checkpoints: Annotated[int, Ge(2)] = 200
     """checkpoints per run: before training, after random steps, and after the last"""
     early: bool = False

@@ -15,19 +15,21 @@ import torch
 import xxhash
 from triptych_common.cli import echo
 from triptych_common.randomness import permutation
-from triptych_common.storage.files import read_bytes, read_json
+from triptych_common.storage.files import LONGEST_NAME, read_bytes, read_json
 from triptych_common.storage.run import RunDirectory
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.checkpoint_files import find, layout_of, read_state, theta_of
-from triptych_gpt.zoo.lmdb_import import Splits, summary, write_zoo
+from triptych_gpt.zoo.lmdb_import import Splits, refuse_unreadable_names, summary, write_zoo
 from triptych_gpt.zoo.source import NO_TASK, TaskSpec
 from triptych_gpt.zoo.store import OWN_COLUMNS, CohortData, unsound
 
 ORIGIN = "folder of checkpoints"
 _COHORT_FLOATS = 1 << 28  # of a shard, which is in memory as a whole
+_LARGEST_STEP = (1 << 63) - 1
+_ROWS = 1 << 20  # of a Parquet file of any size; a larger one has a byte for each
 _REMEDY = "a table has columns run, step, and one for each metric"
 
 
@@ -112,14 +114,21 @@ def _open(config: ImportConfig) -> _Source:
     for reason, paths in found.left_out.items():
         some = ", ".join(str(path.relative_to(config.folder)) for path in paths[:3])
         echo(f"left out {len(paths):,} ({reason}): {some}{', ...' if len(paths) > 3 else ''}")
+    refuse_unreadable_names(config.folder, found.runs)
+    latest = [next(reversed(files.items())) for files in found.runs.values()]
+    if beyond := [path for step, path in latest if step > _LARGEST_STEP]:
+        raise ValueError(f"{beyond[0]}: a step above {_LARGEST_STEP:,}; rename it, or tell steps by --pattern")
     spec = spec_of(config)
     task = None if spec is None else spec.open()
     first = next(iter(next(iter(found.runs.values())).values()))
     if task is None:
-        layout, whose = layout_of(read_state(first)), f"the one in {first}"
+        try:
+            layout, whose = layout_of(read_state(first)), f"the one in {first}"
+        except ValueError as error:
+            raise ValueError(str(error) if str(first) in str(error) else f"{first}: {error}") from error
     else:
         layout, whose = task.layout, f"task {task.name}'s"
-    theta_of(read_state(first), layout, str(first), whose)  # refused before there is a folder
+    theta_of(read_state(first, layout.shapes), layout, str(first), whose)  # refused before there is a folder
     table, columns = _read_table(config.metrics) if config.metrics is not None else ({}, ())
     better, rescored = _metrics(config, task, columns)
     count = config.checkpoints or _common_count(found.runs)
@@ -239,13 +248,7 @@ def _read_table(path: Path) -> tuple[dict[tuple[str, int], dict[str, float]], tu
 
 def _rows(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            return pq.read_table(pa.BufferReader(read_bytes(path))).to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: no Parquet file; {_REMEDY}") from error
+        return _parquet_rows(path)
     if path.suffix == ".json":
         return read_json(path, list[dict[str, Any]], remedy=f"expected [{{...}}, ...]; {_REMEDY}")
     if path.suffix != ".csv":
@@ -254,6 +257,28 @@ def _rows(path: Path) -> list[Any]:
         return list(csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file ({error}); {_REMEDY}") from error
+
+
+def _parquet_rows(path: Path) -> list[Any]:
+    """Runs and numbers of a Parquet file, whose few bytes may claim any number of equal rows, or of equal texts."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    content = read_bytes(path)
+    try:
+        with pq.ParquetFile(pa.BufferReader(content), read_dictionary=["run"]) as file:
+            rows, columns = file.metadata.num_rows, file.schema_arrow
+            if rows > max(_ROWS, len(content)):
+                raise ValueError(f"{path}: {rows:,} rows in {len(content):,} bytes; {_REMEDY}")
+            table = file.read([each.name for each in columns if each.name == "run" or pa.types.is_primitive(each.type)])
+        runs = table.column("run").combine_chunks() if "run" in table.column_names else pa.array([])
+        names = runs.dictionary if pa.types.is_dictionary(runs.type) else pa.array([], pa.string())
+        if (longest := pc.max(pc.binary_length(names)).as_py() or 0) > LONGEST_NAME:
+            raise ValueError(f"{path}: a run's name of {longest:,} bytes, expected a folder's; {_REMEDY}")
+        return table.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise ValueError(f"{path}: no Parquet file, or a damaged one; {_REMEDY}") from error
 
 
 def _number(value: Any) -> float:
@@ -270,7 +295,7 @@ def _read_cohort(source: _Source, split: str, cohort: range, names: Sequence[str
     for run in cohort:
         row = theta[len(kept)]
         for place, (_, path) in enumerate(source.runs[names[run]]):
-            row[place] = theta_of(read_state(path), source.layout, str(path), source.whose)
+            row[place] = theta_of(read_state(path, source.layout.shapes), source.layout, str(path), source.whose)
         problem = unsound(row) or _lacking(source, names[run])
         if problem is None:
             kept.append(run)

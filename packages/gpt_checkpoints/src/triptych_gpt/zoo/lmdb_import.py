@@ -7,9 +7,10 @@ with "_arch" appended to the key, the sizes of the parameters, also raw float32.
 nothing else.
 """
 
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -107,6 +108,8 @@ def import_runs(
     facts: "task" and "metrics" of the manifest, and others.
     """
     runs, test = found.runs, found.test
+    if found.checkpoints < 2:
+        raise ValueError(f"checkpoints {found.checkpoints}: expected 2 or more; save more of each run")
     validation = max(0, min(16, (len(runs) - test) // 10)) if config.validation_runs is None else config.validation_runs
     splits = Splits.of(len(runs), validation, test, f"the {len(runs):,} runs in {found.folder}")
     names = xxhash.xxh3_128("/".join(name for name, _ in runs).encode()).hexdigest()
@@ -134,6 +137,13 @@ def import_runs(
         manifest = write_zoo(config, manifest_facts, splits.cohorts(config.cohort_runs), read)
     left_out = f"skipped {found.skipped:,} folders without DONE.txt"
     return {**summary(config, manifest, left_out), "unfinished_folders": found.skipped}
+
+
+def refuse_unreadable_names(folder: Path, names: Iterable[str]) -> None:
+    """Raise ValueError for the name of a run that is no text, since an index holds them as text."""
+    for name in names:
+        if not name.isascii() and os.fsencode(name).decode(errors="ignore") != name:
+            raise ValueError(f"{folder}: the name of run {os.fsencode(name)!r} is not UTF-8; rename it")
 
 
 class Splits(NamedTuple):
@@ -172,7 +182,7 @@ def write_zoo(
             raise ValueError(f"{config.out}: a zoo of another version of {facts['task']}; use another --out")
         found.save()
     manifest = found or Manifest.create(config.out, {**facts, "provenance": provenance()})
-    done = {record.name for record in manifest.shards}
+    done = {record.name: record for record in manifest.shards}
     again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
     units = list(cohorts)
     with Progress("import", units[-1][1].stop, "runs") as progress:
@@ -181,6 +191,10 @@ def write_zoo(
             name = shard_name(cohort)
             if name not in done or name in again:
                 record = write_shard(config.out, name, read(split, cohort), config.dtype)
+                if name in done and record.theta != done[name].theta:
+                    source = config.folder or config.lmdb or config.sb3
+                    changed = f"runs {cohort.start}..{cohort.stop - 1} are not those that were imported"
+                    raise ValueError(f"{source}: {changed}; put them back, or use another --out")
                 manifest.commit(record, replace=name in again)
             progress.advance(len(cohort))
     return manifest
@@ -265,6 +279,7 @@ def find_runs(folder: Path) -> tuple[list[tuple[str, Path]], int]:
         expected = f"folders with data.mdb, runs.json and DONE.txt; {len(folders):,} have no DONE.txt"
         raise ValueError(f"{folder}: no complete runs ({expected})")
     where = {run: path for path in done for run in path.name.split("_")}
+    refuse_unreadable_names(folder, where)
     return list(where.items()), len(folders) - len(done)
 
 

@@ -16,18 +16,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.storage import foreign
+from triptych_common.storage.pickle_machine import largest
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
 from triptych_gpt.tasks.reinforcement.policies import LOG_STD
 from triptych_gpt.tasks.task import Task
 from triptych_gpt.zoo.folder_import import spec_of
-from triptych_gpt.zoo.lmdb_import import Found, import_runs
+from triptych_gpt.zoo.lmdb_import import Found, import_runs, refuse_unreadable_names
 from triptych_gpt.zoo.source import one_line
 from triptych_gpt.zoo.store import CohortData, unsound
 
 _STEPS = re.compile(r".*?(\d{1,15})(?:_steps)?\.zip")
-_MAX_BYTES = 1 << 30  # of an unpacked policy
 _POLICY = re.compile(r"mlp_extractor\.policy_net\.\d+\.(weight|bias)|action_net\.(weight|bias)")
 
 
@@ -65,9 +65,11 @@ def find_runs(folder: Path) -> list[tuple[str, Path]]:
     """Name and folder of each run, by name. Raises FileNotFoundError for an absent folder, ValueError for one without runs."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the one that holds a folder for each run")
-    runs = [(path.name, path) for path in sorted(folder.iterdir()) if path.is_dir() and any(path.glob("*.zip"))]
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    runs = [(path.name, path) for path in found if any(file.is_file() for file in path.glob("*.zip"))]
     if not runs:
         raise ValueError(f"{folder}: no runs; expected a folder for each, with checkpoints NAME_STEPS_steps.zip")
+    refuse_unreadable_names(folder, [name for name, _ in runs])
     return runs
 
 
@@ -118,6 +120,8 @@ def read_policy(path: Path, layout: ParameterLayout) -> Float[Tensor, " D"]:
     """The policy in an archive as theta. Raises ValueError for a damaged one, or another network."""
     state = _state_dict(path)
     theirs = {name: value for name, value in state.items() if name == LOG_STD or _POLICY.fullmatch(name)}
+    if other := [f"{name} is {value.dtype}" for name, value in theirs.items() if not value.is_floating_point()]:
+        raise ValueError(f"{path}: {other[0]}, expected floating-point numbers; choose the --task that fits")
     # Both list layers from input to output; only their names differ.
     shapes = {name: tuple(value.shape) for name, value in theirs.items()}
     if list(shapes.values()) != list(layout.shapes.values()):
@@ -127,15 +131,20 @@ def read_policy(path: Path, layout: ParameterLayout) -> Float[Tensor, " D"]:
 
 
 def _state_dict(path: Path) -> Mapping[str, Tensor]:
-    again = "save it again with stable-baselines3's save()"
+    again, most = "save it again with stable-baselines3's save()", largest(path.stat().st_size)
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.getinfo("policy.pth").file_size > _MAX_BYTES:
-                raise ValueError(f"{path}: policy.pth is larger than {_MAX_BYTES:,} bytes; {again}")
-            content = archive.read("policy.pth")
-    except (zipfile.BadZipFile, KeyError, OSError, NotImplementedError, RuntimeError) as error:
+            size = archive.getinfo("policy.pth").file_size
+            content = archive.read("policy.pth") if size <= most else None
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path}: damaged, or not an archive of stable-baselines3 ({error}); {again}") from error
+    if content is None:
+        raise ValueError(f"{path}: policy.pth of {size:,} bytes, expected at most {most:,} of such a file; {again}")
     state = foreign.read(path / "policy.pth", content)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path}: policy.pth is no state dict; {again}")
     return state

@@ -30,12 +30,13 @@ class TaskSpec:
     task: str
     data: str | None = None
     epochs: int | None = None
+    iterations: int | None = None
 
     def open(self) -> "Task":
         """The task, its networks and data imported."""
         from triptych_gpt.tasks.registry import open_task  # imports every task's networks
 
-        return open_task(self.task, data=self.data, epochs=self.epochs)
+        return open_task(self.task, data=self.data, epochs=self.epochs, iterations=self.iterations)
 
     @classmethod
     def recorded(cls, content: Any, where: str, task: str | None = None) -> "TaskSpec":

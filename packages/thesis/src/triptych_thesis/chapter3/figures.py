@@ -38,7 +38,7 @@ class FiguresConfig(CommonOptions):
     """folder for a JSON file and a figure of each experiment"""
     experiments: tuple[str, ...] = ()
     """which, by default all: fig-3.3 (one step), fig-3.4 (optimisers' curves), fig-3.5 (prompts), fig-3.6 (initialisers),
-    fig-3.8 (landscape), fig-3.9 (neighbours), audit (memorisation), sampler-steps, filters"""
+    fig-3.8 (landscape), fig-3.9 (neighbours), audit (memorisation), sampler-steps, filters, film (of a cartpole)"""
     sampler: str = "ddpm"
     """ddpm as in the thesis, ddim, or a scheduler of diffusers by name, such as unipc"""
     num_inference_steps: int = 50

@@ -1,11 +1,12 @@
 """Hand-designed optimisers, tuned: what one update of a generative model is compared with.  [thesis 3.4.1, Fig 3.3, 3.4]
 
 Every optimiser is tried at each point of a grid of learning rates and weight decays, at a constant rate. Points are chosen on
-validation networks, and reported on others. All networks see the same minibatches, the task's own.
+validation networks, and reported on others. All networks see the same minibatches, the task's own. A policy's step has the
+gradient of PPO's objective on a rollout that the policy has just collected, whole; PPO itself stands beside the others.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
@@ -17,6 +18,8 @@ from torch import Tensor
 from triptych_gpt.evaluation.records import plain
 from triptych_gpt.tasks.networks import train_networks
 from triptych_gpt.tasks.optimizers import OptimizerSettings
+from triptych_gpt.tasks.reinforcement.ppo import train_policies
+from triptych_gpt.tasks.reinforcement.task import ReinforcementTask
 from triptych_gpt.tasks.supervised import SupervisedTask
 from triptych_gpt.tasks.task import Cohort, Task
 
@@ -31,6 +34,11 @@ OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # by name: the clas
     "NAdam": ("NAdam", {}),
     "Adadelta": ("Adadelta", {}),
 }
+PPO = "PPO"
+OF_POLICIES = (
+    " A policy's step follows PPO's objective on a rollout that the policy has just collected. PPO itself is not tuned: its steps "
+    "are iterations of the task's recipe, a rollout and all epochs of minibatches on it."
+)
 RATE_FACTORS = (0.1, 1.0, 10.0)  # times PyTorch's default learning rate
 WEIGHT_DECAYS = (0.0, 5e-5, 5e-4)
 
@@ -74,6 +82,11 @@ class Curve:
         }  # fmt: skip
 
 
+def one_step(optimizer: str) -> str:
+    """In running text."""
+    return f"one {'iteration' if optimizer == PPO else 'step'} of {optimizer}"
+
+
 def spaced_steps(last: int, ratio: float = 1.15) -> tuple[int, ...]:
     """1, 2, ... up to `last`, each at least one more than the one before and about `ratio` times it."""
     steps = [1]
@@ -91,7 +104,7 @@ def grid_of(optimizer: str) -> tuple[GridPoint, ...]:
 
 
 def optimise(
-    task: SupervisedTask,
+    task: SupervisedTask | ReinforcementTask,
     optimizer: str,
     test: Float[Tensor, "networks D"],
     validation: Float[Tensor, "tuning D"],
@@ -100,7 +113,7 @@ def optimise(
     *,
     seed: int = 0,
 ) -> Curve:
-    """Train networks with an optimiser of OPTIMIZERS at every point of its grid, scoring them after `steps` updates.
+    """Train networks with an optimiser of OPTIMIZERS at every point of its grid, scoring them after `steps` updates; or by PPO.
 
     test: networks that the curves are of; they choose nothing. validation: networks by whose mean grid points are chosen.
     Raises ValueError for an unknown optimiser or metric, or steps that are not ascending from 1.
@@ -110,8 +123,14 @@ def optimise(
         raise ValueError(f"metric {metric!r}: task {task.name} has {', '.join(better)}")
     if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
         raise ValueError(f"steps {steps}: expected ascending numbers of updates, the first at least 1")
-    grid = grid_of(optimizer)
-    trained = _trained(task, optimizer, grid, torch.cat([test, validation]), steps, seed)
+    networks = torch.cat([test, validation])
+    if optimizer == PPO and isinstance(task, ReinforcementTask):
+        grid: tuple[GridPoint, ...] = (GridPoint(task.ppo.learning_rate, 0.0),)  # the recipe's own
+        longer = max(task.ppo.iterations, steps[-1])
+        trained = _policies(replace(task, ppo=replace(task.ppo, iterations=longer)), networks, steps, seed)[None]
+    else:
+        grid = grid_of(optimizer)
+        trained = _trained(task, optimizer, grid, networks, steps, seed)
     # Points are chosen by the mean over validation networks alone, and diverged ones are never chosen.
     means = _scored(task, metric, trained[:, len(test) :]).mean(1)  # grid steps
     worst = math.inf if better[metric] == "lower" else -math.inf
@@ -124,10 +143,11 @@ def optimise(
 
 
 def optimise_with_all(task: Task, *arguments: Any, **options: Any) -> list[Curve]:
-    """`optimise` with every optimiser; no curves for a task that is not supervised."""
-    if not isinstance(task, SupervisedTask):
+    """`optimise` with every optimiser, policies by PPO too; no curves for a task that has neither data nor policies."""
+    if not isinstance(task, SupervisedTask | ReinforcementTask):
         return []
-    return [optimise(task, name, *arguments, **options) for name in OPTIMIZERS]
+    names = [*OPTIMIZERS, *[PPO] * isinstance(task, ReinforcementTask)]
+    return [optimise(task, name, *arguments, **options) for name in names]
 
 
 @dataclass(frozen=True)
@@ -165,12 +185,16 @@ class _Shares:
 
 
 def _trained(
-    task: SupervisedTask, optimizer: str, grid: tuple[GridPoint, ...], initial: Tensor, steps: tuple[int, ...], seed: int
+    task: SupervisedTask | ReinforcementTask, optimizer: str, grid: tuple[GridPoint, ...], initial: Tensor,
+    steps: tuple[int, ...], seed: int,
 ) -> Float[Tensor, "grid networks steps D"]:  # fmt: skip
     name, fixed = OPTIMIZERS[optimizer]
     # networks of the stack: all networks at the first point, then all at the second, ...
     settings = _GridSettings(name, {**fixed, "lr": grid[0].learning_rate}, "constant", grid)
     start = initial.repeat(len(grid), 1)
+    if isinstance(task, ReinforcementTask):
+        whole = replace(task, ppo=replace(task.ppo, epochs=1, minibatches=1))
+        return _policies(whole, start, steps, seed, len(initial), settings.make).unflatten(0, (len(grid), -1))
     out = start.new_empty(len(start), len(steps), start.shape[1])
     record = torch.tensor(steps, device=start.device).expand(len(start), -1)
     train, count = task.items["train"].to(start.device, start.dtype), steps[-1]
@@ -183,7 +207,29 @@ def _trained(
     return out.unflatten(0, (len(grid), -1))
 
 
-def _scored(task: SupervisedTask, metric: str, theta: Float[Tensor, "*any D"]) -> Float[Tensor, "*any"]:
+def _policies(
+    task: ReinforcementTask,
+    start: Float[Tensor, "policies D"],
+    steps: tuple[int, ...],
+    seed: int,
+    runs: int | None = None,
+    make_optimizer: Callable[[Sequence[Tensor]], Any] | None = None,
+) -> Float[Tensor, "policies steps D"]:
+    """Policies after `steps` iterations, with fresh critics; i and i + runs have the same critic, environments and noise."""
+    count = runs or len(start)
+    numbers = [i % count for i in range(len(start))]
+    learner = task.learner(
+        Cohort(seed, 0, range(count)), numbers, start.device, start.dtype, theta=start, make_optimizer=make_optimizer
+    )
+    out = start.new_empty(len(start), len(steps), start.shape[1])
+    try:
+        train_policies(learner, torch.tensor(steps, device=start.device).expand(len(start), -1), out)
+    finally:
+        learner.environments.close()
+    return out
+
+
+def _scored(task: Task, metric: str, theta: Float[Tensor, "*any D"]) -> Float[Tensor, "*any"]:
     return task.evaluate(theta.flatten(0, -2))[metric].view(theta.shape[:-1])
 
 

@@ -89,7 +89,7 @@ _GPU = replace(
     warmup_pairs=100_000, precision="bf16", validation_every=1000, checkpoint_every=500, validation_networks=32,
 )  # fmt: skip
 
-SIZES: dict[str, Size] = {
+_MNIST: dict[str, Size] = {  # and the thesis's other images, CIFAR-10
     "smoke": Size(
         replace(_LAPTOP_ZOO, runs=30, cohort_runs=10, epochs=4, checkpoints=20, split_every=3),
         replace(TRAIN_PRESETS["smoke"], total_pairs=6_400),
@@ -136,3 +136,44 @@ SIZES: dict[str, Size] = {
         amounts=_PAPER_AMOUNTS,
     ),
 }  # fmt: skip
+
+_SMALL_ZOO = COLLECT_PRESETS["cartpole_small"]
+_CARTPOLE: dict[str, Size] = {
+    "smoke": Size(
+        replace(_SMALL_ZOO, runs=18, cohort_runs=6, iterations=25, checkpoints=16, split_every=3),
+        replace(
+            TRAIN_PRESETS["smoke"], metric="return", width=64, total_pairs=1_920, batch_size=64, warmup_pairs=192, log_every=5,
+            validation_every=15,
+        ),
+        Variants(total_pairs=640, widths=(32, 64), runs=(5, 10), chunk_size=64),
+        num_inference_steps=5,
+        amounts=Amounts(
+            networks=4, prompts=5, baseline_networks=2, optimizer_steps=3, updates=2, recursion_networks=2, samples=4,
+            audit_samples=4, neighbour_prompts=2, every=4, sampler_steps=(2, 5),
+        ),
+    ),
+    "laptop": Size(
+        _SMALL_ZOO,
+        TRAIN_PRESETS["cartpole_small"],
+        Variants(total_pairs=40_000, widths=(64, 128, 256), runs=(100, 400, 800), chunk_size=160),
+        num_inference_steps=25,
+        amounts=Amounts(audit_samples=64, every=4),
+    ),
+    "gpu": Size(
+        CollectConfig(task="cartpole", runs=4000),
+        replace(_GPU, metric="return", width=512, num_heads=8),
+        Variants(total_pairs=500_000, widths=(128, 256, 512), runs=(100, 400, 1600, 3200), chunk_size=160),
+        num_inference_steps=250,
+        amounts=Amounts(networks=128, audit_samples=200, recursion_networks=16),
+    ),
+    "paper": Size(
+        COLLECT_PRESETS["cartpole"],
+        TRAIN_PRESETS["cartpole"],
+        replace(_PAPER, runs=(500, 5000, 10_000, 25_000, 45_000), chunk_size=160),
+        num_inference_steps=1000,
+        amounts=_PAPER_AMOUNTS,
+    ),
+}  # fmt: skip
+
+MNIST, CARTPOLE = "mnist", "cartpole"
+SIZES = {MNIST: _MNIST, CARTPOLE: _CARTPOLE}

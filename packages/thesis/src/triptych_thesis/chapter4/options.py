@@ -6,11 +6,11 @@ from typing import Annotated
 
 from triptych_common.cli import CommonOptions
 from triptych_common.fields import Ge
-from triptych_gangealing.settings import Data, PckConfig
+from triptych_gangealing.settings import Data, DigitPairsConfig
 
 
 @dataclass(frozen=True)
-class AlignmentScoreConfig(PckConfig):
+class AlignmentScoreConfig(DigitPairsConfig):
     """Score an aligner on held-out coloured digits whose correspondences and jitters are known, beside baselines."""
 
     images: Annotated[int, Ge(1)] = 500

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from triptych_common.cli import CommonOptions, echo
-from triptych_common.storage.files import read_json, write_text
+from triptych_common.storage.files import check, read_bytes, read_json, write_text
 from typing_extensions import TypedDict
 from tyro.conf import Positional, Suppress
 
@@ -60,18 +60,16 @@ def load_claims(path: Path) -> dict[str, Claim]:
     names = {field.name for field in fields(Claim)}
     claims: dict[str, Claim] = {}
     try:
-        rows = [dict(row) for row in tomllib.loads(Path(path).read_text())["claim"]]
-    except (ValueError, TypeError, KeyError, IsADirectoryError) as error:
+        rows = [dict(row) for row in tomllib.loads(read_bytes(Path(path)).decode())["claim"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: no ledger, expected TOML with [[claim]] tables ({error})") from error
     for row in rows:
         if row.keys() != names:
             raise ValueError(f"{path}: claim {row.get('id')!r}: keys differ by {sorted(row.keys() ^ names)}")
-        if row["id"] in claims:
-            raise ValueError(f"{path}: claim {row['id']!r} appears twice")
-        try:
-            claims[row["id"]] = Claim(**row)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        claim = check(row, Claim, source=str(path), remedy="mend this line")
+        if claim.id in claims:
+            raise ValueError(f"{path}: claim {claim.id!r} appears twice")
+        claims[claim.id] = claim
     return claims
 
 
@@ -87,6 +85,7 @@ def record(ledger: Path, found: Mapping[str, Mapping[str, str]]) -> None:
             Claim(**{**vars(known[claim]), **values})  # refuses what is no verdict
             for name in FOUND:
                 line = f"{name} = {json.dumps(values[name], ensure_ascii=False)}"
+                line = line.replace("\x7f", r"\u007f")  # which TOML refuses as it is
                 block = re.sub(rf'^{name} = ".*"$', line.replace("\\", r"\\"), block, flags=re.MULTILINE)
         blocks[i] = block
     write_text(ledger, "[[claim]]\n".join([head, *blocks]))

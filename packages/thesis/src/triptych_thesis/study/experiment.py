@@ -107,7 +107,8 @@ class Experiment:
     measure: Callable[[Any], Result]  # with the chapter's context
     section: Callable[[Any, Result], Section]  # its part of the study's report
     verdicts: Callable[[Result], list[Verdict]] = lambda result: []
-    figures: Callable[[Result], Mapping[str, "Figure"]] = lambda result: {}  # by title, for PNG files beside the result
+    # By title, for PNG files beside the result; bytes are such a file, which may be animated.
+    figures: Callable[[Result], Mapping[str, "Figure | bytes"]] = lambda result: {}
     # What must be trained or sampled first, by any experiment.
     needs: Callable[[Any], Sequence[Any]] = lambda context: ()
     kept: bool = False  # an existing result is not measured again: what it depends on is part of the study's identity
@@ -132,7 +133,6 @@ class Study(CommonOptions):
     """The options that the studies of all chapters share. Everything else is a chapter's own."""
 
     chapter: ClassVar[int]
-    sizes: ClassVar[Collection[str]]  # their names
     results_folder: ClassVar[str] = "experiments"
     decisive: ClassVar[Sequence[str]] = ()  # the chapter's own options that decide results
 
@@ -158,9 +158,19 @@ class Study(CommonOptions):
                 raise ValueError(f"experiment {name!r}: expected one of {', '.join(self.offered)} at size {self.size}")
 
     @property
+    @abstractmethod
+    def sizes(self) -> Collection[str]:
+        """Names of the sizes."""
+
+    @property
+    def home(self) -> Path:
+        """The folder of all sizes, and of the latest report."""
+        return self.out
+
+    @property
     def folder(self) -> Path:
         """The folder of this size."""
-        return self.out / self.size
+        return self.home / self.size
 
     @property
     def experiments(self) -> Mapping[str, Experiment]:
@@ -201,6 +211,10 @@ class Study(CommonOptions):
     def facts(self, context: Any) -> dict[str, Any]:
         """What results.json holds besides: models, data, settings."""
 
+    def judged(self, verdict: Verdict) -> Verdict | None:
+        """An experiment's verdict as one on a row of the ledger; None where the claim does not speak of what was studied."""
+        return verdict
+
     def check(self) -> None:
         """Raise for whatever would fail later: missing files, a damaged ledger."""
         if self.claims.exists():
@@ -212,6 +226,11 @@ class Study(CommonOptions):
     def units(self, context: Any, needs: Sequence[Any]) -> Mapping[str, Sequence["Unit"]]:
         """What the experiments need, each once, as units of work by stage, in the order of the stages."""
         return {}
+
+    @property
+    def target(self) -> str:
+        """The target of make that makes the results, with its variables."""
+        return f"reproduce-ch{self.chapter} SIZE={self.size}"
 
     @property
     def command(self) -> str:

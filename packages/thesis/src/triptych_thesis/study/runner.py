@@ -9,19 +9,35 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from triptych_common.cli import echo
 from triptych_common.plots import figure_png
-from triptych_common.storage.files import read_json, write_bytes, write_json
+from triptych_common.storage.files import open_ended, read_json, write_bytes, write_json
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import default_workers, on_gpu, run_all
+from typing_extensions import TypedDict
 
 from triptych_thesis.study.claims import Claim, load_claims
-from triptych_thesis.study.experiment import FREED, Experiment, Study
+from triptych_thesis.study.experiment import FREED, Experiment, Section, Study
 from triptych_thesis.study.report import Report, facts_table, publish
 from triptych_thesis.study.verdicts import Verdict, merged
+
+_AGAIN = "delete it and repeat the command"
+
+
+class _Made(TypedDict):
+    command: str
+    commit: str
+
+
+@open_ended
+class _File(TypedDict):
+    command: NotRequired[str]
+    commit: NotRequired[str]
+    made: NotRequired[_Made]
+    result: NotRequired[dict[str, Any]]
 
 
 class Stopwatch:
@@ -80,15 +96,17 @@ def run(study: Study) -> dict[str, Any]:
             for each in chosen:
                 measure(each, context, study.result_path(each.name), figures, study.command)
             for name in study.offered:  # the report shows the results of other times too
-                if name not in study.chosen and study.result_path(name).exists():
-                    draw(study.experiments[name], read_result(study.result_path(name))["result"], figures)
+                path = study.result_path(name)
+                if name not in study.chosen and path.exists():
+                    with _known(path):
+                        draw(study.experiments[name], read_result(path)["result"], figures)
         results = assemble(study, context, clock.seconds)
         write_json(directory.path / "results.json", results)
         write_report(study, results)
     counts = Counter(each["verdict"] for each in results["claims"].values())
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "none decided"
     echo(f"claims of the thesis: {summary}")
-    for path in publish(study.folder, study.out):
+    for path in publish(study.folder, study.home):
         echo(f"wrote {path} (size {study.size})")
     return results
 
@@ -105,22 +123,33 @@ def measure(experiment: Experiment, context: Any, path: Path, figures: Path, com
         if before is not None and alike(before["result"], result):
             result, made = before["result"], before["made"]
         write_json(path, {"experiment": experiment.name, "made": made, "result": result})
-    draw(experiment, result, figures)
+    with _known(path):
+        draw(experiment, result, figures)
     return result
 
 
 def draw(experiment: Experiment, result: Any, figures: Path) -> None:
     """Write an experiment's figures into a folder."""
     for title, figure in experiment.figures(result).items():
-        write_bytes(figures / f"{title}.png", figure_png(figure))
+        write_bytes(figures / f"{title}.png", figure if isinstance(figure, bytes) else figure_png(figure))
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """What `measure` wrote: {"made": {"command", "commit"}, "result"}. Raises ValueError for a damaged file."""
     # Earlier versions had the result, or command and commit, at the top.
-    content = read_json(path, remedy="delete it and repeat the command")
+    content = read_json(path, _File, remedy=_AGAIN)
     made = content.pop("made", None) or {name: content.get(name, "unknown") for name in ("command", "commit")}
     return {"made": made, "result": content.get("result", content)}
+
+
+@contextmanager
+def _known(path: Path) -> Iterator[None]:
+    """Turn what an experiment raises where a file holds something else than its result into one line that names the file."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: no result of this experiment ({problem}); {_AGAIN}") from error
 
 
 def alike(before: Any, now: Any) -> bool:
@@ -158,7 +187,12 @@ def assemble(study: Study, context: Any, seconds: Mapping[str, float]) -> dict[s
 
 def _verdicts(study: Study, experiments: Mapping[str, Any]) -> list[tuple[str, Verdict]]:
     """The verdicts of every experiment, each with the experiment's name."""
-    return [(name, each) for name, result in experiments.items() for each in study.experiments[name].verdicts(result)]
+    found = []
+    for name, result in experiments.items():
+        with _known(study.result_path(name)):
+            judged = [study.judged(each) for each in study.experiments[name].verdicts(result)]
+        found += [(name, each) for each in judged if each is not None]
+    return found
 
 
 def write_report(study: Study, results: Mapping[str, Any]) -> None:
@@ -184,11 +218,16 @@ def write_report(study: Study, results: Mapping[str, Any]) -> None:
             (each, f"{ledger[claim].item}: {ledger[claim].title}" if claim in ledger else claim)
             for claim, each in in_order(verdicts, ledger).items()
         ],
-        command=f"make reproduce-ch{study.chapter} SIZE={study.size}\n{study.command}",
+        command=f"make {study.target} SIZE={study.size}\n{study.command}",
         facts=facts_table({**origins(results["made"]), **facts}),
-        sections=[study.experiments[name].section(study, result) for name, result in results["experiments"].items()],
+        sections=[_section(study, name, result) for name, result in results["experiments"].items()],
     )
     report.write(study.folder / "report.html")
+
+
+def _section(study: Study, name: str, result: Any) -> Section:
+    with _known(study.result_path(name)):
+        return study.experiments[name].section(study, result)
 
 
 def origins(made: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

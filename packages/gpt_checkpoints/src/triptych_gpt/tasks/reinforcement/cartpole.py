@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -18,6 +19,8 @@ from triptych_gpt.tasks.reinforcement.environments import Continuous, Environmen
 
 State = Float[Tensor, "4 *batch"]
 """Position of the cart (m), its velocity, angle of the pole (rad), its velocity."""
+
+_WIDTH, _HEIGHT, _SCALE = 600, 400, 85  # pixels; pixels per metre
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,25 @@ class CartpoleWorld(World):
         keys = stream_keys(seed, [f"cartpole/{run}" for run in runs], device)
         return CartpoleBatch(self.cartpole, keys, environments, dtype=dtype)
 
-    def evaluation(self, networks: int, episodes: int, device: torch.device, dtype: torch.dtype) -> Environments:
+    def evaluation(self, networks: int, episodes: int, device: torch.device, dtype: torch.dtype) -> CartpoleBatch:
         keys = stream_keys(0, ["cartpole evaluation"], device).expand(networks)
         return CartpoleBatch(self.cartpole, keys, episodes, dtype=dtype)
 
     def describe(self) -> dict[str, Any]:
         return {"cartpole": vars(self.cartpole)}
+
+
+def drawn(state: list[float], cartpole: Cartpole) -> np.ndarray:
+    """A picture [height, width, 3] of a state."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
+    x, ground = _WIDTH / 2 + _SCALE * state[0], _HEIGHT * 0.75
+    ends = [_WIDTH / 2 + _SCALE * side * cartpole.max_position for side in (-1, 1)]
+    draw.line([(ends[0], ground), (ends[1], ground)], fill="gray", width=3)
+    draw.rectangle([x - 25, ground - 15, x + 25, ground + 15], fill="#4477aa")
+    length = 2 * cartpole.pole_centre * _SCALE
+    tip = (x + length * math.sin(state[2]), ground - length * math.cos(state[2]))
+    draw.line([(x, ground), tip], fill="#cc6677", width=10)
+    return np.array(image)

@@ -1,6 +1,5 @@
 """The cartpole as gymnasium environments, one or many; float64 inside, float32 observations."""
 
-import math
 from typing import Any
 
 import gymnasium
@@ -10,12 +9,8 @@ from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from triptych_gpt.tasks.reinforcement.cartpole import Cartpole
-from triptych_gpt.tasks.reinforcement.registration import register
-
-register()
-
-_WIDTH, _HEIGHT, _SCALE = 600, 400, 85  # pixels; pixels per metre
+from triptych_gpt.tasks.reinforcement import registration  # noqa: F401 - so that importing this module registers them, too
+from triptych_gpt.tasks.reinforcement.cartpole import Cartpole, drawn
 
 
 def _spaces(cartpole: Cartpole) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
@@ -120,19 +115,3 @@ class CartpoleVectorEnv(VectorEnv):
 
     def _observed(self) -> np.ndarray:
         return self.cartpole.observed(self.state).float().T.contiguous().numpy()
-
-
-def drawn(state: list[float], cartpole: Cartpole) -> np.ndarray:
-    """A picture [height, width, 3] of a state."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
-    x, ground = _WIDTH / 2 + _SCALE * state[0], _HEIGHT * 0.75
-    ends = [_WIDTH / 2 + _SCALE * side * cartpole.max_position for side in (-1, 1)]
-    draw.line([(ends[0], ground), (ends[1], ground)], fill="gray", width=3)
-    draw.rectangle([x - 25, ground - 15, x + 25, ground + 15], fill="#4477aa")
-    length = 2 * cartpole.pole_centre * _SCALE
-    tip = (x + length * math.sin(state[2]), ground - length * math.cos(state[2]))
-    draw.line([(x, ground), tip], fill="#cc6677", width=10)
-    return np.array(image)

@@ -131,6 +131,13 @@ class GymnasiumBatch:
     def step(self, actions: Tensor) -> Step:
         flat = actions.transpose(1, 2).flatten(0, 1).cpu().numpy()
         observed, rewards, terminated, truncated, final = self.process.ask("step", flat)
+        # A policy that has diverged acts by finite actions all the same, so that these are the environment's own.
+        for what, values in (("a reward", rewards), ("an observation", final)):
+            if not np.isfinite(values).all():
+                found = values[~np.isfinite(values)][0]
+                raise ValueError(
+                    f"environment {self.process.name}: {what} of {found} in a step; make it finite, or clip it"
+                )
         numbers = torch.from_numpy(rewards).to(self.device, self.dtype).view(self.seeds.shape)
         failed, late = (torch.from_numpy(x).to(self.device).view(self.seeds.shape) for x in (terminated, truncated))
         return Step(self._tensor(observed), numbers, failed, late, self._tensor(final))

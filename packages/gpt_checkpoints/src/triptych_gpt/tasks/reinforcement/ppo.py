@@ -5,8 +5,9 @@ gradients and Adam: it becomes what it would be alone.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -179,12 +180,14 @@ class Learner:
     environments: Environments
     keys: Int[Tensor, " policies"]  # of action noise
     orders: Callable[[int], Tensor]  # the order of a rollout's items in an epoch, counted over the run
+    make_optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] | None = None  # in place of Adam
 
     def __post_init__(self) -> None:
         views = self.policies.layout.unflatten(self.theta)
         self.parameters = {name: value.clone(memory_format=torch.contiguous_format) for name, value in views.items()}
         self.trained = [value.requires_grad_() for value in self.parameters.values()]
-        self.adam = torch.optim.Adam(self.trained, lr=0.0, eps=self.settings.adam_eps, fused=True)
+        adam = partial(torch.optim.Adam, lr=0.0, eps=self.settings.adam_eps, fused=True)
+        self.optimizer = (self.make_optimizer or adam)(self.trained)
         self.iteration = 0
         first = self.environments.reset()
         self.observation, self.episodes = first.observation, LastEpisodes(first.reward)
@@ -193,21 +196,21 @@ class Learner:
         """One rollout and the updates on it."""
         rollout = self.rollout()
         for epoch in range(self.settings.epochs):
-            for group in self.adam.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.rate(self.iteration, epoch)
             for batch in self._minibatches(rollout, epoch):
                 self.update(batch)
         self.iteration += 1
 
     def update(self, batch: Rollout) -> Float[Tensor, " policies"]:
-        """A step of Adam on a minibatch; returns the losses before it."""
+        """A step of the optimiser on a minibatch; returns the losses before it."""
         loss = losses(self.policies, self.parameters, batch, self.settings)
         # The sum over policies: each one's gradient is what it would be alone.
         gradients = [g.contiguous() for g in torch.autograd.grad(loss.sum(), self.trained)]
         clip_gradients(gradients, self.settings.max_grad_norm)
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = gradient
-        self.adam.step()
+        self.optimizer.step()
         return loss.detach()
 
     @torch.no_grad()
@@ -256,7 +259,7 @@ class Learner:
 def train_policies(
     learner: Learner, record: Int[Tensor, "policies checkpoints"], out: Float[Tensor, "policies checkpoints D"]
 ) -> Float[Tensor, "policies checkpoints"]:
-    """Train to the end and copy each policy into `out` after the iterations in `record`, ascending.
+    """Train to the last of the iterations in `record`, ascending, and copy each policy into `out` after each of them.
 
     Returns its train_return at each: the mean of its last 200 episodes; before the first has ended, that of the first that do, and
     of what all have gained so far if none ever ends.
@@ -265,7 +268,7 @@ def train_policies(
     returns = torch.full(record.shape, torch.nan, dtype=out.dtype, device=out.device)
     pending = torch.ones(len(record), dtype=torch.bool, device=out.device)
     take_checkpoints(due.get(0), learner.parameters, layout, out)
-    for iteration in range(1, learner.settings.iterations + 1):
+    for iteration in range(1, int(record.max()) + 1):
         learner.iterate()
         now = learner.episodes.mean()
         at = due.get(iteration)

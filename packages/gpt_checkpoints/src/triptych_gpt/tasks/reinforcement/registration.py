@@ -1,12 +1,12 @@
-"""Registers the environments with gymnasium; imports nothing itself."""
+"""Registers the environments with gymnasium when it is imported, itself or by gymnasium; it loads no torch.
+
+gymnasium.make("triptych_gpt.tasks.reinforcement.registration:triptych/Cartpole-v0")
+"""
+
+from gymnasium.envs.registration import register, registry
 
 CARTPOLE_ID = "triptych/Cartpole-v0"
+_MODULE = "triptych_gpt.tasks.reinforcement.gymnasium_cartpole"
 
-
-def register() -> None:
-    """Make `gymnasium.make("triptych/Cartpole-v0")` and `make_vec` work."""
-    from gymnasium.envs.registration import register, registry
-
-    module = "triptych_gpt.tasks.reinforcement.gymnasium_cartpole"
-    if CARTPOLE_ID not in registry:
-        register(CARTPOLE_ID, f"{module}:CartpoleEnv", vector_entry_point=f"{module}:CartpoleVectorEnv")
+if CARTPOLE_ID not in registry:
+    register(CARTPOLE_ID, f"{_MODULE}:CartpoleEnv", vector_entry_point=f"{_MODULE}:CartpoleVectorEnv")

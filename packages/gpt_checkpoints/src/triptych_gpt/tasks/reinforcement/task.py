@@ -120,13 +120,27 @@ class ReinforcementTask(Checked, Task):
         return Trajectories(theta.cpu(), record, {"train_return": returns})
 
     def learner(
-        self, cohort: Cohort, runs: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        cohort: Cohort,
+        runs: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        theta: Float[Tensor, "runs D"] | None = None,
+        make_optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] | None = None,
     ) -> Learner:
-        """The policies of some runs of a cohort, before training."""
-        theta = self._initial(cohort.seed, runs, cohort.initialiser).to(device, dtype)
+        """The policies of some runs of a cohort, before training.
+
+        theta: other policies, which learn with the runs' critics and in their environments. make_optimizer: in place of Adam; the
+        recipe's rate is set on its groups.
+        """
+        both = self._initial(cohort.seed, runs, cohort.initialiser).to(device, dtype)
+        if theta is not None:
+            both[:, : self.layout.size] = theta
         keys = stream_keys(cohort.seed, [f"actions/{run}" for run in runs], device)
         environments = self.world.training(cohort.seed, runs, self.ppo.environments, device, dtype)
-        return Learner(self.policies, self.ppo, theta, environments, keys, partial(self._order, cohort, runs))
+        order = partial(self._order, cohort, runs)
+        return Learner(self.policies, self.ppo, both, environments, keys, order, make_optimizer)
 
     def _order(self, cohort: Cohort, runs: Sequence[int], epoch: int) -> Tensor:
         """Of a rollout's items in an epoch: the cohort's, or each run's own."""

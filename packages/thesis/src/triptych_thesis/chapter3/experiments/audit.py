@@ -15,14 +15,18 @@ def measure(context: Context) -> Result:
 
 
 def section(study: Study, result: Result) -> Section:
-    metrics = list(result["groups"][0]["metrics"])
-    rows = []
+    metrics, rows = list(result["groups"][0]["metrics"]), []
+    of_classes = result["groups"][0]["agreement"] is not None
     for group in result["groups"]:
-        scores = [group["median_distance"], group["median_distance_to_finals"], *(group["metrics"][name] for name in metrics),
-                  group["agreement"], group["error_overlap"]]  # fmt: skip
+        scores = [
+            group["median_distance"],
+            group["median_distance_to_finals"],
+            *(group["metrics"][name] for name in metrics),
+        ]
+        scores += [group["agreement"], group["error_overlap"]] * of_classes
         rows.append((group["name"], group["networks"], *(interval(score, ".3f") for score in scores)))
-    distances = ("median distance", "to finals")
-    header = ("", "networks", *distances, *(named(metric) for metric in metrics), "agreement", "shared errors")
+    classes = ("agreement", "shared errors") * of_classes
+    header = ("", "networks", "median distance", "to finals", *(named(metric) for metric in metrics), *classes)
     caption = (
         f"Distance to the nearest of {result['searched']}, hidden units matched (Hungarian method), in the networks' own units. "
         f"Samples are one update each, prompted for {named(result['metric'])} {result['prompt']:.3g}; "
@@ -36,7 +40,7 @@ def section(study: Study, result: Result) -> Section:
         [study.figure("audit", "Distance from the nearest training network, hidden units matched")],
         [Table(header, rows, caption), conclusions],
         note="Agreement is the share of test items given the class that the nearest training network gives. Shared errors: of the "
-        "items that either gets wrong, the share that both do.",
+        "items that either gets wrong, the share that both do." * of_classes,
     )
 
 

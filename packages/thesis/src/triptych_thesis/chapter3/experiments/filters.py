@@ -13,6 +13,7 @@ from triptych_gpt.evaluation.records import plain
 from triptych_gpt.layout import ParameterLayout
 
 from triptych_thesis.chapter3.context import Context, shown
+from triptych_thesis.chapter3.sizes import MNIST
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study
 
 
@@ -75,4 +76,6 @@ def section(study: Study, result: Result) -> Section:
     return Section(title, [study.figure("filters", "An unseen network before (above) and after (below) one update")])
 
 
-EXPERIMENT = Experiment("filters", 8, measure, section, figures=figures, kept=True)
+EXPERIMENT = Experiment(
+    "filters", 8, measure, section, figures=figures, kept=True, offered=lambda study: study.task == MNIST
+)

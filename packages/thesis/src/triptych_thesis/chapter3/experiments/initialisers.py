@@ -162,7 +162,7 @@ def figure(data: Result, *, metric: str | None = None) -> Figure:
         label = "one update, the zoo’s own initialiser"
         axes.axhline(data["one_update"], color=PALETTE[0], linestyle="--", linewidth=1, label=label)
     everything = np.concatenate([curve.mean(axis=0) for curve in values.values()])
-    if everything.min() > 0 and everything.max() > 3 * everything.min():
+    if data.get("better") != "higher" and everything.min() > 0 and everything.max() > 3 * everything.min():
         axes.set_yscale("log")
     axes.set(xlabel="updates", ylabel=plots.words(metric))
     axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]

@@ -8,7 +8,7 @@ from triptych_gpt.evaluation.prompted import starting_metrics
 from triptych_gpt.evaluation.trial import MODEL
 
 from triptych_thesis.chapter3.context import Context, mean_over_networks, named
-from triptych_thesis.chapter3.hand_designed import optimise_with_all
+from triptych_thesis.chapter3.hand_designed import OF_POLICIES, PPO, one_step, optimise_with_all
 from triptych_thesis.study.estimates import interval, number
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.verdicts import NOT_RUN, UNDECIDED, Evidence, Verdict, better, overall
@@ -62,18 +62,18 @@ def verdicts(result: Result) -> list[Verdict]:
         ours, best = methods[MODEL], best_optimiser(data)
         optimisers = [method for method in data["methods"] if method["kind"] == "optimiser"]
         parts += [UNDECIDED if ours["non_finite"] else better(ours, one, data["better"]) for one in optimisers]
-        beside = f"{interval(best, '.3f', 'mean')} of one step of {best['name']}, the best optimiser" if best else ""
+        beside = f"{interval(best, '.3f', 'mean')} of {one_step(best['name'])}, the best optimiser" if best else ""
         others = [f"{interval(m, '.3f', 'mean')} of {m['name']}" for m in data["methods"] if m["kind"] == "baseline"]
         what = f"{named(metric)} after one update of {result['networks']} unseen networks"
         evidence.append(Evidence(what, interval(ours, ".3f", "mean"), IN_THESIS.get(metric, ""), beside, others))
-    why = "" if parts else "the task is not supervised: no optimiser is compared"
+    why = "" if parts else "the task has neither data nor policies: no optimiser is compared"
     return [Verdict(CLAIM, overall(parts) if parts else NOT_RUN, evidence, why)]
 
 
 def figure(data: Result) -> Figure:
     """What one update gives, a bar for each method from the top in the order given.  [Fig. 3.3]
 
-    data: of one metric: {"metric", "start": mean before the update or None, "trained_best": or None, "methods": [{"name",
+    data: of one metric: {"metric", "better", "start": mean before the update or None, "trained_best": or None, "methods": [{"name",
     "kind": "model" | "optimiser" | "baseline", "mean", "low", "high"}]}; low and high end the error bar and may be None.
     """
     methods, metric = list(data["methods"]), data["metric"]
@@ -85,7 +85,7 @@ def figure(data: Result) -> Figure:
         axes.barh(positions[own], values[own], height=0.62, color=plots.KINDS[kind], label=WORDS[kind])
     axes.errorbar(values, positions, xerr=intervals(methods, "mean"), fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
     finite = values[np.isfinite(values)]
-    if finite.size and finite.min() > 0 and finite.max() > 30 * finite.min():
+    if data.get("better") != "higher" and finite.size and finite.min() > 0 and finite.max() > 30 * finite.min():
         axes.set_xscale("log")
     plots.measure(axes.xaxis, metric)
     axes.set_yticks(positions, [method["name"] for method in methods])
@@ -122,7 +122,8 @@ def section(study: Study, result: Result) -> Section:
         [Table(("", *(named(metric) for metric in metrics)), rows, caption, folded=True)],
         note="Every optimiser is tuned over three learning rates and three weight decays on validation networks, for each metric "
         "by itself. Retrieval copies the training checkpoint nearest in metric; the means are those of all training runs' final "
-        "networks, as they are and with hidden units matched; the identity leaves a network as it is.",
+        "networks, as they are and with hidden units matched; the identity leaves a network as it is."
+        + OF_POLICIES * any(row[0] == PPO for row in rows),
     )  # fmt: skip
 
 

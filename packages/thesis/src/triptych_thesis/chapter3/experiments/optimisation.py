@@ -7,7 +7,7 @@ from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import starting_metrics
 
 from triptych_thesis.chapter3.context import Context, mean_over_networks, named
-from triptych_thesis.chapter3.hand_designed import optimise_with_all, spaced_steps
+from triptych_thesis.chapter3.hand_designed import OF_POLICIES, OPTIMIZERS, PPO, optimise_with_all, spaced_steps
 from triptych_thesis.study.estimates import interval, number, quantile
 from triptych_thesis.study.experiment import Experiment, Result, Section, Study, Table
 from triptych_thesis.study.plots import distinct
@@ -45,13 +45,15 @@ def verdicts(result: Result) -> list[Verdict]:
     metric = named(result["metric"])
     steps = {name: _reach(curve, result) for name, curve in curves.items()}
     what = f"steps until {' and '.join(CLAIMED)} equal one update in {metric}"
-    others = [f"{reach} of {name}" for name, reach in steps.items() if name not in CLAIMED]
+    others = [f"{steps[name]} of {name}" for name in OPTIMIZERS if name in steps and name not in CLAIMED]
     evidence = [Evidence(what, " and ".join(steps[name] for name in CLAIMED if name in steps), "thousands", "", others)]
+    if PPO in steps:
+        evidence.append(Evidence(f"iterations of PPO until it equals one update in {metric}", steps[PPO]))
     others = [f"{number(result['trained_best'])} of the best training checkpoint (retrieval)"]
     before = f"{number(result['start'])} before it (the identity)"
     evidence.append(Evidence(f"{metric} of one update", interval(level, ".3f", "mean"), "", before, others))
     if not curves:
-        return [Verdict(CLAIM, NOT_RUN, evidence, "the task is not supervised: no optimiser is compared")]
+        return [Verdict(CLAIM, NOT_RUN, evidence, "the task has neither data nor policies: no optimiser is compared")]
     if level["mean"] is None or level["non_finite"]:
         return [Verdict(CLAIM, UNDECIDED, evidence, f"{level['non_finite']} updates are not finite")]
     parts = [part for name in CLAIMED for part in (_late(curves[name], result), _ends_better(curves[name], result))]
@@ -110,9 +112,10 @@ def figure(data: Result) -> Figure:
         axes.axhspan(level["low"], level["high"], color=BLUE, alpha=0.15, linewidth=0)
     plots.best_line(axes, data.get("trained_best"))
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
-    if 0 < lowest < data["start"] / 5:
+    if data.get("better") != "higher" and 0 < lowest < data["start"] / 5:
         axes.set_yscale("log")
-    axes.set(xlabel="optimiser steps", ylabel=plots.words(metric), xlim=(0, None))
+    of_policies = any(curve["optimizer"] == PPO for curve in data["curves"])
+    axes.set(xlabel="optimiser steps" + ", iterations of PPO" * of_policies, ylabel=plots.words(metric), xlim=(0, None))
     axes.xaxis.set_major_formatter(thousands)
     plots.measure(axes.yaxis, metric)
     legend(axes, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -130,13 +133,15 @@ def section(study: Study, result: Result) -> Section:
         f"{interval(result['one_step'], '.3f', 'mean')}."
     )
     after = f"{named(result['metric'])} after {result['budget']:,}"
+    of_policies = any(curve["optimizer"] == PPO for curve in result["curves"])
+    optimisers = "Nine tuned optimisers" + " and PPO" * of_policies
     header = ("optimiser", "steps to equal one update", after, "learning rate")
     return Section(
         "Optimisers over many steps (Figure 3.4)",
-        [study.figure("fig-3.4", "Nine tuned optimisers, and the level of one update of G.pt")],
+        [study.figure("fig-3.4", f"{optimisers}, and the level of one update of G.pt")],
         [Table(header, rows, caption, folded=True)] if rows else [],
         note="Every optimiser runs at a constant rate. At each step the point of the thesis's 3x3 grid is shown that is best after "
-        "exactly so many steps on validation networks, which favours the optimiser.",
+        "exactly so many steps on validation networks, which favours the optimiser." + OF_POLICIES * of_policies,
     )
 
 

@@ -26,7 +26,7 @@ def verdicts(result: Result) -> list[Verdict]:
     # Over the prompts that some training checkpoint achieves. The best constant has R^2 = 0, so prompts that are ignored, or missed
     # by more than they differ, refute the claim.
     follow = sign(ours["r2_reachable"]) if ours["r2_reachable"] else UNDECIDED
-    # The mean share gained over networks, by Student's t; undecided where no prompt, or only one, lies on either side of the best.
+    # The mean share gained over networks, by Student's t; undecided where fewer than two prompts lie beyond the best.
     gains = beyond_best(sweep)
     gain = mean_estimate(gains) if gains else None
     little = better(gain._asdict(), {"low": LITTLE, "high": LITTLE}, "lower") if gain else UNDECIDED
@@ -40,15 +40,16 @@ def verdicts(result: Result) -> list[Verdict]:
         ),
         Evidence("R² over all prompts", interval(ours["r2"], ".3f"), "drawn in Figure 3.7 only"),
     ]
-    return [Verdict(CLAIM, overall([follow, little]), evidence)]
+    why = "" if gains else "fewer than two prompts lie beyond the best training checkpoint, so their gain is unknown"
+    return [Verdict(CLAIM, overall([follow, little]), evidence, why)]
 
 
 def beyond_best(sweep: Result) -> list[float]:
     """Of each network: what the best prompt achieves beyond the last reachable prompt, over what it demands beyond it.
 
-    Networks without a prompt on either side, or with one of the two updates not finite, are left out.
+    Networks without a reachable prompt, or without two beyond, or with one of the two updates not finite, are left out.
     """
-    # Reachable are prompts no better than the best training checkpoint.
+    # Reachable are prompts no better than the best training checkpoint. Most of the way to a single prompt beyond may be reachable.
     limit = sweep["trained_best"].get(sweep["metric"])
     gains = []
     for prompts, achieved in zip(sweep["prompts"], sweep["achieved"][sweep["metric"]], strict=True):
@@ -56,7 +57,7 @@ def beyond_best(sweep: Result) -> list[float]:
             break
         reachable = (i for i, p in enumerate(prompts) if (p >= limit if sweep["better"] == "lower" else p <= limit))
         edge = next(reachable, 0)  # prompts run from the best to the worst
-        if edge and achieved[edge] is not None and achieved[0] is not None:
+        if edge > 1 and achieved[edge] is not None and achieved[0] is not None:
             gains.append((achieved[edge] - achieved[0]) / (prompts[edge] - prompts[0]))
     return gains
 

@@ -1,14 +1,19 @@
 """How the chapter's G.pt was trained: loss, and prompt alignment on validation runs."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from triptych_common.plots import BLUE, MARKERS, ORANGE, panels, thousands
 from triptych_common.storage.run import RunDirectory
 from triptych_gpt.evaluation import plots
+from triptych_gpt.train_config import TRAIN_PRESETS
 
 from triptych_thesis.chapter3.context import Context
-from triptych_thesis.study.experiment import Experiment, Result, Section, Study
+from triptych_thesis.study.experiment import Experiment, Result, Section
+
+if TYPE_CHECKING:
+    from triptych_thesis.chapter3.study import Chapter3
 
 LOSS, SCORE = "loss", "validation/alignment"
 
@@ -39,9 +44,10 @@ def figure(rows: Sequence[Result]) -> Figure:
     return figure
 
 
-def section(study: Study, result: Result) -> Section:
+def section(study: "Chapter3", result: Result) -> Section:
     """The figure; for the thesis's sizes, the command that trains on several GPUs."""
-    paper = "torchrun --nproc-per-node=8 -m triptych_gpt.cli train --preset mnist_loss --zoo ... --parallel fsdp"
+    preset = next((name for name, config in TRAIN_PRESETS.items() if config == study.sized.train), "")
+    paper = f"torchrun --nproc-per-node=8 -m triptych_gpt.cli train --preset {preset} --zoo ... --parallel fsdp"
     caption = (
         "Error of the denoised later checkpoint, and prompt alignment on validation runs, by which the model is chosen"
     )
