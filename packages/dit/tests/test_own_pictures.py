@@ -161,6 +161,16 @@ def test_a_longer_schedule_says_what_changes(tmp_path, photos):
     assert "is 64 now" not in train(tmp_path / "run", *options, 64)
 
 
+def test_a_longer_run_of_a_preset_has_lost_no_snapshots(photos, tmp_path):
+    """Its own are at other counts, some of which the shorter run has passed."""
+    train(tmp_path / "run", "--data", photos, "--total-images", 32)
+    said = train(tmp_path / "run", "--data", photos, "--total-images", 96)
+    assert "lost" not in said
+    (tmp_path / "run/snapshots/images-000000009.safetensors").unlink()
+    said = train(tmp_path / "run", "--data", photos, "--total-images", 96)
+    assert f"{tmp_path / 'run/snapshots/images-000000009.safetensors'}: lost; only training from the start" in said
+
+
 def test_logging_checkpointing_and_validation_may_change_on_resume(tmp_path):
     data = ("--data", "mnist5k", "--warmup-images", 0, "--snapshots", "--model.patch-size", 7)
     train(tmp_path / "run", *data, "--total-images", 16)

@@ -87,7 +87,7 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
             drawn = drawn or prefetch(upcoming(batch, config), objective.draw, depth=ahead)
             state.update(batch, state.accumulate(batch, config.micro_batch, losses))
         save_average(run.path / FILE_NAME, config, state, training_data)
-        for path in (snapshot_path(run.path, count) for count in config.snapshots):
+        for path in (snapshot_path(run.path, count) for count in run.recorded("snapshots") or ()):
             if not path.exists():
                 echo(f"{path}: lost; only training from the start, in another --out, makes it again")
         echo(f"model: {run.path / FILE_NAME}")
@@ -179,6 +179,8 @@ def make_snapshots(config: TrainConfig, run: RunDirectory, training_data: Traini
         for count in config.snapshots:
             if before < count <= state.samples_seen:
                 save_average(snapshot_path(run.path, count), config, state, training_data)
+                # A longer run's are others: what was kept, rather than what is asked for, tells one that was lost.
+                run.record("snapshots", sorted({count, *(run.recorded("snapshots") or ())}))
 
     return keep
 

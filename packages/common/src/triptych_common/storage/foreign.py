@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ def write(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def _refused(file: IO[bytes]) -> list[str]:
+def _refused(file: Any) -> list[str]:
     """Names of the classes and functions in a torch.save file that keep it from being read."""
     try:
         file.seek(0)
