@@ -125,7 +125,7 @@ def policy_of(state: Mapping[str, Tensor], layout: ParameterLayout, where: str) 
     """The policy in the state dict of theirs as theta. Raises ValueError for another network."""
     theirs = {name: value for name, value in state.items() if name == LOG_STD or _POLICY.fullmatch(name)}
     if other := [f"{name} is {value.dtype}" for name, value in theirs.items() if not value.is_floating_point()]:
-        raise ValueError(f"{path}: {other[0]}, expected floating-point numbers; choose the --task that fits")
+        raise ValueError(f"{where}: {other[0]}, expected floating-point numbers; choose the --task that fits")
     # Both list layers from input to output; only their names differ.
     shapes = {name: tuple(value.shape) for name, value in theirs.items()}
     if list(shapes.values()) != list(layout.shapes.values()):
