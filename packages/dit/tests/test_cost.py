@@ -1,32 +1,40 @@
 """What --dry-run says a run costs, against what autograd keeps and what a step really takes."""
 
 import json
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from triptych_common import cost
+from triptych_common.cost import Memory, available_bytes
 from triptych_common.parallel import Ranks
 from triptych_common.testing import fails_with
-from triptych_dit import PRESETS, cost
-from triptych_dit.cost import (
-    activation_bytes,
-    available_bytes,
-    encoding_bytes,
-    kept_bytes,
-    sampling_bytes,
-    step_bytes,
-    within_memory,
-)
+from triptych_dit import PRESETS
+from triptych_dit import cost as dit_cost
+from triptych_dit.cost import activation_bytes, encoding_bytes, sampling_bytes, step_cost
 from triptych_dit.model import DiT
 from triptych_dit.testing import random_vae, run_dit
 from triptych_dit.train_config import TRAIN_PRESETS
 from triptych_dit.weights import save_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def kept_bytes(network: torch.nn.Module, *inputs: torch.Tensor) -> int:
+    """What autograd keeps of a forward pass, besides the parameters: each storage once."""
+    storages = {p.untyped_storage().data_ptr(): 0 for p in network.parameters()}
+    held = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held.append(storage)  # or another tensor might take its place
+        storages.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(*inputs)
+    return sum(storages.values())
 
 
 @pytest.mark.parametrize("config", [PRESETS["digits"], replace(PRESETS["DiT-S/4"], depth=3)], ids=["digits", "S/4"])
@@ -44,14 +52,14 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_part_that_does(monkeypatc
     config = replace(TRAIN_PRESETS["DiT-S/2"], batch_size=256)
     monkeypatch.setattr(cost, "available_bytes", lambda device: 8e9)
     with pytest.raises(
-        ValueError, match=r"256 images at once: a training step takes about 29.8 GB, this machine has 8.0; pass"
+        ValueError, match=r"batch_size 256: a step takes about 29.8 GB, this machine has 8.0; pass"
     ) as error:
-        within_memory(config, ALONE)
+        step_cost(config, ALONE).check(config, ALONE)
     part = int(str(error.value).split("--micro-batch ")[1].split(",")[0])
-    assert step_bytes(config, 1, part) < 8e9 < step_bytes(config, 1, 4 * part)
-    within_memory(replace(config, micro_batch=part), ALONE)
+    assert step_cost(config, ALONE).step_bytes(part) < 8e9 < step_cost(config, ALONE).step_bytes(4 * part)
+    step_cost(config, ALONE).check(replace(config, micro_batch=part), ALONE)
     with pytest.raises(ValueError, match="choose a smaller model"):
-        within_memory(TRAIN_PRESETS["DiT-XL/2"], ALONE)
+        step_cost(TRAIN_PRESETS["DiT-XL/2"], ALONE).check(TRAIN_PRESETS["DiT-XL/2"], ALONE)
 
 
 def test_train_refuses_it_before_there_is_a_folder(tmp_path, monkeypatch):
@@ -62,36 +70,13 @@ def test_train_refuses_it_before_there_is_a_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-class Peak(TorchDispatchMode):
-    """Within it, `most` is how many bytes of tensors were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.most, self.known = 0, 0, set[int]()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.alive)
-        return result
-
-    def _freed(self, number: int, size: int) -> None:
-        self.known.discard(number)
-        self.alive -= size
-
-
 def an_image(forward: Callable[[int], object]) -> float:
     """Bytes that one more image takes."""
     most = []
     for images in (2, 4):
-        with torch.inference_mode(), Peak() as peak:
+        with torch.inference_mode(), Memory() as memory:
             forward(images)
-        most.append(peak.most)
+        most.append(max(memory.history))
     return (most[1] - most[0]) / 2
 
 
@@ -124,7 +109,7 @@ def test_sample_and_encode_refuse_a_batch_that_does_not_fit(tmp_path, monkeypatc
     )
     encoded = ("encode", "--no-flips", "--vae", tmp_path / "vae", "--image-size", 28, "--workers", 0, "--device", "cpu")
     encoded = (*encoded, "--out", tmp_path / "cache")
-    monkeypatch.setattr(cost, "available_bytes", lambda device: 2e6)
+    monkeypatch.setattr(dit_cost, "available_bytes", lambda device: 2e6)
     for words, what in ((sampled, "100 images at once: sampling"), (encoded, "64 images at once: encoding")):
         refused = run_dit(*words)
         fails_with(refused, f"{what} takes about 0.0 GB, this machine has 0.0; pass --batch-size ")
@@ -142,7 +127,7 @@ def test_autoencoder_says_what_it_costs_and_refuses_what_does_not_fit(tmp_path, 
     monkeypatch.setattr(cost, "available_bytes", lambda device: 1e7)
     fails_with(
         run_dit(*words),
-        "16 images at once: a training step takes about 0.0 GB, this machine has 0.0; pass --micro-batch 4",
+        "batch_size 16: a step takes about 0.0 GB, this machine has 0.0; pass --micro-batch 4",
     )
     assert not (tmp_path / "run").exists()
 

@@ -77,18 +77,24 @@ class StepCost:
 
     passes: forwards and backwards over the samples at some counters, without keeping gradients, and how many steps come between
     two times of each. fixed, each: bytes that do not depend on the number of samples, and bytes of a sample, at each moment of a
-    step. measured: samples, and seconds that a step took with them. multiple: micro-batches are multiples of it.
+    step. measured: samples, and seconds that a step took with them. multiple: micro-batches are multiples of it. otherwise: what
+    to do if no micro-batch fits.
     """
 
-    passes: Sequence[tuple[Callable[[range], object], int]]
+    passes: Sequence[tuple[Callable[[range], object], int | float]]
     fixed: Float[Tensor, " moments"]
     each: Float[Tensor, " moments"]
     measured: tuple[int, float] = (0, 0.0)
     multiple: int = 1
+    otherwise: str = "choose a smaller model"
 
     @classmethod
     def of(
-        cls, passes: Sequence[tuple[Callable[[range], object], int]], states: float, few: int = 1, multiple: int = 1
+        cls,
+        passes: Sequence[tuple[Callable[[range], object], int | float]],
+        states: float,
+        few: int = 1,
+        multiple: int = 1,
     ) -> "StepCost":
         """Measure passes over few and twice as many samples. states: bytes that are there in any case, such as weights'."""
         histories, seconds = [], _step_seconds(passes, few)  # what is computed once is no part of a step
@@ -109,7 +115,8 @@ class StepCost:
 
     def check(self, config: AccumulatingSettings, ranks: Ranks) -> None:
         """Raises ValueError for a batch whose step needs more memory than there is, with the micro-batch that fits."""
-        check_memory(config, ranks, self.step_bytes, available_bytes(ranks.device), multiple=self.multiple)
+        there = available_bytes(ranks.device)
+        check_memory(config, ranks, self.step_bytes, there, multiple=self.multiple, otherwise=self.otherwise)
 
     def estimate(self, config: AccumulatingSettings, ranks: Ranks) -> dict[str, Any]:
         """Memory of a step and duration of the run; what is wrong, for a step that does not fit, as training refuses it."""
@@ -139,7 +146,7 @@ class StepCost:
             samples = min(most, 4 * samples)
 
 
-def _step_seconds(passes: Sequence[tuple[Callable[[range], object], int]], samples: int) -> float:
+def _step_seconds(passes: Sequence[tuple[Callable[[range], object], int | float]], samples: int) -> float:
     total = 0.0
     for run, steps in passes:
         began = time.perf_counter()

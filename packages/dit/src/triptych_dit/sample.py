@@ -123,7 +123,7 @@ def place(trained: TrainedModel, ranks: Ranks, config: Any, count: int) -> dict[
     refuse_beyond(
         min(config.batch_size, count),
         lambda n: sampling_bytes(model, n if config.guidance_scale == 1 else 2 * n, value_bytes=value_bytes),
-        ranks.device, "sampling", "--batch-size", "choose a smaller model",
+        ranks.device, "sampling", "choose a smaller model",
     )  # fmt: skip
     stored = {torch.float64: "float64", torch.float32: "float32"}[trained.model.pos_embed.dtype]
     prepare(trained.model, ranks, Execution(precision=config.precision or stored, compile=config.compile_blocks))

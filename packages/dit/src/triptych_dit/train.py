@@ -1,5 +1,6 @@
 """Train a DiT."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -44,7 +45,7 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
     # Imported here: the loop itself needs none of it.
     from triptych_common.data import write_unusable
 
-    from triptych_dit.cost import within_memory
+    from triptych_dit.cost import step_cost
     from triptych_dit.previews import make_previews
 
     training_data: TrainingData
@@ -57,10 +58,9 @@ def train(config: TrainConfig, dataset: Pairs | None = None) -> dict[str, Any]:
     held_out, facts = open_validation_data(config, training_data), {"data": training_data.identity}
     sources = {"data": training_data, "validation_data": held_out}
     contents = {name: source.contents for name, source in sources.items() if source and source.contents}
-    with (
-        process_group(config.device) as ranks,
-        open_run(config, within_memory(config, ranks), facts, contents=contents) as run,
-    ):
+    with process_group(config.device) as ranks, contextlib.ExitStack() as stack:
+        step_cost(config, ranks).check(config, ranks)
+        run = stack.enter_context(open_run(config, ranks, facts, contents=contents))
         training_data.verify(ranks)
         if ranks.is_main:
             write_unusable([e for source in sources.values() for e in getattr(source, "unusable", ())], run.path)
@@ -101,7 +101,7 @@ def preview(config: TrainConfig) -> dict[str, Any]:
     """
     from triptych_common.data import DATASETS
 
-    from triptych_dit.cost import estimate
+    from triptych_dit.cost import step_cost
 
     found = config.resolved()
     if config.data in DATASETS or config.data.startswith("hub:") or Path(config.data).exists():
@@ -114,7 +114,7 @@ def preview(config: TrainConfig) -> dict[str, Any]:
     else:
         found["data"] = f"{config.data}: not there yet"
     with process_group(config.device) as ranks:
-        return found | {"estimate": estimate(config, ranks)}
+        return found | {"estimate": step_cost(config, ranks, timed=True).estimate(config, ranks)}
 
 
 def upcoming(first: Batch, config: TrainConfig) -> Iterator[range]:

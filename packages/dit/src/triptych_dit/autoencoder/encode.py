@@ -111,7 +111,7 @@ def refuse_large_batch(source: ImageSource, autoencoder: Autoencoder, config: En
     refuse_beyond(
         min(config.batch_size, config.shard_size, len(source)),
         lambda n: encoding_bytes(channels, prod(config.size), n, value_bytes=value_bytes),
-        autoencoder.device, "encoding", "--batch-size", "choose a smaller --image-size",
+        autoencoder.device, "encoding", "choose a smaller --image-size",
     )  # fmt: skip
 
 

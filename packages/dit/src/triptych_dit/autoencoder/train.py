@@ -7,8 +7,7 @@ divergence. There is no perceptual loss: the only network for digits is the one 
 import copy
 import json
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NotRequired
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from triptych_common import data, randomness
 from triptych_common.cli import echo
+from triptych_common.cost import StepCost
 from triptych_common.data.decoding import read_image
 from triptych_common.images import image_grid, to_uint8, write_png
 from triptych_common.parallel import Ranks, process_group
@@ -36,7 +36,6 @@ from triptych_dit.autoencoder.model import (
     load_autoencoder,
     scaled_sample,
 )
-from triptych_dit.cost import SLACK, estimated, images_per_second, kept_bytes, refuse_beyond
 from triptych_dit.fitting import look_over
 
 if TYPE_CHECKING:
@@ -77,14 +76,12 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
     unusable: list[data.UnreadableImage] = []
     train_set = load_images(config, unusable)
     contents = None if config.data in data.DATASETS else {"data": data.contents_of(train_set)}
-    model = Reconstruction(make_vae(config, train_set))
-    with (
-        process_group(config.device) as ranks,
-        open_run(config, within_memory(config, model, train_set, ranks), contents=contents) as run,
-    ):
+    with process_group(config.device) as ranks, ExitStack() as stack:
+        step_cost(config, train_set, ranks).check(config, ranks)
+        run = stack.enter_context(open_run(config, ranks, contents=contents))
         if ranks.is_main:
             data.write_unusable(unusable, run.path)
-        model = model.to(ranks.device)
+        model = Reconstruction(make_vae(config, train_set)).to(ranks.device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
         )
@@ -111,51 +108,24 @@ def train_autoencoder(config: AutoencoderTrainConfig) -> dict[str, Any]:
 def preview(config: AutoencoderTrainConfig) -> dict[str, Any]:
     """What --dry-run prints: the settings, the data, and what a step takes in memory and the whole run in time."""
     train_set = load_images(config, [])
-    model, images = Reconstruction(make_vae(config, train_set)), config.micro_batch or config.batch_size
-    with process_group(config.device) as ranks:
-        needed = step_bytes(config, model, train_set)(images)
-
-        def run(count: int) -> None:
-            error, kl = model(*(part.to(ranks.device) for part in some_inputs(config, train_set, count)))
-            (error + kl).backward()
-            float(error.detach())  # waits for a GPU
-
-        def rate() -> float:
-            model.to(ranks.device)
-            return images_per_second(run, min(images, config.batch_size))
-
-        found = estimated(
-            config.total_images, needed, lambda: within_memory(config, model, train_set, ranks), rate, ranks
-        )
     described = {"examples": len(train_set), "shape": list(train_set.images.shape[1:])}
+    with process_group(config.device) as ranks:
+        found = step_cost(config, train_set, ranks).estimate(config, ranks)
     return config.resolved() | {"data": described, "estimate": found}
 
 
-def within_memory(
-    config: AutoencoderTrainConfig, model: Reconstruction, train_set: data.ImageDataset, ranks: Ranks
-) -> Ranks:
-    """The ranks. Raises ValueError for a batch whose step needs more memory than they have."""
-    images = min(config.micro_batch or config.batch_size, max(1, config.batch_size // ranks.world_size))
-    refuse_beyond(
-        images, step_bytes(config, model, train_set), ranks.device, "a training step", "--micro-batch",
-        "use fewer --block-out-channels, or a smaller --image-size",
-    )  # fmt: skip
-    return ranks
+def step_cost(config: AutoencoderTrainConfig, train_set: data.ImageDataset, ranks: Ranks) -> StepCost:
+    """What a training step takes, measured on one and two images."""
+    model = Reconstruction(make_vae(config, train_set)).to(ranks.device)
 
+    def run(counters: range) -> None:
+        noise = torch.zeros(len(counters), config.latent_channels, *latent_size(config, train_set))
+        images = torch.zeros(len(counters), *train_set.images.shape[1:])
+        model(images.to(ranks.device), noise.to(ranks.device))[0].backward()
+        model.zero_grad(set_to_none=True)
 
-def step_bytes(
-    config: AutoencoderTrainConfig, model: Reconstruction, train_set: data.ImageDataset
-) -> Callable[[int], float]:
-    """Memory of a training step, by the number of images: weights, gradients, average and AdamW's slots, and activations."""
-    states = 5 * sum(p.nbytes for p in model.parameters())
-    an_image = SLACK * kept_bytes(model, *some_inputs(config, train_set, 1))
-    return lambda images: states + images * an_image
-
-
-def some_inputs(config: AutoencoderTrainConfig, train_set: data.ImageDataset, count: int) -> tuple[Tensor, Tensor]:
-    """Images and noise of the sizes that training has."""
-    shape = train_set.images.shape[1:]
-    return torch.zeros(count, *shape), torch.zeros(count, config.latent_channels, *latent_size(config, train_set))
+    states = 4 * sum(p.nbytes for p in model.parameters())  # weights, average and AdamW's slots; gradients are measured
+    return StepCost.of([(run, 1)], states)
 
 
 def latent_size(config: AutoencoderTrainConfig, train_set: data.ImageDataset) -> tuple[int, int]:
