@@ -185,7 +185,9 @@ def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
     transferred = transfer(here, there, points, source.size, target.size)
     reliable = transferred.reliable[0]
     if not bool(reliable.any()):
-        where = f"{config.source} to {config.target}: none of {points.shape[1]} points has a reliable place in the target"
+        where = (
+            f"{config.source} to {config.target}: none of {points.shape[1]} points has a reliable place in the target"
+        )
         raise ValueError(f"{where}; choose points on the object, or pictures that align shows upright")
     matches = {
         "source": str(config.source),
