@@ -62,7 +62,7 @@ reproduce-ch2: setup
 	$(BIN)/triptych reproduce ch2 --size $(SIZE) $(ARGS)
 
 reproduce-ch3: setup
-	$(BIN)/triptych reproduce ch3 --task $(TASK) --size $(SIZE) $(ARGS)
+	$(BIN)/triptych reproduce ch3 --size $(SIZE) $(ARGS) --task $(TASK)
 
 reproduce-ch4: setup
 	$(BIN)/triptych reproduce ch4 --size $(SIZE) $(ARGS)

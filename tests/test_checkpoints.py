@@ -19,6 +19,11 @@ from triptych_dit.autoencoder.model import load_autoencoder
 from triptych_dit.interop import diffusers_transformer, export_released, load_any
 from triptych_dit.testing import random_model, random_vae, run_dit
 from triptych_dit.weights import save_model
+from triptych_gangealing.aligner import Aligner, load_aligner, write_aligner
+from triptych_gangealing.config import DESIGNS, SpatialTransformerConfig
+from triptych_gangealing.modes import Directions, Mode
+from triptych_gangealing.released import to_released
+from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer
 from triptych_gangealing.stylegan2.config import GeneratorConfig
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.stylegan2.rosinality import to_rosinality
@@ -213,6 +218,25 @@ def of_generator(folder: Path, content: Callable[[State, Tensor], Any] | None) -
     return load_generator(folder / "a.pt").state_dict(), generator.state_dict()
 
 
+def of_aligner(folder: Path, *, released: bool, classifier: bool = False) -> tuple[Tensors, Tensors]:
+    shape = SpatialTransformerConfig(
+        32, 8, heads=2, flow_size=8, flow_upsampling=4, **{**DESIGNS["released"], "flow_unit_factor": 4.0}
+    )
+    mode = Mode(Directions(torch.zeros(6), torch.ones(1, 6), torch.ones(1)), 2)
+    aligner = Aligner(SpatialTransformer(shape), mode, ClusterClassifier(shape) if classifier else None)
+    facts = {"padding": "border", "iterations": 1, "flips": False}
+    if not released:
+        write_aligner(folder / "aligner.safetensors", aligner, facts)
+        return load_aligner(folder).state_dict(), aligner.state_dict()
+    content = to_released(shape, aligner.state_dict(), facts, classifier=classifier)
+    torch.save({"g_ema": {}, **content, "iter": 750_000}, folder / "a.pt")
+    found, given = (
+        x.align(torch.zeros(1, 3, 32, 32), cluster=torch.ones(1).long())
+        for x in (load_aligner(folder / "a.pt"), aligner)
+    )
+    return {"grid": found.warp.grid((32, 32)).mul(1e5).round()}, {"grid": given.warp.grid((32, 32)).mul(1e5).round()}
+
+
 LAYOUTS: dict[str, Callable[[Path], tuple[Tensors, Tensors]]] = {
     **{layout: partial(of_file, layout) for layout in FILES},
     "state dict, `.pt` of before torch 1.6": legacy,
@@ -251,6 +275,9 @@ LAYOUTS: dict[str, Callable[[Path], tuple[Tensors, Tensors]]] = {
         folder, lambda x, average: {"g_ema": under("module.", x), "latent_avg": average}
     ),
     "generator's file, run's folder": lambda folder: of_generator(folder, None),
+    "aligner's file, run's folder, checkpoint of a run": partial(of_aligner, released=False),
+    "`{g_ema, t_ema, ll, args, ...}`": partial(of_aligner, released=True),
+    "`{g_ema, t_ema, ll, classifier, ...}`": partial(of_aligner, released=True, classifier=True),
 }  # fmt: skip
 
 

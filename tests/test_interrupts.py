@@ -67,6 +67,7 @@ leave(main("x", {{"work": command}}, ["work", "--out", "out"]))
         ("holder = Holder(); del holder; return {}", 130),  # Python would print the exception, and go on
         ("try: os.kill(os.getpid(), signal.SIGTERM)\n    except BaseException: import not_there", 143),
         ("os.kill(os.getpid(), signal.SIGINT)", 130),
+        ("with interrupts.Quiet():\n        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)", 130),
         # Python notes an interruption that leaves such a text, and would end by SIGINT whatever the status.
         ("exec('os.kill(os.getpid(), signal.SIGTERM)\\nfor _ in range(100): pass')", 143),
     ],

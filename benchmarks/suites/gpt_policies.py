@@ -119,18 +119,20 @@ def sync_vector(size: Size) -> Callable[[int], Callable[[], None]]:
     return prepare
 
 
-def sb3_policy(task: ReinforcementTask, device: str, seed: int) -> Any:
-    """Their PPO with the task's settings, in our environment; one epoch of `train`."""
+def sb3_policy(task: ReinforcementTask, device: str, seed: int, epochs: int = 1) -> Any:
+    """Their PPO with the task's settings, in our environment; so many epochs in a call of `train`."""
     import gymnasium
     from stable_baselines3 import PPO
-    from triptych_gpt.tasks.reinforcement import gymnasium_cartpole  # noqa: F401 - registers it
+    from triptych_gpt.tasks.reinforcement import registration
     from triptych_gpt.tasks.reinforcement.sb3 import Sb3VecEnv
 
     ppo = task.ppo
-    environments = gymnasium.make_vec("triptych/Cartpole-v0", ppo.environments, autoreset_mode="SameStep")
+    environments = gymnasium.make_vec(registration.CARTPOLE_ID, ppo.environments, autoreset_mode="SameStep")
     model = PPO(
-        "MlpPolicy", Sb3VecEnv(environments), n_steps=ppo.steps, n_epochs=1, device=device, seed=seed,
-        batch_size=ppo.environments * ppo.steps // ppo.minibatches, vf_coef=ppo.value_coef, max_grad_norm=ppo.max_grad_norm,
+        "MlpPolicy", Sb3VecEnv(environments), n_steps=ppo.steps, n_epochs=epochs, device=device, seed=seed,
+        learning_rate=lambda left: ppo.rate(round((1 - left) * ppo.iterations), 0), gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda, clip_range=ppo.clip_range, batch_size=ppo.environments * ppo.steps // ppo.minibatches,
+        vf_coef=ppo.value_coef, max_grad_norm=ppo.max_grad_norm,
         policy_kwargs={"net_arch": [32, 32], "activation_fn": nn.SELU},
     )  # fmt: skip
     model._setup_learn(1)

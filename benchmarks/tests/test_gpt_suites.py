@@ -3,11 +3,13 @@
 from dataclasses import replace
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.tasks import TASKS, Items
 
+from benchmarks import learning
 from benchmarks.runner import Job, Plan, run_suite
 from benchmarks.suites import gpt_collect, gpt_gpu, gpt_pairs, gpt_policies
 from benchmarks.suites.gpt_collect import CIFAR, MNIST, SIZES, jobs_of
@@ -134,3 +136,18 @@ def test_policies_are_stepped_updated_and_scored():
     rows = {row["name"]: row for row in result["jobs"]}
     assert rows["stepping: policies"]["items"] == 2 * 8 * 4
     assert rows["updates, cartpole_small: 4 policies"]["times_as_long"]
+
+
+def test_learning_curves_are_of_the_policies_as_they_are_scored():
+    pytest.importorskip("stable_baselines3")
+    small = replace(learning.AS_THEIRS, episodes=2, ppo=replace(learning.AS_THEIRS.ppo, environments=4, iterations=4))
+    result = learning.measured(small, small, seeds=2, every=2)
+    assert result["iterations"] == [0, 2, 4]
+    assert {name: np.shape(curves) for name, curves in result["returns"].items()} == dict.fromkeys(
+        ("ours", "ours, as theirs", "stable-baselines3"), (2, 3)
+    )
+    assert result["returns"]["ours"] == result["returns"]["ours, as theirs"]
+    untrained = small.evaluate(small.initial(0, range(2)))["return"].tolist()
+    assert [curve[0] for curve in result["returns"]["ours"]] == pytest.approx(untrained, rel=1e-5)
+    assert learning.table({**result, "returns": {"a": [[1, 2, 3], [3, 4, 9]]}})[2] == "| 0 | 2 [2, 2] |"
+    assert learning.figure(result).startswith(b"\x89PNG")

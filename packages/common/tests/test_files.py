@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triptych_common.fields import Checked, Ge, Gt, printable
-from triptych_common.storage.files import FileName, check, parse, read_json, rows, write_text
+from triptych_common.storage.files import PARTIAL, FileName, check, parse, read_json, rows, write_text
 from typing_extensions import TypedDict
 
 
@@ -53,6 +53,9 @@ def test_types_json_lacks_come_back():
     ("{", Row, "c: not JSON (EOF while parsing an object at line 1 column 1); r"),
     ('"' + "x" * 999 + '"', Row, "c: content: '" + "x" * 59 + "...: input should be"),
     ('{"step": 1, "loss": NaN}', dict[str, int], "c: loss: nan: input should be"),
+    ('{"step": 1, "loss": NaN}', Row, "c: NaN is no finite number; r"),
+    ('{"step": 1, "loss": -Infinity}', Row, "c: -Infinity is no finite number; r"),
+    ('{"step": 1, "loss": 1e999}', Row, "c: 1e999 is no finite number; r"),
     ('{"step": -1}', Row, "c: step -1: expected at least 0; r"),
     ('["../../x"]', list[FileName], "c: 0 '../../x': expected the name of a file in the same folder; r"),
     ('["a/b"]', list[FileName], "c: 0 'a/b': expected the name"),
@@ -80,7 +83,7 @@ def complaint_of(read):
 
 @settings(deadline=None)
 @given(st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8,
 ))  # fmt: skip
 def test_any_json_is_read_as_the_standard_library_reads_it(value):
@@ -122,6 +125,25 @@ def test_rows_end_with_the_last_whole_line(tmp_path):
     path.write_text('{"step": 1}\n{"stop": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: step: missing; r"):
         list(rows(path, Row, remedy="r"))
+
+
+def test_numbers_and_words_that_look_infinite_are_read():
+    text = '{"step": 1, "digest": "1e999", "word": "NaN", "small": 1e-400, "large": 1e+300}'
+    assert parse(text, dict[str, Any], source="c", remedy="r") == {
+        "step": 1, "digest": "1e999", "word": "NaN", "small": 0.0, "large": 1e300,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lies", ["link", "pipe"])
+def test_what_lies_at_the_temporary_name_is_not_written_to(tmp_path, lies):
+    """Data that came with a link there would otherwise have a file of the user's written over."""
+    path, precious = tmp_path / "a.json", tmp_path / "precious"
+    precious.write_text("mine")
+    partial = tmp_path / ("a.json" + PARTIAL)
+    os.mkfifo(partial) if lies == "pipe" else partial.symlink_to(precious)
+    write_text(path, "whole")
+    assert (path.read_text(), path.is_symlink(), precious.read_text()) == ("whole", False, "mine")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "precious"]
 
 
 def test_a_name_of_the_longest_length_can_be_written(tmp_path):

@@ -110,7 +110,12 @@ def test_one_process_at_a_time(tmp_path):
 def test_runs_of_versions_without_marks_go_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "command": "prog draw --out x"}))
     assert run("draw", "--out", tmp_path) == 0
-    for content in ('{"model_type": "unet"}', "[" * 9999, '{"command": "rm -rf"}'):
+    for content in (
+        '{"model_type": "unet"}',
+        "[" * 9999,
+        '{"command": "rm -rf"}',
+        '{"command": "python -m http.server"}',
+    ):
         folder = tmp_path / str(len(content))
         folder.mkdir()
         (folder / "config.json").write_text(content)

@@ -79,6 +79,10 @@ def test_a_flipped_bit_in_metrics_is_told_once_wherever_it_is(tmp_path, capsys):
     with RunDirectory(tmp_path, {}) as last:
         assert [row["step"] for row in last.metrics()] == [1, 2, 3, 4]
     assert "changed" not in capsys.readouterr().out
+    last.metrics_path.unlink()
+    with RunDirectory(tmp_path, {}) as without:
+        assert without.metrics() == []
+        assert "metrics.jsonl: lost" in capsys.readouterr().out
 
 
 def test_tensorboard_events_are_written(tmp_path):

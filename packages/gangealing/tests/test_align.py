@@ -35,7 +35,7 @@ from triptych_gangealing.pictures import (
     warped,
 )
 from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer, SpatialTransformerConfig
-from triptych_gangealing.warp import Affine, Warp, to_normalised, to_pixels
+from triptych_gangealing.warp import Affine, Flow, Warp, centres, to_normalised, to_pixels
 
 SIZE = 16
 CONFIG = SpatialTransformerConfig(input_size=SIZE, channel_max=8, flow_size=4, flow_upsampling=4)
@@ -256,6 +256,39 @@ def test_an_edit_lands_where_the_warp_came_from(shift_px):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+def bent(scale, seed=0):
+    """A smooth flow, then an affine map that shows an edit 1 / scale as large as the picture."""
+    flow = torch.nn.functional.interpolate(
+        torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(seed)) * 0.04, (64, 64)
+    )
+    matrix = torch.tensor([[[scale, -0.1, 0.1], [0.1, scale, -0.2]]])
+    return Warp((Flow(flow), Affine(matrix)))
+
+
+def test_an_edit_is_what_every_pixel_finds_in_it():
+    """Against the inverse of every pixel of the picture, sampled bilinearly: nothing shrinks here."""
+    edit, images, warp = torch.zeros(4, 32, 32), torch.rand(1, 3, 120, 90) * 2 - 1, bent(0.7)
+    edit[:3] = torch.rand(3, 32, 32) * 2 - 1
+    edit[3, 4:12, 8:20] = torch.rand(8, 12)
+    edit[3, 25, 3] = 1.0
+    places = warp.inverse().map_points(centres((120, 90), images).view(1, -1, 2))
+    shown = (places.converged & places.inside).view(1, 1, 120, 90)
+    coloured = torch.cat([(edit[:3] + 1) / 2 * edit[3:], edit[3:]])[None]
+    layer = torch.nn.functional.grid_sample(coloured, places.points.view(1, 120, 90, 2), align_corners=False) * shown
+    expected = ((images + 1) / 2 * (1 - layer[:, 3:]) + layer[:, :3]) * 2 - 1
+    assert (expected != images).float().mean() > 0.02
+    torch.testing.assert_close(propagate(edit, warp, images), expected, rtol=0, atol=1e-4)
+
+
+def test_a_fine_edit_that_shrinks_does_not_flicker():
+    checker = ((torch.arange(96)[:, None] + torch.arange(96)) % 2).float() * 2 - 1
+    edit = torch.cat([checker.expand(3, -1, -1), torch.ones(1, 96, 96)])
+    found = propagate(
+        edit, Warp((Affine(torch.eye(2, 3)[None] * 0.19),)), torch.zeros(1, 3, 96, 96)
+    )  # 5.3 times smaller
+    assert float(found[0, 0, 42:54, 42:54].std()) < 0.1  # 0.5 to 1 from single pixels of the checker
+
+
 # --- folders
 
 
@@ -402,8 +435,11 @@ def test_points_that_are_nowhere_are_refused(tmp_path, folder, wrong):
         ["correspond", "--source", folder / "a.png", "--target", folder / "d.png"],
     ):
         done = command(*command_words, *words)
-        fails_with(done, "points.json: point 1 is [")
-        assert "expected finite pixels of a picture; correct it, or leave it out" in done.stderr
+        if wrong in ("NaN", "Infinity"):
+            fails_with(done, f"points.json: {wrong} is no finite number; expected a JSON list of [x, y]")
+        else:
+            fails_with(done, "points.json: point 1 is [")
+            assert "expected finite pixels of a picture; correct it, or leave it out" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -517,6 +553,9 @@ def test_bad_input_gets_one_line(tmp_path, folder):
     fails_with(command("propagate", *use, "--points", tmp_path / "points.json"), "expected a JSON list of [x, y]")
     fails_with(command("propagate", *use, "--edit", folder / "a.png", "--cluster", "1"), "cluster 1: expected 0 to 0")
     fails_with(command("propagate", *use, "--edit", tmp_path / "points.json"), "points.json: no picture")
+    for alpha, words in ((255, "opaque everywhere"), (0, "transparent everywhere")):
+        Image.new("RGBA", (SIZE, SIZE), (9, 9, 9, alpha)).save(tmp_path / "flat.png")
+        fails_with(command("propagate", *use, "--edit", tmp_path / "flat.png"), words)
     fails_with(command("align", *use, "--images", tmp_path / "empty"), "no images found")
     fails_with(command("align", *use, "--images", tmp_path / "nowhere"), "nowhere: no such folder")
     fails_with(command("align", *use, "--images", spoiled), "none of 1 pictures can be read")

@@ -145,7 +145,7 @@ def test_the_estimated_memory_is_that_of_a_step(pictures):
     found = step_cost(state, objective).step_bytes(8)
     with Memory() as memory:
         adversarial_step(state, objective, Batch(0, 8, range(8)))
-    assert found == pytest.approx(max(memory.history) + state_bytes(state), rel=0.25)
+    assert 1.0 < found / (max(memory.history) + state_bytes(state)) < 1.6  # convolutions take memory besides tensors
 
 
 def test_a_batch_that_does_not_fit_is_refused_before_there_is_a_folder(pictures, tmp_path, monkeypatch):

@@ -102,7 +102,20 @@ def test_rewards_and_failures_are_those_of_the_original():
     reward, failed = Cartpole().rewarded(states.T)
     assert reward.tolist() == pytest.approx([1 - 0.01 - 0.02 - 0.015, -2, -2, 1 - 2.25])
     assert failed.tolist() == [False, True, True, False]
-    assert Cartpole().observed(torch.tensor([7.0, -9.0, 1.0, 5.0])).tolist() == [5, -5, 1, 5]
+    assert Cartpole().observed(torch.tensor([7.0, -9.0, 1.0, 5.0])).tolist() == [5, -5, -1, -5]
+
+
+def test_observed_angles_turn_as_the_originals_joint_does():
+    """Its rails point along y and its pole turns about x, so that a positive angle leans towards negative y."""
+    from scipy.spatial.transform import Rotation
+
+    rails, joint, upright = np.eye(3)[[1, 0, 2]]
+    lean = 0.3  # towards positive positions on the rails
+    angle = float(Cartpole().observed(torch.tensor([0.0, 0.0, lean, 0.0], dtype=torch.float64))[2])
+    pole = Rotation.from_rotvec(angle * joint).apply(upright)
+    assert pole @ rails == pytest.approx(math.sin(lean))
+    # In our own description of the robot for Isaac Gym, positions are along x and the state's angle turns about y.
+    assert Rotation.from_rotvec(lean * np.eye(3)[1]).apply(upright)[0] == pytest.approx(math.sin(lean))
 
 
 def batch(runs: int = 3, environments: int = 4, **options: object) -> CartpoleBatch:

@@ -320,6 +320,11 @@ def test_a_class_is_made_into_the_task_it_describes(tmp_path):
     path.write_text("\n    ".join(["class Bandit:", *body]))
     spec = f"{path}:Bandit"
     assert not isinstance(open_task(spec), type)
+    assert open_task("cartpole_small", iterations=7).steps == 7
+    with pytest.raises(ValueError, match="iterations 7: task mnist_mlp has no policies; leave out --iterations"):
+        open_task("mnist_mlp", iterations=7)
+    with pytest.raises(ValueError, match="iterations 0: expected at least 1"):
+        open_task("cartpole_small", iterations=0)
     with pytest.raises(ValueError, match="epochs 3: task bandit is not supervised; leave out --epochs"):
         open_task(spec, epochs=3)
     with pytest.raises(ValueError, match="data 'mnist': task bandit has data of its own; leave out --data"):

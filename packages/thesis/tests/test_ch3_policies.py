@@ -1,7 +1,9 @@
 """Hand-designed optimisers of policies and films of them, against plain loops; which options fit a study of policies."""
 
+import subprocess
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from triptych_thesis.chapter3.hand_designed import OPTIMIZERS, PPO, optimise, op
 from triptych_thesis.chapter3.sizes import SIZES
 from triptych_thesis.chapter3.study import CLAIMS, Chapter3
 
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 TINY = PpoSettings(environments=6, steps=8, iterations=5, epochs=2, minibatches=2, learning_rate=3e-3)
 TASK = replace(CARTPOLE_SMALL, ppo=TINY, episodes=2, world=CartpoleWorld(Cartpole(max_steps=60)))
@@ -152,6 +155,10 @@ def test_policies_and_classifiers_have_folders_and_claims_of_their_own(tmp_path)
     assert policies.command == "triptych reproduce ch3 --size laptop --task cartpole --seed 0"
     assert policies.target == "reproduce-ch3 SIZE=laptop TASK=cartpole"
     assert "gpt.fig-3.6" not in CLAIMS  # of MNIST alone
+    shown = subprocess.run(
+        ["make", "-n", "reproduce-ch3", "SIZE=smoke", "TASK=cartpole"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "triptych reproduce ch3 --size smoke  --task cartpole" in shown.stdout
 
 
 @pytest.mark.parametrize(("options", "line"), [

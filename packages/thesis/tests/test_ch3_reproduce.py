@@ -164,6 +164,10 @@ def test_a_study_of_policies_compares_them_with_ppo_too(policies):
     assert all(group["agreement"] is None for group in experiments["audit"]["groups"])
 
 
+def test_the_policies_page_fits_every_screen(policies, check_page):
+    check_page(policies / "report.html")
+
+
 def test_policies_have_rows_of_their_own_in_the_ledger(policies):
     claims, ledger = results_in(policies)["claims"], load_claims(ROOT / "claims.toml")
     assert claims.keys() == {f"gpt.fig-3.{number}-cartpole" for number in (3, 4, 5)}

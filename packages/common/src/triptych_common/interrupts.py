@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LINE = "interrupted; repeat the command to go on"
 _received: int | None = None
 _installed = _said = False
+_stderr = 2  # where the line goes, a file descriptor
 
 
 def install() -> None:
@@ -63,6 +64,23 @@ class Unheard:
         _set(signal.SIGINT, self.before)
 
 
+class Quiet:
+    """Within it, what anybody writes to stderr is dropped, C++ libraries too, but for the line of an interruption."""
+
+    def __enter__(self) -> None:
+        global _stderr
+        _stderr = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+
+    def __exit__(self, *_: object) -> None:
+        global _stderr
+        os.dup2(_stderr, 2)
+        kept, _stderr = _stderr, 2
+        os.close(kept)
+
+
 def __getattr__(name: str) -> object:
     if name.startswith("_"):
         raise AttributeError(name)
@@ -101,7 +119,7 @@ def _interrupt(signum: int, _frame: object) -> None:
 
 def _end(signum: int, _frame: object) -> None:
     if not _said:
-        os.write(2, f"{LINE}\n".encode())
+        os.write(_stderr, f"{LINE}\n".encode())
     os._exit(128 + signum)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 
 from triptych_common.cli import Interrupted, echo
 from triptych_common.extras import import_extra
-from triptych_common.interrupts import Unheard
+from triptych_common.interrupts import Quiet, Unheard
 from triptych_common.progress import Progress
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _run_ray(function: Work[Result], units: Sequence[Any], devices: Sequence[str
             except ray.exceptions.RayError as error:
                 raise MemoryError(f"a Ray worker died ({type(error).__name__}); repeat the command to go on") from error
     finally:
-        with _own_sigterm(), _quiet_stderr():  # it complains of tasks that are interrupted
+        with _own_sigterm(), Quiet():  # it complains of tasks that are interrupted
             ray.shutdown()
 
 
@@ -243,19 +243,6 @@ def _own_sigterm() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Drop what C++ writes to stderr, too."""
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 @contextlib.contextmanager

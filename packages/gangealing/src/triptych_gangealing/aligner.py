@@ -198,9 +198,12 @@ def load_aligner(path: str | Path) -> Aligner:
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
     if (path := Path(path)).suffix in (".pt", ".pth"):
-        from triptych_gangealing.released import read  # few have one
+        from triptych_common.storage.bounded import Bounded
 
-        return read(path)
+        from triptych_gangealing.released import parts  # few have one
+
+        with Bounded(path.stat().st_size if path.is_file() else 0):
+            return _build(*parts(path))
     return _FORMAT.read(path, _build)
 
 

@@ -1,13 +1,14 @@
 """Edit propagation: an edit is drawn once, on the average aligned image, and laid over every picture.  [thesis 4.4.1]"""
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from triptych_gangealing.warp import Warp, centres
+from triptych_gangealing.warp import MAX_LEVEL, Warp, sample_pyramid, to_normalised, to_pixels
 
 Images = Float[Tensor, "n 3 height width"]
+REACH_PX = 6  # that a pixel of an edit reaches, in the coarsest copy of it
 
 
 class RunningAverage:
@@ -45,21 +46,70 @@ def propagate(
     """Pictures in [-1, 1] with an edit laid over them.
 
     edit: RGB in [-1, 1] and alpha in 0..1, in congealed coordinates. warp: of each picture, from congealed to its coordinates.
-    Where its inverse has no solution, or leads out of the edit, the picture stays unchanged.
+    Where its inverse has no solution, or leads out of the edit, the picture stays unchanged. Where a picture shows the edit
+    smaller than it is, it is sampled from smaller copies, without aliasing.
     first, rows: for images that are a part of larger ones, their first row there, and the number of rows of the whole.
     """
     # Each pixel looks up its congealed place, so no holes appear. Where a flow folds it has several, and shows one of them.
-    n, _, height, width = images.shape
-    places = centres((height, width), images, first=first, rows=rows).view(1, -1, 2).expand(n, -1, -1)
-    congealed = warp.inverse().map_points(places)
-    shown = (congealed.converged & congealed.inside).view(n, 1, height, width)
+    height, width = images.shape[2:]
+    whole = (height if rows is None else rows, width)
     # Colours are multiplied by alpha first: transparent pixels have no colour to blend in.
-    premultiplied = torch.cat([(edit[:3] + 1) / 2 * edit[3:], edit[3:]])[None].expand(n, -1, -1, -1)
-    grid = congealed.points.view(n, height, width, 2).to(premultiplied)
-    layer = F.grid_sample(premultiplied, grid, align_corners=False) * shown
-    alpha = layer[:, 3:].clamp(0, 1)
-    mixed = (images + 1) / 2 * (1 - alpha) + layer[:, :3]
-    return mixed * 2 - 1
+    layer = torch.cat([(edit[:3] + 1) / 2 * edit[3:], edit[3:]])[None].to(images)
+    forward = warp.map_points(_corners((edit.shape[1], edit.shape[2]), images).expand(len(images), -1, -1)).points
+    places = to_pixels(forward, whole).unflatten(
+        1, (edit.shape[1] + 1, edit.shape[2] + 1)
+    )  # n edit_height+1 edit_width+1 2
+    out = images.clone()
+    for i, reached in enumerate(_reached(edit[3] > 0, places, whole)[:, first : first + height]):
+        y, x = reached.nonzero(as_tuple=True)
+        if not len(y):
+            continue
+        # The inverse takes most of the time, so only pixels that the edit can reach are inverted.
+        point = to_normalised(torch.stack([x, y + first], 1).to(images), whole)[None]
+        congealed = warp.select([i]).inverse().map_points(point)
+        shown = (congealed.converged & congealed.inside)[0]
+        grid = congealed.points[:, None].to(layer)  # 1 1 m 2
+        level = F.grid_sample(_shrinkage(places[i : i + 1]), grid, padding_mode="border", align_corners=False)[:, 0]
+        found = sample_pyramid(layer, grid, level, "zeros")[0, :, 0] * shown  # 4 m
+        alpha = found[3].clamp(0, 1)
+        mixed = (out[i, :, y, x] + 1) / 2 * (1 - alpha) + found[:3]
+        out[i, :, y, x] = mixed * 2 - 1
+    return out
+
+
+def _corners(size: tuple[int, int], like: Tensor) -> Float[Tensor, "1 k 2"]:
+    """The corners of an edit's pixels, row by row, normalised."""
+    y, x = (torch.linspace(-1, 1, side + 1, dtype=like.dtype, device=like.device) for side in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(1, -1, 2)
+
+
+def _reached(
+    opaque: Bool[Tensor, "edit_height edit_width"], places: Float[Tensor, "n _ _ 2"], size: tuple[int, int]
+) -> Bool[Tensor, "n height width"]:
+    """The pixels of pictures that an edit may show in: boxes around where the corners of its pixels go, one pixel wider."""
+    # What is sampled between pixels, or in smaller copies, reaches beyond its own pixel.
+    support = F.max_pool2d(opaque.float()[None, None], 2 * REACH_PX + 1, 1, REACH_PX)[0, 0].bool()
+    limit = torch.tensor([size[1], size[0]], device=places.device)
+    found = []
+    for corners in places:
+        cells = torch.stack([corners[:-1, :-1], corners[:-1, 1:], corners[1:, :-1], corners[1:, 1:]])[:, support]
+        low = torch.minimum((cells.amin(0).floor() - 1).clamp_min(0), limit).long()
+        high = torch.minimum((cells.amax(0).ceil() + 2).clamp_min(0), limit).long()
+        # A sum over corners of boxes is, at each pixel, the number of boxes that cover it.
+        count = torch.zeros(size[0] + 1, size[1] + 1, dtype=torch.int32, device=places.device)
+        for (x, y), sign in (((low[:, 0], low[:, 1]), 1), ((high[:, 0], low[:, 1]), -1), ((low[:, 0], high[:, 1]), -1),
+                             ((high[:, 0], high[:, 1]), 1)):  # fmt: skip
+            count.index_put_((y, x), torch.full_like(y, sign, dtype=torch.int32), accumulate=True)
+        found.append(count.cumsum(0).cumsum(1)[:-1, :-1] > 0)
+    return torch.stack(found)
+
+
+def _shrinkage(places: Float[Tensor, "1 _ _ 2"]) -> Float[Tensor, "1 1 edit_height edit_width"]:
+    """The pyramid level that each pixel of an edit is sampled from: log2 of how many of them a picture's pixel is wide or high."""
+    across = torch.linalg.vector_norm(places.diff(dim=2), dim=-1)
+    down = torch.linalg.vector_norm(places.diff(dim=1), dim=-1)
+    side = torch.minimum((across[:, 1:] + across[:, :-1]) / 2, (down[:, :, 1:] + down[:, :, :-1]) / 2)
+    return (-side.clamp(2**-MAX_LEVEL, 1).log2())[:, None]
 
 
 def as_edit(pixels: UInt8[Tensor, "4 height width"]) -> Float[Tensor, "4 height width"]:

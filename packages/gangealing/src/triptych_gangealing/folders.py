@@ -184,6 +184,11 @@ def write_matches(config: settings.CorrespondConfig) -> dict[str, Any]:
         points = _read_points(config.points)
     transferred = transfer(here, there, points, source.size, target.size)
     reliable = transferred.reliable[0]
+    if not bool(reliable.any()):
+        where = (
+            f"{config.source} to {config.target}: none of {points.shape[1]} points has a reliable place in the target"
+        )
+        raise ValueError(f"{where}; choose points on the object, or pictures that align shows upright")
     matches = {
         "source": str(config.source),
         "target": str(config.target),
@@ -239,6 +244,12 @@ def _read_edit(path: Path, size: int) -> Float[Tensor, "4 size size"]:
         height, width = pixels.shape[1:]
         remedy = f"draw on that, or pass --size {max(height, width)} to both commands"
         raise ValueError(f"{path}: {width}x{height} pixels, expected {size}x{size} as the average picture; {remedy}")
+    if bool((pixels[3] == 255).all()):
+        raise ValueError(
+            f"edit {path}: opaque everywhere, and would cover whole pictures; save it with transparency (alpha)"
+        )
+    if not bool(pixels[3].any()):
+        raise ValueError(f"edit {path}: transparent everywhere; draw something on it")
     return as_edit(pixels)
 
 

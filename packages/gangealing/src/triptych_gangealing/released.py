@@ -7,19 +7,16 @@ clusters; its generator is read by `stylegan2.weights`.
 import argparse
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 from triptych_common.storage import foreign
-from triptych_common.storage.bounded import Bounded
 from triptych_common.storage.model_file import refuse_non_finite
 
-from triptych_gangealing.aligner import Aligner
 from triptych_gangealing.config import DESIGNS, SMALLEST, Padding, SpatialTransformerConfig
-from triptych_gangealing.modes import Directions, Mode
-from triptych_gangealing.spatial_transformer import ClusterClassifier, SpatialTransformer
 from triptych_gangealing.stylegan2.shapes import FILTER, Row, numbers, renamed
 
 DESIGN = DESIGNS["released"]
@@ -36,8 +33,8 @@ class Shapes(NamedTuple):
     widths: tuple[int, ...]  # feature maps at the start and behind each block
 
 
-def read(path: Path) -> Aligner:
-    """The aligner of a released checkpoint, on the CPU, for evaluation.
+def parts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a released checkpoint, as an aligner's own file has them.
 
     Raises FileNotFoundError for an absent file, ValueError for one that is damaged, holds other objects than weights and
     settings, or whose networks have a shape that the released code does not build.
@@ -46,12 +43,12 @@ def read(path: Path) -> Aligner:
     try:
         if not holds_aligner(content):
             raise ValueError(f"holds no {TRANSFORMER}: no checkpoint of the released GANgealing code")
-        with Bounded(path.stat().st_size):
-            aligner = _built(content)
+        tensors, facts = _parts(content)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from error
-    aligner.facts["converted_from"] = path.name
-    return aligner
+    refuse_non_finite(tensors, str(path))
+    facts["facts"]["converted_from"] = path.name
+    return tensors, facts
 
 
 def holds_aligner(content: Any) -> bool:
@@ -59,31 +56,22 @@ def holds_aligner(content: Any) -> bool:
     return isinstance(content, Mapping) and isinstance(content.get(TRANSFORMER), Mapping)
 
 
-def write(path: Path, aligner: Aligner, generator: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint that the released code loads. generator: the entries of `rosinality.to_rosinality`.
-
-    Raises ValueError for an aligner of another design, OSError when the disk refuses.
-    """
-    content = {**generator, **to_released(aligner), **facts}
-    foreign.write(path, content)
-
-
-def to_released(aligner: Aligner) -> dict[str, Any]:
-    """The entries "t_ema", "ll", "args" and, where there are clusters, "classifier".
+def to_released(
+    config: SpatialTransformerConfig, state: Tensors, facts: Mapping[str, Any], *, classifier: bool
+) -> dict[str, Any]:
+    """The entries "t_ema", "ll", "args" and, where there is one, "classifier" of an aligner's config, tensors and facts.
 
     Raises ValueError for an aligner that is not of their design, since their code would compute something else.
     """
-    config = aligner.config
     for name, value in DESIGN.items():
         wanted = float(config.flow_upsampling) if name == "flow_unit_factor" else value
         if "flow" not in config.transforms and name.startswith("flow"):
             continue
-        if name.startswith("classifier") and aligner.classifier is None:
+        if name.startswith("classifier") and not classifier:
             continue
         if getattr(config, name) != wanted:
             other = f"the aligner has {name} {getattr(config, name)}, the released code {wanted}"
             raise ValueError(f"{other}; train with --design released to export to it")
-    state = aligner.state_dict()
     single, transformer = len(config.transforms) == 1, dict[str, Tensor]()
     for place, kind in enumerate(config.transforms):
         rows = _rows(kind, _counted(config, kind), "" if single else f"stns.{place}.")
@@ -97,17 +85,17 @@ def to_released(aligner: Aligner) -> dict[str, Any]:
         MODES: {"coefficients": alpha.clone(), "directions": state["mode.components"], "lat_mean": origins[:1].clone()},
         "args": argparse.Namespace(
             transform=list(config.transforms), flow_size=config.input_size, num_heads=config.heads,
-            stn_channel_multiplier=config.channel_multiplier, padding_mode=config.padding, flips=bool(aligner.facts.get("flips")),
+            stn_channel_multiplier=config.channel_multiplier, padding_mode=config.padding, flips=bool(facts.get("flips")),
             ndirs=alpha.shape[1],
         ),
     }  # fmt: skip
-    if aligner.classifier is not None:
+    if classifier:
         rows = _classifier_rows(_counted(config, "similarity"))
         found[CLASSIFIER] = _to_theirs(state, rows, config) | _constants(config, "similarity", "", head=False)
     return found
 
 
-def _built(content: Mapping[str, Any]) -> Aligner:
+def _parts(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     theirs, args = foreign.without_wrappers(content[TRANSFORMER]), _settings(content)
     size = args.pop("size")
     names = _places(theirs)
@@ -115,22 +103,15 @@ def _built(content: Mapping[str, Any]) -> Aligner:
     classifier = content.get(CLASSIFIER)
     own = foreign.without_wrappers(classifier) if isinstance(classifier, Mapping) else None
     config = _config(theirs, names, heads, args["padding"], own, size)
-    tensors: dict[str, Tensor] = {}
+    tensors = _modes(content, heads)
     for kind, prefix in names.items():
         part = {name.removeprefix(prefix): x for name, x in theirs.items() if name.startswith(prefix)}
-        tensors |= _to_ours(part, _rows(kind, _counted(config, kind), ""), config)
-    refuse_non_finite(tensors, TRANSFORMER)
-    transformer = SpatialTransformer(config)
-    transformer.load_state_dict(tensors)
-    network = None
+        rows = ((f"transformer.{ours}", name, how) for ours, name, how in _rows(kind, _counted(config, kind), ""))
+        tensors |= _to_ours(part, rows, config)
     if own is not None:
-        network = ClusterClassifier(config)
-        found = _to_ours(own, _classifier_rows(_counted(config, "similarity")), config)
-        refuse_non_finite(found, CLASSIFIER)
-        network.load_state_dict({name.removeprefix("classifier."): x for name, x in found.items()})
-    aligner = Aligner(transformer, _modes(content, heads), network)
-    aligner.facts = {"iterations": 1, **args}
-    return aligner.requires_grad_(False).eval()
+        tensors |= _to_ours(own, _classifier_rows(_counted(config, "similarity")), config)
+    facts = {"config": asdict(config), "has_classifier": own is not None, "facts": {"iterations": 1, **args}}
+    return tensors, facts
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,18 +292,16 @@ def _constants(config: SpatialTransformerConfig, kind: str, prefix: str, *, head
     return found
 
 
-def _modes(content: Mapping[str, Any], heads: int) -> Mode:
+def _modes(content: Mapping[str, Any], heads: int) -> dict[str, Tensor]:
     theirs = content.get(MODES)
     theirs = foreign.without_wrappers(theirs) if isinstance(theirs, Mapping) else {}
     if not theirs:
         raise ValueError(f"holds no {MODES}, the modes that pictures are aligned to")
     alpha, components, mean = (_of(theirs, name).float() for name in ("coefficients", "directions", "lat_mean"))
-    if alpha.shape != (heads, len(components)) or mean.shape != (1, components.shape[-1]):
+    if components.ndim != 2 or alpha.shape != (heads, len(components)) or mean.shape != (1, components.shape[1]):
         shapes = f"{tuple(alpha.shape)}, {tuple(components.shape)}, {tuple(mean.shape)}"
         raise ValueError(
             f"{MODES}: coefficients, directions and mean of shapes {shapes}, expected {heads} modes of one W"
         )
-    refuse_non_finite({"coefficients": alpha, "directions": components, "lat_mean": mean}, MODES)
-    mode = Mode(Directions(mean[0], components, torch.ones(len(components))), heads)
-    mode.begin(mode.origins, alpha)
-    return mode
+    found = {"alpha": alpha, "components": components, "origins": mean.repeat(heads, 1), "handicap": torch.zeros(heads)}
+    return {f"mode.{name}": value for name, value in found.items()}

@@ -17,6 +17,7 @@ of typing_extensions, containers, unions, literals. Values are never converted, 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -74,6 +75,7 @@ def replacing(path: Path, *, flush: bool = True, refusals: tuple[type[Exception]
         partial = path.with_name(hashlib.sha256(os.fsencode(path.name)).hexdigest() + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # of a killed process; a link there would lead to a file of somebody else
         yield partial
         if flush:  # before the rename: a file system may otherwise put the name on the disk before the content
             sync(partial)
@@ -203,11 +205,28 @@ def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(text, strict=True)
+        found = _adapter(kind).validate_json(text, strict=True)
+        _refuse_infinite(text if isinstance(text, bytes) else text.encode())
+        return found
     except ValidationError as error:
         raise ValueError(f"{source}: {_explained(error)}; {remedy}") from error
     except ArithmeticError as error:  # of a class's own check, on numbers that are too large
         raise ValueError(f"{source}: {error}; {remedy}") from error
+
+
+_INFINITE = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}")
+
+
+def _refuse_infinite(text: bytes) -> None:
+    """Raise ArithmeticError for numbers in a JSON text that are none, or that no float holds: the parser takes them."""
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ArithmeticError(f"{digits[:20]} is no finite number")
+        return value
+
+    if _INFINITE.search(text):  # rarely, and perhaps within a string
+        json.loads(text, parse_float=finite, parse_constant=finite)
 
 
 def check(value: Any, kind: Any, *, source: str, remedy: str) -> Any:

@@ -84,8 +84,10 @@ def network_in(content: Any, *, holds: Collection[str], prefer: Literal["ema", "
 
 def networks_in(content: Mapping[Any, Any], *, holds: Collection[str]) -> list[StateDict]:
     """All networks with tensors of certain names, each once, in the order of the file."""
-    landmark, found = next(iter(holds), ""), []
-    for place, entry in _entries(content) if holds else ():
+    if not holds:
+        return []
+    landmark, found = next(iter(holds)), []
+    for place, entry in _entries(content):
         tensors = without_wrappers(entry, holds)
         ends = [name.removesuffix(landmark) for name in tensors if f".{name}".endswith(f".{landmark}")]
         prefixes = [prefix for prefix in ends if all(prefix + name in tensors for name in holds)]

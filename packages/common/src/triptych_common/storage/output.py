@@ -71,7 +71,7 @@ def _stranger(folder: Path, command: str) -> str | None:
     if mark.is_file():
         owner = read_json(mark, _Mark, remedy="delete it and repeat with --overwrite")["command"]
         return None if owner == command else f"what {json.dumps(owner)} wrote"
-    if run.is_file() and str(_made_by(run)).startswith((command, "python -m")):
+    if run.is_file() and str(_made_by(run)).startswith((command, "python -m triptych_")):
         return None
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
     return f"{len(names):,} files that {command} did not write, such as {names[0]}" if names else None

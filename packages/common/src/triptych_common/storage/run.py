@@ -197,10 +197,10 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without damaged ones, which are reported, and without a half-written last one."""
-        if not self.metrics_path.exists():
-            return []
         if self._sum is None:
             self._check_seal()
+        if not self.metrics_path.exists():
+            return []
         damaged: list[str] = []
         found = list(rows(self.metrics_path, _Row, damaged=damaged))
         if damaged:
@@ -210,7 +210,7 @@ class RunDirectory:
     def truncate_metrics(self, step: int) -> None:
         """Remove rows after `step`, which a resumed run writes again, and a half-written last one."""
         if self.is_main and self.metrics_path.exists():
-            content = "".join(json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step)
+            content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.metrics() if row["step"] <= step)
             write_text(self.metrics_path, content)
             self._seal(Sum.of(content.encode()))
 
@@ -222,11 +222,14 @@ class RunDirectory:
             file.write(f"{now.size} {now.crc32:08x}\n".encode())
 
     def _check_seal(self) -> None:
-        """Report a metrics.jsonl that is not as it was written; what was appended after the last seal is not covered."""
+        """Report a metrics.jsonl that is lost, or not as it was written but for what was appended after the last seal."""
         try:
             size, crc32 = (self.path / _SEAL).read_text().split()
             sealed = Sum(int(size), int(crc32, 16))
         except (OSError, ValueError):  # of an earlier version, or interrupted
+            return
+        if not self.metrics_path.exists():
+            echo(f"{self.metrics_path}: lost; its rows are not made again, and weights do not depend on it")
             return
         content = self.metrics_path.read_bytes()
         if Sum.of(content[: sealed.size]) != sealed:

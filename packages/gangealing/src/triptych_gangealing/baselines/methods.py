@@ -12,6 +12,7 @@ from triptych_gangealing.baselines.congealing import Congealing
 from triptych_gangealing.baselines.moments import moments
 from triptych_gangealing.warp import Warp
 
+OURS = "GANgealing"  # its name among methods
 Images = UInt8[Tensor, "n 3 height width"]
 Method = Callable[[Images], Alignment]
 

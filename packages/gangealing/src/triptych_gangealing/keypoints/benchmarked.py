@@ -13,8 +13,8 @@ from triptych_common.parallel import process_group
 from triptych_common.storage.files import read_bytes, write_bytes, write_json
 
 from triptych_gangealing.aligner import open_aligner
+from triptych_gangealing.baselines.methods import OURS
 from triptych_gangealing.keypoints.benchmarks import Benchmark, open_benchmark
-from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.keypoints.protocols import ALPHAS, Predictions, as_rows, by_attribute, plain, score
 from triptych_gangealing.keypoints.transfers import (
     Transfer,

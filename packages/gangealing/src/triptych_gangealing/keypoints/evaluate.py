@@ -8,13 +8,12 @@ from triptych_common.cli import echo
 from triptych_common.storage.files import write_json
 
 from triptych_gangealing.aligner import open_aligner
-from triptych_gangealing.baselines.methods import Method, baselines, learned
+from triptych_gangealing.baselines.methods import OURS, Method, baselines, learned
 from triptych_gangealing.correspondence import between
 from triptych_gangealing.keypoints.pck import BOX, IMAGE, PER_POINT, PckTable, box_size, pck
 from triptych_gangealing.keypoints.synthetic import Pairs, pairs, posed_digits
 from triptych_gangealing.settings import DigitPairsConfig, PckConfig
 
-OURS = "GANgealing"
 DIGITS = ("mnist5k", "mnist")
 PAIRS = 300  # of digits
 FITTED = 400  # training images that classical Congealing is fitted to

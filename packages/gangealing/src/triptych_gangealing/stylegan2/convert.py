@@ -90,8 +90,9 @@ def _export_aligner(config: ConvertConfig) -> dict[str, Any]:
     path = config.out if config.out.suffix == ".pt" else config.out / _GANGEALING_FILE
     _refuse_to_replace(path)
     facts = {"converted_from": config.checkpoint.name, "source_format": "triptych"}
-    released.write(path, aligner, rosinality.to_rosinality(generator), facts)
     shape = aligner.config
+    theirs = released.to_released(shape, aligner.state_dict(), aligner.facts, classifier=aligner.classifier is not None)
+    foreign.write(path, {**rosinality.to_rosinality(generator), **theirs, **facts})
     if (shape.input_size, shape.channel_max) != (128, 512) or not rosinality.fixed_widths(generator.config):
         echo("the released code has fixed sizes, 128 pixels and 512 feature maps: edit `channels` in it before loading")
     echo(f"wrote {path}")

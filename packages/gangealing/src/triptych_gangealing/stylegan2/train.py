@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -33,6 +34,7 @@ from triptych_gangealing.stylegan2.weights import (
     write_network,
 )
 
+WORKSPACE = 1.4  # memory of a step over that of its tensors: what convolutions take besides, as 1,024 images showed
 W_AVG_DECAY, PATH_LENGTH_DECAY = 0.995, 0.99
 
 
@@ -97,7 +99,8 @@ def step_cost(state: TrainState, objective: Objective) -> StepCost:
 
         if play.weight > 0:
             passes.append((run, play.every))
-    return StepCost.of(passes, state_bytes(state), few=2, multiple=min(config.mbstd_group_size, config.batch_size))
+    found = StepCost.of(passes, state_bytes(state), few=2, multiple=min(config.mbstd_group_size, config.batch_size))
+    return replace(found, each=WORKSPACE * found.each)
 
 
 class Statistics(nn.Module):

@@ -37,7 +37,7 @@ def find(folder: Path, pattern: str | None = None) -> Found:
         raise FileNotFoundError(f"{folder}: no such folder; give the one that holds a folder for each run")
     runs: dict[str, dict[int, Path]] = {}
     left_out: dict[str, list[Path]] = {}
-    for path in _candidates(folder, pattern):
+    for path in _candidates(folder):
         place = _place(path.relative_to(folder), pattern)
         if isinstance(place, str):
             left_out.setdefault(place, []).append(path)
@@ -52,7 +52,7 @@ def find(folder: Path, pattern: str | None = None) -> Found:
     return Found(ordered, left_out)
 
 
-def _candidates(folder: Path, pattern: str | None) -> Iterator[Path]:
+def _candidates(folder: Path) -> Iterator[Path]:
     """Regular files with weights, each once in its folder, and folders that are one checkpoint; links to folders are passed by."""
     for where, folders, files in os.walk(folder):
         folders.sort(key=_natural)

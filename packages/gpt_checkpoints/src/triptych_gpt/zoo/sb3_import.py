@@ -118,15 +118,19 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
 
 def read_policy(path: Path, layout: ParameterLayout) -> Float[Tensor, " D"]:
     """The policy in an archive as theta. Raises ValueError for a damaged one, or another network."""
-    state = _state_dict(path)
+    return policy_of(_state_dict(path), layout, str(path))
+
+
+def policy_of(state: Mapping[str, Tensor], layout: ParameterLayout, where: str) -> Float[Tensor, " D"]:
+    """The policy in the state dict of theirs as theta. Raises ValueError for another network."""
     theirs = {name: value for name, value in state.items() if name == LOG_STD or _POLICY.fullmatch(name)}
     if other := [f"{name} is {value.dtype}" for name, value in theirs.items() if not value.is_floating_point()]:
-        raise ValueError(f"{path}: {other[0]}, expected floating-point numbers; choose the --task that fits")
+        raise ValueError(f"{where}: {other[0]}, expected floating-point numbers; choose the --task that fits")
     # Both list layers from input to output; only their names differ.
     shapes = {name: tuple(value.shape) for name, value in theirs.items()}
     if list(shapes.values()) != list(layout.shapes.values()):
         given, expected = list(shapes.values()), list(layout.shapes.values())
-        raise ValueError(f"{path}: a policy of shapes {given}, the task's has {expected}; choose the --task that fits")
+        raise ValueError(f"{where}: a policy of shapes {given}, the task's has {expected}; choose the --task that fits")
     return torch.cat([value.detach().float().flatten() for value in theirs.values()])
 
 

@@ -37,7 +37,7 @@ OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # by name: the clas
 PPO = "PPO"
 OF_POLICIES = (
     " A policy's step follows PPO's objective on a rollout that the policy has just collected. PPO itself is not tuned: its steps "
-    "are iterations of the task's recipe, a rollout and all epochs of minibatches on it."
+    "are iterations of the task's recipe, a rollout and all epochs of minibatches on it, at the recipe's rate."
 )
 RATE_FACTORS = (0.1, 1.0, 10.0)  # times PyTorch's default learning rate
 WEIGHT_DECAYS = (0.0, 5e-5, 5e-4)

@@ -152,10 +152,11 @@ class Chapter3(Study):
         alignment = results["experiments"]["fig-3.5"]["alignment"]
         r2 = {name: alignment[name]["r2"]["value"] for name in ("G.pt", "identity", "retrieval")}
         # What a copy explains is said first: only networks that are no copies make G.pt's number worth something.
-        beside = f"copying the training network nearest in it has R² {r2['retrieval']:.2f} and doing nothing {r2['identity']:.2f}"
+        copying = f"copying the training network nearest in it scores R² {r2['retrieval']:.2f}"
         claim = "this G.pt does not yet give it to networks that it never saw"
         if r2["G.pt"] > 0.5:
             claim = "G.pt turns networks that it never saw into networks that have it"
-        headline = f"Prompted for a {metric}, {beside}; {claim}: R² {r2['G.pt']:.2f}."
+        nothing = f"and doing nothing {r2['identity']:.2f}"
+        headline = f"Prompted for a {metric}, {copying} {nothing}; {claim}: R² {r2['G.pt']:.2f}."
         caption = f"One update of each unseen network, beside updates that learn nothing. The model: {made}."
         return Opening(title, headline, [self.figure("fig-3.5", caption)])

@@ -1,6 +1,7 @@
 """The cartpole of Isaac Gym without Isaac Gym: its observation, reward, resets and order of steps, in torch.
 
-A cart on rails is pushed so that the pole on it stays upright. Angles are 0 upright; a positive one leans towards positive x.
+A cart on rails is pushed so that the pole on it stays upright. Angles are 0 upright; a positive one leans towards positive x. Only
+in observations is it the other way round, as there: the original's rails point along y, and its pole turns about x.
 """
 
 import math
@@ -97,7 +98,10 @@ class Cartpole(Checked):
         return (1 - theta * theta - 0.01 * x_dot.abs() - 0.005 * theta_dot.abs()).masked_fill(failed, -2.0), failed
 
     def observed(self, state: State) -> State:
-        return state.clamp(-self.clip_observations, self.clip_observations)
+        """The state clipped, with the original's sign of the pole's angle and its velocity: leaning to positive x is negative."""
+        seen = state.clamp(-self.clip_observations, self.clip_observations)
+        seen[2:].neg_()
+        return seen
 
     def started(self, uniform: Float[Tensor, "4 *batch"]) -> State:
         """The first state of an episode, from numbers in [0, 1)."""
@@ -200,7 +204,7 @@ class CartpoleWorld(World):
         return CartpoleBatch(self.cartpole, keys, episodes, dtype=dtype)
 
     def describe(self) -> dict[str, Any]:
-        return {"cartpole": vars(self.cartpole)}
+        return {"cartpole": vars(self.cartpole), "sign of the angle": "as in Isaac Gym"}
 
 
 def drawn(state: list[float], cartpole: Cartpole) -> np.ndarray:

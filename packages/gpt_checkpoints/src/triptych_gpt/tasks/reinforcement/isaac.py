@@ -25,8 +25,9 @@ _URDF = """<robot name="cartpole">
   <link name="pole"><inertial><origin xyz="0 0 {pole_centre}"/><mass value="{pole_mass}"/>
     <inertia ixx="{pole_inertia}" iyy="{pole_inertia}" izz="{pole_inertia}" ixy="0" ixz="0" iyz="0"/></inertial></link>
   <joint name="rail_to_cart" type="prismatic"><axis xyz="1 0 0"/><parent link="rail"/><child link="cart"/>
-    <limit effort="1000" lower="-100" upper="100" velocity="1000"/></joint>
-  <joint name="cart_to_pole" type="continuous"><axis xyz="0 1 0"/><parent link="cart"/><child link="pole"/></joint>
+    <limit effort="1000" lower="-4" upper="4" velocity="100"/></joint>
+  <joint name="cart_to_pole" type="continuous"><axis xyz="0 1 0"/><parent link="cart"/><child link="pole"/>
+    <limit effort="1000" velocity="8"/></joint>
 </robot>
 """
 

@@ -26,7 +26,8 @@ def measure(context: Context) -> Result:
     curves = []
     for curve in optimise_with_all(trial.task, test, tuning, metric, steps, seed=trial.seed):
         shown = curve.as_dict()
-        at_edge = shown["tuned"]["learning_rate"] == max(point.learning_rate for point in curve.grid)
+        rates = {point.learning_rate for point in curve.grid}
+        at_edge = len(rates) > 1 and shown["tuned"]["learning_rate"] == max(rates)
         step, after = (None, None) if level["mean"] is None else curve.steps_to_reach(level["mean"])
         curves.append({**shown, "caught_up": step, "not_yet_after": after, "at_edge": at_edge})
     return {

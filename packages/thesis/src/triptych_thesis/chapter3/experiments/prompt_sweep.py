@@ -83,10 +83,12 @@ def section(study: Study, result: Result) -> Section:
         "achieved at the best prompt",
         "not finite",
     )
-    released = "the same, prompts up to 0.9 of it (the released MNIST setting)"
+    of_returns = model["metric"].endswith("return")
+    scored = "episodes" if of_returns else "items"
+    shared = "" if of_returns else "Runs of a cohort share minibatches, and a cohort is never in two splits. "
     thesis = [
         ("R² of the identity, prompts up to a network's own metric", "about -2.7", "-2.7 (closed form)"),
-        (released, "", interval(alignment["identity"]["r2"], ".3f")),
+        ("the same, measured with the prompts above", "", interval(alignment["identity"]["r2"], ".3f")),
         ("prompt alignment", "drawn in Figure 3.7 only", interval(model["r2"], ".3f")),
         ("KL at the last diffusion step, bits/dim", "8e-6", number(result["kl_last_step"], ".2g")),
     ]
@@ -98,8 +100,8 @@ def section(study: Study, result: Result) -> Section:
             Table(("", "thesis", f"here, size {study.size}"), thesis, beside),
         ],
         note="Unseen networks are the untrained networks of runs that were neither trained on nor used to choose anything; their "
-        "metrics are of the same items as the training runs'. Runs of a cohort share minibatches, and a cohort is never in two "
-        "splits. Reachable prompts are those that some training checkpoint achieves. Retrieval copies the training checkpoint "
+        f"metrics are of the same {scored} as the training runs'. {shared}"
+        "Reachable prompts are those that some training checkpoint achieves. Retrieval copies the training checkpoint "
         "nearest in metric, and starts from nobody's network. A network prompted for several values gets one update for each.",
     )
 

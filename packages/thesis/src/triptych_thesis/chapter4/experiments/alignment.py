@@ -2,8 +2,8 @@
 
 import torch
 from triptych_common.images import from_uint8
+from triptych_gangealing.baselines.methods import OURS
 from triptych_gangealing.baselines.moments import ink
-from triptych_gangealing.keypoints.evaluate import OURS
 from triptych_gangealing.keypoints.synthetic import posed_digits
 
 from triptych_thesis.chapter4.alignment_scores import AT
