@@ -236,7 +236,7 @@ def test_a_published_training_run_goes_on_where_it_stopped(tmp_path):
         step = 1e-3 * (m / (1 - 0.9**4)) / ((v / (1 - 0.999**4)).sqrt() + 1e-8)
         torch.testing.assert_close(state.model.state_dict()[name], before[name] - step, rtol=1e-5, atol=1e-6)
     torch.save(content, tmp_path / "0000003.pt")
-    with pytest.raises(ValueError, match="continue_optimizer: not with .* --parallel fsdp; leave one out"):
+    with pytest.raises(ValueError, match=r"continue_optimizer: not with .* --parallel fsdp; leave one out"):
         replace(config, parallel="fsdp")
     with pytest.raises(ValueError, match="no training checkpoint of facebookresearch/DiT with `opt`; leave"):
         read_training(tmp_path, DiT(config.model))
