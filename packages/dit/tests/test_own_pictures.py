@@ -80,6 +80,10 @@ def test_a_preset_for_latents_says_how_to_make_them(photos, tmp_path):
     done = run_dit("train", "--preset", "DiT-S/4", "--data", photos, "--out", tmp_path / "run")
     command = f"triptych-dit encode --source {photos} --vae stabilityai/sd-vae-ft-ema --image-size 256 --out latents/photos-256"
     fails_with(done, f"{command}; then pass --data latents/photos-256")
+    done = run_dit("train", "--preset", "DiT-S/4", "--data", "latents/typo", "--out", tmp_path / "run")
+    fails_with(
+        done, "data latents/typo: no such folder; triptych-dit encode --out latents/typo makes a cache of latents"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -14,8 +14,9 @@ from triptych_common.parallel import Ranks
 from triptych_common.randomness import generator
 from triptych_common.storage import checkpoint, foreign
 from triptych_common.testing import run_cli, run_torchrun
-from triptych_dit import DiTConfig, load_model
+from triptych_dit import DiT, DiTConfig, load_model
 from triptych_dit.interop import export_released
+from triptych_dit.interop.training import read_training
 from triptych_dit.objective import PixelData, check_same_kind
 from triptych_dit.testing import random_model, run_dit
 from triptych_dit.train import make_state
@@ -235,6 +236,10 @@ def test_a_published_training_run_goes_on_where_it_stopped(tmp_path):
         step = 1e-3 * (m / (1 - 0.9**4)) / ((v / (1 - 0.999**4)).sqrt() + 1e-8)
         torch.testing.assert_close(state.model.state_dict()[name], before[name] - step, rtol=1e-5, atol=1e-6)
     torch.save(content, tmp_path / "0000003.pt")
+    with pytest.raises(ValueError, match=r"continue_optimizer: not with .* --parallel fsdp; leave one out"):
+        replace(config, parallel="fsdp")
+    with pytest.raises(ValueError, match="no training checkpoint of facebookresearch/DiT with `opt`; leave"):
+        read_training(tmp_path, DiT(config.model))
     with pytest.raises(ValueError, match=r"0000003.pt: has no state of AdamW as `opt`; leave --continue-optimizer out"):
         make_state(config, Ranks(0, 1, torch.device("cpu")))
 

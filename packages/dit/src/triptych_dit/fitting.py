@@ -113,6 +113,10 @@ def look_at(
         return Found(channels, (size[0], size[1]), _classes(cache.num_classes), reason, cache.has_flips)
     if model.in_channels not in PICTURES and typed["in_channels"] is None:
         refuse_features(data)
+        if data not in sources.DATASETS and not data.startswith("hub:") and not Path(data).exists():
+            raise FileNotFoundError(
+                f"data {data}: no such folder; triptych-dit encode --out {data} makes a cache of latents"
+            )
         raise ValueError(_encode_first(data, model, space))
     source = pictures(data, unconditional=typed["num_classes"] == "0")
     classes = _classes(source.num_classes)

@@ -18,6 +18,10 @@ def read_training(path: Path, model: nn.Module) -> tuple[dict[str, Tensor], int]
     An optimiser of torch numbers its parameters, in the order of the module's, which is that of the state dict beside it.
     Raises ValueError for a file without optimiser state, or that of another model.
     """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no training checkpoint of facebookresearch/DiT with `opt`; leave --continue-optimizer out"
+        )
     trained = foreign.state_dict(path, holds=LANDMARKS, prefer="model")
     average = foreign.network_in(trained.content, holds=LANDMARKS)
     optimizer = next((trained.content[name] for name in ("opt", "optimizer") if name in trained.content), None)
