@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.cost import StepCost
 from triptych_common.parallel import Ranks, process_group
 from triptych_common.storage import checkpoint
 from triptych_common.throughput import keep_freed_memory
@@ -21,6 +20,9 @@ from triptych_gangealing.objective import Objective
 from triptych_gangealing.spatial_transformer import SpatialTransformer, reduced
 from triptych_gangealing.stylegan2.generator import Generator
 from triptych_gangealing.train_config import AlignTrainConfig
+
+if TYPE_CHECKING:
+    from triptych_common.cost import StepCost
 
 SHOWN = 10  # images in a snapshot
 
@@ -81,8 +83,10 @@ def preview(config: AlignTrainConfig) -> dict[str, Any]:
         return found | {"estimate": step_cost(Objective(config, generator, distance)).estimate(config, ranks)}
 
 
-def step_cost(objective: Objective) -> StepCost:
+def step_cost(objective: Objective) -> "StepCost":
     """What a step takes, measured on one and two images with a transformer and modes as they begin."""
+    from triptych_common.cost import StepCost  # only here
+
     config, w = objective.config, objective.generator.mapping.w_avg
     transformer = SpatialTransformer(config.transformer()).to(w)
     mode = Mode(Directions(w, w.new_zeros(config.components, len(w)), w.new_ones(config.components)), config.clusters)

@@ -3,19 +3,21 @@
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from triptych_common import randomness
 from triptych_common.cli import echo
-from triptych_common.cost import StepCost, available_bytes
 from triptych_common.parallel import Ranks, prepare, process_group
 from triptych_common.training import TrainState, open_run, summary, training_steps
 
 from triptych_gpt.model import FILE_NAME, FORMAT, Gpt, decayed, write_model
 from triptych_gpt.objective import Objective, TrainingZoo, training_flops
 from triptych_gpt.train_config import GptTrainConfig
+
+if TYPE_CHECKING:
+    from triptych_common.cost import StepCost
 
 LAST = "last.safetensors"
 
@@ -75,8 +77,10 @@ def preview(config: GptTrainConfig) -> dict[str, Any]:
         }
 
 
-def step_cost(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> StepCost:
+def step_cost(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> "StepCost":
     """What a step takes, measured on one and two pairs; of a model that is sharded or does not fit, what its weights do."""
+    from triptych_common.cost import StepCost, available_bytes  # only here
+
     value = 8 if config.precision == "float64" else 4
     states = 4 * value * parameter_count(data)  # weights, average and AdamW's two slots; gradients are measured
     if config.execution.sharded(ranks):
