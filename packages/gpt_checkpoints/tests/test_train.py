@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import triptych_gpt.train
 from torch.func import functional_call
 from triptych_common import cost, testing
 from triptych_common.cost import Memory, state_bytes
@@ -396,8 +395,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_there_is_a_folder(zoo, tmp_
     config = GptTrainConfig(zoo=zoo, width=16, depth=1, num_heads=2, batch_size=1024)
     data = TrainingZoo(config)
     whole = step_cost(config, data, ALONE).step_bytes(1024)
-    for module in (cost, triptych_gpt.train):
-        monkeypatch.setattr(module, "available_bytes", lambda device: fits * whole)
+    monkeypatch.setattr(cost, "available_bytes", lambda device: fits * whole)
     fails_with(train(zoo, tmp_path / "run", "--batch-size", 1024, "--total-pairs", 2048), remedy)
     assert not (tmp_path / "run").exists()
 
