@@ -11,6 +11,7 @@
 A subclass that declares a field again, for another default or help text, keeps the constraints and marks of its bases.
 """
 
+import math
 import operator
 import types
 import unicodedata
@@ -87,6 +88,9 @@ def Gt(bound: float, wanted: str | None = None) -> Interval:
 def Ge(bound: float, wanted: str | None = None) -> Interval:
     """The interval from `bound` upwards."""
     return Interval(ge=bound, wanted=wanted)
+
+
+FINITE = Interval(gt=-math.inf, lt=math.inf, wanted="finite numbers")
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,9 @@ def cannot_write(path: Path, error: Exception) -> OSError:
 
 
 def reason(error: Exception) -> str:
-    """The cause of an error of the disk, in a few words."""
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    """The cause of an error of the disk or of a library, in a few words: what a file holds may be thousands of them."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 # --- reading
@@ -165,7 +166,7 @@ class PlainName(Constraint):
 
 FileName = Annotated[str, PlainName()]
 LARGEST_BYTES = 1 << 28  # of a file: a manifest of a million shards stays below
-SHOWN = 60  # characters of a wrong value
+SHOWN, LONGEST_REASON = 60, 200  # characters of a wrong value, and of a library's error
 
 
 def read_json(path: Path, kind: Any = dict[str, Any], *, remedy: str, largest: int = LARGEST_BYTES) -> Any:
