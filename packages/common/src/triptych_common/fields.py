@@ -106,6 +106,19 @@ class OneOf(Constraint):
         return one_of(value, self.names)
 
 
+class Filled(Constraint):
+    """A container that holds something."""
+
+    def __contains__(self, value: Any) -> bool:
+        return len(value) > 0
+
+    def expected(self, value: Any) -> str:
+        return "one entry or more"
+
+
+FILLED = Filled()
+
+
 def printable(text: str) -> str:
     """A text in which characters that a terminal acts on are escaped: controls, marks of direction, ends of lines.
 

@@ -17,7 +17,7 @@ from triptych_common.cli import echo
 from triptych_common.progress import Progress
 from triptych_common.storage import checkpoint, foreign
 from triptych_common.storage.arrays import Npz, npy
-from triptych_common.storage.files import read_json, regular
+from triptych_common.storage.files import changed_ns, read_json, regular
 from triptych_common.storage.run import RunDirectory
 
 from triptych_dit.autoencoder.cache import MANIFEST, finished_shards, shard_path, write_manifest, write_shard
@@ -96,19 +96,15 @@ class Features:
         found = (self.labels_of(number) for number in range(1 if self.labels else len(self.files)))
         return 1 + max((int(labels.max()) for labels in found if labels is not None and len(labels)), default=0)
 
-    def changed_ns(self) -> int:
-        """When the last of the files was written or changed."""
-        found = map(Path.stat, self._all_files())
-        return max(max(status.st_mtime_ns, status.st_ctime_ns) for status in found)
-
     def fingerprint(self) -> str:
         """A hash of names and sizes."""
         digest = hashlib.sha256()
-        for path in self._all_files():
+        for path in self.all_files():
             digest.update(b"\n%b\0%d" % (path.name.encode(), path.stat().st_size))
         return f"names-and-sizes:{digest.hexdigest()}"
 
-    def _all_files(self) -> list[Path]:
+    def all_files(self) -> list[Path]:
+        """Those of latents, then those of labels."""
         return [*self.files, *self.label_files, *filter(None, [self.labels])]
 
 
@@ -131,12 +127,12 @@ def import_features(config: ImportConfig) -> dict[str, Any]:
     }  # fmt: skip
     with RunDirectory(config.out, facts) as run, Progress("importing", len(features.files), "files") as progress:
         request, rows, shards = checkpoint.index_digest(facts), _rows(features, progress.advance), 0
-        changed_ns = features.changed_ns()
+        changed = changed_ns(features.all_files())
         done = finished_shards(run.path, len(list(run.path.glob("shard-*.safetensors"))), request)
         while some := list(islice(rows, config.shard_size)):
             shard, shards = shards, shards + 1
             path = shard_path(run.path, shard)
-            if shard in done and changed_ns <= path.stat().st_mtime_ns:
+            if shard in done and changed <= path.stat().st_mtime_ns:
                 continue
             moments = _moments(torch.stack([row for row, _ in some]), space, config)
             labels = torch.tensor([label for _, label in some])
@@ -144,8 +140,8 @@ def import_features(config: ImportConfig) -> dict[str, Any]:
                 items = torch.arange(len(some)) + shard * config.shard_size
                 write_shard(run.path, shard, moments, labels, items, request=request)
             elif not all(map(torch.equal, (moments, labels), map(checkpoint.read(path)[0].get, ("moments", "labels")))):
-                changed = f"other latents or labels than those that were imported into {path}"
-                raise ValueError(f"features {config.features}: {changed}; put those back, or use another --out")
+                others = f"other latents or labels than those that were imported into {path}"
+                raise ValueError(f"features {config.features}: {others}; put those back, or use another --out")
         items = write_manifest(run.path, shards, facts)["items"]
     echo(f"latent cache of {items:,} latents in {len(names):,} classes: {config.out}")
     return {
