@@ -70,3 +70,20 @@ def test_progress_on_a_terminal_and_disabled(monkeypatch):
             for _ in range(10):
                 progress.advance()
         assert ("sampling" in terminal.getvalue()) == enabled
+
+
+def test_what_a_terminal_acts_on_is_no_part_of_progress(capsys):
+    with Progress("verifying \x1b[2J[/red]", 2, "files") as progress:
+        progress.advance()
+        progress.advance()
+    assert capsys.readouterr().err.startswith("verifying \\x1b[2J[/red]: 2/2 files")
+
+
+def test_brackets_in_progress_on_a_terminal_are_text(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", shown)
+    with Progress("verifying [/red]", 2, "files", note=lambda: "[/blue]") as progress:
+        progress.advance(2)
+    assert "verifying [/red]" in shown.getvalue()
+    assert "[/blue]" in shown.getvalue()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from triptych_common import data
 from triptych_common.storage import checkpoint
-from triptych_common.testing import run_cli, run_signalled, run_torchrun
+from triptych_common.testing import fails_with, run_cli, run_signalled, run_torchrun
 from triptych_dit.autoencoder import model as module
 from triptych_dit.autoencoder.config import AutoencoderTrainConfig
 from triptych_dit.autoencoder.model import Autoencoder, load_autoencoder, scaled_sample
@@ -148,7 +149,8 @@ def test_runaway_log_variances_are_bounded(images):
     assert (log_variance[:, 0].unique(), log_variance[:, 1].unique()) == (20, -30)
 
 
-def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path, monkeypatch):
+def hub_cache(tmp_path, monkeypatch) -> None:
+    """A hub's cache with the autoencoder of someone/pipeline."""
     from huggingface_hub import constants
 
     snapshot = tmp_path / "models--someone--pipeline" / "snapshots" / ("0" * 40)
@@ -156,6 +158,31 @@ def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path, monkeypatch):
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+def test_what_only_a_file_names_is_looked_up_without_the_network(tmp_path, monkeypatch):
+    hub_cache(tmp_path, monkeypatch)
+    asked = []
+
+    def unreachable(*arguments, **_):
+        asked.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    assert load_autoencoder("someone/pipeline", download=False).latent_channels == 4
+    for absent in ("someone/else", "not/a/hub/name", "../someone"):
+        with pytest.raises(OSError, match="neither a folder here nor in the hub's cache, and nothing is fetched"):
+            load_autoencoder(absent, download=False)
+    dry = run_dit("encode", "--image-size", 28, "--no-flips", "--vae", "someone/else", "--dry-run")
+    fails_with(dry, "nothing is fetched")
+    assert asked == []
+
+
+def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    hub_cache(tmp_path, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load_autoencoder("someone/pipeline").latent_channels == 4
     for absent in ("someone/else", "not/a/hub/name"):

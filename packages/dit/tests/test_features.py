@@ -1,13 +1,16 @@
 """Latents of others: fast-DiT's folders, LightningDiT's shards, plain arrays; trained on as they were."""
 
 import json
+import os
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from triptych_common.storage import checkpoint
 from triptych_common.testing import fails_with
 from triptych_dit import load_model
 from triptych_dit.autoencoder import features
@@ -204,6 +207,112 @@ def test_features_that_cannot_be_used_are_one_line(tmp_path, change, message):
     done = run_dit("import", "--features", tmp_path / "fast", "--out", tmp_path / "cache")
     assert done.returncode == 1
     assert message in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.parametrize(("name", "arrays", "message"), [
+    ("labels beyond any table", {"labels": np.array([0, 1 << 40])}, "labels are int64 in 0..1099511627776, expected"),
+    ("unsigned labels that wrap", {"labels": np.array([0, (1 << 64) - 1], np.uint64)}, "in 0..18446744073709551615, expected"),
+    ("negative labels", {"labels": np.array([0, -1])}, "labels are int64 in -1..0, expected an integer for each, 0..1048575"),
+    ("floats of no tensor", {"latents": np.zeros((2, *SHAPE), np.longdouble)}, "expected floats (n, channels, height, width)"),
+    ("nothing", {"latents": np.zeros((0, *SHAPE), np.float32), "labels": np.zeros(0, int)}, "no latents in"),
+])  # fmt: skip
+def test_arrays_that_no_cache_can_hold_are_one_line(tmp_path, name, arrays, message):
+    np.savez(tmp_path / "x.npz", **{"latents": latents(n=2).numpy(), "labels": np.arange(2), **arrays})
+    done = run_dit("import", "--features", tmp_path / "x.npz", "--scale-factor", 1, "--out", tmp_path / "cache")
+    fails_with(done, message)
+    assert f"{tmp_path / 'x.npz'}" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("place", ["latents.npz", "labels.npy", "shards/0.safetensors", "fast/x_labels/0.npy"])
+def test_pipes_among_features_are_refused(tmp_path, place):
+    np.save(tmp_path / "x.npy", latents().numpy())
+    for folder in ("shards", "fast/x_labels", "fast/x_features"):
+        (tmp_path / folder).mkdir(parents=True)
+    np.save(tmp_path / "fast/x_features/0.npy", latents(n=1).numpy())
+    os.mkfifo(tmp_path / place)
+    source = {"labels.npy": ("x.npy", "--labels", tmp_path / place)}.get(place, (place.partition("/")[0],))
+    words = (
+        "import",
+        "--features",
+        tmp_path / source[0],
+        *source[1:],
+        "--scale-factor",
+        1,
+        "--out",
+        tmp_path / "cache",
+    )
+    fails_with(run_dit(*words), f"{tmp_path / place}: a pipe or device, expected a file")
+
+
+def test_a_damaged_header_is_named_in_a_short_line(tmp_path):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': " + b"(" * 3000 + b")" * 3000 + b"}"
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header)
+    done = run_dit("import", "--features", tmp_path / "x.npy", "--scale-factor", 1, "--out", tmp_path / "cache")
+    fails_with(done, "x.npy: not an array file, or a damaged one (")
+    assert len(done.stderr) < 500 + len(str(tmp_path))
+
+
+def test_numbers_of_a_latent_space_are_finite(tmp_path):
+    np.save(tmp_path / "x.npy", latents().numpy())
+    words = ("import", "--features", tmp_path / "x.npy", "--out", tmp_path / "cache")
+    fails_with(run_dit(*words, "--scale-factor", "inf"), "scale_factor inf: expected finite numbers")
+    fails_with(
+        run_dit(*words, "--latents-mean", *["nan"] * 4), "latents_mean (nan, nan, nan, nan): expected finite numbers"
+    )
+
+
+def test_bfloat16_features_are_read(tmp_path):
+    save_file({"latents": latents().bfloat16(), "labels": labels()}, tmp_path / "x.safetensors")
+    data = imported(tmp_path / "cache", tmp_path / "x.safetensors", "--scale-factor", 1)
+    torch.testing.assert_close(examples(data), latents(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("replaced", ["latents", "labels", "nothing"])
+def test_features_replaced_by_others_of_the_same_size_join_no_cache(tmp_path, replaced):
+    arrays = {"latents": latents().numpy(), "labels": labels().numpy()}
+    np.savez(tmp_path / "own.npz", **arrays)
+    words = (
+        "import",
+        "--features",
+        tmp_path / "own.npz",
+        "--scale-factor",
+        1,
+        "--shard-size",
+        4,
+        "--out",
+        tmp_path / "c",
+    )
+    assert run_dit(*words).returncode == 0
+    whole = [path.read_bytes() for path in sorted((tmp_path / "c").glob("shard-*"))]
+    (tmp_path / "c/shard-000000.safetensors").unlink()
+    np.savez(tmp_path / "own.npz", **arrays | ({} if replaced == "nothing" else {replaced: arrays[replaced][::-1]}))
+    done = run_dit(*words)
+    if replaced == "nothing":
+        assert done.returncode == 0
+        assert whole == [path.read_bytes() for path in sorted((tmp_path / "c").glob("shard-*"))]
+    else:
+        assert "other latents or labels than those that were imported into" in done.stderr
+        assert done.returncode == 1
+
+
+def test_a_label_that_no_class_has_is_refused_before_training(tmp_path):
+    np.savez(tmp_path / "own.npz", latents=latents().numpy(), labels=labels().numpy())
+    imported(tmp_path / "cache", tmp_path / "own.npz", "--scale-factor", 1)
+    path, manifest = tmp_path / "cache/shard-000001.safetensors", tmp_path / "cache/manifest.json"
+    tensors, state = checkpoint.read(path)
+    for label in (3, -1):  # of a foreign cache, whose checksums are right
+        tensors["labels"][2] = label
+        before = _recorded(path)
+        checkpoint.write(path, tensors, state)
+        manifest.write_text(manifest.read_text().replace(before, _recorded(path)))
+        with pytest.raises(ValueError, match=rf"shard-000001.safetensors: label {label} of 3 classes; repeat the"):
+            LatentCache(tmp_path / "cache")
+
+
+def _recorded(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["sha256"]
 
 
 def test_the_facts_of_arrays_must_be_given(tmp_path):

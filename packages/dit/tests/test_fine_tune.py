@@ -27,6 +27,15 @@ def test_same_shape_is_an_exact_copy():
         assert torch.equal(tensor, source.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("names", [["a", "b", "c", "d", "e"], ["crane", "a", "crane", "b", "c"], ["a", "b"]])
+def test_the_same_names_are_the_same_classes(names):
+    """Also where two have one name, or the last classes have none."""
+    source, model = random_model(SMALL, seed=0), random_model(SMALL, seed=1)
+    fate = start_from(model, source, names=names, source_names=names)[TABLE]
+    assert fate == (True, "5 classes copied by name, null row copied")
+    assert torch.equal(model.state_dict()[TABLE], source.state_dict()[TABLE])
+
+
 def test_new_resolution_and_classes_change_exactly_position_and_table():
     source = random_model(SMALL, seed=0)
     model = random_model(replace(SMALL, input_size=(16, 8), num_classes=9), seed=1)

@@ -343,6 +343,41 @@ def test_a_table_takes_no_more_memory_than_it_has_bytes(table, message, task, tm
     assert f"table.parquet: {message}" in refusal(folder=folder, metrics=path, task=task, out=tmp_path / "zoo")
 
 
+@pytest.mark.parametrize("lost", ["nothing", "a shard", "the manifest"])
+def test_runs_replaced_since_they_were_imported_join_no_zoo(lost, task, tmp_path):
+    folder, out = write_runs(tmp_path / "runs"), tmp_path / "zoo"
+    options = {
+        "folder": folder,
+        "metrics": write_table(tmp_path / "table.csv"),
+        "task": task,
+        "out": out,
+        "cohort_runs": 2,
+    }
+    import_zoo(ImportConfig(**options))
+    for path in folder.rglob("*.pt"):
+        path.write_bytes(path.read_bytes())  # newer, and the same
+    import_zoo(ImportConfig(**options))
+    for number in range(6):
+        torch.save(state_of(number + 1, 20), folder / f"run{number}" / "epoch1_20.pt")
+    if lost == "a shard":  # as an interruption leaves it, of which neither manifest nor record tells
+        first = Zoo(out).path / "shards"
+        for path in [*first.glob("runs-00000000-*"), *(out / "records").glob("runs-00000000-*"), out / "manifest.json"]:
+            path.unlink()
+    elif lost == "the manifest":
+        (out / "manifest.json").unlink()
+    whole = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    assert "are not those that were imported; put them back, or use another --out" in refusal(**options)
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_complex_parameters_are_refused(task, tmp_path):
+    folder, table = write_runs(tmp_path / "runs"), write_table(tmp_path / "table.csv")
+    torch.save({**state_of(0, 0), "phase": torch.zeros(3, dtype=torch.cfloat)}, folder / "run0" / "epoch1_0.pt")
+    for options in ({"task": task}, {"better": ("test_loss=lower",)}):
+        message = refusal(folder=folder, metrics=table, out=tmp_path / "zoo", **options)
+        assert f"{folder / 'run0' / 'epoch1_0.pt'}: phase is torch.complex64, expected real numbers" in message
+
+
 class Malicious:
     def __init__(self, witness: Path) -> None:
         self.witness = witness

@@ -113,7 +113,7 @@ def test_theta_gathers_any_rows_in_any_order(tmp_path, dtype):
 
 def test_theta_copies_only_the_given_rows(tmp_path):
     layout = ParameterLayout({"weight": (1000, 100)})
-    manifest = Manifest.create(tmp_path, {**FACTS, "layout": layout.to_json(), "metrics": {}})
+    manifest = Manifest.create(tmp_path, {**FACTS, "layout": layout.to_json()})
     theta = torch.zeros(20, CHECKPOINTS, layout.size)
     steps = torch.zeros(20, CHECKPOINTS, dtype=torch.long)
     manifest.commit(written(tmp_path, CohortData(range(20), theta, steps, {}, {"split": "train"}, {})))
@@ -204,6 +204,12 @@ def test_settings_of_each_run_and_of_the_cohort_are_columns(tmp_path):
 def test_data_that_does_not_fit_together_is_refused(change, message):
     with pytest.raises(Exception, match=message):
         CohortData(**{**vars(cohort(range(2))), **change})
+
+
+@pytest.mark.parametrize("name", ["metrics", "layout"])
+def test_a_zoo_has_metrics_and_parameters(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name} .*: expected one entry or more"):
+        make_zoo(tmp_path, **{name: type(FACTS[name])()})
 
 
 def test_a_zoo_only_grows(folder):

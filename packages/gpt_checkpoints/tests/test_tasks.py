@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from triptych_common.data import load
+from triptych_common.data import files, load
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.symmetry.spec import Axis, PermutationSpec, check_invariance, forward_of
 from triptych_gpt.tasks import (
@@ -25,6 +25,9 @@ from triptych_gpt.tasks import (
 )
 from triptych_gpt.tasks.cifar_cnn import FlipAndCrop, Pictures
 from triptych_gpt.tasks.mnist_mlp import Digits
+from triptych_gpt.zoo.source import TaskSpec, task_of
+from triptych_gpt.zoo.store import Manifest
+from triptych_gpt.zoo.zoo import Zoo
 
 CPU = torch.device("cpu")
 SHAPES = {"mnist_mlp": (784,), "mnist_mlp_14": (196,), "cifar_cnn": (3, 32, 32)}
@@ -329,3 +332,40 @@ def test_a_class_is_made_into_the_task_it_describes(tmp_path):
         open_task(spec, epochs=3)
     with pytest.raises(ValueError, match="data 'mnist': task bandit has data of its own; leave out --data"):
         open_task(spec, data="mnist")
+
+
+def test_data_that_only_a_file_names_are_not_downloaded(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path):
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(files, "download", download)
+    monkeypatch.setenv("TRIPTYCH_DATA", str(tmp_path))
+    for content in ({"task": "mnist_mlp_14", "data": "mnist"}, {"task": "mnist_mlp"}, {"task": "cifar_cnn"}):
+        task = TaskSpec.recorded(content, "zoo").open()
+        remedy = f"nothing is fetched because a file names it; --task {content['task']} fetches it"
+        with pytest.raises(FileNotFoundError, match=remedy):
+            task.recipe()
+        assert asked == []
+        with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+            TaskSpec.recorded(content, "zoo", content["task"]).open().recipe()
+        assert asked
+        asked.clear()
+    recorded = TaskSpec.recorded({"task": "mnist_mlp_14"}, "zoo").open()
+    assert recorded.recipe() == TASKS["mnist_mlp_14"].recipe()
+
+
+def test_a_zoos_networks_are_compared_before_its_data_are_read(tmp_path, monkeypatch):
+    facts = {
+        "task": "mnist_mlp",
+        "layout": [["w", [3]]],
+        "checkpoints": 2,
+        "dtype": "float32",
+        "metrics": {"loss": "lower"},
+    }
+    Manifest.create(tmp_path / "zoo", facts)
+    monkeypatch.setenv("TRIPTYCH_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="networks of 7,960 parameters, the zoo's have 3"):
+        task_of(Zoo(tmp_path / "zoo"))

@@ -168,6 +168,22 @@ def test_a_study_ends_with_results_a_report_and_few_lines(tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize("place", ["report.html", "results.json", "laptop/results.json"])
+def test_a_study_replaces_no_files_of_others(tmp_path, place):
+    """Those that another study has published are another's, too; its own are replaced."""
+    own, theirs = tmp_path / "own", tmp_path / place
+    runner.run(tiny(own, experiment()))
+    runner.run(tiny(own, experiment(), size="smoke"))
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text('{"chapter": 2}')
+    with pytest.raises(ValueError, match=r"choose another --out, or pass --overwrite"):
+        runner.run(tiny(tmp_path, experiment()))
+    assert theirs.read_text() == '{"chapter": 2}'
+    runner.run(tiny(tmp_path, experiment(), overwrite=True))
+    assert theirs.read_text() != '{"chapter": 2}'
+    runner.run(tiny(tmp_path, experiment()))
+
+
 def test_what_comes_out_as_before_keeps_its_command_and_commit(tmp_path, monkeypatch):
     value, commit = [1.0], ["before"]
     monkeypatch.setattr(runner, "git_commit", lambda: commit[0])
@@ -479,6 +495,11 @@ def test_the_command_claims_writes_verdicts_and_page(ledger, tmp_path):
     assert 'undecided (laptop) | a "quoted" 0.5 [0.4, 0.6] \\ more `make x` |' in row
     assert testing.run_here(cli.run, "claims", "--ledger", ledger, "--page", page).returncode == 0
     testing.fails_with(testing.run_here(cli.run, "claims", written(tmp_path, "smoke"), *words[2:]), "decides no claim")
+    page.write_text("of another")
+    words = ("claims", "--ledger", ledger, "--page", page)
+    testing.fails_with(testing.run_here(cli.run, *words), "claims.md: of another command; choose another --page")
+    assert page.read_text() == "of another"
+    assert testing.run_here(cli.run, *words, "--overwrite").returncode == 0
 
 
 def test_every_command_in_the_ledger_can_be_run():

@@ -11,6 +11,7 @@
 A subclass that declares a field again, for another default or help text, keeps the constraints and marks of its bases.
 """
 
+import math
 import operator
 import types
 import unicodedata
@@ -89,6 +90,9 @@ def Ge(bound: float, wanted: str | None = None) -> Interval:
     return Interval(ge=bound, wanted=wanted)
 
 
+FINITE = Interval(gt=-math.inf, lt=math.inf, wanted="finite numbers")
+
+
 @dataclass(frozen=True)
 class OneOf(Constraint):
     """One of several names, for fields where a `Literal`, which is checked without this, cannot list them."""
@@ -100,6 +104,19 @@ class OneOf(Constraint):
 
     def expected(self, value: Any) -> str:
         return one_of(value, self.names)
+
+
+class Filled(Constraint):
+    """A container that holds something."""
+
+    def __contains__(self, value: Any) -> bool:
+        return len(value) > 0
+
+    def expected(self, value: Any) -> str:
+        return "one entry or more"
+
+
+FILLED = Filled()
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from triptych_common.fields import printable
+
 
 class Progress:
     """Context manager around `total` units of work; call `at(done)` or `advance(n)`. Writes to stderr if `enabled`.
@@ -18,7 +20,7 @@ class Progress:
     def __init__(
         self, title: str, total: int, unit: str, *, enabled: bool = True, note: Callable[[], str] = lambda: ""
     ) -> None:
-        self.title, self.total, self.unit, self.enabled, self.note = title, total, unit, enabled, note
+        self.title, self.total, self.unit, self.enabled, self.note = printable(title), total, unit, enabled, note
         self.done = 0
 
     def __enter__(self) -> "Progress":
@@ -29,9 +31,10 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            texts = (TextColumn(f"{{task.fields[{name}]}}") for name in ("rate", "note"))
+            # Without markup: names in titles may have brackets.
+            texts = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("rate", "note"))
             columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *texts, TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *texts, TimeRemainingColumn(),
             )  # fmt: skip
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._bar.start()

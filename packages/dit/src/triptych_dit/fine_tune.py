@@ -69,12 +69,16 @@ def _shared_classes(
     wanted: DiTConfig, found: DiTConfig, names: Sequence[str], source_names: Sequence[str]
 ) -> tuple[dict[int, int], str]:
     """For each class that the source has too, its number there, and by what it was recognised."""
+    same = wanted.num_classes == found.num_classes
+    if (
+        same and _tell(names) and list(names) == list(source_names)
+    ):  # two of which may be the same word, as ImageNet's cranes
+        return {label: label for label in range(wanted.num_classes)}, "by name"
     if _tell(names) and _tell(source_names):
         shared = matched(names, source_names).items()
         return {
             ours: there for ours, there in shared if ours < wanted.num_classes and there < found.num_classes
         }, "by name"
-    same = wanted.num_classes == found.num_classes
     return ({label: label for label in range(wanted.num_classes)} if same else {}), "by number, as names are not known"
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from triptych_common.diffusion import GaussianDiffusion, NoiseSchedule
-from triptych_common.fields import Checked, Ge, Gt
+from triptych_common.fields import FINITE, Checked, Ge, Gt
 from triptych_common.storage.files import check, open_ended
 from triptych_common.storage.model_file import ModelFormat
 from typing_extensions import TypedDict
@@ -38,10 +38,10 @@ class LatentSpace(Checked):
     """
 
     spec: str
-    scale_factor: Annotated[float, Gt(0)]
-    shift_factor: float = 0.0
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: Annotated[tuple[float, ...] | None, Gt(0, "numbers above 0")] = None
+    scale_factor: Annotated[float, Gt(0), FINITE]
+    shift_factor: Annotated[float, FINITE] = 0.0
+    latents_mean: Annotated[tuple[float, ...] | None, FINITE] = None
+    latents_std: Annotated[tuple[float, ...] | None, Gt(0, "numbers above 0"), FINITE] = None
     downsampling: Annotated[int | None, Ge(1)] = None
     latent_channels: Annotated[int | None, Ge(1)] = None
     image_channels: Annotated[int | None, Ge(1)] = None

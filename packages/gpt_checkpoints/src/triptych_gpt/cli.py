@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from triptych_common.cli import Command, leave, main
+from triptych_common.fields import printable
 
 COMMANDS = {
     "collect": Command(
@@ -98,7 +99,7 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as one line, without its place in the code, and only once."""
     if str(message) not in _shown:
         _shown.add(str(message))
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(str(message))}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

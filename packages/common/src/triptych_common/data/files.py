@@ -8,6 +8,8 @@ import os
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +60,28 @@ def _mnist_file(folder: Path, name: str, url: str) -> bytes:
     return content
 
 
+_refusal: ContextVar[str | None] = ContextVar("refusal", default=None)
+
+
+@contextlib.contextmanager
+def only_on_disk(remedy: str) -> Iterator[None]:
+    """Refuse, within the block, to download what is absent: for data that only a file names. remedy: what fetches it."""
+    token = _refusal.set(remedy)
+    try:
+        yield
+    finally:
+        _refusal.reset(token)
+
+
 def fetch(what: str, url: str, path: Path, remedy: str) -> None:
     """Download a file unless `path` exists; a lock makes other processes of this machine wait.
 
-    Raises FileNotFoundError, naming `what` and the `remedy`, if the download fails.
+    Raises FileNotFoundError, naming `what` and the `remedy`, if the download fails, or within `only_on_disk`.
     """
     if path.exists():
         return
+    if refusal := _refusal.get():
+        raise FileNotFoundError(f"{what}: {path} is absent, and nothing is fetched because a file names it; {refusal}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):

@@ -1,4 +1,4 @@
-"""npz files of others: shapes and types are compared with what is expected before an array is unpacked."""
+"""npz and npy files of others: shapes and types are compared with what is expected before an array is unpacked."""
 
 import math
 import zipfile
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from triptych_common.storage.files import reason, regular
 
 _MOST_PACKED = 64  # times that pictures get smaller; zeros get a thousand times smaller
 _ALWAYS = 1 << 26  # bytes that any file may unpack to
@@ -36,7 +38,7 @@ class Npz:
         if not path.is_file():
             raise ValueError(f"{path}: expected an npz file, which no folder, pipe or device is")
         most = _MOST_PACKED * path.stat().st_size + _ALWAYS
-        with self.intact(), zipfile.ZipFile(path) as archive:
+        with _intact(path), zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
             unpacked = sum(info.file_size for info in members)
             if unpacked > most:
@@ -54,14 +56,14 @@ class Npz:
 
     def array(self, name: str) -> np.ndarray:
         """An array, whole. Check its header first: it has any shape."""
-        with self.intact(), np.load(self.path, allow_pickle=False) as arrays:
+        with _intact(self.path), np.load(self.path, allow_pickle=False) as arrays:
             return arrays[name]
 
     def rows(self, name: str, size: int) -> Iterator[np.ndarray]:
         """An array in C order, `size` rows at a time, of which one part is in memory."""
         (count, *rest), dtype, *_ = self.headers[name]
         row_bytes = math.prod(rest) * dtype.itemsize
-        with self.intact(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+        with _intact(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
             _header(file)
             for start in range(0, count, size):
                 n = min(size, count - start)
@@ -80,17 +82,23 @@ class Npz:
             wanted = str(tuple("n" if n is None else n for n in shape)).replace("'", "")
             raise ValueError(f"{self.path}: {name} is {dtype} {held}, expected {types} {wanted}")
 
-    @contextmanager
-    def intact(self) -> Iterator[None]:
-        """Turn the various exceptions of a damaged archive into one ValueError."""
-        try:
-            yield
-        except (MemoryError, PermissionError):
-            raise
-        # zipfile and numpy raise anything on damaged archives: OSError, NotImplementedError, ...
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.path}: not an npz file, or a damaged one ({reason}); make it again") from error
+
+def npy(path: Path) -> np.ndarray:
+    """The array in a .npy file, mapped into memory. Raises ValueError for a damaged one, or one of Python objects."""
+    with _intact(regular(path), "array file"):
+        return np.lib.format.open_memmap(path, mode="r")
+
+
+@contextmanager
+def _intact(path: Path, kind: str = "npz file") -> Iterator[None]:
+    """Turn the various exceptions of a damaged file into one ValueError."""
+    try:
+        yield
+    except (MemoryError, PermissionError, FileNotFoundError):
+        raise
+    # zipfile and numpy raise anything on damaged files: OSError, NotImplementedError, ...
+    except Exception as error:
+        raise ValueError(f"{path}: not an {kind}, or a damaged one ({reason(error)}); make it again") from error
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -137,8 +137,9 @@ def cannot_write(path: Path, error: Exception) -> OSError:
 
 
 def reason(error: Exception) -> str:
-    """The cause of an error of the disk, in a few words."""
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    """The cause of an error of the disk or of a library, in a few words: what a file holds may be thousands of them."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 # --- reading
@@ -167,7 +168,7 @@ class PlainName(Constraint):
 
 FileName = Annotated[str, PlainName()]
 LARGEST_BYTES = 1 << 28  # of a file: a manifest of a million shards stays below
-SHOWN = 60  # characters of a wrong value
+SHOWN, LONGEST_REASON = 60, 200  # characters of a wrong value, and of a library's error
 
 
 def read_json(path: Path, kind: Any = dict[str, Any], *, remedy: str, largest: int = LARGEST_BYTES) -> Any:
@@ -198,6 +199,13 @@ def regular(path: Path) -> Path:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
     return path
+
+
+def changed_ns(paths: Iterable[Path]) -> int:
+    """When the last of some files, or of those in some folders, was written or changed, in nanoseconds."""
+    files = (file for path in paths for file in (path.iterdir() if path.is_dir() else (path,)) if file.exists())
+    # The time of change, too, which a program that keeps the time of modification cannot set.
+    return max((max(status.st_mtime_ns, status.st_ctime_ns) for status in map(Path.stat, files)), default=0)
 
 
 def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:

@@ -134,8 +134,12 @@ class LatentCache:
         # By the hash that the shard itself records: reading all of it would take as long as an epoch.
         channels, height, width = self.latent_shape
         shape = (shard["items"], 2 if self.has_flips else 1, 2 * channels, height, width)
-        if sha256 != shard["sha256"] or tuple(tensors["moments"].shape) != shape:
+        labels, items = tensors["labels"], tensors["items"]
+        fits = tuple(tensors["moments"].shape) == shape and labels.shape == items.shape == shape[:1]
+        if sha256 != shard["sha256"] or not fits or not labels.dtype == items.dtype == torch.int64:
             raise ValueError(f"{path}: not the shard that the manifest lists; {_remedy(self.facts)}")
+        if len(wrong := labels[(labels < 0) | (labels >= self.num_classes)]):
+            raise ValueError(f"{path}: label {int(wrong[0])} of {self.num_classes} classes; {_remedy(self.facts)}")
         return tensors
 
 

@@ -58,7 +58,7 @@ def open_images(config: EncodeConfig) -> ImageSource:
 
 def preview(config: EncodeConfig) -> dict[str, Any]:
     """What --dry-run prints."""
-    source, autoencoder = open_images(config), load_autoencoder(config.vae)
+    source, autoencoder = open_images(config), load_autoencoder(config.vae, download=False)
     shape = latent_shape(autoencoder, config.size)
     return {"config": asdict(config), **_extent(source, autoencoder, config), "latent_shape": shape}
 

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from triptych_common.cli import echo
 from triptych_common.progress import Progress
-from triptych_common.storage import checkpoint
-from triptych_common.storage.arrays import Npz
-from triptych_common.storage.files import read_json, regular
+from triptych_common.storage import checkpoint, foreign
+from triptych_common.storage.arrays import Npz, npy
+from triptych_common.storage.files import changed_ns, read_json, regular
 from triptych_common.storage.run import RunDirectory
 
-from triptych_dit.autoencoder.cache import MANIFEST, finished_shards, write_manifest, write_shard
+from triptych_dit.autoencoder.cache import MANIFEST, finished_shards, shard_path, write_manifest, write_shard
 from triptych_dit.autoencoder.config import ImportConfig
 from triptych_dit.autoencoder.model import LOG_VARIANCE_RANGE, load_autoencoder
 from triptych_dit.weights import STABLE_DIFFUSION, LatentSpace
@@ -29,6 +28,7 @@ from triptych_dit.weights import STABLE_DIFFUSION, LatentSpace
 _LATENTS, _FLIPPED, _LABELS = ("latents", "features", "x", "arr_0"), ("latents_flip",), ("labels", "y", "arr_1")
 _FAST_DIT = ("_features", "_labels")  # ends of the names of its two folders
 _SUFFIXES = (".npy", ".npz", ".safetensors")
+MOST_CLASSES = 1 << 20  # each has a name in the manifest
 
 
 class Part(NamedTuple):
@@ -51,7 +51,9 @@ class Features:
         self.files, self.label_files = _files(source)
         if not self.files:
             raise ValueError(f"features {source}: no latents there; expected NAME_features/*.npy, .npz or .safetensors")
-        first = next(iter(self))
+        first = next(iter(self), None)
+        if first is None:
+            raise ValueError(f"features {source}: no latents in {self.files[0]}; make the file again")
         self.flips, self.latent_shape = first.latents.shape[1], first.latents.shape[2:]
 
     @property
@@ -62,14 +64,19 @@ class Features:
         """Labels of the latents of a file."""
         path = self.label_files[number] if self.label_files else self.labels
         found = _array(self.files[number], _LABELS) if path is None else _array(path, ("", *_LABELS))
-        if found is not None and (found.dtype.kind not in "iu" or (found.size and found.min() < 0)):
-            raise ValueError(f"{self.files[number]}: labels are {found.dtype}, expected an integer for each, from 0")
-        return None if found is None else found.reshape(-1).astype(np.int64)
+        if found is None:
+            return None
+        integers = found.dtype.kind in "iu"
+        if not integers or (found.size and not 0 <= found.min() <= found.max() < MOST_CLASSES):
+            extent = f" in {found.min()}..{found.max()}" if integers else ""
+            wanted = f"expected an integer for each, 0..{MOST_CLASSES - 1}"
+            raise ValueError(f"{path or self.files[number]}: labels are {found.dtype}{extent}, {wanted}")
+        return found.reshape(-1).astype(np.int64)
 
     def __iter__(self) -> Iterator[Part]:
         for number, path in enumerate(self.files):
             latents, flipped, labels = _array(path, ("", *_LATENTS)), _array(path, _FLIPPED), self.labels_of(number)
-            if latents is None or latents.ndim not in (3, 4) or latents.dtype.kind != "f":
+            if latents is None or latents.ndim not in (3, 4) or latents.dtype.kind != "f" or latents.itemsize > 8:
                 raise ValueError(
                     f"{path}: expected floats (n, channels, height, width) as one of {', '.join(_LATENTS)}"
                 )
@@ -92,9 +99,13 @@ class Features:
     def fingerprint(self) -> str:
         """A hash of names and sizes."""
         digest = hashlib.sha256()
-        for path in (*self.files, *self.label_files):
+        for path in self.all_files():
             digest.update(b"\n%b\0%d" % (path.name.encode(), path.stat().st_size))
         return f"names-and-sizes:{digest.hexdigest()}"
+
+    def all_files(self) -> list[Path]:
+        """Those of latents, then those of labels."""
+        return [*self.files, *self.label_files, *filter(None, [self.labels])]
 
 
 def import_features(config: ImportConfig) -> dict[str, Any]:
@@ -116,15 +127,21 @@ def import_features(config: ImportConfig) -> dict[str, Any]:
     }  # fmt: skip
     with RunDirectory(config.out, facts) as run, Progress("importing", len(features.files), "files") as progress:
         request, rows, shards = checkpoint.index_digest(facts), _rows(features, progress.advance), 0
+        changed = changed_ns(features.all_files())
         done = finished_shards(run.path, len(list(run.path.glob("shard-*.safetensors"))), request)
         while some := list(islice(rows, config.shard_size)):
             shard, shards = shards, shards + 1
+            path = shard_path(run.path, shard)
+            if shard in done and changed <= path.stat().st_mtime_ns:
+                continue
+            moments = _moments(torch.stack([row for row, _ in some]), space, config)
+            labels = torch.tensor([label for _, label in some])
             if shard not in done:
-                moments = _moments(torch.stack([row for row, _ in some]), space, config)
                 items = torch.arange(len(some)) + shard * config.shard_size
-                write_shard(
-                    run.path, shard, moments, torch.tensor([label for _, label in some]), items, request=request
-                )
+                write_shard(run.path, shard, moments, labels, items, request=request)
+            elif not all(map(torch.equal, (moments, labels), map(checkpoint.read(path)[0].get, ("moments", "labels")))):
+                others = f"other latents or labels than those that were imported into {path}"
+                raise ValueError(f"features {config.features}: {others}; put those back, or use another --out")
         items = write_manifest(run.path, shards, facts)["items"]
     echo(f"latent cache of {items:,} latents in {len(names):,} classes: {config.out}")
     return {
@@ -195,8 +212,8 @@ def refuse_features(data: str) -> None:
 
 def _files(source: Path) -> tuple[list[Path], list[Path]]:
     """Files of latents and, in fast-DiT's folders, the files of labels that go with them."""
-    if source.is_file():
-        return [source], []
+    if source.exists() and not source.is_dir():
+        return [regular(source)], []
     if not source.is_dir():
         raise FileNotFoundError(f"features {source}: no such file or folder")
     if source.name.endswith(_FAST_DIT):
@@ -219,12 +236,8 @@ def _array(path: Path, names: Sequence[str]) -> np.ndarray | None:
     if path.suffix == ".npz":
         held = Npz(path)
         return next((held.array(name) for name in names if name in held.headers), None)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(regular(path), framework="np") as file:
-                return next((file.get_tensor(name) for name in names if name in file.keys()), None)  # noqa: SIM118
-        return np.lib.format.open_memmap(regular(path), mode="r") if "" in names else None
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, EOFError, SafetensorError, TypeError) as error:
-        raise ValueError(f"{path}: not an array file, or a damaged one ({error})") from error
+    if path.suffix == ".safetensors":
+        tensors = foreign.read(path)
+        found = next((tensors[name] for name in names if name in tensors), None)
+        return None if found is None else (found.float() if found.is_floating_point() else found).numpy()
+    return npy(path) if "" in names else None

@@ -173,25 +173,28 @@ def _local(spec: str) -> Path:
 
 def _fetched(spec: str, download: bool) -> Path:
     """The folder of config and weights in the hub's cache, to which they are downloaded if needed and allowed."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    offline, reason = not download, None
+    find: Any = hf_hub_download if download else try_to_load_from_cache
+    problem = None
     for subfolder in ("", "vae/"):  # the repository's own, or that of a pipeline
         for weights in WEIGHTS:
             try:
-                hf_hub_download(spec, subfolder + weights, local_files_only=offline)
-                return Path(hf_hub_download(spec, f"{subfolder}config.json", local_files_only=offline)).parent
+                found = [find(spec, subfolder + name) for name in (weights, "config.json")]
+                if all(isinstance(path, str) for path in found):
+                    return Path(found[-1]).parent
             except (OSError, ValueError, EntryNotFoundError) as error:
-                reason = reason or error
-                offline = offline or isinstance(error, LocalEntryNotFoundError)  # no further waiting for the network
+                problem = problem or error
+                if isinstance(error, LocalEntryNotFoundError):  # no further waiting for the network
+                    find = try_to_load_from_cache
     if not download:
-        problem = "is neither a folder here nor in the hub's cache, and nothing is fetched because a file names it"
-        raise OSError(f"autoencoder {spec[:100]!r} {problem}; give its name on the command line to fetch it")
+        where = "is neither a folder here nor in the hub's cache, and nothing is fetched because a file names it, or by --dry-run"
+        raise OSError(f"autoencoder {spec[:100]!r} {where}; give its name on the command line to fetch it")
     raise OSError(
-        f"autoencoder {spec}: no such folder here, and not available from the Hugging Face hub ({_one_line(reason)}); "
+        f"autoencoder {spec}: no such folder here, and not available from the Hugging Face hub ({_one_line(problem)}); "
         "check name and network, or make one with triptych-dit autoencoder"
-    ) from reason
+    ) from problem
 
 
 def _read(kind: type["AutoencoderKL"], spec: str, folder: Path) -> "AutoencoderKL":

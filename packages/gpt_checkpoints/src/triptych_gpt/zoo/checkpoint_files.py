@@ -142,12 +142,22 @@ def _content(path: Path) -> Any:
 
 def layout_of(state: Mapping[str, Tensor]) -> ParameterLayout:
     """The layout of a state dict that no task describes: its floating-point entries in their order."""
-    return ParameterLayout({name: tuple(x.shape) for name, x in state.items() if x.is_floating_point()})
+    return ParameterLayout(_shapes(state))
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of the floating-point entries. Raises ValueError for complex ones, which theta has no place for."""
+    if wrong := [f"{name} is {x.dtype}" for name, x in state.items() if x.is_complex()]:
+        raise ValueError(f"{wrong[0]}, expected real numbers; save its real and imaginary parts")
+    return {name: tuple(x.shape) for name, x in state.items() if x.is_floating_point()}
 
 
 def theta_of(state: Mapping[str, Tensor], layout: ParameterLayout, where: str, whose: str) -> Float[Tensor, " D"]:
     """The parameters as one float32 vector. Raises ValueError showing both sides if the state dict is of another network."""
-    theirs = {name: tuple(x.shape) for name, x in state.items() if x.is_floating_point()}
+    try:
+        theirs = _shapes(state)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     expected = {
         **layout.shapes,
         **{name: layout.shapes[other] for name, other in layout.tied.items() if name in theirs},

@@ -15,7 +15,7 @@ import torch
 import xxhash
 from triptych_common.cli import echo
 from triptych_common.randomness import permutation
-from triptych_common.storage.files import LONGEST_NAME, read_bytes, read_json
+from triptych_common.storage.files import LONGEST_NAME, changed_ns, read_bytes, read_json
 from triptych_common.storage.run import RunDirectory
 
 from triptych_gpt.layout import ParameterLayout
@@ -102,6 +102,7 @@ def import_folder(config: ImportConfig) -> dict[str, Any]:
         manifest = write_zoo(
             config, facts, source.splits.cohorts(cohort_runs),
             lambda split, cohort: _read_cohort(source, split, cohort, names, config.device),
+            lambda cohort: changed_ns(path for run in cohort for _, path in source.runs[names[run]]),
         )  # fmt: skip
     result = summary(config, manifest)
     return {**result, "dropped": dict(Counter(result["dropped"]) + Counter(source.dropped.values()))}

@@ -20,7 +20,7 @@ import torch
 import xxhash
 from triptych_common.cli import echo
 from triptych_common.progress import Progress
-from triptych_common.storage.files import read_json
+from triptych_common.storage.files import changed_ns, read_json
 from triptych_common.storage.provenance import provenance
 from triptych_common.storage.run import RunDirectory
 
@@ -30,7 +30,16 @@ from triptych_gpt.tasks.registry import open_task
 from triptych_gpt.tasks.reinforcement.task import ReinforcementTask
 from triptych_gpt.zoo import lmdb_reader
 from triptych_gpt.zoo.lmdb_reader import AGAIN
-from triptych_gpt.zoo.store import CohortData, Manifest, shard_name, to_repair, unsound, write_shard
+from triptych_gpt.zoo.store import (
+    CohortData,
+    Manifest,
+    shard_name,
+    theta_record,
+    to_repair,
+    unsound,
+    write_shard,
+    written_ns,
+)
 
 ORIGIN = "released G.pt data"
 _KEY = re.compile(r".*/(?:ep(\d{1,9})_)?it(\d{1,9})\.pt", re.DOTALL)
@@ -134,7 +143,10 @@ def import_runs(
         **facts,
     }
     with RunDirectory(config.out, identity):
-        manifest = write_zoo(config, manifest_facts, splits.cohorts(config.cohort_runs), read)
+        manifest = write_zoo(
+            config, manifest_facts, splits.cohorts(config.cohort_runs), read,
+            lambda cohort: changed_ns(runs[run][1] for run in cohort),
+        )  # fmt: skip
     left_out = f"skipped {found.skipped:,} folders without DONE.txt"
     return {**summary(config, manifest, left_out), "unfinished_folders": found.skipped}
 
@@ -175,8 +187,13 @@ def write_zoo(
     facts: Mapping[str, Any],
     cohorts: Iterator[tuple[str, range]],
     read: Callable[[str, range], CohortData],
+    changed: Callable[[range], int],
 ) -> Manifest:
-    """Write those shards of a zoo that it lacks, or that are to be repaired; returns its manifest."""
+    """Write those shards of a zoo that it lacks, or that are to be repaired; returns its manifest.
+
+    changed: when the files of some runs were changed last: those that are newer than their shard are compared with it.
+    Raises ValueError for weights that are not those that a shard has, or had.
+    """
     if found := Manifest.recover(config.out):
         if found.layout.to_json() != facts["layout"]:
             raise ValueError(f"{config.out}: a zoo of another version of {facts['task']}; use another --out")
@@ -189,13 +206,15 @@ def write_zoo(
         progress.at(0)
         for split, cohort in units:
             name = shard_name(cohort)
-            if name not in done or name in again:
-                record = write_shard(config.out, name, read(split, cohort), config.dtype)
-                if name in done and record.theta != done[name].theta:
+            whole = name in done and name not in again
+            if not whole or changed(cohort) > written_ns(manifest, done[name]):
+                data = read(split, cohort)
+                if name in done and theta_record(data, config.dtype) != done[name].theta:
                     source = config.folder or config.lmdb or config.sb3
-                    changed = f"runs {cohort.start}..{cohort.stop - 1} are not those that were imported"
-                    raise ValueError(f"{source}: {changed}; put them back, or use another --out")
-                manifest.commit(record, replace=name in again)
+                    problem = f"runs {cohort.start}..{cohort.stop - 1} are not those that were imported"
+                    raise ValueError(f"{source}: {problem}; put them back, or use another --out")
+                if not whole:
+                    manifest.commit(write_shard(config.out, name, data, config.dtype), replace=name in again)
             progress.advance(len(cohort))
     return manifest
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from triptych_common.cli import echo
+from triptych_common.data.files import only_on_disk
 from triptych_common.storage.files import check, read_bytes
 
 from triptych_gpt.zoo.store import ShardRecord
@@ -66,7 +67,24 @@ class _RecordedSpec(TaskSpec):
         if self.task not in TASKS:
             problem = f"none of {', '.join(TASKS)}, and a task of your own is run only where you name it"
             raise ValueError(f"task {self.task[:100]!r}: {problem}; pass --task file.py:NAME")
-        return super().open()
+        task: Any = super().open()
+        return replace(task, data=_OnDisk(task.data, self.task)) if hasattr(task, "data") else task
+
+
+class _OnDisk:
+    """Data of a task that only a file names: read from disk, but never downloaded."""
+
+    def __init__(self, data: Callable[[str], Any], task: str) -> None:
+        self.data, self.task = data, task
+
+    def __call__(self, part: str) -> Any:
+        with only_on_disk(f"--task {self.task} fetches it"):
+            return self.data(part)
+
+    def __repr__(self) -> str:  # the recipe is that of the data
+        from triptych_gpt.tasks.supervised import describe
+
+        return describe(self.data)
 
 
 def json_digest(content: Mapping[str, Any]) -> str:
@@ -99,10 +117,11 @@ def task_of(zoo: Zoo, task: str | None = None) -> tuple["Task", TaskSpec]:
     report_changes(spec, zoo.facts.get("recipe", {}), str(zoo.path))
     with one_line(f"task {spec.task}"):
         opened = spec.open()
-        recipe = opened.recipe()
     if opened.layout != zoo.layout:
         sizes = f"networks of {opened.layout.size:,} parameters, the zoo's have {zoo.layout.size:,}"
         raise ValueError(f"task {spec.task}: {sizes}; give the zoo's own with --task")
+    with one_line(f"task {spec.task}"):
+        recipe = opened.recipe()  # reads its data
     collected = zoo.facts.get("recipe", {}).get("recipe")
     if collected is not None and json_digest(collected) != json_digest(recipe):
         problem = f"another recipe than that of {zoo.path} (its data or settings changed)"

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 from triptych_common.cli import echo
-from triptych_common.fields import Ge, OneOf
+from triptych_common.fields import FILLED, Ge, OneOf
 from triptych_common.storage.files import (
     FileName,
     check,
@@ -121,6 +121,11 @@ class ShardRecord:
         return {**asdict(self), "dropped": {str(run): reason for run, reason in self.dropped.items()}}
 
 
+def written_ns(manifest: "Manifest", record: ShardRecord) -> int:
+    """When the first of a shard's files was written, in nanoseconds; for one without files, 0."""
+    return min(((manifest.folder / name).stat().st_mtime_ns for name in record.files()), default=0)
+
+
 def shard_name(runs: Sequence[int]) -> str:
     """Name of the shard of consecutive runs, including dropped ones."""
     return f"runs-{runs[0]:08d}-{runs[-1]:08d}"
@@ -143,6 +148,17 @@ def write_shard(
         index = _write(path.with_name(name + INDEX), [_index_file(data)])
     numbers = sorted([*data.runs, *data.dropped])
     return ShardRecord(name, numbers[0], numbers[-1] + 1, str(data.settings["split"]), dict(data.dropped), theta, index)
+
+
+def theta_record(data: CohortData, dtype: str) -> FileRecord | None:
+    """What `write_shard` would record of the weights; None if every run was dropped."""
+    if not len(data.runs):
+        return None
+    digest, size = xxhash.xxh3_128(), 0
+    for block in _theta_file(data.theta, dtype):
+        digest.update(block)
+        size += len(block)
+    return FileRecord(size, digest.hexdigest())
 
 
 def unsound(theta: Float[Tensor, "checkpoints D"]) -> str | None:
@@ -214,10 +230,10 @@ _OWN = {"kind", "format", "shards", "xxh3_128"}
 @open_ended
 class _Facts(TypedDict):
     task: str
-    layout: list[tuple[str, list[Annotated[int, Ge(1)]] | str]]
+    layout: Annotated[list[tuple[str, list[Annotated[int, Ge(1)]] | str]], FILLED]
     checkpoints: Annotated[int, Ge(2)]  # of each run, to make pairs of them
     dtype: Annotated[str, OneOf(DTYPES)]
-    metrics: dict[str, Literal["lower", "higher"]]
+    metrics: Annotated[dict[str, Literal["lower", "higher"]], FILLED]
     repair: NotRequired[str]
     recipe: NotRequired[dict[str, Any]]
     networks_at_once: NotRequired[Annotated[int, Ge(1)]]

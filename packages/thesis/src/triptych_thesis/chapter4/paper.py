@@ -18,7 +18,7 @@ from triptych_gangealing.train_config import PRESETS, AlignTrainConfig
 from triptych_thesis.chapter4.sizes import LPIPS_ROWS, TABLE_4_3, ablation, folder_name
 from triptych_thesis.study.experiment import Picture, Section, Table
 from triptych_thesis.study.report import Report
-from triptych_thesis.study.runner import refuse_torchrun
+from triptych_thesis.study.runner import refuse_others, refuse_torchrun
 
 if TYPE_CHECKING:
     from triptych_thesis.chapter4.study import Chapter4
@@ -125,6 +125,7 @@ class Paper:
         for run in runs:
             echo(f"# {run.name}: {run.state}\n{run.command}")
         lines = ["#!/bin/sh", "# Repeating a command resumes it.", "set -e", *(run.command for run in runs)]
+        refuse_others(self.study, folder)
         write_text(folder / "commands.sh", "\n".join(lines) + "\n")
         write_json(folder / "results.json", results)
         trained = f"{sum(run.trained for run in runs)} of {len(runs)} runs trained"

@@ -27,6 +27,7 @@ class _Found(TypedDict):
 
 
 FOUND = tuple(_Found.__annotations__)
+GENERATED = "Generated from `claims.toml` by `make docs`; edit that file, not this one."
 KINDS = ("ordering", "number", "gallery", "diagram", "setting")
 
 
@@ -144,6 +145,8 @@ class ClaimsConfig(CommonOptions):
 
 def claims(config: ClaimsConfig) -> dict[str, Any]:
     """The command `triptych claims`; returns the ids of the claims that were written. Raises as `record_results`."""
+    if config.page.exists() and not config.overwrite and GENERATED.encode() not in read_bytes(config.page):
+        raise ValueError(f"page {config.page}: of another command; choose another --page, or pass --overwrite")
     written = {str(path): record_results(path, config.ledger) for path in config.results}
     for path, ids in written.items():
         echo(f"{path}: wrote {len(ids)} verdicts into {config.ledger}")
@@ -156,8 +159,7 @@ def claims_page(claims: dict[str, Claim]) -> str:
     """The ledger as Markdown."""
     counts = Counter(claim.verdict for claim in claims.values())
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-    generated = "Generated from `claims.toml` by `make docs`; edit that file, not this one."
-    lines = ["# Claims of the thesis and what became of them", "", generated, "", f"{summary}."]
+    lines = ["# Claims of the thesis and what became of them", "", GENERATED, "", f"{summary}."]
     header = ["| id | item | claim | published | verdict | measured |", "|---|---|---|---|---|---|"]
     chapter = None
     for claim in claims.values():

@@ -17,6 +17,7 @@ from triptych_common.storage.files import write_bytes, write_text
 from triptych_thesis.study.experiment import Opening, Section, Table
 from triptych_thesis.study.verdicts import MARKS, Verdict
 
+PUBLISHED = ("report.html", "results.json")
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 WIDE = 2  # width over height from which on a picture takes the page's whole width
@@ -97,9 +98,10 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
 def publish(folder: Path, out: Path) -> list[Path]:
     """Copy a finished study's report and results to where the latest of any size lies; links follow. Returns the copies."""
     base = f"{folder.relative_to(out).as_posix()}/"
-    page = (folder / "report.html").read_text()
+    report, results = (out / name for name in PUBLISHED)
+    page = (folder / report.name).read_text()
     # Links inside the page stay; links to files gain the way to the study's folder.
     page = re.sub(r'<a href="(?!#)', f'<a href="{escape(quote(base))}', page)
-    write_text(out / "report.html", page)
-    write_bytes(out / "results.json", (folder / "results.json").read_bytes())
-    return [out / "report.html", out / "results.json"]
+    write_text(report, page)
+    write_bytes(results, (folder / results.name).read_bytes())
+    return [report, results]

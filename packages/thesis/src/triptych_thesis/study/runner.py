@@ -7,13 +7,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NotRequired
 
 from triptych_common.cli import echo
 from triptych_common.plots import figure_png
 from triptych_common.storage.files import open_ended, read_json, write_bytes, write_json
+from triptych_common.storage.output import claimed, refuse_to_overwrite
 from triptych_common.storage.provenance import git_commit, provenance
 from triptych_common.storage.run import RunDirectory
 from triptych_common.workers import default_workers, on_gpu, run_all
@@ -21,7 +22,7 @@ from typing_extensions import TypedDict
 
 from triptych_thesis.study.claims import Claim, load_claims
 from triptych_thesis.study.experiment import FREED, Experiment, Section, Study
-from triptych_thesis.study.report import Report, facts_table, publish
+from triptych_thesis.study.report import PUBLISHED, Report, facts_table, publish
 from triptych_thesis.study.verdicts import Verdict, merged
 
 _AGAIN = "delete it and repeat the command"
@@ -72,6 +73,15 @@ def refuse_torchrun() -> None:
         raise ValueError("reproduce is for one process; use the libraries' own commands under torchrun, then repeat it")
 
 
+def refuse_others(study: Study, folder: Path) -> None:
+    """Raise ValueError if a report or results that a study is to write may replace those of others."""
+    with suppress(OSError, ValueError):
+        if read_json(folder / "results.json", remedy="").get("chapter") == study.chapter:
+            return
+    for name in PUBLISHED:
+        refuse_to_overwrite(folder / name, overwrite=study.overwrite)
+
+
 def run(study: Study) -> dict[str, Any]:
     """Run what is missing of a study's chosen experiments; returns the content of results.json.
 
@@ -80,7 +90,9 @@ def run(study: Study) -> dict[str, Any]:
     refuse_torchrun()
     study.check()
     context = study.context()
-    with RunDirectory(study.folder, study.identity(), free=FREED) as directory:
+    refuse_others(study, study.home)
+    owned = claimed(study.folder, f"triptych reproduce ch{study.chapter}", overwrite=study.overwrite)
+    with owned, RunDirectory(study.folder, study.identity(), free=FREED) as directory:
         clock = Stopwatch(directory.path / "seconds.json", finished=(directory.path / "results.json").exists())
         echo(f"chapter {study.chapter}, size {study.size}: {directory.path}")
         study.prepare(context, clock)
