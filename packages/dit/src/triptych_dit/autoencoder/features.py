@@ -139,7 +139,9 @@ def import_features(config: ImportConfig) -> dict[str, Any]:
             if shard not in done:
                 items = torch.arange(len(some)) + shard * config.shard_size
                 write_shard(run.path, shard, moments, labels, items, request=request)
-            elif not all(map(torch.equal, (moments, labels), map(checkpoint.read(path)[0].get, ("moments", "labels")))):
+                continue
+            there = checkpoint.read(path)[0]
+            if not (torch.equal(there["moments"], moments) and torch.equal(there["labels"], labels)):
                 others = f"other latents or labels than those that were imported into {path}"
                 raise ValueError(f"features {config.features}: {others}; put those back, or use another --out")
         items = write_manifest(run.path, shards, facts)["items"]
