@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from triptych_common.plots import BLUE, PALETTE, legend, numbers, panels, thousands
+from triptych_common.plots import BLUE, INK, PALETTE, legend, numbers, panels, thousands
 from triptych_gpt.evaluation import plots
 from triptych_gpt.evaluation.prompted import starting_metrics
 
@@ -104,6 +104,8 @@ def figure(data: Result) -> Figure:
         mean = numbers([data["start"], *curve["envelope"]["mean"]])
         error = np.nan_to_num(numbers([None, *curve["envelope"]["standard_error"]]))
         label = curve["optimizer"] + (f" (caught up after {caught:,})" if caught is not None else "")
+        if curve["optimizer"] == PPO:
+            look = {"color": INK, "marker": "*", "linestyle": "-"}
         axes.plot(steps, mean, markersize=3, linewidth=1.2, label=label, **look)
         axes.fill_between(steps, mean - error, mean + error, color=look["color"], alpha=0.15, linewidth=0)
         lowest = min(lowest, np.nanmin(mean))
