@@ -294,6 +294,7 @@ def test_features_replaced_by_others_of_the_same_size_join_no_cache(tmp_path, re
     else:
         assert "other latents or labels than those that were imported into" in done.stderr
         assert done.returncode == 1
+        assert whole[1:] == [path.read_bytes() for path in sorted((tmp_path / "c").glob("shard-*"))]
 
 
 def test_a_label_that_no_class_has_is_refused_before_training(tmp_path):

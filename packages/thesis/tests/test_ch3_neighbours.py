@@ -328,7 +328,13 @@ def test_the_mean_of_finals_is_that_of_training_runs_and_undoes_permutations_whe
     data = CohortData(
         range(6), torch.stack([shuffled * 0, shuffled], 1), torch.tensor([[0, 1]] * 6), {}, {"split": "train"}, {}
     )
-    facts = {"task": "t", "layout": made.zoo.layout.to_json(), "dtype": "float32", "metrics": {}, "checkpoints": 2}
+    facts = {
+        "task": "t",
+        "layout": made.zoo.layout.to_json(),
+        "dtype": "float32",
+        "metrics": {"loss": "lower"},
+        "checkpoints": 2,
+    }
     Manifest.create(tmp_path, facts).commit(write_shard(tmp_path, shard_name(range(6)), data, "float32"))
     zoo = Zoo(tmp_path)
     mean = mean_of_finals(zoo, made.spec)(theta, theta[:, 0], theta[:, 0], range(2))[0]

@@ -5,7 +5,7 @@ A cache holds posteriors; of one sampled latent it holds the sample, with the le
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,25 +126,26 @@ def import_features(config: ImportConfig) -> dict[str, Any]:
         "shard_size": config.shard_size, "sampled": True,
     }  # fmt: skip
     with RunDirectory(config.out, facts) as run, Progress("importing", len(features.files), "files") as progress:
-        request, rows, shards = checkpoint.index_digest(facts), _rows(features, progress.advance), 0
-        changed = changed_ns(features.all_files())
+        request = checkpoint.index_digest(facts)
         done = finished_shards(run.path, len(list(run.path.glob("shard-*.safetensors"))), request)
-        while some := list(islice(rows, config.shard_size)):
-            shard, shards = shards, shards + 1
-            path = shard_path(run.path, shard)
-            if shard in done and changed <= path.stat().st_mtime_ns:
-                continue
-            moments = _moments(torch.stack([row for row, _ in some]), space, config)
-            labels = torch.tensor([label for _, label in some])
+        changed, number = changed_ns(features.all_files()), 0
+        newer = [shard for shard in done if changed > shard_path(run.path, shard).stat().st_mtime_ns]
+        for shard, latents, labels in (
+            _shards(features, config) if newer else ()
+        ):  # before anything is written beside them
+            if shard in newer:
+                path = shard_path(run.path, shard)
+                held, _ = checkpoint.read(path)
+                same = torch.equal(held["moments"], _moments(latents, space, config))
+                if not same or not torch.equal(held["labels"], labels):
+                    others = f"other latents or labels than those that were imported into {path}"
+                    raise ValueError(f"features {config.features}: {others}; put those back, or use another --out")
+        for shard, latents, labels in _shards(features, config, progress.advance):
+            number = shard + 1
             if shard not in done:
-                items = torch.arange(len(some)) + shard * config.shard_size
-                write_shard(run.path, shard, moments, labels, items, request=request)
-                continue
-            there = checkpoint.read(path)[0]
-            if not (torch.equal(there["moments"], moments) and torch.equal(there["labels"], labels)):
-                others = f"other latents or labels than those that were imported into {path}"
-                raise ValueError(f"features {config.features}: {others}; put those back, or use another --out")
-        items = write_manifest(run.path, shards, facts)["items"]
+                items = torch.arange(len(labels)) + shard * config.shard_size
+                write_shard(run.path, shard, _moments(latents, space, config), labels, items, request=request)
+        items = write_manifest(run.path, number, facts)["items"]
     echo(f"latent cache of {items:,} latents in {len(names):,} classes: {config.out}")
     return {
         "cache": config.out,
@@ -180,6 +181,17 @@ def _moments(latents: Tensor, space: LatentSpace, config: ImportConfig) -> Tenso
         raise ValueError(f"features {config.features}: latents that are not finite, or all the same")
     z = latents if config.raw else space.unscaled(latents)
     return torch.cat([z, torch.full_like(z, LOG_VARIANCE_RANGE[0])], dim=2).to(getattr(torch, config.dtype))
+
+
+def _shards(
+    features: Features, config: ImportConfig, advance: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number, latents and labels of each shard."""
+    rows = _rows(features, advance)
+    for shard in count():
+        if not (some := list(islice(rows, config.shard_size))):
+            return
+        yield shard, torch.stack([row for row, _ in some]), torch.tensor([label for _, label in some])
 
 
 def _rows(features: Features, advance: Callable[[], None]) -> Iterator[tuple[Tensor, int]]:

@@ -201,11 +201,13 @@ def write_zoo(
     manifest = found or Manifest.create(config.out, {**facts, "provenance": provenance()})
     done = {record.name: record for record in manifest.shards}
     again = {damage.shard for damage in to_repair(manifest, repair=config.repair)}
-    units = list(cohorts)
-    with Progress("import", units[-1][1].stop, "runs") as progress:
+    wanted = {shard_name(cohort): (split, cohort) for split, cohort in cohorts}
+    # Those that are there first: nothing is written beside shards of other runs.
+    order = sorted(wanted, key=lambda name: name not in done or name in again)
+    with Progress("import", sum(len(cohort) for _, cohort in wanted.values()), "runs") as progress:
         progress.at(0)
-        for split, cohort in units:
-            name = shard_name(cohort)
+        for name in order:
+            split, cohort = wanted[name]
             whole = name in done and name not in again
             if not whole or changed(cohort) > written_ns(manifest, done[name]):
                 data = read(split, cohort)
