@@ -166,7 +166,9 @@ def test_a_setting_that_changed_is_recorded_beside_what_was(tmp_path):
     with RunDirectory(tmp_path, {"total_images": 20, "lr": 0.1}, free={"total_images"}) as run:
         run.record("total_images", 20)
     began["config"]["total_images"] = 20
-    assert json.loads((tmp_path / "config.json").read_text()) == began
+    now = json.loads((tmp_path / "config.json").read_text())
+    assert now.pop("crc32") != began.pop("crc32")
+    assert now == began
 
 
 def test_a_setting_that_an_earlier_version_lacked_may_have_its_default(tmp_path):
@@ -183,3 +185,14 @@ def test_a_setting_that_an_earlier_version_lacked_may_have_its_default(tmp_path)
             RunDirectory(tmp_path, now, defaults={"mirror": False, "lr": 0.5}),
         ):
             pass
+
+
+def test_a_flipped_bit_in_what_a_run_records_of_itself_is_told(tmp_path, capsys):
+    with RunDirectory(tmp_path, {"seed": 3, "lr": 0.1}) as run:
+        run.record("total", 1e-7)
+    with RunDirectory(tmp_path, {"seed": 3, "lr": 0.1, "total": 1e-7}):
+        assert capsys.readouterr().out == ""
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"commit"', '"com}it"'))
+    with RunDirectory(tmp_path, {"seed": 3, "lr": 0.1, "total": 1e-7}):
+        assert "config.json: changed since it was written" in capsys.readouterr().out

@@ -91,3 +91,15 @@ def test_a_cpu_has_a_process_a_core_and_a_gpu_one():
     assert on_gpu("auto") == torch.cuda.is_available()
     assert 1 <= default_workers("cpu") <= 8
     assert default_workers("cuda") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is counted by /proc")
+def test_ray_is_not_started_in_too_little_address_space():
+    """Its C++ would abort the process, with a stack."""
+    program = (
+        "import resource\nfrom triptych_common import workers\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (6_000_000_000, -1))\n"
+        "try:\n    list(workers.run('ray', abs, [1], ['cpu']))\nexcept MemoryError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "--engine ray: Ray takes about 9 GB of address space" in done.stdout, done.stderr

@@ -7,9 +7,11 @@ worker runs one thread, so results do not depend on the number of workers. This 
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,6 +33,7 @@ Result = TypeVar("Result")
 Results = Generator[Result, None, None]
 Work = Callable[[Any, str], Result]  # takes a unit and the name of a torch device; must be picklable, like the unit
 
+RAY_BYTES = 9e9  # of address space that Ray maps in a process, 6.7 GB of them before any work
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # glibc: keep the memory that every step frees and allocates again, instead of returning it to the system
@@ -201,6 +204,11 @@ def _run_ray(function: Work[Result], units: Sequence[Any], devices: Sequence[str
 def _start_ray(ray: Any, cpus: int) -> None:
     alone = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": cpus, "include_dashboard": False}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if (left := _address_space_left()) < RAY_BYTES:  # its C++ would abort, with a stack
+        sizes = (
+            f"about {RAY_BYTES / 1e9:.0f} GB of address space, this process may take {left / 1e9:.1f} more (ulimit -v)"
+        )
+        raise MemoryError(f"--engine ray: Ray takes {sizes}; raise that, or use --engine local")
     try:
         with _own_sigterm():
             ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet, **alone)
@@ -208,6 +216,19 @@ def _start_ray(ray: Any, cpus: int) -> None:
         raise ConnectionError(
             f"--engine ray: {error}; check RAY_ADDRESS, or unset it for this machine alone"
         ) from error
+
+
+def _address_space_left() -> float:
+    """Bytes that this process may still map; infinity without a limit."""
+    if sys.platform != "linux":
+        return math.inf
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return limit - pages * resource.getpagesize()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class _Config(TypedDict):
     config: dict[str, Any]
     contents: NotRequired[dict[str, dict[str, Any]]]
+    crc32: NotRequired[str]
     hardware: NotRequired[dict[str, Any]]
     device: NotRequired[str]
 
@@ -56,6 +57,11 @@ class Sum(NamedTuple):
     def then(self, more: bytes) -> "Sum":
         """Of the content with more behind it."""
         return Sum(self.size + len(more), zlib.crc32(more, self.crc32))
+
+
+def _crc32(content: Any) -> str:
+    """Of JSON, whatever its layout: a flipped bit in a name or a number leaves valid JSON."""
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 class RunDirectory:
@@ -121,10 +127,12 @@ class RunDirectory:
 
             known = {"contents": self._contents, "device": self._device}
             self._begun = {"config": self.identity, **{k: v for k, v in known.items() if v}, **provenance()}
-            write_json(path, self._begun)
+            self._write_config()
             return
         remedy = "delete this file and repeat the run's own settings, or use another --out"
         self._begun = read_json(path, _Config, remedy=remedy)
+        if (written := self._begun.pop("crc32", None)) is not None and written != _crc32(self._begun):
+            echo(f"{path}: changed since it was written, so what it says of the run may be wrong")
         recorded = self._begun.get("contents", {}).keys() & self._contents.keys()
         for name in sorted(recorded):
             from triptych_common.data.contents import Contents, changes  # few runs have pictures
@@ -152,7 +160,10 @@ class RunDirectory:
         """Change a setting in the run's config.json, such as the length of a run that goes on."""
         if self.is_main:
             self._begun["config"][name] = value
-            write_json(self.path / "config.json", self._begun)
+            self._write_config()
+
+    def _write_config(self) -> None:
+        write_json(self.path / "config.json", {**self._begun, "crc32": _crc32(self._begun)})
 
     def compare_hardware(self) -> None:
         """Report, where a run goes on, what is not as where it began and may change the last digits of its results."""
