@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from triptych_common.cli import echo
-from triptych_common.data.files import only_on_disk
 from triptych_common.storage.files import check, read_bytes
 
 from triptych_gpt.zoo.store import ShardRecord
@@ -78,6 +77,8 @@ class _OnDisk:
         self.data, self.task = data, task
 
     def __call__(self, part: str) -> Any:
+        from triptych_common.data.files import only_on_disk
+
         with only_on_disk(f"--task {self.task} fetches it"):
             return self.data(part)
 
