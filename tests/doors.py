@@ -33,6 +33,7 @@ from triptych_dit.testing import random_model, random_vae
 from triptych_dit.weights import load_model, save_model
 from triptych_gangealing.aligner import Aligner, load_aligner, write_aligner
 from triptych_gangealing.config import SpatialTransformerConfig
+from triptych_gangealing.keypoints.benchmarks import open_benchmark
 from triptych_gangealing.modes import Directions, Mode
 from triptych_gangealing.pictures import png_names
 from triptych_gangealing.spatial_transformer import SpatialTransformer
@@ -245,6 +246,17 @@ def rosinality(folder: Path, *, zipped: bool) -> Path:
     return theirs.saved(folder / "a.pt", content, _use_new_zipfile_serialization=zipped)
 
 
+def released_aligner(folder: Path) -> Path:
+    theirs = of_tests("gangealing", "test_released")
+    return theirs.saved(folder / "a.pt", theirs.checkpoint(heads=2, classes=4))
+
+
+def spair(folder: Path) -> Path:
+    """The annotation of a pair; its pictures' lie beside it."""
+    theirs = of_tests("gangealing", "test_benchmarks")
+    return next((theirs.spair_fixture(folder) / "PairAnnotation/test").glob("*.json"))
+
+
 def read_networks(path: Path) -> None:
     source = open_networks(path)
     for build in (source.generator, source.discriminator):
@@ -355,6 +367,8 @@ DOORS = {
     "tensorflow pickle": Door(tensorflow_era, read_networks, share=0.2),
     "rosinality zip": Door(partial(rosinality, zipped=True), read_networks, share=0.2),
     "rosinality legacy": Door(partial(rosinality, zipped=False), read_networks, share=0.2),
+    "released aligner": Door(released_aligner, load_aligner, share=0.2),
+    "spair": Door(spair, lambda path: open_benchmark(f"spair:{path.parents[2]}", "cat"), reseal_json, share=0.2),
     "released dit": Door(released_dit, partial(load_any, num_heads=2, num_classes=3), share=0.5),
     "diffusers": Door(diffusers_folder, lambda path: load_any(path.parent.parent), reseal_json, share=0.5),
     "vae": Door(vae, lambda path: load_autoencoder(str(path.parent)), reseal_json, share=0.05),

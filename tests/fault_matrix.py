@@ -203,7 +203,7 @@ def _virtual_now() -> int:
 BY_PRODUCT = re.compile(
     r"/(checkpoints|snapshots|samples|previews|digits32)/"
 )  # never read again by a run that is finished
-UNSTABLE = re.compile(r"#.*(commit|seconds|time|command)")  # of JSON fields; two runs may happen to agree on them
+UNSTABLE = re.compile(r"#.*(commit|seconds|time|command|crc32)")  # of JSON fields; two runs may happen to agree on them
 IGNORED = re.compile(r"(^|/)(\.lock|\.triptych\.lock|\.verified\.json|\.metrics\.crc32|tensorboard/.*|logs/.*)$")
 
 

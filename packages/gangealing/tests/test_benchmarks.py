@@ -42,9 +42,9 @@ def picture(path, size):
     Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
 
 
-@pytest.fixture
-def spair(tmp_path):
-    root = tmp_path / "SPair-71k"
+def spair_fixture(folder):
+    """SPair-71k of three pictures and three pairs."""
+    root = folder / "SPair-71k"
     for name, (size, box, points) in PICTURES.items():
         picture(root / "JPEGImages/cat" / f"{name}.jpg", size)
         about = {
@@ -61,6 +61,11 @@ def spair(tmp_path):
         pair |= {"kps_ids": [str(k) for k in keypoints], "viewpoint_variation": view, "occlusion": 0}
         write_json(root / "PairAnnotation/test" / f"00000{i}-{source}-{target}:cat.json", pair)
     return root
+
+
+@pytest.fixture
+def spair(tmp_path):
+    return spair_fixture(tmp_path)
 
 
 def predictions(benchmark, moved):

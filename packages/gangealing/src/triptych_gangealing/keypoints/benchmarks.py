@@ -6,10 +6,12 @@ Coordinates are (x, y) in pixels of a picture as its file has it (of its crop, w
 pixel at (0, 0).
 """
 
+import contextlib
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -17,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from triptych_common import randomness
-from triptych_common.fields import Ge
+from triptych_common.fields import Interval
 from triptych_common.storage.files import open_ended, read_bytes, read_json
 from typing_extensions import TypedDict
 
@@ -108,11 +110,15 @@ class Benchmark:
         return Picture(path.name, whole[:, rows][:, :, columns])
 
 
+_Side = Annotated[int, Interval(ge=1, le=1 << 16)]  # pixels
+_Grade = Annotated[int, Interval(ge=0, le=99)]
+
+
 @open_ended
 class _SpairPicture(TypedDict):
     filename: str
-    image_width: Annotated[int, Ge(1)]
-    image_height: Annotated[int, Ge(1)]
+    image_width: _Side
+    image_height: _Side
     bndbox: tuple[float, float, float, float]
     kps: dict[str, tuple[float, float] | None]
 
@@ -124,18 +130,18 @@ class _SpairPair(TypedDict):
     category: str
     kps_ids: list[int | str]
     mirror: NotRequired[Literal[0]]
-    viewpoint_variation: NotRequired[int]
-    scale_variation: NotRequired[int]
-    truncation: NotRequired[int]
-    occlusion: NotRequired[int]
+    viewpoint_variation: NotRequired[_Grade]
+    scale_variation: NotRequired[_Grade]
+    truncation: NotRequired[_Grade]
+    occlusion: NotRequired[_Grade]
 
 
 @open_ended
 class _CocoPicture(TypedDict):
     id: int
     file_name: str
-    width: Annotated[int, Ge(1)]
-    height: Annotated[int, Ge(1)]
+    width: _Side
+    height: _Side
 
 
 @open_ended
@@ -190,16 +196,18 @@ def spair(root: Path, category: str | None, split: str, seed: int = 0) -> Benchm
         known = sorted(path.name for path in (root / "PairAnnotation").iterdir() if path.is_dir())
         raise ValueError(f"{root}/PairAnnotation/{split}: no pairs of {category}; splits are {', '.join(known)}")
     pairs = [read_json(path, _SpairPair, remedy=REMEDY) for path in found]
+    numbers = [_numbered(path, pair["kps_ids"]) for path, pair in zip(found, pairs, strict=True)]
+    for path, pair in zip(found, pairs, strict=True):
+        with _naming(path):
+            _plain(pair["src_imname"]), _plain(pair["trg_imname"])
     names = sorted({name for pair in pairs for name in (pair["src_imname"], pair["trg_imname"])})
     about = [_spair_picture(root, category, name) for name in names]
-    most = [max(a, b) for a, b in SPAIR_MIRRORS[category]]
-    k = 1 + max(
-        [
-            *most,
-            *(int(key) for one in about for key in one["kps"]),
-            *(int(key) for pair in pairs for key in pair["kps_ids"]),
-        ]
-    )
+    ids = [
+        *(max(pair) for pair in SPAIR_MIRRORS[category]),
+        *(int(key) for one in about for key in one["kps"]),
+        *chain(*numbers),
+    ]
+    k = 1 + max(ids)
     index = {name: i for i, name in enumerate(names)}
     points = torch.full((len(names), k, 2), torch.nan)
     for i, one in enumerate(about):
@@ -207,8 +215,8 @@ def spair(root: Path, category: str | None, split: str, seed: int = 0) -> Benchm
             if point is not None:
                 points[i, int(key)] = torch.tensor(point)
     listed = torch.zeros(len(pairs), k, dtype=torch.bool)
-    for i, pair in enumerate(pairs):
-        listed[i, [int(key) for key in pair["kps_ids"]]] = True
+    for i, own in enumerate(numbers):
+        listed[i, own] = True
     given = [name for name in ATTRIBUTES if all(name in pair for pair in pairs)]
     folder = root / "JPEGImages" / category
     return Benchmark(
@@ -229,9 +237,27 @@ def _spair_picture(root: Path, category: str, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no annotation of {name}, which a pair names; {REMEDY}")
     about = read_json(path, _SpairPicture, remedy=REMEDY)
-    if any(not key.isdecimal() or int(key) > 99 for key in about["kps"]):
-        raise ValueError(f"{path}: keypoints {list(about['kps'])[:3]}, expected numbers; {REMEDY}")
+    _numbered(path, about["kps"])
+    with _naming(path):
+        _plain(about["filename"])
     return about
+
+
+def _numbered(path: Path, keys: Iterable[int | str]) -> list[int]:
+    """Keypoints by their numbers. Raises ValueError for other names, which SPair does not have."""
+    found = [int(key) if str(key).isascii() and str(key).isdecimal() and len(str(key)) <= 2 else -1 for key in keys]
+    if -1 in found:
+        raise ValueError(f"{path}: keypoints {ascii(list(keys))[:60]}, expected numbers from 0 to 99; {REMEDY}")
+    return found
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file that a name came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def cub(root: Path, category: str | None, split: str, seed: int = 0) -> Benchmark:
