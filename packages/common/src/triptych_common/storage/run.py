@@ -220,8 +220,11 @@ class RunDirectory:
 
     def truncate_metrics(self, step: int) -> None:
         """Remove rows after `step`, which a resumed run writes again, and a half-written last one."""
-        if self.is_main and self.metrics_path.exists():
-            content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.metrics() if row["step"] <= step)
+        if not self.is_main:
+            return
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        if self.metrics_path.exists():
+            content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
             write_text(self.metrics_path, content)
             self._seal(Sum.of(content.encode()))
 
