@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import stats
 from triptych_common import data, testing
 from triptych_common.metrics import frechet_distance
+from triptych_common.storage.output import claimed
 from triptych_common.storage.run import RunDirectory
 from triptych_dit import cli as dit_cli
 from triptych_dit import gflops
@@ -336,7 +337,7 @@ def test_paper_sizes_are_what_they_were_given(tmp_path):
     both = {"vae": "elsewhere", "decoder": "its own"}
     assert identity(**both) != identity(decoder="its own")
     words = ("--size", "paper", "--out", tmp_path / "out", "--latents", tmp_path / "latents-16")
-    with RunDirectory(tmp_path / "out/paper", identity()):
+    with claimed(tmp_path / "out/paper", "triptych reproduce ch2"), RunDirectory(tmp_path / "out/paper", identity()):
         pass
     done = run("reproduce", "ch2", *words, "--reference", tmp_path / "b.npz")
     testing.fails_with(done, "paper: holds a run with reference='6b86b273ff34")  # SHA-256 of b"1"

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import stats
 from triptych_common import testing
 from triptych_common.plots import figure_png, panels
+from triptych_common.storage.output import claimed
 from triptych_common.storage.run import RunDirectory
 from triptych_thesis import cli
 from triptych_thesis.study import runner
@@ -278,7 +279,7 @@ def test_the_command_and_make_know_every_chapter(tmp_path, chapter, known):
 
 
 def test_another_study_in_the_folder_is_refused(tmp_path):
-    with RunDirectory(tmp_path / "laptop", {"size": "other"}):
+    with claimed(tmp_path / "laptop", "triptych reproduce ch9"), RunDirectory(tmp_path / "laptop", {"size": "other"}):
         pass
     with pytest.raises(ValueError, match="laptop: holds a run with size='other'"):
         runner.run(tiny(tmp_path, experiment()))
