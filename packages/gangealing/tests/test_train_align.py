@@ -86,6 +86,18 @@ def trained(given: list[str], out: Path, *options: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_an_aligner_is_trained_on_from_its_weights(given, tmp_path):
+    """At rates of almost nothing: what is left is what it started from, its mode's directions included."""
+    trained(given, tmp_path / "first", "--clusters", 1)
+    options = ("--clusters", 1, "--seed", 4, "--init-from", tmp_path / "first")
+    trained(given, tmp_path / "second", *options, "--lr", 1e-12, "--mode-lr", 1e-12)
+    first, second = (load_aligner(tmp_path / name).state_dict() for name in ("first", "second"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-6)
+    done = command("train", *TINY, *given, "--out", tmp_path / "other", *options, "--components", 2)
+    fails_with(done, "its mode has alpha (1, 3), this config wants (1, 2)")
+
+
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory) -> Path:
     """An uninterrupted run of three clusters."""

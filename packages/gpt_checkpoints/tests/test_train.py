@@ -151,6 +151,22 @@ def alignment_by_hand(gpt: TrainedGpt, zoo: Zoo) -> float:
     return sum(found) / len(found)
 
 
+def test_a_model_is_trained_on_from_its_weights_and_scales(zoo, whole, tmp_path):
+    """At a rate of almost nothing, on other pairs and fewer runs: what is left is what it started from."""
+    options = ("--init-from", whole, "--seed", 5, "--runs", 3)
+    trained(zoo, tmp_path / "run", *options, "--lr", 1e-12)
+    source, found = load(whole), load(tmp_path / "run" / "last.safetensors")
+    assert found.scale == source.scale
+    assert found.model.config == source.model.config
+    for name, value in source.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], value, rtol=0, atol=1e-6)
+    wide = train(zoo, tmp_path / "wide", *options, "--width", 48)
+    fails_with(wide, f"a model of width {source.model.config.width}, here it is 48; pass its own settings")
+    other = train(zoo, tmp_path / "other", *options, "--metric", "test_error")
+    fails_with(other, "prompted with test_loss; pass --metric test_loss")
+    assert not (tmp_path / "wide").exists()
+
+
 def test_every_validation_has_the_same_networks_and_prompts(zoo, tmp_path):
     trained(zoo, tmp_path, "--lr", "1e-30", "--weight-decay", "0")
     rows = scores(tmp_path)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NotRequired
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from triptych_common.cli import echo
 from triptych_common.fields import Ge
 from triptych_common.parallel import process_group
 from triptych_common.storage.files import open_ended
@@ -221,6 +222,21 @@ def _build(tensors: dict[str, Tensor], state: dict[str, Any]) -> Aligner:
     aligner.load_state_dict({name: value.to(torch.float32) for name, value in tensors.items()})
     aligner.facts = state["facts"]
     return aligner.requires_grad_(False).eval()
+
+
+def take_over(source: str, transformer: SpatialTransformer, mode: Mode) -> None:
+    """Replace both networks' weights by those of an aligner. Raises ValueError, naming the first tensor that does not fit."""
+    found = load_aligner(source)
+    for theirs, ours, what in ((found.transformer, transformer, "transformer"), (found.mode, mode, "mode")):
+        given, wanted = ({name: tuple(x.shape) for name, x in part.state_dict().items()} for part in (theirs, ours))
+        for name in [*wanted, *given]:
+            if given.get(name) != wanted.get(name):
+                sizes = f"{name} {given.get(name, 'absent')}, this config wants {wanted.get(name, 'none')}"
+                raise ValueError(
+                    f"init_from {source}: its {what} has {sizes}; pass its own settings, and a generator of one W"
+                )
+        ours.load_state_dict(theirs.state_dict())
+    echo(f"start from {source}")
 
 
 def open_aligner(

@@ -141,6 +141,10 @@ def make_state(objective: Objective, ranks: Ranks, folder: Path) -> TrainState:
 
     mode = Mode(directions, config.clusters)
     mode.begin(**start(objective, directions, ranks, folder))
+    if config.init_from is not None:
+        from triptych_gangealing.aligner import take_over
+
+        take_over(config.init_from, transformer, mode)
     model = nn.ModuleDict({"transformer": transformer, "mode": mode}).to(ranks.device, config.dtype)
     groups = [
         {"params": list(transformer.parameters()), "lr": config.lr},

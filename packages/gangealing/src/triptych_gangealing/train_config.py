@@ -21,6 +21,8 @@ class AlignTrainConfig(AccumulatingSettings, WeightPrecision):
     """run directory"""
     generator: str = "digits32"
     """a run folder of train-gan, a network file, a foreign checkpoint, or the name of an embedded generator"""
+    init_from: str | None = None
+    """an aligner of the same shape to start from, transformer and modes: a run's folder, a checkpoint of one, or its file"""
     distance: str = "simclr:runs/encoder-digits32"
     """distance between aligned image and target: lpips, ssl-vgg, or simclr:PATH with an encoder of train-encoder"""
     distance_weights: Annotated[Path | None, FREE] = None  # free since a run records the weights' digest

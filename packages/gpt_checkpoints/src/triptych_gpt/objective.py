@@ -5,8 +5,9 @@ theta* and both metrics, and predicts theta*: it learns which changes of paramet
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,9 @@ from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.pairs import Pairs, stratified
 from triptych_gpt.zoo.source import contents_of, recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
+
+if TYPE_CHECKING:
+    from triptych_gpt.trained import TrainedGpt
 
 PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], for which the noise schedule was designed
 _SAMPLED = 25_000  # checkpoints from which the standard deviation of the parameters is estimated
@@ -63,8 +67,27 @@ class TrainingZoo:
         self.values = self.zoo.metrics(self.metric)[self.rows]
 
     @cached_property
+    def source(self) -> "TrainedGpt | None":
+        """The model to start from. Raises ValueError for one that is prompted with another metric, and as `load`."""
+        if self.config.init_from is None:
+            return None
+        from triptych_gpt.trained import load  # sampling, which training does not need
+
+        source = load(self.config.init_from, self.config.task)
+        if source.metric != self.metric:
+            raise ValueError(
+                f"init_from {self.config.init_from}: prompted with {source.metric}; pass --metric {source.metric}"
+            )
+        return source
+
+    @cached_property
     def scale(self) -> float:
-        """The factor that gives parameters the standard deviation of pixels in [-1, 1].  [thesis 3.3]"""
+        """The factor that gives parameters the standard deviation of pixels in [-1, 1], or that of the model to start from.
+
+        [thesis 3.3]
+        """
+        if self.source is not None:
+            return self.source.scale
         # One factor for all parameters, without shifting them: layers keep their sizes relative to each other, and zero stays zero.
         n = min(_SAMPLED, self.values.numel())
         rows = (randomness.uniform(0, "scale run", range(n)) * len(self.rows)).long()
@@ -97,11 +120,24 @@ class TrainingZoo:
 
     @cached_property
     def model_config(self) -> GptConfig:
-        """The model's shape, from the config and the zoo."""
+        """The model's shape, from the config and the zoo, with the metric's scale of the model to start from.
+
+        Raises ValueError where that is of another shape.
+        """
         names = ("tokenizer", "chunk_size", "width", "depth", "num_heads", "scalars", "metric_factor")
         scale = MetricScale.of(self.values) if self.config.scalars == "normalised" else None
         shape = {name: getattr(self.config, name) for name in names}
-        return GptConfig(self.task.symmetry, metric_scale=scale, **shape)
+        own = GptConfig(self.task.symmetry, metric_scale=scale, **shape)
+        if self.source is None:
+            return own
+        theirs = self.source.model.config
+        for name, value in replace(own, metric_scale=theirs.metric_scale).to_json().items():
+            if theirs.to_json()[name] != value:
+                found = (
+                    "other networks" if name == "symmetry" else f"{name} {theirs.to_json()[name]}, here it is {value}"
+                )
+                raise ValueError(f"init_from {self.config.init_from}: a model of {found}; pass its own settings")
+        return theirs
 
     def identity(self) -> dict[str, Any]:
         """What decides the content of training: the recipe of the runs, which of them, and their bytes."""

@@ -109,6 +109,9 @@ def make_state(config: GptTrainConfig, data: TrainingZoo, ranks: Ranks) -> Train
     """A freshly initialised model, its average, and AdamW with weight decay on linear weights only."""
     model = Gpt(data.model_config)
     model.initialize_weights(randomness.generator(config.seed, "init"))
+    if data.source is not None:
+        model.load_state_dict(data.source.model.state_dict())
+        echo(f"start from {config.init_from}, {data.source.facts.get('pairs_seen', 0):,} pairs")
     model = model.to(config.dtype)
 
     def optimizer(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -21,6 +21,8 @@ class GptTrainConfig(TransformerSettings):
     """folder of the zoo, as triptych-gpt collect makes it"""
     task: Annotated[str | None, FREE] = None
     """the zoo's task if the zoo does not name it: a name, or file.py:NAME"""
+    init_from: str | None = None
+    """a G.pt of the same networks and tokens to start from, with its scales: a run's folder, a checkpoint, or a model file"""
     metric: str | None = None
     """what the model is prompted with; default: the zoo's first metric"""
     tokenizer: Literal["layer", "chunk", "neuron"] = "neuron"
