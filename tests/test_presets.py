@@ -10,9 +10,9 @@ import torch
 PRESETS = {  # module, table of presets, digest of all their identities
     "dit": ("triptych_dit.train_config", "TRAIN_PRESETS", "bc05a3083aae"),
     "autoencoder": ("triptych_dit.autoencoder.config", "AUTOENCODER_PRESETS", "30a10f5c861a"),
-    "gpt": ("triptych_gpt.train_config", "TRAIN_PRESETS", "2bd660e21158"),
+    "gpt": ("triptych_gpt.train_config", "TRAIN_PRESETS", "0f44aa9a144e"),
     "gan": ("triptych_gangealing.stylegan2.train_config", "PRESETS", "7b2c92942cd2"),
-    "align": ("triptych_gangealing.train_config", "PRESETS", "1ad521433c48"),
+    "align": ("triptych_gangealing.train_config", "PRESETS", "cf568d905d04"),
 }
 
 

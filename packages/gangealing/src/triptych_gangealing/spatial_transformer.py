@@ -248,10 +248,11 @@ class SimilarityTrunk(nn.Sequential):
 
     def __init__(self, config: SpatialTransformerConfig, *, hidden: bool = True) -> None:
         channels = config.channels_at(SMALLEST)
-        last = [FullyConnected(channels * SMALLEST**2, channels, activation="lrelu")] if hidden else []
-        super().__init__(
-            *_down_to(SMALLEST, config), Conv2d(channels, channels, 3, activation="lrelu"), nn.Flatten(), *last
-        )
+        # In this order, which decides what a seed initialises.
+        layers = [*_down_to(SMALLEST, config), Conv2d(channels, channels, 3, activation="lrelu"), nn.Flatten()]
+        if hidden:
+            layers.append(FullyConnected(channels * SMALLEST**2, channels, activation="lrelu"))
+        super().__init__(*layers)
 
 
 class SimilarityNetwork(nn.Module):

@@ -171,15 +171,17 @@ LARGEST_BYTES = 1 << 28  # of a file: a manifest of a million shards stays below
 SHOWN, LONGEST_REASON = 60, 200  # characters of a wrong value, and of a library's error
 
 
-def read_json(path: Path, kind: Any = dict[str, Any], *, remedy: str, largest: int = LARGEST_BYTES) -> Any:
+def read_json(
+    path: Path, kind: Any = dict[str, Any], *, remedy: str, largest: int = LARGEST_BYTES, finite: bool = True
+) -> Any:
     """The content of a JSON file.
 
     kind: the type that it must have. remedy: what to do about a damaged file, the end of the error message.
-    largest: bytes that are read at most.
+    largest: bytes that are read at most. finite: refuse NaN and numbers that no float holds, which the parser takes.
     Raises FileNotFoundError for an absent file, ValueError, with one line, for one that is too large, not JSON, nested deeper
     than 200 levels, or not of that type.
     """
-    return parse(read_bytes(path, largest=largest), kind, source=str(path), remedy=remedy)
+    return parse(read_bytes(path, largest=largest), kind, source=str(path), remedy=remedy, finite=finite)
 
 
 def read_bytes(path: Path, *, largest: int = LARGEST_BYTES) -> bytes:
@@ -208,13 +210,14 @@ def changed_ns(paths: Iterable[Path]) -> int:
     return max((max(status.st_mtime_ns, status.st_ctime_ns) for status in map(Path.stat, files)), default=0)
 
 
-def parse(text: str | bytes, kind: Any, *, source: str, remedy: str) -> Any:
+def parse(text: str | bytes, kind: Any, *, source: str, remedy: str, finite: bool = True) -> Any:
     """`read_json` of a text; `source` names it in errors."""
     from pydantic import ValidationError
 
     try:
         found = _adapter(kind).validate_json(text, strict=True)
-        _refuse_infinite(text if isinstance(text, bytes) else text.encode())
+        if finite:
+            _refuse_infinite(text if isinstance(text, bytes) else text.encode())
         return found
     except ValidationError as error:
         raise ValueError(f"{source}: {_explained(error)}; {remedy}") from error

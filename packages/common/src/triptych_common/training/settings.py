@@ -72,12 +72,13 @@ Settings = TypeVar("Settings", bound=LoopSettings)
 _LEAST_STEPS = 20  # between checkpoints of a shortened run: below, its previews would take a tenth of the time
 
 
-def to_length(preset: Settings, argv: Sequence[str]) -> Settings:
+def to_length(preset: Settings, argv: Sequence[str], scaled: Sequence[str] | None = None) -> Settings:
     """A preset at the length that a command line asks for, its warmup and the fields in `scaled` with it: for `Command.start`.
 
     A shorter run has as many checkpoints as the preset, and so previews, if that leaves some steps between them.
 
-    A run that is there already goes on with its own; what is typed holds in any case, as it overrides this.
+    A run that is there already goes on with its own; what is typed holds in any case, as it overrides this. scaled: in place of
+    the preset's own.
     """
     typed, _ = option(argv, preset.length.replace("_", "-"))
     try:
@@ -88,7 +89,7 @@ def to_length(preset: Settings, argv: Sequence[str]) -> Settings:
         return preset
     begun = _begun(Path(option(argv, "out", str(preset.out))[0] or preset.out))
     values: dict[str, Any] = {}
-    for name in (f"warmup_{preset.unit}", *preset.scaled):
+    for name in (f"warmup_{preset.unit}", *(preset.scaled if scaled is None else scaled)):
         was = getattr(preset, name, None)
         if was is None:
             continue

@@ -166,7 +166,9 @@ def auto(resolution: int, ranks: int = 1) -> GanTrainConfig:
 
 def start(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
     """Defaults for a command line: the preset at its length; "auto" depends on its resolution and on the number of ranks."""
-    return to_length(_to_resolution(preset, argv), argv)
+    preset = _to_resolution(preset, argv)
+    # Its smoke preset is far shorter than where the weight of R1 switches, which stays where it is.
+    return to_length(preset, argv, scaled=() if preset.r1_gamma_switch > preset.total_images else preset.scaled)
 
 
 def _to_resolution(preset: GanTrainConfig, argv: Sequence[str]) -> GanTrainConfig:
@@ -203,11 +205,11 @@ PRESETS: dict[str, GanTrainConfig] = {
     "digits32": _DIGITS,
     "digits32-3": replace(  # one digit, from the finished run of all
         _DIGITS, data="digits32:3", out=Path("runs/gan-digits32-3"), init_from="runs/gan-digits32", total_images=48_000,
-        r1_gamma=0.05, r1_gamma_later=None, r1_gamma_switch=0,
+        r1_gamma=0.05, r1_gamma_later=None,
     ),
     "smoke": replace(
         _DIGITS, out=Path("runs/gan-smoke"), total_images=512, channel_base=256, channel_max=16, z_dim=16, noise=True,
-        r1_gamma_later=None, r1_gamma_switch=0, path_length_weight=2.0, augment="bgc", ada_images=5_000, log_every=4,
-        checkpoint_every=8, snapshot_every=256, score_images=64,
+        path_length_weight=2.0, augment="bgc", ada_images=5_000, log_every=4, checkpoint_every=8, snapshot_every=256,
+        score_images=64,
     ),
 }  # fmt: skip

@@ -308,7 +308,7 @@ def checkpoints_of(name: str, folder: Path) -> dict[str, tuple[int, Mapping[str,
     """Step and metrics of each checkpoint of a run, by its key."""
     path = folder / "runs.json"
     try:
-        content = read_json(path, remedy=AGAIN)
+        content = read_json(path, remedy=AGAIN, finite=False)  # metrics of diverged runs are NaN; such runs are dropped
         listed = content.get(name, content)["checkpoints"]
         places = {key: (_KEY.fullmatch(key), metrics) for key, metrics in listed.items()}
     except FileNotFoundError as error:
