@@ -4,10 +4,10 @@ A pair is (theta, theta*), an earlier and a later checkpoint of one run, with th
 theta* and both metrics, and predicts theta*: it learns which changes of parameters lead from one metric to another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,15 +19,12 @@ from triptych_common.diffusion import GaussianDiffusion, Loss, NoiseSchedule
 from triptych_common.parallel import onto
 
 from triptych_gpt.config import GptConfig, MetricScale
-from triptych_gpt.model import Gpt
+from triptych_gpt.model import FORMAT, Gpt
 from triptych_gpt.tokenizers import coarsened
 from triptych_gpt.train_config import GptTrainConfig
 from triptych_gpt.zoo.pairs import Pairs, stratified
 from triptych_gpt.zoo.source import contents_of, recipe_of, task_of
 from triptych_gpt.zoo.zoo import Zoo
-
-if TYPE_CHECKING:
-    from triptych_gpt.trained import TrainedGpt
 
 PIXEL_STD = 0.538  # of ImageNet pixels in [-1, 1], for which the noise schedule was designed
 _SAMPLED = 25_000  # checkpoints from which the standard deviation of the parameters is estimated
@@ -50,6 +47,19 @@ class Examples(NamedTuple):
     noise: Float[Tensor, "n D"]
 
 
+class Source(NamedTuple):
+    """A model to start from, and the facts in its file."""
+
+    model: Gpt
+    facts: Mapping[str, Any]
+
+
+def _source(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Source:
+    model = Gpt(GptConfig.from_json(facts["config"]))
+    model.load_state_dict(tensors)
+    return Source(model, facts)
+
+
 class TrainingZoo:
     """A zoo as one model sees it: its task, the metric that prompts the model, and the training runs.
 
@@ -67,17 +77,13 @@ class TrainingZoo:
         self.values = self.zoo.metrics(self.metric)[self.rows]
 
     @cached_property
-    def source(self) -> "TrainedGpt | None":
-        """The model to start from. Raises ValueError for one that is prompted with another metric, and as `load`."""
+    def source(self) -> "Source | None":
+        """The model to start from. Raises ValueError for one that is prompted with another metric, or of another kind."""
         if self.config.init_from is None:
             return None
-        from triptych_gpt.trained import load  # sampling, which training does not need
-
-        source = load(self.config.init_from, self.config.task)
-        if source.metric != self.metric:
-            raise ValueError(
-                f"init_from {self.config.init_from}: prompted with {source.metric}; pass --metric {source.metric}"
-            )
+        source = FORMAT.read(self.config.init_from, _source)
+        if (theirs := source.facts["metric"]) != self.metric:
+            raise ValueError(f"init_from {self.config.init_from}: prompted with {theirs}; pass --metric {theirs}")
         return source
 
     @cached_property
@@ -87,7 +93,7 @@ class TrainingZoo:
         [thesis 3.3]
         """
         if self.source is not None:
-            return self.source.scale
+            return float(self.source.facts["scale"])
         # One factor for all parameters, without shifting them: layers keep their sizes relative to each other, and zero stays zero.
         n = min(_SAMPLED, self.values.numel())
         rows = (randomness.uniform(0, "scale run", range(n)) * len(self.rows)).long()
