@@ -349,6 +349,11 @@ def test_predictions_in_parquet(spair, tmp_path):
     command("pck", *given, "--predictions", tmp_path / "truth.parquet", "--out", tmp_path / "out")
     scores = strict_json((tmp_path / "out/pck.json").read_text())["scores"]["predictions"]
     assert all(one[0]["over pairs"]["value"] == 1.0 for name, one in scores.items())
+    many = pa.table({name: pa.array(np.zeros(1_100_000)) for name in columns})  # a few bytes that claim many rows
+    pq.write_table(many, tmp_path / "many.parquet")
+    assert (tmp_path / "many.parquet").stat().st_size < 100_000
+    done = command("pck", *given, "--predictions", tmp_path / "many.parquet", "--out", tmp_path / "o")
+    fails_with(done, "many.parquet: 1,100,000 rows in")
     with (tmp_path / "broken.csv").open("w") as file:
         csv.writer(file).writerows([("pair", "keypoint", "x", "y"), (0, 0, 1)])
     done = command("pck", *given, "--predictions", tmp_path / "broken.csv", "--out", tmp_path / "o")

@@ -115,8 +115,16 @@ class StepCost:
 
     def check(self, config: AccumulatingSettings, ranks: Ranks) -> None:
         """Raises ValueError for a batch whose step needs more memory than there is, with the micro-batch that fits."""
-        there = available_bytes(ranks.device)
-        check_memory(config, ranks, self.step_bytes, there, multiple=self.multiple, otherwise=self.otherwise)
+        needed, there = self.step_bytes(at_once(config, ranks)), available_bytes(ranks.device)
+        if needed <= there:
+            return
+        share = max(1, config.batch_size // ranks.world_size)
+        divisors = [n for n in range(self.multiple, share, self.multiple) if share % n == 0]
+        parts = [n for n in divisors if self.step_bytes(n) <= ROOM * there]
+        remedy = f"pass --micro-batch {max(parts)}, which computes the same step in parts" if parts else self.otherwise
+        where = "GPU" if ranks.device.type == "cuda" else "machine"
+        what = f"a step takes about {needed / 1e9:,.1f} GB, this {where} has {there / 1e9:,.1f}"
+        raise ValueError(f"batch_size {config.batch_size}: {what}; {remedy}")
 
     def estimate(self, config: AccumulatingSettings, ranks: Ranks) -> dict[str, Any]:
         """Memory of a step and duration of the run; what is wrong, for a step that does not fit, as training refuses it."""
@@ -161,22 +169,3 @@ def at_once(config: AccumulatingSettings, ranks: Ranks) -> int:
     """Samples of a rank's batch that are computed together."""
     share = max(1, config.batch_size // ranks.world_size)
     return min(config.micro_batch or share, share)
-
-
-def check_memory(
-    config: AccumulatingSettings, ranks: Ranks, step_bytes: Callable[[int], float], there: float, *,
-    multiple: int = 1, otherwise: str = "choose a smaller model",
-) -> None:  # fmt: skip
-    """Raises ValueError for a batch whose step needs more than the bytes that are there, with the micro-batch that fits.
-
-    step_bytes: memory of a step that takes some samples at once. multiple: micro-batches are multiples of it.
-    """
-    needed = step_bytes(at_once(config, ranks))
-    if needed <= there:
-        return
-    share = max(1, config.batch_size // ranks.world_size)
-    parts = [n for n in range(multiple, share, multiple) if share % n == 0 and step_bytes(n) <= ROOM * there]
-    remedy = f"pass --micro-batch {max(parts)}, which computes the same step in parts" if parts else otherwise
-    where = "GPU" if ranks.device.type == "cuda" else "machine"
-    what = f"a step takes about {needed / 1e9:,.1f} GB, this {where} has {there / 1e9:,.1f}"
-    raise ValueError(f"batch_size {config.batch_size}: {what}; {remedy}")

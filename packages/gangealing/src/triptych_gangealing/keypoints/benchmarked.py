@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from triptych_common.cli import echo
-from triptych_common.extras import import_extra
 from triptych_common.parallel import process_group
 from triptych_common.storage.files import read_bytes, write_bytes, write_json
+from triptych_common.storage.tables import parquet
 
 from triptych_gangealing.aligner import open_aligner
 from triptych_gangealing.baselines.methods import OURS
@@ -27,7 +27,6 @@ from triptych_gangealing.keypoints.transfers import (
 from triptych_gangealing.settings import PckConfig
 
 COLUMNS = ("pair", "keypoint", "x", "y")
-_PARQUET = "tables in .parquet need a package: pip install 'triptych-gangealing[tables]', or use .csv"
 
 
 def evaluate_benchmark(config: PckConfig) -> dict[str, Any]:
@@ -153,11 +152,7 @@ def _columns(path: Path) -> dict[str, list[Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table of predictions")
     if path.suffix == ".parquet":
-        parquet: Any = import_extra("pyarrow.parquet", _PARQUET)
-        try:
-            columns = parquet.read_table(io.BytesIO(read_bytes(path))).to_pydict()
-        except Exception as error:  # damaged bytes can raise anything
-            raise ValueError(f"{path}: damaged, or no Parquet file; make it again") from error
+        columns = parquet(path, remedy="make it again", extra="triptych-gangealing[tables]").to_pydict()
     elif path.suffix == ".csv":
         rows = list(csv.reader(read_bytes(path).decode("utf-8", "replace").splitlines()))
         if not rows or any(len(row) != len(rows[0]) for row in rows):

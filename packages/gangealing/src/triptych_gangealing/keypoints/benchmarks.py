@@ -82,8 +82,12 @@ class Benchmark:
 
     def first(self, pairs: int | None) -> "Benchmark":
         """Its first pairs only; all pictures stay."""
-        attributes = {name: values[:pairs] for name, values in self.attributes.items()}
-        return replace(self, pairs=self.pairs[:pairs], listed=self.listed[:pairs], attributes=attributes)
+        return self.select(torch.arange(len(self))[:pairs])
+
+    def select(self, pairs: Int[Tensor, " some"]) -> "Benchmark":
+        """Some of its pairs; all pictures stay."""
+        attributes = {name: values[pairs] for name, values in self.attributes.items()}
+        return replace(self, pairs=self.pairs[pairs], listed=self.listed[pairs], attributes=attributes)
 
     def used(self) -> list[int]:
         """Indices of the pictures that pairs have, in order."""

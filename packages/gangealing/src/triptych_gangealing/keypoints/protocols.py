@@ -7,7 +7,7 @@ bound counts, and which labels a mirrored picture has.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -171,7 +171,7 @@ def by_attribute(
     for name, values in benchmark.attributes.items():
         for value in values.unique().tolist():
             here = (values == value).nonzero()[:, 0]
-            part = _select(benchmark, here)
+            part = benchmark.select(here)
             corner = None if predictions.corner is None else predictions.corner[here]
             own = Predictions(predictions.points[here], predictions.mirrored[here], corner)
             distance, size, valid = measured(part, own, PROTOCOLS["strict"])
@@ -179,10 +179,6 @@ def by_attribute(
                 scored = _scored(part, distance, size, valid, PROTOCOLS["strict"], alpha, repeats, seed)
                 found.setdefault(name, {})[value] = scored
     return found
-
-
-def _select(benchmark: Benchmark, pairs: Tensor) -> Benchmark:
-    return replace(benchmark, pairs=benchmark.pairs[pairs], listed=benchmark.listed[pairs], attributes={})
 
 
 def as_rows(methods: Mapping[str, Mapping[str, Sequence[Scored]]], alpha: float) -> tuple[list[str], list[list[str]]]:

@@ -15,8 +15,9 @@ import torch
 import xxhash
 from triptych_common.cli import echo
 from triptych_common.randomness import permutation
-from triptych_common.storage.files import LONGEST_NAME, changed_ns, read_bytes, read_json
+from triptych_common.storage.files import changed_ns, read_bytes, read_json
 from triptych_common.storage.run import RunDirectory
+from triptych_common.storage.tables import parquet
 
 from triptych_gpt.layout import ParameterLayout
 from triptych_gpt.settings import ImportConfig
@@ -29,7 +30,6 @@ from triptych_gpt.zoo.store import OWN_COLUMNS, CohortData, unsound
 ORIGIN = "folder of checkpoints"
 _COHORT_FLOATS = 1 << 28  # of a shard, which is in memory as a whole
 _LARGEST_STEP = (1 << 63) - 1
-_ROWS = 1 << 20  # of a Parquet file of any size; a larger one has a byte for each
 _REMEDY = "a table has columns run, step, and one for each metric"
 
 
@@ -249,7 +249,7 @@ def _read_table(path: Path) -> tuple[dict[tuple[str, int], dict[str, float]], tu
 
 def _rows(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
-        return _parquet_rows(path)
+        return parquet(path, remedy=_REMEDY, extra="triptych-gpt", name="run").to_pylist()
     if path.suffix == ".json":
         return read_json(path, list[dict[str, Any]], remedy=f"expected [{{...}}, ...]; {_REMEDY}")
     if path.suffix != ".csv":
@@ -258,28 +258,6 @@ def _rows(path: Path) -> list[Any]:
         return list(csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file ({error}); {_REMEDY}") from error
-
-
-def _parquet_rows(path: Path) -> list[Any]:
-    """Runs and numbers of a Parquet file, whose few bytes may claim any number of equal rows, or of equal texts."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    content = read_bytes(path)
-    try:
-        with pq.ParquetFile(pa.BufferReader(content), read_dictionary=["run"]) as file:
-            rows, columns = file.metadata.num_rows, file.schema_arrow
-            if rows > max(_ROWS, len(content)):
-                raise ValueError(f"{path}: {rows:,} rows in {len(content):,} bytes; {_REMEDY}")
-            table = file.read([each.name for each in columns if each.name == "run" or pa.types.is_primitive(each.type)])
-        runs = table.column("run").combine_chunks() if "run" in table.column_names else pa.array([])
-        names = runs.dictionary if pa.types.is_dictionary(runs.type) else pa.array([], pa.string())
-        if (longest := pc.max(pc.binary_length(names)).as_py() or 0) > LONGEST_NAME:
-            raise ValueError(f"{path}: a run's name of {longest:,} bytes, expected a folder's; {_REMEDY}")
-        return table.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise ValueError(f"{path}: no Parquet file, or a damaged one; {_REMEDY}") from error
 
 
 def _number(value: Any) -> float:
